@@ -1,6 +1,8 @@
 """What adapters cost when vLLM serves them unmerged: time per output token, prefill, loading.
 
     python -m benchmarks.serving BASE FOLDER [--dtype bfloat16]     # in vLLM's environment; interleaved medians
+    python -m benchmarks.serving BASE FOLDER --against-peft         # 64 prompts in one batch; no times
+    python -m benchmarks.serving --predict                          # decode on an H100; nothing runs
 
 FOLDER gets adapters of BASE with random factors, made the first time (PEFT is needed for that), and the merged model.
 """
@@ -38,7 +40,7 @@ def make(base: str, folder: Path) -> None:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if any(key in name for key in ("smoa_B", "hira_B", "lora_B")):
-                        parameter.normal_(std=0.02)
+                        parameter.normal_(std=0.02 if kind == "lora-" else 1)
             model.save_pretrained(str(folder / f"{kind}{number}"))
     merge_to_folder(base, folder / "smoa4-0", folder / "merged")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder / "merged")
@@ -58,14 +60,99 @@ def seconds(engine: Any, adapters: list[Any], prompt: int, tokens: int) -> float
     return time.perf_counter() - start
 
 
+def against_peft(engine: Any, base: str, folder: Path, requests: dict[str, Any]) -> str:
+    """Serve 64 prompts over five models in one batch, and compare with PEFT, one model after another."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from vllm import SamplingParams
+
+    import smoa_kernels.peft  # noqa: F401  # PEFT knows the method by it
+
+    names = [None, "smoa2-0", "smoa4-0", "hira-0", "lora-0"]
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        (names[i % 5], torch.randint(100, 40_000, (5 + i,), generator=generator).tolist()) for i in range(64)
+    ]
+    outputs = engine.generate(
+        [{"prompt_token_ids": ids} for _, ids in given],
+        SamplingParams(temperature=0, max_tokens=16, logprobs=1, ignore_eos=True, detokenize=False),
+        lora_request=[requests.get(name) for name, _ in given],
+        use_tqdm=False,
+    )
+    total, equal, worst, as_base = 0, 0, 0.0, 0
+    for name in names:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        adapted = model if name is None else PeftModel.from_pretrained(model, str(folder / name))
+        for (own, ids), output in zip(given, outputs, strict=True):
+            if own == name:
+                tokens = list(output.outputs[0].token_ids)
+                scores = [
+                    step[token].logprob
+                    for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)
+                ]
+                with torch.no_grad():
+                    logits = adapted(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].float()
+                found = logits.log_softmax(-1)[range(len(tokens)), tokens]
+                worst = max(worst, float((found - torch.tensor(scores)).abs().max()))
+                equal += int((logits.argmax(-1) == torch.tensor(tokens)).sum())
+                total += len(tokens)
+                if name is not None:
+                    with torch.no_grad(), adapted.disable_adapter():
+                        plain = adapted(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1]
+                    as_base += int((plain.argmax(-1) == torch.tensor(tokens)).sum())
+    return (
+        f"64 prompts over {len(names)} models in one batch: {equal} of {total} greedy tokens are PEFT's, "
+        f"log-probabilities within {worst:.1e}; {as_base} of the adapters' tokens are the base's too"
+    )
+
+
+def predicted(batch: int, rank: int) -> float:
+    """The products of a decode step with an adapter for each sequence, over the base's, on an H100 in bf16.
+
+    The base's product has a row for each sequence, the adapters' have `rank`. Either takes as long as W0's bytes or its
+    arithmetic, whichever is longer; kernels' starts and the factors' bytes are left out.
+
+    >>> predicted(8, 8)  # bound by memory: W0 is read twice
+    2.0
+    """
+    import torch
+
+    from smoa_kernels.tuning.gpus import GPUS
+
+    rates = GPUS["h100"].rates(torch.bfloat16, ieee=False)
+
+    def seconds_per_weight(rows: int) -> float:
+        return max(2 / rates.bytes_per_second, 2 * rows / rates.flops_per_second)
+
+    return (seconds_per_weight(batch) + seconds_per_weight(batch * rank)) / seconds_per_weight(batch)
+
+
+def print_predicted() -> None:
+    """Print rows and time by batch and rank."""
+    ranks = (4, 8, 16, 32)
+    print(f"| sequences | {' | '.join(f'r={rank}' for rank in ranks)} |")
+    print("|---" * (1 + len(ranks)) + "|")
+    for batch in (1, 4, 8, 16, 32, 64, 128):
+        cells = [f"{batch * rank} rows, {predicted(batch, rank):.1f}" for rank in ranks]
+        print(f"| {batch} | {' | '.join(cells)} |")
+
+
 def main() -> None:
-    """Print one table."""
+    """Print one table, or the comparison with PEFT."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("base", nargs="?")
+    parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against-peft", action="store_true")
+    parser.add_argument("--predict", action="store_true")
     options = parser.parse_args()
+    if options.predict:
+        print_predicted()
+        return
+    if options.folder is None:
+        parser.error("give BASE and FOLDER")
     if not (options.folder / "merged").exists():
         make(options.base, options.folder)
 
@@ -75,18 +162,26 @@ def main() -> None:
     common: dict[str, Any] = {
         "dtype": options.dtype,
         "max_model_len": 640,
-        "max_num_seqs": 8,
+        "max_num_seqs": 64 if options.against_peft else 8,
         "enforce_eager": True,
     }
-    merged = LLM(str(options.folder / "merged"), **common)
     engine = LLM(options.base, enable_lora=True, max_lora_rank=8, max_loras=8, max_cpu_loras=32, **common)
     numbers = {name: i + 1 for i, name in enumerate(sorted(path.name for path in options.folder.glob("*-?")))}
     requests = {name: LoRARequest(name, i, str(options.folder / name)) for name, i in numbers.items()}
+    if options.against_peft:
+        print(against_peft(engine, options.base, options.folder, requests))
+    else:
+        merged = LLM(str(options.folder / "merged"), **common)
+        print_times(engine, merged, requests, options)
+
+
+def print_times(engine: Any, merged: Any, requests: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print decode and prefill of each case over the merged model's, interleaved, and how long loading took."""
     loading = []
-    for name in ("smoa4-0", "smoa4-1", "smoa4-2"):
+    for name in [f"{kind}-{i}" for kind in ("smoa4", "lora") for i in range(4)]:
         start = time.perf_counter()
         engine.llm_engine.add_lora(requests[name])
-        loading.append(time.perf_counter() - start)
+        loading.append(f"{name} {time.perf_counter() - start:.2f}")
 
     kinds = ("smoa4-", "smoa2-", "hira-", "lora-")
     cases: dict[str, tuple[Any, list[Any]]] = {
@@ -116,7 +211,7 @@ def main() -> None:
         ms = [1e3 * statistics.median(own[i] for own, _ in rows) for i in (0, 1)]
         ratios = [statistics.median(own[i] / other[i] for own, other in rows) for i in (0, 1)]
         print(f"| {name} | {ms[0]:.1f} | {ratios[0]:.2f} | {ms[1]:.0f} | {ratios[1]:.2f} |")
-    print(f"\nLoading smoa4-0, 1, 2: {', '.join(f'{one:.2f}' for one in loading)} s")
+    print(f"\nLoading, s: {', '.join(loading)}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class PackedAdapter:
         ranks: int32 (K,) rank r_k of each block.
         scaling: 0-d tensor, s.
         block_ranks: the numbers in `ranks`, where the host has them.
-        layout: what launches ask of these tensors, once one has asked (`kernels.launch.described`).
+        layout: what a backend made of these tensors for its calls, once it has (`kernels.launch.described`, `Call`).
 
     Example:
         >>> halves = torch.tensor([0, 0, 1, 1])

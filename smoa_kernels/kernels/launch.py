@@ -174,7 +174,7 @@ def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers
     Kernels over experts read A along C: of a transposed adapter it is a copy, which is small.
     """
     if isinstance(adapter, PackedAdapter):
-        if adapter.layout is None:
+        if not isinstance(adapter.layout, tuple):
             p = adapter.partition
             pointers = {"row_block_ptr": p.row_block, "col_block_ptr": p.col_block}
             adapter.layout = _described(adapter, p, granule_of(p.granularity, p.shape), (), pointers)

@@ -10,8 +10,8 @@ own product, whatever its quantisation:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,13 @@ class Group(NamedTuple):
 
     slot: int
     tokens: Tensor  # int64, on the device of the activations
+    slots: Tensor  # as long: the slot of each
+    count: int
+
+    @classmethod
+    def of(cls, slot: int, tokens: Tensor) -> Group:
+        """The group of these tokens."""
+        return cls(slot, tokens, torch.full_like(tokens, slot), len(tokens))
 
 
 class Slice(NamedTuple):
@@ -67,14 +74,10 @@ def packed_from_stacked(A: Tensor, B: Tensor, ranks: Sequence[int]) -> tuple[Ten
     return A.gather(0, of_cols.T), B.gather(1, of_rows), partition
 
 
-def read_weight(product: Product, shape: tuple[int, int], like: Tensor) -> Tensor:
+def read_weight(product: Product, in_features: int, like: Tensor) -> Tensor:
     """W0 (N, C) of a layer that only multiplies: its product with the identity, which is exact."""
-    weight = like.new_empty(shape)
-    identity = torch.eye(shape[1], dtype=like.dtype, device=like.device)
-    for rows in identity.split(MOST_ROWS):
-        start = int(rows[0].argmax())
-        weight[:, start : start + len(rows)] = product(rows).T
-    return weight
+    identity = torch.eye(in_features, dtype=like.dtype, device=like.device)
+    return torch.cat([product(rows).T for rows in identity.split(MOST_ROWS)], 1)
 
 
 @dataclass
@@ -93,7 +96,12 @@ class LayerSlots:
     weight: Tensor | None
     keep: bool
     ranks: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
-    packed: dict[tuple[int, int], tuple[Any, ...]] = field(default_factory=dict)
+    packed: dict[tuple[int, int], PackedAdapter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # B of each slice, rank by rank (slots, most ranks, rows), as the rows of a token are summed.
+        self.by_rank = [part.B[:, 0].transpose(1, 2).contiguous() for part in self.slices]
+        self.most = [0] * len(self.slices)  # ranks of a slice, of the adapter that has most
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,9 +111,13 @@ class LayerSlots:
     def fill(self, slot: int, ranks: Sequence[tuple[int, ...]]) -> None:
         """Note what is in a slot now: r_k of each slice, () of one that the adapter leaves alone; nothing is LoRA's."""
         self.ranks.pop(slot, None)
-        self.packed = {key: factors for key, factors in self.packed.items() if key[0] != slot}
+        self.packed = {key: adapter for key, adapter in self.packed.items() if key[0] != slot}
+        for part, by_rank in zip(self.slices, self.by_rank, strict=True):
+            by_rank[slot] = part.B[slot, 0].T
         if any(ranks):
             self.ranks[slot] = list(ranks)
+        totals = [[sum(own) for own in adapter] for adapter in self.ranks.values()]
+        self.most = [max(own) for own in zip(*totals, strict=True)] or [0] * len(self.slices)
 
     def distances(self, sketches: Mapping[int, Tensor]) -> dict[int, float]:
         """How far W0 of each slice is from the one of its sketch, seen by its products with random signs."""
@@ -133,82 +145,108 @@ class LayerSlots:
         if not groups:
             return base()
         weight = self._weight_for(groups, x)
-        bias = None if bias is None else bias.to(x.dtype)
-        if weight is not None and len(groups[0].tokens) == len(x):
+        if weight is not None and groups[0].count == len(x):
             return self._modulated(x, bias, weight, groups[0].slot)
-        whole = weight is not None and sum(len(group.tokens) for group in groups) == len(x)
+        whole = weight is not None and sum(group.count for group in groups) == len(x)
         y = x.new_empty(len(x), self.shape[0]) if whole else base()
         few = []
         for group in groups:
-            if weight is not None and (len(groups) == 1 or len(group.tokens) >= MANY_TOKENS):
-                y[group.tokens] = self._modulated(x[group.tokens], bias, weight, group.slot)
+            if weight is not None and (len(groups) == 1 or group.count >= MANY_TOKENS):
+                own = x.index_select(0, group.tokens)
+                y.index_copy_(0, group.tokens, self._modulated(own, bias, weight, group.slot))
             else:
                 few.append(group)
         if few:
             tokens = torch.cat([group.tokens for group in few])
-            update = self._rows(x[tokens], few, weight)
-            if weight is None:
-                y[tokens] = (y[tokens] + update).to(y.dtype)
-            else:
-                # The adapter's output enters before the base product rounds: half precision would round it away later.
-                update = update.to(x.dtype).addmm_(x[tokens], weight.T)
-                y[tokens] = update if bias is None else update.add_(bias)
+            slots = torch.cat([group.slots for group in few])
+            own, others = x.index_select(0, tokens), y.index_select(0, tokens)
+            y.index_copy_(0, tokens, self._by_rows(own, others, bias, slots, self.most, weight))
         return y
+
+    def recorded_output(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
+        """Compute the same by operators and shapes that depend on T alone, for a CUDA graph that any step replays.
+
+        Args:
+            x: (T, C).
+            y: (T, N), the output that is kept for tokens of others.
+            bias: (N,) or None.
+            slots: int64 (T,), on the device: the slot of each token of ours, -1 for others.
+        """
+        most = [part.A.shape[2] for part in self.slices]
+        ours = self._by_rows(x, y, bias, slots.clamp_min(0), most, self.weight)
+        return torch.where((slots >= 0)[:, None], ours, y)
 
     def _weight_for(self, groups: Sequence[Group], x: Tensor) -> Tensor | None:
         """W0, where it is at hand, may be kept, or takes fewer rows of the base product than the adapters would."""
         if self.weight is not None:
             return self.weight
-        tokens = sum(len(group.tokens) for group in groups)
-        rows = tokens * sum(self._rank(groups, at) for at in range(len(self.slices)))
+        tokens = sum(group.count for group in groups)
+        rows = tokens * sum(self.most)
         if not self.keep and rows <= self.shape[1] + tokens:
             return None
-        weight = read_weight(self.product, self.shape, x)
+        weight = read_weight(self.product, self.shape[1], x)
         self.weight = weight if self.keep else None
         return weight
 
-    def _rank(self, groups: Sequence[Group], at: int) -> int:
-        return max(sum(self.ranks[group.slot][at]) for group in groups)
+    def _by_rows(
+        self,
+        x: Tensor,
+        y: Tensor,
+        bias: Tensor | None,
+        slots: Tensor,
+        most: Sequence[int],
+        weight: Tensor | None,
+    ) -> Tensor:
+        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` and the base's output, which is y where W0 is not at hand, (T, N).
 
-    def _rows(self, x: Tensor, groups: Sequence[Group], weight: Tensor | None) -> Tensor:
-        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` (T, N) in float32 for the tokens of these slots, one group after another."""
-        slots = torch.cat([torch.full_like(group.tokens, group.slot) for group in groups])
-        update = x.new_zeros(len(x), self.shape[0], dtype=torch.float32)
-        for at, (start, stop, all_A, all_B) in enumerate(self.slices):
-            rank = self._rank(groups, at)
-            for chunk in torch.arange(len(x) if rank else 0, device=x.device).split(
-                max(1, MOST_ROWS // max(1, rank))
-            ):
-                A, B = all_A[slots[chunk], 0, :rank], all_B[slots[chunk], 0, :, :rank]
-                rows = (x[chunk, None] * A).flatten(0, 1)
-                if weight is None:
-                    products = self.product(rows)[:, start:stop]
-                else:
-                    products = F.linear(rows, weight[start:stop])
-                products = products.float().view(len(chunk), rank, -1)
-                update[chunk, start:stop] = (products * B.transpose(1, 2)).sum(1)
-        return update
+        `most` are the ranks of each slice, `slots` (T,) says whose.
+        """
+        total = x.new_zeros(len(x), self.shape[0], dtype=torch.float32)
+        # In float32 the base is one more rank, of ones.
+        base_is_rank = weight is not None and x.dtype == torch.float32
+        for (start, stop, all_A, _), all_B, rank in zip(self.slices, self.by_rank, most, strict=True):
+            step = max(1, MOST_ROWS // (rank + base_is_rank or 1))
+            for first in range(0, len(x) if rank or base_is_rank else 0, step):
+                own = slots[first : first + step]
+                A, B = all_A.index_select(0, own)[:, 0, :rank], all_B.index_select(0, own)[:, :rank]
+                if base_is_rank:
+                    A, B = (F.pad(factor, (0, 0, 1, 0), value=1.0) for factor in (A, B))
+                rows = (x[first : first + step, None] * A).flatten(0, 1)
+                products = (
+                    self.product(rows)[:, start:stop]
+                    if weight is None
+                    else F.linear(rows, weight[start:stop])
+                )
+                total[first : first + step, start:stop] = (products.float().view_as(B) * B).sum(1)
+        if weight is None:
+            return (y + total).to(y.dtype)
+        if not base_is_rank:
+            # The update enters before the base product rounds: half precision would round it away later.
+            total = total.to(x.dtype).addmm_(x, weight.T)
+        return total if bias is None else total.add_(bias)
 
     def _modulated(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
         """`x (W0 ∘ (1 + BA))ᵀ + b` (T, N) with the adapter of one slot, by our operator."""
         outputs = []
         for at, part in enumerate(self.slices):
-            own_bias = None if bias is None else bias[part.start : part.stop]
+            own_bias = None if bias is None else bias[part.start : part.stop].to(x.dtype)
             own_weight = weight[part.start : part.stop]
             if not self.ranks[slot][at]:
                 outputs.append(F.linear(x, own_weight, own_bias))
                 continue
-            adapter = PackedAdapter(own_weight, *self._packed(slot, at))
+            adapter = self._adapter(slot, at, own_weight, kept=weight is self.weight)
             backend = load_backend(resolve_backend("auto", x.device, x.dtype, adapter.A.shape[0]))
             outputs.append(backend.forward(x, own_bias, adapter, "auto", None))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
-    def _packed(self, slot: int, at: int) -> tuple[Any, ...]:
-        """A slot's adapter as the operator takes it, but for W0, which one step may have and the next not."""
+    def _adapter(self, slot: int, at: int, weight: Tensor, *, kept: bool) -> PackedAdapter:
+        """A slot's adapter as the operator takes it. Between steps it holds W0 only where that is kept anyway."""
         if (slot, at) not in self.packed:
             ranks, part = self.ranks[slot][at], self.slices[at]
             rank = sum(ranks)
             A, B, partition = packed_from_stacked(part.A[slot, 0, :rank], part.B[slot, 0, :, :rank], ranks)
-            sizes = torch.tensor(ranks, dtype=torch.int32, device=A.device)
-            self.packed[slot, at] = A, B, partition, sizes, scaling_tensor(1.0, A.device), ranks
-        return self.packed[slot, at]
+            sizes, s = torch.tensor(ranks, dtype=torch.int32, device=A.device), scaling_tensor(1.0, A.device)
+            own = weight if kept else weight.to("meta")
+            self.packed[slot, at] = PackedAdapter(own, A, B, partition, sizes, s, ranks)
+        adapter = self.packed[slot, at]
+        return adapter if kept else replace(adapter, weight=weight)

@@ -24,11 +24,13 @@ from ..definition.sketch import TOLERANCE
 from .factors import MERGE, PREFIX, ServedAdapter, read_served, served_method
 from .products import Group, LayerSlots, Slice
 
-__all__ = ["KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register"]
+__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register"]
 
 TESTED_VERSION = "0.32.0"
 KEEP_VARIABLE = "SMOA_VLLM_KEEP_W0"
 """Set it to 0, and no copy of W0 is kept where vLLM has repacked it, as it does on CPUs."""
+GRAPHS_VARIABLE = "SMOA_VLLM_CUDA_GRAPHS"
+"""Set it to 1, and the CUDA graphs of steps with adapters compute ours too. LoRA's steps then pay for them."""
 
 _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows what loggers below its own say
 
@@ -147,9 +149,10 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
         parts = {at: left.pop(part) for at, part in enumerate(names) if part in left}
         if not parts:
             continue
-        slots = getattr(module, "_smoa_slots", None)
-        if slots is None or len(slots.slices) != len(names):
-            raise ValueError(f"{adapter.folder}: {name}: {type(module).__name__} takes LoRA alone; {MERGE}")
+        slots = module._smoa_slots
+        if not isinstance(slots, LayerSlots) or len(slots.slices) != len(names):
+            reason = slots if isinstance(slots, str) else "vLLM packs other layers into one"
+            raise ValueError(f"{adapter.folder}: {name} takes LoRA alone: {reason}; {MERGE}")
         base = module.base_layer
         for at, factors in parts.items():
             shape = base.output_sizes[at] if len(names) > 1 else base.output_size, base.input_size
@@ -185,9 +188,8 @@ def _parts(manager: Any, name: str) -> list[str]:
 @_instead_of("vllm.lora.model_manager.LoRAModelManager.register_module", "self module_name module")
 def _register_module(original: Callable[..., Any], self: Any, module_name: str, module: Any) -> None:
     original(self, module_name, module)
-    slots = _layer_slots(module)
-    if slots is not None:
-        module._smoa_slots = slots
+    module._smoa_slots = _hindrance(module) or _layer_slots(module)
+    if isinstance(module._smoa_slots, LayerSlots):
         module._smoa_name = f"{module_name} {len(_layers)}"
         _layers[module._smoa_name] = module
 
@@ -196,12 +198,26 @@ def _register_module(original: Callable[..., Any], self: Any, module_name: str, 
 _layers: dict[str, Any] = {}
 
 
-def _layer_slots(module: Any) -> LayerSlots | None:
-    """What we keep of a layer; None where it is not linear, or computes LoRA in a way of its own."""
+def _hindrance(module: Any) -> str | None:
+    """Why a layer computes LoRA alone; None where it takes our adapters too."""
     if not isinstance(module, import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA):
+        return f"{type(module).__name__} is no linear layer"
+    if module._enable_aux_cuda_stream:
+        return "VLLM_LORA_ENABLE_DUAL_STREAM is set"
+    if module.lora_config.fully_sharded_loras:
+        return "--fully-sharded-loras is given"
+    config = import_module("vllm.config").get_current_vllm_config_or_none()
+    none = import_module("vllm.config").CUDAGraphMode.NONE
+    if (
+        config is None
+        or config.compilation_config.cudagraph_mode == none
+        or os.environ.get(GRAPHS_VARIABLE) == "1"
+    ):
         return None
-    if module._enable_aux_cuda_stream or module.lora_config.fully_sharded_loras or _replays_any_step():
-        return None
+    return f"vLLM records CUDA graphs; give --enforce-eager or set {GRAPHS_VARIABLE}=1"
+
+
+def _layer_slots(module: Any) -> LayerSlots:
     base, method = module.base_layer, module._get_quant_method()
     ends = list(itertools.accumulate(module.output_slices))
     slices = [
@@ -216,15 +232,6 @@ def _layer_slots(module: Any) -> LayerSlots | None:
     return LayerSlots(lambda rows: method.apply(base, rows, None), slices, weight, keep)
 
 
-def _replays_any_step() -> bool:
-    """Whether a CUDA graph is chosen before the adapters of a step are known, as vLLM's newer model runner does."""
-    config = import_module("vllm.config").get_current_vllm_config_or_none()
-    if config is None:
-        return not import_module("vllm.platforms").current_platform.is_cpu()
-    has_graphs = config.compilation_config.cudagraph_mode != import_module("vllm.config").CUDAGraphMode.NONE
-    return bool(has_graphs and config.use_v2_model_runner)
-
-
 @_instead_of("vllm.lora.model_manager.LoRAModelManager.activate_adapter", "self lora_id")
 def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> Any:
     moved = original(self, lora_id)
@@ -232,7 +239,7 @@ def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> 
         slot = self.lora_index_to_id.index(lora_id)
         adapter = getattr(self.list_adapters()[lora_id], "smoa_adapter", None)
         for name, module in self.modules.items():
-            if hasattr(module, "_smoa_slots"):
+            if isinstance(module._smoa_slots, LayerSlots):
                 ranks = [adapter.ranks(part) for part in _parts(self, name)] if adapter else []
                 module._smoa_slots.fill(slot, ranks)
     return moved
@@ -247,14 +254,18 @@ def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) 
         for slot, lora_id in enumerate(self.lora_index_to_id)
         if lora_id in adapters and hasattr(adapters[lora_id], "smoa_adapter")
     }
+    slot_of = [slots.get(lora_id, -1) for lora_id in mapping.index_mapping]
     tokens: dict[int, list[int]] = {}
-    for token, lora_id in enumerate(mapping.index_mapping):
-        if lora_id in slots:
-            tokens.setdefault(slots[lora_id], []).append(token)
-    groups = [Group(slot, torch.tensor(own, device=self.device)) for slot, own in tokens.items()]
-    _step["is_ours"] = bool(groups)
+    for token, slot in enumerate(slot_of):
+        tokens.setdefault(slot, []).append(token)
+    tokens.pop(-1, None)
+    groups = [Group.of(slot, torch.tensor(own, device=self.device)) for slot, own in tokens.items()]
     for wrapper in self.punica_wrapper_mapping.values():
         wrapper.smoa_groups = groups
+        wrapper.smoa_has_adapters = any(mapping.index_mapping)
+        if not hasattr(wrapper, "smoa_slot_of"):
+            wrapper.smoa_slot_of = torch.full_like(wrapper._token_lora_indices, -1)
+        wrapper.smoa_slot_of.fill_(-1)[: len(slot_of)].copy_(torch.tensor(slot_of))
     if groups:
         index, prompt = (
             tuple(0 if lora_id in slots else lora_id for lora_id in ids)
@@ -266,25 +277,10 @@ def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) 
 
 # Computing.
 
-_step = {"is_ours": False}
-
-
-@_instead_of(
-    "vllm.v1.cudagraph_dispatcher.CudagraphDispatcher.dispatch",
-    "self num_tokens uniform_decode has_lora num_active_loras valid_modes invalid_modes",
-)
-def _dispatch(original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """No CUDA graph holds a step with tokens of ours: what is launched goes by the adapters that it has."""
-    if _step["is_ours"]:
-        none = import_module("vllm.config").CUDAGraphMode.NONE
-        given = inspect.signature(original).bind(*args, **options).arguments
-        return original(**{**given, "valid_modes": {none}, "invalid_modes": None})
-    return original(*args, **options)
-
 
 @_instead_of("vllm.lora.layers.base_linear.BaseLinearLayerWithLoRA._apply_sync", "self x bias")
 def _apply_sync(original: Callable[..., Any], self: Any, x: Tensor, bias: Tensor | None = None) -> Any:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_recorded(x):
         return _adapted(self, x, original(self, x, bias), bias)
     groups = _groups(self)
     if not groups:
@@ -308,15 +304,23 @@ def _adapted(layer: Any, x: Tensor, output: Tensor, bias: Tensor | None) -> Tens
 
 @torch.library.custom_op("smoa_serving::adapt", mutates_args=("output",))
 def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
-    """Put what our tokens get into a layer's output. Opaque to compilers, whose graph serves any step."""
-    groups = _groups(_layers[layer])
-    if groups:
-        flat = output.view(-1, output.shape[-1])
-        y = _layers[layer]._smoa_slots.output(x.flatten(0, -2), bias, groups, lambda: flat)
-        if y is not flat:
-            flat.copy_(y)
+    """Put what our tokens get into a layer's output. Opaque to compilers, whose code serves any step."""
+    module, flat = _layers[layer], output.view(-1, output.shape[-1])
+    wrapper, slots = module.punica_wrapper, module._smoa_slots
+    y = flat
+    if not _is_recorded(x):
+        y = slots.output(x.flatten(0, -2), bias, _groups(module), lambda: flat)
+    elif wrapper.smoa_has_adapters:
+        y = slots.recorded_output(x.flatten(0, -2), flat, bias, wrapper.smoa_slot_of[: len(flat)])
+    if y is not flat:
+        flat.copy_(y)
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether a CUDA graph records what is launched now, for later steps with other adapters."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _groups(layer: Any) -> Sequence[Group]:
     groups: Sequence[Group] = getattr(layer.punica_wrapper, "smoa_groups", ())
-    return groups if hasattr(layer, "_smoa_slots") else ()
+    return groups if hasattr(layer, "_smoa_name") else ()

@@ -5,6 +5,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
@@ -73,7 +74,7 @@ class Layer:
 
     def output(self, x, slot_of):
         slot_of = torch.tensor(slot_of)
-        groups = [Group(int(s), (slot_of == s).nonzero().flatten()) for s in slot_of.unique() if s >= 0]
+        groups = [Group.of(int(s), (slot_of == s).nonzero().flatten()) for s in slot_of.unique() if s >= 0]
         return self.slots.output(x, self.bias, groups, lambda: F.linear(x, self.weight, self.bias))
 
 
@@ -108,6 +109,22 @@ def test_rows_are_multiplied_in_chunks(monkeypatch):
     assert max(layer.calls) <= 16
 
 
+@pytest.mark.parametrize("given", [{"weight": True}, {}], ids=["W0", "rows"])
+def test_what_is_recorded_for_one_step_serves_any_other(given, monkeypatch):
+    """As a CUDA graph, a trace launches the same operators with the same shapes again, whatever the adapters."""
+    monkeypatch.setattr(products, "MOST_ROWS", 24)
+    layer, x = Layer(**given), torch.randn(7, C)
+    y = F.linear(x, layer.weight, layer.bias)
+    recorded = make_fx(lambda slots: layer.slots.recorded_output(x, y, layer.bias, slots))(
+        torch.full((7,), -1)
+    )
+    for slot_of in ([-1] * 7, [1] * 7, [0, 1, 2, 3, -1, 2, 1]):
+        found = recorded(torch.tensor(slot_of))
+        torch.testing.assert_close(found.double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4)
+        others = torch.tensor(slot_of) < 0
+        assert torch.equal(found[others], y[others])
+
+
 def test_w0_is_read_for_many_tokens_and_kept_only_where_it_may_be():
     for keep in (False, True):
         layer = Layer(keep=keep)
@@ -120,12 +137,13 @@ def test_w0_is_read_for_many_tokens_and_kept_only_where_it_may_be():
 def test_w0_is_read_exactly(monkeypatch):
     monkeypatch.setattr(products, "MOST_ROWS", 7)
     layer = Layer(torch.bfloat16)
-    weight = read_weight(layer.product, layer.slots.shape, layer.weight)
+    weight = read_weight(layer.product, C, layer.weight)
     torch.testing.assert_close(weight, layer.weight, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("slot_of", [[1] * 64, [0, 1] * 3], ids=["one slot", "few tokens each"])
-def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of):
+def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of, recorded):
     """An update of 1e-3 of W0, added to an output that is rounded already, would lose half of it (DESIGN.md, 2)."""
     layer = Layer(torch.bfloat16, weight=True, size=2e-4)
     kept = []
@@ -133,7 +151,11 @@ def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of):
         x = torch.randn(len(slot_of), C, generator=torch.Generator().manual_seed(seed)).bfloat16()
         base = F.linear(x.double(), layer.weight.double(), layer.bias.double())
         true = layer.expected(x, slot_of) - base
-        kept.append(torch.stack([((layer.output(x, slot_of) - base) * true).sum(), true.square().sum()]))
+        if recorded:
+            y = layer.slots.recorded_output(x, base.bfloat16(), layer.bias, torch.tensor(slot_of))
+        else:
+            y = layer.output(x, slot_of)
+        kept.append(torch.stack([((y - base) * true).sum(), true.square().sum()]))
     part, whole = torch.stack(kept).sum(0)
     assert 0.9 < part / whole < 1.1
 
@@ -150,7 +172,7 @@ def test_a_slot_that_is_filled_anew_forgets_the_old_adapter():
         layer.output(x, [1, 1]).double(), layer.expected(x, [1, 1]), rtol=1e-5, atol=1e-4
     )
     layer.slots.fill(1, [])
-    assert layer.slots.output(x, None, [Group(1, torch.tensor([0]))], lambda: "base") == "base"
+    assert layer.slots.output(x, None, [Group.of(1, torch.tensor([0]))], lambda: "base") == "base"
 
 
 @pytest.mark.parametrize("ranks", [(4,), (3, 0, 5), (1, 1, 1)])

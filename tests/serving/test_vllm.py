@@ -8,9 +8,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from served import CONFIGS, save_adapter
 from transformers import AutoModelForCausalLM
 
 from smoa_kernels.serving import vllm as plugin
+from smoa_kernels.serving.factors import read_served
 
 pytestmark = pytest.mark.slow
 NAMES = [None, "smoa2", "smoa4", "unequal", "hira", "lora"]
@@ -22,13 +24,15 @@ class Engine:
     def __init__(self, base, adapters, **options):
         from vllm import LLM
 
-        options = {"max_model_len": 128, "max_num_seqs": 32, "max_lora_rank": 8, "max_loras": 8, **options}
-        options |= {
-            "dtype": options.get("dtype", "float32"),
-            "enforce_eager": True,
-            "disable_log_stats": True,
+        usual = {
+            "max_model_len": 128,
+            "max_num_seqs": 66,
+            "max_lora_rank": 8,
+            "max_loras": 8,
+            "dtype": "float32",
         }
-        self.engine = LLM(str(base), enable_lora=True, **options)
+        usual |= {"enforce_eager": True, "disable_log_stats": True, "enable_lora": True}
+        self.engine = LLM(str(base), **usual | options)
         self.ids, self.adapters = {}, adapters
 
     def request(self, name):
@@ -100,11 +104,14 @@ def against_peft(base, adapters, prompts, answers):
     return worst, other
 
 
-@pytest.mark.parametrize("keep", ["1", "0"], ids=["kept", "unkept"])
-def test_a_mixed_batch_gives_each_request_what_peft_gives(keep, engine, base, adapters, monkeypatch):
-    monkeypatch.setenv(plugin.KEEP_VARIABLE, keep)
-    prompts = some_prompts(NAMES)
-    running = engine()
+@pytest.mark.parametrize("way", ["W0 kept", "W0 not kept", "recorded", "compiled"])
+def test_a_mixed_batch_gives_each_request_what_peft_gives(way, engine, base, adapters, monkeypatch):
+    """66 prompts in a batch; also by what a CUDA graph would record, and in code that torch.compile made."""
+    monkeypatch.setenv(plugin.KEEP_VARIABLE, "0" if way == "W0 not kept" else "1")
+    if way == "recorded":
+        monkeypatch.setattr(plugin, "_is_recorded", lambda x: True)
+    prompts = some_prompts(NAMES, count=11)
+    running = engine(enforce_eager=way != "compiled")
     answers = running.answers(prompts)
     worst, other = against_peft(base, adapters, prompts, answers)
     assert worst < 1e-4
@@ -112,6 +119,42 @@ def test_a_mixed_batch_gives_each_request_what_peft_gives(keep, engine, base, ad
     assert (
         len({tuple(tokens) for tokens, _ in running.answers([(name, prompts[0][1]) for name in NAMES])}) == 6
     )
+
+
+@pytest.mark.parametrize(
+    "names", [["smoa4"], [None, "smoa4", "hira", "smoa2"]], ids=["one adapter", "several"]
+)
+def test_bf16_decode_keeps_an_update_of_a_thousandth(names, base, tmp_path):
+    """Of W0. Added to a rounded output, half of it would be lost (docs/numerics.md)."""
+    adapters = {name: save_adapter(base, CONFIGS[name](), tmp_path / name, 0.013) for name in names if name}
+    running, seen = Engine(base, adapters, dtype="bfloat16"), []
+    try:
+
+        def watch(model):
+            layer = model.model.layers[1].mlp.down_proj
+            layer.register_forward_hook(lambda module, given, output: seen.append((*given, output[0])))
+
+        running.engine.apply_model(watch)
+        prompts = some_prompts(names, count=24 // len(names))
+        running.answers(prompts, tokens=24)
+    finally:
+        running.close()
+    weight = load_file(base / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].bfloat16().double()
+    factors = {
+        name: read_served(folder).layers["model.layers.1.mlp.down_proj"] for name, folder in adapters.items()
+    }
+    delta = {name: weight * (found.B.double() @ found.A.double()) for name, found in factors.items()}
+    sizes = [float(own.norm() / weight.norm()) for own in delta.values()]
+    assert all(5e-4 < size < 2e-3 for size in sizes), sizes
+    kept, whole = 0.0, 0.0
+    for x, y in seen:
+        if len(x) == len(prompts):  # decode, whose tokens stand as the prompts do
+            for (name, _), row, output in zip(prompts, x.double(), y.double(), strict=True):
+                if name is not None:
+                    true = row @ delta[name].T
+                    kept += float((output - row @ weight.T) @ true)
+                    whole += float(true @ true)
+    assert 0.95 < kept / whole < 1.05, (kept / whole, len(seen))
 
 
 def test_two_processes_give_what_peft_gives(engine, base, adapters):

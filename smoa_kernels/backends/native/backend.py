@@ -112,7 +112,9 @@ def forward(
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     if not x.numel() or not y.numel():
         return y.zero_() if bias is None else y.copy_(bias)
-    call = Call.of(adapter, mask)
+    # What serves an adapter keeps it, and the call in it: making one takes as long as a few tokens of a small layer.
+    call = adapter.layout if isinstance(adapter.layout, Call) and mask is None else Call.of(adapter, mask)
+    adapter.layout = call if mask is None else adapter.layout
     call.plan(path, Algorithm.MERGED if algorithm != "split" and mask is None else Algorithm.SPLIT)
     call.run("smoa_forward", x=x, bias=bias, y=y)
     return y
