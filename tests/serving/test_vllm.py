@@ -135,7 +135,7 @@ def test_bf16_decode_keeps_an_update_of_a_thousandth(names, base, tmp_path):
             layer.register_forward_hook(lambda module, given, output: seen.append((*given, output[0])))
 
         running.engine.apply_model(watch)
-        prompts = some_prompts(names, count=24 // len(names))
+        prompts = some_prompts(names, count=12 // len(names))
         running.answers(prompts, tokens=24)
     finally:
         running.close()
