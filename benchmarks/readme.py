@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MAIN_JOB = RESULTS / "main-job"
+SERVING = RESULTS / "serving" / "summary.json"  # by `python -m benchmarks.serving`, entered by hand
 METHODS = {"smoa": SMOA, "lora": LORA, "hira": HIRA}
 START, END = "<!-- written by python -m benchmarks.report: -->", "<!-- :written -->"
 
@@ -66,6 +67,7 @@ def section(runs: list[Run]) -> str:
     rows = _job_rows(own, {name: job["summary"] for name, job in jobs.items()})
     on_cpu = sorted((run for run in runs if not run.on_gpu), key=lambda run: run.machine["device"] != own)
     rows += [row for run in on_cpu for row in _layer_rows(run)]
+    rows.append(_serving_row())
     parts = [
         table(("Measured on CPU", "", "SMoA", "LoRA", "HiRA"), rows),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
@@ -88,6 +90,13 @@ def _job_rows(device: str, summaries: Mapping[str, dict[str, Any]]) -> list[tupl
         ("peak memory of the process, GiB", *peaks),
     ]
     return [(where, words, *cells) for words, *cells in rows]
+
+
+def _serving_row() -> tuple[str, ...]:
+    served = json.loads(SERVING.read_text(encoding="utf-8"))
+    where = f"{_processor(served['device'])}, {served['threads']} thread"
+    ratios = (f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
+    return (where, "a token from vLLM, over merged", *ratios)
 
 
 def _processor(device: str) -> str:
@@ -127,7 +136,8 @@ def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
         f"The first four rows are `make main-job`: SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, "
         f"K=2, {options['dtype']}, one seed, learning rates from validation; {before['questions']} test questions, "
         f"untrained {_percent(before)}; ± is one standard error. The others are `make bench`, K=4: 2048 tokens forward "
-        "and backward through a frozen `nn.Linear` of 2048×2048 with an adapter, r=16; a step of SmolLM2-135M. "
+        "and backward through a frozen `nn.Linear` of 2048×2048 with an adapter, r=16; a step of SmolLM2-135M, "
+        "and [serving it](docs/serving.md#what-it-costs). "
         f"Tables: {pages}."
     )
 
