@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MAIN_JOB = RESULTS / "main-job"
+SERVING = RESULTS / "serving" / "summary.json"  # by `python -m benchmarks.serving`, entered by hand
 METHODS = {"smoa": SMOA, "lora": LORA, "hira": HIRA}
 START, END = "<!-- written by python -m benchmarks.report: -->", "<!-- :written -->"
 
@@ -77,6 +78,7 @@ def section(runs: list[Run]) -> str:
     rows = _job_rows(own, summaries)
     on_cpu = sorted((run for run in runs if not run.on_gpu), key=lambda run: run.machine["device"] != own)
     rows += [row for run in on_cpu for row in _rows(run)]
+    rows.append(_serving_row())
     parts = [
         table(("Measured on CPU", "", "SMoA", "LoRA", "HiRA"), rows),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
@@ -105,6 +107,13 @@ def _rows(run: Run) -> list[tuple[str, ...]]:
             figures = [result.ratio(phase, name) for name in METHODS.values()]
             rows.append((where, words, *("–" if figure is None else figure.short() for figure in figures)))
     return rows
+
+
+def _serving_row() -> tuple[str, ...]:
+    served = json.loads(SERVING.read_text(encoding="utf-8"))
+    where = f"{_processor(served['device'])}, {served['threads']} thread"
+    ratios = (f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
+    return (where, "a token from vLLM, over merged", *ratios)
 
 
 def _processor(device: str) -> str:

@@ -181,6 +181,10 @@ def main() -> None:
 
 def print_times(engine: Any, merged: Any, requests: dict[str, Any], options: argparse.Namespace) -> None:
     """Print decode and prefill of each case over the merged model's, interleaved, and how long loading took."""
+    import torch
+
+    from smoa_kernels.backends import resolve_backend
+
     clock = time.process_time if options.processor_time else time.perf_counter
     loading = []
     for name in [f"{kind}-{i}" for kind in ("smoa4", "lora") for i in range(4)]:
@@ -202,6 +206,7 @@ def print_times(engine: Any, merged: Any, requests: dict[str, Any], options: arg
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(options.rounds + 1):
         for name, (model, adapters) in cases.items():
+            seconds(model, adapters, 8, 1, clock)  # puts the adapters into the engine's slots
             decode = seconds(model, adapters, 8, TOKENS, clock) - seconds(model, adapters, 8, 1, clock)
             prefill = seconds(model, adapters[:1], PREFILL, 1, clock)
             times[name].append((decode / (TOKENS - 1), prefill))
@@ -217,7 +222,8 @@ def print_times(engine: Any, merged: Any, requests: dict[str, Any], options: arg
         ms = [1e3 * statistics.median(own[i] for own, _ in rows) for i in (0, 1)]
         ratios = [statistics.median(own[i] / other[i] for own, other in rows) for i in (0, 1)]
         print(f"| {name} | {ms[0]:.1f} | {ratios[0]:.2f} | {ms[1]:.0f} | {ratios[1]:.2f} |")
-    print(f"\nLoading, s: {', '.join(loading)}")
+    backend = resolve_backend("auto", torch.device("cpu"), getattr(torch, options.dtype), 2)
+    print(f"\nThe operator's backend: {backend}. Loading, s: {', '.join(loading)}")
 
 
 if __name__ == "__main__":

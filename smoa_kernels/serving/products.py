@@ -99,8 +99,6 @@ class LayerSlots:
     packed: dict[tuple[int, int], PackedAdapter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # B of each slice, rank by rank (slots, most ranks, rows), as the rows of a token are summed.
-        self.by_rank = [part.B[:, 0].transpose(1, 2).contiguous() for part in self.slices]
         self.most = [0] * len(self.slices)  # ranks of a slice, of the adapter that has most
 
     @property
@@ -112,8 +110,6 @@ class LayerSlots:
         """Note what is in a slot now: r_k of each slice, () of one that the adapter leaves alone; nothing is LoRA's."""
         self.ranks.pop(slot, None)
         self.packed = {key: adapter for key, adapter in self.packed.items() if key[0] != slot}
-        for part, by_rank in zip(self.slices, self.by_rank, strict=True):
-            by_rank[slot] = part.B[slot, 0].T
         if any(ranks):
             self.ranks[slot] = list(ranks)
         totals = [[sum(own) for own in adapter] for adapter in self.ranks.values()]
@@ -204,11 +200,12 @@ class LayerSlots:
         total = x.new_zeros(len(x), self.shape[0], dtype=torch.float32)
         # In float32 the base is one more rank, of ones.
         base_is_rank = weight is not None and x.dtype == torch.float32
-        for (start, stop, all_A, _), all_B, rank in zip(self.slices, self.by_rank, most, strict=True):
+        for (start, stop, all_A, all_B), rank in zip(self.slices, most, strict=True):
             step = max(1, MOST_ROWS // (rank + base_is_rank or 1))
             for first in range(0, len(x) if rank or base_is_rank else 0, step):
                 own = slots[first : first + step]
-                A, B = all_A.index_select(0, own)[:, 0, :rank], all_B.index_select(0, own)[:, :rank]
+                A = all_A.index_select(0, own)[:, 0, :rank]
+                B = all_B.index_select(0, own)[:, 0, :, :rank].transpose(1, 2)
                 if base_is_rank:
                     A, B = (F.pad(factor, (0, 0, 1, 0), value=1.0) for factor in (A, B))
                 rows = (x[first : first + step, None] * A).flatten(0, 1)

@@ -149,7 +149,7 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
         parts = {at: left.pop(part) for at, part in enumerate(names) if part in left}
         if not parts:
             continue
-        slots = module._smoa_slots
+        slots = getattr(module, "_smoa_slots", None)
         if not isinstance(slots, LayerSlots) or len(slots.slices) != len(names):
             reason = slots if isinstance(slots, str) else "vLLM packs other layers into one"
             raise ValueError(f"{adapter.folder}: {name} takes LoRA alone: {reason}; {MERGE}")
@@ -239,7 +239,7 @@ def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> 
         slot = self.lora_index_to_id.index(lora_id)
         adapter = getattr(self.list_adapters()[lora_id], "smoa_adapter", None)
         for name, module in self.modules.items():
-            if isinstance(module._smoa_slots, LayerSlots):
+            if isinstance(getattr(module, "_smoa_slots", None), LayerSlots):
                 ranks = [adapter.ranks(part) for part in _parts(self, name)] if adapter else []
                 module._smoa_slots.fill(slot, ranks)
     return moved
