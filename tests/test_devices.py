@@ -113,7 +113,7 @@ def test_info_judges_a_table_for_each_of_two_gpus_of_one_name(
     (tmp_path / "tuning").mkdir()
     (tmp_path / "tuning" / "nvidia-h100.json").write_text("{}")
     monkeypatch.setattr(info, "_gpus", lambda: [16, 132])
-    monkeypatch.setattr(info, "identity", lambda n: Identity("NVIDIA H100", "sm_90", n, "2", "3", ""))
+    monkeypatch.setattr(info, "identity", lambda n: Identity("NVIDIA H100", "sm_90", n, "3.9", ""))
     monkeypatch.setattr(info, "read", lambda path, now: Table(broken=f"of {now.multiprocessors}"))
     (said,) = info._tables().values()
     assert said == "yours; of 16; not used; of 132; not used"
