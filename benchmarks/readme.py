@@ -112,8 +112,8 @@ def _rows(run: Run) -> list[tuple[str, ...]]:
 def _serving_row() -> tuple[str, ...]:
     served = json.loads(SERVING.read_text(encoding="utf-8"))
     where = f"{_processor(served['device'])}, {served['threads']} thread"
-    ratios = (f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
-    return (where, "a token from vLLM, over merged", *ratios)
+    figures = (f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
+    return (where, "a token from vLLM, over merged", *figures)
 
 
 def _processor(device: str) -> str:
@@ -134,7 +134,8 @@ def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
     return (
         f"First four rows: `make main-job`, SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, K=2, "
         f"{options['dtype']}, one seed; {before['questions']} test questions, untrained {_percent(before)}; ± is one "
-        "standard error. The others: `make bench`, K=4; the layer has 2048 tokens, 2048×2048 and r=16. "
+        "standard error. The others: `make bench`, K=4; the layer has 2048 tokens, 2048×2048 and r=16. Last row: "
+        "[eight sequences](docs/serving.md#what-it-costs). "
         f"All tables: {pages}."
     )
 
