@@ -33,7 +33,7 @@ class Path(IntEnum):
     FLOAT = 1
     """`product.h`: in float32, half types widened as they are packed."""
     TILES = 2
-    """`bfloat16.h`: in bfloat16, by AMX or AVX512-BF16."""
+    """`product.h`: in bfloat16, by AMX or AVX512-BF16."""
     EAGER = 3
     """torch's operators."""
 

@@ -9,8 +9,7 @@
  *   microkernel.h  what multiplies panels: FMA, vdpbf16ps or AMX;
  *   epilogue.h     what becomes of a finished piece of C: bias and one rounding, another order, or the contraction with A and B.
  *
- * Three files call it: product.h (y and dX in float32, dX in bfloat16), bfloat16.h (y in bfloat16, and dropout's part of dX) and
- * gradient.h (dA and dB).
+ * Two files call it: product.h (y and dX) and gradient.h (dA and dB).
  *
  * So a bfloat16 backward on AMX is two calls. dX = dY W_eff is `blocked_product`: dY becomes left tiles (`tile_rows`); columns of W0 are
  * read, modulated and interleaved to right tiles that stay in the L2 cache (`weight_tiles`); `pairs_panel` multiplies 32 tokens by 32 of

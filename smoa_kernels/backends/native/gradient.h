@@ -5,7 +5,7 @@
  */
 #pragma once
 
-#include "bfloat16.h"
+#include "product.h"
 
 enum {
     SLAB = 512, /* rows of a block whose G is held at a time, at most */
