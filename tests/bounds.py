@@ -1,4 +1,4 @@
-"""What reading a file may cost at most, whatever is in it: so much memory, and it ends."""
+"""Limits for reading a file, whatever is in it: reading ends, and its memory stays bounded."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 
 __all__ = ["ends", "measured", "within"]
 
-# Far more than anything here takes on a slow machine: it tells a hang, and says nothing of speed.
+# Far longer than any call here takes on a slow machine: this detects a hang, not slowness.
 HANG = 60
 
 
 @contextmanager
 def ends(seconds: float = HANG) -> Iterator[None]:
-    """Fails where the body hangs, at the line that it is at; what never comes back to Python ends the process."""
+    """Fails at the line where the body hangs; kills the process where the body never returns to Python."""
 
     def fail(*_: object) -> None:
         pytest.fail(f"no end after {seconds} seconds")
@@ -39,14 +39,14 @@ def ends(seconds: float = HANG) -> Iterator[None]:
 
 @dataclass
 class Peak:
-    """The most bytes that Python held at once for what was done, tensors not counted."""
+    """The most bytes that Python held at once, tensors not counted."""
 
     bytes: int = 0
 
 
 @contextmanager
 def measured() -> Iterator[Peak]:
-    """What the body takes; fails where it hangs."""
+    """Measures the memory of the body; fails where it hangs."""
     peak = Peak()
     tracemalloc.start()
     try:
@@ -61,10 +61,10 @@ T = TypeVar("T")
 
 
 def within(size: int, call: Callable[[], T]) -> T:
-    """What `call` returns; fails where it takes more than `size` bytes, and does so again, or hangs.
+    """Returns the result of `call`; fails where it hangs, or takes more than `size` bytes twice.
 
-    Again, because paths intern their parts, and now and then Python makes the table of all interned strings anew: 4 or
-    8 MB in a process that has loaded torch, whatever is read.
+    The second attempt is for a rare event: paths intern their parts, and Python now and then rebuilds its table of
+    interned strings. With torch loaded that takes 4 or 8 MB.
     """
     for _ in range(2):
         with measured() as peak:

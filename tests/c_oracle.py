@@ -61,9 +61,9 @@ def require_compiler() -> None:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Build and load the library."""
+    """Build and load the library, once."""
     require_compiler()
-    # The file may go once it is loaded: the mapping outlives its name.
+    # The file can be deleted once it is loaded: the mapping stays.
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "libsmoa_ref.so"
         subprocess.run([*COMPILE, "-shared", "-fPIC", SOURCE_DIR / "smoa_ref.c", "-o", target], check=True)
@@ -86,14 +86,14 @@ def spectral_orders(U: ArrayLike, sigma: ArrayLike, V: ArrayLike, granule: int =
 
 
 def block_labels(order: ArrayLike, num_blocks: int, size: int, granule: int = 1) -> IntArray:
-    """The block of each of `size` coordinates when `order` (⌈size/g⌉) is cut as `torch.tensor_split` cuts."""
+    """The block of each of `size` coordinates: `order` (⌈size/g⌉ granules), cut as `torch.tensor_split` cuts."""
     order = _input("order", order, np.int64, (-(-size // granule),))
     labels = np.full(size, -1, dtype=np.int64)
     _call(library().smoa_block_labels, size, granule, num_blocks, order, labels)
     return labels
 
 
-# What follows `weight` is the adapter: packed A (ρ, C), B (N, ρ), labels (N) and (C), ranks (K).
+# `*adapter` stands for packed A (ρ, C), B (N, ρ), labels (N) and (C), ranks (K).
 
 
 def delta_weight(weight: ArrayLike, *adapter: ArrayLike, scaling: float) -> FloatArray:
@@ -112,7 +112,8 @@ def forward(
     scaling: float,
     multiplier: ArrayLike | None = None,
 ) -> FloatArray:
-    """y (T, N) from x (T, C); the adapter sees x∘multiplier, `multiplier` (T, C) the scaled dropout mask."""
+    """y (T, N) from x (T, C); the adapter reads x∘multiplier, where `multiplier` (T, C) is the scaled dropout mask.
+    """
     layer = _Layer(weight, *adapter, scaling=scaling)
     x, multiplier = layer.tokens(x, multiplier)
     bias = None if bias is None else _input("bias", bias, np.float64, (layer.out_features,))
@@ -143,7 +144,7 @@ def backward(
 
 
 class _Layer(CLayer):
-    """A `CLayer` made from arrays, which it keeps alive: the C structure holds bare addresses."""
+    """A `CLayer` made from arrays. It keeps them alive, because the C structure holds bare addresses."""
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class _Layer(CLayer):
         super().__init__(out_features, in_features, num_blocks, max_rank, *addresses, scaling)
 
     def tokens(self, x: ArrayLike, multiplier: ArrayLike | None) -> tuple[FloatArray, FloatArray | None]:
-        """x and its mask as C reads them."""
+        """x and its mask as arrays for C."""
         x = _input("x", x, np.float64, (len(x), self.in_features))
         return x, None if multiplier is None else _input("multiplier", multiplier, np.float64, x.shape)
 
@@ -187,7 +188,7 @@ def _spectral_order(
 
 
 def _input(name: str, value: ArrayLike, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
-    """`value` as C reads it. The shape is checked here because C sees only an address."""
+    """`value` as an array for C. The shape is checked here because C sees only an address."""
     if isinstance(value, torch.Tensor):
         value = value.cpu()
     array = np.ascontiguousarray(value, dtype=dtype)
@@ -197,7 +198,7 @@ def _input(name: str, value: ArrayLike, dtype: type[np.generic], shape: tuple[in
 
 
 def _output(*shape: int) -> FloatArray:
-    """NaN, so that an entry that the library leaves unwritten shows."""
+    """An array of NaN, so that an entry shows that the library did not write."""
     return np.full(shape, np.nan)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of compiled CPU code share: its problems, the shapes they go through, what threads may change."""
+"""Shared by the tests of compiled CPU code: problems, shapes, and checks with several threads."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ needs_bf16 = pytest.mark.skipif(
 )
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
 
-# W_eff's GEMMs, by packing it and by not; those of W0 and ΔW: of all of x, and of what is not dropped.
+# merged and expanded multiply by W_eff, split by W0 and ΔW; dropout is split with masked elements of x.
 FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "expanded", "split", "dropout")}
 each_form = pytest.mark.parametrize("form", FORMS)
-# Half types take other code; the two of them the same, but for the numbers' format.
+# Half types take other code than float32; bfloat16 and float16 share it except for the number format.
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda dtype: str(dtype)[6:])
 each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
 
@@ -39,7 +39,7 @@ def adapter_of(p: LinearProblem) -> PackedAdapter:
 
 
 def each_shape(shapes: Sequence[tuple[int, int, int, tuple[int, ...]]]) -> pytest.MarkDecorator:
-    """Those of tokens, out_features, in_features and ranks, as the `sizes` that `make_problem` takes."""
+    """One test for each shape (tokens, out_features, in_features, ranks), passed as `sizes` for `make_problem`."""
     sizes = [
         {"tokens": tokens, "out_features": rows, "in_features": cols, "ranks": ranks}
         for tokens, rows, cols, ranks in shapes
@@ -48,7 +48,7 @@ def each_shape(shapes: Sequence[tuple[int, int, int, tuple[int, ...]]]) -> pytes
 
 
 def assert_right(case: Case, p: LinearProblem, threads: int) -> None:
-    """Results on so many threads are within their budgets; a second run's are the same, bit for bit."""
+    """Results on `threads` threads are within their budgets, and a second run gives the same bits."""
     with on_threads(threads):
         found = p.run(**case.options)
         assert_within_budget(found, case, p)
@@ -56,12 +56,12 @@ def assert_right(case: Case, p: LinearProblem, threads: int) -> None:
 
 
 def assert_threads_agree(case: Case, p: LinearProblem) -> None:
-    """Two runs on three threads are the same, bit for bit; so is one on one thread, but for what threads sum."""
+    """Two runs on three threads give the same bits. One thread gives them too, except for sums over threads."""
     found = []
     for count in (1, 3, 3):
         with on_threads(count):
             found.append(p.run(**case.options))
     for name, one, three, again in zip(NAMES, *found, strict=True):
         assert torch.equal(three, again), name
-        if name != "dA":  # summed over rows, which the threads share
+        if name != "dA":  # dA is summed over rows, and threads share the rows
             assert torch.equal(one, three), name

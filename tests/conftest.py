@@ -11,29 +11,29 @@ import pytest
 import torch
 from torch import Tensor
 
-# Triton reads it when a kernel is defined, so it is set before any kernel is imported.
-if os.environ.get("PTX_EMULATOR"):  # an architecture: kernels are compiled for it, and run on the CPU
+# Triton reads this variable when a kernel is defined, so it is set before any kernel is imported.
+if os.environ.get("PTX_EMULATOR"):  # an architecture: kernels are compiled for it and run on the CPU
     os.environ |= {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     pytest_plugins = ["ptx_emulator.plugin"]
-elif os.environ.get("CPU_EMULATOR"):  # a processor: compiled code is that for it, its instructions emulated
+elif os.environ.get("CPU_EMULATOR"):  # a processor: code is compiled for it and its instructions are emulated
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     pytest_plugins = ["cpu_emulator.plugin"]
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-GUARD = 65  # numbers before and behind the tensor, which then begins inside a cache line
+GUARD = 65  # numbers on each side of a tensor; odd, so that the tensor begins inside a cache line
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @pytest.fixture(autouse=True)
 def _same_draws() -> None:
-    """Seed every test alike, so that an error budget that is met once is always met."""
+    """Seed every test alike, so that an error budget met once is always met."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A numerical test makes its tensors and layers on the GPU where there is one."""
+    """Numerical tests make their tensors and layers on the GPU if there is one."""
     from problems import DEVICE  # imports the kernels
 
     if DEVICE.type == "cpu" or request.node.get_closest_marker("numerical") is None:
@@ -45,9 +45,9 @@ def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what `torch.empty` and its relatives return with NaN (all bits set), so that unwritten memory shows."""
+    """Fill new memory of `torch.empty` and its relatives with NaN (all bits set), so that unwritten memory shows."""
     with torch.device("cpu"):
-        torch.empty(0)  # torch notes once what a default device applies to: the functions replaced here
+        torch.empty(0)  # torch caches here which functions a default device applies to, before they are replaced
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def filled(*args: Any, **kwargs: Any) -> Tensor:
@@ -70,9 +70,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill what `Tensor.new_empty` returns with NaN, and check that nothing is written just before or behind it.
+    """Fill memory of `Tensor.new_empty` with NaN, and check that nothing is written just before or behind it.
 
-    Every workspace is made by it while this fixture is used.
+    While this fixture is active every workspace comes from `new_empty`.
     """
     monkeypatch.setattr("smoa_kernels.backends.pages.LARGE", sys.maxsize)
     allocate, kept = Tensor.new_empty, []
@@ -92,7 +92,7 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the compiled GEMM multiply in float32 on every processor; it widens half types."""
+    """Make the compiled GEMM multiply in float32 on every processor; half types are widened."""
     module = "smoa_kernels.backends.native.backend"
     routes = importlib.import_module(module)
     kept = [row for row in routes.ROUTES if row.path in (routes.Path.FEW, routes.Path.FLOAT)]
@@ -101,7 +101,7 @@ def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def only_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail where torch's operators compute instead of compiled code."""
+    """Fail where torch's operators compute in place of compiled code."""
     for name in ("forward", "backward"):
         monkeypatch.setattr(f"smoa_kernels.backends.eager.{name}", lambda *_, **__: pytest.fail("eager"))
 
@@ -111,6 +111,6 @@ if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings
 
     for profile, number in PROFILES.items():
-        # The same problems every time where a change waits for the result; new ones at night.
+        # Changes are checked with the same problems every time; nightly runs draw new ones.
         settings.register_profile(profile, max_examples=number, deadline=None, derandomize=profile == "ci")
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

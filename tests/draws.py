@@ -1,4 +1,4 @@
-"""What tests take from hypothesis; a file that imports it is skipped where hypothesis is not installed."""
+"""Profiles of hypothesis for the tests. A file that imports this is skipped where hypothesis is missing."""
 
 import pytest
 
@@ -14,5 +14,5 @@ and how many adapter folders (peft/test_fuzzed_files.py); the variable HYPOTHESI
 
 
 def share(part: float) -> settings:
-    """So much of all that the profile draws."""
+    """Draws this fraction of the profile's number of examples."""
     return settings(max_examples=round(part * settings().max_examples))

@@ -18,7 +18,7 @@ NAMES = ("y", "dX", "dA", "dB")
 
 @dataclass(frozen=True)
 class ExpertsProblem:
-    """Arguments of `experts_linear`, and what comes back in backward."""
+    """Arguments of `experts_linear`, and dY for the backward."""
 
     x: Tensor
     ends: Tensor
@@ -38,11 +38,11 @@ class ExpertsProblem:
         return (y.detach(), *torch.autograd.grad(y, (x, A, B), self.dy))
 
     def operator(self, backend: str) -> tuple[Tensor, ...]:
-        """What a backend makes of it."""
+        """The results of a backend for this problem."""
         return self.run(lambda *given: experts_linear(*given, backend))
 
     def assert_within_budget(self, found: Sequence[Tensor]) -> None:
-        """No result errs by more than twice what the definition errs in its dtype."""
+        """Every error is at most twice the definition's error in its dtype."""
         same = self.run(reference_experts_linear)
         truth = self.to(torch.float64).run(reference_experts_linear)
         for name, ours, theirs, exact in zip(NAMES, found, same, truth, strict=True):
@@ -53,8 +53,8 @@ class ExpertsProblem:
 def make_blocks(
     kind: str, experts: int, shape: tuple[int, int], num_blocks: int, generator: torch.Generator
 ) -> ExpertBlocks:
-    """Blocks of uneven sizes: "contiguous", "shared" by all experts, each expert's "own", "empty" ones among them."""
-    if kind == "rule":  # as a configuration makes them
+    """Blocks of uneven sizes: "contiguous", "shared" by all experts, or each expert's "own"; some are empty."""
+    if kind == "rule":  # made as a configuration makes them
         partition = BlockRule(num_blocks, "random", 4).of_shape(shape, "cpu")
         return ExpertBlocks.from_labels(partition.row_block[None], partition.col_block[None], num_blocks)
     count = 1 if kind in ("contiguous", "shared") else experts
@@ -76,7 +76,7 @@ def make_problem(
     transposed: bool = False,
     seed: int = 0,
 ) -> ExpertsProblem:
-    """A problem with nonzero B; `pairs` of each expert. Padding rows of A and B hold rubbish."""
+    """A problem with nonzero B and `pairs` of each expert. Padding rows of A and B hold rubbish."""
     with torch.device("cpu"):
         generator = torch.Generator().manual_seed(seed)
 

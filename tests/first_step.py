@@ -1,7 +1,7 @@
-"""What the first training step of Llama-3-8B's layers compiles from an empty cache: how many forms, and how long.
+"""Kernels compiled in the first training step of Llama-3-8B's layers from an empty cache: number and time.
 
-Launches are those of the backend on a pretended H100 (tests/launches.py); each form is then compiled for sm_90 by
-Triton, which needs no GPU, in as many processes as are asked for.
+Launches come from the backend on a pretended H100 (tests/launches.py). Triton then compiles each form for sm_90,
+without a GPU, in as many processes as you ask for.
 
     python tests/first_step.py            # counts forms, as JSON
     python tests/first_step.py 2          # compiles them in two processes
@@ -46,7 +46,7 @@ def step(granule: int, tokens: int) -> None:
 
 
 def forms(granule: int) -> tuple[Compiled, int]:
-    """What a step compiles in its order, and how much batches of other lengths compile beside that."""
+    """The forms that one step compiles, in order, and how many more batches of other lengths compile."""
     found: Compiled = []
     compile_nothing = JITFunction._do_compile
 
@@ -71,7 +71,7 @@ def forms(granule: int) -> tuple[Compiled, int]:
 
 
 def compile_one(job: tuple[Any, tuple[Any, ...]]) -> tuple[str, float]:
-    """Compile a form; its kernel and the seconds of CPU that it took, those of the assembler included."""
+    """Compiles a form; returns its kernel and the seconds of CPU time, the assembler's included."""
     kernel, (signature, constexprs, attributes, options) = job
     start = sum(os.times()[:4])
     source = ASTSource(kernel, signature, constexprs, attributes)
@@ -80,7 +80,7 @@ def compile_one(job: tuple[Any, tuple[Any, ...]]) -> tuple[str, float]:
 
 
 def compile_all(found: Compiled, processes: int) -> Iterator[tuple[str, float]]:
-    """Compile forms in forked processes, by their number: what is compiled cannot be sent to them."""
+    """Compiles forms in forked processes. Processes get numbers, because forms cannot be pickled."""
     with multiprocessing.get_context("fork").Pool(processes) as pool:
         yield from pool.imap_unordered(_compile_number, range(len(found)))
 
@@ -93,7 +93,7 @@ _waiting: Compiled = []
 
 
 def main() -> None:
-    """Print the counts, and the seconds where processes are asked for."""
+    """Prints the counts, and the seconds if processes are asked for."""
     processes, told = int((*sys.argv[1:], 0)[0]), {}
     install()
     for order, granule in ORDERS.items():

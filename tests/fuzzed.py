@@ -1,7 +1,7 @@
 """Problems drawn at random, and the C oracle's answers to them.
 
-A result may differ from the oracle's by a few roundings of its own dtype, measured against what the oracle gives for
-the absolute values of all inputs: sums that cancel are judged by the size of their terms.
+A result may differ from the oracle's by a few roundings of its own dtype, relative to the oracle's result for the
+absolute values of all inputs. So a sum that cancels is judged by the size of its terms.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUNDINGS = 8
 
 @st.composite
 def rules(draw: st.DrawFn, shape: tuple[int, ...], num_blocks: int) -> dict[str, Any]:
-    """An order, and a granule of which rows and columns have as many as there are blocks."""
+    """A block order, and a granule that gives at least one granule of rows and of columns to each block."""
     fit = [granule for granule in (1, 2, 3, 4, 8, 16) if granules(min(shape), granule) >= num_blocks]
     order = draw(st.sampled_from(["spectral", "contiguous", "random"]))
     return {"block_order": order, "granule": draw(st.sampled_from(fit))}
@@ -34,7 +34,7 @@ def rules(draw: st.DrawFn, shape: tuple[int, ...], num_blocks: int) -> dict[str,
 
 @st.composite
 def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bool = False) -> LinearProblem:
-    """A problem of any dtype and strides, with blocks of any order and granule or with any labels.
+    """A problem of any dtype and strides, with blocks of any order and granule or with random labels.
 
     A layer's problem has no more blocks than rows or columns, and a rank above 0.
     """
@@ -55,7 +55,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bo
     )
     dtype = draw(st.sampled_from(dtypes))
     rounded = exact.to(dtype, draw(st.sampled_from([dtype, torch.promote_types(dtype, torch.float32)])))
-    layout = st.sampled_from(sorted(LAYOUTS.keys() - {"negated"}))  # which numpy does not take
+    layout = st.sampled_from(sorted(LAYOUTS.keys() - {"negated"}))  # numpy refuses negated views
     strided = {
         name: LAYOUTS[draw(layout)](getattr(rounded, name)) for name in ("x", "weight", "A", "B", "dy")
     }
@@ -65,7 +65,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bo
 
 
 def oracle(p: LinearProblem, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-    """y, dX, dA, dB and, where there is a bias, dbias in float64: by the C code, dbias the sum that it is."""
+    """y, dX, dA, dB and, if there is a bias, dbias in float64 from the C code; dbias is a plain sum."""
     wide = [t.detach().double() for t in (p.weight, p.A, p.B)]
     blocks = (p.partition.row_block, p.partition.col_block, p.ranks)
     bias = None if p.bias is None else p.bias.double()
@@ -90,15 +90,15 @@ def compare(found: Iterable[Tensor], p: LinearProblem, mask: Tensor | None = Non
 
 
 def allowed(terms: Tensor, *dtypes: torch.dtype) -> Tensor:
-    """The error that is allowed for a sum of terms of this size that passed through these dtypes."""
+    """The allowed error of a sum with terms of this size, rounded to these dtypes."""
     infos = [torch.finfo(dtype) for dtype in dtypes]
     least = max(info.eps * info.smallest_normal for info in infos)
     return ROUNDINGS * (max(info.eps for info in infos) * terms + least)
 
 
 def compare_blocks(partition: BlockPartition, weight: Tensor, block_order: str, granule: int) -> None:
-    """A partition with the oracle's: whole granules, cut where it cuts; spectral ones sorted by its centroids, but for
-    what rounding may exchange."""
+    """Blocks agree with the oracle's: whole granules, the same cuts, and spectral order up to rounding of the scores.
+    """
     U, sigma, Vh = np.linalg.svd(weight.detach().double().cpu().numpy(), full_matrices=False)
     orders = c_oracle.spectral_orders(U, sigma, Vh.T, granule)
     rounding = 1e-8 if weight.dtype == torch.float64 else 1e-2
@@ -108,7 +108,7 @@ def compare_blocks(partition: BlockPartition, weight: Tensor, block_order: str, 
     ):
         ours = labels.cpu().numpy()
         found = ours[::granule]
-        # Any order of granules that has these blocks; that of contiguous ones is known.
+        # Rebuild a granule order from the labels; contiguous blocks have only one.
         order = np.arange(found.size) if block_order == "contiguous" else np.argsort(found, kind="stable")
         expected = c_oracle.block_labels(order, partition.num_blocks, ours.size, granule)
         np.testing.assert_array_equal(ours, expected)

@@ -1,11 +1,11 @@
-"""Whether a wheel or an sdist is whole: installed into a fresh environment, it trains a step and its command runs.
+"""Checks a wheel or an sdist: installed into a fresh environment, it trains a step and its command runs.
 
     python tests/installed.py dist/*
 
-The environment holds the archive, what it asks for, and what its command does: so there is no numpy. All but the
-archive are links into the environment that this runs in: torch is gigabytes to download, and says nothing of ours.
+The environment holds the archive, its requirements and those of its command, so no numpy. Requirements are links
+into the running environment: torch is gigabytes to download, and is not under test.
 
-A wheel is used where PATH leads to no compiler. One for x86-64 must then compute by the code that was compiled into it.
+A wheel is used where PATH leads to no compiler. One for x86-64 must then compute with its own compiled code.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ print(f"smoa_kernels {smoa_kernels.__version__}, torch {torch.__version__}: back
 
 
 def use(archive: Path) -> str:
-    """Install an archive, train with it and run its command: what both print.
+    """Install an archive, train with it and run its command; returns their output.
 
     Raises:
-        RuntimeError: one of these failed, with what it printed.
+        RuntimeError: one of these failed; the message has the output.
     """
     with tempfile.TemporaryDirectory() as name:
         environment = Path(name).resolve()
@@ -78,14 +78,14 @@ def use(archive: Path) -> str:
 
 
 def asked_for(package: Distribution, *extras: str) -> list[str]:
-    """The requirements of an installed package, with those of some of its extras."""
+    """The requirements of an installed package and of some of its extras."""
     found = [Requirement(text) for text in package.requires or []]
     where = [{"extra": extra} for extra in ("", *extras)]
     return [str(r) for r in found if r.marker is None or any(map(r.marker.evaluate, where))]
 
 
 def needed(requirements: Iterable[str]) -> dict[str, Distribution]:
-    """What satisfies the requirements in the environment that this runs in, and all that it needs, by name."""
+    """Installed distributions that satisfy the requirements, and everything they need in turn, by name."""
     found: dict[str, Distribution] = {}
     waiting = list(requirements)
     while waiting:
@@ -97,7 +97,7 @@ def needed(requirements: Iterable[str]) -> dict[str, Distribution]:
 
 
 def link(packages: Path, wanted: dict[str, Distribution]) -> None:
-    """Make links to distributions; folders that several share, as NVIDIA's do, are linked once."""
+    """Link distributions into the environment; a folder shared by several (NVIDIA's) is linked once."""
     for package in wanted.values():
         for top in {file.parts[0] for file in files(package)}:
             if not (packages / top).exists():
@@ -105,12 +105,12 @@ def link(packages: Path, wanted: dict[str, Distribution]) -> None:
 
 
 def files(package: Distribution) -> list[PackagePath]:
-    """What a distribution has in site-packages, without bytecode that it shares a folder for."""
+    """The files of a distribution in site-packages, without shared folders of bytecode."""
     return [file for file in package.files or [] if file.parts[0] not in ("..", "__pycache__")]
 
 
 def run(folder: Path, variables: dict[str, str], *command: str | Path) -> str:
-    """Away from the checkout."""
+    """Runs a command outside the checkout."""
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")

@@ -1,4 +1,4 @@
-"""What watches how large the tensors are that torch's operators make."""
+"""Finds the largest tensor that torch's operators make."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most elements of a floating-point tensor that an operator gives, but for those at known places."""
+    """Notes the most elements of any floating-point result of an operator, except memory at known addresses."""
 
     def __init__(self, *known_places):
         super().__init__()

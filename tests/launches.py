@@ -1,8 +1,8 @@
-"""Prints as JSON what the triton backend launches on pretended GPUs, and for what the launches would be compiled.
+"""Prints as JSON the launches of the triton backend on pretended GPUs, and the forms they would compile.
 
-The process is its own, for the tests' interprets. Pretended are Triton's driver (benchmarks/fake_gpu.py) and, by
-torch's fake tensors, every operand: they say that they are on a GPU, have shapes and strides, and hold nothing. What
-chooses and launches is the package's own code and Triton's.
+It runs in its own process because the tests' process interprets kernels. Pretended are Triton's driver
+(benchmarks/fake_gpu.py) and every operand: torch's fake tensors have a device, shapes and strides, but no data.
+The code under test is the package's own and Triton's.
 
     python tests/launches.py devices
     python tests/launches.py forms
@@ -58,7 +58,7 @@ MODELS = {
 def adapter(
     out_features: int, in_features: int, device: str, factors: torch.dtype, granule: int = 1
 ) -> PackedAdapter:
-    """A layer's operands, cut evenly into blocks that keep so many coordinates together."""
+    """A layer's operands, cut evenly into blocks of whole granules."""
     rho = RANK // BLOCKS
 
     def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -80,7 +80,7 @@ def adapter(
 
 
 def passes(layer: PackedAdapter, tokens: int, offset: int = 0) -> Iterator[tuple[str, Callable[[], object]]]:
-    """What a training and a merge call, by name; x and dY begin `offset` numbers into their memory."""
+    """The calls of a training step and a merge, by name; x and dY begin `offset` numbers into their memory."""
     (out_features, in_features), device = layer.weight.shape, layer.weight.device
     x, dy = (
         torch.empty(tokens, features + offset, dtype=BF16, device=device).narrow(1, offset, features)
@@ -115,12 +115,12 @@ def experts_passes(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     )
     ends, x, dy = empty(experts, dtype=torch.int32), empty(300, in_features), empty(300, out_features)
     yield "experts", lambda: experts_triton.experts_product(ends, layer)(x)
-    # dX alone: a torch without CUDA does not pretend dA's copy, nor B's where it is not stored as dX reads it.
+    # dX alone: without CUDA, torch cannot fake the copy of dA, nor that of a B with other strides.
     yield "experts' backward", lambda: experts_triton.experts_backward(dy, None, ends, layer, needs_x=True)
 
 
 def devices(gpu: FakeGpu) -> list[dict[str, Any]]:
-    """Every pass, and a tuning, of a layer and of experts on cuda:1 while cuda:0 is the current device."""
+    """Every pass and a tuning, of a layer and of experts, on cuda:1 while cuda:0 is the current device."""
     found = []
     layer = adapter(256, 512, "cuda:1", BF16)
     for name, call in (*passes(layer, 300), *experts_passes("cuda:1"), ("tuning", tune)):
@@ -135,7 +135,7 @@ def devices(gpu: FakeGpu) -> list[dict[str, Any]]:
 
 
 def tune() -> None:
-    """Tune one key, with operands that hold nothing and are not compared."""
+    """Tunes one key; operands hold no data and results are not compared."""
     device, key = torch.device("cuda", 1), representative("modulated_weight", "bf16", "r16")
     layer = adapter(key.out_features, key.in_features, "cuda:1", BF16)
 
@@ -149,7 +149,7 @@ def tune() -> None:
 
 
 def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
-    """What a model's layers compile of each kernel at all token counts: how many forms, and how many were chosen."""
+    """For each kernel of a model at all token counts: the number of compiled forms, and of chosen settings."""
     found = {}
     for model, shapes in MODELS.items():
         gpu.launches.clear()
@@ -166,14 +166,14 @@ def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
 
 
 def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
-    """Of launches by remembered plans, and of those whose plan is made anew: form, numbers and device."""
+    """Launches with a new plan each time, and with remembered plans: form, numbers and device."""
     layers = [
         adapter(out_features, in_features, "cuda:0", factors)
         for out_features, in_features in ((256, 512), (250, 512), (256, 1), (1, 64))
         for factors in (BF16, torch.float32)
     ]
     first = layers[0]
-    layers += [  # which differ from the first in nothing else
+    layers += [  # each differs from the first in one respect
         replace(first, weight=torch.empty(512, 256, dtype=BF16, device="cuda:0").T),
         replace(
             first, A=first.A.new_empty(4, 640).narrow(1, 0, 512), B=first.B.new_empty(256, 8).narrow(1, 4, 4)
@@ -204,7 +204,7 @@ def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
 
 
 def hooks(gpu: FakeGpu) -> list[list[bool]]:
-    """Whether launches of remembered plans bring metadata, to hooks on entering and on leaving: without, then with."""
+    """Whether launches of remembered plans pass metadata to enter and exit hooks, without a hook and with one."""
     calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
     record, found = FakeKernel._record, []
 
@@ -212,7 +212,7 @@ def hooks(gpu: FakeGpu) -> list[list[bool]]:
         found.append([one is not None for one in arguments[6:9]])
         record(self, *arguments)
 
-    setattr(FakeKernel, "_record", heard)  # noqa: B010  # before the first launch: a form keeps what launches it
+    setattr(FakeKernel, "_record", heard)  # noqa: B010  # before the first launch, because a form keeps its launcher
     for call in calls:
         call()
     found.clear()
@@ -225,10 +225,7 @@ def hooks(gpu: FakeGpu) -> list[list[bool]]:
 
 
 def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
-    """What passes launch in a first and a second round, where the short way raises and where a part of it is missing.
-
-    Each round by kernel, with what was warned of; "short" has it whole.
-    """
+    """The kernels and warnings of three rounds each: short way whole, short way raises, short way lacks a part."""
     calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
     found: dict[str, Any] = {}
     run, record, inside = JITFunction.run, FakeKernel._record, [False]

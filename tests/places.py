@@ -1,4 +1,4 @@
-"""Real processes that are killed, and real places that cannot be written to, for tests of what is saved."""
+"""Processes to kill and places without write access or room, for tests of saving."""
 
 import os
 import resource
@@ -24,7 +24,7 @@ FullDisk = tuple[Path, Callable[[], AbstractContextManager[None]]]
 
 
 def python(program: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
-    """A process of its own, that finds what these tests find."""
+    """Starts Python with the paths of these tests."""
     path = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, arguments)],
@@ -36,7 +36,7 @@ def python(program: str, *arguments: object, **environment: str) -> "subprocess.
 
 
 def kill_at(process: "subprocess.Popen[str]", line: str) -> None:
-    """SIGKILL as soon as the process says `line`."""
+    """Sends SIGKILL as soon as the process prints `line`."""
     assert process.stdout is not None
     with process:
         for said in process.stdout:
@@ -49,7 +49,8 @@ def kill_at(process: "subprocess.Popen[str]", line: str) -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Interrupts arrive, here and in children: a shell that starts tests in the background has them ignored."""
+    """Lets interrupts arrive here and in children: a shell ignores them for tests that it starts in the background.
+    """
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -57,7 +58,7 @@ def ctrl_c() -> Iterator[None]:
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """No file may become larger, as on a disk that is full: writing beyond it is an error of the system."""
+    """Limits the size of every file, as a full disk does: a longer write is an OSError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -68,9 +69,10 @@ def file_limit(size: int) -> Iterator[None]:
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system in memory, seen through a process that keeps it for as long as the block runs.
+    """A small file system in memory, mounted by a process that lives as long as the block.
 
-    In a namespace of its own that process needs no root; where users may have none, it mounts in everybody's.
+    The process uses a mount namespace of its own, which needs no root. Where users may not have one, it mounts
+    globally.
     """
     folder.mkdir(exist_ok=True)
     mount = shlex.join(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)])
@@ -93,7 +95,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         assert keeper.stderr is not None
         with keeper:
             if keeper.stdout.readline() == "mounted\n":
-                # Linux's name for the folder as that process, which has mounts of its own, sees it.
+                # /proc/PID/root shows the file system with the mounts of that process.
                 yield Path(f"/proc/{keeper.pid}/root{folder}")
                 return
             refusals.append(keeper.stderr.read().strip())

@@ -1,4 +1,4 @@
-"""Random problems for tests of the operator: one small factory, so that every test means the same by them."""
+"""Random problems for tests of the operator, from one factory for all tests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "padded rows": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "strided columns": lambda t: t.repeat_interleave(2, 1)[:, ::2],
     "offset": lambda t: torch.cat([t[:1], t])[-t.shape[0] or t.shape[0] + 1 :],
-    "negated": lambda t: torch._neg_view(-t),  # as a lazy conjugate's imaginary part is
+    "negated": lambda t: torch._neg_view(-t),  # as the imaginary part of a lazy conjugate is
 }
 """The same matrix, stored otherwise."""
 
@@ -57,13 +57,13 @@ ORDERS: dict[str, dict[str, Any]] = {
 }
 """How blocks are made, and the sizes. Where sizes are multiples of the granule, the eager backend copies runs."""
 
-# The second orders of cases, in turn. The eager backend has code of its own for contiguous blocks in every algorithm.
+# The second order of each case, in turn. The eager backend has its own code for contiguous blocks in every algorithm.
 _IN_TURN = ("contiguous", "short granules", "contiguous", "random")
 
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """Arguments of `smoa_linear`, and what comes back in backward."""
+    """Arguments of `smoa_linear`, and dY for the backward."""
 
     x: Tensor
     weight: Tensor
@@ -94,12 +94,12 @@ class LinearProblem:
         return replace(self, partition=self.partition.to(device), **tensors)
 
     def stored(self, layout: Callable[[Tensor], Tensor]) -> LinearProblem:
-        """The same problem, all of its matrices stored otherwise."""
+        """The same problem with all matrices in another layout."""
         names = ("x", "weight", "A", "B", "dy")
         return replace(self, **{name: layout(getattr(self, name)) for name in names})
 
     def leaves(self, *names: str) -> LinearProblem:
-        """The same memory as leaves of a graph; those that are named (from `LEAVES`) require a gradient."""
+        """The same memory as leaves of a graph; the named ones (from `LEAVES`) require a gradient."""
         given = {name: getattr(self, name) for name in LEAVES if getattr(self, name) is not None}
         return replace(self, **{n: t.detach().requires_grad_(n in names) for n, t in given.items()})
 
@@ -113,9 +113,9 @@ class LinearProblem:
         return self._run(smoa_linear, **options)
 
     def run_reference(self, *, mask: Tensor | None = None, **options: object) -> tuple[Tensor, ...]:
-        """The same by the definition in the problem's own dtype, gradients by autograd.
+        """The same results by the definition in the problem's own dtype, gradients by autograd.
 
-        `mask`, in place of `dropout`, is what the adapter's input is multiplied with.
+        `mask` replaces `dropout`: the adapter's input is multiplied by it.
         """
 
         def masked(
@@ -145,7 +145,7 @@ class LinearProblem:
         return reference_delta_weight(self.weight, *adapter, scaling=self.scaling)
 
     def layer(self, **settings: object) -> FusedSMoALinear:
-        """A layer of these very tensors; its blocks are those of W0's spectrum unless `partition` is given."""
+        """A layer made from these tensors; its blocks come from W0's spectrum unless `partition` is given."""
         base = nn.Linear(self.x.shape[1], self.dy.shape[1], bias=self.bias is not None, dtype=self.x.dtype)
         base.weight = nn.Parameter(self.weight)
         if self.bias is not None:
@@ -159,7 +159,7 @@ class LinearProblem:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to compute the layer. An axis that is added here reaches every test of the contract.
+    """One way to compute the layer. An axis added here reaches every test of the contract.
 
     Attributes:
         backend: one that runs here.
@@ -184,7 +184,7 @@ class Case:
 
     @property
     def options(self) -> dict[str, object]:
-        """What `smoa_linear` is told."""
+        """Keyword arguments for `smoa_linear`."""
         dropout, algorithm = self.dropout, {"algorithm": self.algorithm}
         if dropout is not None:
             algorithm = {"dropout_p": dropout.p, "dropout_seed": dropout.seed}
@@ -196,14 +196,14 @@ class Case:
         return make_problem(dtype=self.dtype, **(labels | sizes))  # type: ignore[arg-type]
 
     def definition(self, p: LinearProblem) -> tuple[Tensor, ...]:
-        """What the definition makes of a problem, in the problem's dtype, under the case's mask."""
+        """The definition's results for a problem, in the problem's dtype, with the case's mask."""
         dropout = self.dropout
         mask = None if dropout is None else kept(self.backend, p, dropout) * dropout.scale
         return p.run_reference(mask=mask)
 
 
 def cases(backend: str) -> Iterator[Case]:
-    """Every algorithm of a backend in every dtype that it takes here, the widest dtype first.
+    """Every algorithm of a backend in every supported dtype, the widest dtype first.
 
     Each case of the CPU's backends comes in a second order too.
     """
@@ -229,16 +229,16 @@ def in_orders(cases: Iterable[Case], *orders: str) -> list[Case]:
 
 
 def interpreted(case: Case) -> bool:
-    """Whether a case runs in Triton's interpreter, where it takes half a second."""
+    """Whether a case runs in Triton's interpreter, which takes half a second."""
     return case.backend == "triton" and DEVICE.type == "cpu"
 
 
 def each(
     values: Callable[[str], list[Case]], *, slow: Callable[[Case], bool] = lambda case: False
 ) -> pytest.MarkDecorator:
-    """A test for each case of every backend; for a backend that does not run here, a skipped test with the reason.
+    """A test for each case of every backend. A backend that does not run here gives one skipped test, with the reason.
 
-    Cases that are `slow` run in `make test-all`. Quicker ones show most of what they show.
+    Cases marked `slow` run in `make test-all` only; the others cover most of the same code.
     """
     found = []
     for backend in BACKEND_CHOICES[1:]:
@@ -274,7 +274,7 @@ def make_problem(
     fill_padding: bool = True,
     seed: int = 0,
 ) -> LinearProblem:
-    """A problem with nonzero B, on `DEVICE`: drawn on the CPU, so that every device gets the same numbers.
+    """A problem with nonzero B, on `DEVICE`. It is drawn on the CPU, so that every device gets the same numbers.
 
     Padding rows of A and B hold rubbish unless `fill_padding` is False.
     """
@@ -311,7 +311,7 @@ def make_problem(
 
 
 def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why a backend does not take a dtype on `DEVICE`, in its own words; None where it does."""
+    """Why a backend refuses a dtype on `DEVICE`, as it says itself; None where it does not."""
     try:
         resolve_backend(backend, DEVICE, dtype, 1)
     except ValueError as error:
@@ -320,11 +320,11 @@ def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
 
 
 def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
-    """Ones in float64 where a backend's mask keeps an element of x. The kernels' mask is found by gathering ones."""
+    """1 in float64 where a backend's mask keeps an element of x. The kernels show their mask by gathering ones."""
     ones = torch.ones_like(problem.x, dtype=torch.float32)
     if backend != "triton":
         return (dropout.multiplier(ones) != 0).double()
-    from smoa_kernels.kernels.common import padded_width  # which need triton
+    from smoa_kernels.kernels.common import padded_width  # needs triton
     from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 
     blocks = problem.partition
@@ -352,16 +352,15 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return error / norm if norm else error
 
 
-# A floor beside the same-dtype error, for results that torch happens to compute exactly.
+# A floor for the error of the reference, because torch sometimes computes a result exactly.
 TINY = {torch.float64: 1e-13, torch.float32: 3e-7, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 
 
 def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
-    """`err(ours) / (2 · err(same-dtype reference) + tiny)`, both against the float64 truth: 1 uses the budget up.
+    """`err(ours) / (2 · err(same-dtype reference) + tiny)`, both against the float64 truth; above 1 is over budget.
 
-    There are two errors, the norm's and that of the element which is furthest off; the larger share counts. A few
-    elements that are much larger than all others decide both. Each of them may be one rounding off even where the
-    reference, by luck, is not.
+    There are two errors, the norm's and the largest element's; the larger quotient counts. A few elements that are much
+    larger than all others decide both. For them `tiny` allows one rounding, since the reference may by luck have none.
     """
     size = truth.abs()
     few = int((size > size.max() / 4).sum() if size.numel() else 0) < 32
@@ -375,7 +374,9 @@ def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
 
 
 def budget_shares(found: tuple[Tensor, ...], case: Case, p: LinearProblem) -> dict[str, float]:
-    """The share that each result of a run has of its error budget: twice what the definition errs in that dtype."""
+    """The fraction of its error budget that each result uses; the budget is twice the definition's error in that
+    dtype.
+    """
     truth, same, shares = case.definition(p.to(torch.float64)), case.definition(p), {}
     for name, ours, theirs, exact in zip(NAMES[: len(found)], found, same, truth, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, exact.shape), name
@@ -384,20 +385,20 @@ def budget_shares(found: tuple[Tensor, ...], case: Case, p: LinearProblem) -> di
 
 
 def assert_within_budget(found: tuple[Tensor, ...], case: Case, p: LinearProblem) -> None:
-    """Every result of a run within its error budget."""
+    """Asserts that every result of a run is within its error budget."""
     shares = budget_shares(found, case, p)
     assert all(share <= 1 for share in shares.values()), shares
 
 
 def small_update(case: Case, tokens: int, bias: bool, in_features: int = 16) -> LinearProblem:
-    """A problem whose update is 1e-4 of the weights in rms, its factors in float32."""
+    """A problem with an update of 1e-4 of the weights in rms and factors in float32."""
     p = make_problem(tokens=tokens, out_features=192, in_features=in_features, ranks=(4,), bias=bias)
     relative = p.scaling * (p.B @ p.A).square().mean().sqrt()
     return replace(p, B=p.B * (1e-4 / relative)).to(case.dtype, torch.float32)
 
 
 def survival(case: Case, p: LinearProblem, run: Callable[[LinearProblem], Tensor]) -> tuple[float, float]:
-    """The share of the exact adapter output that a run delivers, and the noise of this measure."""
+    """The fraction of the exact adapter output that arrives in a run's output, and the noise of this measure."""
     base = replace(p, B=torch.zeros_like(p.B))
     truth = case.definition(p.to(torch.float64))[0] - case.definition(base.to(torch.float64))[0]
     share = float(((run(p).double() - run(base).double()) * truth).sum() / truth.square().sum())

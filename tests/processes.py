@@ -1,4 +1,4 @@
-"""Groups of processes that stay alive between tests: starting one costs more than most of what it is asked."""
+"""Groups of processes that stay alive between tests, because starting one costs more than most tests."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# gloo's: a process that failed leaves the others waiting this long.
+# Timeout of gloo: after a failure in one process the others wait this long.
 TIMEOUT = datetime.timedelta(seconds=30)
 
 
 class Processes:
-    """`size` processes in one gloo group, that run what they are given and raise here what it raised there."""
+    """`size` processes in one gloo group. They run the functions given to them; their errors are raised here."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -27,7 +27,7 @@ class Processes:
         self._processes: list[Any] = []
 
     def run(self, function: Callable[..., Any], *args: object) -> list[Any]:
-        """Call `function(*args)` in every process; what each of them returned."""
+        """Calls `function(*args)` in every process; returns their results."""
         if not self._connections:
             self._start()
         for connection in self._connections:
@@ -42,12 +42,12 @@ class Processes:
             if error is not None:
                 errors.append(f"process {rank} of {self.size}: {error}")
         if errors:
-            self.stop()  # the group is out of step
+            self.stop()  # the processes no longer agree on the next collective
             raise AssertionError("\n".join(errors))
         return results
 
     def stop(self) -> None:
-        """End them; the next `run` starts new ones."""
+        """Ends the processes; the next `run` starts new ones."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:

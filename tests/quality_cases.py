@@ -20,7 +20,7 @@ COLOURS = [Question(f"what colour is {thing} number {i}", colour) for i in range
 
 
 class Body(nn.Module):
-    """Two linear layers in the place of a model's upper ones."""
+    """Two linear layers in place of a model's upper layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Body(nn.Module):
 
 
 class Words(nn.Module):
-    """Embeddings, all that lies under them."""
+    """Embeddings, in place of everything below the upper layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Words(nn.Module):
 
 
 def letters(prompts: list[str], **_: Any) -> Any:
-    """A tokenizer: a token is a letter."""
+    """A tokenizer with one token per letter."""
     return type("Encoding", (), {"input_ids": [[ord(c) for c in prompt] for prompt in prompts]})
 
 
