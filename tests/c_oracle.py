@@ -112,8 +112,7 @@ def forward(
     scaling: float,
     multiplier: ArrayLike | None = None,
 ) -> FloatArray:
-    """y (T, N) from x (T, C); the adapter reads x∘multiplier, where `multiplier` (T, C) is the scaled dropout mask.
-    """
+    """y (T, N) from x (T, C); the adapter reads x∘multiplier, where `multiplier` (T, C) is the scaled dropout mask."""
     layer = _Layer(weight, *adapter, scaling=scaling)
     x, multiplier = layer.tokens(x, multiplier)
     bias = None if bias is None else _input("bias", bias, np.float64, (layer.out_features,))

@@ -47,7 +47,7 @@ def _on_the_gpu(request: pytest.FixtureRequest) -> Iterator[None]:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill new memory of `torch.empty` and its relatives with NaN (all bits set), so that unwritten memory shows."""
     with torch.device("cpu"):
-        torch.empty(0)  # torch caches here which functions a default device applies to, before they are replaced
+        torch.empty(0)  # torch caches the functions of a default device, before they are replaced below
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def filled(*args: Any, **kwargs: Any) -> Tensor:

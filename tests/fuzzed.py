@@ -97,8 +97,7 @@ def allowed(terms: Tensor, *dtypes: torch.dtype) -> Tensor:
 
 
 def compare_blocks(partition: BlockPartition, weight: Tensor, block_order: str, granule: int) -> None:
-    """Blocks agree with the oracle's: whole granules, the same cuts, and spectral order up to rounding of the scores.
-    """
+    """Blocks are the oracle's: whole granules, the same cuts, and spectral order up to rounding of the scores."""
     U, sigma, Vh = np.linalg.svd(weight.detach().double().cpu().numpy(), full_matrices=False)
     orders = c_oracle.spectral_orders(U, sigma, Vh.T, granule)
     rounding = 1e-8 if weight.dtype == torch.float64 else 1e-2

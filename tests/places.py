@@ -49,8 +49,7 @@ def kill_at(process: "subprocess.Popen[str]", line: str) -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Lets interrupts arrive here and in children: a shell ignores them for tests that it starts in the background.
-    """
+    """Lets interrupts arrive here and in children: a shell ignores them for tests that it starts in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

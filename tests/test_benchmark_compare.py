@@ -1,4 +1,4 @@
-"""`make bench-compare`: what counts as a change between two runs, and what does not."""
+"""`make bench-compare`: the differences between two runs that count as a change."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ OLD = [1.00, 1.02, 1.04]  # quartiles 1.01 and 1.03
 
 
 def made_up(ratios: dict[str, list[float]], frozen: tuple[float, ...] = (1.0, 1.01, 0.99)) -> Result:
-    """A layer whose providers take these times over frozen, round by round."""
+    """A layer whose providers take these times relative to frozen, round by round."""
     seconds = {
         name: [r * base for r, base in zip(found, frozen, strict=True)] for name, found in ratios.items()
     }
@@ -34,8 +34,8 @@ def compared(old: Result, new: Result) -> Differences:
     ("new", "changed"),
     [
         ([1.00, 1.02, 1.04], False),
-        ([1.05, 1.06, 1.07], False),  # apart, by 4 %
-        ([0.90, 1.12, 1.14], False),  # 10 %, ranges that overlap
+        ([1.05, 1.06, 1.07], False),  # no overlap, but only 4 %
+        ([0.90, 1.12, 1.14], False),  # 10 %, but the ranges overlap
         ([1.11, 1.12, 1.13], True),
         ([0.90, 0.91, 0.92], True),
     ],

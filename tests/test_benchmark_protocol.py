@@ -1,4 +1,4 @@
-"""What the benchmarks rest on: ratios by pairs, turns, gates that turn red, memory to the byte, slopes."""
+"""The benchmarks' foundations: ratios of pairs, order of turns, gates, exact memory, slopes."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from smoa_kernels import BlockPartition
 
 pytestmark = pytest.mark.slow
 
-NAP = 0.5  # seconds, beside which nothing else here takes long, however busy the machine
+NAP = 0.5  # seconds; everything else here is short beside it, even on a busy machine
 CASE = Case(24, 96, 80, 4, 16)
 BF16 = torch.bfloat16
 
 
 def test_a_ratio_is_taken_within_its_round() -> None:
-    # A machine that slows down fivefold: the medians' ratio would be 2·4/2 = 4, each round's is 2.
+    # The machine slows down fivefold: the ratio of medians would be 2·4/2 = 4, but each round's is 2.
     drifting = Comparison(
         "base", {"base": [1.0, 2.0, 5.0], "ours": [2.0, 4.0, 10.0], "lora": [1.0, 4.0, 5.0]}
     )
@@ -48,7 +48,7 @@ def test_a_ratio_is_taken_within_its_round() -> None:
     assert drifting.added("ours").median == 2.0
     assert drifting.spread == pytest.approx((3.5 - 1.5) / 2.0)
     assert drifting.doubt == "noisy"
-    # Quartiles of [1, 1, 1, h, h] are 1 and h around a median of 1.
+    # The quartiles of [1, 1, 1, h, h] are 1 and h; the median is 1.
     for high, doubt in ((1.14, ""), (1.16, "noisy")):
         assert Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]}).doubt == doubt
 
@@ -69,7 +69,7 @@ def test_providers_take_turns_in_an_order_that_changes(monkeypatch: pytest.Monke
         turns.round()
     rounds = ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
-    # Each provider runs first in some round, and follows each other one in some round.
+    # Each provider runs first in some round and directly after each other one in some round.
     assert {each[0] for each in rounds} == set("abc")
     pairs = {pair for each in rounds for pair in (each[:2], each[1:])}
     assert pairs == {a + b for a in "abc" for b in "abc" if a != b}

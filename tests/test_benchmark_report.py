@@ -1,4 +1,4 @@
-"""The benchmarks' report: what is published is what the kept runs say, doubt is marked, nothing else is kept."""
+"""The benchmarks' report: the page agrees with the kept runs, marks doubtful rows, and keeps nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TITLE = "layer: T=2048 2048x2048 K=4 r=16 float32"
 def layer_result(
     frozen: tuple[float, ...] = (1.0, 1.01, 0.99), smoa: float = 1.3, title: str = TITLE
 ) -> Result:
-    """A layer at 1.3 of frozen, LoRA at 1.1, contiguous blocks at 1.2, on a machine as steady as frozen's seconds."""
+    """A layer at 1.3 of frozen, LoRA at 1.1, contiguous blocks at 1.2; the spread is that of frozen's seconds."""
     ways = {"frozen": 1.0, "PEFT LoRA": 1.1, "SMoA": smoa, "SMoA, contiguous": 1.2}
     seconds = {name: [factor * s for s in frozen] for name, factor in ways.items()}
     phases = dict.fromkeys(("forward", "backward", "both"), seconds)
@@ -56,7 +56,7 @@ def make_run(*results: Result, device: str = "AMD EPYC", on: str = "CPU", smoke:
 
 
 def write_benchmark_json(path: Path, run: Run) -> Path:
-    """As pytest-benchmark writes it, with what older runs recorded besides."""
+    """Writes a file of pytest-benchmark, with a field that older runs recorded."""
     extra = [vars(result) | {"profile": {"SMoA": {}}} for result in run.results]
     results = [{"name": "x", "stats": {"data": [0.0] * 99}, "extra_info": one} for one in extra]
     data = {"machine_info": run.machine, "datetime": "2026-01-02T03:04:05", "benchmarks": results}
@@ -85,7 +85,7 @@ def test_a_goal_is_met_or_missed_by_how_much() -> None:
     assert over_frozen.verdict(make_run()) == "not measured"
     found = over_lora.measure(run)
     assert found is not None
-    assert found[0].median == pytest.approx(1.3 / 1.1)  # pairs of the same rounds
+    assert found[0].median == pytest.approx(1.3 / 1.1)  # ratios of pairs in the same rounds
     worst = next(goal for goal in GOALS if "*" in goal.title)
     others = [
         layer_result(smoa=1.0, title=TITLE.replace(*pair))
@@ -110,9 +110,7 @@ def test_a_doubtful_run_is_marked_and_not_judged(frozen: tuple[float, ...], figu
     text = section([limited, run, gpu])
     row = f"| AMD (AVX-512), 1 thread | one layer, float32, over frozen | 1.30, {doubt}, not judged | "
     assert row in text
-    assert (
-        text.count("| one layer, ") == 1
-    )  # a case that a run does not have is no row, nor is a limited processor
+    assert text.count("| one layer, ") == 1  # no row for a case without a run, nor for a limited processor
     assert text.count("| forward + backward over frozen, measured on GPU H100 |") == 1
 
 
@@ -128,7 +126,7 @@ def test_the_compact_form_reads_back_and_another_json_is_refused(tmp_path: Path)
 
 
 def test_a_processor_is_named_with_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Virtual machines call processors "AMD EPYC" of which one is twice as fast as another."""
+    """Virtual machines call different processors "AMD EPYC", and one is twice as fast as another."""
     monkeypatch.delenv(LIMIT, raising=False)
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2\nstepping\t: 1\n")

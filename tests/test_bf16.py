@@ -1,5 +1,6 @@
-"""bfloat16 by AMX or AVX512-BF16: shapes around its tiles, threads, what it leaves to torch. What all backends promise,
-that of this code too, is in tests/test_contract.py.
+"""bfloat16 by AMX or AVX512-BF16: shapes around its tiles, threads, calls that are left to torch.
+
+The promises of all backends are tested in tests/test_contract.py.
 """
 
 import ctypes
@@ -35,17 +36,17 @@ SYSTEM_HAS_AMX = CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text()
 @each_shape(
     [
         (1, 1, 1, (1,)),
-        (16, 32, 32, (2,)),  # just its tiles
-        (33, 31, 29, (2, 1)),  # one token more, below every other tile
+        (16, 32, 32, (2,)),  # exactly one tile
+        (33, 31, 29, (2, 1)),  # one token more; smaller than every other tile
         (40, 97, 401, (3, 0, 2)),  # a block without a rank, prime sizes
-        (70, 32, 320, (17,) * 8),  # two tiles of ranks, columns far apart
+        (70, 32, 320, (17,) * 8),  # two tiles of ranks, widely spaced columns
         (64, 5, 7, (1,) * 5),  # blocks of one row
         (20, 600, 330, (16, 8)),  # several groups of rows and of columns
         (300, 40, 2100, (5, 2)),
-        (2051, 48, 80, (3, 2)),  # more tokens than are copied at a time
-        (80, 640, 320, (16, 8)),  # W0's rows, and dY's, multiplied where they lie, in several groups
-        (8, 96, 64, (3, 2)),  # the same of few tokens
-        (1040, 64, 64, (2, 2)),  # the same of more tokens than are copied at a time
+        (2051, 48, 80, (3, 2)),  # more tokens than one copy holds
+        (80, 640, 320, (16, 8)),  # rows of W0 and dY multiplied in place, in several groups
+        (8, 96, 64, (3, 2)),  # the same with few tokens
+        (1040, 64, 64, (2, 2)),  # the same with more tokens than one copy holds
     ],
 )
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])
@@ -63,7 +64,7 @@ def test_every_shape(
 def test_it_writes_nothing_outside(tokens: int, form: str, guarded_memory: None, only_compiled: None) -> None:
     p = on_cpu(tokens=tokens, out_features=61, in_features=147, ranks=(3, 0, 18))
     p.run(**FORMS[form].options)
-    # Factors are most of this one's workspace.
+    # Most of this workspace is for the factors.
     on_cpu(tokens=tokens, out_features=8, in_features=8, ranks=(300,)).run(**FORMS[form].options)
 
 
@@ -72,7 +73,7 @@ def test_it_writes_nothing_outside(tokens: int, form: str, guarded_memory: None,
 def test_nothing_behind_the_workspace_is_read(
     form: str, only_compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever was in it: a page that nobody may read follows. -2 is what rows that are not there have for a block."""
+    """A page without read access follows it. It is filled with -2, the label of absent rows, to find stale reads."""
     mapped, page = [], mmap.PAGESIZE
 
     def before_nothing(like: torch.Tensor, floats: int) -> torch.Tensor:
@@ -95,7 +96,7 @@ def test_nothing_behind_the_workspace_is_read(
 def test_a_workspace_is_as_large_as_offsets_ask(
     form: str, only_compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`from_tensors` believes the sizes that it is given, compiled code goes by offsets."""
+    """`from_tensors` does not check the sizes; compiled code uses the offsets, so the workspace must too."""
     asked = []
 
     def enough(like: torch.Tensor, floats: int) -> torch.Tensor:
@@ -116,9 +117,9 @@ def test_a_workspace_is_as_large_as_offsets_ask(
 @needs_bf16
 @each_form
 def test_float32_factors_are_not_rounded(form: str, only_compiled: None) -> None:
-    """dA and dB have float32's error: neither a factor nor H = s G ∘ W0 is rounded to bfloat16."""
+    """dA and dB have float32's error: the factors and H = s G ∘ W0 are not rounded to bfloat16."""
     p = on_cpu(tokens=64, out_features=96, in_features=160, ranks=(4, 9))
-    p = replace(p, A=p.A.float() * 1.001, B=p.B.float() * 1.001)  # off bfloat16's grid
+    p = replace(p, A=p.A.float() * 1.001, B=p.B.float() * 1.001)  # not representable in bfloat16
     exact = FORMS[form].definition(p.to(torch.float64))
     for found, expected in zip(p.run(**FORMS[form].options)[2:4], exact[2:4], strict=True):
         assert found.dtype == torch.float32
@@ -128,7 +129,7 @@ def test_float32_factors_are_not_rounded(form: str, only_compiled: None) -> None
 @needs_bf16
 @each_form
 def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_compiled: None) -> None:
-    """Under autocast a float16 layer's factors meet its W0 in bfloat16; their gradients are float16."""
+    """Under autocast a float16 layer's factors meet W0 in bfloat16; their gradients are float16."""
     p = on_cpu(tokens=40, out_features=61, in_features=147, ranks=(3, 0, 18))
     exact = FORMS[form].definition(p.to(torch.float64))
     for found, expected in zip(
@@ -148,7 +149,7 @@ def test_one_thread_and_three_give_the_same_output(form: str, only_compiled: Non
 @needs_bf16
 @each_form
 def test_the_same_as_eager(form: str) -> None:
-    """With one mask: what is dropped for one is dropped for the other."""
+    """With the same mask: both drop the same elements."""
     p = on_cpu(tokens=100, out_features=190, in_features=500, ranks=(4, 2, 3))
     ours, theirs = (p.run(**FORMS[form].options | {"backend": name}) for name in ("native", "eager"))
     for found, expected in zip(ours, theirs, strict=True):
@@ -169,17 +170,17 @@ def test_one_gradient_alone() -> None:
 
 
 @needs_bf16
-@pytest.mark.parametrize("order", ["spectral", "contiguous"])  # whose columns of y are written elsewhere
-@pytest.mark.parametrize("tokens", [1, 40])  # by the form for few tokens, and by split
+@pytest.mark.parametrize("order", ["spectral", "contiguous"])  # columns of y are written at other places
+@pytest.mark.parametrize("tokens", [1, 40])  # the form for few tokens, and split
 def test_a_bias_is_added_before_the_one_rounding(tokens: int, order: str, only_compiled: None) -> None:
     p = on_cpu(tokens=tokens, out_features=600, in_features=160, ranks=(4, 9), block_order=order)
     exact = FORMS["split"].definition(p.to(torch.float64))[0]
-    # One rounding errs by 0.21 of eps in rms, a second one of the same size would make that 0.30.
+    # The rms error of one rounding is 0.21 eps; a second rounding of the same size would give 0.30 eps.
     assert relative_error(p.run()[0], exact) < 0.25 * torch.finfo(BF16).eps
 
 
 @needs_bf16
-@pytest.mark.parametrize("tokens", [32, 40])  # of 32 dY is multiplied where it lies
+@pytest.mark.parametrize("tokens", [32, 40])  # with 32, dY is multiplied in place
 def test_one_row_for_all_tokens(tokens: int) -> None:
     p = on_cpu(tokens=tokens, out_features=64, in_features=96, ranks=(2, 3))
     x, dy = (rows[:1].expand_as(rows) for rows in (p.x, p.dy))
@@ -195,7 +196,7 @@ def test_one_row_for_all_tokens(tokens: int) -> None:
 @needs_bf16
 @each_form
 def test_weights_that_it_leaves_to_others(form: str) -> None:
-    """Tiles are made of W0's rows: where these are not contiguous, or share memory, torch's operators compute."""
+    """Tiles need contiguous rows of W0 without shared memory; torch's operators compute for other weights."""
     p = on_cpu(tokens=40, ranks=(2, 3))
     for weight in (p.weight.T.contiguous().T, p.weight[:1].expand_as(p.weight)):
         path = backend.route(p.x, weight, 3, form)

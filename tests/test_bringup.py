@@ -1,4 +1,4 @@
-"""`make gpu` (benchmarks/bringup): eight minutes, files after every stage, --resume, goals. CI rehearses the whole."""
+"""`make gpu` (benchmarks/bringup): eight minutes, files after every stage, --resume, goals. CI rehearses all of it."""
 
 import json
 import time
@@ -41,7 +41,7 @@ OUTPUT = "[gw0] [ 50%] PASSED tests/test_a.py::test_one\n[gw1] [100%] FAILED tes
 
 
 class Script:
-    """Stands for the stages' processes: what becomes of each, and which were run."""
+    """Replaces the stages' processes: gives each its status, and notes which ran."""
 
     def __init__(self, **answers: str) -> None:
         self.answers, self.asked = answers, list[str]()
@@ -59,8 +59,8 @@ class Script:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run the command with scripted stages; return its exit code and the stages that it ran."""
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))  # restored: the command sets its own
+    """Run the command with scripted stages; return its exit code and the stages that ran."""
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path / "before"))  # undone later: the command sets its own
 
     def command(*options: str, **answers: str) -> tuple[int, list[str]]:
         script = Script(**answers)
@@ -108,7 +108,7 @@ def test_resume_refuses_another_commits_bring_up_and_keeps_it(
         with pytest.raises(SystemExit, match="2"):
             run("--resume")
         assert words in capsys.readouterr().err
-        assert path.read_text() == text  # what a GPU took minutes for is not lost by a wrong option
+        assert path.read_text() == text  # a wrong option must not overwrite minutes of GPU time
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_however_a_stages_process_ends(
 
 
 def test_what_pytest_says_is_read(tmp_path: Path) -> None:
-    """From a real run, for a version of pytest may change its words."""
+    """The text is from a real run; a new version of pytest may word it differently."""
     (tmp_path / "test_a.py").write_text(
         "import pytest\ndef test_one(): pass\ndef test_two(): assert 1 == 2\n"
         "@pytest.mark.skip(reason='no GPU')\ndef test_three(): pass\n"
@@ -162,11 +162,11 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no GPU here; --smoke rehearses on the CPU" in capsys.readouterr().err
 
 
-# What is compared
+# Comparisons
 
 
 def layer(case: Case, **seconds: float) -> Result:
-    """A steady comparison: five rounds of the same seconds."""
+    """A stable comparison: five rounds of the same seconds."""
     rounds = {name.replace("_", " "): [value] * 5 for name, value in seconds.items()}
     phases = dict.fromkeys(("both", "forward", "backward"), rounds)
     return Result("layer", f"layer: {case}", case.record(), FROZEN, [0.0, 0.0], phases)
@@ -230,11 +230,11 @@ def test_between_two_passes_on_one_copy_more_is_read_than_a_cache_holds(copies: 
     assert cache < (len(found) - 1) * pair <= cache + pair
 
 
-# Goals and page
+# Goals and the page
 
 
 def measured() -> State:
-    """Every figure of the first column; the split form misses LoRA's goal."""
+    """All figures of the first column; the split form misses LoRA's goal."""
     at_4 = layer(
         SQUARE, **{FROZEN: 1.0, LORA: 1.4, HIRA: 2.8, PAPER: 2.8, "SMoA merged": 1.3, "SMoA split": 1.75}
     )

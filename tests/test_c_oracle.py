@@ -1,4 +1,4 @@
-"""The C oracle against the vectors, closed forms and finite differences, so that other tests may trust it."""
+"""The C oracle against the vectors, closed forms and finite differences. Other tests rely on it."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ each_vector = pytest.mark.parametrize("vector", all_vectors(), ids=lambda vector
 
 
 def assert_close(actual: FloatArray, expected: FloatArray | list[float]) -> None:
-    """Error relative to the largest entry: small entries are sums of large terms that cancel."""
+    """Errors are relative to the largest entry: small entries are sums of large terms that cancel."""
     scale = np.abs(expected).max(initial=0.0)
     np.testing.assert_allclose(actual, expected, rtol=0.0, atol=TOLERANCE * scale)
 
@@ -46,7 +46,7 @@ class Case:
         return self.A, self.B, self.row_block, self.col_block, self.ranks
 
     def padding(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where A (ρ, C) and B (N, ρ) are padding."""
+        """Where A (ρ, C) and B (N, ρ) have padding."""
         t = np.arange(self.A.shape[0])
         return t[:, None] >= self.ranks[self.col_block], t >= self.ranks[self.row_block][:, None]
 
@@ -97,7 +97,7 @@ def test_orders_and_blocks_match_the_vectors(vector: Vector) -> None:
     ):
         granules = order[order % vector.granule == 0] // vector.granule
         ascending = np.arange(granules.size)
-        # A random order is what was drawn.
+        # A random order cannot be recomputed: it comes from the file.
         expected = {"spectral": spectral, "contiguous": ascending}.get(vector.block_order, granules)
         np.testing.assert_array_equal(granules, expected)
         found = c_oracle.block_labels(expected, vector.num_blocks, labels.size, vector.granule)
@@ -118,7 +118,7 @@ def test_gradients_match_the_vectors(vector: Vector) -> None:
     adapter = (vector.A, vector.B, vector.row_block, vector.col_block, vector.ranks)
     dx, dA, dB = c_oracle.backward(vector.dy, vector.x, vector.weight, *adapter, scaling=vector.scaling)
     assert_close(dx, vector.dx)
-    # Packed: the zeros of the padding are compared too.
+    # Packed factors also compare the zeros of the padding.
     assert_close(dA, vector.pack_A(vector.block_dA))
     assert_close(dB, vector.pack_B(vector.block_dB))
 
@@ -127,7 +127,7 @@ def test_gradients_match_the_vectors(vector: Vector) -> None:
 
 
 def test_centroid_by_hand() -> None:
-    # Row energies over σ = (2, 1): (4, 1), (0, 1), (4, 0), so centroids 1/5, 1, 0.
+    # Row energies over σ = (2, 1) are (4, 1), (0, 1), (4, 0): centroids 1/5, 1, 0.
     orders = c_oracle.spectral_orders([[1, 1], [0, 1], [1, 0]], [2, 1], [[0, 1], [1, 0]])
     assert_close(orders.row_score, [0.2, 1.0, 0.0])
     np.testing.assert_array_equal(orders.row_order, [2, 0, 1])
@@ -143,7 +143,7 @@ def test_order_is_stable_and_zero_rows_come_first() -> None:
 
 
 def test_a_granule_takes_both_sums_over_its_coordinates() -> None:
-    # Energies over σ = (2, 1): (4, 1) and (0, 1) make (4, 2), so 2/6; of the short one (4, 0), so 0.
+    # Energies over σ = (2, 1): (4, 1) and (0, 1) sum to (4, 2), centroid 2/6; the short granule has (4, 0), centroid 0.
     orders = c_oracle.spectral_orders([[1, 1], [0, 1], [1, 0]], [2, 1], [[0, 0], [0, 0], [0, 0]], granule=2)
     assert_close(orders.row_score, [1 / 3, 0.0])
     np.testing.assert_array_equal(orders.row_order, [1, 0])
@@ -167,7 +167,7 @@ def test_what_is_no_permutation_of_granules_is_refused(order: list[int]) -> None
         c_oracle.block_labels(order, 2, size=10, granule=4)
 
 
-# ---- forward and backward; the same in matrices is tests/test_reference.py's
+# ---- forward and backward; tests/test_reference.py repeats this with matrices
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -189,7 +189,7 @@ def test_gradients_match_finite_differences(case: Case, dropout: bool) -> None:
     for position, gradient in enumerate(gradients):
         numeric = np.empty_like(gradient)
         for index in np.ndindex(gradient.shape):
-            # The loss is linear in each single entry: a step of 1 has no truncation error.
+            # The loss is linear in each entry, so a step of 1 has no truncation error.
             above, below = ([array.copy() for array in point] for _ in range(2))
             above[position][index] += 0.5
             below[position][index] -= 0.5
@@ -215,8 +215,7 @@ def test_clean_under_the_sanitizers(tmp_path: Path) -> None:
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
     program = tmp_path / "program"
-    # Leaks are the check program's own business: the oracle never allocates, and the leak checker can't run
-    # under ptrace.
+    # Leaks could only be the check program's: the oracle never allocates. The leak checker fails under ptrace.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     built = subprocess.run([*compile_sanitized, probe, "-o", program], capture_output=True)
     if built.returncode or subprocess.run([program], env=environment, capture_output=True).returncode:

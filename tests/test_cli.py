@@ -1,4 +1,4 @@
-"""The command line (smoa_kernels/cli): what it prints, its exit codes, its one-line errors."""
+"""The command line (smoa_kernels/cli): output, exit codes, errors of one line."""
 
 import json
 import re
@@ -162,7 +162,7 @@ def test_info_asks_the_drivers_files_then_their_command(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_the_extra(missing):
-    """One clear line, in a process where the package cannot be imported."""
+    """One clear line if the package of the extra cannot be imported."""
     program = (
         f"import sys; sys.modules[{missing!r}] = None; from smoa_kernels.cli import main; sys.exit(main())"
     )

@@ -1,7 +1,7 @@
-"""What every backend promises for every algorithm in every dtype, each promise once.
+"""The promises of every backend for every algorithm and dtype, each tested once.
 
-The cases are `problems.cases`: an axis that is added there reaches every test. One backend's own behaviour, the
-operator's and the layer's have files of their own. Single kernels are tested in tests/kernels/.
+The cases are `problems.cases`: an axis added there reaches every test. Other files test the operator, the layer and
+whatever one backend alone does. Single kernels are tested in tests/kernels/.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("poisoned_memory")]
 each_case = each(lambda backend: list(cases(backend)))
 each_way = each(widest)
 each_slowly = each(widest, slow=interpreted)
-# A compiler sees the same operator with blocks of any order.
+# The compiler sees the same operator for every block order.
 each_compiled = each(widest, slow=lambda case: interpreted(case) or case.order != "spectral")
 each_spectral = each(lambda backend: in_orders(widest(backend), "spectral"), slow=interpreted)
 
@@ -73,7 +73,7 @@ def equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 
 
 def test_one_wrong_element_exceeds_the_budget() -> None:
-    """One of thirty thousand, by which their norm hardly moves."""
+    """One of thirty thousand hardly changes the norm."""
     truth = torch.randn(160, 192, dtype=torch.float64)
     theirs = truth.bfloat16()
     assert error_over_budget(theirs.clone(), theirs, truth) <= 1
@@ -92,13 +92,13 @@ def test_results_of_every_shape(case: Case, shape: str) -> None:
 
 @each_spectral
 def test_more_blocks_than_rows(case: Case) -> None:
-    """Only labels can say so."""
+    """This happens with labels only."""
     p = case.problem(ranks=(2,) * 9, random_labels=True, out_features=7, in_features=5)
     assert_within_budget(p.run(**case.options), case, p)
 
 
 def of_every_order(backend: str) -> list[Case]:
-    """The kernels know two kinds of blocks, those of whole granules of 8 and all others: a few orders are enough."""
+    """The kernels distinguish only blocks of whole granules of 8 from all others, so a few orders are enough."""
     if backend == "triton":
         return in_orders(some(backend, torch.bfloat16), "contiguous", "granules of 8, primes", "random")
     found = some(backend, torch.float32, torch.bfloat16) if backend != "reference" else []
@@ -119,7 +119,7 @@ def test_results_of_every_order(case: Case) -> None:
     )
 )
 def test_results_of_several_panels(case: Case) -> None:
-    """More tokens and rows than a backend on a CPU works on at a time; tests/kernels has tiles of every kernel."""
+    """More tokens and rows than one panel of a CPU backend; tests/kernels covers the tiles of every kernel."""
     p = case.problem(tokens=530, out_features=1104, in_features=48, ranks=(2, 1))
     assert_within_budget(p.run(**case.options), case, p)
 
@@ -129,10 +129,10 @@ def test_results_of_several_panels(case: Case) -> None:
     slow=lambda case: interpreted(case) and case.dtype == torch.float16,
 )
 def test_results_in_every_dtype(case: Case) -> None:
-    """Factors in W0's dtype, and in float32 over a half base."""
+    """Factors in W0's dtype, and in float32 over a half-precision base."""
     p = case.problem(tokens=40, out_features=70, in_features=90, ranks=(3, 2))
     wide = case.dtype if case.backend == "reference" else torch.promote_types(case.dtype, torch.float32)
-    for factor_dtype in {case.dtype, wide}:  # written out, the definition rounds once more than autograd's
+    for factor_dtype in {case.dtype, wide}:  # in mixed dtypes the reference backend rounds once more
         mixed = p.to(case.dtype, factor_dtype)
         assert_within_budget(mixed.run(**case.options), case, mixed)
 
@@ -147,7 +147,7 @@ each_layout = pytest.mark.parametrize("layout", [*list(LAYOUTS)[1:], "expanded",
 
 
 def stored(p: LinearProblem, layout: str) -> LinearProblem:
-    if layout == "expanded":  # one row for all: what sum() hands to backward
+    if layout == "expanded":  # one row for all, as sum() passes to backward
         p = replace(p, x=p.x[:1].expand_as(p.x), dy=p.dy[:1].expand_as(p.dy))
     elif layout == "windows":  # both strides 1
         line = torch.randn(sum(p.x.shape), dtype=p.x.dtype)
@@ -169,7 +169,7 @@ def test_any_strides(case: Case, layout: str) -> None:
     lambda backend: in_orders(some(backend, torch.bfloat16), *list(ORDERS)[1:6]) if backend == "eager" else []
 )
 def test_any_strides_of_other_orders(case: Case, layout: str) -> None:
-    """Granules are copied as wider elements only where the strides allow it."""
+    """Granules are copied as wider elements only if the strides allow it."""
     p = stored(case.problem(), layout)
     assert_within_budget(p.run(**case.options), case, p)
 
@@ -215,7 +215,7 @@ def test_a_weight_without_elements(case: Case, rows: int, cols: int) -> None:
 )
 @each_slowly
 def test_padding_is_ignored_and_its_gradient_is_zero(case: Case, rubbish: float) -> None:
-    """Memory that nobody initialised, or an optimiser that divided by zero there, must not reach a result."""
+    """Padding may be uninitialised, or hold an optimiser's division by zero. It must not reach a result."""
     clean, dirty = (case.problem(ranks=(3, 0, 20), fill_padding=False) for _ in range(2))
     used_A, used_B = padding_masks(dirty.partition, dirty.ranks, 20)
     dirty.A[~used_A], dirty.B[~used_B] = rubbish, rubbish
@@ -230,7 +230,7 @@ POISONS = [("x", NAN), ("x", INF), ("weight", NAN), ("weight", INF), ("A", NAN),
 
 
 def poisoned(case: Case, name: str, value: float, block: int) -> LinearProblem:
-    """One poisoned number in the part of a tensor that belongs to a block; block 1 has rank zero."""
+    """One poisoned number in one block's part of a tensor; block 1 has rank zero."""
     p = case.problem(tokens=6, out_features=21, in_features=26)
     row, col = int(p.partition.rows(block)[1]), int(p.partition.cols(block)[1])
     place = {"x": (2, col), "dy": (2, row), "weight": (row, col), "A": (0, col), "B": (row, 0)}[name]
@@ -239,10 +239,10 @@ def poisoned(case: Case, name: str, value: float, block: int) -> LinearProblem:
 
 
 def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
-    """Not finite wherever the definition's is not, and nowhere else; the rest is the definition's."""
+    """Ours is finite exactly where the definition's result is, and agrees with it there."""
     finite = ours.isfinite()
     assert not (finite & ~theirs.isfinite()).any()
-    # In merged and expanded a broken factor meets the zeros of other blocks. 0 · NaN is NaN, so it may spread.
+    # merged and expanded multiply a broken factor with the zeros of other blocks; 0 · NaN is NaN, so it may spread.
     assert poison in "AB" or torch.equal(finite, theirs.isfinite())
     rtol, atol = (4e-2, 4e-2) if ours.dtype in HALF else (2e-4, 2e-5)
     torch.testing.assert_close(ours[finite], theirs[finite], rtol=rtol, atol=atol)
@@ -260,7 +260,7 @@ def test_what_is_not_finite_is_not_hidden(case: Case, poison: tuple[str, float],
 @pytest.mark.parametrize("bias", [True, pytest.param(False, marks=SLOW)])
 @each(lambda backend: some(backend, *HALF) if backend != "reference" else [], slow=interpreted)
 def test_a_small_update_survives(case: Case, bias: bool) -> None:
-    """An update far below the last bit of half precision arrives, because base and bias are added to it.
+    """An update far below the last bit of half precision survives, because base and bias are added to it.
 
     A merged weight is rounded and loses the update, except where compiled code keeps W_eff in float32 panels. The
     definition is left out: it rounds the base's output first.
@@ -276,7 +276,7 @@ def test_a_small_update_survives(case: Case, bias: bool) -> None:
     for run in (*ways, *([] if case.dropout else [autocast])):
         share, noise = survival(case, p, run)
         expected = 0 if loses and run is ways[0] else 1
-        if expected or case.dtype == torch.bfloat16:  # in float16 some of it survives
+        if expected or case.dtype == torch.bfloat16:  # in float16 part of it survives
             assert abs(share - expected) < max(0.05, 4 * noise)
 
 
@@ -317,7 +317,7 @@ def test_saves_x_the_factors_and_frozen_tensors_only(case: Case) -> None:
             p.leaves(*wanted).forward(**options)
         found = {t.data_ptr() for t in saved}
         assert found <= {t.data_ptr() for t in known}
-        assert (p.x.data_ptr() in found) == ("A" in wanted)  # frozen factors do not keep x
+        assert (p.x.data_ptr() in found) == ("A" in wanted)  # with frozen factors x is not kept
 
 
 @each(lambda backend: some(backend, torch.bfloat16) if backend != "reference" else [])
@@ -380,7 +380,7 @@ def test_a_shard_draws_its_columns_of_the_whole_mask(case: Case) -> None:
 
 
 class Recording(TorchDispatchMode):
-    """Collects the calls of our operators."""
+    """Records the calls of our operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -397,20 +397,20 @@ class Recording(TorchDispatchMode):
 )
 @each_compiled
 def test_opcheck(case: Case, wanted: tuple[str, ...]) -> None:
-    """Forward, and backward with all gradients, with dX alone and with the factors' alone."""
+    """Checks forward, and backward with all gradients, with dX alone and with dA and dB alone."""
     p = case.problem(tokens=5)
     with Recording() as recording:
         p.leaves(*wanted).forward(**case.options).backward(p.dy)
     (linear, arguments), (backward, others) = recording.calls
     assert (linear, backward) == (torch.ops.smoa.linear.default, torch.ops.smoa.linear_backward.default)
     torch.library.opcheck(linear, arguments)
-    # A gradient of the backward's own is refused: tests/test_functional.py.
+    # The backward has no backward: tests/test_functional.py.
     torch.library.opcheck(backward, tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, others))
 
 
 @each_compiled
 def test_compiles_whole(case: Case) -> None:
-    """Backend and algorithm are settled while the compiler looks on, by imports that it cannot follow."""
+    """The compiler traces the choice of backend and algorithm, although it cannot follow their imports."""
     torch._dynamo.reset()
     p = case.problem(ranks=(3, 1, 2))
     dropout = case.dropout

@@ -1,4 +1,4 @@
-"""On a GPU: forward and backward neither wait for it nor allocate what a graph cannot hold."""
+"""On a GPU, forward and backward do not wait for the device and allocate only memory that a graph can hold."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_captured_step_replays_on_new_inputs(kind: str, dtype: torch.dtype, to
 
 @pytest.mark.parametrize("kind", ["fused", "eager"])
 def test_each_replay_draws_another_mask(kind: str) -> None:
-    """The seed is drawn under capture, so the generator's offset advances with each replay."""
+    """The seed is drawn during capture, so each replay advances the generator's offset."""
     model = network(kind, torch.bfloat16, dropout=0.3)
     run = passes(model, torch.randn(256, 512, device="cuda", dtype=torch.bfloat16))
     graph, y = captured(model, run)
@@ -114,7 +114,7 @@ def test_each_replay_draws_another_mask(kind: str) -> None:
 
 
 def captured(model: nn.Module, run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A graph of one step whose gradients are written, not accumulated, in each replay."""
+    """A graph of one step. Each replay writes the gradients anew and does not accumulate."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -1,6 +1,6 @@
 """PEFT's own layer in half precision delivers a tenth of an update of 1e-4 of the weights (docs/numerics.md).
 
-That every backend here delivers all of it: tests/test_contract.py. Here is what that rests on in cuBLAS.
+tests/test_contract.py shows that every backend delivers all of it. This file tests the cuBLAS settings for that.
 """
 
 import peft
@@ -22,7 +22,7 @@ REDUCTIONS = {
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_peft_layers_deliver_a_tenth(bias: bool) -> None:
-    """PEFT's HiRA is K = 1: the same update, added to a base output that is already rounded."""
+    """PEFT's HiRA is K = 1: it adds the same update to a base output that is already rounded."""
     case = Case("eager", "auto", torch.bfloat16)
     p = small_update(case, tokens=2048, bias=bias)
     linear = nn.Linear(64, 192, bias=bias, dtype=case.dtype).requires_grad_(False)
@@ -43,7 +43,7 @@ def test_peft_layers_deliver_a_tenth(bias: bool) -> None:
 
 
 class Settings(TorchDispatchMode):
-    """Notes at every product what cuBLAS is allowed; the second one fails."""
+    """Notes the cuBLAS settings at each product; the second product fails."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Settings(TorchDispatchMode):
 
 
 def setting(dtype: torch.dtype) -> tuple[bool, bool]:
-    """Whether partial sums may be rounded, and whether a GEMM may be cut along C at all."""
+    """Whether partial sums may be rounded, and whether a GEMM may be split along C."""
     matmul, name = torch.backends.cuda.matmul, REDUCTIONS[dtype]
     return getattr(matmul, name), getattr(matmul, f"{name}_split_k")
 
@@ -66,9 +66,9 @@ def setting(dtype: torch.dtype) -> tuple[bool, bool]:
 @pytest.mark.parametrize("users", [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("dtype", REDUCTIONS)
 def test_partial_sums_are_not_rounded(dtype: torch.dtype, users: tuple[bool, bool]) -> None:
-    """What cuBLAS is told while the base GEMM accumulates, and the user's own setting again after it.
+    """The settings hold during the base GEMM, and the user's settings return afterwards, also after an error.
 
-    The GPU is pretended by torch's fake tensors, which say that they are on one and hold nothing.
+    torch's fake tensors pretend to be on a GPU and hold no data.
     """
     before = setting(dtype)
     setattr(torch.backends.cuda.matmul, REDUCTIONS[dtype], users)
@@ -91,7 +91,7 @@ def test_partial_sums_are_not_rounded(dtype: torch.dtype, users: tuple[bool, boo
 @pytest.mark.parametrize("dtype", REDUCTIONS)
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_a_small_update_survives_a_long_sum(backend: str, dtype: torch.dtype, tokens: int) -> None:
-    """Few tokens and many columns are what cuBLAS cuts along C: 192 rows of y leave most of a GPU idle."""
+    """cuBLAS splits C when tokens are few and columns many: 192 rows of y leave most of a GPU idle."""
     if (reason := obstacle(backend, dtype)) is not None:
         pytest.skip(reason)
     case = Case(backend, "split", dtype)

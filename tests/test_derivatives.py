@@ -1,4 +1,4 @@
-"""Transforms of `torch.func`, second derivatives and forward mode: a layer beside an `nn.Linear` that holds W_eff."""
+"""`torch.func` transforms, second derivatives and forward mode, compared with an `nn.Linear` that holds W_eff."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def ours(layer: FusedSMoALinear) -> Loss:
 
 
 def linear(layer: FusedSMoALinear) -> Loss:
-    """The same by W_eff, in plain operators."""
+    """The same layer from W_eff, in plain operators."""
 
     def forward(given: Parameters, x: Tensor) -> Tensor:
         A, B = given["smoa_A"], given["smoa_B"]
@@ -60,7 +60,7 @@ def loss(forward: Loss) -> Loss:
 
 
 def second(forward: Loss) -> Loss:
-    """A gradient's norm, whose gradient is a second derivative."""
+    """The norm of a gradient; its gradient is a second derivative."""
 
     def norm(given: Parameters, x: Tensor) -> Tensor:
         found = grad(loss(forward), argnums=(0, 1))(given, x)
@@ -139,7 +139,7 @@ def test_forward_mode(name: str, trains: bool) -> None:
             return found
 
     torch.testing.assert_close(tangent(ours(layer)), tangent(linear(layer)))
-    with forward_ad.dual_level():  # of something else
+    with forward_ad.dual_level():  # the layer has no dual input
         assert layer(x).isfinite().all()
 
 

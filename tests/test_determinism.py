@@ -1,4 +1,4 @@
-"""What docs/numerics.md says of determinism: what is bitwise equal, and what is only within the error budget."""
+"""Determinism as docs/numerics.md promises it: some results are bitwise equal, others within the error budget."""
 
 import hashlib
 import os
@@ -31,7 +31,7 @@ SIZES = {"tokens": 40, "out_features": 70, "in_features": 60, "random_labels": T
 
 
 def digest() -> str:
-    """Of every result of every case in float32, on one thread."""
+    """A digest of all results of all float32 cases, on one thread."""
     found = hashlib.sha256()
     with on_threads(1):
         for case in CASES:
@@ -78,7 +78,7 @@ def test_thread_counts_move_neither_masks_nor_blocks() -> None:
     slow=interpreted,
 )
 def test_a_batch_in_two_parts_stays_within_the_budget(case: Case, cut: int) -> None:
-    """A GEMM of fewer rows may sum in another order: no bit is promised."""
+    """A GEMM of fewer rows may sum in another order, so bits may differ."""
     p = case.problem(**SIZES)
     halves = [replace(p, x=p.x[rows], dy=p.dy[rows]) for rows in (slice(cut), slice(cut, None))]
     parts = [half.run(**case.options) for half in halves]

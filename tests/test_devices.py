@@ -1,4 +1,4 @@
-"""What is asked of a GPU that is not here: real questions, to made-up answers of its driver."""
+"""GPUs that this machine lacks: real code, with made-up answers from the driver."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ MI300X = SimpleNamespace(
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch):
-    """Put a GPU into the machine."""
+    """Pretend that the machine has this GPU."""
 
     def put(properties: SimpleNamespace, hip: str | None = None) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -92,7 +92,7 @@ def test_a_driver_that_does_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:
-    """Of an unusual machine: a tensor that pretends to be on one, say, goes to the eager backend."""
+    """A device index beyond the machine's GPUs, as a fake tensor may have, selects the eager backend."""
     pytest.importorskip("triton", reason="needs triton")
     absent = torch.device("cuda", 99)
     why = backends.triton_obstacle(absent)
@@ -103,7 +103,7 @@ def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:
 def test_info_judges_a_table_for_each_of_two_gpus_of_one_name(
     here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A slice of a GPU has the name of the whole, and fewer multiprocessors."""
+    """A slice of a GPU has the name of the whole GPU but fewer multiprocessors."""
     pytest.importorskip("typer", reason="needs the cli extra")
     pytest.importorskip("triton", reason="needs triton")
     from smoa_kernels.cli import info

@@ -1,4 +1,4 @@
-"""The fine-tuning example on several processes: one process's losses; killed, launched and resumed for real."""
+"""The fine-tuning example on several processes: the losses of one process; killed, launched and resumed for real."""
 
 # ruff: noqa: F811  fixtures are imported by name
 
@@ -43,7 +43,7 @@ def two() -> Iterator[Processes]:
 
 
 class KilledError(Exception):
-    """Stands for a process that dies after a step."""
+    """Stands for the death of a process after a step."""
 
 
 def losses(
@@ -55,7 +55,7 @@ def losses(
     dropout: float = 0.0,
     dies_after: int | None = None,
 ) -> list[float]:
-    """Train a tiny model in float64 on all processes of the group, or alone: the loss of each step."""
+    """Train a tiny model in float64 on all processes of the group, or on one; return the loss of each step."""
     team = Team() if kind is None else Team(kind, dist.get_rank(), dist.get_world_size())
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_a_kill_while_a_checkpoint_is_written(tiny_llama: Path, animals: Path, t
 def test_losses_are_those_of_one_process(
     kind: str, two: Processes, tiny_llama: Path, animals: Path, tmp_path: Path
 ) -> None:
-    # Masks are those of one process where the tokens are: not where a batch is shared.
+    # Masks equal those of one process only if a process has the same tokens, so not if the batch is shared.
     run = dropping if kind == "tp" else losses
     alone = run(None, tiny_llama, animals, tmp_path / "alone")
     for ours in two.run(run, kind, tiny_llama, animals, tmp_path / "together"):
@@ -181,8 +181,8 @@ def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
     os.kill(victim, signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "SIGKILL" in err  # the launcher names the process that was killed
-    assert out.count("step 1 of") == 1  # progress is the first process's alone
+    assert "SIGKILL" in err  # the launcher names the killed process
+    assert out.count("step 1 of") == 1  # only the first process reports progress
     (last,) = (path for path in checkpoints.iterdir() if path.suffix != ".partial")
     before = json.loads((last / "run.json").read_text())["figures"]["loss"]
     assert len(before) == int(last.name.removeprefix("step-"))

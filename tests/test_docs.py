@@ -1,4 +1,4 @@
-"""The documentation: links, files, names and commands that it mentions exist, and its examples run."""
+"""The documentation: its links, files, names and commands exist, and its examples run."""
 
 import ast
 import re
@@ -18,17 +18,17 @@ PAGES = sorted([*ROOT.glob("*.md"), *GUIDES, *INTERNALS, ROOT / "csrc_ref" / "RE
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]*)#?([^)\s]*)\)")
 CODE = re.compile(r"`([^`\n]+)`")
 FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# In an indented block or between backticks; what follows a # is for the reader.
+# A command in an indented block or between backticks; a comment after # is not part of it.
 COMMAND = re.compile(r"(?:^ {4}|`)((?:make|smoa-kernels) [^`\n#]*)", re.MULTILINE)
 SUFFIXES = (".py", ".c", ".h", ".md", ".svg")
-# Names for what a reader will make.
+# Names that the reader will create.
 TO_BE_MADE = {"kernels/name.py", "tests/kernels/test_name.py"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
 
 def names(source: str) -> set[str]:
-    """What a module defines: functions, classes, methods, assigned names."""
+    """The names that a module defines: functions, classes, methods, variables."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -96,11 +96,11 @@ def test_the_pages_are_read_in_a_day() -> None:
     assert internals <= 3_000
 
 
-# Notes of the laboratory: they belong to benchmarks/results and docs/internals, history belongs to git.
+# Laboratory notes belong in benchmarks/results and docs/internals, history in git.
 NOTES = re.compile(
     r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7,40}\b"  # a commit
     r"|EPYC|Xeon|Ryzen|\bfamily \d|\bmodel \d|Zen \d"  # a processor's model
-    r"|[Ss]upersede|\b(?:the code|it was|than|as|measured) before\b|\| *before *\|"  # how a figure once was
+    r"|[Ss]upersede|\b(?:the code|it was|than|as|measured) before\b|\| *before *\|"  # how a figure changed
     r"|\bgoals? (?:was |were |is |are )?(?:met|missed)|\b(?:met|missed) (?:by|the goal)"
 )
 
@@ -112,7 +112,7 @@ def test_guides_are_no_laboratory_notes(page: str) -> None:
 
 
 def test_the_sites_menu_has_every_page() -> None:
-    """`make docs` fails for a page that mkdocs.yml leaves out."""
+    """Every page of the site stands in mkdocs.yml; `make docs` fails for a missing one."""
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
     in_menu = set(re.findall(r"([\w/]+\.md)$", menu, re.MULTILINE))
     assert {page.relative_to(ROOT / "docs").as_posix() for page in GUIDES + INTERNALS} <= in_menu
@@ -120,7 +120,7 @@ def test_the_sites_menu_has_every_page() -> None:
 
 @every_page
 def test_commands_exist(page: Path) -> None:
-    """A target of the Makefile; a command with options that it has."""
+    """Targets exist in the Makefile; commands have the options that pages mention."""
     pytest.importorskip("typer", reason="needs the cli extra")
     from typer.main import get_command
 

@@ -1,4 +1,4 @@
-"""Examples in docstrings run, and what the package exports is documented."""
+"""Examples in docstrings run, and everything that the package exports is documented."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ EXAMPLES = sorted(
 
 
 def load(name: str) -> ModuleType:
-    """A module of the package; skips, with the reason, where what it needs is not installed."""
+    """Import a module of the package; skip, with the reason, if a requirement is not installed."""
     needed = NEEDS.get(name.partition(".")[2].partition(".")[0], "torch")
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"{name} needs {needed}, which is not installed")
@@ -66,7 +66,7 @@ def test_examples(name: str, group: None, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("door", DOORS)
 def test_what_is_exported_is_documented(door: str) -> None:
-    """Each function and class has an example, in its docstring or its module's, and says what its arguments are."""
+    """Each function and class has an example in its or its module's docstring, and describes its arguments."""
     module = load(door)
     for it in filter(callable, (getattr(module, name) for name in module.__all__)):
         words = f"{inspect.getdoc(it)} {inspect.getdoc(inspect.getmodule(it))} {module.__doc__}"
@@ -76,13 +76,13 @@ def test_what_is_exported_is_documented(door: str) -> None:
 
 
 def arguments(it: Any) -> list[str]:
-    """The arguments of a function or a class, without those that another package's class gives it."""
+    """The arguments of a function or a class, without those inherited from another package."""
     made: Any = it
     if inspect.isclass(it):
         made = vars(it).get("__init__", object)
     found: Iterable[str] = inspect.signature(made).parameters
     if dataclasses.is_dataclass(it):
-        fields: dict[bool, list[str]] = {True: [], False: []}  # ours, and another package's
+        fields: dict[bool, list[str]] = {True: [], False: []}  # True: ours; False: another package's
         for base in inspect.getmro(it):
             fields[base.__module__.startswith("smoa_kernels")] += vars(base).get("__annotations__", ())
         found = [name for name in fields[True] if name not in fields[False]]

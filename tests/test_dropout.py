@@ -1,4 +1,4 @@
-"""The redrawn dropout mask: a function of (seed, token, global column) alone."""
+"""The redrawn dropout mask depends on (seed, token, global column) only."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from smoa_kernels.definition.dropout import Dropout, hashed_words
 
 @pytest.fixture(autouse=True, params=["generator", "hash"])
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's way, and the GPU's, whose integers are the same anywhere."""
+    """The CPU's generator, and the GPU's hash, which gives the same integers on any device."""
     if request.param == "hash":
         monkeypatch.setattr(dropout, "draws", lambda device: False)
 
@@ -37,7 +37,7 @@ def test_rate_and_scale(p: float) -> None:
 
 
 def test_every_column_and_every_16_bit_lane_is_random() -> None:
-    """An int64 drawn from the default range has a constant sign bit, which would bias every fourth column."""
+    """An int64 from the default range has a constant sign bit, which would bias every fourth column."""
     kept = (multiplier(0.5, 4000, 64) != 0).double().mean(0)
     assert float((kept - 0.5).abs().max()) < 0.04
 
@@ -51,7 +51,7 @@ def test_the_largest_probability_still_keeps_something() -> None:
 
 
 def test_the_hash_is_splitmix64() -> None:
-    """The published sequence of this seed; nothing of it may depend on how it is cut into tokens."""
+    """The published sequence for this seed. Drawing it in several parts gives the same numbers."""
     words = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
     seed = torch.tensor([1234567])
     at_once, one_by_one = hashed_words(seed, 2), hashed_words(seed, 2)
@@ -60,7 +60,7 @@ def test_the_hash_is_splitmix64() -> None:
 
 
 def test_tokens_columns_and_seeds_are_independent() -> None:
-    """Neighbouring seeds, too: the mask of one is not the other's, moved."""
+    """Masks of neighbouring seeds are independent too: one is not a shifted copy of the other."""
     masks = [multiplier(0.5, 200, 400, seed) != 0 for seed in (7, 8)]
     for first, second in (
         (masks[0][1:], masks[0][:-1]),
