@@ -52,7 +52,7 @@ def test_results_are_within_their_budget(
 @on_the_cpu
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 def test_pairs_that_no_expert_counts_are_refused(backend: str) -> None:
-    """Their rows would be whatever memory holds."""
+    """No expert would compute their rows, which would keep stale memory."""
     p = make_problem(dtype=torch.float32)
     with pytest.raises(ValueError, match="ends must count x's"):
         experts_linear(torch.cat([p.x, p.x[:1]]), p.ends, p.adapter, backend)
@@ -60,7 +60,7 @@ def test_pairs_that_no_expert_counts_are_refused(backend: str) -> None:
 
 SHAPES: list[dict[str, object]] = [
     {"pairs": (1,), "ranks": (2,), "rows": 1, "cols": 1},
-    {"pairs": (0, 0, 1), "ranks": (2, 2), "rows": 16, "cols": 24},  # one token, one of its experts
+    {"pairs": (0, 0, 1), "ranks": (2, 2), "rows": 16, "cols": 24},  # one token, routed to one expert
     {"pairs": (40, 0, 130), "ranks": (1, 3), "rows": 300, "cols": 290},  # several panels
     {"pairs": (5, 9), "ranks": (4,), "rows": 64, "cols": 31},  # K = 1
     {"pairs": (20, 20), "ranks": (2, 2, 2, 2), "rows": 40, "cols": 40},
@@ -106,13 +106,13 @@ def test_results_on_every_number_of_threads(backend: str, threads: int) -> None:
 
 @numerical
 @on_the_cpu
-@pytest.mark.parametrize("backend", BACKENDS[1:2])  # eager's sums are torch's, whose length differs by layout
+@pytest.mark.parametrize("backend", BACKENDS[1:2])  # eager's sums are torch's; their length depends on layout
 @pytest.mark.parametrize(
     ("pairs", "ranks", "rows", "cols"),
     [
-        ((5, 9, 15), (5, 1, 9), 374, 60),  # dX: of fewer than 16 pairs MKL's sums are short in this layout
-        ((10,), (8,), 7, 1536),  # dB: of a block whose last rows are fewer than those contracted together
-        ((19,), (2,), 11830, 96),  # dA: of a block of so many rows
+        ((5, 9, 15), (5, 1, 9), 374, 60),  # dX: MKL's sums are short in this layout for fewer than 16 pairs
+        ((10,), (8,), 7, 1536),  # dB: the last rows of the block are fewer than one contraction panel
+        ((19,), (2,), 11830, 96),  # dA: one block with very many rows
     ],
 )
 def test_sums_are_as_short_as_torchs(
@@ -130,7 +130,7 @@ def test_sums_are_as_short_as_torchs(
 def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
     backend: str, pairs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """This holds for any B of other experts, and in float32 for anything in its padding."""
+    """True for any B of other experts, and in float32 for any padding."""
     p = make_problem(pairs=pairs, dtype=dtype)
     if dtype.itemsize == 2:
         p.adapter.B[1] = 0
@@ -160,7 +160,7 @@ def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
 def test_compiled_layers_get_no_operands_that_they_would_read_beyond(
     spoil: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In half precision: torch's operators take them, or raise."""
+    """In half precision, torch's operators compute with them or raise."""
     p = spoil(make_problem().to(torch.bfloat16, torch.float32))
     monkeypatch.setattr(native.Call, "run", lambda *_, **__: pytest.fail("compiled code got them"))
     with suppress(RuntimeError):
@@ -185,7 +185,7 @@ def test_nothing_as_large_as_the_weight_is_made_or_saved(
     ):
         y = experts_linear(x, p.ends, replace(adapter, A=A, B=B), backend)
         torch.autograd.grad(y, (x, A, B), p.dy)
-    # At most what W_eff of three of the eight experts takes.
+    # At most as much as W_eff of three of the eight experts.
     assert p.x.numel() <= largest.elements < adapter.weight.numel() * 3 // len(pairs)
     given = (x, p.ends, A, B, *vars(adapter).values(), *vars(adapter.blocks).values())
     places = {each.untyped_storage().data_ptr() for each in given if isinstance(each, Tensor)}
@@ -211,7 +211,7 @@ def test_padding_is_never_read(backend: str, dtype: torch.dtype) -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) -> None:
-    """The adapter's output enters before the only rounding, so on average all of it arrives."""
+    """The adapter's output is added before the only rounding, so on average all of it survives."""
     exact = make_problem(pairs=(200, 0, 300), rows=96, cols=64, ranks=(2, 2), blocks="shared")
     p = replace(exact, adapter=replace(exact.adapter, B=exact.adapter.B * 1e-3)).to(dtype, torch.float32)
 
@@ -257,7 +257,7 @@ def test_compiled_graphs_hold_it_whole() -> None:
     compiled = torch.compile(lambda x, ends: experts_linear(x, ends, p.adapter, "eager") * 2, fullgraph=True)
     expected = experts_linear(p.x, p.ends, p.adapter, "eager") * 2
     assert torch.equal(compiled(p.x, p.ends), expected)
-    other = make_problem(pairs=(1, 2, 3, 4, 1), dtype=torch.float32)  # as many pairs, otherwise shared out
+    other = make_problem(pairs=(1, 2, 3, 4, 1), dtype=torch.float32)  # as many pairs, distributed otherwise
     expected = experts_linear(other.x, other.ends, p.adapter, "eager") * 2
     assert torch.equal(compiled(other.x, other.ends), expected)
 

@@ -1,8 +1,8 @@
-"""Faults inside a step: a kernel whose launch raises, memory that runs out at any allocation, a merge cut short.
+"""Faults inside a step: a kernel that raises at launch, memory that runs out at any allocation, an interrupted merge.
 
-The promise: the exception reaches the caller, W0 keeps every bit, A and B each have a whole gradient or none, and once
-gradients are zeroed the same step gives the same bits. Nothing that the failed step allocated stays alive. Faults of a
-GPU, after which nothing is promised, are in tests/test_gpu_faults.py; NaN and Inf are in tests/test_contract.py.
+The promise: the exception reaches the caller, W0 keeps every bit, and A and B each have a whole gradient or none. After
+gradients are zeroed, the same step gives the same bits. All memory of the failed step is freed. Faults of a GPU void
+the promise: tests/test_gpu_faults.py. NaN and Inf: tests/test_contract.py.
 """
 
 import copy
@@ -32,9 +32,9 @@ TRITON = pytest.param("triton", marks=needs_interpreter)
 
 
 class FailingAt(TorchDispatchMode):
-    """Raise at the n-th operator of torch, in forward or backward; a step with fewer of them is a whole one.
+    """Raise at the n-th torch operator of forward or backward; a step with fewer operators completes.
 
-    `born` lists the memory of every result until then, whether torch's graph, Python or nobody holds it.
+    `born` lists the memory of every result until then, whoever holds it: torch's graph, Python or nobody.
     """
 
     def __init__(self, n: int, error: type[BaseException]) -> None:
@@ -44,7 +44,7 @@ class FailingAt(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         ours = {operator.linear: operator._forward, operator.linear_backward: operator._backward}
-        if function in ours:  # it is opaque: its calls are seen only from inside
+        if function in ours:  # the dispatcher does not see the calls inside, so run it in this mode
             with self:
                 return ours[function](*args)
         self.left -= 1
@@ -61,7 +61,7 @@ MANY = 10**9
 
 
 def count(run: Callable[[], object]) -> int:
-    """How many operators `run` calls."""
+    """The number of torch operators that `run` calls."""
     counting = FailingAt(MANY, KeyboardInterrupt)
     with counting:
         run()
@@ -72,14 +72,14 @@ def build(backend: str, algorithm: str = "auto", dropout: float = 0.0) -> nn.Seq
     torch.manual_seed(0)
     options = {"r": 5, "num_blocks": 3, "backend": backend, "algorithm": algorithm, "dropout": dropout}
     layers = [FusedSMoALinear(24, 20, **options), nn.Tanh(), FusedSMoALinear(20, 17, **options)]
-    layers = layers[:1] if backend == "triton" else layers  # the interpreter takes its time
+    layers = layers[:1] if backend == "triton" else layers  # the interpreter is slow
     for layer in layers[::2]:
         layer.smoa_B.data.normal_(0, 0.1)
     return nn.Sequential(*layers)
 
 
 def step(model: nn.Sequential, optimizer: torch.optim.Optimizer, fault: Any = None) -> Tensor:
-    """One training step on fresh data, whose forward and backward may meet a fault."""
+    """One training step on fresh data; a fault may strike its forward or backward."""
     torch.manual_seed(1)
     x = torch.randn(9, 24, requires_grad=True)
     optimizer.zero_grad()
@@ -91,7 +91,7 @@ def step(model: nn.Sequential, optimizer: torch.optim.Optimizer, fault: Any = No
 
 
 def check_recovers(model: nn.Sequential, fault: Callable[[], Any], error: type[BaseException]) -> None:
-    """A step that fails changes nothing but gradients, and the next one is the one that would have been."""
+    """A failed step changes gradients only, and the next step gives the same bits as without the failure."""
     other = copy.deepcopy(model)
     optimizers = [torch.optim.Adam([p for p in m.parameters() if p.requires_grad]) for m in (model, other)]
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -115,10 +115,10 @@ def replaced(module: Any, name: str, call: Callable[..., Any]) -> Iterator[None]
 
 
 class LaunchError(RuntimeError):
-    """What a kernel's launch ends in."""
+    """The error of a failing launch."""
 
 
-# Which launchers a step goes through, by algorithm and dropout, and whether one raises after it has written.
+# The launchers of a step, by algorithm and dropout, and whether one raises after it has written.
 LAUNCHERS = [
     ("gather_columns", "split", 0.0, False),
     ("block_matmul", "split", 0.0, True),
@@ -133,7 +133,7 @@ LAUNCHERS = [
 @pytest.mark.parametrize(("name", "algorithm", "dropout", "late"), LAUNCHERS)
 def test_a_kernel_that_raises(name: str, algorithm: str, dropout: float, late: bool) -> None:
     backend: Any = importlib.import_module("smoa_kernels.backends.triton")
-    # Where the backend's passes look it up.
+    # The module in which the backend looks the launcher up.
     module = backend.modulate if name == "modulated_weight" else backend
     launch, calls = getattr(module, name), []
 
@@ -160,14 +160,14 @@ def test_a_kernel_that_raises(name: str, algorithm: str, dropout: float, late: b
     ],
 )
 def test_out_of_memory_at_every_call(backend: str, algorithm: str, dropout: float) -> None:
-    """Each call of torch that a step makes runs out of memory in turn; in the interpreter, every few of them."""
+    """Each torch call of a step runs out of memory in turn; in the interpreter only every few calls."""
     if (reason := obstacle(backend, torch.float32)) is not None:
         pytest.skip(reason)
     model = build(backend, algorithm, dropout)[:1]
     counting = FailingAt(MANY, KeyboardInterrupt)
     step(model, torch.optim.SGD(model.parameters(), 0.0), counting)
     calls = MANY - counting.left
-    assert calls > 25  # what happens inside the operator is seen
+    assert calls > 25  # calls inside the operator are counted
     born = []
     for n in range(1, calls + 1, calls // 4 if backend == "triton" else 1):
         fault = FailingAt(n, torch.OutOfMemoryError)
@@ -180,7 +180,7 @@ def test_out_of_memory_at_every_call(backend: str, algorithm: str, dropout: floa
 
 
 def test_a_layers_gradients_are_whole_or_absent() -> None:
-    """The last layer's backward may be done when the first one's fails: `zero_grad` comes before the next step."""
+    """When the first layer's backward fails, the last layer's may be done; `zero_grad` comes before the next step."""
     model = build("eager")
     x = torch.randn(9, 24)
 
@@ -201,7 +201,7 @@ def test_a_layers_gradients_are_whole_or_absent() -> None:
     assert {0, 2} <= seen <= {0, 1, 2, 3, 4}
 
 
-# merge() and unmerge() that are interrupted
+# Interrupted merge() and unmerge()
 
 
 def peft_layer() -> Any:
@@ -232,7 +232,7 @@ def test_a_merge_that_is_interrupted_anywhere(kind: str) -> None:
     assert torch.equal(linear.weight, merged)
     if kind == "peft":
         return
-    # The copy back is one operator; where it fails the layer is merged still, and the next attempt is whole.
+    # The copy back is one operator. If it fails the layer stays merged, and the next attempt is complete.
     with pytest.raises(KeyboardInterrupt), FailingAt(1, KeyboardInterrupt):
         layer.unmerge()
     assert layer.merged

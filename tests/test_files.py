@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, whatever happens while it is written."""
+"""A file is always the old one or the new one, even if writing fails."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ def test_the_new_file_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     for data in (b"old", b"new"):
         replace_file(path, data)
         assert path.read_bytes() == data
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # not mkstemp's, which others cannot read
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644  # mkstemp's mode would hide the file from others
     assert os.listdir(tmp_path) == ["table.json"]
 
 

@@ -98,7 +98,7 @@ def test_trec_is_split_into_disjoint_parts_always_the_same() -> None:
     assert len(set.union(*prompts)) == 5380  # no prompt is in two splits
     assert split(trec.read(trec.locate())) == splits
     assert {question.answer for question in splits.test} == set(trec.CLASSES.values())
-    # Figures in the documents hold for this split and no other.
+    # The documents' figures hold for this split only.
     assert splits.test[1] == Question("Who invented volleyball ?\nType:", "human")
 
 
@@ -158,7 +158,7 @@ def test_cached_model_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     def complete(gguf: Path, folder: Path) -> None:
-        assert not any(path.name[0] != "." for path in folder.parent.iterdir())  # nothing at its place yet
+        assert not any(path.name[0] != "." for path in folder.parent.iterdir())  # no final folder yet
         (folder / "config.json").write_text("whole")
 
     monkeypatch.setattr(smollm2, "convert", interrupted)
@@ -185,7 +185,7 @@ def test_a_missing_package_is_named() -> None:
 def refused(capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
     """Run the command with bad options in this process; return the one line that it prints."""
     before = signal.getsignal(signal.SIGTERM)
-    logging.disable_progress_bar()  # the script's own way needs tqdm not to be imported before it
+    logging.disable_progress_bar()  # the script's own way requires that tqdm is not yet imported
 
     def run(*options: object) -> str:
         assert finetune.main([str(option) for option in options]) != 0
@@ -220,7 +220,7 @@ def test_bad_input_is_refused_in_one_line(
 def start(
     *options: object, launcher: Sequence[object] = (sys.executable,), **environment: str
 ) -> subprocess.Popen[str]:
-    # One thread: the tests may share the machine, and tiny models gain nothing from more.
+    # One thread: tests share the machine, and tiny models gain nothing from more.
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*map(str, launcher), str(SCRIPT), *map(str, options)],
@@ -234,7 +234,7 @@ def start(
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, out + err
-    # Other packages may speak there (torchao does when imported); nothing of ours may.
+    # Other packages may write to stderr (torchao does at import); ours must not.
     assert not [line for line in err.splitlines() if "Traceback" in line or "smoa_kernels/" in line], err
     return out
 
@@ -264,7 +264,7 @@ def test_interruption_saves_what_was_trained(tiny_llama: Path, animals: Path, tm
     assert any("step 1 of" in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)  # as `timeout` does: must not cost what was trained
+    process.send_signal(signal.SIGTERM)  # `timeout` repeats the signal too; training must not be lost
     out = finish(process, code=128 + signal.SIGTERM)
     assert "Stopped by SIGTERM" in out
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -1,6 +1,6 @@
-"""`smoa_linear` on the eager backend: what it chooses, what it need not copy.
+"""`smoa_linear` on the eager backend: its choice of algorithm, and copies that it avoids.
 
-What every backend promises: tests/test_contract.py.
+The promises of every backend are tested in tests/test_contract.py.
 """
 
 from contextlib import nullcontext
@@ -46,7 +46,7 @@ def test_reduced_float32_precision_counts_as_half() -> None:
 
 
 class Made(TorchDispatchMode):
-    """Collects the names of operators."""
+    """Records the names of operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ BY_INDEX = {
 
 
 def copies(p: LinearProblem, case: Case) -> set[str]:
-    """What puts rows or columns into another order, in forward and backward."""
+    """The operators that reorder rows or columns in forward and backward."""
     adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, torch.tensor(p.scaling))
     backend, dropout = load_backend(case.backend), case.dropout
     with Made() as made:
@@ -76,13 +76,13 @@ def copies(p: LinearProblem, case: Case) -> set[str]:
 
 
 def contiguous(backend: str) -> list[Case]:
-    """The eager backend's: compiled code calls no operators."""
+    """Cases of the eager backend only, because compiled code calls no torch operators."""
     return in_orders(cases(backend), "contiguous") if backend == "eager" else []
 
 
 @each(contiguous)
 def test_contiguous_blocks_are_slices(case: Case) -> None:
-    """Of x, dY, W0 and the factors nothing is gathered."""
+    """x, dY, W0 and the factors are sliced, not gathered."""
     assert not copies(case.problem(tokens=50), case)
     assert copies(replace(case, order="random").problem(tokens=50), case)
 
@@ -90,7 +90,7 @@ def test_contiguous_blocks_are_slices(case: Case) -> None:
 @pytest.mark.parametrize("algorithm", ["merged", "split", "expanded", "dropout"])
 @pytest.mark.parametrize("host", [True, False])
 def test_needs_no_values(algorithm: str, host: bool) -> None:
-    """On meta tensors, where whatever reads a value raises: as it must where the host is not told the ranks."""
+    """Reading a value of a meta tensor raises. That must happen only if the host does not know the ranks."""
     p = make_problem(dtype=torch.float32)
     ranks = p.ranks.tolist()
     p, scaling = p.on("meta"), torch.ones((), device="meta")

@@ -24,7 +24,7 @@ SEED = torch.tensor(11, device=DEVICE)
 
 
 class Case(NamedTuple):
-    """A problem and how it is run."""
+    """A problem and the settings to run it with."""
 
     problem: LinearProblem
     algorithm: str
@@ -36,7 +36,7 @@ class Case(NamedTuple):
 def cases(draw: st.DrawFn, algorithms: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> Case:
     problem = draw(problems(dtypes))
     autocast = draw(st.sampled_from([None, None, None, torch.bfloat16, torch.float16]))
-    if autocast is not None:  # which takes W0 and the bias in any dtype
+    if autocast is not None:  # autocast takes W0 and the bias in any dtype
         wide = problem.to(draw(st.sampled_from(dtypes)))
         problem = replace(problem, weight=wide.weight, bias=wide.bias)
     dropout_p = draw(st.sampled_from([0.0, 0.0, 0.3, 0.99]))
@@ -45,7 +45,7 @@ def cases(draw: st.DrawFn, algorithms: tuple[str, ...], dtypes: tuple[torch.dtyp
 
 
 def seen(case: Case) -> LinearProblem:
-    """The problem as it is once autocast has rounded x, W0 and the bias; float64 it leaves alone."""
+    """The problem after autocast has rounded x, W0 and the bias; autocast ignores float64."""
     p = case.problem
     dtype = p.x.dtype if case.autocast is None or p.x.dtype == torch.float64 else case.autocast
     return p.to(dtype, p.A.dtype)
@@ -66,7 +66,7 @@ def check(case: Case, backend: str) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_panels() -> Iterator[None]:
-    """Problems this small would all be one panel of the eager backend, of tokens and of W_eff's rows."""
+    """Problems are so small that each would fit one panel of tokens or rows; make panels smaller."""
     panels = {"TOKEN_PANEL": 4, "HALF_TOKEN_PANEL": 4, "MERGED_PANEL": 4, "MERGED_HALF_PANEL": 4}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (panels | {"MERGED_BYTES": 0, "MERGED_ALIGNMENT": 3}).items():
@@ -84,7 +84,7 @@ def test_eager(case: Case) -> None:
 @share(0.2)
 @given(case=cases(eager.ALGORITHMS, (torch.float32,)))
 def test_native(case: Case) -> None:
-    """Autocast would make it another dtype, which the compiled code does not take."""
+    """Without autocast, which would change the dtype to one that compiled code does not take."""
     if (reason := obstacle("native")) is not None:
         pytest.skip(reason)
     check(case._replace(autocast=None), "native")
@@ -94,7 +94,7 @@ def test_native(case: Case) -> None:
 @given(case=cases(("merged", "split", "fused"), DTYPES[1:]))
 @pytest.mark.slow
 def test_triton(case: Case) -> None:
-    """An example in the interpreter takes as long as fifty on torch."""
+    """In the interpreter one example takes as long as fifty on torch."""
     if (reason := obstacle("triton")) is not None:
         pytest.skip(reason)
     assert algorithms_of("triton") == ("merged", "split", "fused")

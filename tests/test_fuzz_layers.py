@@ -17,14 +17,14 @@ pytestmark = pytest.mark.numerical
 
 
 def definition(p: LinearProblem) -> Tensor:
-    """ΔW by the oracle."""
+    """ΔW from the oracle."""
     tensors = (p.weight, p.A, p.B, p.partition.row_block, p.partition.col_block)
     found = c_oracle.delta_weight(*(t.double() for t in tensors), p.ranks, scaling=p.scaling)
     return torch.from_numpy(found).to(DEVICE)
 
 
 class Case(NamedTuple):
-    """A problem, how a layer of it makes its blocks, and whether it keeps them or gets those of the problem."""
+    """A problem, the rule for a layer's own blocks, and whether the layer keeps them or takes the problem's."""
 
     problem: LinearProblem
     rule: dict[str, Any]
@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Case:
 def check(case: Case, backend: str) -> None:
     p = case.problem
     layer = p.layer(backend=backend, **case.rule)
-    p = replace(p, weight=p.weight.clone())  # the layer's own is merged in place
+    p = replace(p, weight=p.weight.clone())  # merging changes the layer's weight in place
     compare_blocks(layer.partition, p.weight, **case.rule)
     if case.own:
         p = replace(p, partition=layer.partition)

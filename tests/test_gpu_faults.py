@@ -1,8 +1,7 @@
-"""A fault of a GPU's own: the process is lost, as CUDA has it, and another one goes on from what was saved.
+"""A fault on a GPU ends the process, as CUDA requires; another process continues from saved state.
 
-The error is sticky: every later call of CUDA in the process gives it again, even one that copies a sound tensor to the
-host, so nothing that is on the GPU can be shown to be as it was, and "the same step gives the same bits"
-(tests/test_faults.py) holds from the next process on.
+CUDA repeats the error at every later call, even at a copy of an intact tensor to the host. So nothing on the GPU can
+be checked, and "the same step gives the same bits" (tests/test_faults.py) can hold only in the next process.
 """
 
 import subprocess
@@ -66,5 +65,5 @@ def run(*arguments: object) -> list[str]:
 
 def test_after_an_illegal_address_a_new_process_gives_the_same_bits(tmp_path: Path) -> None:
     digest, *lost = run(tmp_path / "state.pt", "breaks")
-    assert lost == ["True", "True", "end"]  # the step with the broken index, and the sound one after it
+    assert lost == ["True", "True", "end"]  # the step with the broken index, and the intact step after it
     assert run(tmp_path / "state.pt", "goes on") == [digest, "end"]

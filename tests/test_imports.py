@@ -1,4 +1,4 @@
-"""Imports go one way, folder by folder: the order of the house, read from the source."""
+"""Imports between folders go one way, checked in the source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "smoa_kernels"
 
-# A folder or root module imports from its own line or those above.
+# A folder or root module imports only from its own line and the lines above.
 ORDER = (
     ("checks", "files", "_version"),
     ("definition",),
@@ -36,10 +36,10 @@ KERNELS = (
     "sum_partials",
 )
 
-# The list of kernels imports them when it is asked for, and they ask the table, which asks the list: the one circle.
+# The one circle: the list of kernels imports kernels late, they import the table, and it imports the list.
 CIRCLE = ("kernels.table", "kernels")
 
-# Imports that do not run when their module is imported, each for a reason.
+# Late imports do not run when their module is imported. Each has a reason.
 LATE = {
     **{("kernels", f"kernels.{name}"): "imports Triton" for name in [*KERNELS, "spec"]},
     ("adapter_folder.base_model", "adapter_folder.architecture"): "imports transformers",
@@ -53,7 +53,7 @@ LATE = {
 
 
 def modules() -> list[str]:
-    """Names below smoa_kernels; a package is named by its folder."""
+    """Names of modules below smoa_kernels; a package has the name of its folder."""
     paths = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
     return sorted(path.as_posix().replace("/", ".").removesuffix("__init__").rstrip(".") for path in paths)
 
@@ -66,7 +66,7 @@ def file_of(module: str) -> Path:
 
 @cache
 def imports(module: str) -> dict[str, bool]:
-    """Modules of the package that `module` imports; whether while it is itself imported."""
+    """The package's modules that `module` imports, each with whether the import runs when `module` is imported."""
     file = file_of(module)
     tree = ast.parse(file.read_text(encoding="utf-8"))
     package = file.parent.relative_to(PACKAGE).parts
@@ -83,7 +83,7 @@ def imports(module: str) -> dict[str, bool]:
 
 
 def line(module: str) -> int:
-    """The place in `ORDER` of a module's folder, or of a module at the root."""
+    """The line of `ORDER` that lists a module's folder, or a module at the root."""
     folder = module.partition(".")[0]
     return next(i for i, names in enumerate(ORDER) if folder in names)
 
@@ -96,7 +96,7 @@ def test_imports_go_one_way(module: str) -> None:
 
 
 def test_no_module_imports_itself() -> None:
-    """Not by way of any others: imports that run late, or for the type checker only, count too."""
+    """Imports have no cycles, not even through late imports or imports for the type checker."""
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:
@@ -118,11 +118,11 @@ def test_late_imports_have_a_reason() -> None:
     assert late == set(LATE)
 
 
-# What is larger than the house allows. Four files and two functions may stay.
+# Exceptions from the size limits: one file and two functions.
 LONG_FILES = {"kernels/block_grad.py"}
 LONG_FUNCTIONS = {
-    "smoa_linear",  # it is mostly what its arguments mean
-    "tune",  # so are its options
+    "smoa_linear",  # mostly the documentation of its arguments
+    "tune",  # mostly the documentation of its options
 }
 
 
@@ -143,7 +143,7 @@ def test_few_files_lie_side_by_side() -> None:
 
 
 def test_files_and_functions_are_short() -> None:
-    """Kernels are as long as they are: what Triton compiles is not cut into functions for a reader."""
+    """Kernels may be long: functions in compiled kernels would not help the reader."""
     files, functions = set(), set()
     for path in PACKAGE.rglob("*.py"):
         source = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What surrounds a layer in training: activation checkpointing, mixed precision with loss scaling, both compiled."""
+"""Layers in training: activation checkpointing, mixed precision with loss scaling, both compiled."""
 
 import sys
 
@@ -35,7 +35,7 @@ def test_compiled_checkpointing_recomputes_with_the_same_mask() -> None:
 
 @pytest.mark.numerical
 def test_loss_scaling_under_autocast() -> None:
-    """float16 autocast with GradScaler: the float32 factors' step is the unscaled one's, and an overflow skips it."""
+    """float16 autocast with GradScaler: float32 factors step as without scaling; an overflow skips the step."""
     torch.manual_seed(0)
     block, x = Block(), torch.randn(64, 40)
     factors = [p for p in block.parameters() if p.requires_grad and p.ndim == 2]
@@ -52,7 +52,7 @@ def test_loss_scaling_under_autocast() -> None:
     for factor, old, gradient in zip(factors, before, plain, strict=True):
         assert factor.grad is not None
         assert factor.grad.dtype == torch.float32
-        assert relative_error((old - factor) / 0.1, gradient) < 2e-2  # float16 gradients, scaled and not
+        assert relative_error((old - factor) / 0.1, gradient) < 2e-2  # float16 gradients in both
     changed = [p.detach().clone() for p in factors]
     optimizer.zero_grad()
     with torch.autocast(DEVICE.type, dtype=torch.float16):
@@ -82,7 +82,7 @@ def test_ahead_of_time_inductor(tmp_path: object) -> None:
 
 
 class NothingRead(TorchDispatchMode):
-    """Refuses what would make the host wait for a GPU: reading a value, or a size that depends on values."""
+    """Forbids operators that make the host wait for a GPU: reading a value or a size that depends on values."""
 
     FORBIDDEN = (
         "_local_scalar_dense",
@@ -128,7 +128,7 @@ def test_nothing_is_read_on_the_host(
         pytest.importorskip("triton", reason="the kernels run in Triton's interpreter here")
     layer = layer_of(kind, backend, dropout)
     x = torch.randn(tokens, 40, requires_grad=True)
-    layer(x).sum().backward()  # what is done once, is done
+    layer(x).sum().backward()  # one-time work happens here
     monkeypatch.setattr(smoa_kernels.definition.dropout, "draws", lambda device: False)  # masks as on a GPU
 
     original = Tensor.tolist
@@ -137,7 +137,7 @@ def test_nothing_is_read_on_the_host(
         caller = sys._getframe(1).f_code.co_name
         assert caller.endswith("check_ranks"), (
             f"{caller} waits for a GPU"
-        )  # that one reads them on the CPU alone
+        )  # check_ranks reads on the CPU only
         return original(self)
 
     monkeypatch.setattr(Tensor, "tolist", tolist)

@@ -1,4 +1,4 @@
-"""`FusedSMoALinear`: an nn.Linear to its users, with labels and ranks that travel in the state dict."""
+"""`FusedSMoALinear`: an nn.Linear to its users; its state dict holds labels and ranks."""
 
 import copy
 import io
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.numerical
 
 
 def trained(**kwargs: object) -> FusedSMoALinear:
-    """A layer whose adapter does something."""
+    """A layer with a nonzero update."""
     torch.manual_seed(0)
     settings: dict[str, object] = {"r": 7, "num_blocks": 3, "alpha": 14, **kwargs}
     layer = FusedSMoALinear.from_linear(nn.Linear(40, 33), **settings)
@@ -94,7 +94,7 @@ def forbid_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_on_the_host_follow_the_state_dict() -> None:
-    """The layer holds its ranks as a buffer and as numbers; on the CPU the operator compares the two."""
+    """The layer holds its ranks twice, as a buffer and as numbers; on the CPU the operator compares the two."""
     layer = trained()
     other = FusedSMoALinear.from_linear(nn.Linear(40, 33), r=7, num_blocks=3, block_ranks=[2, 2, 3], alpha=14)
     x = torch.randn(5, 40)
@@ -106,7 +106,7 @@ def test_ranks_on_the_host_follow_the_state_dict() -> None:
         assert torch.equal(copy.deepcopy(taken)(x), other(x))
     layer.smoa_ranks = other.smoa_ranks
     if DEVICE.type != "cpu":
-        return  # a GPU's are not waited for
+        return  # on a GPU the comparison would wait for the device
     with pytest.raises(ValueError, match=r"block_ranks must be the numbers in ranks, \[2, 2, 3\]"):
         layer(x)
 
@@ -184,16 +184,14 @@ def test_the_sketchs_signs_are_those_that_numpy_drew_for_older_files(side: int) 
 
 
 def test_a_sketch_made_of_fake_tensors_leaves_none_behind() -> None:
-    weight = torch.randn(
-        13, 11, device="cpu"
-    )  # a shape that no other test uses, since signs are cached by size
+    weight = torch.randn(13, 11, device="cpu")  # no other test uses this shape: signs are cached by size
     with FakeTensorMode():
         assert sketch_weight(torch.empty(13, 11)).shape == (33,)
     assert sketch_distance(sketch_weight(weight), sketch_weight(weight)) == 0
 
 
 def test_the_sketch_never_changes() -> None:
-    """Sketches are stored in checkpoints: these values must stand for as long as the format does."""
+    """Checkpoints store sketches, so these values stay fixed as long as the format does."""
     sketch = sketch_weight(torch.arange(12.0).reshape(3, 4))
     expected = torch.tensor([-0.0889108479, -1.1558409929, -1.0669301748, 0.0889108479, 4.4914965630])
     torch.testing.assert_close(sketch[[0, 1, 2, 31, 32]], expected)
@@ -254,7 +252,7 @@ def test_dropout_is_active_in_training_only() -> None:
 
 @pytest.mark.parametrize("order", ["contiguous", "random"])
 def test_no_spectrum_is_computed_for_other_orders(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same when a plain state dict, a new base or labels are loaded; random blocks are then the stored ones."""
+    """Loading a plain state dict, a new base or labels computes none either; random blocks then come from the file."""
     forbid_spectra(monkeypatch)
     settings = {"block_order": order, "granule": 4, "block_seed": 1}
     layer = trained(**settings)

@@ -1,6 +1,6 @@
-"""Faults around a save, with real processes and real small file systems: nothing that was saved is ever lost.
+"""Faults around a save, with real processes and small real file systems: saved work is never lost.
 
-Processes are killed while they save adapters; disks fill up; the cache folder cannot be written to.
+Processes are killed while they save adapters, disks fill up, and the cache folder is not writable.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ model.save_pretrained({folder!r})
 @SLOW
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_kill_between_the_files_of_an_adapter(count: int, tmp_path: Path) -> None:
-    """Of a configuration and weights that no shape tells apart: refused together, and the rest is found."""
+    """Shapes cannot tell the old and new files apart. A mixed pair is refused, and the error names the file to move."""
     folder = tmp_path / "adapter"
     adapted(4).save_pretrained(folder)
     before = contents(folder)
@@ -55,7 +55,7 @@ def test_kill_between_the_files_of_an_adapter(count: int, tmp_path: Path) -> Non
     after = {name: data for name, data in contents(folder).items() if not name.startswith(".saving-")}
     assert after.keys() == before.keys()
     new = sorted(name for name in after if after[name] != before[name])
-    assert "adapter_config.json" not in new  # which comes last
+    assert "adapter_config.json" not in new  # it is moved last
     (left,) = folder.glob(".saving-*/adapter_config.json")
     if WEIGHTS in new:
         with pytest.raises(ValueError, match=f"{folder}/{WEIGHTS} is not .* whole once {left} is moved here"):
@@ -70,14 +70,14 @@ def test_kill_between_the_files_of_an_adapter(count: int, tmp_path: Path) -> Non
 
 
 def test_weights_that_are_not_the_configurations(tmp_path: Path) -> None:
-    """Another tool's, or damaged ones that no shape tells apart: they are taken, not without a word."""
+    """Weights from another tool, or damage that keeps the shape: they load with a warning."""
     for name in ("one", "two"):
         adapted(4).save_pretrained(tmp_path / name)
     weights, config = tmp_path / "one" / WEIGHTS, tmp_path / "one" / "adapter_config.json"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert json.loads(config.read_text())["weights_sha256"] == digest
     data = bytearray(weights.read_bytes())
-    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # the first factor's first bit
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1  # the first bit of the first factor
     weights.write_bytes(data)
     for read in (lambda folder: PeftModel.from_pretrained(base(), folder), inspect_adapter):
         with pytest.warns(UserWarning, match=f"{weights} is not the file .*Another tool wrote it"):

@@ -1,6 +1,6 @@
-"""The compiled GEMM in float32: shapes around its panels, half types that it widens, masks, threads, instruction sets.
+"""The compiled GEMM in float32: shapes around its panels, widened half types, masks, threads, instruction sets.
 
-What it promises beside the other backends: tests/test_contract.py.
+The promises that it shares with other backends are tested in tests/test_contract.py.
 """
 
 import os
@@ -43,11 +43,11 @@ from smoa_kernels.definition.precision import has_gemm
 @each_shape(
     [
         (1, 1, 1, (1,)),
-        (13, 31, 29, (2, 1)),  # below every tile
-        (14, 32, 8, (2,)),  # just one tile of AVX-512
-        (6, 16, 16, (3, 3)),  # of AVX2
-        *((tokens, 23, 41, (3, 0, 2)) for tokens in range(2, 10)),  # few, and one more
-        (1, 37, 41, (4, 9)),  # a block whose W_eff is not made, and one whose is
+        (13, 31, 29, (2, 1)),  # smaller than every tile
+        (14, 32, 8, (2,)),  # exactly one tile of AVX-512
+        (6, 16, 16, (3, 3)),  # exactly one tile of AVX2
+        *((tokens, 23, 41, (3, 0, 2)) for tokens in range(2, 10)),  # few tokens, and one too many
+        (1, 37, 41, (4, 9)),  # one block with W_eff in memory and one without
         (2, 23, 41, (1, 2)),
         (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
         (37, 2111, 23, (1, 2)),  # two panels of rows
@@ -55,10 +55,10 @@ from smoa_kernels.definition.precision import has_gemm
         (900, 600, 16, (2,)),  # two slabs of G, three panels of tokens
         (5, 40, 40, (17,)),
         (64, 5, 7, (1,) * 5),  # blocks of one row
-        (2100, 40, 400, (5, 2)),  # two left panels, two of terms, blocks that are gathered as pieces
+        (2100, 40, 400, (5, 2)),  # two left panels, two of terms, blocks gathered in pieces
         (30, 300, 290, (3, 0, 4)),  # three right panels
         (300, 30, 790, (2, 1)),  # two bands of tokens, two panels of terms in a block
-        (12, 60, 377, (17, 0, 2)),  # few tokens, of which MKL's sums are short
+        (12, 60, 377, (17, 0, 2)),  # few tokens, for which MKL's sums are short
     ],
 )
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_every_shape(
     [
         (1, 1, 1, (1,)),
         (0, 8, 8, (2,)),
-        (13, 31, 29, (2, 1)),  # below every tile
+        (13, 31, 29, (2, 1)),  # smaller than every tile
         (3, 23, 41, (3, 0, 2)),  # few tokens
         (30, 300, 290, (3, 0, 4)),  # three right panels
         (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
@@ -98,7 +98,7 @@ def test_halves_give_what_float32_gives_rounded_once(
     only_compiled: None,
     guarded_memory: None,
 ) -> None:
-    """Bit for bit: where torch has no GEMM of a half type, operands are widened as they are packed."""
+    """The same bits: if torch has no GEMM of a half type, operands are widened while they are packed."""
     p = on_cpu(dtype, **sizes, block_order=order).stored(LAYOUTS[layout])
     expected = p.to(torch.float32).run(**FORMS[form].options)
     found = p.run(**replace(FORMS[form], dtype=dtype).options)
@@ -111,7 +111,7 @@ def test_halves_give_what_float32_gives_rounded_once(
 def test_torch_is_asked_whether_it_has_a_gemm(
     supported: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A build without oneDNN has no such question, and no such GEMM."""
+    """A build without oneDNN has neither this query nor the GEMM."""
     name = f"_is_mkldnn_{ {torch.bfloat16: 'bf16', torch.float16: 'fp16'}[dtype] }_supported"
     assert has_gemm.__wrapped__(dtype) == getattr(torch.ops.mkldnn, name, lambda: False)()
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**{name: lambda: supported}))
@@ -125,7 +125,7 @@ def test_torch_is_asked_whether_it_has_a_gemm(
 @each_form
 @pytest.mark.parametrize("tokens", [4, 50])
 def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str, dtype: torch.dtype) -> None:
-    """Bit for bit: what lies in order is read where it lies, by its label; without it by index."""
+    """The same bits: contiguous blocks are read in place; without the flag they are read by index."""
     p = on_cpu(dtype, tokens=tokens, out_features=301, in_features=457, block_order="contiguous")
     *sizes, granularity, contiguous = p.partition.sizes()
     assert contiguous
@@ -144,7 +144,7 @@ def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str, 
 def test_granules_give_what_scattered_coordinates_give(
     granule: int, masked: bool, dtype: torch.dtype
 ) -> None:
-    """Bit for bit: coordinates of a block moved apart, in their order, so that no two are read together."""
+    """The same bits when the coordinates of each block are spread out in order, so that no two are adjacent."""
     p = on_cpu(dtype, tokens=50, out_features=202, in_features=413, block_order="random", granule=granule)
     old = p.partition
     generator = torch.Generator().manual_seed(1)
@@ -152,7 +152,7 @@ def test_granules_give_what_scattered_coordinates_give(
         labels[torch.randperm(len(labels), generator=generator)] for labels in old.tensors()[:2]
     )
     new = BlockPartition.from_labels(row_block, col_block, old.num_blocks)
-    rows, cols = (  # where each row and column comes from
+    rows, cols = (  # the old place of each row and column
         torch.empty_like(after).scatter_(0, after, before)
         for before, after in ((old.row_index, new.row_index), (old.col_index, new.col_index))
     )
@@ -243,7 +243,7 @@ def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
 @pytest.mark.long
 def test_the_same_on_older_processors() -> None:
     names = "(native or every_shape or threads or mask or dropped)"
-    names += " and not older and not without_amx and not broken"  # which skip some
+    names += " and not older and not without_amx and not broken"  # these skip some
     files = [
         pathlib.Path(__file__).with_name(f"test_{name}.py")
         for name in ("native", "native_operands", "contract")
@@ -258,7 +258,7 @@ def test_the_same_on_older_processors() -> None:
 @pytest.mark.slow
 @needs_bf16
 def test_the_same_without_amx() -> None:
-    """As on processors that have AVX512-BF16 alone, AMD's Zen 4 and 5."""
+    """As on processors with AVX512-BF16 but without AMX: AMD's Zen 4 and 5."""
     files = [__file__, str(pathlib.Path(__file__).with_name("test_bf16.py"))]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *files, "-k"]
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
@@ -290,7 +290,7 @@ def test_a_profile_names_what_was_called(form: str) -> None:
 @pytest.mark.parametrize("seed", [7, -3, 2**62 + 5])
 @pytest.mark.parametrize("p", [0.3, 1e-6, 0.999])
 def test_the_mask_is_eagers(seed: int, p: float, shard: tuple[int, int] | None) -> None:
-    """The very bits that torch's generator draws, of a part of the columns too."""
+    """The same bits as torch's generator draws, also for a part of the columns."""
     offset, width = shard or (0, None)
     mask = Dropout(torch.tensor(seed), p, offset, width)
     x = torch.randn(600, 37)

@@ -1,4 +1,4 @@
-"""The compiled code as a library: when it is taken, why it may be absent, and how it is compiled."""
+"""The compiled code as a library: when it is used, why it may be absent, and how it is compiled."""
 
 import ctypes
 import os
@@ -56,7 +56,7 @@ def test_less_than_float32_is_eagers() -> None:
 
 @needs_library
 def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
-    """A compiled or exported program names this backend when it is made."""
+    """A compiled or exported program names its backend when it is made; later settings must not change its rounding."""
     p = on_cpu(tokens=1100, out_features=40, in_features=64, ranks=(2, 3), bias=False)
     adapter = adapter_of(p)
     case, before = Case("native", "auto", torch.float32), torch.backends.mkldnn.matmul.fp32_precision
@@ -71,7 +71,7 @@ def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the compiled code and its sources, to spoil; it is there that :func:`said` looks."""
+    """A copy of the compiled code and its sources to damage; :func:`said` reads it."""
     shutil.copytree(hatch_build.FOLDER, tmp_path / "native")
     monkeypatch.setattr(library, "_FOLDER", tmp_path / "native")
     return tmp_path / "native"

@@ -1,4 +1,4 @@
-"""The compiled code's operands: of any layout and kind, and what it refuses to follow."""
+"""Operands of compiled code: any layout and kind, and the invalid ones that it refuses."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import load_backend
 
-# Strides of a W0 whose elements share memory.
+# Strides of a W0 with shared memory.
 SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
 
 
@@ -21,7 +21,7 @@ SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
 @pytest.mark.parametrize(
     ("dtype", "strides", "form"),
     [
-        (dtype, strides, form)  # of every two some, and no two alike
+        (dtype, strides, form)  # combinations in pairs, none repeated
         for turn, dtype in enumerate((torch.float32, *HALF))
         for strides, form in zip(SHARING, [*FORMS, *FORMS][turn : turn + 4], strict=True)
     ],
@@ -29,7 +29,7 @@ SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
 def test_weights_whose_elements_share_memory(
     dtype: torch.dtype, strides: tuple[int, int], form: str, in_float32: None
 ) -> None:
-    """What torch makes like a broadcast matrix, or windows of a line, has an order of its own."""
+    """When torch copies a broadcast matrix or overlapping windows, it chooses the layout of the copy."""
     p, case = on_cpu(dtype, tokens=40, ranks=(2, 3)), replace(FORMS[form], dtype=dtype)
     p = replace(p, weight=p.weight.as_strided(p.weight.shape, strides))
     assert_within_budget(p.run(**case.options), case, p)
@@ -39,7 +39,7 @@ def test_weights_whose_elements_share_memory(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("tokens", range(1, 5))
 def test_few_tokens_of_a_weight_whose_rows_repeat(tokens: int, dtype: torch.dtype) -> None:
-    """They go by the order of the copy that is read: along its rows, not its columns as they were given."""
+    """The form for few tokens follows the layout of the copy (row-major), not that of the original (column-major)."""
     p, case = on_cpu(dtype, tokens=tokens), Case("native", "auto", dtype)
     p = replace(p, weight=p.weight[:, :1].contiguous().expand(-1, p.weight.shape[1]))
     assert_within_budget(p.run(**case.options), case, p)
@@ -49,7 +49,7 @@ def test_few_tokens_of_a_weight_whose_rows_repeat(tokens: int, dtype: torch.dtyp
 @needs_library
 @each_form
 def test_factors_of_a_dtype_that_it_does_not_read(form: str) -> None:
-    """Under autocast they may be of any: torch's operators take over."""
+    """Under autocast factors may have any dtype: torch's operators take over."""
     p, case = on_cpu(tokens=40), FORMS[form]
     found = replace(p.to(torch.float32, torch.float64), dy=p.dy.bfloat16()).run(
         autocast=torch.bfloat16, **case.options
@@ -61,7 +61,7 @@ def test_factors_of_a_dtype_that_it_does_not_read(form: str) -> None:
 
 
 def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...] | type]:
-    """What `forward` and `backward` of a backend return, or the kind of error that they raise."""
+    """The results of a backend's `forward` and `backward`, or the types of their errors."""
     dropout = FORMS[form].dropout
     adapter = adapter_of(p)
     module = load_backend(name)
@@ -99,10 +99,10 @@ CHANGES: dict[str, Callable[[LinearProblem], LinearProblem]] = {
 @each_form
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_it_does_not_take_is_eagers(change: str, form: str, dtype: torch.dtype) -> None:
-    """An exported program names its backend whatever it meets; and compiled code would read beyond the end."""
+    """An exported program fixes its backend for any input, and compiled code would read past the end of these."""
     p = CHANGES[change](on_cpu(dtype, tokens=50))
     found, expected = in_backend("native", p, form), in_backend("eager", p, form)
-    first = 1 if change.endswith("dy") else 0  # which the forward does not take
+    first = 1 if change.endswith("dy") else 0  # the forward does not take dy
     for ours, theirs in zip(found[first:], expected[first:], strict=True):
         assert ours is theirs if isinstance(theirs, type) else all(map(torch.equal, ours, theirs))
     assert any(isinstance(one, type) for one in found) or change.startswith(("float64", "dtype"))
@@ -112,7 +112,7 @@ def test_what_it_does_not_take_is_eagers(change: str, form: str, dtype: torch.dt
 @each_dtype
 @each_form
 def test_indices_of_any_kind(form: str, dtype: torch.dtype) -> None:
-    """The kernels take contiguous ones alone, which a partition makes; the compiled code makes its own."""
+    """The kernels need contiguous indices, as a partition makes them; compiled code copies others."""
     p = on_cpu(dtype, tokens=50, random_labels=True)
     labels, indices = p.partition.tensors()[:2], p.partition.tensors()[2:]
     strided = [torch.stack([index, index], 1)[:, 0] for index in indices]
@@ -127,7 +127,7 @@ def test_indices_of_any_kind(form: str, dtype: torch.dtype) -> None:
 def test_sizes_that_the_blocks_do_not_have(
     form: str, dtype: torch.dtype, guarded_memory: None, in_float32: None
 ) -> None:
-    """`from_tensors` believes the sizes that it is given; compiled code goes by offsets, and so must its callers."""
+    """`from_tensors` does not check the sizes; compiled code uses the offsets, and its callers must too."""
     p = on_cpu(dtype, tokens=40, out_features=300, in_features=600, ranks=(2, 3))
     sizes, options = [100, 200, 350, 250, *p.partition.sizes()[4:]], FORMS[form].options
     other = BlockPartition.from_tensors(p.partition.tensors(), sizes)
@@ -142,10 +142,10 @@ def test_sizes_that_the_blocks_do_not_have(
 def test_a_partition_that_is_broken(
     which: int, value: int, form: str, dtype: torch.dtype, in_float32: None
 ) -> None:
-    """`from_tensors` takes almost all that it is given, and compiled code would follow it anywhere."""
+    """`from_tensors` checks very little, and compiled code would follow bad indices anywhere."""
     p = on_cpu(dtype, tokens=50)
     ways = [lambda t: t.long().index_fill(0, torch.tensor([2]), value), lambda t: t[:-1]]
-    if which in (2, 3):  # one twice, another never
+    if which in (2, 3):  # one index twice, another missing
         ways.append(lambda t: t.index_copy(0, torch.tensor([5]), t[6:7]))
     for broken in ways:
         tensors = p.partition.tensors()
@@ -162,7 +162,7 @@ def test_a_partition_that_is_broken(
 
 @needs_library
 def test_saved_tensors_that_hooks_give_back_otherwise() -> None:
-    """What compiled code cannot read, the dispatcher sees: a subclass that has no memory of its own."""
+    """Hooks return a tensor subclass without memory, which compiled code cannot read; torch's dispatcher handles it."""
     p = on_cpu(torch.bfloat16, tokens=50)
     leaves, expected = p.leaves("x", "A", "B"), p.run(backend="native")
 

@@ -1,4 +1,4 @@
-"""The notebook as it is committed: read as a page, with the outputs of one whole run. `make notebook` runs it."""
+"""The committed notebook, read as text, with the outputs of one complete run. `make notebook` runs it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The `smoa::linear` operator: what the compiler and the exporter see."""
+"""The `smoa::linear` operator as the compiler and the exporter see it."""
 
 import warnings
 from dataclasses import replace
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.numerical
 
 
 def test_schema_and_bundle_agree() -> None:
-    """What `flatten` gives stands in the order of the schemas' names."""
+    """`flatten` gives its values in the order of the schemas' names."""
     p, dropout = make_problem(), Dropout(torch.tensor(5), 0.25, 7, 400)
     partition, scaling = p.partition, scaling_tensor(p.scaling, p.x.device)
     adapter = PackedAdapter(p.weight, p.A, p.B, partition, p.ranks, scaling, p.ranks.tolist())
@@ -49,7 +49,7 @@ def test_a_gradient_of_zeros_that_are_nowhere() -> None:
 
 
 class Block(nn.Module):
-    """What stands around a layer in a transformer."""
+    """The surroundings of a layer in a transformer."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def test_inductor_compiles_it() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dynamic", "graphs"),
-    [(True, 1), (None, 2), (False, 1)],  # None: torch's own step from one token count to any
+    [(True, 1), (None, 2), (False, 1)],  # None: torch itself widens one token count to any
 )
 def test_scaling_seed_and_token_count_recompile_nothing(dynamic: bool | None, graphs: int) -> None:
     counters.clear()
@@ -135,7 +135,7 @@ def test_where_compiling_gives_up_the_kernels_are_not_traced(backend: str) -> No
         return torch.func.grad(lambda x: layer(x).square().sum())(x)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Dynamo says what it could not trace
+        warnings.simplefilter("ignore")  # Dynamo warns of code that it cannot trace
         found = torch.compile(gradient, backend="aot_eager")(x)
     torch.testing.assert_close(found, gradient(x))
 

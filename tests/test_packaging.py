@@ -1,4 +1,4 @@
-"""What is published: the wheel's files, its metadata, its command, and the package on a machine without Triton."""
+"""The published package: the wheel's files, its metadata, its command, and use on a machine without Triton."""
 
 import ast
 import email
@@ -31,7 +31,7 @@ def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProces
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built by the backend that pyproject.toml names, without the network."""
+    """The wheel, built without the network by the backend in pyproject.toml."""
     pytest.importorskip("hatchling", reason="the build backend, hatchling, is not installed")
     folder = tmp_path_factory.mktemp("dist")
     return build("wheel", ROOT, folder)
@@ -57,7 +57,7 @@ def dist_info(wheel: Path, name: str) -> str:
 
 
 def requirements(metadata: Message, extra: str, system: str) -> set[str]:
-    """What `pip install smoa-kernels[extra]` asks for on an operating system, by the name that Python imports."""
+    """The requirements of `smoa-kernels[extra]` on an operating system, by import name."""
     found = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     where = {"extra": extra, "platform_system": system}
     return {r.name.replace("-", "_") for r in found if r.marker is None or r.marker.evaluate(where)}
@@ -79,7 +79,7 @@ def test_a_wheel_with_compiled_code_is_for_its_machine_and_one_without_for_any(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if hatch_build.compiler() is not None:
-        assert wheel.stem.endswith("-py3-none-linux_x86_64")  # `make dist` makes manylinux of it
+        assert wheel.stem.endswith("-py3-none-linux_x86_64")  # `make dist` turns it into manylinux
         assert "Root-Is-Purelib: false" in dist_info(wheel, "WHEEL")
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "*.so"))
@@ -92,7 +92,7 @@ def test_a_wheel_with_compiled_code_is_for_its_machine_and_one_without_for_any(
 
 
 def test_the_sdist_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
-    """From the archive alone, which has the tests and the Makefile too."""
+    """The archive suffices for the build, and holds the tests and the Makefile."""
     archive = build("sdist", ROOT, tmp_path)
     with tarfile.open(archive) as files:
         files.extractall(tmp_path, filter="data")
@@ -116,7 +116,7 @@ def test_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     core = {"torch", "filelock"}
     assert requirements(metadata, "", "Darwin") == core
-    assert requirements(metadata, "", "Linux") == core  # torch brings its own Triton, or needs none
+    assert requirements(metadata, "", "Linux") == core  # torch brings its own Triton or needs none
     assert requirements(metadata, "triton", "Linux") == core | {"triton", "numpy"}
     theirs = {"peft", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm", "numpy"}
     assert requirements(metadata, "peft", "Darwin") == core | theirs
@@ -133,7 +133,7 @@ def test_typing_and_licence_are_in_the_wheel(wheel: Path, names: list[str]) -> N
 
 
 def test_the_long_description_has_no_relative_link(wheel: Path) -> None:
-    """PyPI has none of our files: every link of the README leads to one of the version's tag, or elsewhere."""
+    """PyPI has none of our files, so each link of the README leads to the version's tag or to another site."""
     metadata = email.message_from_string(dist_info(wheel, "METADATA"))
     (label, _, repository) = metadata["Project-URL"].partition(", ")
     assert label == "Repository"
@@ -148,7 +148,7 @@ def test_the_long_description_has_no_relative_link(wheel: Path) -> None:
 
 
 def check_link(url: str, picture: bool, repository: str, tag: str) -> str:
-    """The kind of page that a link to one of our files asks the host for."""
+    """The kind of page, raw or blob, that a link to one of our files names."""
     assert url.startswith(repository)
     kind, _, path = url.removeprefix(repository).partition("/")
     assert kind == ("raw" if picture else "blob")
@@ -158,7 +158,7 @@ def check_link(url: str, picture: bool, repository: str, tag: str) -> str:
 
 
 def extra_of(name: str) -> str:
-    """The extra that a file of the package belongs to; none where it belongs to the core."""
+    """The extra that a file of the package belongs to; empty for the core."""
     path = name.removeprefix(PREFIX)
     folder = path.split("/")[0]
     return {"adapter_folder": "peft", "peft": "peft", "serving": "peft", "cli": "cli"}.get(folder, "")
@@ -166,7 +166,7 @@ def extra_of(name: str) -> str:
 
 @pytest.mark.parametrize("extra", ["peft", "cli", ""])
 def test_every_import_is_declared(wheel: Path, names: list[str], extra: str) -> None:
-    """A package that happens to be there because another one needs it is missing on some machine."""
+    """An undeclared package may be present through another one, but is missing on some machine."""
     metadata = email.message_from_string(dist_info(wheel, "METADATA"))
     allowed = requirements(metadata, extra, "Linux") | set(sys.stdlib_module_names)
     imported = set()
@@ -174,7 +174,7 @@ def test_every_import_is_declared(wheel: Path, names: list[str], extra: str) -> 
         for name in names:
             if name.endswith(".py") and extra_of(name) == extra:
                 imported |= absolute_imports(archive.read(name).decode())
-    # What PEFT's classes are given to, not what ours import by themselves; what torch brings where it can be used.
+    # Known by name only, or optional: PEFT's classes are passed in, and torch brings Triton where it can.
     known = {"": {"peft", "transformers", "triton"}, "peft": {"vllm"}}.get(extra, set())
     assert imported
     assert imported - known <= allowed
@@ -221,7 +221,7 @@ except ValueError as error:
 
 
 def test_the_core_without_numpy() -> None:
-    """Each order and backend: training, saving, loading, merging; and experts."""
+    """Without numpy, each order and backend trains, saves, loads and merges; experts run too."""
     program = """
 import io
 import sys

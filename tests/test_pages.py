@@ -1,4 +1,4 @@
-"""Large pages: Linux is asked for them where a result is large, and nowhere else; large workspaces are kept."""
+"""Large pages are requested from Linux for large results only; large workspaces are kept."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def flags_at(address: int) -> set[str]:
-    """What Linux keeps of the mapping that an address is in."""
+    """Linux's flags of the mapping that contains an address."""
     inside = False
     for line in SMAPS.read_text(encoding="ascii", errors="replace").splitlines():
         first, *rest = line.split()
@@ -30,7 +30,7 @@ def flags_at(address: int) -> set[str]:
 
 @pytest.mark.skipif(not (SMAPS.exists() and LARGE_PAGES.exists()), reason="Linux has no large pages here")
 def test_linux_hears_it() -> None:
-    # Above 32 MB malloc always maps a tensor on its own, so nothing asked for large pages there before.
+    # malloc always maps tensors above 32 MB separately, so this mapping has no earlier request for large pages.
     tensor = torch.empty(2**24 - 3)
     middle = tensor.data_ptr() + tensor.nbytes // 2
     before = flags_at(middle)
@@ -70,7 +70,7 @@ def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(pages._ADVICE is None, reason="a workspace is kept on Linux alone")
 def test_a_workspace_where_linux_has_no_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "_ADVICE", 9999)  # as unknown as MADV_HUGEPAGE is to such a kernel
+    monkeypatch.setattr(pages, "_ADVICE", 9999)  # Linux does not know it
     pages.release()
     assert pages.workspace(torch.empty(0), pages.LARGE // 4).numel() == pages.LARGE // 4
     assert pages.release() == pages.LARGE
@@ -85,17 +85,17 @@ def test_a_workspace_that_no_memory_is_left_for() -> None:
 def test_a_large_workspace_is_kept_by_its_thread() -> None:
     like, floats = torch.empty(0), pages.LARGE // 4
     pages.release()
-    assert pages.workspace(like, floats - 1).numel() == floats - 1  # malloc's
+    assert pages.workspace(like, floats - 1).numel() == floats - 1  # malloc's memory
     assert pages.release() == 0
     first = pages.workspace(like, floats + 1)
     assert first.dtype == torch.float32
     assert first.numel() > floats
-    for fewer in (floats, 1):  # beside which a small one of its own would add to the peak
+    for fewer in (floats, 1):  # a small separate workspace would raise the peak
         assert pages.workspace(like, fewer).data_ptr() == first.data_ptr()
     with ThreadPoolExecutor(1) as other:
         assert other.submit(pages.workspace, like, floats).result().data_ptr() != first.data_ptr()
     if SMAPS.exists() and LARGE_PAGES.exists():
         assert "hg" in flags_at(first.data_ptr() + pages.LARGE // 2)
-    assert pages.workspace(like, 3 * floats).numel() >= 3 * floats  # which the first is not
+    assert pages.workspace(like, 3 * floats).numel() >= 3 * floats  # larger than the first
     assert pages.release() == 12 * floats
     assert pages.release() == 0
