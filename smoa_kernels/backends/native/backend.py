@@ -31,9 +31,9 @@ class Path(IntEnum):
     FEW = 0
     """`few_tokens.h`: W0 is read once, W_eff made in registers, nothing is packed."""
     FLOAT = 1
-    """`product.h`: in float32, half types widened as they are packed."""
+    """`product.h` and `gradient.h`: in float32, half types widened as they are packed."""
     TILES = 2
-    """`product.h`: in bfloat16, by AMX or AVX512-BF16."""
+    """`product.h` and `gradient.h`: in bfloat16, by AMX or AVX512-BF16."""
     EAGER = 3
     """torch's operators."""
 
