@@ -18,13 +18,13 @@ from smoa_kernels.definition.spectral_order import one_thread, spectral_centroid
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """On the CPU, so that every device gets the same numbers."""
+    """Drawn on the CPU, so that every device gets the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=dtype, generator=generator, device="cpu").to(DEVICE)
 
 
 def svd_centroids(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition's own words: a thin SVD, energies, mean position."""
+    """The definition step by step: a thin SVD, energies, mean position."""
     U, sigma, Vh = torch.linalg.svd(weight, full_matrices=False)
     position = torch.arange(sigma.shape[0], dtype=weight.dtype)
     scores = []
@@ -60,7 +60,7 @@ def test_gram_route_equals_svd(shape: tuple[int, int]) -> None:
 @pytest.mark.numerical
 @pytest.mark.parametrize("scale", [1e-25, 1e25])
 def test_extreme_magnitudes_keep_the_order(scale: float) -> None:
-    """Squared in float32 these entries would overflow or vanish."""
+    """Squares of these entries overflow or vanish in float32."""
     weight = drawn(24, 40, seed=1, dtype=torch.float32)
     expected = BlockPartition.from_weight(weight, 3)
     assert BlockPartition.from_weight(weight * scale, 3) == expected
@@ -96,10 +96,10 @@ def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
     torch.testing.assert_close(row_score[others], expected_rows[others], rtol=1e-6, atol=1e-6)
 
 
-# Of the CPU's threads: not numerical.
+# Tests the CPU's threads, so it is not marked numerical.
 @pytest.mark.slow
 def test_thread_setting_is_restored_and_does_not_matter() -> None:
-    """One intra-op thread inside, the caller's setting after, also when it raises."""
+    """It computes on one intra-op thread and restores the caller's setting, also after an error."""
     weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(3))
     script = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[1]));"
@@ -150,7 +150,7 @@ def test_a_thread_that_began_under_anothers_setting_leaves_it_alone() -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_another_thread_waits_for_its_turn() -> None:
-    """Or the first to leave would give the second its threads back while it computes."""
+    """Without waiting, the first thread to finish would restore the thread count while the second computes."""
     entered = threading.Event()
 
     def second() -> int:
@@ -160,7 +160,7 @@ def test_another_thread_waits_for_its_turn() -> None:
         return torch.get_num_threads()
 
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == 2  # from here on its own setting
+        assert pool.submit(torch.get_num_threads).result() == 2  # from now on its own setting
         with one_thread():
             done = pool.submit(second)
             assert not entered.wait(timeout=0.2)
@@ -220,7 +220,7 @@ def made(order: str, weight: torch.Tensor, num_blocks: int, granule: int) -> Blo
 
 @pytest.mark.numerical
 def test_a_granule_scores_the_energy_weighted_mean_of_its_coordinates() -> None:
-    """Of 23 rows the last granule of 4 is short, and a granule of zeros scores 0."""
+    """The last granule of 23 rows is short, and a granule of zeros scores 0."""
     weight = drawn(23, 30, seed=4)
     weight[8:12] = 0
     single, (rows, cols) = spectral_centroids(weight), spectral_centroids(weight, 4)
@@ -253,7 +253,7 @@ def test_granules_stay_together(order: str, shape: tuple[int, int], granule: int
         assert torch.equal(per_granule.repeat_interleave(granule)[: labels.shape[0]], labels)
         counts = torch.bincount(per_granule, minlength=3).tolist()
         assert counts == [len(part) for part in torch.arange(len(per_granule)).tensor_split(3)]
-        for block in index.split(sizes):  # ascending, so a short granule stands last in its block
+        for block in index.split(sizes):  # ascending, so a short granule comes last in its block
             assert torch.equal(block, block.sort().values)
 
 
@@ -279,7 +279,7 @@ def test_what_labels_allow_is_read_off_them() -> None:
     assert BlockPartition.from_labels(fours * 0, eights * 0, 1).granularity == 40
     assert BlockPartition.from_labels(fours[:0], eights[:0], 1).granularity == 1
     crossed = partition.from_tensors(partition.tensors(), partition.sizes())
-    # A cut at a multiple keeps the granularity, another one need not.
+    # A cut at a multiple of the granularity keeps it; another cut may not.
     for one, expected in ((partition.T, 4), (partition.to("meta"), 4), (crossed, 4)):
         assert (one.granularity, one.is_contiguous) == (expected, False)
     assert partition.shard(slice(8, 21), slice(8, 40)).granularity == 8

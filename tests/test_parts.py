@@ -1,6 +1,6 @@
-"""float32 by AMX, each number as three bfloat16 parts: shapes around its tiles, how exact it is, what is not finite.
+"""float32 by AMX, each number in three bfloat16 parts: shapes around its tiles, accuracy, NaN and infinity.
 
-What all backends promise is in tests/test_contract.py, mostly for fewer tokens than this code takes.
+The promises of all backends are tested in tests/test_contract.py, mostly with too few tokens for this code.
 """
 
 from dataclasses import replace
@@ -23,11 +23,11 @@ each_form = pytest.mark.parametrize("form", FORMS)
 @needs_amx
 @each_shape(
     [
-        (96, 128, 128, (2,)),  # just its tiles
+        (96, 128, 128, (2,)),  # exactly one tile
         (97, 131, 127, (3, 0, 2)),  # prime sizes, blocks below a tile
         (130, 7, 33, (1,)),
-        (300, 300, 790, (17, 2)),  # several right panels, three of terms; terms of G in one
-        (1200, 530, 40, (2,)),  # four of G's, of which two slabs are summed
+        (300, 300, 790, (17, 2)),  # several right panels, three of terms; G needs only one of terms
+        (1200, 530, 40, (2,)),  # four panels of terms of G, of which two slabs are summed
         (2100, 40, 70, (4, 1)),  # two left panels
     ],
 )
@@ -38,7 +38,7 @@ def test_every_shape(
     sizes: dict[str, Any], order: str, threads: int, form: str, guarded_memory: None
 ) -> None:
     p = on_cpu(**sizes, block_order=order)
-    if order == "contiguous":  # W0 by columns, x and dY parts of others
+    if order == "contiguous":  # W0 column-major; x and dY are views
         x, dy = (torch.nn.functional.pad(one, (3, 2))[:, 3:-2] for one in (p.x, p.dy))
         p = replace(p, x=x, dy=dy, weight=p.weight.T.contiguous().T)
     assert_right(FORMS[form], p, threads)
@@ -52,7 +52,7 @@ def test_one_thread_and_three_give_the_same_output(form: str) -> None:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x W0ᵀ`, of an adapter whose update is zero."""
+    """`x W0ᵀ`, from an adapter with a zero update."""
     partition = BlockPartition.from_labels(
         *(torch.zeros(size, dtype=torch.int64) for size in weight.shape), 1
     )
@@ -63,7 +63,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def row_errors(y: Tensor, truth: Tensor) -> Tensor:
-    """Of each row relative to its norm: rows may be of different magnitudes."""
+    """Errors of each row relative to its norm, because magnitudes differ between rows."""
     return torch.linalg.vector_norm(y - truth, dim=1) / torch.linalg.vector_norm(truth, dim=1)
 
 
@@ -71,7 +71,7 @@ def row_errors(y: Tensor, truth: Tensor) -> Tensor:
 @pytest.mark.parametrize("terms", [60, 384, 3000])
 @pytest.mark.parametrize("numbers", ["normal", "positive", "of any magnitude"])
 def test_it_is_as_exact_as_torchs(numbers: str, terms: int) -> None:
-    """Each of the six products counts: without the smallest of them errors are 2e-6."""
+    """All six products are needed: without the smallest one, errors are 2e-6."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, terms, generator=generator) for rows in (130, 100))
     if numbers == "positive":
@@ -94,7 +94,7 @@ def test_the_largest_numbers_are_finite() -> None:
 @needs_amx
 @pytest.mark.parametrize("magnitude", [1e-28, 1e-30, 1e-32, 1e-34, 1e-36, 1e-38, 1e-40, 0.0])
 def test_the_smallest_numbers_lose_digits_and_nothing_else(magnitude: float) -> None:
-    """What is below 2^-126, of a number or of a sum, counts as 0."""
+    """Numbers and sums below 2^-126 count as 0."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 200, generator=generator) for rows in (100, 70))
     x *= magnitude
@@ -105,7 +105,7 @@ def test_the_smallest_numbers_lose_digits_and_nothing_else(magnitude: float) -> 
 @needs_amx
 @pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1])
 def test_what_is_not_finite(bits: int) -> None:
-    """Infinity and any NaN give NaN, where they count and nowhere else."""
+    """Infinity and any NaN give NaN in the results that depend on them, and in no others."""
     value = torch.tensor(bits).int().view(torch.float32)
     x, weight = torch.ones(100, 70), torch.ones(40, 70)
     x[3, 69], weight[7, 5] = value, value

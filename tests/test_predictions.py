@@ -1,4 +1,4 @@
-"""What the bring-up's goals predict (benchmarks/bringup/predictions.py), by hand, and beside what was measured."""
+"""The predictions behind the bring-up's goals (benchmarks/bringup/predictions.py), by hand and against measurements."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def test_peaks_by_hand():
-    """16-bit, T=8192: 64 MiB of x and of y; LoRA holds three of them at once, and tensors of rank 16."""
+    """16-bit, T=8192: x and y take 64 MiB each. LoRA holds three such tensors at once, and tensors of rank 16."""
     p, mib = Problem(8192, 4096, 4096, 4, 16), 2**20
     assert peak_bytes(p, "frozen") == 128 * mib
     assert peak_bytes(p, "lora") == 192 * mib + 2 * 16 * 8192
@@ -25,9 +25,9 @@ def test_peaks_by_hand():
     assert peak_bytes(p, "split") == 160 * mib + factors  # y, dX and W_eff
     assert peak_bytes(replace(p, granule=1024), "split") == 160 * mib + factors
     short = Problem(4096, 4096, 4096, 4, 16)
-    # y, dY and x gathered, the partials: as much as dX and W_eff, and a mebibyte
+    # gathered x and dY, as large as W_eff and dX, and one MiB of partials beside y
     assert peak_bytes(short, "split") == 96 * mib + factors + 4 * 4 * 2 * 4096 * 8
-    assert peak_bytes(replace(short, granule=8), "split") == 96 * mib + factors  # nothing is gathered
+    assert peak_bytes(replace(short, granule=8), "split") == 96 * mib + factors  # no gathers
 
 
 def memory_results():
@@ -39,7 +39,7 @@ def memory_results():
 
 @pytest.mark.parametrize("result", list(memory_results()))
 def test_what_lora_was_measured_to_hold(result):
-    """Beyond the frozen layer: the committed figures, to a few scalars."""
+    """The committed figures minus the frozen layer's, up to a few scalars."""
     p = Problem(**result["params"] | {"dtype": getattr(torch, result["params"]["dtype"])})
     measured = {name: found["peak"] for name, found in result["bytes"].items()}
     predicted = peak_bytes(p, "lora") - peak_bytes(p, "frozen")
@@ -50,7 +50,7 @@ def test_what_lora_was_measured_to_hold(result):
 @pytest.mark.parametrize("way", ["frozen", "lora", "merged", "split"])
 @pytest.mark.parametrize("size", [(128, 512, 256), (64, 256, 512), (300, 256, 256)], ids=str)
 def test_what_a_pass_allocates(size, way, monkeypatch):
-    """The kernels too, in the interpreter; it copies its arguments, which is no part of them."""
+    """Includes the kernels' memory, in the interpreter. The interpreter's copies of arguments are left out."""
     pytest.importorskip("peft", reason="needs the peft extra")
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     from benchmarks.memory import footprint
@@ -59,7 +59,7 @@ def test_what_a_pass_allocates(size, way, monkeypatch):
     executor = interpreter.GridExecutor
     monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs))
     monkeypatch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
-    monkeypatch.setattr(algorithms, "GRAD_TILE", 64)  # block_grad's in IEEE float32
+    monkeypatch.setattr(algorithms, "GRAD_TILE", 64)  # block_grad's tile in IEEE float32
     case = Case(*size, num_blocks=2, rank=16)
     build = {"frozen": frozen, "lora": lora}.get(way) or smoa(way, "triton")
     predicted = peak_bytes(case.problem(), way)

@@ -1,4 +1,7 @@
-"""What a session in the PTX emulator does with findings, and without g++; `make emulate` runs its own tests."""
+"""A session in the PTX emulator: how findings are reported, and what happens without g++.
+
+The emulator's own tests run with `make emulate`.
+"""
 
 import os
 import subprocess
@@ -29,7 +32,7 @@ def test_past_the_end():
 
 
 def session(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `SESSION` in the emulator, in a process of its own: this one may interpret."""
+    """Run `SESSION` in the emulator, in another process, because this one may interpret kernels."""
     (folder / "test_session.py").write_text(SESSION)
     options = ["-p", "ptx_emulator.plugin", "-p", "no:cacheprovider", "-q", "--rootdir", str(folder)]
     return subprocess.run(
@@ -50,7 +53,7 @@ def session(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
 @pytest.mark.slow
 @pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 def test_a_finding_fails_its_test(tmp_path: Path) -> None:
-    """Numbers are right in both; the unmasked load past the end fails the second, and the session."""
+    """Both tests compute right numbers; the unmasked load past the end fails the second test and the session."""
     ran = session(tmp_path)
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert "1 failed, 1 passed" in ran.stdout

@@ -1,4 +1,4 @@
-"""The quality study: its questions, and the real models that are cut to their upper layers."""
+"""The quality study: its questions, and real models cut to their upper layers."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_commonsense_questions_are_read_once_with_all_of_their_answers(tmp_path:
 
 
 def spelled(texts: Any, **_: Any) -> Any:
-    """A tokenizer of one text or several: a token is a letter."""
+    """A tokenizer of one text or several, with one token per letter."""
     one = isinstance(texts, str)
     return type(
         "Encoding",

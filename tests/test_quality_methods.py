@@ -1,4 +1,4 @@
-"""The quality study: what each method trains, and at which budget."""
+"""The quality study: the parameters and the budget of each method."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_modules_are_adapted_at_the_budget_that_is_said(method: Any) -> None:
     wanted = "second" if method.modules == "MLP" else "first"
     assert trained
     assert all(f".{wanted}." in name for name in trained)
-    # Both layers are 16 by 24 or 24 by 16: one of them has half of the parameters at the same rank.
+    # Both layers are 16 by 24 or 24 by 16, so training one of them halves the parameters at the same rank.
     assert sized.r == (16 if method.as_large else 8)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == (
         sized.r * 40 // method.num_blocks

@@ -1,4 +1,4 @@
-"""The quality slice on experts, two steps a run: what is done is not repeated, and the table has every method."""
+"""The quality slice on experts, two steps per run: finished runs are not repeated, and the table has every method."""
 
 import pytest
 from typer.testing import CliRunner

@@ -1,4 +1,4 @@
-"""The quality study: means and intervals, what validation chose, and the page against the kept records."""
+"""The quality study: means and intervals, the choice of rates, and the page against the kept records."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_interval_against_a_worked_example() -> None:
     assert mean.standard_error == pytest.approx(math.sqrt(0.5))
     assert mean.half_width == pytest.approx(2.77645 * math.sqrt(0.5), rel=1e-5)
     assert math.isnan(mean_of([1.0]).half_width)
-    # Over groups: pooled variance 2, two means of two values each: √(2 (1/2 + 1/2)) / 2.
+    # Two groups: pooled variance 2, two means of two values each: √(2 (1/2 + 1/2)) / 2.
     both = mean_of([0.0, 2.0], [10.0, 12.0])
     assert (both.value, both.standard_error) == (6.0, pytest.approx(math.sqrt(2.0) / 2))
     assert both.half_width == pytest.approx(t_quantile(0.975, 2) * both.standard_error)
@@ -45,7 +45,7 @@ def test_the_best_rate_is_chosen_on_validation() -> None:
         record("LoRA", "search", 5e-3, 1000, 0.8),
         record("LoRA", "search", 1e-2, 1000, 0.8, loss=0.5),
         record("LoRA", "search", 2e-2, 1000, 0.7),
-        record("LoRA", "search", 0.123, 1000, 0.9),  # no rate of the ladder
+        record("LoRA", "search", 0.123, 1000, 0.9),  # not on the ladder of rates
         record("LoRA", "final", 2e-2, 0, 0.99),
     ]
     assert best_rate(runs, "trec50", "LoRA") == 1e-2
@@ -54,7 +54,7 @@ def test_the_best_rate_is_chosen_on_validation() -> None:
     study = Study(runs)
     assert study.plateau("trec50", "LoRA") == (5e-3, 1e-2)
     assert study.plateau("trec50", "LoRA", points=0.11) == (5e-3, 2e-2)
-    assert study.accuracies("trec50", "LoRA") == {}  # the run on test had another rate
+    assert study.accuracies("trec50", "LoRA") == {}  # the final run had another rate
 
 
 def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
@@ -72,13 +72,13 @@ def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
     assert "-5.0 [-5.0, -5.0] points, below zero" in text
     assert "+10.0 [+10.0, +10.0] points, above zero" in text
     assert "| SMoA K=2, r=8 | 0.50 | 76.0 ± 0.6 | 76.0 |" in text
-    assert "## Modules" not in text  # a sweep that was not run
+    assert "## Modules" not in text  # no run of this sweep
     better = [r | {"accuracy": 0.9} if r["method"] == "SMoA K=2" else r for r in runs]
     assert "on 1 of 1 tasks: TREC-50" in page(Study(better))
 
 
 def test_the_kept_records_are_of_the_study_as_it_is() -> None:
-    """So a resumed slice finds them."""
+    """A resumed slice finds the records only if they agree."""
     records = store.read(RECORDS)
     assert len(records) == len(RECORDS.read_text().splitlines())
     store.check_one_setting(records)
@@ -96,7 +96,7 @@ def test_the_results_page_is_what_the_records_say() -> None:
 
 
 def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:
-    """The README says so."""
+    """The README claims it."""
     study = Study(store.read(RECORDS))
     for ours in EQUALS:
         difference = study.difference(ours, LORA, study.tasks)

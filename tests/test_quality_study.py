@@ -1,4 +1,4 @@
-"""The quality study: searching, running, resuming, and what is kept of a run."""
+"""The quality study: searching, running, resuming, and the record of a run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_runs_that_are_there_are_skipped(tmp_path: Path) -> None:
     go(1)
     assert len(told) == 9
     with path.open("a") as file:
-        file.write('{"task": "trec50", "meth')  # as a crash leaves it
+        file.write('{"task": "trec50", "meth')  # a crash leaves half a line
     go(2)
     assert len(told) == 9 + 3
     records = store.read(path)
@@ -84,7 +84,7 @@ def test_a_run_is_made_anew_where_its_name_means_something_else(
 def test_a_commit_says_whether_code_was_not_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Records that have grown are no change of code: each run adds to a file that is committed."""
+    """Each run extends a committed file of records, so larger records do not count as a change of code."""
     folder = tmp_path / "benchmarks"
     (folder / "results").mkdir(parents=True)
     code, records = folder / "code.py", folder / "results" / "runs.jsonl"

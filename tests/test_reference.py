@@ -1,4 +1,4 @@
-"""Three oracles, one definition: the vectors, the C code and the plain PyTorch reference."""
+"""Three oracles for one definition: the vectors, the C code and the plain PyTorch reference."""
 
 import c_oracle
 import numpy as np

@@ -1,4 +1,4 @@
-"""A release: its version is the same everywhere, and one that is not ready is refused by name, with no file changed."""
+"""A release has the same version everywhere; one that is not ready is refused with a reason and changes no file."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ import release
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("smoa_kernels/_version.py", "CITATION.cff", "CHANGELOG.md", "pyproject.toml", "release.py")
-# Archives as `make dist` names them; what is in them, test_packaging.py and `make dist` itself look at.
+# Archives named as by `make dist`. Their contents are checked by test_packaging.py and `make dist`.
 DIST = """dist:
 \tmkdir -p dist && for name in .tar.gz -py3-none-any.whl -py3-none-manylinux2014_x86_64.manylinux_2_17_x86_64.whl; do \\
 \ttouch dist/smoa_kernels-$$(sed -n 's/^__version__ = "\\(.*\\)"/\\1/p' smoa_kernels/_version.py)$$name; done
@@ -23,7 +23,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 
 class Checkout:
-    """A repository with the files that a release reads and writes, and an address."""
+    """A repository with an address and the files that a release reads and writes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Checkout:
         (self.folder / name).write_text(text.replace(old, new))
 
     def release(self, capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
-        """Run a command of release.py: what it refuses, empty where it refuses nothing."""
+        """Run a command of release.py; return its reason for refusing, or nothing."""
         code = release.main([*arguments])
         said = capfd.readouterr().err
         refused = said.partition("release refused: ")[2]
@@ -84,7 +84,7 @@ def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> Non
     assert "no entries below '## Unreleased'" in checkout.release(capfd, "make", "7.1.0")
     checkout.replace("CHANGELOG.md", "## 7.0.1", "## Unreleased\n\n- A change.\n\n## 7.0.1")
     checkout.commit()
-    assert not checkout.release(capfd, "check")  # between releases the version is that of the last one
+    assert not checkout.release(capfd, "check")  # between releases the version stays that of the last one
     shutil.rmtree(release.DIST)
     assert not checkout.release(capfd, "make", "7.1.0")
     assert [one for one, _ in release.releases()][:2] == ["7.1.0", "7.0.1"]

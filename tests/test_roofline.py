@@ -35,22 +35,22 @@ def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
 
 
 def test_totals_by_hand() -> None:
-    """T=8192, 4096², K=4, r=16, bf16 on an H100, in µs; what moves less than 1 % of a pass's bytes is left out."""
+    """T=8192, 4096², K=4, r=16, bf16 on an H100, in µs. Parts below 1 % of a pass's bytes are left out."""
     unit, start = 2 * 8192 * 4096**2 / 700e6, 2.3  # a GEMM, a launch
     frozen = 2 * (unit + start)
-    x, w = 64 * 2**20 / 2.9e6, 32 * 2**20 / 2.9e6  # a pass over x, or y, and over W0, at a copy's rate
+    x, w = 64 * 2**20 / 2.9e6, 32 * 2**20 / 2.9e6  # a pass over x or y, and over W0, at a copy's rate
     build, gather = 2 * w, 2 * x
-    # Passes of forward: x·Aᵀ and h·Bᵀ one each, scaling 2, the sum 3; of backward: scaling 2, four products, the sum 3.
+    # Passes, forward: x·Aᵀ and h·Bᵀ one each, scaling 2, the sum 3; backward: scaling 2, four products, the sum 3.
     lora = (1 + 1 + 2 + 3) * x + (2 + 4 + 3) * x
     assert over_frozen(SQUARE, "lora") == pytest.approx(1 + (lora + 10 * start) / frozen, rel=2e-3)
-    # Two parts of two gathers and a product; two sum all. Scattered blocks are read as all of W0, two times.
+    # Two parts, each of two gathers and a product, then two sums. Scattered blocks read all of W0, two times.
     grads = max(unit / 4, 2 * x + 2 * w) + 2 * gather + (2 * 3 + 2) * start
     merged = build + grads + build + 2 * start
     assert over_frozen(SQUARE, "merged") == pytest.approx(1 + merged / frozen, rel=5e-3)
-    forward = 1.25 * w + gather + unit / 4 + x + 3 * start  # y is read again by the base GEMM
+    forward = 1.25 * w + gather + unit / 4 + x + 3 * start  # the base GEMM reads y again
     split = forward + grads + build + start
     assert over_frozen(SQUARE, "split") == pytest.approx(1 + split / frozen, rel=5e-3)
-    # Contiguous blocks gather nothing, and read a quarter of W0 once.
+    # Contiguous blocks need no gather and read a quarter of W0 once.
     grads = max(unit / 4, 2 * x + w / 4) + 3 * start
     merged, split = (2 * build + grads + 2 * start, w / 2 + unit / 4 + x + 2 * start + grads + build + start)
     assert over_frozen(CONTIGUOUS, "merged") == pytest.approx(1 + merged / frozen, rel=5e-3)
@@ -81,7 +81,7 @@ def test_flop_floors() -> None:
 
 
 def test_launches() -> None:
-    """Those that a profiler counts at T=256."""
+    """The launches that a profiler counts at T=256."""
     p, q = (replace(found, tokens=256) for found in (SQUARE, CONTIGUOUS))
     found, in_place = (
         [
@@ -111,16 +111,16 @@ def test_bytes_counted_by_hand() -> None:
     assert part(p, "lora", "add to dX", "backward").bytes == size * 3 * x
     assert part(p, "hira", "W0 ∘ BA").bytes == size * 3 * w
     assert part(p, "split", "y, read to accumulate").bytes == size * y
-    # A gather reads what is there and writes the padded layout: one block of 4 columns padded to 64.
+    # A gather reads x and writes the padded layout: one block of 4 columns padded to 64.
     assert part(p, "split", "gather x").bytes == size * (x + 8 * 64)
 
 
 def test_bytes_in_place_by_hand() -> None:
-    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns, which are padded to 64 where they are copied."""
+    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns. Copies are padded to 64."""
     p = Problem(8, 32, 16, 2, 2, torch.float32, granule=8)
     size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
     scattered = replace(p, granule=1)
-    assert part(scattered, "split", "build ΔW blocks").bytes == size * (3 * blocks + factors)  # of all of W0
+    assert part(scattered, "split", "build ΔW blocks").bytes == size * (3 * blocks + factors)  # all of W0
     assert part(scattered, "split", "block matmul").bytes == size * (8 * 2 * 64 + blocks + y)
     assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
     assert part(p, "split", "block matmul").bytes == size * (x + blocks + y)
@@ -148,7 +148,7 @@ def test_what_is_read_in_place(change: dict[str, int], in_place: bool) -> None:
 
 
 def test_dropout_costs_peers_a_mask_and_ours_a_split_dx() -> None:
-    """Ours copies x by block, but not dY where blocks are contiguous."""
+    """SMoA copies x by block, and dY too unless blocks are contiguous."""
     x = SQUARE.tokens * SQUARE.in_features
     for way, stage in itertools.product(("lora", "hira", "paper_dense"), ("forward", "backward")):
         dry, wet = (estimate(replace(SQUARE, dropout=d), H100, way) for d in (0.0, 0.05))
@@ -168,7 +168,7 @@ def test_cost_grows_with_tokens_and_rank() -> None:
         low, high = (estimate(replace(SQUARE, rank=r), H100, way).bytes() for r in (16, 64))
         assert low < high or way == "frozen"
     none, one = (part(replace(SQUARE, rank=r), "fused", "fused linear") for r in (0, 4))
-    assert none.flops == one.flops  # a rank of 0 saves the adapter's products, not the layer's
+    assert none.flops == one.flops  # rank 0 saves the adapter's products, not the layer's
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
@@ -185,7 +185,7 @@ def test_auto_never_rounds_the_forwards_weight(arch, dtype):
     ("dtype", "limits", "rank"), [("bf16", (64, 16), 64), ("tf32", (32, 8), 64), ("fp32", (16, 4), 16)]
 )
 def test_few_tokens_are_fused(dtype, limits, rank):
-    """On an A100 and a B200; a rank that would read W0 twice is not."""
+    """On an A100 and a B200. A rank that would need W0 twice is not fused."""
     for arch, limit in zip(("sm_80", "sm_100"), limits, strict=True):
         for stage in DIRECTIONS:
             assert choose_algorithm(stage, limit, rank, dtype, arch) == "fused"
@@ -196,7 +196,7 @@ def test_few_tokens_are_fused(dtype, limits, rank):
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize(("dtype", "most"), [("bf16", 1.02), ("tf32", 1.02), ("fp32", 1.4)])
 def test_the_roofline_justifies_fused(gpu, dtype, most):
-    """Up to the limit it is predicted to take at most so many times what else would run, r = 16."""
+    """Below the limit, fused is predicted to take at most `most` times the alternative, at r = 16."""
     precision = PRECISIONS[dtype]
 
     def seconds(p: Problem, way: str, stage: str) -> float:

@@ -1,4 +1,4 @@
-"""`smoa-kernels plan` and the model behind it: totals that can be counted by hand, and the page that shows them."""
+"""`smoa-kernels plan` and its model: totals that can be counted by hand, and the page with the results."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ def plans(model: str, gpus: int, parallel: str, **options: int) -> dict:
 @pytest.mark.parametrize(
     ("model", "parameters"),
     [
-        ("llama-3-8b", 8_030_261_248),  # as their authors publish them
+        ("llama-3-8b", 8_030_261_248),  # as the authors publish them
         ("llama-3-70b", 70_553_706_496),
         ("llama-3-405b", 405_853_388_800),
         ("smollm2-135m", 134_515_008),
@@ -68,7 +68,7 @@ def test_fully_sharded_gathers_layers_twice_and_the_rest_once() -> None:
 
 
 def test_padding_is_not_trained() -> None:
-    """Rank 16 over 3 blocks is 6, 5 and 5: kept and sent as 6 each."""
+    """Rank 16 over 3 blocks is 6, 5 and 5; each is stored and sent as 6."""
     even, uneven = (plans("llama-3-8b", 8, "ddp", rank=r, num_blocks=3)["smoa"] for r in (18, 16))
     assert uneven.total_traffic == even.total_traffic
     assert uneven.trained_parameters == round(even.trained_parameters * 16 / 18)
@@ -77,10 +77,10 @@ def test_padding_is_not_trained() -> None:
 def test_tensor_parallelism_stays_in_a_node_and_cuts_layers() -> None:
     scale = Scale("llama-3-70b", 64, "tp")
     assert tensor_parallel_size(scale) == 8
-    assert tensor_parallel_size(Scale("smollm2-135m", 6, "tp")) == 3  # key and value heads
+    assert tensor_parallel_size(Scale("smollm2-135m", 6, "tp")) == 3  # must divide the key and value heads
     plan = predict(scale, "smoa", H100)
     assert plan.traffic["reduce activations"] == 2 * 7 / 8 * 80 * 9 * 8192 * 8192 * 2
-    # A of the five that are cut by rows (4 slots), B of the two that are cut by columns
+    # A of the five layers cut by rows (4 slots), B of the two cut by columns
     assert plan.traffic["reduce whole factors"] == 2 * 7 / 8 * 4 * 80 * 4 * 7 * 8192
     assert (
         plan.memory["weights"] < predict(Scale("llama-3-70b", 64, "ddp"), "smoa", H100).memory["weights"] / 7

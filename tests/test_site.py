@@ -1,4 +1,4 @@
-"""The documentation site (mkdocs.yml, docs/site): what makes `make docs` fail, and where links lead."""
+"""The documentation site (mkdocs.yml, docs/site): links lead to the right pages, and mistakes make `make docs` fail."""
 
 import importlib.util
 import logging
@@ -84,7 +84,7 @@ def test_a_public_name_without_docstring_fails(hooks, monkeypatch):
 
 @pytest.mark.slow
 def test_strictly_built(tmp_path, caplog):
-    """A page that no menu shows, with a link and an anchor that lead nowhere: three warnings, so no site."""
+    """A page missing from the menu, a dead link and a dead anchor give three warnings, so the build fails."""
     docs = shutil.copytree(ROOT / "docs", tmp_path / "docs")
     (docs / "alone.md").write_text("# Alone\n\n[a](gone.md) [b](peft.md#gone)\n")
     config = load_config(

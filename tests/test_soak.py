@@ -1,9 +1,8 @@
-"""A long training in bfloat16: after it, loss and weights are as near to float64's as the reference's in bfloat16 are.
+"""Long training in bfloat16 ends with loss and weights as near to float64's as the reference's in bfloat16.
 
     make soak     # 2,000 steps (SMOA_SOAK_STEPS) on the triton backend as well; `make test` takes 30 in the interpreter
 
-A small error of each step that has a direction would add up here, and an update that is rounded away would be missing:
-nothing that one step's error budget could show.
+Biased small errors add up over many steps, and lost updates show. The error budget of one step cannot find either.
 """
 
 import functools
@@ -20,20 +19,20 @@ from smoa_kernels.definition.reference import reference_linear
 
 pytestmark = [pytest.mark.numerical, pytest.mark.slow]
 
-# (N, C) of two layers in a row: what the first one learns comes through the dX of the second.
+# (N, C) of two layers in a row: the first one learns through dX of the second.
 SHAPES = ((10, 12), (8, 10))
 
 
 def steps_of(backend: str) -> int:
-    """As many as asked for; else what the interpreter, a thousand times slower, does within seconds."""
+    """SMOA_SOAK_STEPS, or few steps in the interpreter, which is a thousand times slower."""
     interpreted = backend == "triton" and DEVICE.type == "cpu"
     return int(os.environ.get("SMOA_SOAK_STEPS", "30" if interpreted else "2000"))
 
 
 def train(function: object, steps: int, dtype: torch.dtype, **options: object) -> tuple[Tensor, Tensor]:
-    """ΔW / W0 of both layers and the mean loss of the last tenth.
+    """ΔW / W0 of both layers and the mean loss of the last tenth of the steps.
 
-    The masters are in float32, as an optimiser over bfloat16 keeps them.
+    The factors are in float32, like an optimiser's master weights.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     layers, wanted = [], torch.eye(SHAPES[0][1], dtype=torch.float64)
@@ -80,7 +79,7 @@ def reference(steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("algorithm", ["auto", pytest.param("split", marks=pytest.mark.long)])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_training_drifts_no_further_than_the_reference(backend: str, algorithm: str) -> None:
-    """So few tokens are the algorithm expanded's, or fused's, where "auto" chooses; split is that of longer batches."""
+    """ "auto" chooses expanded or fused for so few tokens; split is the choice for longer batches."""
     obstacle = triton_obstacle(DEVICE, torch.bfloat16)
     if backend == "triton" and obstacle is not None:
         pytest.skip(obstacle)
@@ -88,7 +87,7 @@ def test_training_drifts_no_further_than_the_reference(backend: str, algorithm: 
     truth, same = reference(steps, torch.float64), reference(steps, torch.bfloat16)
     ours = train(smoa_linear, steps, torch.bfloat16, backend=backend, algorithm=algorithm)
     start = reference(max(steps // 100, 1), torch.float64)
-    assert truth[1] < 0.7 * start[1]  # it has learnt
+    assert truth[1] < 0.7 * start[1]  # training has reduced the loss
     for name, value, theirs, exact in zip(("weights", "loss"), ours, same, truth, strict=True):
         drift, allowed = (float((v - exact).norm() / exact.norm()) for v in (value, theirs))
         print(f"{backend}, {algorithm}, {steps} steps: {name} {drift:.2%}, the reference's {allowed:.2%}")

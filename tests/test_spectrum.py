@@ -1,4 +1,4 @@
-"""The example that measures where an update goes: cases whose numbers are known, PEFT's own ΔW, one run."""
+"""The example that measures the directions of an update: cases with known numbers, PEFT's own ΔW, one run."""
 
 import math
 import xml.etree.ElementTree
@@ -29,7 +29,7 @@ ROW[0] = 2.0
     ids=["a row", "every direction by itself", "every direction at once", "nothing"],
 )
 def test_over_a_diagonal_weight(update, left, right, rank, effective, coverage):
-    """Its singular directions are the coordinates. A rank of one may touch them all: coverage is not rank."""
+    """The singular directions are the coordinates. Rank one may touch all of them: coverage is not rank."""
     found = measure(DIAGONAL, ONE, {"it": update}).updates["it"]
     assert found.left.tolist() == pytest.approx(left)
     assert found.right.tolist() == pytest.approx(right)
@@ -45,7 +45,7 @@ def test_blocks_of_a_diagonal_weight():
 
 
 def test_random_low_rank_touches_many_directions_in_few_ways():
-    """Shares like χ² of r degrees of freedom: coverage `r/2 · e^-ψ(r/2 + 1)` at every size (docs/spectrum.md)."""
+    """Shares follow χ² with r degrees of freedom: coverage `r/2 · e^-ψ(r/2 + 1)` at every size (docs/spectrum.md)."""
     torch.manual_seed(0)
     weight, r = torch.randn(400, 400), 4
     partition = BlockPartition.contiguous((400, 400), 1)
@@ -60,7 +60,7 @@ def test_random_low_rank_touches_many_directions_in_few_ways():
 @pytest.mark.parametrize("method", ["smoa", "lora", "hira"])
 @pytest.mark.parametrize("make_model", [tiny_llama, tiny_gpt2])
 def test_updates_are_those_of_pefts_layers(tmp_path, make_model, method):
-    """Transposed bases too."""
+    """Checked for transposed bases too."""
     targets = ["q_proj", "down_proj"] if make_model is tiny_llama else ["c_attn", "c_fc"]
     shared = {"r": 3, "target_modules": targets, "fan_in_fan_out": make_model is tiny_gpt2}
     config = {

@@ -1,7 +1,7 @@
-"""What the paper proves or implies of the update, in float64. That K = 1 is HiRA: tests/peft/test_tuner.py, by PEFT.
+"""The paper's theorems about the update, and their consequences, in float64.
 
-The eager backend is tested, with random labels, empty blocks and blocks of rank 0 among them, and rubbish in the
-factors' padding.
+The eager backend is tested, with random labels, empty blocks, blocks of rank 0, and rubbish in the factors' padding.
+tests/peft/test_tuner.py compares K = 1 with PEFT's HiRA.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def rank(matrix: Tensor) -> int:
 
 
 def of_rank(shape: tuple[int, int], inner: int, generator: torch.Generator, *, whole: bool) -> Tensor:
-    """A product of two factors; whole numbers from -1 to 1, whose dependencies a float64 SVD finds exactly, or not."""
+    """A product of two factors. `whole` draws integers from -1 to 1, for which a float64 SVD finds the exact rank."""
 
     def factor(*size: int) -> Tensor:
         if whole:
@@ -77,7 +77,7 @@ def rank_bound(p: LinearProblem) -> int:
 @SOME
 @given(p=problems(), inner=st.integers(1, 4))
 def test_rank_is_bounded_by_the_blocks(p: LinearProblem, inner: int) -> None:
-    """Factors and W0 have few distinct values, so that rows coincide and columns vanish."""
+    """Factors and W0 have few distinct values, so rows coincide and columns vanish."""
     generator = torch.Generator().manual_seed(inner)
     N, C = p.weight.shape
     p = replace(
@@ -100,12 +100,12 @@ def test_the_bound_is_attained_generically(p: LinearProblem, inner: int) -> None
 @SOME
 @given(p=problems())
 def test_parameters_are_what_the_update_depends_on(p: LinearProblem) -> None:
-    """`Σ r_k (N_k + C_k)`, counted as entries of the factors whose change changes ΔW."""
+    """`Σ r_k (N_k + C_k)` is the number of factor entries that change ΔW."""
     sizes = zip(p.partition.row_sizes, p.partition.col_sizes, p.ranks.tolist(), strict=True)
     A, B = p.A.clone().requires_grad_(), p.B.clone().requires_grad_()
     direction = randn(*p.weight.shape, generator=torch.Generator().manual_seed(1))
     (delta(replace(p, A=A, B=B)) * direction).sum().backward()
-    # A block without rows or without columns has factors that nothing depends on.
+    # A block without rows or columns has factors that change nothing.
     counted = sum(r * (n + c) for n, c, r in sizes if n and c)
     assert int((A.grad != 0).sum() + (B.grad != 0).sum()) == counted
     assert trainable_parameters(p.partition, p.ranks.tolist()) >= counted
@@ -114,7 +114,7 @@ def test_parameters_are_what_the_update_depends_on(p: LinearProblem) -> None:
 @SOME
 @given(p=problems())
 def test_the_update_never_leaves_the_diagonal_blocks(p: LinearProblem) -> None:
-    """Exactly: not by the size of a rounding. Nor does a merged weight change elsewhere, in any bit."""
+    """The update is exactly zero outside the blocks, and merging keeps every bit there."""
     inside = p.partition.row_block[:, None] == p.partition.col_block
     outside = delta(p)[~inside]
     assert torch.equal(outside, torch.zeros_like(outside))
@@ -129,7 +129,7 @@ def test_the_update_never_leaves_the_diagonal_blocks(p: LinearProblem) -> None:
 def test_permuting_the_coordinates_permutes_blocks_update_and_outputs(
     p: LinearProblem, num_blocks: int, seed: int
 ) -> None:
-    """Labels come from W0's spectrum, which knows no order of its rows and columns."""
+    """Labels come from W0's spectrum, which does not depend on the order of rows and columns."""
     assume(num_blocks <= min(p.weight.shape))
     generator = torch.Generator().manual_seed(seed)
     rows, cols = (torch.randperm(n, generator=generator, device="cpu").to(DEVICE) for n in p.weight.shape)
@@ -150,7 +150,7 @@ def test_permuting_the_coordinates_permutes_blocks_update_and_outputs(
         B=B[rows],
         partition=permuted,
     )
-    # Where the two terms of BA cancel, an entry keeps the rounding of terms of order 1.
+    # If the two terms of BA cancel, an entry keeps the rounding error of terms of size 1.
     torch.testing.assert_close(delta(second), delta(first)[rows][:, cols], rtol=1e-12, atol=1e-15)
     y, dx, dA, dB = first.run()
     expected = (y[:, rows], dx[:, cols], dA[:, cols], dB[rows])

@@ -1,4 +1,4 @@
-"""The examples with transformers' Trainer, for real: one learns and resumes on the same curve, one adapts experts."""
+"""The examples with transformers' Trainer: one learns and resumes on the same curve, one adapts experts."""
 
 import json
 import re
@@ -17,7 +17,7 @@ SMALL = ["--steps", "6", "--save-every", "3", "--batch-size", "8", "--eval-quest
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing interrupts."""
+    """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("classify") / "whole"
     assert classify.main(["--output", str(folder), *SMALL]) == 0
     return folder
@@ -31,7 +31,7 @@ def losses(folder):
 def test_it_learns_and_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, capsys):
     folder = tmp_path / "resumed"
     shutil.copytree(whole / "checkpoint-3", folder / "checkpoint-3")
-    (folder / "checkpoint-5").mkdir()  # cut short: it has no state
+    (folder / "checkpoint-5").mkdir()  # an interrupted save, without state
     assert classify.main(["--output", str(folder), "--resume", *SMALL]) == 0
     curve = losses(whole)
     assert losses(folder) == curve

@@ -1,4 +1,4 @@
-"""Tiny models with experts, one for each kind that transformers' decorator knows, and their adapters."""
+"""Tiny models with experts, one for each kind of transformers' decorator for experts, and their adapters."""
 
 import torch
 from peft import get_peft_model
@@ -49,13 +49,13 @@ def tiny_experts(kind="qwen3_moe", seed=0, **settings):
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".experts." in name:  # some classes leave them as memory was
+            if ".experts." in name:  # some classes leave them uninitialised
                 parameter.normal_(0, 0.1)
     return model
 
 
 def fused(model):
-    """The names of a model's fused weights below a decoder layer."""
+    """The names of a model's fused weights, relative to a decoder layer."""
     names = {
         name.partition("layers.")[2].partition(".")[2]
         for name, parameter in model.named_parameters()

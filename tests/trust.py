@@ -18,7 +18,7 @@ QUANTITIES = (*NAMES, "merged W")
 
 
 def shares(case: Case, *, seed: int, quick: bool) -> dict[str, float]:
-    """Of one problem: every result of a run, and W_eff as `merge()` makes it."""
+    """Budget fractions of one problem: every result of a run, and W_eff from `merge()`."""
     sizes = {"tokens": 24, "out_features": 48, "in_features": 64, "ranks": (3, 0, 2)}
     if not quick:
         sizes = {"tokens": 96, "out_features": 160, "in_features": 192, "ranks": (6, 4, 6)}
@@ -47,7 +47,7 @@ def table(found: dict[Case, dict[str, float]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report, write it where asked; 1 where a budget is exceeded."""
+    """Print the report and write it to a file if asked; return 1 if a budget is exceeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one small problem")
     parser.add_argument("--out", type=Path, help="write the table to this file too")
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = {}
     for case in all_cases():
         each = [shares(case, seed=seed, quick=options.quick) for seed in range(1 if options.quick else 3)]
-        # NaN, which is above nothing, comes first.
+        # NaN counts as the largest.
         found[case] = {q: max((one[q] for one in each), key=lambda s: (s != s, s)) for q in QUANTITIES}
     text = table(found)
     print(text, end="")

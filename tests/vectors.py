@@ -1,9 +1,9 @@
 """The definition's test vectors (`data/vectors/*.npz`): float64 inputs, orders, ΔW, outputs and gradients.
 
-The files keep each block's factors apart, in spectral order: row n of B_k belongs to the n-th row of block k,
-`row_order`'s k-th chunk, and column n of A_k to the n-th column. The package keeps them packed, A (ρ, C) and B (N, ρ)
-in the layer's own coordinates: `pack_A` and `pack_B`. A file that does not say how its blocks were made holds spectral
-ones. Those came from elsewhere; the numbers of the others are the reference's, and the C code agrees with all of them.
+The files keep each block's factors apart, in spectral order: row n of B_k belongs to the n-th row in the k-th chunk of
+`row_order`, and likewise for columns of A_k. The package packs them, A (ρ, C) and B (N, ρ), in the layer's own
+coordinates: `pack_A` and `pack_B`. A file without a rule for its blocks holds spectral ones; those vectors came from
+elsewhere. The other vectors are the reference's results. The C code agrees with all of them.
 """
 
 import functools
@@ -55,11 +55,11 @@ class Vector:
 
     @property
     def rule(self) -> BlockRule:
-        """How the blocks were made."""
+        """The rule that made the blocks."""
         return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed)
 
     def partition(self, device: torch.device) -> BlockPartition:
-        """The blocks, computed; random ones from their labels, since another torch may draw others."""
+        """The computed blocks; random ones come from their labels, because another torch version may draw others."""
         if self.block_order != "random":
             return self.rule.build(torch.from_numpy(self.weight).to(device))
         labels = (torch.from_numpy(labels).to(device) for labels in (self.row_block, self.col_block))
@@ -67,12 +67,12 @@ class Vector:
 
     @property
     def scaling(self) -> float:
-        """`alpha / r`, r the rank budget of all blocks together."""
+        """`alpha / r`, where r is the rank budget of all blocks together."""
         return self.alpha / int(self.ranks.sum())
 
     @property
     def max_rank(self) -> int:
-        """ρ, the packed factors' shared dimension."""
+        """ρ, the width of the packed factors."""
         return int(self.ranks.max())
 
     @functools.cached_property
@@ -95,7 +95,7 @@ class Vector:
 
 
 def _packed(blocks: Sequence[FloatArray], order: IntArray, labels: IntArray, max_rank: int) -> FloatArray:
-    """One (ρ, size) of factors (r_k, size_k), whose columns are those of block k in this order."""
+    """Packs factors (r_k, size_k) into one (ρ, size); `order` gives the coordinates of their columns."""
     packed = np.zeros((max_rank, order.size))
     for k, block in enumerate(blocks):
         packed[: len(block), order[labels[order] == k]] = block
@@ -110,7 +110,7 @@ def load_vector(path: Path) -> Vector:
     block_A = tuple(stored.pop(f"A{k}") for k in range(num_blocks))
     block_B = tuple(stored.pop(f"B{k}") for k in range(num_blocks))
     made = {key: stored.pop(key).item() for key in ("block_order", "granule", "block_seed") if key in stored}
-    # A block of rank 0 has no gradients in the file; its empty factors have the right shape.
+    # A file has no gradients for a block of rank 0; its empty factors have the right shape.
     block_dA = tuple(stored.pop(f"dA{k}", block_A[k]) for k in range(num_blocks))
     block_dB = tuple(stored.pop(f"dB{k}", block_B[k]) for k in range(num_blocks))
     return Vector(
@@ -128,5 +128,5 @@ def load_vector(path: Path) -> Vector:
 
 @functools.cache
 def all_vectors() -> tuple[Vector, ...]:
-    """Every file, by name: `@pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)`."""
+    """All files, by name: `@pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)`."""
     return tuple(load_vector(path) for path in sorted(VECTOR_DIR.glob("*.npz")))

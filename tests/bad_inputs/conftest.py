@@ -1,4 +1,4 @@
-"""The world that bad calls are let loose on."""
+"""The objects and files that bad calls must not change."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What every row of these tables goes through: a call, its exception and words, and a world that stays as it is."""
+"""The check of every row of these tables: a call raises its exception with its words, and changes nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from smoa_kernels import FusedSMoALinear
 
 @dataclass
 class World:
-    """What a bad call must leave as it is."""
+    """Objects and files that a bad call must not change."""
 
     problem: LinearProblem
     linear: nn.Linear
@@ -42,12 +42,12 @@ class World:
 
 Call = Callable[[World], object]
 Row = tuple[Call, type[Exception], str]
-# A row that says what it changes in the arguments of a good call.
+# A row with changes to the arguments of a good call.
 Change = tuple[dict[str, Any], type[Exception], str]
 
 
 def check(world: World, call: Call, error: type[Exception], words: str) -> None:
-    """The call raises `error`, of no derived kind, its message holds `words`, and no bit of the world changed."""
+    """The call raises exactly `error`, not a subclass; its message holds `words`, and no bit of the world changed."""
     before = world.bits()
     with pytest.raises(error, match=words) as caught:
         call(world)
@@ -56,7 +56,7 @@ def check(world: World, call: Call, error: type[Exception], words: str) -> None:
 
 
 def rows(name: str, table: Sequence[tuple[Any, type[Exception], str]]) -> pytest.MarkDecorator:
-    """A test for each row, which is known by its words; the row's first part is the test's argument `name`."""
+    """One test per row, named after its words; the row's first part is the test's argument `name`."""
     return pytest.mark.parametrize((name, "error", "words"), table, ids=[words for *_, words in table])
 
 
@@ -65,7 +65,7 @@ def one(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
-# Kinds of tensors that torch has and nobody expects, and a number that no float holds.
+# Rare kinds of tensors, and a number too large for a float.
 NESTED = torch.nested.nested_tensor([torch.randn(2, 57), torch.randn(3, 57)])
 FLOAT8 = torch.ones(4, 57).to(torch.float8_e4m3fn)
 HUGE = 10**400

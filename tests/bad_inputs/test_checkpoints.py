@@ -1,4 +1,4 @@
-"""Adapter folders whose configuration cannot be read, and blocks that do not belong to a layer.
+"""Adapter folders with unreadable configurations, and blocks that do not fit a layer.
 
 Damaged weights are in tests/peft.
 """
@@ -21,7 +21,7 @@ from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.adapter_folder.reading import MOST_JSON_BYTES
 from smoa_kernels.peft import SMoAConfig
 
-# What stands in an adapter_config.json: the file is named, by both who read it.
+# Texts of adapter_config.json. Both readers must name the file.
 FILES = [
     ("[]", "adapter_config.json must hold a JSON object, got list"),
     ("null", "adapter_config.json must hold a JSON object, got NoneType"),
@@ -38,7 +38,7 @@ FILES = [
 
 @pytest.mark.parametrize("text", ["[]", "5", "{", "[" * 100_000, b'{"peft_type": "SMOA\xff"}'], ids=repr)
 def test_a_damaged_configuration_in_pefts_hands(text: str | bytes, world: World) -> None:
-    """PEFT reads the file before it knows whose method it is; the error names the file all the same."""
+    """PEFT reads the file before it knows the method; the error must still name the file."""
     data = text if isinstance(text, bytes) else text.encode()
     (world.folder / "adapter_config.json").write_bytes(data)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
@@ -62,7 +62,7 @@ def test_a_task_that_peft_does_not_know(world: World) -> None:
 @pytest.mark.parametrize("reader", [inspect_adapter, SMoAConfig.from_pretrained])
 def test_a_huge_configuration_is_not_read(reader: Any, world: World) -> None:
     with (world.folder / "adapter_config.json").open("wb") as file:
-        file.truncate(MOST_JSON_BYTES + 1)  # a hole: it takes no room
+        file.truncate(MOST_JSON_BYTES + 1)  # a sparse file, which takes no room
     words = rf"adapter_config.json has {MOST_JSON_BYTES + 1} bytes; at most {MOST_JSON_BYTES} are read"
     check(world, lambda w: reader(str(w.folder)), ValueError, words)
 

@@ -16,7 +16,7 @@ needs_peft = pytest.mark.skipif(
 )
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
-# FOLDER is the world's.
+# FOLDER stands for the world's folder.
 COMMANDS: list[tuple[str, str]] = [
     ("tun", "No such command 'tun'"),
     ("--version", "No such option: --version"),
@@ -88,7 +88,7 @@ ADAPTERS = [
 
 
 def run(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    """What a failing command prints."""
+    """Run a failing command; return its output."""
     from smoa_kernels.cli import main
 
     before = world.bits()
@@ -109,7 +109,7 @@ def run(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> tuple
 )
 def test_command(command: str, words: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     if command.startswith("inspect") and importlib.util.find_spec("peft") is not None:
-        import smoa_kernels.peft  # noqa: F401  # whose dependencies print when they are first imported
+        import smoa_kernels.peft  # noqa: F401  # its dependencies print at their first import
     out, err = run(command, world, capsys)
     assert out == ""
     assert err.startswith("smoa-kernels: error: ")
@@ -126,7 +126,7 @@ def test_command(command: str, words: str, world: World, capsys: pytest.CaptureF
 def test_results_that_cannot_be_written(
     command: str, place: str, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table is printed first; no scratch file is left, and a device is still one."""
+    """The table is printed first, no scratch file stays, and a device file is not replaced."""
     out, err = run(f"{command} --json {place}", world, capsys)
     assert place != "/dev/full" or Path(place).is_char_device()
     assert out
@@ -138,7 +138,7 @@ def test_results_that_cannot_be_written(
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["plan --markdown", "info"])
 def test_real_commands_on_a_full_disk(command: str) -> None:
-    """Standard output has no room: exit code 2 and one line, at the exit of the process too."""
+    """Standard output is full: exit code 2 and one line, even when the failure comes at exit."""
     program = [sys.executable, "-m", "smoa_kernels.cli", *command.split()]
     with Path("/dev/full").open("w") as stdout:
         done = subprocess.run(program, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Every argument that a user gives at a door has a row in a table of this folder."""
+"""Every argument of a public function or setting has a row in a table of this folder."""
 
 import importlib.util
 import inspect
@@ -28,7 +28,7 @@ def test_the_operators() -> None:
 
 
 def test_the_layers() -> None:
-    given = arguments(FusedSMoALinear.from_linear) - {"linear"}  # it has a table of its own
+    given = arguments(FusedSMoALinear.from_linear) - {"linear"}  # it has its own table
     assert given == changed(test_layer.SETTINGS, test_layer.BLOCKS)
 
 

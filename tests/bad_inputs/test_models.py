@@ -1,4 +1,4 @@
-"""Models whose shapes cannot be read. Bad tuning tables: tests/tuning/test_table.py."""
+"""Models whose shapes cannot be read. Bad tuning tables are in tests/tuning/test_table.py."""
 
 import pytest
 
@@ -20,6 +20,6 @@ from .harness import World, check
     ids=range(6),
 )
 def test_models_whose_shapes_are_read(text: str, words: str, world: World) -> None:
-    """The file is named."""
+    """The error names the file."""
     (world.folder / "config.json").write_text(text)
     check(world, lambda w: read_config(w.folder), ValueError, words)

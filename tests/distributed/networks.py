@@ -1,4 +1,4 @@
-"""The small network of these tests, and what one step of it gives."""
+"""The small network of these tests, and the results of one step."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Feedforward(nn.Module):
 def build(
     kind: str, dtype: torch.dtype, *, dropout: float = 0.0, spectral: bool = True, depth: int = 1
 ) -> nn.Module:
-    """`depth` blocks with adapters whose B is not zero, "fused" or "peft"; the same numbers for one `kind`.
+    """`depth` blocks with adapters ("fused" or "peft") whose B is not zero. The same `kind` gives the same numbers.
 
-    Where they are not spectral, blocks are contiguous, so that a part of the rows or columns misses some altogether.
+    Unless `spectral`, blocks are contiguous, so that one process's rows or columns belong to only some of the blocks.
     """
     torch.manual_seed(0)
     model = nn.Sequential(*(Feedforward(torch.float64) for _ in range(depth)))
@@ -76,11 +76,11 @@ def part(tensors: tuple[Tensor, ...], rank: int | None = None, size: int | None 
 
 
 def step(model: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradients of x and of every factor, under the names of the model that is not wrapped."""
+    """The output, and the gradients of x and of every factor, named as in the unwrapped model."""
     torch.manual_seed(1)
     x = x.clone().requires_grad_()
     y = model(x)
-    nn.functional.mse_loss(y, target.to(y.dtype)).backward()  # torch 2.11 takes one dtype alone
+    nn.functional.mse_loss(y, target.to(y.dtype)).backward()  # torch 2.11 needs equal dtypes
     grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     return {
         "y": y.detach(),
@@ -94,7 +94,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def assert_factors(ours: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = DOUBLE) -> None:
-    """The factors' gradients are those expected."""
+    """Asserts that the factors' gradients are the expected ones."""
     factors = [name for name in expected if "smoa_" in name]
     assert len(factors) == len([n for n in ours if "smoa_" in n]) > 0
     for name in factors:
@@ -107,10 +107,10 @@ def assert_as_one_process(
     share: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] | None = None,
     **settings: Any,
 ) -> nn.Module:
-    """What `wrap` makes of a model computes what one process computes, and does so again in the next step.
+    """The wrapped model computes the results of one process, in two steps in a row.
 
-    In float64 to a few roundings, in float32 within twice one process's own error. Where each process has a share of
-    the batch, this holds of its part of y and of the factors' gradients.
+    In float64 results agree to a few roundings, in float32 within twice one process's own error. If each process has a
+    share of the batch, this is checked for its part of y and for the factors' gradients.
     """
     single = {
         dtype: step(build(kind, dtype, **settings), *batch(dtype)) for dtype in (torch.float64, torch.float32)
@@ -137,7 +137,7 @@ def blocks(model: nn.Module) -> nn.Sequential:
 
 
 def layers(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """up and down of the first block."""
+    """The layers up and down of the first block."""
     return blocks(model)[0].up, blocks(model)[0].down
 
 
@@ -154,7 +154,7 @@ class Traffic(TorchDispatchMode):
     ) -> Any:
         if function.namespace in ("c10d", "_c10d_functional"):
             name = function._opname.strip("_")
-            # what a process sends of: the second tensor where the first is the result
+            # the tensors that a process sends; in these two calls the first argument is the result
             sent = args[1] if name in ("allgather_base", "reduce_scatter_base") else args[0]
             tensors = [t for t in tree_leaves(sent) if isinstance(t, Tensor)]
             self.calls[name] += 1

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: the joint batch's gradients, the factors' bytes and nothing else between processes."""
+"""DistributedDataParallel: gradients of the joint batch; processes exchange the factors' bytes and nothing else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sends_the_factors() -> None:
     x, target = part(batch(torch.float32))
     with Traffic() as forward:
         y = parallel(x)
-    assert not forward.calls  # no label, no rank, no sketch
+    assert not forward.calls  # no labels, ranks or sketches
     with Traffic() as backward:
         nn.functional.mse_loss(y, target).backward()
     expected = sum(p.numel() * p.itemsize for p in factors.values())
@@ -83,11 +83,11 @@ def test_dropout_differs_between_processes_and_is_reproducible(two: Processes) -
     assert not torch.equal(first, other)
 
 
-# Labels: agreed on once.
+# Labels are agreed on once.
 
 
 class Normed(nn.Module):
-    """An adapted layer, and one with buffers that are to be broadcast."""
+    """An adapted layer, followed by one with buffers that must be broadcast."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Normed(nn.Module):
 
 
 def other_labels() -> BlockPartition:
-    """Labels that no spectrum of the layer gives, in blocks of other sizes."""
+    """Labels that no spectrum of the layer gives, with other block sizes."""
     return BlockPartition.from_labels(torch.arange(10) // 4, torch.arange(12) // 5, 3)
 
 
@@ -131,7 +131,7 @@ def shares_labels() -> None:
     assert model.lin.block_ranks == (2, 2, 1)
     assert torch.equal(*gathered(model.lin(torch.ones(2, 12)).detach()))
     sent = sent_buffers(model)
-    assert sent  # the norm's
+    assert sent  # the norm's buffers
     assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}
 
 
@@ -142,11 +142,11 @@ def shares_labels_of_peft() -> None:
 
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 10), nn.BatchNorm1d(10))
-    # Named by the user of the base model, whose wish is kept.
+    # The user of the base model names this buffer, and that must be respected.
     base._ddp_params_and_buffers_to_ignore = ["1.num_batches_tracked"]
     model = get_peft_model(base, SMoAConfig(r=5, num_blocks=3, target_modules=["0"]))
     layer, norm = blocks(model)
-    # DDP is told by the model itself, and shares no label: here they agree already.
+    # The model itself tells DDP to share no labels; here they agree already.
     sent = sent_buffers(model)
     assert sent
     assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}
@@ -160,7 +160,7 @@ def shares_labels_of_peft() -> None:
 
 @pytest.mark.parametrize("call", [average_gradients, agree_on_buffers])
 def test_a_process_outside_the_group_is_refused(call: Callable[..., object]) -> None:
-    """Torch gives it a number for a group, by which gradients would be divided."""
+    """For such a process torch's group is an int, and gradients would be divided by a wrong size."""
     with pytest.raises(TypeError, match="process_group must be a ProcessGroup, got int"):
         call(nn.Linear(1, 1), dist.GroupMember.NON_GROUP_MEMBER)
 

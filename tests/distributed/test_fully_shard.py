@@ -1,4 +1,4 @@
-"""`fully_shard`: what one process computes, one all-gather per block and pass, checkpoints for any world size."""
+"""`fully_shard`: the results of one process, one all-gather per block and pass, checkpoints for any world size."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_the_joint_batch(group: Processes, kind: str) -> 
 def gathers_once_per_pass() -> None:
     model = shard(build("fused", torch.float32, depth=DEPTH))
     x, target = part(batch(torch.float32))
-    x.requires_grad_()  # or the first block has no backward of its own to gather for
+    x.requires_grad_()  # otherwise the first block has no backward that gathers
     for _ in range(2):
         with Traffic() as forward:
             loss = nn.functional.mse_loss(model(x), target)
@@ -74,7 +74,7 @@ def gathers_once_per_pass() -> None:
     padded = sum(-(-p.shape[0] // size) * size * p.shape[1:].numel() * 4 for p in factors)
     assert own <= forward.bytes["allgather_base"]
     assert backward.bytes["allgather_base"] == forward.bytes["allgather_base"]
-    # only the factors' gradients travel, each padded to a multiple of the processes along its first dimension
+    # Only the factors' gradients travel, each padded along dimension 0 to a multiple of the processes.
     assert backward.bytes["reduce_scatter_base"] == padded
 
 
@@ -83,7 +83,7 @@ def test_each_pass_gathers_a_block_once(group: Processes) -> None:
 
 
 def keeps_the_root_whole() -> None:
-    """What `smoa-kernels plan` counts: parameters in no block are gathered once, and stay until backward has ended."""
+    """Parameters outside blocks are gathered once and stay until backward ends, as `smoa-kernels plan` counts."""
     model = nn.Sequential(build("fused", torch.float32, depth=DEPTH), nn.Linear(IN, IN).requires_grad_(False))
     for block in model[0]:
         fully_shard(block, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
@@ -165,7 +165,7 @@ def merges_after_unshard() -> None:
     with pytest.raises(RuntimeError, match=r"sharded by fully_shard: call unshard\(\)"):
         up.merge()
     assert not up.merged
-    # The operator takes no DTensor: nothing is computed on a part of W0 as if it were all.
+    # The operator refuses DTensors, so that a part of W0 is not taken for all of it.
     with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
         up(torch.randn(3, IN, dtype=torch.float64))
     single = layers(build("fused", torch.float64))[0]
@@ -175,7 +175,7 @@ def merges_after_unshard() -> None:
     assert relative_error(up.weight, single.weight) < DOUBLE
 
 
-# Checkpoints: written by one kind of parallelism, read by any other.
+# Checkpoints written by one kind of parallelism are read by any other.
 
 
 def trainer(kind: str, how: str, *, spectral: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -212,7 +212,7 @@ def save(kind: str, how: str, folder: Path) -> None:
 
 
 def load(kind: str, how: str, folder: Path) -> dict[str, Tensor]:
-    """Into a model whose labels ("fused") and factors are others; one more step, then every factor, whole."""
+    """Load into a model with other factors and, if "fused", other labels; train one step; return the whole factors."""
     model, optimizer = trainer(kind, how, spectral=False)
     for parameter in model.parameters():
         if parameter.requires_grad:

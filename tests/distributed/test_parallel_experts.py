@@ -1,4 +1,4 @@
-"""Experts under DDP and FSDP2, sharded by decoder layer or as modules of their own: they train as in one process."""
+"""Experts under DDP and FSDP2, sharded by decoder layer or as their own modules, train as in one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WAYS = {
 
 
 def losses(model: nn.Module, tokens: Tensor) -> list[Tensor]:
-    """Of three steps, each large enough to change the next one's."""
+    """The losses of three steps; each step is large enough to change the next loss."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
     found = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""`parallelize_module` with SMoA's styles: what one process computes, cut."""
+"""`parallelize_module` with SMoA's styles: the results of one process from parts of the layers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def assert_close(ours: dict, expected: dict, tolerance: float = DOUBLE) -> None:
 
 @contextmanager
 def counted_spectra() -> Iterator[list[torch.Tensor]]:
-    """The weights whose spectra this process computes."""
+    """Collects the weights whose spectra this process computes."""
     computed, original = [], spectral_order.spectral_centroids
 
     def counting(weight: torch.Tensor, granule: int) -> object:
@@ -64,7 +64,7 @@ def counted_spectra() -> Iterator[list[torch.Tensor]]:
 
 
 def contiguous_blocks_need_no_spectrum(kind: str, dropout: float) -> None:
-    """And a part of them is contiguous."""
+    """Each process's part of contiguous blocks is contiguous too."""
     with counted_spectra() as computed:
         equals_one_process(kind, dropout, False)
         cut = layers(parallelize(build(kind, torch.float64, spectral=False)))
@@ -75,12 +75,12 @@ def contiguous_blocks_need_no_spectrum(kind: str, dropout: float) -> None:
 
 
 def equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
-    """Gradients are laid out as their parameters are; those of a factor that all hold whole are the same bits."""
+    """Gradients are placed like their parameters; replicated factors have the same bits on all processes."""
     model = assert_as_one_process(kind, parallelize, dropout=dropout, spectral=spectral)
     if kind == "fused" and not spectral:
         up, down = layers(model)
         assert dist.get_world_size() == 2 or 0 in (*up.partition.row_sizes, *down.partition.col_sizes)
-        assert len(up.smoa_row_block) == HIDDEN  # the state dict's labels are whole
+        assert len(up.smoa_row_block) == HIDDEN  # the state dict has all labels
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

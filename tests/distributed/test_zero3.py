@@ -32,12 +32,12 @@ def test_partitioned_training_is_that_of_one_process(kind: str, two: Processes) 
         expected.append(loss.item())
     assert expected[-1] < expected[0] - 0.01
     for losses, left in two.run(zero3, kind):
-        assert left == 0  # elements of W0 that a process holds between steps, but for its part
+        assert left == 0  # between steps a process holds no elements of W0 except its own part
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
 
 
 def zero3(kind: str) -> tuple[list[float], int]:
-    """Losses over both halves of the batch, and how many elements of W0 are left in the parameters."""
+    """Losses over both halves of the batch, and the number of elements of W0 left in the parameters."""
     rank = dist.get_rank()
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
     os.environ |= {"WORLD_SIZE": "2"}
