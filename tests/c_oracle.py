@@ -197,7 +197,7 @@ def _input(name: str, value: ArrayLike, dtype: type[np.generic], shape: tuple[in
 
 
 def _output(*shape: int) -> FloatArray:
-    """An array of NaN, so that an entry shows that the library did not write."""
+    """An array of NaN: an entry that the library does not write stays NaN."""
     return np.full(shape, np.nan)
 
 

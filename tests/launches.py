@@ -1,7 +1,7 @@
 """Prints as JSON the launches of the triton backend on pretended GPUs, and the forms they would compile.
 
-It runs in its own process because the tests' process interprets kernels. Pretended are Triton's driver
-(benchmarks/fake_gpu.py) and every operand: torch's fake tensors have a device, shapes and strides, but no data.
+It runs in its own process because the tests' process interprets kernels. Triton's driver is a fake
+(benchmarks/fake_gpu.py), and so is every operand: torch's fake tensors have a device, shapes and strides, but no data.
 The code under test is the package's own and Triton's.
 
     python tests/launches.py devices
@@ -115,7 +115,7 @@ def experts_passes(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     )
     ends, x, dy = empty(experts, dtype=torch.int32), empty(300, in_features), empty(300, out_features)
     yield "experts", lambda: experts_triton.experts_product(ends, layer)(x)
-    # dX alone: without CUDA, torch cannot fake the copy of dA, nor that of a B with other strides.
+    # dX alone: without CUDA, torch cannot fake the copies of dA and of a B with other strides.
     yield "experts' backward", lambda: experts_triton.experts_backward(dy, None, ends, layer, needs_x=True)
 
 

@@ -36,7 +36,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "padded rows": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
     "strided columns": lambda t: t.repeat_interleave(2, 1)[:, ::2],
     "offset": lambda t: torch.cat([t[:1], t])[-t.shape[0] or t.shape[0] + 1 :],
-    "negated": lambda t: torch._neg_view(-t),  # as the imaginary part of a lazy conjugate is
+    "negated": lambda t: torch._neg_view(-t),  # like the imaginary part of a lazy conjugate
 }
 """The same matrix, stored otherwise."""
 
@@ -311,7 +311,7 @@ def make_problem(
 
 
 def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why a backend refuses a dtype on `DEVICE`, as it says itself; None where it does not."""
+    """A backend's own reason for refusing a dtype on `DEVICE`; None if it takes it."""
     try:
         resolve_backend(backend, DEVICE, dtype, 1)
     except ValueError as error:

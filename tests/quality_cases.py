@@ -1,4 +1,4 @@
-"""A tiny model, its questions and a made-up record, for the tests of the quality study."""
+"""A tiny model, its questions and a made-up record for tests of the quality study."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_doubtful_run_is_marked_and_not_judged(frozen: tuple[float, ...], figu
     text = section([limited, run, gpu])
     row = f"| AMD (AVX-512), 1 thread | one layer, float32, over frozen | 1.30, {doubt}, not judged | "
     assert row in text
-    assert text.count("| one layer, ") == 1  # no row for a case without a run, nor for a limited processor
+    assert text.count("| one layer, ") == 1  # a missing case has no row, nor has a limited processor
     assert text.count("| forward + backward over frozen, measured on GPU H100 |") == 1
 
 

@@ -73,7 +73,7 @@ def test_it_writes_nothing_outside(tokens: int, form: str, guarded_memory: None,
 def test_nothing_behind_the_workspace_is_read(
     form: str, only_compiled: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A page without read access follows it. It is filled with -2, the label of absent rows, to find stale reads."""
+    """The workspace ends before a page without read access. It is filled with -2, the label of absent rows."""
     mapped, page = [], mmap.PAGESIZE
 
     def before_nothing(like: torch.Tensor, floats: int) -> torch.Tensor:

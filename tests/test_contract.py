@@ -92,7 +92,7 @@ def test_results_of_every_shape(case: Case, shape: str) -> None:
 
 @each_spectral
 def test_more_blocks_than_rows(case: Case) -> None:
-    """This happens with labels only."""
+    """Only labels allow this."""
     p = case.problem(ranks=(2,) * 9, random_labels=True, out_features=7, in_features=5)
     assert_within_budget(p.run(**case.options), case, p)
 

@@ -72,7 +72,7 @@ def syncs_are_errors() -> Iterator[None]:
 def test_the_host_waits_for_nothing(kind: str, dtype: torch.dtype, dropout: float, tokens: int) -> None:
     model = network(kind, dtype, dropout)
     run = passes(model, torch.randn(tokens, 512, device="cuda", dtype=dtype, requires_grad=True))
-    run()  # compiles the kernels, which may wait
+    run()  # compiles the kernels; compilation may wait
     torch.cuda.synchronize()
     with syncs_are_errors():
         run()

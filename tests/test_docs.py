@@ -62,7 +62,7 @@ def test_links_and_names(page: Path) -> None:
 
 @every_page
 def test_files_in_backticks(page: Path) -> None:
-    """Paths from the root of the repository, from the package, or beside the page."""
+    """A path starts at the repository's root, at the package, or beside the page."""
     for text in CODE.findall(page.read_text(encoding="utf-8")):
         is_path = "/" in text and text.endswith(SUFFIXES) and not text.startswith(".")
         if is_path and not set(text) & set("<>*$ ") and text not in TO_BE_MADE:

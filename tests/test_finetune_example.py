@@ -283,7 +283,7 @@ def test_smollm2_from_the_packages(tmp_path: Path) -> None:
 
 
 def test_the_minimal_example_runs_as_it_stands(tmp_path: Path) -> None:
-    """From another folder, with no file of ours beside it."""
+    """It runs from another folder and imports none of our files."""
     script = tmp_path / "minimal.py"
     script.write_text((SCRIPT.parent / "minimal.py").read_text().replace("range(20)", "range(2)"))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

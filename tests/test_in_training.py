@@ -71,7 +71,7 @@ def test_ahead_of_time_inductor(tmp_path: object) -> None:
     program = torch.export.export(block, (x,), dynamic_shapes=({0: tokens},))
     try:
         package = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/block.pt2")
-    except Exception as error:  # no C++ compiler on this machine
+    except Exception as error:  # this machine has no C++ compiler
         if "compiler" not in str(error).lower():
             raise
         pytest.skip(f"AOTInductor needs a C++ compiler: {error}")

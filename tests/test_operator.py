@@ -84,7 +84,7 @@ def test_inductor_compiles_it() -> None:
     expected = run(block, x)
     try:
         result = run(torch.compile(block, fullgraph=True), x)
-    except torch._inductor.exc.InductorError as error:  # no C++ compiler on this machine
+    except torch._inductor.exc.InductorError as error:  # this machine has no C++ compiler
         if "compiler" not in str(error).lower():
             raise
         pytest.skip(f"inductor needs a C++ compiler: {error}")

@@ -190,7 +190,7 @@ def absolute_imports(source: str) -> set[str]:
     return found
 
 
-# A machine without Triton: macOS, Windows, or Linux where it has no wheel.
+# Machines without Triton: macOS, Windows, or Linux without a wheel of it.
 
 WITHOUT_TRITON = "import sys; sys.modules['triton'] = None; "
 

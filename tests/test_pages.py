@@ -1,4 +1,4 @@
-"""Large pages are requested from Linux for large results only; large workspaces are kept."""
+"""Linux is asked for large pages for large results only; large workspaces are kept."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

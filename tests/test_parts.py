@@ -27,7 +27,7 @@ each_form = pytest.mark.parametrize("form", FORMS)
         (97, 131, 127, (3, 0, 2)),  # prime sizes, blocks below a tile
         (130, 7, 33, (1,)),
         (300, 300, 790, (17, 2)),  # several right panels, three of terms; G needs only one of terms
-        (1200, 530, 40, (2,)),  # four panels of terms of G, of which two slabs are summed
+        (1200, 530, 40, (2,)),  # four panels of terms of G; two slabs are summed
         (2100, 40, 70, (4, 1)),  # two left panels
     ],
 )

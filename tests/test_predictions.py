@@ -25,7 +25,7 @@ def test_peaks_by_hand():
     assert peak_bytes(p, "split") == 160 * mib + factors  # y, dX and W_eff
     assert peak_bytes(replace(p, granule=1024), "split") == 160 * mib + factors
     short = Problem(4096, 4096, 4096, 4, 16)
-    # gathered x and dY, as large as W_eff and dX, and one MiB of partials beside y
+    # y; gathered dY and x, together as large as dX and W_eff; one MiB of partials
     assert peak_bytes(short, "split") == 96 * mib + factors + 4 * 4 * 2 * 4096 * 8
     assert peak_bytes(replace(short, granule=8), "split") == 96 * mib + factors  # no gathers
 

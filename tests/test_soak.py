@@ -79,7 +79,7 @@ def reference(steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("algorithm", ["auto", pytest.param("split", marks=pytest.mark.long)])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_training_drifts_no_further_than_the_reference(backend: str, algorithm: str) -> None:
-    """ "auto" chooses expanded or fused for so few tokens; split is the choice for longer batches."""
+    """For so few tokens "auto" chooses expanded or fused; split is the choice for longer batches."""
     obstacle = triton_obstacle(DEVICE, torch.bfloat16)
     if backend == "triton" and obstacle is not None:
         pytest.skip(obstacle)

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import conftest  # noqa: F401  # Triton interprets where there is no GPU, decided before a kernel is defined
+import conftest  # noqa: F401  # Triton must know before a kernel is defined whether it interprets
 import torch
 from problems import NAMES, Case, all_cases, budget_shares, error_over_budget
 

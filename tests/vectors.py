@@ -128,5 +128,5 @@ def load_vector(path: Path) -> Vector:
 
 @functools.cache
 def all_vectors() -> tuple[Vector, ...]:
-    """All files, by name: `@pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)`."""
+    """All files, by name. Use: `@pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)`."""
     return tuple(load_vector(path) for path in sorted(VECTOR_DIR.glob("*.npz")))
