@@ -21,7 +21,7 @@ SHARING = ((0, 1), (1, 0), (0, 0), (1, 1))
 @pytest.mark.parametrize(
     ("dtype", "strides", "form"),
     [
-        (dtype, strides, form)  # combinations in pairs, none repeated
+        (dtype, strides, form)  # a subset of the combinations, none repeated
         for turn, dtype in enumerate((torch.float32, *HALF))
         for strides, form in zip(SHARING, [*FORMS, *FORMS][turn : turn + 4], strict=True)
     ],
