@@ -78,7 +78,7 @@ def against_peft(engine: Any, base: str, folder: Path, requests: dict[str, Any])
     outputs = engine.generate(
         [{"prompt_token_ids": ids} for _, ids in given],
         SamplingParams(temperature=0, max_tokens=16, logprobs=1, ignore_eos=True, detokenize=False),
-        lora_request=[requests.get(name) for name, _ in given],
+        lora_request=[requests.get(name or "") for name, _ in given],
         use_tqdm=False,
     )
     total, equal, worst, as_base = 0, 0, 0.0, 0

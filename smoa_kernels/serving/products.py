@@ -39,7 +39,7 @@ class Group(NamedTuple):
     slot: int
     tokens: Tensor  # int64, on the device of the activations
     slots: Tensor  # as long: the slot of each
-    count: int
+    size: int
 
     @classmethod
     def of(cls, slot: int, tokens: Tensor) -> Group:
@@ -141,13 +141,13 @@ class LayerSlots:
         if not groups:
             return base()
         weight = self._weight_for(groups, x)
-        if weight is not None and groups[0].count == len(x):
+        if weight is not None and groups[0].size == len(x):
             return self._modulated(x, bias, weight, groups[0].slot)
-        whole = weight is not None and sum(group.count for group in groups) == len(x)
+        whole = weight is not None and sum(group.size for group in groups) == len(x)
         y = x.new_empty(len(x), self.shape[0]) if whole else base()
         few = []
         for group in groups:
-            if weight is not None and (len(groups) == 1 or group.count >= MANY_TOKENS):
+            if weight is not None and (len(groups) == 1 or group.size >= MANY_TOKENS):
                 own = x.index_select(0, group.tokens)
                 y.index_copy_(0, group.tokens, self._modulated(own, bias, weight, group.slot))
             else:
@@ -176,7 +176,7 @@ class LayerSlots:
         """W0, where it is at hand, may be kept, or takes fewer rows of the base product than the adapters would."""
         if self.weight is not None:
             return self.weight
-        tokens = sum(group.count for group in groups)
+        tokens = sum(group.size for group in groups)
         rows = tokens * sum(self.most)
         if not self.keep and rows <= self.shape[1] + tokens:
             return None
