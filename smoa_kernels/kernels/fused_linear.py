@@ -184,7 +184,8 @@ def fused_linear(
     if y.numel() == 0:
         return y
     layout, pointers = described(adapter)
-    launch, parts = _launch(layout, T, x.stride(), bias is not None, allow_tf32, config)
+    launch = _launch(layout, T, x.stride(), bias is not None, allow_tf32, config)
+    parts = launch.config.split
     out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
     launch(x_ptr=x, bias_ptr=bias, out_ptr=out, **pointers)
     if parts > 1:
@@ -200,8 +201,7 @@ def _launch(
     has_bias: bool,
     allow_tf32: bool,
     config: Config | None,
-) -> tuple[Launch, int]:
-    """The launch, and how many parts of y it writes."""
+) -> Launch:
     rank = layout.rank
     config, precision = layout.choose(
         "fused_linear",
@@ -213,7 +213,7 @@ def _launch(
     )
     chunk = min(config.block_r, power_of_two(rank, 16))  # `tl.dot` takes no fewer
     tiles = -(-tokens // config.block_t) * -(-layout.features[0] // config.block_n)
-    launch = Launch(
+    return Launch(
         fused_linear_kernel,
         (tiles * config.split,),
         config,
@@ -229,7 +229,6 @@ def _launch(
         RANK_BLOCK=chunk,
         CHUNKS=max(1, -(-rank // chunk)),
     )
-    return launch, config.split
 
 
 def _split(config: Config) -> tuple[Config, ...]:
