@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from quality_cases import SPLITS, TINY, tiny
 
-from benchmarks.quality.methods import METHODS, MODULES, shuffled
+from benchmarks.quality.methods import AT_LORAS, METHODS, MODULES, shuffled
 from benchmarks.quality.study import train_and_judge
 from smoa_kernels import BlockPartition
+from smoa_kernels.peft import SMoALayer
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +44,16 @@ def test_each_method_trains_its_own_parameters_only(method: Any) -> None:
     assert result == train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test) | {
         name: result[name] for name in ("seconds", "step_seconds")
     }
+
+
+def test_a_scale_follows_the_size_of_the_weight() -> None:
+    cut = tiny(["a", "b"], 2)
+    model = replace(AT_LORAS[0], kappa=5.0).adapt(cut.fresh(0), cut.targets, 0)
+    layers = [layer for layer in model.modules() if isinstance(layer, SMoALayer)]
+    assert layers
+    for layer in layers:
+        rms = float(layer.base_weight().square().mean().sqrt())
+        assert layer.scaling["default"] == pytest.approx(5 / rms, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", MODULES, ids=lambda method: method.name)

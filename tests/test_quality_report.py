@@ -77,6 +77,17 @@ def test_the_report_says_which_way_it_fell(tmp_path: Path) -> None:
     assert "on 1 of 1 tasks: TREC-50" in page(Study(better))
 
 
+def test_the_page_says_what_loras_rate_does() -> None:
+    ours, twice = "SMoA K=2, r=8, LoRA's rate", "LoRA, 2 times the rate"
+    runs = [record("LoRA", "search", lr, 1000, 0.5) for lr in (1e-2, 2e-2)]
+    for seed in range(3):
+        runs += [record("LoRA", "final", 1e-2, seed, 0.8), record(ours, "final", 1e-2, seed, 0.9)]
+        runs += [record(twice, "final", 2e-2, seed, 0.6) | {"worst_loss": 1.0 + seed, "loss_start": 1.0}]
+    text = page(Study(runs))
+    assert f"| {ours} − LoRA, r=8 | +10.0 [+10.0, +10.0]" in text
+    assert f"| {twice} | 3 | 2 | 60.0 |" in text
+
+
 def test_the_kept_records_are_of_the_study_as_it_is() -> None:
     """A resumed slice finds the records only if they agree."""
     records = store.read(RECORDS)
