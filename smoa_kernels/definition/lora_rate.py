@@ -1,4 +1,4 @@
-"""The scale with which SMoA takes LoRA's learning rate (docs/definition.md, "LoRA's learning rate")."""
+"""The scale with which SMoA takes LoRA's learning rate (docs/internals/learning_rate.md)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["alpha_for_lora_rate"]
 
-# Fitted on the quality study; theory gives the powers of K and of W0's size (docs/definition.md).
+# Fitted; theory gives the powers of K and of W0's size.
 _KAPPA = 3.0
 
 
