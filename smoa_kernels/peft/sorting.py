@@ -52,6 +52,8 @@ def _sorting(wanted: Sequence[_Wanted]) -> Iterator[BlockSource]:
     intra-op threads are sorted at once. Those that are not in the CPU's memory are sorted when they are asked for.
     """
     spectral = [each for each in wanted if each[1].needs_weight and each[0].known_blocks(each[1]) is None]
+    # Now, while all weights are there: an offloaded one is another object each time it is loaded.
+    keys = {layer: _key(layer, rule) for layer, rule in wanted}
     found: dict[Any, Any] = {}
     begun: dict[Any, list[Future[BlockPartition]]] = {}
     with ExitStack() as until_exit:
@@ -63,7 +65,7 @@ def _sorting(wanted: Sequence[_Wanted]) -> Iterator[BlockSource]:
             return [_counted(one, bar) for one in each] if layer.stack else each
 
         def blocks_of(layer: SMoALayer, rule: BlockRule) -> Any:
-            key = _key(layer, rule)
+            key = keys[layer]
             if key not in found and not rule.needs_weight:
                 found[key] = layer.build_blocks(rule)
             elif key not in found:
@@ -83,9 +85,9 @@ def _sorting(wanted: Sequence[_Wanted]) -> Iterator[BlockSource]:
             until_exit.enter_context(one_thread())
             pool = ThreadPoolExecutor(at_once, "smoa-sorting")
             until_exit.callback(pool.shutdown, cancel_futures=True)
-            for each in at_hand:
-                if _key(*each) not in begun:
-                    begun[_key(*each)] = list(map(pool.submit, decompositions(*each)))
+            for layer, rule in at_hand:
+                if keys[layer] not in begun:
+                    begun[keys[layer]] = list(map(pool.submit, decompositions(layer, rule)))
         yield blocks_of
 
 
