@@ -316,8 +316,8 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if arch.is_amd:
         return on_amd(_GATHERED)
     if precision.dtype != torch.float32:
-        # With three stages Blackwell's registers spill.
-        return (replace(_GATHERED[0], num_stages=2),) if arch.name == "sm_100" else _GATHERED
+        # With four warps Blackwell's registers spill.
+        return (replace(_GATHERED[0], num_warps=8),) if arch.name == "sm_100" else _GATHERED
     return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32
 
 
