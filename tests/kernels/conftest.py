@@ -1,4 +1,4 @@
-"""Where the kernels run, and memory that shows what they leave unwritten or read too far."""
+"""The device of the kernels' tests, and memory that reveals unwritten results and reads out of bounds."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,13 @@ from problems import DEVICE
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """The GPU where there is one, else CPU tensors under Triton's interpreter (tests/conftest.py)."""
+    """The GPU if there is one, else the CPU with Triton's interpreter (tests/conftest.py)."""
     return DEVICE
 
 
 @pytest.fixture(autouse=True)
 def _unwritten_memory_shows(poisoned_memory: None) -> None:
-    """Every test here runs with it."""
+    """Every test here uses the fixture."""
 
 
 @pytest.fixture

@@ -66,9 +66,9 @@ def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
 
 
 def shipped_here(kernel: str) -> list[tuple[Config, Precision]]:
-    """A kernel's configurations for this GPU, each with what it multiplies; in the interpreter everyone's, in float32.
+    """The configurations that ship for this GPU, each with a precision; in the interpreter all of them, in float32.
 
-    Another architecture's, or another dtype's, may want more shared memory than there is.
+    Configurations of other architectures or dtypes may need more shared memory than this GPU has.
     """
     interpreted = architecture(DEVICE) == "cpu"
     here = list(ARCHITECTURES) if interpreted else [architecture(DEVICE)]
@@ -85,7 +85,7 @@ def shipped_here(kernel: str) -> list[tuple[Config, Precision]]:
 
 
 def assert_within_its_rounding(precision: Precision, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
-    """Within the budget; TF32 keeps 10 bits of each operand, all of which torch's own product has."""
+    """Asserts the budget. TF32 keeps only 10 bits of each operand, so it gets a limit of its own."""
     if precision.name == "tf32":
         assert relative_error(ours, truth) < 2**-9
     else:
@@ -93,13 +93,13 @@ def assert_within_its_rounding(precision: Precision, ours: Tensor, theirs: Tenso
 
 
 def need_memory(device: torch.device, gigabytes: float) -> None:
-    """Skip where a GPU has not so much left; on the CPU pages that nobody touches cost nothing."""
+    """Skip if the GPU has too little free memory. On the CPU, untouched pages cost nothing."""
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < gigabytes * 1e9:
         pytest.skip(f"needs {gigabytes} GB of the GPU's memory")
 
 
 def far_apart(tensor: Tensor, stride: int, filled: bool = True) -> Tensor:
-    """A copy, or room for one, whose first dimension has this stride: memory that is mostly not touched."""
+    """A copy (or empty storage) whose first dimension has this stride; most of its memory is never touched."""
     bytes_in_all = tensor.itemsize * ((len(tensor) - 1) * stride + tensor[0].numel())
     need_memory(tensor.device, bytes_in_all / 1e9)
     storage = torch.zeros(1, dtype=tensor.dtype, device=tensor.device)
@@ -109,7 +109,7 @@ def far_apart(tensor: Tensor, stride: int, filled: bool = True) -> Tensor:
 
 
 class Guarded:
-    """Tensors inside larger allocations whose margins hold NaN, checked untouched when the test ends."""
+    """Tensors inside larger allocations with NaN margins; the margins are checked when the test ends."""
 
     margin = 64
 
@@ -117,7 +117,7 @@ class Guarded:
         self._margins: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, tensor: Tensor, *, row_padding: int = 0) -> Tensor:
-        """A copy of `tensor` with its own stride order, its slowest stride `row_padding` larger, guarded."""
+        """A guarded copy of `tensor` in the same stride order; its largest stride grows by `row_padding`."""
         order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
         strides, extent = [0] * tensor.ndim, 1
         for step, dim in enumerate(reversed(order)):

@@ -1,6 +1,6 @@
-"""Backend "triton": long batches in parts, ranks that nobody checked, and where the kernels do not run.
+"""The "triton" backend: long batches in parts, unchecked ranks, and cases that the kernels do not run.
 
-What it promises beside the other backends: tests/test_contract.py. Old GPUs: tests/test_devices.py.
+tests/test_contract.py tests what all backends promise, tests/test_devices.py old GPUs.
 """
 
 import os
@@ -47,20 +47,20 @@ pytestmark = pytest.mark.numerical
 def test_a_long_batch_is_gathered_in_parts(
     dtype: torch.dtype, algorithm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What 4096 tokens and 128 tiles are to a GPU, 64 and one are here; dropout keeps all tokens together."""
+    """The limits are 64 tokens and one tile here, 4096 and 128 on a GPU. With dropout nothing is split."""
     case = Case("triton", algorithm, dtype)
     p = case.problem(tokens=150, out_features=90, in_features=70, ranks=(3, 2), random_labels=True)
     whole = p.run(**case.options)
     monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 64)
     monkeypatch.setattr(algorithms, "GRAD_PART_TILES", 1)
-    asked_anew = triton_backend._gradient_parts.__wrapped__  # it remembers how the whole batch was gathered
+    asked_anew = triton_backend._gradient_parts.__wrapped__  # the cached answer is for the whole batch
     monkeypatch.setattr(triton_backend, "_gradient_parts", asked_anew)
     gathered: list[int] = []
     by_block = triton_backend._by_block
     seen = lambda x, *rest: gathered.append(x.shape[0]) or by_block(x, *rest)  # noqa: E731
     monkeypatch.setattr(triton_backend, "_by_block", seen)
     parts = p.run(**case.options)
-    # x in the forward, then dY and x of each part; under dropout dY anew for dX
+    # The forward gathers x; each part of the backward gathers dY and x. With dropout, dX gathers dY once more.
     assert gathered == ([150] * 4 if case.dropout else [150, 128, 128, 22, 22])
     for name, ours, theirs in zip(NAMES, parts, whole, strict=True):
         error = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
@@ -72,7 +72,7 @@ def test_a_long_batch_is_gathered_in_parts(
 def test_ranks_beyond_the_factors_read_no_further(
     case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU's ranks are not waited for, so not checked: the kernels take what lies outside as 0 or ρ."""
+    """Ranks on a GPU are not checked, as that would wait for it: the kernels clamp them to [0, ρ]."""
     monkeypatch.setattr(operator, "check_ranks", lambda *_: None)
     p = case.problem(ranks=(3, 5, 5))
     p = replace(p, A=guarded(p.A, row_padding=3), B=guarded(p.B, row_padding=3))
@@ -117,7 +117,7 @@ def test_algorithm_of_another_backend() -> None:
 def test_auto_is_fused_for_few_tokens(
     stage: str, dtype: torch.dtype, tokens: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an H100: else y is split, whose W_eff must not be rounded, and dX merged."""
+    """On an H100. With more tokens, y takes "split", which does not round W_eff, and dX takes "merged"."""
     monkeypatch.setattr(triton_backend, "architecture", lambda device: "sm_90")
     size, rank = 4096, 16
     labels = torch.zeros(size, dtype=torch.uint8)
@@ -134,7 +134,7 @@ def test_auto_is_fused_for_few_tokens(
     assert triton_backend._chosen(stage, x, adapter, dtype == torch.float32) == expected
     table.forget()
     key = Key(stage, "tf32" if dtype == torch.float32 else "bf16", rank, 1, size, size, tokens)
-    assert job(key, "sm_90", GPUS["h100"].multiprocessors).default == expected  # what the tuner tries first
+    assert job(key, "sm_90", GPUS["h100"].multiprocessors).default == expected  # the tuner tries it first
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_auto_is_fused_for_few_tokens(
     [(4096, 4, "bf16", False), (8192, 4, "bf16", True), (4096, 8, "tf32", True), (1024, 4, "fp32", True)],
 )
 def test_many_tokens_of_one_batch_are_eagers(tokens: int, blocks: int, dtype: str, many: bool) -> None:
-    """From there on the kernels save less than 5 % by the roofline: 8 bytes for each element of a block, or 16."""
+    """With more tokens the kernels save under 5 % by the roofline (8 or 16 bytes per element of a block)."""
     for stage in ("forward", "input_gradient", "factor_gradients"):
         chosen = algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90", blocks)
         assert (chosen == "eager") == many
@@ -160,7 +160,7 @@ ALL_ONE_BATCH = {"out_features": 64, "in_features": 80, "ranks": (3, 3, 3, 3)}
 
 @pytest.fixture
 def batched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Let the eager backend take what a GPU may as one batch, on any device; whether each adapter was one."""
+    """Let eager batch the blocks on any device, as it does on a GPU; records whether each adapter was batched."""
     found: list[bool] = []
     is_batch = eager.is_batch
 
@@ -184,7 +184,7 @@ def batched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_eager_takes_even_blocks_as_one_batch(
     dtype: torch.dtype, algorithm: str, layout: str, batched: list[bool]
 ) -> None:
-    """A block's products are cuBLAS's batched ones, on views; the numbers are within the budgets of any other way."""
+    """Blocks of equal size use cuBLAS's batched GEMM on views. The results meet the usual budgets."""
     case = Case("eager", algorithm, dtype, "contiguous")
     p = case.problem(tokens=150, **ALL_ONE_BATCH).stored(LAYOUTS[layout])
     assert_within_budget(p.run(**case.options), case, p)

@@ -1,4 +1,4 @@
-"""block_grad: dB_k = H_k A_kᵀ and dA_k = B_kᵀ H_k with H_k = s · (dyg_kᵀ xg_k) ∘ W0_k, G never in memory."""
+"""block_grad: dB_k = H_k A_kᵀ and dA_k = B_kᵀ H_k with H_k = s · (dyg_kᵀ xg_k) ∘ W0_k; G is never stored."""
 
 import weakref
 from dataclasses import replace
@@ -25,11 +25,11 @@ from smoa_kernels.kernels.spec import Config
 
 pytestmark = pytest.mark.numerical
 
-# Small enough that small problems have several tiles of each kind.
+# Small tiles, so that small problems have several of each kind.
 TILE = 32
 SMALL = Config(block_n=16, block_c=TILE, block_t=16, split=1, num_warps=4, num_stages=2)
-# The narrowest that ships. Float32 factors over a half weight are multiplied in bfloat16 parts, a quarter of the tile
-# at a time, and tensor cores take 16 columns of these at least.
+# The narrowest tile that ships. Float32 factors over a half weight are multiplied in bfloat16 parts, a quarter of
+# the tile at a time, and tensor cores need at least 16 columns.
 WIDE = replace(SMALL, block_c=64)
 
 
@@ -73,7 +73,7 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
         for mine, theirs, true, size, used in zip(
             ours, expected(rounded), truth, terms, padding, strict=True
         ):
-            # Of few terms the reference's sum may be exact by luck: four float32 roundings of their size are allowed.
+            # A short sum may be exact by luck in the reference, so four float32 roundings of the terms are allowed.
             if ((mine.double() - true).abs() > 4 * 2**-23 * size).any():
                 assert_within_budget(mine, theirs, true)
             assert not mine[~used].any()
@@ -86,7 +86,7 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 def test_launches_in_parts_agree_with_one(
     dtype: torch.dtype, sizes: tuple[int, ...], split: int, device: torch.device
 ) -> None:
-    """Rounded once, after the last: partials of every part are float32. A part is freed before the next is gathered."""
+    """Partial sums stay float32 and are rounded once, at the end. Each part is freed before the next is gathered."""
     problem = make_problem(tokens=70, random_labels=True).on(device).to(dtype)
     alive: list[weakref.ref[Tensor]] = []
 
@@ -109,7 +109,7 @@ def test_launches_in_parts_agree_with_one(
 
 
 def test_no_gradient_crosses_into_padding_or_other_memory(guarded: Guarded, device: torch.device) -> None:
-    """Strided inputs with NaN around them, and NaN in the factors' padding: neither is ever used."""
+    """Inputs are strided with NaN around them, and the factors' padding is NaN: neither is used."""
     problem = make_problem(tokens=21, ranks=(3, 0, 20), random_labels=True, fill_padding=False)
     problem = problem.on(device).to(torch.float32)
     whole = gradients(problem)
@@ -148,13 +148,13 @@ def test_no_rank(device: torch.device) -> None:
 
 
 def test_large_half_gradients_do_not_overflow(device: torch.device) -> None:
-    """H in float32: a G beyond float16's range still gives finite factor gradients where these are small."""
+    """H is float32: G may exceed float16's range if the factor gradients are small enough."""
     problem = make_problem(tokens=16).on(device)
     problem = replace(problem, x=problem.x * 300, dy=problem.dy * 300, weight=problem.weight * 1e-3)
     rounded = problem.to(torch.float16)
     for mine, true in zip(gradients(rounded), expected(rounded.to(torch.float64)), strict=True):
         assert mine.isfinite().all()
-        assert relative_error(mine, true) < 2**-10  # float16 rounds by 2^-11, TF32 each operand by as much
+        assert relative_error(mine, true) < 2**-10  # float16 and each TF32 operand round by 2^-11
 
 
 def test_token_splits() -> None:

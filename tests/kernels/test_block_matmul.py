@@ -22,7 +22,7 @@ from smoa_kernels.kernels.spec import Config
 
 pytestmark = pytest.mark.numerical
 
-# Small enough that small problems have several tiles of each kind, and a last group of tokens that is not full.
+# Small tiles, so that small problems have several of each kind and a partial last group of tokens.
 TILE = 16
 SMALL = Config(block_t=16, block_n=TILE, block_c=TILE, group_t=2, num_warps=4, num_stages=2)
 
@@ -37,7 +37,7 @@ def gather(x: Tensor, adapter: PackedAdapter, width: int) -> Tensor:
 
 
 def output(problem: LinearProblem) -> Tensor:
-    """x ΔWᵀ, from ΔW's own kernel and the gather's."""
+    """x ΔWᵀ, with the blocks of ΔW and of x from their own kernels."""
     adapter = adapter_of(problem)
     delta = blocks(adapter)
     out = torch.empty_like(problem.dy)
@@ -54,7 +54,7 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 @each_dtype
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: torch.device) -> None:
-    """dX of the adapter, dY ΔW, in block order, from ΔW's own blocks or from the transposed adapter's."""
+    """dX of the adapter (dY ΔW, in block order), from its own blocks of ΔW or from the transposed adapter's."""
     problem = make_problem(tokens=19, random_labels=True).on(device).to(dtype)
     adapter = adapter_of(problem)
     delta = blocks(adapter.T) if contiguous else blocks(adapter).transpose(1, 2)
@@ -63,7 +63,7 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
     block_matmul(dyg, adapter.T, delta, out=dxg, config=SMALL)
     partition = adapter.partition
     for k, size in enumerate(partition.col_sizes):
-        assert not dxg[:, k, size:].any()  # zero, hence finite, in padding
+        assert not dxg[:, k, size:].any()  # padding is zero, so it is finite
     dx = torch.empty_like(problem.x)
     scatter_columns(dxg, partition, dx)
     truth = problem.dy.double() @ delta_weight(problem.to(torch.float64))
@@ -73,7 +73,7 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
 
 
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
-    """Rows of y further apart than their width, y transposed, x blocks apart: nothing outside is touched."""
+    """Padded rows of y, a transposed y and separate x blocks: nothing outside the tensors is touched."""
     problem = make_problem(tokens=21, random_labels=True).on(device).to(torch.float32)
     adapter = adapter_of(problem, lambda tensor: guarded(tensor, row_padding=3))
     expected = output(problem)

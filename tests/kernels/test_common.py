@@ -1,4 +1,4 @@
-"""What the kernels share, on its own."""
+"""Unit tests of the helpers that all kernels share."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rounded(value: torch.Tensor, precision: str = "tf32") -> torch.Tensor:
 
 
 def test_tf32_rounds_to_nearest(device: torch.device) -> None:
-    """To the nearest of the numbers with 10 bits after the point: frexp and round say which, in float64."""
+    """To nearest, with 10 bits after the point; the expected value comes from frexp and round in float64."""
     value = torch.randn(1024, device=device) * 2.0 ** torch.randint(-100, 100, (1024,), device=device)
     mantissa, exponent = torch.frexp(value.double())
     nearest = torch.ldexp((mantissa * 2**11).round(), exponent - 11)
@@ -34,10 +34,10 @@ def test_tf32_rounds_to_nearest(device: torch.device) -> None:
 
 
 def test_tf32_keeps_what_is_not_finite(device: torch.device) -> None:
-    """Infinity and NaN stay; what would round to infinity is left to the core, which cuts it off."""
+    """Infinity and NaN stay. Values that would round to infinity stay too; the tensor core truncates them."""
     largest = torch.finfo(torch.float32).max
     value = torch.tensor([float("inf"), -float("inf"), float("nan"), largest, -largest, 0.0, -0.0, 1e-45])
-    # A GPU's own NaN, and a negative one: not of ones alone, which in the emulator is memory that nobody wrote.
+    # A GPU's own NaN, and a negative one that is not all ones: the emulator fills unwritten memory with ones.
     largest_nan = torch.tensor([0x7FFFFFFF, -2], dtype=torch.int32).view(torch.float32)
     value = torch.cat([value, largest_nan, torch.ones(6)]).to(device)
     found = rounded(value).cpu()

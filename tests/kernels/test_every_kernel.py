@@ -1,6 +1,6 @@
-"""Every kernel on the definition's vectors, at every rank, and on small problems that nobody picked.
+"""Every kernel on the definition's vectors, at every rank, and on small random problems.
 
-These have uneven and empty blocks, uneven and zero ranks, one token.
+The random problems have uneven and empty blocks, uneven and zero ranks, or one token.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.numerical
 
 CHECKS = [test.check for test in (test_block_grad, test_block_matmul, test_fused_linear, test_modulate)]
 
-# The kernels treat blocks of every order alike: the other orders' vectors are for `make test-all`.
+# All block orders take the same path in the kernels, so the other orders run only in `make test-all`.
 VECTORS = [
     pytest.param(v, id=v.name, marks=[pytest.mark.slow] if v.rule != BlockRule(v.num_blocks) else [])
     for v in all_vectors()
@@ -64,7 +64,7 @@ def test_vectors(
 def test_float32_factors_over_a_half_weight(
     check: Callable[..., None], rank: int, device: torch.device
 ) -> None:
-    """At ranks of one product, of several, and of as many as the kernels take."""
+    """At ranks that need one product, several products, and the largest rank."""
     problem = make_problem(tokens=5, ranks=(rank, max(rank // 2, 1)), random_labels=True)
     check(problem.on(device), torch.bfloat16, torch.float32)
 
@@ -80,7 +80,7 @@ def shipped() -> Iterator[object]:
 def test_every_shipped_configuration(
     kernel: str, config: Config, precision: Precision, device: torch.device
 ) -> None:
-    """At sizes that no tile divides."""
+    """At sizes that are no multiple of any tile."""
     form = AUDITED[kernel].forms[0]
     tokens, *features, granule = (21, 136, 72, GRANULE) if "granules" in form else (70, 130, 70, 1)
     key = Key(kernel, precision.name, 5, 2, *features, tokens, 128, 128, granule=granule)

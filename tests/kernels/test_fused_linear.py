@@ -1,4 +1,4 @@
-"""fused_linear: y = x W0ᵀ + x ΔWᵀ + bias in one pass and one rounding; with `adapter.T`, dX = dY W_eff."""
+"""fused_linear: y = x W0ᵀ + x ΔWᵀ + bias in one pass, rounded once; with `adapter.T`, dX = dY W_eff."""
 
 from dataclasses import replace
 

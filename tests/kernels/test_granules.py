@@ -1,4 +1,4 @@
-"""Blocks of whole granules: kernels read x and dY where they lie, and compute bit for bit what gathered copies give."""
+"""Blocks made of whole granules: kernels read x and dY in place, with the same bits as from gathered copies."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from smoa_kernels.kernels.spec import granule_of
 
 pytestmark = pytest.mark.numerical
 
-# Blocks of other sizes than whole tiles, and one without columns or ranks.
+# Block sizes that are no multiple of a tile, and a block without columns or ranks.
 PARTITIONS = {
     "contiguous": lambda: BlockPartition.contiguous((80, 144), 3, granule=8),
     "granules": lambda: BlockPartition.random((80, 144), 3, granule=8, seed=1),
@@ -34,7 +34,7 @@ PARTITIONS = {
 }
 FEW = {("granules of 24", torch.bfloat16), ("an empty block", torch.bfloat16)}
 each_partition = pytest.mark.parametrize("name", PARTITIONS)
-# A launch in the interpreter takes a second: most are left to `make test-slow`.
+# A launch in the interpreter takes a second, so most cases run only in `make test-slow`.
 each_case = pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -68,7 +68,7 @@ def gathered(p: LinearProblem) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def coordinate_by_coordinate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Kernels do not see that blocks have granules."""
+    """Hide the granules from the kernels."""
     with monkeypatch.context() as patch:
         for module in (launch, permute):
             patch.setattr(module, "granule_of", lambda *sizes: 1)
@@ -78,7 +78,7 @@ def coordinate_by_coordinate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_which_partitions_have_granules() -> None:
     for name, make in PARTITIONS.items():
         assert granule(make()) == 8, name
-        # Labels alone tell.
+        # Granules are found from the labels alone.
         p = make()
         assert granule(BlockPartition.from_labels(p.row_block, p.col_block, p.num_blocks)) == 8, name
     for single in (
@@ -108,7 +108,7 @@ def test_factor_gradients(
 def test_the_adapters_output(
     name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To where it belongs, and, of the transposed adapter, in block order."""
+    """The output goes to its own rows; the transposed adapter's stays in block order."""
     p = problem_of(name, dtype, device)
     dyg, xg = gathered(p)
     for side, adapter, here, blocked in ((p.dy, adapter_of(p), p.x, xg), (p.x, adapter_of(p).T, p.dy, dyg)):
@@ -130,7 +130,7 @@ def test_the_adapters_output(
 
 @each_partition
 def test_dropout(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mask does not depend on how x is moved."""
+    """The mask is the same whether x is gathered or read in place."""
     p = problem_of(name, torch.float32, device)
     blocks, width = p.partition, block_width(p.partition.col_sizes)
     dropout = Dropout(torch.tensor(5, device=device), p=0.25)
@@ -145,7 +145,7 @@ def test_dropout(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
 
 
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
-    """Rows further apart than their width, columns apart: nothing outside is touched."""
+    """Padded rows and strided columns: nothing outside the tensors is touched."""
     p = problem_of("granules", torch.float32, device)
     adapter = adapter_of(p)
     expected = block_grad(1, lambda part: (p.dy, p.x), adapter, config=SMALL_GRAD)
@@ -184,4 +184,4 @@ def test_the_backend_copies_nothing_but_what_dropout_changes(
     sizes = {"tokens": 20, "out_features": 80, "in_features": 144, "ranks": (5, 2)}
     p = case.problem(**sizes, block_order=order, granule=8)
     assert_within_budget(p.run(**case.options), case, p)
-    assert copied == ([144, 144] if case.dropout else [])  # x, in the forward and in the backward
+    assert copied == ([144, 144] if case.dropout else [])  # x is copied in the forward and in the backward

@@ -1,6 +1,6 @@
-"""grouped_linear and grouped_grad: all experts in a launch, against the definition, expert by expert.
+"""grouped_linear and grouped_grad: all experts in one launch, compared with the definition expert by expert.
 
-What the operator promises of every backend: tests/test_experts.py.
+tests/test_experts.py tests what the operator promises on every backend.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PARTITIONS = {
 def problem(
     kind: str, pairs: tuple[int, ...], ranks: tuple[int, ...] = (3, 2), **given: bool
 ) -> ExpertsProblem:
-    """Experts each with blocks of their own order, where the kind has an order to choose."""
+    """Experts with blocks of their own; each has its own order if the kind has a choice."""
     partitions = [PARTITIONS[kind](seed) for seed in range(len(pairs))]
     sides = [torch.stack([getattr(p, side) for p in partitions]) for side in ("row_block", "col_block")]
     blocks = ExpertBlocks.from_labels(*sides, partitions[0].num_blocks)
@@ -76,7 +76,7 @@ def test_half_types(kind: str, dtype: torch.dtype, factors: torch.dtype | None) 
 @pytest.mark.parametrize("ranks", [(0, 0), (0, 5), (1, 40), (65, 33)], ids=str)
 @pytest.mark.parametrize("kind", ["contiguous", "coordinates"])
 def test_ranks(kind: str, ranks: tuple[int, ...]) -> None:
-    """None, and more than a program takes at a time."""
+    """Rank 0, and more ranks than a program handles at once."""
     p = problem(kind, (7, 2), ranks).to(torch.float32)
     p.assert_within_budget(results(p))
 
@@ -85,13 +85,13 @@ def test_ranks(kind: str, ranks: tuple[int, ...]) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("pairs", [(1,), (0, 0, 1), (40, 0, 0), (1, 1, 1, 1, 1), (33, 0, 65, 1)], ids=str)
 def test_pairs(pairs: tuple[int, ...]) -> None:
-    """All on one expert, one, as many as experts, one more than a tile or two."""
+    """All pairs on one expert, a single pair, one pair per expert, and one pair more than full tiles."""
     p = problem("contiguous", pairs).to(torch.float32)
     p.assert_within_budget(results(p))
 
 
 def test_wide_tiles_take_few_ranks() -> None:
-    """A tile of 256 pairs has no registers for more than 16."""
+    """A tile of 256 pairs has registers for at most 16 ranks."""
     key = Key("grouped_linear", "bf16", 16, 2, 1024, 2048, 512, granule=8)
     tiles = [
         GROUPED_LINEAR.default(key._replace(rank=rank, tokens=pairs), "sm_90", 132)
@@ -101,7 +101,7 @@ def test_wide_tiles_take_few_ranks() -> None:
 
 
 def test_partial_results_are_bounded() -> None:
-    """Rank 20 of rows of float32 is more than an eighth of W0: each expert has a launch of its own."""
+    """Float32 rows of rank 20 exceed an eighth of W0, so each expert gets its own launch."""
     p = problem("contiguous", (5, 0, 18), (20, 12)).to(torch.float32)
     p.assert_within_budget(results(p))
 
@@ -149,7 +149,7 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
 
 
 def test_tiles_of_segments() -> None:
-    """The most that lengths can need: never fewer, and reached."""
+    """The count is an upper bound for all lengths, and some lengths reach it."""
     assert tiles_of_segments(0, 4, 16) == 0
     assert tiles_of_segments(3, 128, 16) == 3
     for length, segments, block in ((17, 3, 16), (64, 4, 16), (100, 7, 8)):

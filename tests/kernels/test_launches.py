@@ -1,4 +1,4 @@
-"""Where launches go and what they are compiled for, on pretended GPUs: tests/launches.py says what is pretended."""
+"""The device and the compiled forms of launches, on simulated GPUs (tests/launches.py)."""
 
 import json
 from typing import Any
@@ -33,11 +33,11 @@ def test_every_launch_is_on_its_operands_device() -> None:
 
 @pytest.mark.slow
 def test_sizes_compile_no_forms_of_their_own() -> None:
-    """The layers of two models at 1 to 8192 tokens compile what the launchers chose, and nothing beyond it.
+    """Two models' layers at 1 to 8192 tokens compile only the forms that the launchers choose.
 
-    A form takes 0.7 to 3.2 s to compile. The launchers choose tiles, which algorithm reads W0 how, and the like. Triton
-    adds a form for each argument that is 1, or is divisible by 16, where it may specialise on that. Every size and
-    stride of these models that may be specialised on is a multiple of 16 or always 1.
+    A form takes 0.7 to 3.2 s to compile. The launchers choose tiles, how each algorithm reads W0, and the like. Triton
+    adds a form for each integer argument that is 1 or divisible by 16. In these models every size and stride that
+    Triton may specialise is always a multiple of 16 or always 1.
     """
     for model, kernels in launches("forms").items():
         extra = {kernel: forms for kernel, forms in kernels.items() if forms[0] != forms[1]}
@@ -46,10 +46,10 @@ def test_sizes_compile_no_forms_of_their_own() -> None:
 
 @pytest.mark.slow
 def test_remembered_plans_launch_what_new_ones_would() -> None:
-    """The same compiled forms, grids, sizes and strides, on the same device.
+    """A cached plan launches the same compiled form, grid, sizes and strides, on the same device.
 
-    One after another come sizes of 1, odd sizes and strides, pointers that 16 does not divide, two dtypes of factors, a
-    transposed W0, factors that are parts of others, another rank, and another device.
+    The cases are sizes of 1, odd sizes and strides, pointers not divisible by 16, two factor dtypes, a
+    transposed W0, factors that are slices of others, another rank, and another device.
     """
     found = launches("remembered")
     assert len(set(found["remembered"])) > 50
@@ -58,7 +58,7 @@ def test_remembered_plans_launch_what_new_ones_would() -> None:
 
 @pytest.mark.slow
 def test_hooks_on_launches_are_called_while_there_are_any() -> None:
-    """A profiler's hooks hear of launches of remembered plans too, with Triton's metadata; else none is made."""
+    """Cached plans call a profiler's launch hooks, with Triton's metadata. Without hooks no metadata is made."""
     found = launches("hooks")
     half = len(found) // 2
     assert found == [[False] * 3] * half + [[True] * 3] * half
@@ -66,7 +66,7 @@ def test_hooks_on_launches_are_called_while_there_are_any() -> None:
 
 @pytest.mark.slow
 def test_without_the_short_way_triton_launches() -> None:
-    """Where it raises, or where a private part of Triton's is missing: the same launches, and one warning."""
+    """If the short way raises, or Triton lacks a private name, Triton launches the same kernels after one warning."""
     found = launches("short way")
     kernels = found["short"][0][0]
     words = {
@@ -82,7 +82,7 @@ def test_without_the_short_way_triton_launches() -> None:
 
 @pytest.mark.slow
 def test_the_first_step_compiles_few_forms() -> None:
-    """Of Llama-3-8B's layers, and batches of other lengths compile none beside: tests/first_step.py."""
+    """Of Llama-3-8B's layers. Other batch lengths compile no more forms (tests/first_step.py)."""
     program = "import os, runpy; os.environ.pop('TRITON_INTERPRET', None); "
     process = python(program + "runpy.run_module('first_step', run_name='__main__')", PYTHONWARNINGS="ignore")
     out, errors = process.communicate(timeout=300)

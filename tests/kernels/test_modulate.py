@@ -31,7 +31,7 @@ def padded(partition: BlockPartition, row_multiple: int = 16, col_multiple: int 
 
 
 def from_blocks(blocks: Tensor, partition: BlockPartition) -> Tensor:
-    """The dense ΔW that padded blocks stand for, their padding checked to be zero."""
+    """The dense ΔW of padded blocks; checks that their padding is zero."""
     dense = torch.zeros(partition.shape, dtype=blocks.dtype, device=blocks.device)
     rows = partition.row_index.split(partition.row_sizes)
     cols = partition.col_index.split(partition.col_sizes)
@@ -54,7 +54,7 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 
 
 def test_a_tile_narrower_than_a_warp(device: torch.device) -> None:
-    """None ships, but a table may hold one."""
+    """No such tile ships, but a tuning table may contain one."""
     problem = make_problem(out_features=40, in_features=45, ranks=(5, 2)).on(device).to(torch.bfloat16)
     config = Config(block_n=16, block_c=16, num_warps=4)
     blocks = modulated_blocks(adapter_of(problem), padded(problem.partition), config=config)
@@ -67,7 +67,7 @@ def test_a_tile_narrower_than_a_warp(device: torch.device) -> None:
 def test_strides_and_guards(
     transposed: bool, row_padding: int, guarded: Guarded, device: torch.device
 ) -> None:
-    """Rows further apart than their width, column-major weights, and nothing touched around any tensor."""
+    """Padded rows and column-major weights: nothing outside the tensors is touched."""
     problem = make_problem(out_features=70, in_features=45, ranks=(3, 0, 20)).on(device)
     problem = problem.to(torch.float32)
     if transposed:

@@ -1,4 +1,4 @@
-"""permute: blocked[t, k, p] = m[t, j] · x[t, j] and its adjoint; the dropout mask they draw."""
+"""permute: blocked[t, k, p] = m[t, j] · x[t, j] and its adjoint, with the dropout mask m."""
 
 import functools
 
@@ -49,7 +49,7 @@ def gathered_by_hand(x: Tensor, partition: BlockPartition) -> Tensor:
 def mask(
     dropout: Dropout, tokens: int, partition: BlockPartition, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The multiplier itself: what becomes of ones."""
+    """The multiplier m itself: the mask applied to ones."""
     ones = torch.ones(tokens, partition.shape[1], dtype=dtype, device=partition.device)
     return scatter(gather(ones, partition, dropout=dropout), partition, torch.empty_like(ones))
 
@@ -84,7 +84,7 @@ def test_dropout_zeroes_or_scales(dtype: torch.dtype, device: torch.device) -> N
     x = torch.randn(50, 70, device=device).to(dtype)
     kept = mask(dropout, 50, partition) != 0
     dropped = scatter(gather(x, partition, dropout=dropout), partition, torch.empty_like(x))
-    # Twice through the mask: gather and its adjoint draw the same one.
+    # Gather and its adjoint draw the same mask.
     expected = torch.where(kept, (x.float() * (4 / 3)), 0).to(dtype)
     assert torch.equal((dropped != 0), kept & (x != 0))
     gathered = gather(x, partition, dropout=dropout)
@@ -100,18 +100,18 @@ def test_dropout_is_unbiased_and_independent(device: torch.device) -> None:
     partition = random_partition(64, 4, device)
     p, tokens = 0.3, 2000
     kept = (mask(Dropout(seed(123456789012345, device), p), tokens, partition) != 0).double()
-    # Five standard deviations of a mean of that many coin flips; of a correlation, 1/√tokens each.
+    # The limit is five standard deviations: of the mean of as many coin flips, and 1/√tokens for a correlation.
     assert abs(float(kept.mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
     between_columns = torch.corrcoef(kept.T).fill_diagonal_(0)
     assert float(between_columns.abs().max()) < 5 / tokens**0.5
-    for lag in range(1, 9):  # tokens that share a draw, and the next ones
+    for lag in range(1, 9):  # tokens that share a draw, and their successors
         both = (kept[lag:] * kept[:-lag]).mean()
         assert abs(float(both) - (1 - p) ** 2) < 5 * (0.25 / kept.numel()) ** 0.5
 
 
 @pytest.mark.slow
 def test_dropout_mask_is_a_function_of_seed_token_and_global_column(device: torch.device) -> None:
-    """Another partition, other tiles, a shard of the columns, fewer tokens: the same mask."""
+    """The mask stays the same with another partition, other tiles, a shard of the columns, or fewer tokens."""
     partition = random_partition(150, 4, device)
     dropout = Dropout(seed(-3, device), p=0.5)
     whole = mask(dropout, 70, partition)

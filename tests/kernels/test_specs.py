@@ -1,4 +1,4 @@
-"""The audit compiles the launches that the launchers make; `make audit` reads the machine code of all of them."""
+"""The audit compiles exactly the launches that the launchers make; `make audit` reads all the machine code."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from audit.rules import Record, broken_rules
 import smoa_kernels
 
 pytest.importorskip("triton", reason="there are no kernels to compile")
-pytestmark = pytest.mark.slow  # all read one run of a process that compiles
+pytestmark = pytest.mark.slow  # all tests share one run of a compiling process
 
 TESTS = Path(__file__).resolve().parents[1]
 
-# In a process that compiles: where kernels are interpreted they have no signature.
+# Runs in a process that compiles: interpreted kernels have no signature.
 PROGRAM = """
 import json
 from audit.compile import compile_launch, representative_launch
@@ -44,20 +44,20 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> dict:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["SMOA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     environment["PYTHONPATH"] = f"{TESTS}:{TESTS.parent}"
-    environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # as Triton 3.10 compiles where nothing is said
+    environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # Triton 3.10's default
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_products_are_fused_with_sums_whatever_triton_does_by_itself(audited: dict) -> None:
-    """W_eff = W0 + W0 ∘ ΔM is rounded once in float32; of no other kernel does the machine code change."""
+    """W_eff = W0 + W0 ∘ ΔM is rounded once in float32. Fusing changes the machine code of no other kernel."""
     fused, added = audited["fused and not"]
     assert fused > added == 0
 
 
 def test_partials_of_few_ranks_are_stored_and_read_as_wide_as_those_of_many(audited: dict) -> None:
-    """ρ = 4, as K = 4 at r = 16 has it. A row is one store of 128 bits; Hopper gives dA's tile two threads a group."""
+    """ρ = 4 (K = 4 at r = 16): a row is one 128-bit store; on Hopper two threads share a group of dA's tile."""
     hopper, amd, summed = map(Record.from_json, audited["narrow rank"])
 
     def widths(record: Record) -> dict[str, int]:
@@ -71,7 +71,7 @@ def test_partials_of_few_ranks_are_stored_and_read_as_wide_as_those_of_many(audi
 
 
 def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path) -> None:
-    """Triton's cache knows a kernel by its text; the lines of a binary name the file that it was compiled from."""
+    """Triton's cache identifies a kernel by its text, but a binary names the source file of its first compile."""
     program = "import smoa_kernels, audit.run as a\n" + (
         "task = a.Task('permute', 'gather', 0, 'sm_90', 'bf16')\n"
         "print(smoa_kernels.__file__, sorted({entry.pointer for entry in a.run_task(task).traffic}))\n"

@@ -1,6 +1,6 @@
-"""Kernels that compute wrong numbers or none, on a pretended GPU: one warning, and eager's numbers.
+"""Kernels with wrong results or errors, on a simulated GPU: one warning, then eager's numbers.
 
-The pretended GPU is the CPU, where Triton's interpreter runs the kernels; what is broken is what a launch runs.
+The simulated GPU is the CPU with Triton's interpreter; the tests break what a launch runs.
 """
 
 import json
@@ -38,7 +38,7 @@ Spoil = Callable[[Tensor], object]
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """What a process on a GPU starts with; the file of verdicts that it will write."""
+    """The state of a fresh process on a GPU; yields the path of its file of verdicts."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     monkeypatch.setattr(verified, "_is_verified", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -55,7 +55,7 @@ def start_anew() -> None:
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Spoil], list[str]]:
-    """Spoil what a kernel writes last, or raise; returns the names of all kernels that are launched from now on."""
+    """Spoil a kernel's last argument, or raise. Returns a list that fills with the names of launched kernels."""
     launch = InterpretedFunction.__getitem__
 
     def breaks(name: str, spoil: Spoil) -> list[str]:
@@ -127,7 +127,7 @@ def test_right_kernels_are_compared_once(
     for name in ("forward", "backward", "modulated_weight"):
         monkeypatch.setattr(eager, name, lambda *_, **__: pytest.fail("compared again"))
     p.run(**case.options)
-    start_anew()  # another process, and other shapes of the same forms
+    start_anew()  # another process, with other shapes of the same forms
     p.run(**case.options)
     case.problem(**SIZES | {"out_features": 90}).run(**case.options)
 
@@ -168,7 +168,7 @@ def test_a_broken_kernel_is_refused(
     silent: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All results are right, also where other kernels of the same pass compute, and under dropout's mask."""
+    """All results are right, also if other kernels of the pass still run, and with dropout."""
     case = replace(SPLIT, algorithm=algorithm)
     p = case.problem(**SIZES)
     if case.dropout is not None:
@@ -182,16 +182,14 @@ def test_a_broken_kernel_is_refused(
         message.startswith("a GPU kernel is refused, torch's operators compute instead") for message in told
     ]
     assert all(words in message and kernel in message and "Triton" in message for message in told)
-    assert len(told) == 1 + (kernel == "permute_kernel") * (
-        len(told) - 1
-    )  # it has a form to gather and one to scatter
+    assert len(told) == 1 + (kernel == "permute_kernel") * (len(told) - 1)  # to gather and to scatter
     launched.clear()
-    assert_within_budget(p.run(**case.options), case, p)  # in silence
+    assert_within_budget(p.run(**case.options), case, p)  # without a warning
     assert kernel not in launched
-    start_anew()  # another process: it launches no form that is refused, and says so once more
+    start_anew()  # another process: it launches no refused form, and warns once more
     assert warned(lambda: found.append(p.run(**case.options)))
     assert_within_budget(found[1], case, p)
-    assert kernel not in launched or kernel == "permute_kernel"  # which gathers dY too, without a mask
+    assert kernel not in launched or kernel == "permute_kernel"  # permute also gathers dY, without a mask
 
 
 PROGRAM = """
@@ -261,7 +259,7 @@ def test_what_was_not_verified_is_not_captured(
 def test_a_compiled_decode_step_is_captured_after_its_first_call(
     broken: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `torch.compile(mode="reduce-overhead")` does it: a call that is not captured, then one that is."""
+    """Like `torch.compile(mode="reduce-overhead")`: the first call is not captured, the second is."""
     launched = broken("", nothing)
     p = SPLIT.problem(**SIZES | {"tokens": 1})
     layer = p.layer(partition=p.partition, backend="triton")
@@ -292,7 +290,7 @@ def test_zeros_and_overflow_say_nothing(cache: Path) -> None:
 
 
 def test_no_memory_to_compare(cache: Path, silent: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process takes eager, the next one tries again."""
+    """This process uses eager; the next one tries again."""
     p = SPLIT.problem(**SIZES)
     monkeypatch.setattr(verified, "_distance", lambda *_: raising(torch.OutOfMemoryError("40 GiB"))(p.x))
     told = warned(lambda: p.forward(**SPLIT.options))

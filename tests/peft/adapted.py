@@ -1,4 +1,4 @@
-"""What the tests of the tuner share: models with random adapters, their layers and outputs, edits of saved folders."""
+"""Helpers of the tuner's tests: models with random adapters, their layers and outputs, edits of saved folders."""
 
 import json
 
@@ -45,7 +45,7 @@ def close(actual, expected, tolerance=1e-5):
 
 
 def nudge(model, scale=0.3):
-    """Weights such as training could have given, padding left at zero."""
+    """Add noise to the weights, as training would; padding stays zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for layer in layers(model).values():
@@ -71,7 +71,7 @@ def edit_config(folder, **values):
 
 
 def edit_weights(folder, edit):
-    """Change the tensors of a saved adapter; its configuration then takes any digest."""
+    """Change a saved adapter's tensors; removes the digest from its configuration."""
     state = load_file(folder / WEIGHTS)
     edit(state)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
@@ -79,7 +79,7 @@ def edit_weights(folder, edit):
 
 
 def assert_refused(capsys, command, message, *arguments):
-    """The command prints one line, and exits with 2."""
+    """The command prints one line and exits with 2."""
     capsys.readouterr()
     assert command(*arguments) == 2
     captured = capsys.readouterr()

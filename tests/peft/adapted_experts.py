@@ -1,4 +1,4 @@
-"""Adapted experts against their class's own forward over W_eff, in float64."""
+"""Compares adapted experts with their class's own forward over W_eff, in float64."""
 
 import copy
 
@@ -10,11 +10,11 @@ from smoa_kernels.definition.reference import reference_delta_weight
 
 
 def assert_within_budget(experts, dtype):
-    """y and every gradient of an adapted module of six experts of hidden size 32, one of which meets no token."""
+    """y and all gradients of an adapted module of six experts of hidden size 32."""
     generator = torch.Generator().manual_seed(2)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype)  # noqa: E731
     x, dy = draw(9, 32), draw(9, 32)
-    # Expert 5 meets no token, and expert 0 all of them.
+    # Expert 5 gets no token, expert 0 gets all of them.
     index = torch.stack([torch.zeros(9, dtype=torch.int64), torch.arange(9) % 4 + 1], 1)
     routing = draw(9, 2).abs()
     leaves = [t.requires_grad_() for t in (x, routing)]

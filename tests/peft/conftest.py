@@ -34,7 +34,7 @@ def tokens():
 
 @pytest.fixture
 def folder(make_model, tokens, tmp_path):
-    """A saved adapter with random weights, and the outputs that it gave."""
+    """A saved adapter with random weights, and its outputs."""
     model = adapt(make_model())
     nudge(model)
     model.save_pretrained(tmp_path / "adapter")
@@ -44,7 +44,7 @@ def folder(make_model, tokens, tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """The folders of a base and of an adapter over it, as training could have left it."""
+    """The folders of a base and of an adapter that looks trained."""
     tiny_llama().save_pretrained(tmp_path / "base")
     trained(tiny_llama(), smoa(target_modules=["q_proj", "down_proj"]), tmp_path / "adapter")
     return tmp_path / "base", tmp_path / "adapter"
@@ -60,9 +60,9 @@ def quantizable(tmp_path_factory):
 
 @pytest.fixture
 def transformers_adapters(monkeypatch):
-    """transformers' own adapter methods, also where they ask for a PEFT that is not released; what they call is there.
+    """transformers' own adapter methods, even if they require an unreleased PEFT; all they call exists already.
 
-    5.24.0 asks for PEFT 0.22, and the index has 0.21.2. Up to 5.23 nothing is changed here.
+    5.24.0 requires PEFT 0.22, and the index has 0.21.2. Up to 5.23 nothing is changed.
     """
     if Version(peft.__version__) < Version(integration.MIN_PEFT_VERSION):
         monkeypatch.setattr(integration, "MIN_PEFT_VERSION", peft.__version__)

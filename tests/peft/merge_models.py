@@ -1,4 +1,4 @@
-"""What the tests of merging share: adapters as training could have left them, and models loaded again."""
+"""Helpers of the merging tests: adapters that look trained, and models loaded again."""
 
 import copy
 
@@ -10,7 +10,7 @@ from smoa_kernels.peft import SMoAConfig
 
 
 def trained(model, config, folder):
-    """Save an adapter of which every parameter that it trains has moved."""
+    """Save an adapter in which every trained parameter has changed."""
     model = get_peft_model(model, copy.deepcopy(config))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Quantised bases of a tiny model: of bitsandbytes, torchao and transformers' FP8.
+"""Quantised bases of a tiny model: bitsandbytes, torchao and transformers' FP8.
 
-Importing it skips the file where the extra of quantised bases is not installed.
+Importing this file skips the tests if the extra of quantised bases is not installed.
 """
 
 import numpy as np
@@ -33,7 +33,7 @@ def four_bits(kind, double=False, compute=torch.float32):
 
 
 def float8(model, block=(48, 32)):
-    """A plain model's linear layers as transformers' `FP8Linear`, whose own product needs a GPU."""
+    """A plain model's linear layers as transformers' `FP8Linear`, whose own GEMM needs a GPU."""
     for name, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and "lm_head" not in name:
             parent, _, child = name.rpartition(".")
@@ -68,7 +68,7 @@ KINDS = {
     "fp8": float8,
 }
 SLOW = pytest.mark.slow
-# `make test` meets a kind of each library.
+# `make test` runs one kind per library.
 EACH = [pytest.param(kind, marks=[] if kind in ("nf4", "torchao int8", "fp8") else SLOW) for kind in KINDS]
 
 

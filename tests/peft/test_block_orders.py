@@ -1,4 +1,4 @@
-"""Blocks of other orders and of granules: what the configuration says, and that no spectrum is computed for them."""
+"""Other block orders and granules: the configuration's checks; these orders compute no spectrum."""
 
 import json
 
@@ -26,7 +26,7 @@ def no_spectra(monkeypatch):
 @pytest.mark.usefixtures("no_spectra")
 @pytest.mark.parametrize("order", ORDERS)
 def test_no_spectrum_is_computed(make_model, tokens, tmp_path, monkeypatch, order):
-    """Nor are random blocks drawn again where they come with an adapter."""
+    """Random blocks of a loaded adapter are not drawn again either."""
     torch.manual_seed(3)
     model = adapt(make_model(), block_order=order, granule=4, block_seed=7)
     nudge(model)
@@ -116,7 +116,7 @@ def test_a_folder_from_before_there_were_orders(llama, tokens, tmp_path):
 @pytest.mark.usefixtures("no_spectra")
 @pytest.mark.parametrize("order", ORDERS)
 def test_labels_count_whatever_the_configuration_says_later(llama, tokens, tmp_path, order):
-    """What the labels allow is recognised, from a file and in a model that was made by another rule."""
+    """Granules are recognised from the labels, in a file and in a model whose configuration says otherwise."""
     model = adapt(llama(), target_modules=["q_proj"], block_order=order, granule=4)
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path)
@@ -134,7 +134,7 @@ def test_labels_count_whatever_the_configuration_says_later(llama, tokens, tmp_p
 
 @pytest.mark.parametrize("settings", [{"block_order": "contiguous"}, {"granule": 8}], ids=str)
 def test_a_tied_weight(llama, tokens, tmp_path, settings):
-    """The adapter of an output layer, whose weight is the embedding's: merging it changes both, unmerging neither."""
+    """An output layer that shares the embedding's weight: merging changes both, unmerging restores both."""
 
     def base():
         return llama(tie_word_embeddings=True)

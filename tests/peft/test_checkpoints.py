@@ -1,4 +1,4 @@
-"""Saves that are interrupted, and what a file holds."""
+"""Interrupted saves, and the contents of a saved file."""
 
 from pathlib import Path
 
@@ -33,13 +33,13 @@ def stopped(*args, **kwargs):
 @pytest.mark.parametrize(
     ("patterns", "name", "rank"),
     [
-        ({"q_proj": 1, "layers.0.q_proj": 2}, "layers.0.q_proj", 1),  # the first one
+        ({"q_proj": 1, "layers.0.q_proj": 2}, "layers.0.q_proj", 1),  # the first match
         ({"layers.0.q_proj": 2, "q_proj": 1}, "layers.0.q_proj", 2),
-        ({"proj": 1}, "layers.0.q_proj", 8),  # not part of a name
+        ({"proj": 1}, "layers.0.q_proj", 8),  # not a whole part of the name
         ({"^q_proj": 1}, "layers.0.q_proj", 8),
         ({r"layers\.\d+\.(q|k)_proj": 3}, "model.layers.17.k_proj", 3),
         ({"a|b": 3}, "x.b", 3),
-        ({"experts[0]": 5}, "experts[0]", 5),  # as it stands
+        ({"experts[0]": 5}, "experts[0]", 5),  # the exact name
     ],
 )
 def test_patterns_match_as_pefts_do(patterns, name, rank):
@@ -56,7 +56,7 @@ def added(model, **settings):
     ("make", "call", "interrupted"),
     [
         (adapt, "peft.peft_model.safe_save_file", torn),
-        (adapt, "smoa_kernels.peft.SMoAConfig.save_pretrained", stopped),  # its weights are written by then
+        (adapt, "smoa_kernels.peft.SMoAConfig.save_pretrained", stopped),  # the weights are already written
         (adapt, "json.dumps", stopped),
         (added, "transformers.modeling_utils.safe_save_file", torn),
         (added, "json.dumps", stopped),
@@ -109,7 +109,7 @@ def test_a_pickle_is_neither_written_nor_read(make_model, folder):
     assert contents(folder) == before
     assert not (folder.parent / "new").exists()
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    PeftModel.from_pretrained(make_model(), folder)  # which has both
+    PeftModel.from_pretrained(make_model(), folder)  # this folder has both
     (folder / WEIGHTS).unlink()
     refused = pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, and SMoA adapters are read")
     with refused:
@@ -123,9 +123,9 @@ SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads":
 
 @pytest.mark.parametrize(("r", "over_labels", "over_packed"), [(8, -0.03, 0.02), (32, 0.0, 0.005)])
 def test_size_of_the_file(llama, tmp_path, r, over_labels, over_packed):
-    """A layer of SmolLM2-135M: against the trained bytes and a byte per label, or the labels' bits.
+    """The limits for a layer of SmolLM2-135M: the trained bytes plus a byte, or a bit, per label.
 
-    Of the 1.9 % at r=8, 1.04 are the header entries of smoa_A and smoa_B, whose names are PEFT's.
+    At r=8 the overhead is 1.9 %; 1.04 of it are the headers of smoa_A and smoa_B, with PEFT's names.
     """
     model = adapt(llama(num_hidden_layers=1, **SMOLLM2), r=r, num_blocks=2)
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""`smoa-kernels convert` and its functions: a HiRA folder is an SMoA folder with K = 1, and refused where it is not."""
+"""`smoa-kernels convert`: a HiRA folder becomes an SMoA folder with K = 1, or is refused."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def save(model, config, folder):
 
 @pytest.fixture
 def hira(make_model, base, tmp_path):
-    """A HiRA folder whose configuration names the base's folder, and its model, accelerated."""
+    """A HiRA folder whose configuration names the base's folder, and its accelerated model."""
     model = make_model()
     settings = {"r": 4, "hira_dropout": 0.25, "modules_to_save": ["lm_head"], **targets(model)}
     model = save(model, HiraConfig(**settings), tmp_path / "hira")
@@ -54,7 +54,7 @@ def test_there_and_back(hira, base, make_model, tokens, tmp_path):
     assert report.fits
     assert {layer.ranks for layer in report.layers} == {(4,)}
     assert (report.config["num_blocks"], report.config["smoa_dropout"]) == (1, 0.25)
-    # Strict: it raises where the sketches are not the base's.
+    # Strict loading raises if the sketches differ from the base's.
     converted = PeftModel.from_pretrained(make_model(), tmp_path / "smoa", strict_base=True)
     assert torch.equal(converted(tokens).logits, model(tokens).logits)
 
@@ -72,7 +72,7 @@ def test_there_and_back(hira, base, make_model, tokens, tmp_path):
 
 
 def test_ranks_are_the_files(base, make_model, tmp_path):
-    """PEFT 0.21.2 gives plain layers r whatever `rank_pattern` says; other tools and releases may not."""
+    """PEFT 0.21.2 ignores `rank_pattern` for plain layers; other tools and releases may not."""
     model = make_model()
     save(model, HiraConfig(r=4, **targets(model)), tmp_path / "hira")
 
@@ -94,7 +94,7 @@ def test_ranks_are_the_files(base, make_model, tmp_path):
 
 
 def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
-    """Whatever the configuration says: PEFT corrects it layer by layer."""
+    """PEFT corrects `fan_in_fan_out` for each layer, whatever the configuration says."""
     base, hira, smoa = (tmp_path / name for name in ("base", "hira", "smoa"))
     tiny_gpt2().save_pretrained(base)
     save(tiny_gpt2(), HiraConfig(r=4, target_modules=["attn.c_proj"]), hira)

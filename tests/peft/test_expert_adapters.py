@@ -1,4 +1,4 @@
-"""Experts in PEFT: every kind of class against its own forward in float64, and the life of their adapters."""
+"""Experts in PEFT: every kind of class against its own forward in float64, and their adapters' life cycle."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def tokens():
     return torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(1))
 
 
-# Against the class's own forward
+# Comparison with the class's own forward
 
 
 @each_kind
@@ -105,7 +105,7 @@ def test_merging_and_unmerging(kind, tokens):
         assert torch.equal(weight._stored_weight(), before[name])
     assert torch.equal(logits(model, tokens), expected)
     model.merge_adapter()
-    with torch.no_grad(), model.disable_adapter():  # which unmerges
+    with torch.no_grad(), model.disable_adapter():  # this unmerges
         assert torch.equal(logits(model, tokens), logits(tiny_experts(kind), tokens))
     plain = model.merge_and_unload()
     assert type(plain) is type(tiny_experts(kind))
@@ -115,7 +115,7 @@ def test_merging_and_unmerging(kind, tokens):
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_merging_rounds_once(kind):
-    """In bfloat16, where two roundings would lose most of an update."""
+    """In bfloat16: two roundings would lose most of an update."""
     model = adapt(tiny_experts(kind).bfloat16())
     for weight in weights(model).values():
         adapter = weight.packed("default", weight.base_weight().double())
@@ -163,7 +163,7 @@ def test_two_adapters_of_different_weights(tokens, tmp_path):
         for name in (first, second):
             loaded.set_adapter(name)
             assert torch.equal(logits(loaded, tokens), outputs[name])
-    loaded.base_model.set_adapter(["up", "down"])  # each weight has one
+    loaded.base_model.set_adapter(["up", "down"])  # each weight has one adapter
     assert not torch.equal(logits(loaded, tokens), outputs["up"])
     loaded.delete_adapter("up")
     loaded.set_adapter("down")
@@ -307,7 +307,7 @@ def test_spectral_blocks_are_each_experts_own():
 
 
 def test_shared_blocks_are_those_of_the_mean_gram():
-    """By the definition: U of Σ W Wᵀ, and energies that are summed over experts."""
+    """By the definition: U of Σ W Wᵀ, and energies summed over the experts."""
     model = adapt(tiny_experts(), block_order="shared")
     for weight in weights(model).values():
         W = weight.base_weight().detach().double()

@@ -1,4 +1,4 @@
-"""Every class of experts in transformers: adapted, against its own forward, by what its decorator says of it."""
+"""Every expert class in transformers, adapted, against its own forward, as its decorator describes it."""
 
 import importlib
 import re
@@ -25,7 +25,7 @@ CLASSES = [
     for path in sorted(MODELS.glob("*/modeling_*.py"))
     for name in DECORATED.findall(path.read_text(encoding="utf-8"))
 ]
-# Whatever the classes call their sizes.
+# Names that the classes use for their sizes.
 TINY = PreTrainedConfig(
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6),
     **dict.fromkeys(("hidden_size", "moe_hidden_size"), 32),
@@ -50,7 +50,7 @@ class Layer(nn.Module):
 @pytest.mark.parametrize(("module", "name"), CLASSES, ids=[name for _, name in CLASSES])
 def test_class(module, name):
     experts_class = getattr(importlib.import_module(f"transformers.models.{module}"), name)
-    assert experts_class.__init__.__code__.co_filename == moe.__file__  # it is the decorator's
+    assert experts_class.__init__.__code__.co_filename == moe.__file__  # the decorator's `__init__`
     torch.manual_seed(0)
     plain = experts_class(TINY)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Experts' adapters and bases on disk: what the commands say of them, and transformers' own names of stored weights."""
+"""Experts' adapters and bases on disk: the commands' output, and transformers' names of stored weights."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def adapter(tmp_path):
 
 @pytest.fixture
 def fused_base(tmp_path):
-    """A base whose file has the fused parameters, as the model has them."""
+    """A base whose file stores the fused parameters, as the model does."""
     model = tiny_experts()
     folder = tmp_path / "base"
     model.config.save_pretrained(folder)
@@ -55,7 +55,7 @@ def test_inspect_counts_experts_and_names_the_one_that_differs(adapter, fused_ba
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
 def test_commands_on_bases_as_transformers_saves_them(tmp_path, kind):
-    """Expert by expert, gpt-oss's fused and transposed."""
+    """Stored expert by expert, or fused and transposed as gpt-oss."""
     model = tiny_experts(kind)
     model.save_pretrained(tmp_path / "base")
     adapted = adapt(model, block_order="random")
@@ -77,7 +77,7 @@ def test_commands_on_bases_as_transformers_saves_them(tmp_path, kind):
 
 
 def test_bases_that_are_stored_expert_by_expert(tokens, adapter, tmp_path, transformers_adapters):
-    """transformers stores Qwen3-MoE's experts one by one, and fuses them as it loads: the adapter's names stay."""
+    """transformers stores Qwen3-MoE's experts one by one and fuses them on loading; the adapter's names stay."""
     tiny_experts().save_pretrained(tmp_path / "v4")
     with safe_open(tmp_path / "v4" / "model.safetensors", "pt") as file:
         assert "model.layers.0.mlp.experts.5.down_proj.weight" in file.keys()  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""What is refused of experts: named, and before anything has changed; and what of PEFT and transformers we rely on."""
+"""Refusals for experts: the error names the cause and nothing has changed. Also what we rely on in PEFT."""
 
 import types
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_adapted(make, settings, message):
 
 
 def test_weights_that_are_elsewhere_are_not_read(tokens):
-    """Such as another replica's, or offloaded after injection: the product would be of whatever memory holds."""
+    """Weights of another replica, or offloaded after injection: reading them would give arbitrary memory."""
     model = adapt(tiny_experts())
     experts = next(module for module in model.modules() if isinstance(module, Experts))
     experts.base_layer.to("meta")
@@ -132,7 +132,7 @@ def test_a_weight_takes_one_active_adapter():
         model.base_model.set_adapter(["default", "other"])
     assert torch.equal(logits(model, tokens), expected)
     assert model.active_adapters == ["default"]
-    set_adapter(model, ["default", "other"])  # PEFT's function asks one layer after another
+    set_adapter(model, ["default", "other"])  # PEFT's function calls one layer after another
     with pytest.raises(ValueError, match="at most one adapter of experts can be active, got default, other"):
         logits(model, tokens)
     model.base_model.set_adapter("default")

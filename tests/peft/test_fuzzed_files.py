@@ -1,9 +1,9 @@
-"""Adapter folders that are damaged at random: an error that names the file, or what the file holds, correctly loaded.
+"""Randomly damaged adapter folders: either an error that names the file, or the file's contents, correctly loaded.
 
     make nightly     # 10,000 folders instead of 300
 
-Nothing is half-loaded, and nothing but the folder is written. A configuration that does not name this method is left
-to PEFT's words.
+Nothing is half-loaded, and nothing outside the folder is written. If the configuration does not name this
+method, PEFT's own error is accepted.
 """
 
 import json
@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 
 CONFIG = "adapter_config.json"
 
-# What is said of weights whose digest is not the configuration's, before anything else is found or not.
+# The warning for weights whose digest does not match the configuration; it comes before all other checks.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* is not the file that adapter_config.json:UserWarning"),
     pytest.mark.slow,
@@ -42,7 +42,7 @@ def make_model():
 
 
 def adapter_files():
-    """Bytes of a good adapter's two files."""
+    """The bytes of a valid adapter's two files."""
     config = SMoAConfig(
         r=5,
         num_blocks=3,
@@ -66,7 +66,7 @@ HEADER = int.from_bytes(GOOD_WEIGHTS[:8], "little")
 
 @st.composite
 def flipped(draw, data):
-    """A few bits, half of the time in the first kilobyte, where the header is."""
+    """Flips a few bits, half of the time in the first kilobyte, which holds the header."""
     damaged = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         end = min(len(data), 1024) if draw(st.booleans()) else len(data)
@@ -111,7 +111,7 @@ anything = st.recursive(
 
 @st.composite
 def other_header(draw):
-    """The header's JSON with another dtype, shape, offset, name or entry, and its length right again."""
+    """The header's JSON with a changed dtype, shape, offset, name or entry, and its length corrected."""
     header = json.loads(GOOD_WEIGHTS[8 : 8 + HEADER])
     key = draw(st.sampled_from(sorted(header)))
     what = draw(st.sampled_from(["name", "drop", "entry", "dtype", "shape", "data_offsets"]))
@@ -134,7 +134,7 @@ def other_header(draw):
 
 @st.composite
 def other_config(draw):
-    """The configuration with another value, or further or fewer keys."""
+    """The configuration with a changed value, or with added or removed keys."""
     config = json.loads(GOOD_CONFIG)
     for _ in range(draw(st.integers(1, 2))):
         key = draw(st.sampled_from(sorted(set(config) - {"peft_type"})) | st.text(max_size=6))
@@ -150,7 +150,7 @@ weights = flipped(GOOD_WEIGHTS) | cut_or_stuffed(GOOD_WEIGHTS) | other_header()
 configs = flipped(GOOD_CONFIG) | cut_or_stuffed(GOOD_CONFIG) | other_config()
 
 
-# What must come of it
+# Accepted outcomes
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def inspected(folder):
 
 
 def belongs_to_smoa(config):
-    """Whether PEFT can tell that the configuration is this method's."""
+    """Whether PEFT can tell that the configuration names this method."""
     try:
         return json.loads(config)["peft_type"] == "SMOA"
     except (KeyError, TypeError, ValueError):
@@ -205,7 +205,7 @@ def check(folder, weights, config):
         before, model = make_model().state_dict(), make_model()
         outcome = attempt(model, folder)
         if isinstance(outcome, Exception):
-            # A sound folder may still be another model's.
+            # An undamaged folder may still belong to another model.
             assert names_a_file(outcome) or not isinstance(report, ValueError)
             assert not any(isinstance(module, SMoALayer) for module in model.modules())
         else:

@@ -1,4 +1,4 @@
-"""PEFT's merged layers against the C oracle, on problems that nobody picked: before, after, and unloaded."""
+"""PEFT's merged layers against the C oracle on random problems: before merging, after it, and unloaded."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.numerical, pytest.mark.slow]
 
 
 def base_of(p: LinearProblem, conv1d: bool) -> nn.Module:
-    """The base layer alone, as a model has it. A Conv1D always has a bias, which may be zero."""
+    """The base layer alone, as in a model. A Conv1D always has a bias; it may be zero."""
     (out_features, in_features), bias = p.weight.shape, p.bias
     if conv1d:
         layer = Conv1D(out_features, in_features)
@@ -44,7 +44,7 @@ def test_a_merged_layer(p: LinearProblem, conv1d: bool, safe: bool) -> None:
         fan_in_fan_out=conv1d,
     )
     model = get_peft_model(base_of(p, conv1d), config).eval()
-    p = replace(p, weight=p.weight.clone())  # the base layer's own is merged in place
+    p = replace(p, weight=p.weight.clone())  # merging writes to the base layer's weight in place
     layer = model.base_model.model[0]
     layer.fill(
         "default",

@@ -1,4 +1,4 @@
-"""PEFT's HiRA layers on our operator: PEFT's results, files and parameters, whatever the model is asked to do."""
+"""PEFT's HiRA layers on our operator: the same results, files and parameters as PEFT's in every use of a model."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def layer_of(model):
 
 
 def single(base=None, **settings):
-    """A HiRA layer in float64, in a model of its own."""
+    """A single HiRA layer in float64, inside a model."""
     torch.manual_seed(0)
     base = nn.Linear(12, 8) if base is None else base
     defaults = {"r": 3, "target_modules": ["0"], "init_weights": False}
@@ -57,7 +57,7 @@ def single(base=None, **settings):
 
 @contextmanager
 def counted(monkeypatch):
-    """The calls of our operator."""
+    """Counts the calls of our operator."""
     calls = []
     operator = module.smoa_linear
     with monkeypatch.context() as patch:
@@ -113,7 +113,7 @@ def test_undone_it_is_pefts_layer_again(make_model, tokens, monkeypatch):
     model = adapt(make_model())
     before = {name: dict(vars(layer)) for name, layer in model.named_modules()}
     expected = model(tokens).logits
-    for _ in range(2):  # twice is as once
+    for _ in range(2):  # calling it twice changes nothing
         first = accelerate_hira(model)
         assert accelerate_hira(model) == first
     assert all(type(layer) is AcceleratedLinear for layer in hira_layers(model))
@@ -141,7 +141,7 @@ def test_what_one_saves_the_other_loads(make_model, tokens, tmp_path):
         assert torch.equal(loaded(tokens).logits, expected)
         accelerate_hira(loaded)
         assert torch.equal(loaded(tokens).logits, computed)
-        # Into layers that are accelerated already.
+        # Loading into layers that are already accelerated.
         loaded.load_adapter(tmp_path / saved, "second")
         loaded.set_adapter("second")
         assert torch.equal(loaded(tokens).logits, computed)
@@ -231,10 +231,10 @@ def test_two_masks_are_drawn_by_peft(monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_against_float64(dtype, bias):
-    """y is nearer to float64 than PEFT's, whose factors, and so its products with them, are in float32 by default.
+    """y is nearer to float64 than PEFT's, whose factors and their products are float32 by default.
 
-    PEFT rounds the base layer's output and then the sum; ours is rounded once. Where the compiled code multiplies
-    bfloat16, that is so with a bias too, and the factors' gradients are nearer as well. dX is about as near.
+    PEFT rounds the base layer's output and then the sum; we round once. If the compiled code multiplies
+    bfloat16, this holds with a bias too, and the factors' gradients are also nearer. dX is about equal.
     """
     torch.manual_seed(0)
     model = get_peft_model(
@@ -302,7 +302,7 @@ def test_layers_that_are_left_are_named_with_the_reason(monkeypatch):
     targets = ["0", "1", "2", "3", "conv"]
     model = get_peft_model(model, HiraConfig(r=2, target_modules=targets, init_weights=False))
     layers = model.base_model.model
-    layers[3].forward = layers[3].forward  # as accelerate's hooks do
+    layers[3].forward = layers[3].forward  # like accelerate's hooks
     expected = model(torch.tensor([[1, 2, 3]]))
     report = accelerate_hira(model)
     assert report.taken == ("base_model.model.1",)
@@ -410,7 +410,7 @@ def test_a_model_without_hira_is_refused():
 @pytest.fixture(params=["nf4", "nf4, double", "fp4", "int8"])
 def quantized(request, quantizable):
     """A HiRA model over a quantised base, with random factors."""
-    from quantized_bases import KINDS, load  # which skips where their extra is not installed
+    from quantized_bases import KINDS, load  # skips if the extra is not installed
 
     model = load(quantizable, KINDS[request.param])
     model = get_peft_model(model, config(model, target_modules=["q_proj", "up_proj"]))
@@ -442,11 +442,11 @@ def test_over_a_quantised_base(quantized, tokens):
     assert len(report.taken) == len(hira_layers(model))
     assert report.left == {}
     assert pickle.loads(pickle.dumps(type(layer))) is type(layer)
-    # bitsandbytes rounds x to int8 in the base's product over an int8 base.
+    # bitsandbytes' own GEMM over an int8 base rounds x to int8.
     tolerance = 5e-2 if "8bit" in kinds[0].__name__ else 1e-4
     for ours, wanted in zip(gradients(), peft, strict=True):
         assert (ours - wanted).norm() <= tolerance * wanted.norm()
-    for training in (True, False, False):  # PEFT's forward misreads weights that its first evaluation repacks
+    for training in (True, False, False):  # the first evaluation repacks weights; PEFT then misreads them
         close(model.train(training) and layer(x).double(), expected, 1e-5)
     decelerate_hira(model)
     assert [type(layer) for layer in hira_layers(model)] == kinds

@@ -1,4 +1,4 @@
-"""An adapter takes the place of another: the outputs are the new one's, nothing compiles anew, misfits are refused."""
+"""Hot-swapping an adapter: the outputs are the new one's, nothing recompiles, mismatches are refused."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def one_layer():
 
 @pytest.fixture
 def pair(tmp_path):
-    """Two adapters of one shape: other factors, scaling and dropout."""
+    """Two adapters of one shape with different factors, scaling and dropout."""
     first = saved(tmp_path / "first")
     return first, saved(tmp_path / "second", -0.5, smoa_alpha=9.0, smoa_dropout=0.25)
 
@@ -41,7 +41,7 @@ def pair(tmp_path):
 @pytest.mark.numerical
 @pytest.mark.parametrize("order", ["random", pytest.param("spectral", marks=pytest.mark.slow)])
 def test_a_compiled_model_gives_the_new_adapters_output_and_compiles_nothing(tmp_path, tokens, order):
-    folders = [  # random blocks differ by the seed, spectral ones are the same
+    folders = [  # random blocks depend on the seed, spectral ones do not
         saved(tmp_path / str(seed), scale, one_layer(), block_order=order, block_seed=seed, smoa_alpha=alpha)
         for seed, (scale, alpha) in enumerate([(0.3, 6.0), (-0.5, 9.0)])
     ]
@@ -96,7 +96,7 @@ def test_another_adapter_that_shared_its_blocks_keeps_them(tmp_path, tokens):
 
 @pytest.mark.numerical
 def test_one_exchanged_in_inference_mode_can_be_trained(tmp_path, tokens):
-    """Labels, ranks and scaling that are made in that mode cannot be saved for backward."""
+    """Labels, ranks and scaling created in inference mode cannot be saved for backward."""
     folders = [saved(tmp_path / str(seed), block_order="random", block_seed=seed) for seed in (1, 2)]
     model = PeftModel.from_pretrained(tiny_llama(), folders[0], is_trainable=True)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""`smoa-kernels inspect`: the table, the verdict on a base, JSON, and mistakes in one line."""
+"""`smoa-kernels inspect`: the table, the check against a base, JSON, and one-line errors."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def test_a_row_shows_the_layer_that_fits_least(adapter, tmp_path, capsys):
 
 
 def test_it_imports_neither_peft_nor_transformers(adapter):
-    """They take seconds, and print what they miss."""
+    """Both take seconds to import and print notices."""
     code = (
         "import sys; from smoa_kernels.cli import main; main(['inspect', sys.argv[1]]); "
         "print(sorted({'peft', 'transformers', 'torchao'} & sys.modules.keys()))"
@@ -129,7 +129,7 @@ def test_report_of_a_folder(make_model, folder, tmp_path):
 
 
 def test_a_base_that_was_saved_with_or_without_its_head(llama, tmp_path):
-    """The names of one begin with `model.`, which those of the other lack."""
+    """Tensor names start with `model.` in one kind of base and not in the other."""
     llama().save_pretrained(tmp_path / "whole")
     llama().model.save_pretrained(tmp_path / "bare")
     adapt(llama()).save_pretrained(tmp_path / "adapter")

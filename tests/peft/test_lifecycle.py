@@ -1,4 +1,4 @@
-"""Configuration by layer, and what PEFT and transformers do around the layers."""
+"""Configuration per layer, and what PEFT and transformers do to the layers."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
     assert torch.equal(logits(loaded, tokens), logits(model.eval(), tokens))
 
 
-# What others do with the layers
+# What other libraries do to the layers
 
 
 @pytest.mark.numerical
@@ -93,7 +93,7 @@ def test_a_layer_that_computes_something_else_is_called(tokens):
 
 @pytest.mark.numerical
 def test_over_another_tuners_layers_nothing_is_merged(llama, tokens):
-    """Each would write to the same weight, and PEFT unmerges them in the order in which it merged them."""
+    """Both tuners would write to the same weight, and PEFT unmerges in the wrong order."""
     inner = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = get_peft_model(llama(), inner).base_model.model
     model = get_peft_model(model, gentle(llama(), target_modules=["q_proj"])).eval()

@@ -1,4 +1,4 @@
-"""`use_lora_rate`: each layer's scale follows W0 as LoRA's learning rate asks, and is kept as a number."""
+"""`use_lora_rate`: each layer's scale follows W0 as LoRA's learning rate requires, and is stored as a number."""
 
 import json
 
@@ -67,7 +67,7 @@ def test_experts_of_a_weight_share_one_scale():
 
 
 def curve(smoa, factor, alpha, lora_rate=True):
-    """The losses of a small model whose layer has W0 times `factor` and an input as much larger."""
+    """Training losses of a small model with W0 scaled by `factor` and the input scaled by its inverse."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
     x, labels = torch.randn(64, 24), torch.randint(0, 4, (64,))
@@ -97,7 +97,7 @@ def curve(smoa, factor, alpha, lora_rate=True):
 @pytest.mark.numerical
 @pytest.mark.parametrize("smoa", [True, False], ids=["smoa", "lora"])
 def test_it_follows_lora_to_a_smaller_weight_and_a_larger_input(smoa):
-    """The function is the same; LoRA's update of it becomes eight times as large, and so must ours."""
+    """The function is unchanged, but LoRA's update becomes eight times as large; so must ours."""
     first, scaled = curve(smoa, 1.0, 4.0), curve(smoa, 0.125, 0.5)
     assert first[-1] < 0.8 * first[0]
     assert scaled == pytest.approx(first, rel=1e-3)
@@ -114,7 +114,7 @@ def test_a_constant_scale_does_not_follow():
 
 @pytest.mark.numerical
 def test_the_folder_holds_numbers(make_model, tokens, tmp_path):
-    """They are exact, and what W0 is later changes nothing."""
+    """The numbers are exact, and a later change of W0 does not alter them."""
     given = config(use_lora_rate=True, fan_in_fan_out=make_model().config.model_type == "gpt2")
     model = get_peft_model(make_model(), given).eval()
     nudge(model, 0.01)
@@ -151,7 +151,7 @@ def test_a_layer_whose_name_ends_anothers_has_its_own():
 
 @pytest.mark.numerical
 def test_beside_other_adapters(llama, tokens, tmp_path):
-    """Active together, combined, merged, and in the place of another one."""
+    """Active together, combined, merged, and hot-swapped."""
     model = adapt(llama(), use_lora_rate=True)
     model.add_adapter("plain", config())
     model.add_adapter("again", config(use_lora_rate=True))

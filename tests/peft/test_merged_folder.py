@@ -1,4 +1,4 @@
-"""`smoa-kernels merge` and `merge_to_folder`: options, refusals, what interrupts them, files, and peak memory."""
+"""`smoa-kernels merge` and `merge_to_folder`: options, refusals, interruptions, files, and peak memory."""
 
 import json
 import signal
@@ -93,7 +93,7 @@ def lora(adapter):
 def test_what_is_there_is_not_overwritten(folders, tmp_path):
     with pytest.raises(ValueError, match="out must be a new or an empty folder"):
         merge_to_folder(*folders, folders[0])
-    assert dict(merged_weights(*folders))  # the base is whole
+    assert dict(merged_weights(*folders))  # the base is undamaged
     (tmp_path / "empty").mkdir()
     merge_to_folder(*folders, tmp_path / "empty")
     assert loaded(tmp_path / "empty")
@@ -101,7 +101,7 @@ def test_what_is_there_is_not_overwritten(folders, tmp_path):
 
 @pytest.mark.parametrize("at", [0, 7, 21])
 def test_interrupted(at, folders, tmp_path):
-    """At the first tensor, in between, after the last: nothing is left, not even a hidden folder."""
+    """At the first tensor, in between, or after the last: no file remains, not even a hidden folder."""
     before = sorted(tmp_path.iterdir())
 
     def interrupt(done, total):
@@ -125,7 +125,7 @@ merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
 
 @pytest.mark.slow
 def test_killed(folders, tmp_path):
-    """What a killed merge leaves is hidden and no model; the next merge does not mind it."""
+    """A killed merge leaves only a hidden folder, which is no model; the next merge ignores it."""
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*folders, out))], capture_output=True)
     assert done.returncode == -signal.SIGKILL
@@ -162,7 +162,7 @@ def test_files_beside_the_weights(folders, tmp_path, capsys):
         (base / name).write_text("base")
     (base / "original").mkdir()
     (base / "original" / "params.json").write_text("base")
-    (base / "consolidated.safetensors").write_text("no model")  # transformers reads model.safetensors alone
+    (base / "consolidated.safetensors").write_text("no model")  # transformers reads only model.safetensors
     assert main(["merge", str(base), str(adapter), str(tmp_path / "one")]) == 0
     assert "21 tensors, 4 of them changed" in capsys.readouterr().out
     assert {path.relative_to(tmp_path / "one").as_posix() for path in (tmp_path / "one").rglob("*.*")} == {
@@ -178,7 +178,7 @@ def test_files_beside_the_weights(folders, tmp_path, capsys):
     assert two["tokenizer.json"] == b"base"
     assert not {"adapter_config.json", "README.md", "training_args.bin"} & set(two)
     modes = {path.stat().st_mode for path in (tmp_path / "two").glob("*.*")}
-    assert len(modes) == 1  # safetensors makes files that only their owner reads
+    assert len(modes) == 1  # safetensors creates files that only their owner can read
 
 
 MEASURED = """
@@ -200,7 +200,7 @@ print(resident("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
-    """In a process of its own: far below the model, which takes eight shards."""
+    """Measured in a process of its own: far below the model's size, which is eight shards."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 128}
     model = tiny_llama(**sizes).bfloat16()
     layer = 2 * 2048 * 512
@@ -214,7 +214,7 @@ def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
     )
     shards = len(list((tmp_path / "out").glob("*.safetensors")))
     assert shards >= 8
-    # The layer: W0 as it is stored, W0 and W_eff in float32, W_eff rounded, the sketch's products.
+    # Per layer: W0 as stored, W0 and W_eff in float32, W_eff rounded, and the product for the sketch.
     print("peak over a shard:", int(done.stdout) / (8 * layer))
     assert int(done.stdout) < 8 * layer + 10 * layer + 48 * 2**20
 

@@ -1,4 +1,4 @@
-"""`merged_weights`: bit for bit what PEFT's `merge_and_unload` gives, from files to files."""
+"""`merged_weights` works from files to files and gives the same bits as PEFT's `merge_and_unload`."""
 
 import json
 
@@ -32,7 +32,7 @@ def biased_llama():
 
 
 def differing(base, adapter):
-    """Names of the merged tensors that are not the base's, bit for bit."""
+    """Names of the merged tensors whose bits differ from the base's."""
     stored = load_file(base / "model.safetensors")
     return {n for n, t in merged_weights(base, adapter) if n not in stored or not torch.equal(t, stored[n])}
 
@@ -65,7 +65,7 @@ CASES = {
     "hira, sharded": (BF16, tiny_llama, hira()),
     "hira, conv1d": (BF16, tiny_gpt2, hira(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
 }
-CASES |= {  # PEFT corrects what the configuration says of a layer, which of a square one no shape shows
+CASES |= {  # PEFT corrects the configuration per layer; a square weight's shape does not show its layout
     "hira, conv1d unsaid": (F32, tiny_gpt2, hira(target_modules=["attn.c_proj", "c_attn"])),
     "hira, said of no conv1d": (F32, tiny_llama, hira(fan_in_fan_out=True)),
 }
@@ -85,7 +85,7 @@ SOON = (
     "case", [case if case in SOON else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_bit_for_bit_what_peft_merges(case, tmp_path):
-    """Float32 factors over each dtype. What PEFT trains in float32 beside them is rounded to the base's dtype."""
+    """Float32 factors over each dtype. Float32 weights that PEFT trains beside them are rounded to the base's dtype."""
     dtype, make, config = CASES[case]
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     sharded = "sharded" in case
@@ -109,7 +109,7 @@ def test_bit_for_bit_what_peft_merges(case, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 def test_a_tied_head_that_is_adapted_is_stored_of_its_own(tmp_path, tokens):
-    """PEFT's merge changes the embedding too."""
+    """PEFT's own merge would change the embedding too."""
     tied_llama().save_pretrained(tmp_path / "base")
     trained(tied_llama(), smoa(target_modules=["lm_head", "q_proj"]), tmp_path / "adapter")
     model = PeftModel.from_pretrained(tied_llama(), tmp_path / "adapter").eval()
@@ -123,7 +123,7 @@ def test_a_tied_head_that_is_adapted_is_stored_of_its_own(tmp_path, tokens):
 
 
 def test_a_tied_head_that_the_base_stores_too(tmp_path):
-    """Its own values are written, and the configuration no longer ties it."""
+    """The head's own values are written, and the configuration no longer ties it."""
     tied_llama().save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
     state = load_file(path)
@@ -160,7 +160,7 @@ def tiny_mixtral():
 
 @pytest.mark.parametrize("make", [tiny_llava, tiny_mixtral])
 def test_names_that_transformers_changes(make, tmp_path):
-    """Llava's layers are stored under other names than the model's; Mixtral's experts are stored one by one."""
+    """Llava's stored names differ from the model's; Mixtral's experts are stored one by one."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     make().save_pretrained(base)
     targets = r".*(language_model|self_attn).*\.(q_proj|v_proj)"
@@ -178,7 +178,7 @@ def test_names_that_transformers_changes(make, tmp_path):
 
 
 def test_other_dtypes_round_once(folders, tmp_path):
-    """Float32 to bfloat16: the float32 merge, rounded. bfloat16 to float32: the bfloat16 merge before it is rounded."""
+    """To bfloat16: the float32 merge, rounded once. To float32: the bfloat16 merge before its rounding."""
     base, adapter = folders
     exact = dict(merged_weights(base, adapter))
     merge_to_folder(base, adapter, tmp_path / "out", dtype=torch.bfloat16)
@@ -194,7 +194,7 @@ def test_other_dtypes_round_once(folders, tmp_path):
 
 
 def test_stochastic_rounding(folders, tmp_path):
-    """As defined, of what the adapter changes; the same bits in every layout of shards."""
+    """By its definition, only in adapted tensors, and with the same bits in every layout of shards."""
     base, adapter = folders
     names = {name for name, _ in merged_weights(base, adapter) if "q_proj" in name or "down_proj" in name}
     exact, nearest, drawn, other = (
@@ -221,7 +221,7 @@ def test_stochastic_rounding(folders, tmp_path):
 
 @pytest.mark.parametrize("method", ["smoa", "hira"])
 def test_stochastic_rounding_keeps_small_updates(method, tmp_path):
-    """Of an update of a thousandth of bfloat16 weights nearest loses most, stochastic nothing but noise."""
+    """Rounding to nearest loses most of an update of 1/1000 of the bfloat16 weights; stochastic only adds noise."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llama(hidden_size=128).bfloat16().save_pretrained(base)
     config = smoa(num_blocks=1) if method == "smoa" else hira(target_modules=["q_proj"])
@@ -243,7 +243,7 @@ def test_stochastic_rounding_keeps_small_updates(method, tmp_path):
         return float((change * exact).sum() / exact.square().sum())
 
     assert survival("nearest") < 0.6
-    # Noise of a share of some √(last bit / update) ≈ 2 of each element, over 128² of them: 0.02.
+    # The noise is about √(last bit / update) ≈ 2 per element; over 128² elements it averages to 0.02.
     assert abs(survival("stochastic") - 1) < 0.1
 
 
@@ -266,7 +266,7 @@ def test_ties_that_cannot_be_cut_are_refused(tmp_path):
     ],
 )
 def test_experts(kind, tmp_path):
-    """Fused in the model; in files fused, transposed, or a tensor for each expert, in shards that part them."""
+    """Fused in the model; in files fused, transposed, or one tensor per expert, split over shards."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_experts.tiny_experts(kind).bfloat16().save_pretrained(base, max_shard_size="30KB")
     fused = tiny_experts.fused(tiny_experts.tiny_experts(kind))
@@ -284,7 +284,7 @@ def test_experts(kind, tmp_path):
         name for name in found if name.endswith(tuple(fused)) and not torch.equal(found[name], before[name])
     ]
     assert len(changed) >= len(fused)
-    # Rounded by the stored tensors' own names, whatever lies beside them.
+    # Rounding depends on a stored tensor's own name, not on its neighbours.
     drawn = dict(merged_weights(base, adapter, rounding="stochastic"))
     exact = dict(merged_weights(base, adapter, dtype=torch.float32))
     for name in list(drawn)[-3:]:

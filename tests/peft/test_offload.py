@@ -64,7 +64,7 @@ def test_loading_over_an_offloaded_model(offload, tokens, expected, tmp_path):
 
 
 def test_combining_adapters_over_an_offloaded_model(offload, tokens, tmp_path):
-    """W0 is not read: of a quantised model each layer's would be dequantised and kept until the last one."""
+    """W0 is not read: a quantised model would dequantise every layer and keep all of them."""
 
     def outputs(base):
         model = adapt(base)
@@ -107,7 +107,7 @@ def test_device_map_of_transformers(tokens, expected, tmp_path):
 
 @pytest.fixture
 def zero3(monkeypatch):
-    """A function that empties a model's weights as ZeRO-3 does; they are whole inside PEFT's gathering context."""
+    """A function that empties a model's weights as ZeRO-3 does; PEFT's gathering context restores them."""
     whole = {}
 
     def partition(model):
@@ -118,7 +118,7 @@ def zero3(monkeypatch):
 
     @contextmanager
     def gather(parameters, modifier_rank):
-        assert modifier_rank is None  # read, not written
+        assert modifier_rank is None  # for reading, not for writing
         given = [parameter for parameter in parameters if parameter in whole]
         for parameter in given:
             parameter.data = whole[parameter]
@@ -137,7 +137,7 @@ def test_injection_gathers_a_partitioned_weight(zero3, make_base, tmp_path):
     for ours, theirs in zip(layer_list(partitioned), layer_list(plain), strict=True):
         assert ours.base_layer.weight.numel() == 0
         assert torch.equal(ours.smoa_blocks["default"], theirs.smoa_blocks["default"])
-    # The base weight of a loaded adapter is gathered too, to be recognised.
+    # Loading an adapter gathers the base weight too, to recognise it.
     plain.save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

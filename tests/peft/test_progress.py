@@ -1,4 +1,4 @@
-"""On a terminal each long command on folders shows a bar with the time that is left; in a pipe it shows none."""
+"""Long commands on folders show a progress bar on a terminal and none in a pipe."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Adapters over a quantised base, of bitsandbytes, torchao or transformers' FP8: what they compute, and their life."""
+"""Adapters over a quantised base (bitsandbytes, torchao or transformers' FP8): results and life cycle."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_outputs_and_gradients_are_those_over_the_dequantised_weight(quantizable
 
 
 def test_the_weights_values_are_not_kept_for_backward(quantizable):
-    """Not either where a second adapter drops out differently: its product is a dense one, recomputed in backward."""
+    """A second adapter with another dropout uses a dense product; backward recomputes it."""
     model = adapt(load(quantizable, KINDS["nf4"]), smoa_dropout=0.5)
     model.add_adapter("other", SMoAConfig(r=3, target_modules="all-linear", init_weights=False))
     layer = layer_list(model.train())[0]
@@ -94,12 +94,12 @@ def test_several_adapters_and_mixed_batches(nf4, tokens):
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
-# The life of an adapter
+# The life cycle of an adapter
 
 
 def check_life_cycle(base, tokens, tolerance, rounding):
     """A fresh adapter changes little, trains, merges by requantising, and unmerges exactly."""
-    expected = base(tokens).logits  # on some CPUs this packs bitsandbytes' weights anew
+    expected = base(tokens).logits  # on some CPUs this repacks bitsandbytes' weights
     model = adapt(base, init_weights=True, smoa_alpha=8).eval()
     assert (model(tokens).logits - expected).norm() <= tolerance * expected.norm()
     model(tokens).logits.sum().backward()
@@ -121,7 +121,7 @@ def check_life_cycle(base, tokens, tolerance, rounding):
 
 
 def anatomy(layer):
-    """What a quantised layer consists of: each tensor's bytes, and of which attributes."""
+    """The tensors of a quantised layer: the bytes of each, and the attributes that hold them."""
     weight = layer.weight
     found = {"attributes": sorted(vars(layer)), "of the weight": sorted(vars(weight)), "kind": type(weight)}
     for name in ("data", "qdata", "scale", "SCB"):
@@ -143,7 +143,7 @@ def anatomy(layer):
             id="nf4 in bf16",
             marks=SLOW,
         ),
-        # bitsandbytes' own product rounds x to int8 as well, ours does not.
+        # bitsandbytes' own GEMM also rounds x to int8; ours does not.
         pytest.param(KINDS["int8"], torch.float32, 0.03, 0.03, id="int8", marks=SLOW),
         pytest.param(KINDS["torchao int8"], torch.float32, 1e-5, 0.03, id="torchao int8"),
         pytest.param(KINDS["torchao int4"], torch.float32, 1e-5, 0.5, id="torchao int4", marks=SLOW),
@@ -165,14 +165,14 @@ def test_life_cycle_of_torchao_int4_on_a_gpu(quantizable, tokens):
 
 
 def test_a_packing_that_cannot_be_dequantised(quantizable):
-    """torchao's 4-bit kernel for CPUs: W0 comes out of its product."""
+    """torchao's 4-bit kernel for CPUs: W0 is recovered by its GEMM."""
     plain = AutoModelForCausalLM.from_pretrained(quantizable, dtype=torch.float32)
     model = adapt(load(quantizable, KINDS["torchao int4"])).base_model.model
     for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
         weight, layer = plain.get_submodule(name).weight, model.get_submodule(name)
         with pytest.raises(NotImplementedError):
             layer.base_layer.weight.dequantize()
-        assert 0.01 < (layer.base_weight() - weight).norm() / weight.norm() < 0.15  # what 4 bits lose
+        assert 0.01 < (layer.base_weight() - weight).norm() / weight.norm() < 0.15  # the error of 4 bits
 
 
 def test_float8_takes_no_merged_weight(quantizable):
@@ -191,7 +191,7 @@ def test_other_weights_of_eight_bits_are_refused():
     layer = float8_layer(nn.Linear(64, 32), None)
     layer.weight = nn.Parameter(
         torch.zeros(32, 32, dtype=torch.int8), requires_grad=False
-    )  # FP4, two in a byte
+    )  # FP4, two values in a byte
     for kind in (layer, FP8GroupedLinear(8, 32, 2)):
         with pytest.raises(ValueError, match=rf"weight of {type(kind).__name__} is torch.*dequantize=True"):
             adapt(nn.Sequential(kind), target_modules=["0"])
@@ -212,7 +212,7 @@ def test_adapters_move_between_a_base_and_its_quantised_form(quantizable, nf4, t
 @SLOW
 @pytest.mark.parametrize("kind", ["nf4, double", "int8", "torchao int8"])
 def test_a_merge_that_is_interrupted_anywhere(quantizable, kind):
-    """The base is what it was, whatever PEFT had taken out of it by then; after a first merge, what that left."""
+    """The base is restored at whatever point PEFT was interrupted; after a first merge, it keeps that merge."""
     one_layer = {"target_modules": ["q_proj"], "layers_to_transform": [0], "init_weights": False}
     model = adapt(load(quantizable, KINDS[kind]), smoa_alpha=8, **one_layer)
     model.add_adapter("other", SMoAConfig(r=4, **one_layer))

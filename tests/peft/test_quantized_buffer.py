@@ -1,4 +1,4 @@
-"""The buffer that a quantised W0 is dequantised into: used again, never by two at once, never referred to later."""
+"""The buffer for the dequantised W0: it is reused, never shared by two users at once, and never kept."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ def nf4(quantizable):
 
 @pytest.fixture
 def buffers(monkeypatch):
-    """Free buffers, none at first, and panels of some rows."""
+    """Free buffers (none at first), and the rows of a panel."""
     monkeypatch.setattr(module, "_FREE", [])
     monkeypatch.setattr(module, "_PANEL_ELEMENTS", {"cpu": PANEL, "gpu": PANEL})
     return module._FREE
@@ -46,17 +46,17 @@ def gradients(model, tokens, before_backward=lambda: None):
 
 
 def without_a_buffer(model, tokens, monkeypatch):
-    """The gradients where each call dequantises anew, as PEFT does."""
+    """The gradients if each call dequantises into new memory, as PEFT does."""
     read = module.read_weight
     with monkeypatch.context() as allocating:
         allocating.setattr(module, "_filler", lambda *_: None)
-        # Rows side by side, as in the buffer: torchao's int4 comes transposed, which a GEMM may sum otherwise.
+        # Contiguous rows, as in the buffer: torchao's int4 is transposed, and a GEMM may sum that in another order.
         allocating.setattr(module, "read_weight", lambda *given: read(*given).contiguous())
         return gradients(model, tokens)
 
 
 def test_the_buffer_holds_what_peft_reads_and_nothing_else_has_its_size(model, buffers):
-    """What a library returns is a panel of it."""
+    """A library dequantises one panel of it at a time."""
     for dtype in (torch.bfloat16, torch.float32):
         for layer in layer_list(model):
             with layer._dequantized(dtype) as weight:
@@ -68,7 +68,7 @@ def test_the_buffer_holds_what_peft_reads_and_nothing_else_has_its_size(model, b
         place = buffers[0].data_ptr()
         with Largest(place) as largest, layer._dequantized(torch.float32) as weight:
             assert weight.data_ptr() == place
-        # torchao's int4 takes one panel and returns one; its NVFP4 has panels of 128 rows, these layers whole.
+        # torchao's int4 takes and returns one panel; its NVFP4 has panels of 128 rows, so these layers are whole.
         swizzled = hasattr(layer.base_layer.weight, "is_swizzled_scales")
         assert 0 < largest.elements <= (weight.numel() if swizzled else 2 * PANEL) <= weight.numel()
 
@@ -102,7 +102,7 @@ def test_forwards_and_backwards_of_two_layers_interleave(nf4, buffers):
     expected = [alone(first, inputs[0]), alone(second, inputs[1])]
 
     @torch.enable_grad()
-    def inside(gradient):  # a forward and a backward while the other layer's backward is under way
+    def inside(gradient):  # a forward and a backward during the other layer's backward
         assert all(map(torch.equal, alone(second, inputs[1]), expected[1]))
         return gradient
 
@@ -115,14 +115,14 @@ def test_forwards_and_backwards_of_two_layers_interleave(nf4, buffers):
 
 
 def test_recomputation_inference_and_merging_leave_the_gradients_alone(nf4, tokens, buffers):
-    with torch.inference_mode():  # a buffer made in that mode serves training
+    with torch.inference_mode():  # a buffer made in inference mode is reused in training
         nf4(tokens)
     expected = gradients(nf4, tokens)
     nf4.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     recomputed = gradients(nf4, tokens)
     nf4.gradient_checkpointing_disable()
     assert len(buffers) == 1
-    over_merged = gradients(nf4, tokens, nf4.merge_adapter)  # a backward after a merge is still of W0
+    over_merged = gradients(nf4, tokens, nf4.merge_adapter)  # a backward after a merge still uses W0
     for name, gradient in expected.items():
         torch.testing.assert_close(recomputed[name], gradient)
         torch.testing.assert_close(over_merged[name], gradient)
@@ -173,7 +173,7 @@ def test_second_derivatives_are_refused(nf4):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
 
 
-# What is read a panel at a time
+# Weights read one panel at a time
 
 
 @pytest.mark.parametrize("block", [None, (48, 32), (64, 64), (128, 128)])
@@ -200,7 +200,7 @@ def test_panels_of_nvfp4_start_where_its_scales_do(buffers):
     assert largest.elements <= 128 * 64 * 2
 
 
-# bitsandbytes' 4-bit kernels for GPUs write where they are told to
+# bitsandbytes' 4-bit kernels for GPUs write into a given buffer
 
 
 def four_bit_layer(kind="nf4", width=64):
@@ -212,7 +212,7 @@ def four_bit_layer(kind="nf4", width=64):
 
 @SLOW
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("width", [64, 1216, 63, 96, 100])  # of the last three no row is whole blocks
+@pytest.mark.parametrize("width", [64, 1216, 63, 96, 100])  # rows of the last three are not whole blocks
 def test_panels_of_four_bit_weights_are_whole_blocks(kind, width, buffers):
     layer = four_bit_layer(kind, width).to("cpu")
     expected = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -221,7 +221,7 @@ def test_panels_of_four_bit_weights_are_whole_blocks(kind, width, buffers):
 
 
 def test_a_kernel_that_takes_a_buffer_is_given_it(buffers):
-    """The CPU's gets that form, for the length of the test."""
+    """The CPU kernel takes a buffer too for the length of this test."""
     layer, places = four_bit_layer().to("cpu"), []
 
     def fill(*given):
@@ -231,7 +231,7 @@ def test_a_kernel_that_takes_a_buffer_is_given_it(buffers):
 
     with torch.library._scoped_library("bitsandbytes", "IMPL") as library:
         library.impl("dequantize_4bit.out", fill, "CPU")
-        for dtype in (torch.float32, torch.bfloat16):  # the second is not the weight's: it is cast
+        for dtype in (torch.float32, torch.bfloat16):  # the second is cast to another dtype
             with module.dequantized(Bnb4bitBackend(), layer, dtype) as weight:
                 assert torch.equal(weight, module.read_weight(Bnb4bitBackend(), layer).to(dtype))
     assert places[0] == buffers[0].data_ptr()

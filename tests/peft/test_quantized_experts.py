@@ -1,4 +1,4 @@
-"""Experts of checkpoints in MXFP4 and FP8, which transformers dequantises as it loads them on a CPU."""
+"""Experts of MXFP4 and FP8 checkpoints, which transformers dequantises on loading on a CPU."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ FOUR_BITS = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, 
 
 
 def mxfp4(name, weight):
-    """What a checkpoint stores of gpt-oss' fused weight (experts, in, out), and that weight: 32 numbers a scale."""
+    """gpt-oss' fused weight (experts, in, out) as a checkpoint stores it, and its values: a scale per 32 numbers."""
     if not name.endswith(("gate_up_proj", "down_proj")):
         return {name: weight}, weight
     count, inputs, outputs = weight.shape
@@ -27,7 +27,7 @@ def mxfp4(name, weight):
 
 
 def fp8(name, weight):
-    """The same of a linear layer or one expert's weight, whose scales are those of blocks of 8×8."""
+    """Likewise for a linear layer or one expert's weight, with a scale per 8×8 block."""
     if not name.endswith("_proj.weight"):
         return {name: weight}, weight
     blocks = weight.float().unflatten(1, (-1, 8)).unflatten(0, (-1, 8))
@@ -51,7 +51,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def saved(request, tmp_path):
-    """The quantisation's name, what asks for dequantising, a quantised folder, and the same as plain weights."""
+    """The quantisation's name, the option that dequantises, a quantised folder, and one of the same plain weights."""
     (kind, sizes), quantise, settings, ask = CASES[request.param]
     plain, quantised = tmp_path / "plain", tmp_path / "quantised"
     tiny_experts(kind, **sizes).bfloat16().save_pretrained(plain)
@@ -78,7 +78,7 @@ def test_dequantised_experts_are_plain_ones(saved, asked, tmp_path):
         before = {key: weight.clone() for key, weight in base.state_dict().items()}
         torch.manual_seed(0)
         model = adapt(base)
-        model.get_input_embeddings().weight.requires_grad_()  # below every layer
+        model.get_input_embeddings().weight.requires_grad_()  # below all layers
         model(tokens).logits.float().square().mean().backward()
         gradients.append({key: p.grad for key, p in model.named_parameters() if p.requires_grad})
         adapted = model(tokens).logits
@@ -87,7 +87,7 @@ def test_dequantised_experts_are_plain_ones(saved, asked, tmp_path):
         model.unmerge_adapter()
         assert torch.equal(model(tokens).logits, adapted)
     assert torch.equal(*merged)
-    assert not torch.equal(merged[0], adapted)  # whose weights are not rounded
+    assert not torch.equal(merged[0], adapted)  # the adapted weights are not rounded
     for key, gradient in gradients[1].items():
         assert gradient.any()
         assert torch.equal(gradient, gradients[0][key])

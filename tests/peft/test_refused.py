@@ -1,4 +1,4 @@
-"""What the tuner refuses: adapters, folders, names and models that do not fit, named, and nothing is changed."""
+"""Adapters, folders, names and models that the tuner refuses: the error names the cause and nothing changes."""
 
 from contextlib import contextmanager
 
@@ -23,7 +23,7 @@ def assert_unchanged(model, before):
     [
         ({"num_blocks": 33, "r": 64}, "num_blocks must be at most .* = 32 .*, got 33; num_blocks_pattern"),
         ({"target_modules": ["q_proj", "input_layernorm"]}, "is not supported"),
-        # PEFT wraps the embedding and the norms before it comes to a layer that has an adapter.
+        # PEFT wraps the embedding and the norms before it reaches a layer with an adapter.
         ({"modules_to_save": ["embed_tokens", "norm", "j"]}, "modules_to_save cannot be applied to modules"),
     ],
 )
@@ -43,7 +43,7 @@ def test_failed_injection_leaves_the_model_alone(llama, settings, message):
 
 @contextmanager
 def ctrl_c_at(name, call, monkeypatch):
-    """The user's, at a certain call of a layer's method."""
+    """A KeyboardInterrupt at a certain call of a layer's method."""
     count, method = iter(range(call + 1)), getattr(SMoALayer, name)
 
     def interrupted(self, *args, **kwargs):
@@ -121,7 +121,7 @@ def test_truncated_or_corrupt_file(folder, make_model, case):
 
 
 def edit_one_layer(path, edit):
-    """Change the first layer's tensors in a saved adapter; gives the layer's name."""
+    """Change the first layer's tensors in a saved adapter; returns the layer's name."""
     names = []
 
     def first(state):
@@ -133,7 +133,7 @@ def edit_one_layer(path, edit):
 
 
 def repacked(edit):
-    """Edit a layer's labels and ranks as numbers; the checksum is right again afterwards."""
+    """Edit a layer's unpacked labels and ranks, and correct the checksum."""
 
     def apply(state, prefix):
         key = prefix + "smoa_blocks"
@@ -195,7 +195,7 @@ def test_broken_adapter_is_named_and_nothing_is_half_loaded(
         PeftModel.from_pretrained(model, path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert layer in str(error.value)
     assert_unchanged(model, before)
-    # Neither as a second adapter, nor over one that is already there.
+    # Not as a second adapter, and not over an existing one.
     with pytest.raises(ValueError, match=message):
         good.load_adapter(path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
     assert "other" not in good.peft_config

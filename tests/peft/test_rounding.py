@@ -1,4 +1,4 @@
-"""Stochastic rounding: as defined, element by element; unbiased; the same bits every time."""
+"""Stochastic rounding follows its definition element by element, is unbiased, and is reproducible."""
 
 import zlib
 
@@ -20,7 +20,7 @@ def drawn(size, seed=3, scale=1.0):
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1.0, 1e-6], ids=["normal", "subnormal"])
 def test_definition(dtype, wide, scale, monkeypatch):
-    """The docstring's, in float64, with neighbours by `nextafter`; panels leave no trace."""
+    """The docstring's formula in float64, with neighbours by `nextafter`; splitting into panels changes nothing."""
     monkeypatch.setattr(rounding, "_PANEL", 64)
     values = drawn(333, scale=scale).to(wide)
     words = np.random.PCG64([5, zlib.crc32(b"model.weight")]).random_raw(167)
@@ -39,7 +39,7 @@ def test_definition(dtype, wide, scale, monkeypatch):
 
 @half_types
 def test_mean_is_what_was_rounded(dtype):
-    """Five standard errors of a mean of 2¹⁶ draws; rounding to nearest is off by 30 times that at h = 0.4."""
+    """The limit is five standard errors of 2¹⁶ draws; rounding to nearest errs by 30 times that at h = 0.4."""
     draws = 2**16
     step = torch.finfo(dtype).eps
     for h in (0.01, 0.25, 0.4, 0.9):
@@ -72,5 +72,5 @@ def test_bits_depend_on_seed_and_name_alone():
     assert torch.equal(first, again)
     assert not torch.equal(first, other_seed)
     assert not torch.equal(first, other_name)
-    # Elements count in the order in which a row-major tensor stores them, whatever the strides were.
+    # Elements are numbered in row-major order, whatever the strides.
     assert torch.equal(round_stochastically(values.T.contiguous().T, torch.bfloat16, seed=0, name="a"), first)

@@ -1,4 +1,4 @@
-"""Several adapters in one model: active at once, a batch of many, weighted sums of them."""
+"""Several adapters in one model: active at once, in a mixed batch, and in weighted sums."""
 
 from collections import OrderedDict
 
@@ -111,7 +111,7 @@ def test_merging_several_adapters(make_model, tokens, mix, order):
         model.merge_adapter(adapter_names=order)
     assert all(layer.merged_adapters == order for layer in layers(model).values())
     close(logits(model, tokens), expected)
-    for layer in layers(model).values():  # ΔW is of W0, not of what is merged into it
+    for layer in layers(model).values():  # ΔW uses W0, not the merged weight
         stored = layer._stored_base.to(tokens.device)
         assert layer.base_weight().equal(stored.T if layer.fan_in_fan_out else stored)
     model.unmerge_adapter()
@@ -131,7 +131,7 @@ def test_adapters_of_a_layer_share_an_order_and_nothing_else(llama):
 
 @pytest.mark.numerical
 def test_trls_reference_is_a_copy(folder, make_model, tokens):
-    """TRL adds "ref" with the configuration object of "default"; under another name that makes a new adapter."""
+    """TRL adds "ref" with the configuration of "default"; any other name makes a new adapter."""
     saved, expected = folder
     model = PeftModel.from_pretrained(make_model(), saved, is_trainable=True).eval()
     for name in ("ref", "other"):
@@ -219,7 +219,7 @@ FURTHER = {
         {"r": 4, "rank_pattern": {"q_proj": 3}, "num_blocks_pattern": {"layers.1.mlp.up_proj": 5}},
         {"r": 6, "target_modules": ["q_proj", "up_proj"]},
     ),
-    # The second adapter's blocks of k_proj are too many for the first one's granules.
+    # The second adapter has too many blocks of k_proj for the first one's granules.
     "a granule": (
         {"r": 4, "granule": 16, "target_modules": ["q_proj"]},
         {"r": 4, "num_blocks": 4, "block_order": "contiguous", "target_modules": ["q_proj", "k_proj"]},
@@ -269,7 +269,7 @@ def test_linear_combination_sums_the_factors(llama):
     for layer in layers(model).values():
         close(layer.get_delta_weight("scaled"), -2.0 * layer.get_delta_weight("one"))
     model.add_adapter("three", gentle(llama(), r=6, num_blocks=3, block_order="contiguous"))
-    for other in ("two", "three"):  # of another rank, of other blocks
+    for other in ("two", "three"):  # with another rank, with other blocks
         with pytest.raises(ValueError, match='same blocks and ranks; use "cat", which is exact'):
             model.add_weighted_adapter(["one", other], [1.0, 1.0], "sum", combination_type="linear")
     assert "sum" not in model.peft_config

@@ -1,4 +1,4 @@
-"""Several weights are sorted at once, and nothing but the time shows it."""
+"""Several weights are sorted in parallel, with the same results."""
 
 import gc
 import threading
@@ -21,7 +21,7 @@ from smoa_kernels.definition import spectral_order
 from smoa_kernels.definition.spectral_order import order_source, spectral_centroids, spectral_orders
 from smoa_kernels.peft import Linear, sorting
 
-LINEARS = {tiny_llama: 14, tiny_gpt2: 8}  # of the two layers, without lm_head
+LINEARS = {tiny_llama: 14, tiny_gpt2: 8}  # in two transformer layers, without lm_head
 of_layers_and_experts = pytest.mark.parametrize(
     ("model", "settings"),
     [(tiny_llama, config()), (tiny_experts, expert_config(block_order="spectral"))],
@@ -31,7 +31,7 @@ of_layers_and_experts = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def in_memory():
-    """Weights in the CPU's memory, whatever device the tests run on: no others are sorted at once."""
+    """Weights in CPU memory, on whatever device the tests run: only these are sorted in parallel."""
     with torch.device("cpu"):
         yield
 
@@ -46,7 +46,7 @@ def threads():
 
 @pytest.fixture
 def sorted_in(monkeypatch):
-    """Threads that weights were sorted in, and the intra-op threads each had."""
+    """Records the sorting threads and the intra-op threads of each."""
     found = []
 
     def recording(weight, granule):
@@ -58,7 +58,7 @@ def sorted_in(monkeypatch):
 
 
 def adapter(make_model, **settings):
-    """Tensors of an adapter, for a given seed."""
+    """Tensors of an adapter for a given seed."""
     model = make_model()
     torch.manual_seed(7)
     return get_peft_model_state_dict(adapt(model, **settings))
@@ -80,7 +80,7 @@ def test_the_adapter_is_the_one_that_one_by_one_gives(make_model, threads, sorte
 
 @of_layers_and_experts
 def test_as_many_at_once_as_there_are_threads(model, settings, threads, monkeypatch):
-    waiting = threading.Barrier(threads)  # broken, with an error, unless so many meet
+    waiting = threading.Barrier(threads)  # breaks with an error unless this many threads meet
     first = iter(range(threads))
 
     def meeting(weight, granule):
@@ -95,7 +95,7 @@ def test_as_many_at_once_as_there_are_threads(model, settings, threads, monkeypa
 
 
 def test_not_too_many_at_once(llama, threads, sorted_in, monkeypatch):
-    """Every one takes memory."""
+    """Each one takes memory."""
     assert sorting.MAX_AT_ONCE == 8
     monkeypatch.setattr(sorting, "MAX_AT_ONCE", 1)
     get_peft_model(llama(), config())
@@ -122,7 +122,7 @@ def test_a_shared_square_weight_that_one_layer_stores_transposed(threads):
 
 
 def test_a_layer_whose_weight_has_another_name(sorted_in):
-    """Such as HQQ's, which keeps no `weight`."""
+    """HQQ's layer, for example, has no `weight`."""
 
     class Packed(torch.nn.Module):
         in_features, out_features, kept = 6, 8, torch.randn(8, 6)
@@ -143,7 +143,7 @@ def test_only_what_the_adapter_is_for_is_sorted(llama, threads, sorted_in):
     assert len(sorted_in) == 3
     sorted_in.clear()
     model.add_adapter("same", config(target_modules=["q_proj"]))
-    assert not sorted_in  # it has the first one's blocks
+    assert not sorted_in  # it reuses the first one's blocks
     model.add_adapter("other", config(target_modules=["q_proj"], num_blocks=4))
     assert len(sorted_in) == 2
     sorted_in.clear()
@@ -167,13 +167,13 @@ def test_what_is_not_in_the_cpus_memory_is_not_at_hand():
     plain = torch.nn.Linear(4, 4)
     assert is_at_hand(plain)
     assert not is_at_hand(torch.nn.Linear(4, 4, device="meta"))
-    assert not is_at_hand(spectral_norm(torch.nn.Linear(4, 4)))  # computed, each time anew
+    assert not is_at_hand(spectral_norm(torch.nn.Linear(4, 4)))  # computed on each access
     plain.weight.ds_id = 0  # offloaded
     assert not is_at_hand(plain)
 
 
 def test_autocast_rounds_no_label(make_model, threads):
-    """It is a thread's, and the threads that sort have none."""
+    """Autocast is set per thread, and the sorting threads do not have it."""
     expected = adapter(make_model)
     with torch.autocast("cpu", torch.bfloat16):
         several = adapter(make_model)
@@ -188,7 +188,7 @@ def test_injections_in_two_threads_leave_the_setting_alone(llama, threads):
     meeting = threading.Barrier(2)
 
     def inject(model):
-        # A new thread asks for the process's setting when it first needs it.
+        # A new thread reads the process's setting on first use.
         assert torch.get_num_threads() == threads
         meeting.wait(timeout=60)
         get_peft_model(model, config())
@@ -216,7 +216,7 @@ def test_a_failed_injection_keeps_nothing_alive(llama, threads):
 
 
 def test_one_after_another_where_the_orders_come_from_elsewhere(llama, threads):
-    """Other processes ask in the same order, each for one weight (`shared_spectra`)."""
+    """Other processes request the weights in the same order, one at a time (`shared_spectra`)."""
     asked = []
 
     def elsewhere(weight, granule):
@@ -255,7 +255,7 @@ def test_what_is_not_asked_for_is_given_up(model, settings, threads, monkeypatch
     monkeypatch.setattr(ThreadPoolExecutor, "shutdown", left)
     with pytest.raises(type(error)):
         get_peft_model(model, settings)
-    assert len(begun) <= 1 + threads  # of 56 layers, or of the 6 experts of the first weight
+    assert len(begun) <= 1 + threads  # of 56 layers, or of 6 experts of the first weight
     assert not [thread for thread in threading.enumerate() if "smoa-sorting" in thread.name]
     assert torch.get_num_threads() == threads
     assert not hasattr(model, "peft_config")

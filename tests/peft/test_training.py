@@ -1,4 +1,4 @@
-"""The Trainer and its checkpoints, autocast, compile, and what is kept for backward."""
+"""The Trainer and its checkpoints, autocast, torch.compile, and memory kept for backward."""
 
 import copy
 
@@ -51,7 +51,7 @@ def losses(run):
 
 @pytest.fixture
 def as_scripts_do():
-    """Nothing is made on the GPU but by the Trainer, whose data loader draws on the CPU."""
+    """Only the Trainer puts tensors on the GPU; its data loader draws on the CPU."""
     with torch.device("cpu"):
         yield
 
@@ -73,7 +73,7 @@ def test_trainer_learns_and_resumes_on_the_same_curve(tmp_path):
 
 
 def kept_for_backward(config, x):
-    """What a linear layer with an adapter keeps beside its parameters, each piece of memory once."""
+    """The tensors that a linear layer with an adapter keeps beside its parameters; shared memory counts once."""
     model = get_peft_model(nn.Sequential(nn.Linear(96, 80)).to(x.dtype), config).train()
     parameters = {p.data_ptr() for p in model.parameters()}
     kept = {}
@@ -97,7 +97,7 @@ def test_no_more_is_kept_for_backward_than_lora_keeps(dtype, dropout):
     lora = kept_for_backward(LoraConfig(lora_dropout=dropout, **settings), x)
     assert sum(t.nbytes for t in ours.values()) <= sum(t.nbytes for t in lora.values())
     assert ours.pop(x.data_ptr()).shape == x.shape
-    # Beside x: the scaling, and integers of the blocks, at most one for each row or column.
+    # Beside x: the scaling, and the blocks' integers, at most one per row or column.
     assert all(t.numel() <= 1 if t.is_floating_point() else t.numel() <= 96 for t in ours.values())
 
 
@@ -114,7 +114,7 @@ def test_autocast(tokens, dtype):
 
 @pytest.mark.slow
 @pytest.mark.numerical
-@pytest.mark.parametrize("adapters", [1, 2])  # two of different blocks, summed
+@pytest.mark.parametrize("adapters", [1, 2])  # two have different blocks and are summed
 def test_a_whole_model_compiles_into_one_graph_for_all_lengths(adapters):
     torch._dynamo.reset()
     counters.clear()
@@ -148,9 +148,9 @@ def test_moving_and_casting_the_model(tokens):
     state, expected = source.state_dict(), source(tokens).logits
     rotary = source.base_model.model.model.rotary_emb
     for empty in (copy.deepcopy(source).to("meta"), copy.deepcopy(source)):
-        empty.to_empty(device=tokens.device)  # the values may be anything until they are loaded
+        empty.to_empty(device=tokens.device)  # uninitialised until the state is loaded
         empty.load_state_dict(state)
-        empty.base_model.model.model.rotary_emb = rotary  # its buffers are in no state dict
+        empty.base_model.model.model.rotary_emb = rotary  # a state dict does not hold its buffers
         assert torch.equal(empty(tokens).logits, expected)
 
 

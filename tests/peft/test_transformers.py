@@ -1,4 +1,4 @@
-"""transformers' own `add_adapter` and `load_adapter`, which PEFT's tuner does not see."""
+"""transformers' own `add_adapter` and `load_adapter`, which bypass PEFT's tuner."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
 
 
 def blocks(edit):
-    """What spoils a saved adapter by an edit of the first layer's blocks."""
+    """An edit of the first layer's blocks that makes a saved adapter invalid."""
     return lambda folder: edit_weights(
         folder, lambda state: edit(state, next(key for key in state if key.endswith("smoa_blocks")))
     )

@@ -1,4 +1,4 @@
-"""The PEFT calls that everybody uses, on tiny Llama (nn.Linear) and GPT-2 (Conv1D) models."""
+"""Common PEFT calls on tiny Llama (nn.Linear) and GPT-2 (Conv1D) models."""
 
 import json
 
@@ -220,7 +220,7 @@ def test_safe_merge_refuses_a_broken_adapter_before_it_writes(llama, monkeypatch
 def test_state_dict_of_the_whole_model(make_model, tokens):
     source, target = adapt(make_model()), adapt(make_model(seed=1))
     nudge(source)
-    logits(target, tokens)  # its index tensors are built before other labels arrive
+    logits(target, tokens)  # its index tensors exist before the other labels arrive
     target.load_state_dict(source.state_dict())
     assert torch.equal(logits(target, tokens), logits(source, tokens))
     state = source.state_dict()
