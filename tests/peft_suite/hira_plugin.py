@@ -1,4 +1,4 @@
-"""pytest plugin that runs PEFT's own HiRA tests, in PEFT's test modules, with every injected model accelerated."""
+"""pytest plugin that runs PEFT's own HiRA tests, in PEFT's test modules, and accelerates every injected model."""
 
 import functools
 
@@ -18,7 +18,7 @@ def _accelerated(inject):
         found = inject(self, *args, **kwargs)
         try:
             ACCELERATED.append(len(accelerate_hira(self.model).taken))
-        except ValueError:  # an adapter may have no layer here
+        except ValueError:  # the model may have no HiRA layer
             ACCELERATED.append(0)
         return found
 
@@ -29,7 +29,7 @@ HiraModel.inject_adapter = _accelerated(HiraModel.inject_adapter)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep what runs with `HiraConfig`."""
+    """Keep the tests that use `HiraConfig`."""
     kept, dropped = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -39,13 +39,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_sessionfinish(session):
-    """Fail where nothing was accelerated: the run would prove nothing."""
+    """Fail if nothing was accelerated, since the run would prove nothing."""
     if not sum(ACCELERATED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Say how much was accelerated."""
+    """Report how many layers were accelerated."""
     layers, models = sum(ACCELERATED), sum(map(bool, ACCELERATED))
     terminalreporter.write_line(
         f"{layers} HiRA layers were accelerated, in {models} of {len(ACCELERATED)} injections"

@@ -1,4 +1,4 @@
-"""The tiny models that PEFT's tests take from a hub, made from configurations instead."""
+"""The tiny models that PEFT's tests download from a hub, built from configurations instead."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def make_models(folder: Path) -> None:
         if not (path / "config.json").exists():
             torch.manual_seed(0)
             model_class(config_class(**settings)).save_pretrained(path)
-    # test_config reads a LoRA configuration through every class.
+    # test_config reads a LoRA configuration through every configuration class.
     path = folder / "peft-internal-testing/tiny-opt-lora-revision"
     path.mkdir(parents=True, exist_ok=True)
     (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"]}))

@@ -1,10 +1,10 @@
 """pytest plugin that runs PEFT's own test modules with `SMoAConfig` in place of PEFT's methods.
 
-Their `@parametrize` marks refer to lists of the module, so these are filled anew, in place, before a module's
-tests are generated. Where a test asks for `HiraConfig` (to choose a learning rate that the Hadamard product can
-take), SMoA answers: HiRA is SMoA with one block. Tests that name no configuration, or another method's, are
-deselected; those of `test_target_parameters` that make LoRA's own are skipped, each with a reason. Models come from
-folders named as the hub names them, below the working directory (see `models.py`).
+PEFT's `@parametrize` marks refer to lists in the test modules, so these lists are refilled in place before a
+module's tests are generated. SMoAConfig also replaces `HiraConfig`, which some tests use to choose a learning rate
+that suits the Hadamard product: HiRA is SMoA with one block. Tests without a configuration, or with another
+method's, are deselected. Tests in `test_target_parameters` that build LoRA configurations are skipped, each with a
+reason. Models come from folders below the working directory that have the hub's names (see `models.py`).
 """
 
 import importlib.machinery
@@ -51,7 +51,7 @@ CUSTOM_MODELS = [
             "num_blocks_pattern": {"lin0": 5},
         },
     ),
-    # Its Conv1D has a single output, which leaves room for a single block.
+    # EmbConv1D's Conv1D has a single output, so it can have only one block.
     ("Embedding + transformers Conv1D 1 SMoA", "EmbConv1D", {"target_modules": ["conv1d"], "num_blocks": 1}),
 ]
 
@@ -61,7 +61,7 @@ ACTIVE_ADAPTERS = [
     ("SMoA Other Blocks", {"target_modules": ["lin0"]}, {"target_modules": ["lin0"], "num_blocks": 5}),
 ]
 
-# PEFT's own choices of parameters. Llama 4's experts are refused, so Qwen3-MoE stands in for it.
+# PEFT's own choices of parameters. Llama 4's experts are refused, so Qwen3-MoE replaces them.
 EXPERTS = [
     (f"trl-internal-testing/tiny-{name}ForCausalLM", SMoAConfig, {"task_type": "CAUSAL_LM", **settings})
     for name in ("GptOss", "Qwen3Moe")
@@ -80,9 +80,9 @@ EXPERTS = [
         {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]},
     )
 ]
-# They expect an error in the words of LoRA's layer; ours: tests/peft/test_experts_refused.py.
+# These tests expect LoRA's error messages; tests/peft/test_experts_refused.py tests ours.
 IN_LORAS_WORDS = ("mixed_adapter_batches", "weighted_combination")
-# They make a `LoraConfig` in their bodies: what stands for each here.
+# These tests build a `LoraConfig` themselves; each value names our own test, or the reason why there is none.
 _OURS = "tests/peft/test_expert_adapters.py::test_"
 _REFUSED = "tests/peft/test_experts_refused.py::test_"
 MAKE_LORAS = {
@@ -98,7 +98,7 @@ MAKE_LORAS = {
     "test_target_parameter_on_top_level_module_raises": f"{_REFUSED}what_cannot_be_adapted",
 }
 
-# What PEFT's helpers import for tests of other methods and of image models.
+# PEFT's helpers import these for tests of other methods and of image models.
 STAND_INS = {"datasets": "load_dataset", "diffusers": "StableDiffusionPipeline"}
 
 TASKS = {
@@ -110,7 +110,7 @@ TASKS = {
 
 
 def pytest_configure(config):
-    """Stand in for what PEFT's helpers import and our tests do not reach."""
+    """Replace modules that PEFT's helpers import and our tests do not use."""
     for line in ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes"):
         config.addinivalue_line("markers", f"{line}: PEFT's")
     for name, attribute in STAND_INS.items():
@@ -127,7 +127,7 @@ def _skip(*_, **__):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc):
-    """Fill a module's lists before its first test is generated."""
+    """Refill a module's lists before its first test is generated."""
     module = metafunc.module
     name = module.__name__.rsplit(".", 1)[-1]
     if name not in MODULES or hasattr(module, "_smoa"):
@@ -156,7 +156,7 @@ def pytest_generate_tests(metafunc):
 
 
 def _replace_tuple(metafunc, module):
-    """`test_config` keeps its classes in a tuple, which the marks hold: point them to ours."""
+    """`test_config` keeps its classes in a tuple that the marks hold, so point the marks to ours."""
     if not hasattr(module, "ALL_CONFIG_CLASSES"):
         return
     theirs = module.ALL_CONFIG_CLASSES
@@ -168,7 +168,7 @@ def _replace_tuple(metafunc, module):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep what runs with `SMoAConfig`; skip the tests that expect a pickle to be written."""
+    """Keep the tests that use `SMoAConfig`; skip those that expect a pickle to be written."""
     kept, dropped = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})

@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 
 
 def fetch_tests(folder: Path) -> Path:
-    """The `tests` folder of the sdist that the installed PEFT was built from."""
+    """The `tests` folder of the installed PEFT's sdist."""
     version = importlib.metadata.version("peft")
     sources = folder / f"peft-{version}"
     if not sources.is_dir():
@@ -38,12 +38,12 @@ def fetch_tests(folder: Path) -> Path:
         subprocess.run([sys.executable, "-m", "pip", *command], check=True)
         with tarfile.open(folder / f"peft-{version}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
-    (sources / "tests" / "__init__.py").touch()  # its modules import each other relatively
+    (sources / "tests" / "__init__.py").touch()  # its modules use relative imports
     return sources / "tests"
 
 
 def main() -> int:
-    """Download, make the models, run."""
+    """Download PEFT's tests, make the models, and run pytest."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Adapters to serve; tests that run vLLM are skipped where it is not installed."""
+"""Adapters to serve. Tests that run vLLM are skipped if it is not installed."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""A tiny Llama and adapters of it, for tests that serve them."""
+"""A tiny Llama and adapters of it, for the serving tests."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from smoa_kernels.peft import SMoAConfig
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# Of the packed layers some have an adapter for each slice, some for one, some for none.
+# Some packed layers have an adapter for every slice, some for one slice, some for none.
 CONFIGS = {
     "smoa2": lambda: SMoAConfig(r=8, num_blocks=2, target_modules=ALL),
     "smoa4": lambda: SMoAConfig(r=8, num_blocks=4, target_modules=ALL, smoa_alpha=16),
@@ -28,7 +28,7 @@ CONFIGS = {
 
 
 def save_model(folder, **sizes):
-    """A tiny Llama, with random weights large enough that adapters change its tokens, and 256 words."""
+    """A tiny Llama with a vocabulary of 256, and random weights so large that adapters change its tokens."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, **sizes}
     config = LlamaConfig(
@@ -55,7 +55,7 @@ def save_adapter(base, config, folder, size=0.5):
 
 
 def environ() -> dict[str, str]:
-    """The variables with which vLLM runs on a CPU, beside other processes."""
+    """Environment variables that let vLLM run on a CPU beside other processes."""
     openmp = Path(sys.prefix, "lib", "libiomp5.so")
     variables = {
         "VLLM_CPU_KVCACHE_SPACE": "1",

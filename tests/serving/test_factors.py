@@ -1,4 +1,4 @@
-"""Adapters' folders as tensors of LoRA's shapes; what cannot be served is refused. No engine is needed."""
+"""Adapter folders read as tensors of LoRA's shapes; unsupported adapters are refused. No engine is needed."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The plugin wraps all of the methods that it knows, or none; vLLM is not needed, its classes are made up."""
+"""The plugin wraps all the methods it knows, or none. The tests use fake classes instead of vLLM."""
 
 import logging
 import sys
@@ -8,13 +8,13 @@ import pytest
 
 from smoa_kernels.serving import vllm as plugin
 
-# The plugin's own list, as methods that give back what they are called with.
+# The plugin's own list, as methods that return their arguments.
 METHODS = {path: parameters for path, parameters, _ in plugin._hooks}
 
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Put classes with such methods in vLLM's place; give the methods as they are now."""
+    """Put fake classes with these methods in vLLM's place; the result returns the methods' current state."""
 
     def make(methods):
         classes = {}

@@ -1,4 +1,4 @@
-"""What a layer computes for the adapters in an engine's slots, against the definition; no engine is needed."""
+"""A layer's output with the adapters in an engine's slots, against the definition. No engine is needed."""
 
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ C, SIZES, SLOTS, MOST_RANKS = 24, (20, 12), 4, 8
 
 
 def adapter_of(n, ranks, seed):
-    """The stacked factors of an adapter with random blocks, and its ΔW / W0."""
+    """The stacked factors of an adapter with random blocks, and ΔW / W0."""
     generator = torch.Generator().manual_seed(seed)
     labels = [torch.randint(0, len(ranks), (size,), generator=generator) for size in (n, C)]
     partition = BlockPartition.from_labels(*labels, len(ranks))
@@ -30,7 +30,7 @@ def adapter_of(n, ranks, seed):
 
 
 class Layer:
-    """A layer of two slices: slot 0 holds K=1, slot 1 K=3 with a rank of 0, slot 2 one slice alone, slot 3 nothing."""
+    """A layer of two slices. Slot 0 has K=1, slot 1 K=3 with a zero rank, slot 2 only one slice, slot 3 nothing."""
 
     RANKS: ClassVar = {0: [(4,), (4,)], 1: [(3, 0, 5), (2, 2, 1)], 2: [(), (1, 2)]}
 
@@ -65,7 +65,7 @@ class Layer:
         return F.linear(x, self.weight)
 
     def expected(self, x, slot_of):
-        """The definition, in float64; -1 stands for no adapter."""
+        """The definition in float64; slot -1 means no adapter."""
         W, y = self.weight.double(), F.linear(x.double(), self.weight.double(), self.bias.double())
         for token, slot in enumerate(slot_of):
             if slot >= 0:
@@ -111,7 +111,7 @@ def test_rows_are_multiplied_in_chunks(monkeypatch):
 
 @pytest.mark.parametrize("given", [{"weight": True}, {}], ids=["W0", "rows"])
 def test_what_is_recorded_for_one_step_serves_any_other(given, monkeypatch):
-    """As a CUDA graph, a trace launches the same operators with the same shapes again, whatever the adapters."""
+    """Like a CUDA graph, a trace repeats the same operators with the same shapes, whatever the adapters."""
     monkeypatch.setattr(products, "MOST_ROWS", 24)
     layer, x = Layer(**given), torch.randn(7, C)
     y = F.linear(x, layer.weight, layer.bias)
@@ -144,7 +144,7 @@ def test_w0_is_read_exactly(monkeypatch):
 @pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("slot_of", [[1] * 64, [0, 1] * 3], ids=["one slot", "few tokens each"])
 def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of, recorded):
-    """An update of 1e-3 of W0, added to an output that is rounded already, would lose half of it (DESIGN.md, 2)."""
+    """Adding an update of 1e-3 of W0 to an already rounded output would lose half of it (DESIGN.md, 2)."""
     layer = Layer(torch.bfloat16, weight=True, size=2e-4)
     kept = []
     for seed in range(60):

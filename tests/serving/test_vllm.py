@@ -19,7 +19,7 @@ NAMES = [None, "smoa2", "smoa4", "unequal", "hira", "lora"]
 
 
 class Engine:
-    """A vLLM in this process, and the requests that it knows."""
+    """A vLLM engine in this process, with the adapters that a request can name."""
 
     def __init__(self, base, adapters, **options):
         from vllm import LLM
@@ -42,7 +42,7 @@ class Engine:
         return None if name is None else LoRARequest(name, number, str(self.adapters[name]))
 
     def answers(self, prompts, tokens=8):
-        """Greedy tokens and their log-probabilities of (adapter, token ids), in one batch."""
+        """Greedy tokens and their log-probabilities for pairs (adapter, token ids), in one batch."""
         from vllm import SamplingParams
 
         outputs = self.engine.generate(
@@ -89,7 +89,7 @@ def some_prompts(names, count=3):
 
 
 def against_peft(base, adapters, prompts, answers):
-    """The largest difference of log-probabilities from PEFT's, and how many tokens are not PEFT's best ones."""
+    """The largest difference from PEFT's log-probabilities, and the number of tokens that are not PEFT's best."""
     worst, other = 0.0, 0
     for name in {name for name, _ in prompts}:
         model = AutoModelForCausalLM.from_pretrained(base)
@@ -106,7 +106,7 @@ def against_peft(base, adapters, prompts, answers):
 
 @pytest.mark.parametrize("way", ["W0 kept", "W0 not kept", "recorded", "compiled"])
 def test_a_mixed_batch_gives_each_request_what_peft_gives(way, engine, base, adapters, monkeypatch):
-    """66 prompts in a batch; also by what a CUDA graph would record, and in code that torch.compile made."""
+    """66 prompts in one batch; also with the operators that a CUDA graph would record, and with torch.compile."""
     monkeypatch.setenv(plugin.KEEP_VARIABLE, "0" if way == "W0 not kept" else "1")
     if way == "recorded":
         monkeypatch.setattr(plugin, "_is_recorded", lambda x: True)
@@ -125,7 +125,7 @@ def test_a_mixed_batch_gives_each_request_what_peft_gives(way, engine, base, ada
     "names", [["smoa4"], [None, "smoa4", "hira", "smoa2"]], ids=["one adapter", "several"]
 )
 def test_bf16_decode_keeps_an_update_of_a_thousandth(names, base, tmp_path):
-    """Of W0. Added to a rounded output, half of it would be lost (docs/numerics.md)."""
+    """An update of 1/1000 of W0. Adding it to a rounded output would lose half of it (docs/numerics.md)."""
     adapters = {name: save_adapter(base, CONFIGS[name](), tmp_path / name, 0.013) for name in names if name}
     running, seen = Engine(base, adapters, dtype="bfloat16"), []
     try:
@@ -148,7 +148,7 @@ def test_bf16_decode_keeps_an_update_of_a_thousandth(names, base, tmp_path):
     assert all(5e-4 < size < 2e-3 for size in sizes), sizes
     kept, whole = 0.0, 0.0
     for x, y in seen:
-        if len(x) == len(prompts):  # decode, whose tokens stand as the prompts do
+        if len(x) == len(prompts):  # a decode step, in the prompts' order
             for (name, _), row, output in zip(prompts, x.double(), y.double(), strict=True):
                 if name is not None:
                     true = row @ delta[name].T
@@ -158,7 +158,7 @@ def test_bf16_decode_keeps_an_update_of_a_thousandth(names, base, tmp_path):
 
 
 def test_two_processes_give_what_peft_gives(engine, base, adapters):
-    """Shards of the factors are vLLM's slices of LoRA's."""
+    """Tensor parallelism shards the factors as vLLM shards LoRA's."""
     prompts = some_prompts(NAMES, count=2)
     worst, other = against_peft(base, adapters, prompts, engine(tensor_parallel_size=2).answers(prompts))
     assert worst < 1e-4
@@ -166,7 +166,7 @@ def test_two_processes_give_what_peft_gives(engine, base, adapters):
 
 
 def test_lora_and_base_are_what_vllm_gives_without_the_plugin(engine, monkeypatch):
-    """Bit for bit, with our adapters loaded."""
+    """The same bits, although our adapters are loaded."""
     running, prompts = engine(), some_prompts([None, "lora"])
     running.answers(some_prompts(["smoa2"]))
     ours = running.answers(prompts)
@@ -179,7 +179,7 @@ def test_lora_and_base_are_what_vllm_gives_without_the_plugin(engine, monkeypatc
 
 
 def quantise(base, folder):
-    """A model in int8, channel by channel, as compressed-tensors stores it; and the same values in float32."""
+    """An int8 model with a scale per channel, as compressed-tensors stores it, and its values in float32."""
     state, dequantised = {}, {}
     for name, tensor in load_file(base / "model.safetensors").items():
         dequantised[name] = state[name] = tensor
@@ -206,7 +206,7 @@ def quantise(base, folder):
 
 def test_an_int8_base_differs_from_its_dequantised_values_by_its_own_rounding(adapters, base, tmp_path):
     int8, dequantised = quantise(base, tmp_path)
-    running = Engine(int8, adapters, dtype="bfloat16")  # what this kernel takes
+    running = Engine(int8, adapters, dtype="bfloat16")  # required by this kernel
     try:
         worst = {}
         for name in (None, "smoa2", "smoa4", "hira"):

@@ -1,4 +1,4 @@
-"""`vllm serve` with our plugin over HTTP: adapters come and go while it runs (`make test-vllm`)."""
+"""`vllm serve` with our plugin over HTTP: adapters are loaded and unloaded while it runs (`make test-vllm`)."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ PROMPT = " ".join(f"w{word}" for word in range(3, 12))
 
 
 def post(path, **body):
-    """The status and the text of an answer."""
+    """The status and the text of a response."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -38,7 +38,7 @@ def completion(model):
 
 @pytest.fixture(scope="module")
 def server(base, adapters, tmp_path_factory):
-    """One slot, two adapters on the host, so that most requests evict one."""
+    """One slot on the device and two on the host, so that most requests evict an adapter."""
     log = tmp_path_factory.mktemp("server") / "log"
     options = "--served-model-name base --enable-lora --max-lora-rank 8 --max-loras 1 --max-cpu-loras 2"
     options += f" --enforce-eager --max-model-len 64 --dtype float32 --port {PORT} --lora-modules"

@@ -1,4 +1,4 @@
-"""What the tests of TRL's trainers share: a tiny chat model on disk, chats, what a trainer computed at each step."""
+"""Helpers of the tests with TRL's trainers: a tiny chat model on disk, chats, and records of each training step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ QUESTIONS = (
     "and then?",
 )
 ANSWERS = ("two miles.", "nobody knows", "yes: water is", "no", "left, then right", "home")
-# As plain as a trainer can be: each step's loss is one that a loop can compute.
+# The plainest settings, so that a simple loop can compute each step's loss.
 PLAIN: dict[str, Any] = {
     "max_steps": 4,
     "per_device_train_batch_size": 3,
@@ -50,7 +50,7 @@ PLAIN: dict[str, Any] = {
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and those of chats."""
+    """One token per byte, plus the special tokens of chats."""
     special = ["<pad>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {
         token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])
@@ -89,13 +89,13 @@ def adapter(**settings: Any) -> SMoAConfig:
 
 
 def chat(question: str, *answers: str) -> list[dict[str, str]]:
-    """A chat in which the question is asked again after each answer."""
+    """A chat that repeats the question before each answer."""
     turns = [[{"role": "user", "content": question}, {"role": "assistant", "content": a}] for a in answers]
     return [message for turn in turns for message in turn]
 
 
 def recorded(trainer: Any) -> tuple[list[dict[str, Any]], list[float]]:
-    """Lists that fill with the inputs and the loss of each step."""
+    """Two lists that fill with the inputs and the loss of each step."""
     batches: list[dict[str, Any]] = []
     losses: list[float] = []
     inner = trainer.compute_loss
@@ -115,7 +115,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all that no trainer may change."""
+    """Copies of the frozen parameters."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
 
 
@@ -126,14 +126,14 @@ def assert_base_is(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 
 def twin(trainer: Any, model: nn.Module, config: SMoAConfig) -> nn.Module:
-    """A model with a trainer's weights of now, and without what TRL changes in a model's forward."""
+    """A model with a trainer's current weights, without TRL's changes to a model's forward."""
     made = get_peft_model(model, config)
     made.load_state_dict(trainer.model.state_dict())
     return made
 
 
 def plain_loop(model: nn.Module, batches: list[dict[str, Any]], loss_of: Any) -> list[float]:
-    """The losses of plain torch on the batches that a trainer saw, with the optimizer that it is documented to use."""
+    """The losses of a plain torch loop on a trainer's batches, with the trainer's documented optimizer."""
     model.train()
     parameters = list(trained(model).values())
     optimizer = torch.optim.AdamW(parameters, lr=PLAIN["learning_rate"], weight_decay=0.0)
@@ -149,7 +149,7 @@ def plain_loop(model: nn.Module, batches: list[dict[str, Any]], loss_of: Any) ->
 
 
 def log_probs(model: nn.Module, tokens: Tensor, kept: Tensor) -> Tensor:
-    """The log-probabilities of the kept tokens of one sequence, which is run by itself: no padding, no packing."""
+    """The log-probabilities of the kept tokens of one sequence, computed alone: no padding, no packing."""
     logits = model(input_ids=tokens[None]).logits[0, :-1]
     each = F.log_softmax(logits.float(), -1).gather(1, tokens[1:, None])[:, 0]
     return each[kept[1:]]

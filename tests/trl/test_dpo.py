@@ -1,4 +1,4 @@
-"""DPOTrainer without a reference model: the reference is the base, or the adapter that a run goes on with."""
+"""DPOTrainer without a reference model: the reference is the base, or the adapter that training continues from."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def trainer(model: Any, folder: Path, **settings: Any) -> DPOTrainer:
 
 
 def preference_loss(reference: nn.Module) -> Any:
-    """DPO's loss, each sequence by itself, against another model."""
+    """DPO's loss against a reference model, one sequence at a time."""
 
     def answers(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         kept = batch["attention_mask"].bool(), batch["completion_mask"].bool()
@@ -85,7 +85,7 @@ def test_the_reference_of_a_new_adapter_is_the_base(base: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("order", ["spectral", "random"])
 def test_the_reference_of_a_loaded_adapter_is_a_copy_of_it(base: Path, tmp_path: Path, order: str) -> None:
-    """As after a supervised run. The copy needs the blocks that the adapter was trained with."""
+    """As after supervised training. The copy needs the blocks of the trained adapter."""
     torch.manual_seed(1)
     config = adapter(init_weights=False, block_order=order, smoa_alpha=1.0)
     get_peft_model(load_base(base), config).save_pretrained(tmp_path / "sft")

@@ -1,4 +1,4 @@
-"""GRPOTrainer with a stand-in for the vLLM server: a plain model that holds the weights it is sent and generates."""
+"""GRPOTrainer with a stand-in for the vLLM server: a plain model that receives weights and generates text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Weights = dict[str, Tensor]
 
 
 class Server:
-    """Takes the place of `VLLMClient`. It knows nothing of adapters, as vLLM does not know SMoA's."""
+    """Replaces `VLLMClient`. Like vLLM with SMoA, it knows nothing of adapters."""
 
     def __init__(self, base: Path) -> None:
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -96,7 +96,7 @@ def test_each_step_sends_merged_weights_and_leaves_the_base_bit_for_bit(
             vllm_mode="server",
             num_generations=3,
             max_completion_length=8,
-            beta=0.04,  # with a reference: the adapter-free model
+            beta=0.04,  # needs a reference: the model without the adapter
             **{**PLAIN, "learning_rate": 5e-2},
         ),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in QUESTIONS]),
@@ -108,7 +108,7 @@ def test_each_step_sends_merged_weights_and_leaves_the_base_bit_for_bit(
     sync = trainer.vllm_generation.sync_weights
 
     def checked() -> None:
-        """What is to be sent, computed apart; and the base, before and after."""
+        """Compute the expected weights independently, then check that sending leaves the base unchanged."""
         merged = {}
         for name, module in trainer.model.named_modules():
             if hasattr(module, "get_delta_weight"):
@@ -129,9 +129,7 @@ def test_each_step_sends_merged_weights_and_leaves_the_base_bit_for_bit(
     some = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(server.sent[0][some], server.sent[-1][some])
     assert_base_is(trainer.model, before)
-    if (
-        dtype == torch.float32
-    ):  # the server's probabilities are the trainer's: its correction has nothing to correct
+    if dtype == torch.float32:  # server and trainer agree
         ratios = [
             entry["sampling/importance_sampling_ratio/mean"] for entry in trainer.state.log_history[:-1]
         ]

@@ -1,4 +1,4 @@
-"""RewardTrainer: a head of one output, trained in full beside the adapters or adapted itself."""
+"""RewardTrainer: a head of one output, either trained in full beside the adapters or adapted itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ WAYS = {
 
 
 def load_base(folder: Path) -> Any:
-    torch.manual_seed(2)  # of the new head
+    torch.manual_seed(2)  # for the new head
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=1)
 
 
@@ -58,7 +58,7 @@ def trainer(base: Path, folder: Path, **settings: Any) -> RewardTrainer:
 
 
 def preference_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """The loss of Bradley and Terry, each chat by itself."""
+    """The Bradley-Terry loss, one chat at a time."""
     rows = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
     rewards = torch.cat([model(input_ids=row[mask][None]).logits[:, 0] for row, mask in rows])
     chosen, rejected = rewards.chunk(2)
@@ -70,7 +70,7 @@ def test_losses_are_those_of_plain_torch_and_what_is_saved_loads(
     base: Path, tmp_path: Path, way: str
 ) -> None:
     settings = dict(WAYS[way])
-    if "modules_to_save" in settings:  # of which PEFT makes the head where the task is a classifier's
+    if "modules_to_save" in settings:  # for SEQ_CLS PEFT adds the head to these
         settings["task_type"] = None
     run = trainer(base, tmp_path, **settings)
     assert any("score" in name for name in trained(run.model))

@@ -1,4 +1,4 @@
-"""SFTTrainer: packed, padding-free, padded, on assistants' answers only, resumed, saved, on the reference backend."""
+"""SFTTrainer: packed, padding-free, padded, answers only, resumed, saved, and on the reference backend."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def trainer(
 
 
 def sequences(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-    """The chats in a batch, each with its labels, whatever way they were put together."""
+    """The chats in a batch with their labels, however they were packed or padded."""
     tokens, labels = batch["input_ids"], batch["labels"]
     if "position_ids" not in batch:
         kept = [mask.bool() for mask in batch["attention_mask"]]
@@ -73,7 +73,7 @@ def sequences(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
 
 
 def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """The mean over the tokens that are answers, of chats that are run one by one."""
+    """The mean loss over the tokens of answers; each chat runs alone."""
     each = [-log_probs(model, tokens, labels != -100) for tokens, labels in sequences(batch)]
     return torch.cat(each).mean()
 
@@ -106,7 +106,7 @@ def test_losses_are_those_of_plain_torch_on_one_chat_at_a_time(
 def test_the_same_run_without_checkpointing_and_on_the_reference(
     base: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """Dropout too: its mask is drawn again where a layer is computed again, and is the same on every backend."""
+    """With dropout too: recomputation draws the same mask again, and so does every backend."""
     config = {"smoa_dropout": 0.2, **settings.pop("config", {})}
     runs = [
         trainer(base, tmp_path, packing=True, max_length=160, config={"smoa_dropout": 0.2}),

@@ -1,4 +1,4 @@
-"""The example that people copy, on the tiny chat model: it learns, resumes on the same curve, and its adapter loads."""
+"""The example script on the tiny chat model: it learns, resumes on the same curve, and its adapter loads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = ["--steps", "40", "--max-length", "256"]  # checkpoints at 20 and 40
 
 @pytest.fixture(scope="module")
 def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing interrupts, on the chats that come with a package."""
+    """An uninterrupted run, on the chats that a package ships."""
     folder = tmp_path_factory.mktemp("sft") / "whole"
     assert sft.main(["--model", str(base), "--output", str(folder), *SMALL]) == 0
     return folder
@@ -59,7 +59,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
 
 def test_chats_of_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each answer of a chat is trained once, after all that was said before it."""
+    """Each answer of a chat is trained once, with all earlier messages before it."""
     said = [("system", "be brief"), ("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")]
     messages = [{"role": role, "content": content} for role, content in said]
     file = tmp_path / "chats.jsonl"

@@ -1,4 +1,4 @@
-"""A cache folder of its own for each test, and tables that nobody has read yet."""
+"""Each test gets its own cache folder, and no table has been read yet."""
 
 from collections.abc import Iterator
 from pathlib import Path

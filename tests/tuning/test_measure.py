@@ -1,4 +1,4 @@
-"""The tuner in Triton's interpreter, under a scripted clock: what is timed, checked, kept, and never tried again."""
+"""The tuner in Triton's interpreter with a scripted clock: timing, checks, storage, and failures not retried."""
 
 import signal
 import subprocess
@@ -42,7 +42,7 @@ def reasons(key: Key = PERMUTE) -> dict[Choice, str | None]:
 
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Workload, Choice], list[Tensor]]) -> None:
-    """Let every workload return what `change` makes of it."""
+    """Replace every workload's result by that of `change`."""
 
     def load(key: Key, device: torch.device) -> Workload:
         good = workload(key, device)
@@ -67,7 +67,7 @@ def test_the_fastest_wins_every_time_is_kept_and_a_rerun_repeats_nothing() -> No
     "layer", [Layer(70, 90, 17, "bf16", 5, 2), Layer(48, 40, 33, "fp32", 4, 2, 8, experts=3)]
 )
 def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Layer) -> None:
-    """The real operands and the real kernels, in the interpreter: each gives the definition's numbers."""
+    """Real operands and real kernels, in the interpreter: each result matches the definition."""
     planned = [replace(job, candidates=job.candidates[:2]) for job in jobs([layer], "cpu", 1)]
     assert {job.key for job in planned} == set(keys(layer))
     for tuned in tune(planned, CPU, timer=scripted(lambda choice: 1.0)):
@@ -83,7 +83,7 @@ def test_what_is_stale_is_measured_again_and_what_is_left_too() -> None:
 
 
 def test_a_choice_that_fails_is_recorded_and_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not compile, or the timer dies: the same to the loop."""
+    """A compile error and an error of the timer are handled alike."""
 
     def run(good: Workload, choice: Choice) -> list[Tensor]:
         if choice == FIRST:
@@ -92,7 +92,7 @@ def test_a_choice_that_fails_is_recorded_and_skipped(monkeypatch: pytest.MonkeyP
 
     def timer(choice: Choice, launch: Callable[[], object]) -> float:
         if choice == SECOND:
-            raise ValueError("x" * 10**6)  # the reason is cut
+            raise ValueError("x" * 10**6)  # the stored reason is cut
         return 2.0
 
     spoiled(monkeypatch, run)
@@ -168,7 +168,7 @@ def test_a_rerun_after_ctrl_c_does_only_what_is_left() -> None:
     assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == SPEED
 
 
-# The first only looks whether the table can be written; the fourth and fifth are the second candidate's mark and time.
+# Call 1 checks that the table is writable; calls 4 and 5 write the second candidate's mark and its time.
 @pytest.mark.parametrize(("call", "expected"), [(4, INTERRUPTED), (5, None)])
 def test_ctrl_c_while_the_table_is_written(
     call: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
@@ -237,7 +237,7 @@ def test_a_candidate_that_ends_the_process_or_hangs_is_not_tried_for_ever(
 
 
 def test_a_mark_that_another_process_has_replaced_does_not_come_back() -> None:
-    """This one read the table while the other was at its third candidate."""
+    """This process read the table while the other one was timing its third candidate."""
     put(entry(seconds={FIRST: 3.0}))
     keep(identity(CPU), PERMUTE, Trial(THIRD, reason=UNFINISHED))
 

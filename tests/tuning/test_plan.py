@@ -1,4 +1,4 @@
-"""What a step asks the table for, what is tried for it, and the heuristic: always an answer, always one that ships."""
+"""The table keys that a step asks for, the candidates, and the heuristic, which always picks a shipped choice."""
 
 import itertools
 from dataclasses import replace
@@ -30,7 +30,7 @@ def test_bucket_edges(tokens: int, expected: int) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", KERNEL_PRECISIONS)
 def test_every_answer_ships(arch: str, dtype: str) -> None:
-    """Whatever the rank, the blocks, the tokens, the device's size and the layer's."""
+    """For every rank, number of blocks and tokens, size of the device and of the layer."""
     if dtype == "tf32" and arch.startswith("gfx"):
         pytest.skip("AMD multiplies float32 in IEEE: nobody can ask")
     asked = 0
@@ -98,7 +98,7 @@ def test_a_kernel_that_no_layer_asks_for_is_an_error(names: list[str]) -> None:
 
 
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> set[Key]:
-    """What will be asked of the table."""
+    """Collects the keys that the table is asked for."""
     asked: set[Key] = set()
     monkeypatch.setattr(table, "_fastest", lambda key, device, allowed=None: asked.add(key))
     table.forget()
@@ -113,11 +113,11 @@ def asked_for(monkeypatch: pytest.MonkeyPatch) -> set[Key]:
 def test_a_training_step_asks_for_what_the_plan_holds(
     tokens: int, order: str, granule: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise what is tuned would never be looked up. 150 tokens are gathered as 128 and then 22 in the backward."""
+    """Else the tuner would measure unused keys. The backward gathers 150 tokens as 128 and then 22."""
     monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 64)
     monkeypatch.setattr(algorithms, "GRAD_PART_TILES", 1)
     asked = asked_for(monkeypatch)
-    monkeypatch.setattr(table, "multiprocessors", lambda device: 132)  # so few tiles are split and summed
+    monkeypatch.setattr(table, "multiprocessors", lambda device: 132)  # so that these few tiles are split
     dx = "fused" if tokens == 19 else "merged"
     monkeypatch.setattr(triton_backend, "choose_algorithm", lambda *_: dx)
     n, c = (140, 90) if granule == 1 else (144, 96)
@@ -148,7 +148,7 @@ def test_a_step_of_experts_asks_for_what_the_plan_holds(
     experts_triton.experts_backward(dy, x, ends, adapter, needs_x=True)
     planned = set(keys(layer))
     assert asked <= planned
-    # The others are those of a model that stores its experts along the other side.
+    # The remaining keys are for a model that stores its experts transposed.
     assert {key._replace(transposed=not key.transposed) for key in planned - asked} == asked
 
 

@@ -1,4 +1,4 @@
-"""The table of measured choices: what is in force, what is skipped or set aside, and that writers lose nothing."""
+"""The table of measured choices: the entries in force, skipped entries, broken files, and concurrent writers."""
 
 import json
 import os
@@ -47,7 +47,7 @@ GRAD = Key("block_grad", "fp32", 3, 2, 12, 10, 8, 64, 64)
 
 @pytest.fixture
 def path() -> Path:
-    """Of this machine's table, in a folder that exists."""
+    """The path of this machine's table; its folder exists."""
     found = user_table("cpu")
     found.parent.mkdir(parents=True)
     return found
@@ -55,12 +55,12 @@ def path() -> Path:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
-    """What `smoa-kernels info` says of a file."""
+    """The line of `smoa-kernels info` about a file."""
     monkeypatch.setattr(info, "_gpus", lambda: [CPU])
     return lambda path: info._tables()[str(path)]
 
 
-# Which choice is in force
+# The choice in force
 
 
 def test_without_tables_the_heuristic_answers_and_nothing_is_written(cache: Path) -> None:
@@ -78,7 +78,7 @@ def test_the_users_table_comes_before_the_shipped_one(
     assert ask() == THIRD
     write(entry(), entry(FORWARD, {"merged": 1.0}))
     assert ask() == SECOND
-    # What may not be chosen is looked for in the next table.
+    # If no entry of the first table is allowed, the next table is asked.
     assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "split"
 
 
@@ -86,7 +86,7 @@ def test_another_problem_does_not_borrow_an_entry() -> None:
     put(entry(PERMUTE._replace(tokens=16)), entry(PERMUTE._replace(blocks=3)))
     assert ask() == FIRST
     put(entry())
-    assert ask() == SECOND  # what is kept is in force at once
+    assert ask() == SECOND  # a new entry is in force at once
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_stale_entry_is_not_used_and_stays(
     write(stale)
     assert ask() == FIRST
     assert said(path).startswith("yours; 0 entries in force, 1 not: measured with another")
-    put(entry(seconds={THIRD: 1.0}))  # two environments share a table
+    put(entry(seconds={THIRD: 1.0}))  # two environments may share a table
     assert ask() == THIRD
     assert stale.to_json() in json.loads(path.read_text())["entries"]
 
@@ -156,7 +156,7 @@ def test_what_depends_on_the_table_is_asked_once_until_it_changes() -> None:
 
 
 def test_lengths_that_come_again_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Among any number of others: what was not asked for longest is forgotten first."""
+    """The cache evicts the least recently used length first."""
     monkeypatch.setattr(table, "MOST_ANSWERS", 2)
     asked: list[int] = []
     find = table.remembered(asked.append)
@@ -167,7 +167,7 @@ def test_lengths_that_come_again_are_remembered(monkeypatch: pytest.MonkeyPatch)
 
 
 def algorithm_entry(dtype: str, kernel: str = "forward") -> None:
-    """In the order of the names, the first was measured fastest."""
+    """Times of the algorithms; the first name is the fastest."""
     problem = make_problem(ranks=(3, 2), tokens=8)
     factors = "fp32" if dtype == "tf32" else dtype
     key = Key(kernel, dtype, 3, 2, *problem.weight.shape, 8, factors=factors)
@@ -188,7 +188,7 @@ def algorithm_entry(dtype: str, kernel: str = "forward") -> None:
 def test_a_table_never_chooses_what_breaks_the_numbers(
     dtype: torch.dtype, precision: str, dropout: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """ "merged" was measured fastest in all of them: it is taken where W_eff keeps its bits, and under no dropout."""
+    """ "merged" is always the fastest. It is taken only if W_eff keeps its bits and there is no dropout."""
     for name in ("bf16", "fp16", "tf32", "fp32"):
         algorithm_entry(name)
     problem = make_problem(ranks=(3, 2), tokens=8).to(dtype)
@@ -202,7 +202,7 @@ def test_a_table_never_chooses_what_breaks_the_numbers(
 
 
 def taken_by(problem: LinearProblem, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict[str, str]:
-    """The algorithms that a training step ran, seen by the kernels it called."""
+    """The algorithms of a training step, recognised by the kernels it calls."""
     calls: list[str] = []
     called_in = {
         "modulated_weight": triton_backend.modulate,
@@ -235,7 +235,7 @@ def test_measured_winners_replace_the_rule(monkeypatch: pytest.MonkeyPatch) -> N
     assert taken_by(problem, monkeypatch) == {"forward": "split", "input_gradient": "merged"}
 
 
-# What is read
+# Reading tables
 
 
 ENTRIES = [
@@ -294,7 +294,7 @@ def test_a_bad_entry_is_skipped_and_named_and_the_others_stay_in_force(
     assert len(str(caught[0].message)) < 500 + len(str(path))
     assert tuned_algorithm(FORWARD, CPU, ("split", "fused")) == "split"
     assert said(path).startswith("yours; 2 entries in force, 1 skipped: entry 2: ")
-    put(entry(seconds={THIRD: 0.5}))  # another version may know the one that was skipped
+    put(entry(seconds={THIRD: 0.5}))  # another version may understand the skipped entry
     assert bad in json.loads(path.read_text())["entries"]
 
 
@@ -322,14 +322,14 @@ def test_a_file_that_is_no_table_is_named_and_set_aside_by_the_next_writer(
 ) -> None:
     if text is None:
         with path.open("wb") as stream:
-            stream.truncate(table.MOST_BYTES + 1)  # a hole: it takes no room
+            stream.truncate(table.MOST_BYTES + 1)  # a sparse file, which takes no space
     else:
         path.write_bytes(text)
     with pytest.warns(UserWarning, match=f"{path} .*{words}.*; it is not used") as caught:
         assert ask() == FIRST
     assert len(caught) == 1
     assert words in said(path)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # a question moves nothing
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # reading moves no file
     with pytest.warns(UserWarning, match=f"{words}.*; set aside as cpu.json.broken-1"):
         put(entry())
     with warnings.catch_warnings():
@@ -361,7 +361,7 @@ def test_info_names_tables_of_other_gpus_and_gpus_without_one(
     assert info._tables()["cpu"] == "no table: the heuristic chooses; smoa-kernels tune measures"
 
 
-# Writers
+# Concurrent writers
 
 
 def test_what_two_writers_found_for_one_key_is_joined() -> None:
@@ -384,7 +384,7 @@ for step in range({steps}):
 
 
 def writing(own: int, steps: int, before: str = "") -> subprocess.Popen[str]:
-    """A process that writes problems, some of its own, into the table of this machine."""
+    """A process that writes common problems and some of its own into this machine's table."""
     program = WRITING.format(here=str(HERE), before=before, steps=steps, own=own)
     return subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]
@@ -393,14 +393,14 @@ def writing(own: int, steps: int, before: str = "") -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_two_processes_write_into_one_table() -> None:
-    """The same problems, and each its own, each after reading what the other wrote."""
+    """Both write the same problems and some of their own, and each first reads the other's entries."""
     processes = [writing(own, 20) for own in (2, 3)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert {(key.blocks, key.tokens) for key in kept()} == {(n, 1 << s) for n in (1, 2, 3) for s in range(20)}
 
 
 def test_kill_in_the_middle_of_a_write(path: Path) -> None:
-    """Killed at the worst moment: the new file is written, not yet renamed, and the lock is held."""
+    """Killed when the new file is written but not renamed, with the lock held."""
     put(entry())
     before = path.read_text()
     stopped = "import os, time\nos.replace = lambda a, b: (print('writing', flush=True), time.sleep(60))\n"
@@ -410,5 +410,5 @@ def test_kill_in_the_middle_of_a_write(path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
     assert path.read_text() == before
-    put(entry(PERMUTE._replace(tokens=16)))  # the lock went with its holder
+    put(entry(PERMUTE._replace(tokens=16)))  # the killed process's lock is free
     assert {key.tokens for key in kept()} == {8, 16}

@@ -1,4 +1,4 @@
-"""`smoa-kernels tune` and what `info` says of tables: the whole way in the interpreter, under a scripted clock."""
+"""`smoa-kernels tune` and `info`'s lines on tables: the whole command in the interpreter, with a scripted clock."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from smoa_kernels.tuning.measure import Timer
 from smoa_kernels.tuning.models import Decoder, read_config
 
 pytestmark = needs_interpreter
-command = importlib.import_module("smoa_kernels.cli.tune")  # the package has the function under its name
+command = importlib.import_module("smoa_kernels.cli.tune")  # `cli` exports the function under the same name
 
 # One kernel and both algorithms of one small layer: three problems.
 SMALL = ["--shape", "70x90", "--tokens", "17", "--dtype", "bf16", "--rank", "5", "--blocks", "2"]
@@ -52,13 +52,13 @@ def test_a_dry_run_lists_what_is_timed(capsys: pytest.CaptureFixture[str], cache
     ):
         assert words in out
     assert out.count("runs without a table") == 2
-    assert out.count("never chosen") == 1  # merged, in bf16
+    assert out.count("never chosen") == 1  # merged in bf16
     assert "for 2 problems on a100 (sm_80). Nothing was measured." in out
     assert not cache.exists()
 
 
 def test_kernels_of_experts_are_tuned_where_a_layer_has_experts(capsys: pytest.CaptureFixture[str]) -> None:
-    """However their weights are stored."""
+    """For weights stored either way."""
     arguments = [
         "--dry-run",
         "--gpu",
@@ -81,7 +81,7 @@ def test_kernels_of_experts_are_tuned_where_a_layer_has_experts(capsys: pytest.C
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Timer], None]:
-    """The interpreter in the place of a GPU, with a given timer."""
+    """The interpreter in place of a GPU, with a given timer."""
 
     def prepare(timer: Timer) -> None:
         monkeypatch.setattr(command, "_device_here", lambda: CPU)
@@ -94,7 +94,7 @@ SECONDS = {"merged": 3e-6, "split": 2e-6, "fused": 1e-6, "eager": 4e-6}
 
 
 def script(choice: Choice) -> float:
-    """Seconds: "fused" wins, and of the configurations the narrowest."""
+    """Seconds by choice: "fused" is the fastest algorithm, the smallest block_n the fastest configuration."""
     return SECONDS[choice] if isinstance(choice, str) else choice.block_n * 1e-6
 
 
@@ -105,14 +105,14 @@ def test_what_won_is_told_and_in_force_and_not_measured_again(
     gpu(scripted(script, timed))
     assert main(["tune", *SMALL, *KERNELS]) == 0
     out, err = capsys.readouterr()
-    weight, forward, gradient = err.splitlines()  # one line as each is done
+    weight, forward, gradient = err.splitlines()  # one line per finished problem
     assert weight.startswith("1/3 modulated_weight 70x90 ρ=3 K=2 bf16 fp32 factors: 16.0 µs, n=16 c=")
     assert (
         forward
         == "2/3 forward 70x90 T≤32 ρ=3 K=2 bf16 fp32 factors: 1.0 µs, fused (one kernel, gather inside)"
     )
     assert gradient.startswith("3/3 input_gradient 70x90 T≤32 ρ=3 K=2 bf16 fp32 factors: 1.0 µs, fused")
-    assert "0.25" in out  # of the heuristic's time
+    assert "0.25" in out  # relative to the heuristic's time
     (compared,) = (line for line in out.splitlines() if line.startswith("compared: forward"))
     assert all(f"{seconds * 1e6:.1f} µs" in compared for seconds in SECONDS.values())
     assert f"Kept in {user_table('cpu')}" in out
@@ -147,7 +147,7 @@ def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
     timed: list[Choice] = []
     gpu(scripted(script, timed))
     assert main(["tune", *SMALL, *KERNELS]) == 0
-    assert timed == ["split", "eager", "fused", "merged", "eager"]  # then dX, which the rule fuses
+    assert timed == ["split", "eager", "fused", "merged", "eager"]  # then dX, whose default is fused
     assert "failed" not in capsys.readouterr().out
 
 

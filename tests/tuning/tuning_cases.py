@@ -1,4 +1,4 @@
-"""Entries made by hand, a clock that follows a script, and what this machine's table holds."""
+"""Hand-made entries, a scripted timer, and access to this machine's table."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def shipped(kernel: str) -> tuple[Config, ...]:
-    """What ships for the interpreter, in float32."""
+    """The interpreter's shipped configurations in float32."""
     return KERNELS[kernel].shipped(facts("cpu"), PRECISIONS["fp32"])
 
 
@@ -31,17 +31,17 @@ needs_interpreter = pytest.mark.skipif(
 PERMUTE = Key("permute", "fp32", blocks=2, in_features=12, tokens=8, padded_in=64)
 FORWARD = Key("forward", "bf16", 3, 2, 12, 10, 8)
 SPEED = dict(zip(PERMUTE_CONFIGS, (3.0, 1.0, 2.0), strict=True))
-"""The second shipped configuration wins."""
+"""The second shipped configuration is the fastest."""
 
 
 def entry(key: Key = PERMUTE, seconds: dict[Choice, float] = SPEED, **changed: object) -> Entry:
-    """An entry of this machine, its identity `changed`."""
+    """An entry of this machine, with the `changed` fields of its identity."""
     trials = tuple(Trial(choice, value) for choice, value in seconds.items())
     return Entry(key, replace(identity(CPU), **changed), trials)  # type: ignore[arg-type]
 
 
 def write(*entries: Entry, path: Path | None = None) -> None:
-    """Make a table, this machine's unless it is named."""
+    """Write a table file, by default this machine's."""
     path = path or user_table("cpu")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"schema": SCHEMA, "entries": [e.to_json() for e in entries]}))
@@ -59,12 +59,12 @@ def permute_job(key: Key = PERMUTE) -> Job:
 
 
 def kept() -> dict[Key, Entry]:
-    """What is in force of this machine's table."""
+    """The entries in force of this machine's table."""
     return read(user_table("cpu"), identity(CPU)).entries
 
 
 def ask(tokens: int = 8) -> object:
-    """The launch parameters in force for `PERMUTE`, or for another number of tokens."""
+    """The launch parameters in force for `PERMUTE`, with `tokens` tokens."""
     sizes = {"blocks": 2, "in_features": 12, "padded_in": 64}
     return select("permute", CPU, torch.float32, tokens=tokens, **sizes)
 
@@ -72,7 +72,7 @@ def ask(tokens: int = 8) -> object:
 def scripted(
     seconds: Callable[[Choice], float], timed: list[Choice] | None = None
 ) -> Callable[[Choice, Callable[[], object]], float]:
-    """A timer that runs what it times and answers by script."""
+    """A timer that runs the launch and returns scripted seconds."""
 
     def timer(choice: Choice, launch: Callable[[], object]) -> float:
         launch()
