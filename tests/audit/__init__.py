@@ -1,1 +1,1 @@
-"""What the compiler makes of a kernel, without a GPU."""
+"""Inspects what the compiler makes of a kernel, without a GPU."""

@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of a launch for an architecture that need not be present.
 
-A launch is captured from the kernel's own launcher, called with tensors that have no data, so what is compiled
-here is what a launch compiles: the same constexprs, the same specialisation of pointers, strides and sizes.
+A launch is captured from the kernel's own launcher, called with tensors without data. So the audit compiles what a
+real launch compiles: the same constexprs, the same specialisation of pointers, strides and sizes.
 Imports Triton; the process must not interpret (`TRITON_INTERPRET`).
 """
 
@@ -71,7 +71,7 @@ class Binary:
 
 
 def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
-    """What `launcher()` launches `kernel` with; a LookupError if it does not. No kernel runs."""
+    """The launch of `kernel` that `launcher()` makes; LookupError if there is none. No kernel runs."""
     launches: list[Launch] = []
 
     def record(launched: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
@@ -101,7 +101,7 @@ def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
 def representative_launch(
     kernel: Kernel, config: Config, dtype: str, form: str, arch: Architecture
 ) -> Launch:
-    """What a launch of one of the kernel's forms compiles."""
+    """A launch of one of the kernel's forms, ready to compile."""
 
     def launcher() -> object:
         operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
@@ -111,7 +111,7 @@ def representative_launch(
     launch = capture(kernel.fn, launcher)
     if not arch.is_amd:
         return launch
-    # AMD multiplies float32 in IEEE, whatever a launcher on another machine chose.
+    # AMD multiplies float32 in IEEE; the captured launch may have chosen TF32.
     constexprs = {name: "ieee" if value == "tf32" else value for name, value in launch.constexprs.items()}
     return replace(launch, constexprs=constexprs)
 
@@ -136,7 +136,7 @@ def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
     shared = int(compiled.metadata.shared)
     if arch.is_amd:
         return _read_amd(compiled.asm["amdgcn"], shared, warps)
-    # Warp-specialised kernels run more warps than num_warps; PTX knows the true number.
+    # Warp-specialised kernels run more warps than num_warps; the true number is in the PTX.
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"])
     warps = int(threads[1]) // 32 if threads else warps
     return _read_nvidia(compiled.asm["cubin"], shared, warps)
@@ -144,10 +144,10 @@ def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
 
 @contextmanager
 def _exact_lines(kernel: Any) -> Iterator[None]:
-    """Keep source lines true through PTX, and through Triton's cache.
+    """Keep source lines correct through PTX and through Triton's cache.
 
-    Triton's cache knows a kernel by its text, while its lines name a file: what another checkout compiled would name
-    that checkout's, gone perhaps.
+    Triton's cache identifies a kernel by its text, but its lines name a file. After a compile in another checkout that
+    is the other checkout's file, which may be gone.
     """
     file = kernel.fn.__code__.co_filename
 
@@ -168,7 +168,7 @@ def _exact_lines(kernel: Any) -> Iterator[None]:
     knobs.runtime.add_stages_inspection_hook = hook
     try:
         with knobs.cache.scope():
-            # A folder of its own: Triton 3.6 does not take what the hook returns into the key.
+            # A separate folder: Triton 3.6 does not include the hook's result in the cache key.
             name = hashlib.sha256(f"lines of files of {file}".encode()).hexdigest()[:16]
             knobs.cache.dir = str(Path(knobs.cache.dir) / name)
             yield
@@ -180,14 +180,14 @@ _LOCATION = re.compile(r"((?:\.loc|inlined_at)\s+(\d+)\s+)([1-9]\d*)")
 
 
 def exact_lines(ptx: str) -> str:
-    """Drop all but the first `.loc` of each inline assembly block, and give each file line numbers of its own.
+    """Keep only the first `.loc` of each inline assembly block, and give each file its own range of line numbers.
 
-    Triton emits an unmasked load as inline assembly of several lines, and LLVM counts its line numbers on from line
-    to line: the load itself would carry the number of a later statement. And ptxas keeps the file before where a
-    `.loc` names another one but the same number (Triton 3.6, 3.9): `parse_sass` takes the multiples of LINES off.
+    Triton emits an unmasked load as several lines of inline assembly, and LLVM increments the line number on each of
+    them, so the load would get the number of a later statement. Also, ptxas keeps the previous file if a `.loc` names
+    another file but the same line (Triton 3.6, 3.9). `parse_sass` subtracts the multiples of LINES.
     """
     kept: list[str] = []
-    locations: int | None = None  # seen in the present block; None outside
+    locations: int | None = None  # number seen in the current block; None outside
     for line in ptx.splitlines():
         code = line.strip()
         if code.startswith("// begin inline asm"):
@@ -212,7 +212,7 @@ _Path = tuple[int, ...]
 def _specialise(
     kernel: Any, launch: Launch, arch: Architecture
 ) -> tuple[dict[str, str], dict[_Path, Any], dict[_Path, list[list[Any]]]]:
-    """What Triton's own launch makes of the arguments: 1 and None become constants, 16 | n an attribute."""
+    """Specialise the arguments as Triton's launch does: 1 and None become constants, 16 | n an attribute."""
     signature: dict[str, str] = {}
     constants: dict[_Path, Any] = {}
     attributes: dict[_Path, list[list[Any]]] = {}
@@ -263,8 +263,8 @@ def _read_amd(text: str, shared: int, warps: int) -> Binary:
         key: int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1])
         for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     }
-    # vgpr_count is the unified file's: accumulation registers are in it.
-    spilled = 4 * count["vgpr_spill_count"]  # scalar registers spill into lanes of vector ones, not to memory
+    # vgpr_count covers the unified register file, accumulation registers included.
+    spilled = 4 * count["vgpr_spill_count"]  # scalar registers spill into vector lanes, not to memory
     stack = count["private_segment_fixed_size"]
     return Binary(count["vgpr_count"], spilled, stack, shared, warps, parse_amdgcn(text))
 

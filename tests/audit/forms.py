@@ -1,4 +1,4 @@
-"""What the audit asks of each kernel: the forms of its launches, its rules, and the pointers that may be narrow."""
+"""For each kernel: the forms of its launches, the rules that apply, and the pointers that may be narrow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smoa_kernels.kernels.spec import GRANULE, Key
 
 __all__ = ["AUDITED", "Audited", "representative"]
 
-# A few bytes per coordinate or block, looked up; one number.
+# Small lookups: a few bytes per coordinate or block, or one number.
 LOOKED_UP = dict.fromkeys(("index_ptr", "row_index_ptr", "col_index_ptr"), "one index per coordinate")
 LOOKED_UP |= dict.fromkeys(("offsets_ptr", "row_offsets_ptr", "col_offsets_ptr"), "one offset per block")
 LOOKED_UP |= dict.fromkeys(("row_block_ptr", "col_block_ptr", "ranks_ptr"), "labels and ranks")
@@ -24,9 +24,9 @@ class Audited:
     """One kernel as the audit sees it.
 
     Attributes:
-        role: "matmul", "gather" or "copy": which rules apply.
-        forms: names of the constexpr paths of a launch. "r64" in a name is ρ, else 16; "fp32 factors" are those that
-            PEFT keeps; "transposed" reads along the other side; "granules" are coordinates that the partition keeps
+        role: "matmul", "gather" or "copy"; it decides which rules apply.
+        forms: names of the constexpr paths of a launch. "r64" in a name is ρ, else ρ = 16; "fp32 factors" is PEFT's
+            default; "transposed" reads along the other side; "granules" are coordinates that the partition keeps
             together.
         narrow: pointers that may be accessed below 128 bits besides those of `LOOKED_UP`, each with its reason.
     """
@@ -81,11 +81,11 @@ AUDITED: dict[str, Audited] = {
         {"bias_ptr": "one row, read by every token and cached"},
     ),
 }
-"""By the name of a kernel, the form that is used most first."""
+"""By the kernel's name; the most common form comes first."""
 
 
 def representative(kernel: str, dtype: str, form: str) -> Key:
-    """A key that makes a launch take `form`, and compiles to what keys of real sizes do.
+    """A key whose launch takes `form` and compiles to the same code as real sizes.
 
     Its sizes are multiples of 16 and more than one tile of each kind.
     """

@@ -1,4 +1,4 @@
-"""Machine code as the audit reads it: SASS (NVIDIA) and AMDGCN listings parsed into one `Listing`.
+"""Machine code as the audit reads it: SASS (NVIDIA) and AMDGCN listings, parsed into one `Listing`.
 
 Nothing here runs a compiler or a GPU: text in, dataclasses out.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-import networkx  # torch needs it
+import networkx  # already needed by torch
 
 __all__ = ["LINES", "Access", "Instruction", "Listing", "parse_amdgcn", "parse_sass"]
 
 Location = tuple[str, int]
 
 LINES = 100_000
-"""More than a file has. SASS counts those of a file from a multiple of it, which compile.py adds."""
+"""More lines than any file has. In SASS, compile.py adds a multiple of it to the line numbers of each file."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Access:
     Attributes:
         kind: "load" or "store".
         bits: per thread; 0 for a bulk copy by the tensor-memory accelerator, which has no width per thread.
-        asynchronous: goes to shared memory without passing registers.
-        location: (file, line) of the source, the innermost where inlined; None where the listing has no lines.
+        asynchronous: goes to shared memory without passing through registers.
+        location: (file, line) of the source, the innermost if inlined; None if the listing has no lines.
     """
 
     kind: str
@@ -42,8 +42,8 @@ class Instruction:
     Attributes:
         opcode: mnemonic with its modifiers.
         operands: the rest.
-        location: where it came from.
-        predicated: may be skipped, so that control can also fall through.
+        location: its source line.
+        predicated: may be skipped, so control can also fall through.
     """
 
     opcode: str
@@ -54,7 +54,7 @@ class Instruction:
 
 @dataclass
 class Listing:
-    """Instructions in address order, and where labels point.
+    """Instructions in address order, and the targets of labels.
 
     Attributes:
         instructions: in address order.
@@ -69,16 +69,16 @@ class Listing:
     def loops(self) -> list[list[int]]:
         """Outermost loops: sets of instructions that can reach each other, in order of their first address.
 
-        By control flow, not by intervals: compilers put waits past the program's end and jump back from there.
+        By control flow, not by addresses: compilers put waits past the program's end and jump back from there.
         """
         count = len(self.instructions)
         flow = networkx.DiGraph((i, target) for i in range(count) for target in self._successors(i))
         return sorted(sorted(c) for c in networkx.strongly_connected_components(flow) if len(c) > 1)
 
     def main_loop(self) -> list[int]:
-        """Indices of the first outermost loop that multiplies; empty where none does.
+        """Indices of the first outermost loop that multiplies; empty if there is none.
 
-        A loop multiplies with a tensor-core instruction in it, or with more than 32 fused multiply-adds.
+        A loop multiplies if it has a tensor-core instruction or more than 32 fused multiply-adds.
         """
         for loop in self.loops():
             body = [self.instructions[i] for i in loop]
@@ -95,11 +95,11 @@ class Listing:
         return stem if re.fullmatch(r"(H|D|Q|O|I|B)?(G|W)?MMA|UTC[A-Z]*MMA", stem) and stem != "MMA" else None
 
     def access(self, instruction: Instruction) -> Access | None:
-        """The global-memory access that an instruction is, or None."""
+        """The global-memory access of an instruction, or None."""
         return (_amd_access if self.amd else _sass_access)(instruction)
 
     def local_bytes(self) -> int:
-        """Bytes of local memory that SASS stores to (distinct addresses): spilled registers."""
+        """Bytes of local memory (distinct addresses) that SASS stores to, which are spilled registers."""
         spilled: set[tuple[str, int]] = set()
         for instruction in self.instructions:
             if self.amd or not instruction.opcode.startswith("STL"):
@@ -110,9 +110,9 @@ class Listing:
         return len(spilled)
 
     def early_writes(self) -> list[tuple[str, str]]:
-        """Each Hopper product whose left operand is in registers, with a write to one of them before it is waited for.
+        """Hopper products with a left operand in registers, each with a write to one of these before its wait.
 
-        The tensor core may not have read them yet. Assemblers before 13.3 did so (triton-lang/triton#9433, #11781).
+        The tensor core may not have read it yet. Assemblers before 13.3 did this (triton-lang/triton#9433, #11781).
         """
         found = []
         for index, product in enumerate(self.instructions):
@@ -162,7 +162,7 @@ def parse_sass(text: str) -> Listing:
     after_code = True
     for line in text.splitlines():
         if marker := _SASS_LINE.search(line):
-            # Of several markers in a row the first is the innermost inlined call.
+            # If several markers follow each other, the first is the innermost inlined call.
             if after_code:
                 location = (marker[1], int(marker[2]) % LINES)
             after_code = False
@@ -187,7 +187,7 @@ _WRITES_NONE = re.compile(
 
 
 def _written(instruction: Instruction) -> range:
-    """Registers that an instruction of SASS writes; none for products, which the tensor core takes in their order."""
+    """Registers that a SASS instruction writes; none for products, which the tensor core executes in order."""
     register = re.match(r"(?:U?P\w+,\s*)*R(\d+)\b", instruction.operands)
     if register is None or _WRITES_NONE.match(instruction.opcode):
         return range(0)
@@ -217,7 +217,7 @@ _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]\w+)\s*([^;]*)")
 
 
 def parse_amdgcn(text: str) -> Listing:
-    """Parse the assembly that Triton's AMD backend keeps under "amdgcn"."""
+    """Parse the assembly that Triton's AMD backend stores under "amdgcn"."""
     listing = Listing(amd=True)
     files: dict[int, str] = {}
     location: Location | None = None
@@ -226,7 +226,7 @@ def parse_amdgcn(text: str) -> Listing:
             files[int(name[1])] = "/".join(part for part in (name[2], name[3]) if part)
         elif marker := _AMD_LINE.match(line):
             number = int(marker[2])
-            # Line 0 means "no line of its own": keep the last one that had.
+            # Line 0 means "no line of its own": keep the previous one.
             location = (files.get(int(marker[1]), "?"), number) if number else location
         elif label := re.match(r"^(\.L\w+):", line):
             listing.labels[label[1]] = len(listing.instructions)

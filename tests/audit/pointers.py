@@ -1,10 +1,10 @@
-"""Which pointer arguments of a kernel an access in its machine code goes through.
+"""Finds the pointer arguments that an access in a kernel's machine code goes through.
 
-Machine code carries source lines, not pointer names. Kernels name their pointers `*_ptr`, so the names follow from the
-text: a `tl.load` or `tl.store` touches the `*_ptr` names that its address mentions, directly or through local variables
+Machine code carries source lines, not pointer names. Kernels name their pointers `*_ptr`, so the source gives the
+names: a `tl.load` or `tl.store` touches the `*_ptr` names in its address, used directly or through local variables
 assigned from them.
 
-Where LLVM merges two accesses of AMDGCN, their common instruction has no source line, and nothing tells.
+If LLVM merges two accesses of AMDGCN, the merged instruction has no source line and its pointer stays unknown.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def _file(path: str) -> Lines:
 
 
 def pointers_at(path: str, line: int, kind: str) -> frozenset[str]:
-    """Pointer parameters that a line of a file loads from or stores to (`kind`); empty where there are none."""
+    """Pointer parameters that a line of a file loads from or stores to (`kind`); empty if there are none."""
     lines = _file(path)
-    # A compiler may name the line that made the address rather than the access.
+    # A compiler may name the line that computed the address instead of the access.
     return lines.get((line, kind)) or lines.get((line, "address"), frozenset())
 
 
 def pointers_by_line(text: str) -> Lines:
-    """(line, "load" | "store" | "address") to the pointer parameters that a statement spanning it touches."""
+    """Maps (line, "load" | "store" | "address") to the pointer parameters of the statements on that line."""
     lines: Lines = {}
 
     def note(node: ast.stmt | ast.expr, kind: str, names: frozenset[str]) -> None:
@@ -58,14 +58,14 @@ def _is_access(call: ast.Call) -> bool:
 
 
 def _origins(function: ast.FunctionDef) -> dict[str, frozenset[str]]:
-    """Local name to the `*_ptr` parameters that its value is an address in.
+    """Maps a local name to the `*_ptr` parameters that its value points into.
 
-    Loads end the trail: an offset that was itself loaded from `index_ptr` is no address in `index_ptr`.
+    A load ends the chain: an offset loaded from `index_ptr` is not an address in `index_ptr`.
     """
     origin: dict[str, frozenset[str]] = {
         a.arg: frozenset([a.arg]) for a in function.args.args if a.arg.endswith("_ptr")
     }
-    for _ in range(2):  # a second round reaches names that a loop assigns after their first use
+    for _ in range(2):  # the second round finds names that a loop assigns after their first use
         for node in ast.walk(function):
             if isinstance(node, ast.Assign):
                 targets, value = node.targets, node.value
@@ -81,7 +81,7 @@ def _origins(function: ast.FunctionDef) -> dict[str, frozenset[str]]:
 
 
 def _mentioned(node: ast.AST, origin: dict[str, frozenset[str]]) -> frozenset[str]:
-    """Pointers in an address expression: sums, conditionals and `.to(...)` pass them on, calls do not."""
+    """Pointers in an address expression. Sums, conditionals and `.to(...)` pass them on, other calls do not."""
     if isinstance(node, ast.Name):
         return origin.get(node.id, frozenset())
     if isinstance(node, ast.BinOp):

@@ -12,7 +12,7 @@ __all__ = ["Record", "Traffic", "broken_rules", "occupancy"]
 
 WIDE_BITS = 128
 UNKNOWN = "?"
-"""A pointer that the listing does not tell."""
+"""A pointer that the listing does not identify."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Traffic:
     """Global-memory instructions of one kind in one place of the binary.
 
     Attributes:
-        pointer: parameter names it goes through, joined by "|", or `UNKNOWN`.
+        pointer: names of the parameters it goes through, joined by "|", or `UNKNOWN`.
         kind: "load" or "store".
         bits: per thread; 0 for bulk copies.
         asynchronous: straight to shared memory.
@@ -38,10 +38,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Record:
-    """What one kernel at one configuration compiles to on one architecture.
+    """The result of compiling one kernel at one configuration for one architecture.
 
-    Registers, spills and stack are per thread, shared memory per block. `early_writes` are to registers of a wgmma's
-    left operand before its wait. If there is an `error`, nothing else counts.
+    Registers, spills and stack are per thread, shared memory per block. `early_writes` counts writes to a wgmma's left
+    operand before its wait. If there is an `error`, the other fields mean nothing.
     """
 
     kernel: str
@@ -72,7 +72,7 @@ class Record:
 
     @property
     def name(self) -> str:
-        """What was compiled."""
+        """The kernel, form, configuration, architecture and dtype."""
         config = " ".join(
             f"{name.removeprefix('block_').removeprefix('num_')}={v}" for name, v in self.config.items()
         )
@@ -92,7 +92,7 @@ def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) ->
 
 
 def broken_rules(record: Record) -> tuple[str, ...]:
-    """The rules that a record breaks, in words; empty when it may ship.
+    """The rules that a record breaks, as messages; empty if it may ship.
 
     1. It compiles; no spills, no stack, no local memory.
     2. Shared memory within the architecture's limit, and at least one block fits a multiprocessor.

@@ -1,6 +1,6 @@
-"""Compiles every kernel at every shipped configuration for every architecture, in processes of their own.
+"""Compiles every kernel at every shipped configuration for every architecture, in separate processes.
 
-No GPU is needed. Results are cached by everything that decides them.
+No GPU is needed. Results are cached under a hash of all inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["Task", "run_audit", "run_task", "tasks"]
 
 SMOKE = ("sm_80", "sm_90", "sm_100")
 KERNELS = "smoa_kernels.kernels:KERNELS"
-_CACHE_SCHEMA = 7  # raised whenever a record gains a field or a parser changes what it reads
+_CACHE_SCHEMA = 7  # raised when a record gains a field or a parser reads something new
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Task:
     registry: str = KERNELS
 
     def find(self) -> tuple[Kernel, Config, Record]:
-        """The kernel, its configuration, and what is known before anything is compiled."""
+        """The kernel, its configuration, and a record with the facts known before compiling."""
         kernel = _load(self.registry)[self.kernel]
         config = kernel.shipped(ARCHITECTURES[self.arch], PRECISIONS[self.dtype])[self.config]
         audited = AUDITED[self.kernel]
@@ -74,7 +74,7 @@ def tasks(
     extent: str = "shipped",
     registry: str = KERNELS,
 ) -> list[Task]:
-    """Every compilation asked for, in the order of `archs`; where nothing is named, all.
+    """All requested compilations, in the order of `archs`; an empty argument means all.
 
     Args:
         archs: names of `ARCHITECTURES`.
@@ -102,7 +102,7 @@ def tasks(
 
 
 def _knows_tf32(kernel: Kernel, arch: Architecture) -> bool:
-    """Whether TF32 compiles to anything else than IEEE: AMD multiplies in IEEE, and what copies does not multiply."""
+    """Whether TF32 differs from IEEE in the compiled code: not on AMD, nor in kernels that only copy."""
     return not arch.is_amd and (
         AUDITED[kernel.name].role != "copy" or "INPUT_PRECISION" in kernel.fn.arg_names
     )
@@ -116,23 +116,23 @@ def _forms(kernel: Kernel, extent: str, *, largest: bool) -> tuple[str, ...]:
 
 
 def _distinct(configs: Sequence[Config]) -> list[int]:
-    """Numbers of configurations that compile to something of their own: how many programs share a sum does not."""
+    """Indices of configurations that compile to different code; `split`, the programs per sum, changes nothing."""
     compiled = [replace(config, split=0) for config in configs]
     return [number for number, config in enumerate(compiled) if config not in compiled[:number]]
 
 
 def run_audit(work: Sequence[Task], jobs: int) -> Iterator[Record]:
-    """Each task's record, as they finish. A compiler that crashes takes its process with it, and so the whole pool."""
+    """Each task's record as it finishes. A compiler crash ends its process and breaks the whole pool."""
     waiting = dict.fromkeys(work)
     while waiting:
-        # Until one crashes; which of those that were begun it was, nobody says.
+        # Runs until a compiler crashes; the pool does not say which task it was.
         with _workers(jobs) as pool, suppress(BrokenProcessPool):
             pending = {pool.submit(run_task, task): task for task in waiting}
             for future in as_completed(pending):
                 record = future.result()
                 del waiting[pending[future]]
                 yield record
-        # In order: one in each worker, and in the pool's queue as many and one more.
+        # Tasks start in order, so it is a running one (one per worker) or a queued one (one more than that).
         for task in list(waiting)[: 2 * jobs + 1]:
             del waiting[task]
             try:
@@ -152,12 +152,12 @@ def run_task(task: Task) -> Record:
         if (cached := _read(path)) is not None:
             return cached
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Triton's notices about its own future
+            warnings.simplefilter("ignore")  # Triton's deprecation warnings
             record = _record(blank, compile_launch(kernel.fn, launch, arch))
-    except Exception as error:  # whatever a compiler throws is a finding about this configuration
+    except Exception as error:  # any error of a compiler is a finding about this configuration
         last = (str(error).strip().splitlines() or [""])[-1].strip()
         return replace(blank, error=f"{type(error).__name__}: {last}")
-    with suppress(OSError):  # a full disk costs only the cache
+    with suppress(OSError):  # a full disk only loses the cache
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, json.dumps(record.to_json()).encode())
     return record
@@ -190,7 +190,7 @@ def _record(blank: Record, binary: Binary) -> Record:
 
 
 def _key(kernel: Kernel, launch: Launch, blank: Record) -> str:
-    """Hash of everything that decides a record: source, launch, architecture, dtype, Triton, this schema."""
+    """Hash of all that decides a record: source, launch, architecture, dtype, Triton, and this schema."""
     decides = [_CACHE_SCHEMA, triton.__version__, kernel.fn.cache_key, blank.to_json(), asdict(launch)]
     return hashlib.sha256(json.dumps(decides, default=str, sort_keys=True).encode()).hexdigest()
 
@@ -199,12 +199,12 @@ def _read(path: Path) -> Record | None:
     try:
         return Record.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
-        return None  # absent, truncated or foreign: compile again and overwrite
+        return None  # missing, truncated or invalid: compile again and overwrite
 
 
 @contextmanager
 def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that compile: spawned, each with a Triton cache that is nobody else's."""
+    """Spawned processes that compile, each with its own Triton cache."""
     with tempfile.TemporaryDirectory(prefix="smoa-audit-") as folder:
         spawn = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(folder,))

@@ -1,4 +1,4 @@
-"""The audit (`make audit`): parsers and rules on fabricated listings, and real compiles of toy kernels."""
+"""The audit (`make audit`): parsers and rules on made-up listings, and real compiles of toy kernels."""
 
 import json
 import os
@@ -37,7 +37,7 @@ HOPPER_LOOP = """
 .L_x_2:
         /*0080*/                   BRA `(.L_x_2);
 """
-# Blackwell's barrier waits jump out of line and back: no interval, but one cycle of control flow.
+# Blackwell's barrier waits jump out of line and back: the loop is a cycle, but no address range.
 BLACKWELL_LOOP = """
 .L_x_9:
         /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR19], R12 ;
@@ -162,7 +162,7 @@ REGISTER_OPERAND = """
     ],
 )
 def test_a_register_operand_is_written_only_after_the_wait(old, new, early):
-    """On every way from the product on, round its loop too."""
+    """On every path from the product, also around its loop."""
     assert len(parse_sass(REGISTER_OPERAND.replace(old, new)).early_writes()) == early
 
 
@@ -177,7 +177,7 @@ def test_amdgcn():
 
 
 def test_lines_of_two_files_stay_apart():
-    """ptxas takes a line for one of the file before where only the file changes."""
+    """ptxas assigns a line to the previous file if only the file changes."""
     ptx = ".loc 1 77 19\n.loc 2 77 25, function_name $L0, inlined_at 1 77 19 // a.py:77:25\n.loc 1 0 9\n"
     first, second, at, none = (int(line) for line in re.findall(r"(?:loc|at) \d (\d+)", exact_lines(ptx)))
     assert (at, none) == (first, 0)
@@ -201,7 +201,7 @@ def kernel(x_ptr, index_ptr, out_ptr, n):
 """
     )
     assert lines[3, "load"] == {"index_ptr"}
-    assert lines[6, "load"] == lines[8, "load"] == {"x_ptr"}  # a loaded index is no address in index_ptr
+    assert lines[6, "load"] == lines[8, "load"] == {"x_ptr"}  # a loaded index is not an address in index_ptr
     assert (lines[9, "load"], lines[9, "store"]) == ({"x_ptr"}, {"out_ptr"})
     assert (2, "load") not in lines
 
@@ -257,7 +257,7 @@ def load(pointer: str, bits: int, asynchronous: bool) -> dict[str, object]:
         (AMD | load("dy_ptr", 128, False), None),
         (load("dy_ptr|index_ptr", 16, False), "through dy_ptr|index_ptr"),
         (load("?", 16, False), "through ?"),
-        (AMD | load("?", 16, False), None),  # LLVM merged it with another
+        (AMD | load("?", 16, False), None),  # LLVM merged two accesses
         ({"traffic": GOOD.traffic[1:]}, "no loads of wide operands"),
         ({"traffic": GOOD.traffic[1:], "role": "gather"}, None),
         ({"role": "copy", "traffic": GOOD.traffic[:2]}, None),
@@ -277,7 +277,7 @@ def test_a_record_survives_json():
 
 @pytest.fixture
 def audit(tmp_path: Path) -> Callable[..., tuple[int, str, dict[object, Record]]]:
-    """Audits toy kernels (toys.py) in a process that compiles; its exit code, output and records by kernel or block."""
+    """Audits toy kernels (toys.py) in a compiling process; returns exit code, output and records by kernel or block."""
 
     def run(*options: str, registry: str = "TOYS") -> tuple[int, str, dict[object, Record]]:
         command = [sys.executable, "-m", "audit", "--dtype", "bf16", "--jobs", "2", "--json", "out.json"]
@@ -309,11 +309,11 @@ def test_good_and_bad_kernels(audit, tmp_path, arch, core):
     assert good.tensor_cores[core] > 0
     assert {t.pointer for t in good.traffic if t.in_main_loop} == {"x_ptr", "w_ptr"}
     assert any("loads of 16 bits through x_ptr" in rule for rule in broken_rules(bad))
-    assert not any("x_ptr" in rule for rule in broken_rules(copy))  # declared narrow, and is
+    assert not any("x_ptr" in rule for rule in broken_rules(copy))  # declared narrow, and it is narrow
     assert any("through x_ptr" in rule for rule in broken_rules(replace(copy, narrow={})))
     cached = sorted((tmp_path / "audit").iterdir())
     spoiled = next(path for path in cached if "toy_copy" in path.read_text())
-    spoiled.write_text(spoiled.read_text()[:40])  # as a crash without atomic writes would leave it
+    spoiled.write_text(spoiled.read_text()[:40])  # like a crash during a non-atomic write
     assert audit("--arch", arch)[2] == records
     assert sorted((tmp_path / "audit").iterdir()) == cached
 
@@ -321,7 +321,7 @@ def test_good_and_bad_kernels(audit, tmp_path, arch, core):
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_compiler_that_crashes_is_a_finding(audit):
-    """Alone of its kind; one that crashed only once counts as what it compiled to."""
+    """Such a task is recorded as crashed; one that crashed only once gets its normal record."""
     code, _, records = audit("--arch", "sm_80", registry="CRASHES")
     assert code == 1
     assert set(records) == {256, 128, 64, 512, 1024, 2048}

@@ -1,6 +1,6 @@
-"""Kernels for the audit's own tests: a plain matmul that obeys every rule and a copy that reads bytes.
+"""Kernels for the audit's own tests: a plain matmul that obeys every rule and a copy that reads single bytes.
 
-Imported by audit workers only, where Triton compiles.
+Only audit workers import this file, since they compile with Triton.
 """
 
 import os
@@ -63,7 +63,7 @@ def copy_work(operands: Operands) -> Work:
 
 
 def crashing_work(operands: Operands) -> Work:
-    """What a compiler does that crashes: always at the block of 64, once at the block of 256."""
+    """Simulates a crashing compiler: always at block 64, once at block 256."""
     run, truth = copy_work(operands)
     first = Path(os.environ["SMOA_CACHE"]) / "crashed"
 

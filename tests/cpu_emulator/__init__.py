@@ -1,1 +1,1 @@
-"""Compiled code of processors that are not here: plugin.py runs tests over it, README.md says how."""
+"""Runs compiled code for other processors: plugin.py runs tests with it, README.md explains it."""

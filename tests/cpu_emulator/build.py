@@ -1,4 +1,4 @@
-"""Compiles backends/native for a processor that is not here, its instructions those of immintrin.h."""
+"""Compiles backends/native for another processor; immintrin.h here emulates its instructions."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ FLAGS = [
     "-mf16c",
     f"-I{Path(__file__).parent}",
 ]
-"""-O1 where a wheel has -O3, for it takes half of the time to compile; GCC fuses products and sums by the other."""
+"""-O1 halves the compile time of a wheel's -O3; -fexpensive-optimizations lets GCC fuse products and sums."""
 HERE = torch.backends.cpu.get_cpu_capability()
 
 
 def obstacle() -> str | None:
-    """Why nothing can be emulated here, or None where it can."""
+    """Why nothing can be emulated here, or None if it can."""
     if compiler() is None:
         return "needs Linux on an x86 processor, and a C compiler"
     return None if HERE.startswith("AVX") else "needs a processor with AVX2"
 
 
 def compile_program(processor: str, *arguments: str) -> None:
-    """Compiles with that processor's features.
+    """Compiles with a processor's features.
 
     Raises:
         KeyError: no such processor.
-        CalledProcessError: the compiler failed, and has said why.
+        CalledProcessError: the compiler failed, and has printed why.
     """
     features = [f"-D{name}={value}" for name, value in PROCESSORS[processor].items()]
     subprocess.run([*(compiler() or []), *FLAGS, *features, *arguments], check=True)
 
 
 def compile_library(processor: str, into: Path) -> None:
-    """Writes sources and library to a folder, as library.py expects them on the processor that is here."""
+    """Writes sources and library to a folder, named as library.py expects on the actual processor."""
     sources = [Path(shutil.copy2(source, into)) for source in sorted(FOLDER.glob("*.[ch]"))]
     features = ["-DVECTOR_BYTES=64", f'-DSOURCE="{digest_of(sources)}"']
     output = into / f"linear_{HERE.lower()}.so"
-    # An instruction that immintrin.h lacks is an error here, not when the library is loaded.
+    # A missing instruction of immintrin.h is an error here, not on loading.
     compile_program(processor, "-shared", "-fPIC", "-Wl,-z,defs", *features, str(SOURCE), "-o", str(output))

@@ -1,4 +1,4 @@
-"""Runs a pytest session over the code of another processor; tests/conftest.py loads it where CPU_EMULATOR names one."""
+"""Runs a pytest session with another processor's code; tests/conftest.py loads it if CPU_EMULATOR names one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if PROCESSOR not in PROCESSORS:
     raise pytest.UsageError(f"CPU_EMULATOR must be one of {', '.join(PROCESSORS)}, got {PROCESSOR}")
 
 if (REASON := obstacle()) is None:
-    # The session's other processes find what the first of them compiled.
+    # The session's first process compiles for the others.
     if "CPU_EMULATOR_FOLDER" not in os.environ:
         folder = os.environ["CPU_EMULATOR_FOLDER"] = tempfile.mkdtemp(prefix="cpu-emulator-")
         atexit.register(shutil.rmtree, folder)

@@ -1,4 +1,4 @@
-"""The emulated instructions: known results (check.c), and misuse that the emulator must find."""
+"""The emulated instructions: known results (check.c), and misuse that the emulator must detect."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_known_results(program: Path) -> None:
         ("a", "a line does not begin at a multiple of 64 bytes"),
         ("l", "a line does not begin at a multiple of 64 bytes"),
         ("t", "a tile that has no size"),
-        ("r", "a tile that has no size"),  # any more
+        ("r", "a tile that has no size"),  # after the tiles' release
         ("f", "tiles whose sizes do not fit"),
         ("s", "one tile twice in a product"),
         ("c", "a size that no tile has"),

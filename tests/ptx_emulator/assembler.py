@@ -1,4 +1,4 @@
-"""The register file of a warp, and instructions as they are put together."""
+"""The register file of a warp, and the building of instructions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
     "vector",
 ]
 
-# As `struct Instruction` in core/machine.h.
+# Must match `struct Instruction` in core/machine.h.
 INSTRUCTION = np.dtype(
     [
         ("operation", "u4"),
@@ -51,16 +51,16 @@ SPECIAL = re.compile(r"%(tid|ctaid)\.[xyz]$|%(laneid|warpid)$")
 
 
 class UnsupportedError(Exception):
-    """PTX that the machine does not know."""
+    """PTX that the machine does not support."""
 
 
 class Predicate(int):
-    """The number of a predicate, among operands that are rows."""
+    """A predicate's number, among operands that are rows."""
 
 
 @dataclass(frozen=True)
 class Statement:
-    """A line of PTX, its operands apart."""
+    """A PTX statement, split into operation and operands."""
 
     operation: str
     arguments: list[str]
@@ -71,13 +71,13 @@ class Statement:
 
     @cached_property
     def parts(self) -> list[str]:
-        """Of the operation, between dots."""
+        """The parts of the operation between dots."""
         return self.operation.split(".")
 
 
 @dataclass
 class Instruction:
-    """One of the machine's, as `INSTRUCTION` has it."""
+    """An instruction of the machine, with the fields of `INSTRUCTION`."""
 
     operation: int
     destinations: Sequence[int]
@@ -93,7 +93,7 @@ class Instruction:
     watch: int = -1
 
     def write(self, row: Any) -> None:
-        """Into a row of an `INSTRUCTION` array."""
+        """Write the instruction into a row of an `INSTRUCTION` array."""
         for name in ("operation", "predicate", "negated", "immediate", "watch"):
             row[name] = getattr(self, name)
         row["destination_count"], row["source_count"] = len(self.destinations), len(self.sources)
@@ -104,20 +104,20 @@ class Instruction:
 
 @dataclass
 class Assembler:
-    """What is known of a kernel while its statements are read.
+    """The state of a kernel's translation while its statements are read.
 
     Attributes:
-        operations: the machine's, by name.
+        operations: the number of each machine operation by name.
         shared_base: the address of `global_smem`.
-        parameters: where each parameter lies.
-        declared: the width of each class of registers, 0 of predicates.
-        rows: offset and width of each register that was met.
+        parameters: the offset of each parameter.
+        declared: the width of each class of registers; 0 for predicates.
+        rows: offset and width of each register used so far.
         constants: offset of each constant, by value and width.
-        predicates: their numbers.
-        code: so far.
-        labels: the number of the instruction behind each.
+        predicates: the number of each predicate.
+        code: the instructions so far.
+        labels: the number of the instruction after each label.
         extra: as in `ptx.Program`.
-        register_bytes: so far.
+        register_bytes: the size of the register file so far.
     """
 
     operations: Mapping[str, int]
@@ -145,7 +145,7 @@ class Assembler:
         immediate: int = 0,
         aux: Sequence[int] = (),
     ) -> None:
-        """Append an instruction of a statement."""
+        """Append a machine instruction for a statement."""
         if name not in self.operations:
             raise UnsupportedError(f"{name}: {statement.text}")
         self.code.append(
@@ -165,18 +165,18 @@ class Assembler:
         )
 
     def jump(self, statement: Statement, label: str) -> None:
-        """Append a branch, to a label that may still come."""
+        """Append a branch to a label, which may be defined later."""
         self._jumps.append((len(self.code), label))
         self.emit(statement, "bra")
 
     def finish(self) -> None:
-        """Append an end, and resolve the branches."""
+        """Append the end of the program, and resolve the branches."""
         self.emit(Statement("ret", [], "(end)", "?", -1, False), "ret")
         for at, label in self._jumps:
             self.code[at].immediate = self.labels[label]
 
     def allocate(self, width: int) -> int:
-        """A new row of the register file."""
+        """Allocate a row of the register file; returns its offset."""
         offset = self.register_bytes
         self.register_bytes += 32 * max(width, 2)
         return offset
@@ -199,7 +199,7 @@ class Assembler:
         return self.constants[key]
 
     def predicate(self, name: str) -> Predicate:
-        """Number of a predicate; -1, 1 and 0 are constant ones."""
+        """Number of a predicate; "-1" and "1" are always true, "0" is always false."""
         if name in ("-1", "1", "0"):
             name = "false" if name == "0" else "true"
         elif self._width(name) != 0:
@@ -207,7 +207,7 @@ class Assembler:
         return Predicate(self.predicates.setdefault(name, len(self.predicates)))
 
     def source(self, statement: Statement, text: str, width: int) -> int:
-        """Offset of an operand that is read: a register, of whose value the low part is taken, or a constant."""
+        """Offset of an operand that is read: a constant, or a register, truncated to `width` if wider."""
         if text == "global_smem":
             return self.constant(self.shared_base, width)
         if (value := literal(text)) is not None:
@@ -223,11 +223,11 @@ class Assembler:
         return narrowed
 
     def sources(self, statement: Statement, texts: Sequence[str], width: int) -> list[int]:
-        """Offsets of operands of one width, each a register, a constant or a vector of them."""
+        """Offsets of operands of one width: registers, constants or vectors of them."""
         return [self.source(statement, text, width) for group in texts for text in vector(group)]
 
     def destination(self, statement: Statement, text: str, width: int) -> int:
-        """Offset of a register that is written; `_` takes what nobody wants."""
+        """Offset of a register that is written; `_` gets a scratch row."""
         if text == "_":
             return self.allocate(width)
         offset, actual = self.row(text)
@@ -250,7 +250,7 @@ class Assembler:
 
 
 def literal(text: str) -> int | None:
-    """The bits of a constant; None where it is none."""
+    """The bits of a constant; None if the text is not a constant."""
     if match := re.fullmatch(r"0[fF]([0-9a-fA-F]{8})|0[dD]([0-9a-fA-F]{16})", text):
         return int(match[1] or match[2], 16)
     if match := re.fullmatch(r"(-?)(0[xX][0-9a-fA-F]+|\d+)U?", text):
@@ -259,7 +259,7 @@ def literal(text: str) -> int | None:
 
 
 def split_list(text: str) -> list[str]:
-    """What commas part, outside brackets."""
+    """Split at commas outside brackets."""
     parts, depth, current = [], 0, ""
     for character in text:
         depth += (character in "{[(") - (character in "}])")
@@ -272,5 +272,5 @@ def split_list(text: str) -> list[str]:
 
 
 def vector(text: str) -> list[str]:
-    """The registers of `{a, b}`; of `a`, that one."""
+    """The registers of `{a, b}`, or the single register `a`."""
     return [name.strip() for name in text.strip().removeprefix("{").removesuffix("}").split(",")]

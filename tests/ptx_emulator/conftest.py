@@ -1,4 +1,4 @@
-"""These tests run in sessions of their own (`make emulate`): kernels are compiled there, and interpreted elsewhere."""
+"""These tests run in separate sessions (`make emulate`), where kernels are compiled; elsewhere they are interpreted."""
 
 import os
 
@@ -9,4 +9,4 @@ collect_ignore_glob = [] if os.environ.get("PTX_EMULATOR") else ["test_*.py"]
 
 @pytest.fixture(autouse=True)
 def _unwritten_memory_shows(poisoned_memory: None) -> None:
-    """Every test here runs with it."""
+    """Every test here uses the fixture."""

@@ -1,4 +1,4 @@
-"""What launches did to memory: sectors of global memory, passes over shared memory's banks."""
+"""Memory counts of launches: sectors of global memory, and passes over shared memory's banks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["accesses"]
 
 
 def opcode(text: str) -> str:
-    """Of an instruction, behind its predicate."""
+    """The opcode of an instruction, without its predicate."""
     words = text.split()
     return words[1] if words[0].startswith("@") else words[0]
 
 
 def accesses(launches: Iterable[Launch]) -> dict[tuple[str, str], Counter[str]]:
-    """By source line and opcode: `requests`, `sectors`, `used_bytes`, and of shared memory `waves` and `phases`."""
+    """Counts by source line and opcode: `requests`, `sectors`, `used_bytes`; for shared memory `waves` and `phases`."""
     table: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for launch in launches:
         program = launch.program

@@ -1,7 +1,7 @@
 """A Triton driver without a GPU: `kernel[grid](...)` on CPU tensors compiles for a GPU and runs in the emulator.
 
-Everything up to the launch is Triton's own: the specialisation of the arguments and the compiler as far as PTX. ptxas
-does not run; what would be its cubin is the PTX, which is what a launch gets.
+Everything up to the launch is Triton's own: the specialisation of the arguments and the compiler down to PTX. ptxas
+does not run; the PTX takes the place of the cubin and is passed to the launch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Argument", "Kernel", "install"]
 
 @dataclass(frozen=True)
 class Argument:
-    """What a kernel gets for one of its parameters: its name, Triton's type of it ("*bf16", "i32") and the value."""
+    """A kernel argument: the parameter's name, its Triton type ("*bf16", "i32") and its value."""
 
     name: str
     kind: str
@@ -34,7 +34,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a launch needs of a compiled kernel."""
+    """A compiled kernel, with all that a launch needs."""
 
     name: str
     ptx: str
@@ -48,18 +48,18 @@ Launch: TypeAlias = Callable[[Kernel, tuple[int, int, int], list[Argument]], Non
 
 
 class PtxCompiler(CUDABackend):  # type: ignore[misc]
-    """Triton's compiler, stopped at PTX."""
+    """Triton's compiler, stopped after PTX."""
 
     def make_cubin(self, src: str, *_: Any) -> bytes:
         return src.encode()
 
     def hash(self) -> str:
-        return f"{super().hash()}-ptx"  # of the keys of Triton's cache, which real cubins share
+        return f"{super().hash()}-ptx"  # part of the cache key, so that real cubins keep their own
 
 
 def _launcher(launch: Launch) -> type:
     class Launcher:
-        """What a compiled kernel calls."""
+        """The launcher that a compiled kernel calls."""
 
         def __init__(self, src: Any, metadata: Any) -> None:
             if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -85,7 +85,7 @@ def _launcher(launch: Launch) -> type:
 
 
 class EmulatorDriver(DriverBase):  # type: ignore[misc]
-    """One device of one architecture."""
+    """A driver with one device of one architecture."""
 
     def __init__(self, arch: int, launch: Launch) -> None:
         self.arch = arch
@@ -93,7 +93,7 @@ class EmulatorDriver(DriverBase):  # type: ignore[misc]
         self.launcher_cls = _launcher(launch)
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": shared},
-            # module, function, registers, spills, most threads of a block
+            # module, function, registers, spills, maximum threads per block
             load_binary=lambda name, ptx, shared, device: (object(), ptx.decode(), 0, 0, 1024),
             unload_module=lambda module: None,
         )
@@ -125,7 +125,7 @@ class EmulatorDriver(DriverBase):  # type: ignore[misc]
 
 
 def install(arch: int, launch: Launch) -> None:
-    """Make Triton compile for `arch` and launch by `launch`, from now on in this process."""
+    """Make Triton compile for `arch` and launch with `launch` for the rest of this process."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET must not be set: the emulator runs compiled kernels")
     backends["nvidia"] = replace(backends["nvidia"], compiler=PtxCompiler)

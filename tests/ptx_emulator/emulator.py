@@ -1,4 +1,4 @@
-"""Launches: a compiled kernel and its arguments to the machine, its findings and counts back.
+"""Launches: passes a compiled kernel and its arguments to the machine, and returns findings and counts.
 
 emulator.activate(80)               # before a kernel is launched, with TRITON_INTERPRET unset
 kernel[grid](...)                   # on CPU tensors
@@ -26,19 +26,19 @@ __all__ = ["EmulationError", "Launch", "Options", "activate", "launch", "launche
 
 REPORTS = 4096
 PAGE = 4096
-NO_RESERVE = 0x4000  # Linux, as yet without a name in every supported Python
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which not every supported Python names
 
 
 class EmulationError(Exception):
-    """The machine stopped: what the kernel does has no meaning."""
+    """The machine stopped: the kernel did something undefined."""
 
 
 @dataclass
 class Options:
-    """Of the machine.
+    """Options of the machine.
 
     Attributes:
-        round_tf32: TF32 operands are rounded to nearest. Tensor cores cut them off: this tells what that costs.
+        round_tf32: round TF32 operands to nearest, where tensor cores truncate them; shows what truncation costs.
     """
 
     round_tf32: bool = False
@@ -46,15 +46,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Launch:
-    """What happened in one launch.
+    """The results of one launch.
 
     Attributes:
-        kernel: what was launched.
+        kernel: the kernel's name.
         grid: programs along x, y and z.
-        program: its PTX as the machine reads it.
-        stats: a `library.Stat` of each instruction, as an array with named fields.
+        program: its PTX, translated for the machine.
+        stats: a `library.Stat` for each instruction, as an array with named fields.
         findings: errors and notes.
-        seconds: that the machine took.
+        seconds: the machine's run time.
     """
 
     kernel: Kernel
@@ -75,18 +75,18 @@ class Launch:
 
 options = Options()
 launches: list[Launch] = []
-"""All so far; whoever reads them clears them."""
+"""All launches so far; the reader clears the list."""
 
 
 def activate(arch: int) -> None:
-    """Make Triton compile for `sm_<arch>` and launch here."""
+    """Make Triton compile for `sm_<arch>` and launch in the emulator."""
     library()
     driver.install(arch, launch)
 
 
 @functools.cache
 def program_of(text: str) -> ptx.Program:
-    """PTX as the machine reads it."""
+    """PTX translated for the machine."""
     machine = library()
     return ptx.parse(text, machine.operations, machine.shared_base)
 
@@ -95,8 +95,8 @@ def launch(kernel: Kernel, grid: tuple[int, int, int], arguments: list[Argument]
     """Run a kernel over a grid and append to `launches`.
 
     Raises:
-        EmulationError: the kernel or an argument is none that the machine runs, or it stopped.
-        ptx.UnsupportedError: an instruction that the machine does not know.
+        EmulationError: the machine does not support the kernel or an argument, or it stopped.
+        ptx.UnsupportedError: the machine does not support an instruction.
     """
     machine, program = library(), program_of(kernel.ptx)
     if program.threads != kernel.num_warps * 32:
@@ -153,9 +153,9 @@ def launch(kernel: Kernel, grid: tuple[int, int, int], arguments: list[Argument]
 
 
 class _Memory:
-    """The tensor arguments, each at addresses of its own, 2^40 apart: past the end of one, no other begins.
+    """The tensor arguments, at addresses 2^40 apart, so that none follows the end of another.
 
-    The low 12 bits are those of the real address, so that alignment is what it is.
+    The low 12 bits are those of the real address, which keeps the alignment.
     """
 
     def __init__(self, arguments: list[Argument]) -> None:
@@ -163,8 +163,8 @@ class _Memory:
         self.names = list(tensors)
         self.regions = (Region * max(len(tensors), 1))()
         self.addresses: dict[str, int] = {}
-        self._arrays: list[np.ndarray] = []  # which the regions point to
-        last_access: dict[int, tuple[int, int]] = {}  # by storage: two arguments may share one
+        self._arrays: list[np.ndarray] = []  # keeps the regions' memory alive
+        last_access: dict[int, tuple[int, int]] = {}  # by storage, since two arguments may share one
         for number, (name, tensor) in enumerate(tensors.items(), 1):
             if tensor.device.type != "cpu":
                 raise EmulationError(f"{name} is on {tensor.device}")
@@ -178,11 +178,11 @@ class _Memory:
             self.regions[number - 1] = Region(
                 start, size, base, self._in_view(tensor, size), *last_access[base], poison
             )
-            # The address of an empty tensor is null.
+            # An empty tensor has the null address.
             self.addresses[name] = start + tensor.data_ptr() - base if tensor.data_ptr() else 0
 
     def _zeros(self, count: int, dtype: type) -> int:
-        """The address of zeros: pages that nobody touches cost nothing, however many there are."""
+        """The address of zeros. Untouched pages cost nothing, however many there are."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
         array: np.ndarray = np.frombuffer(
             mmap.mmap(-1, max(count, 1) * np.dtype(dtype).itemsize, flags=flags), dtype
@@ -191,7 +191,7 @@ class _Memory:
         return array.ctypes.data
 
     def _in_view(self, tensor: Tensor, size: int) -> int:
-        """Per byte of the storage: whether it belongs to an element of the view."""
+        """The address of one flag per byte of the storage: whether it belongs to an element of the view."""
         address = self._zeros(size, np.uint8)
         if tensor.numel():
             item = tensor.element_size()
@@ -210,7 +210,7 @@ class _Memory:
 
 
 def _parameters(program: ptx.Program, arguments: list[Argument], addresses: dict[str, int]) -> np.ndarray:
-    """The kernel's parameters as they lie in memory. Triton adds two, for scratch memory, of which there is none."""
+    """The kernel's parameters as laid out in memory. Triton adds two for scratch memory, which is not used."""
     if len(program.parameters) != len(arguments) + 2:
         raise EmulationError(f"{len(program.parameters)} parameters for {len(arguments)} arguments")
     buffer = np.zeros(program.parameter_bytes, np.uint8)

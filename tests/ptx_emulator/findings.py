@@ -1,4 +1,4 @@
-"""What the emulator can find, each kind with its meaning. Our kernels have no error that we accept."""
+"""The kinds of findings of the emulator and their meanings. Our kernels must have no errors."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ NOTES: Mapping[str, str] = MappingProxyType(
         "wgmma_operand_read": "a register of the left operand of a wgmma under way is read (the manual forbids it)",
     }
 )
-"""Seen and told, but no errors."""
+"""Reported, but not errors."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was seen at one instruction of one launch.
+    """A finding at one instruction of one launch.
 
     Attributes:
         kind: one of `ERRORS` or `NOTES`.
         kernel: the function's name.
-        line: of the source, "permute.py:79".
+        line: the source line, "permute.py:79".
         instruction: the PTX.
         count: how many times.
-        example: one of them: where, who, how wide.
+        example: one occurrence: where, by which thread, how wide.
     """
 
     kind: str

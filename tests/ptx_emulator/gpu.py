@@ -1,4 +1,4 @@
-"""Makes smoa_kernels take CPU tensors for a GPU's: the one place where it is told something that is not so."""
+"""Makes smoa_kernels treat CPU tensors as a GPU's. No other file fakes anything."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["pretend"]
 
 
 def pretend(arch: int) -> Gpu:
-    """Let the CPU be a GPU of `sm_<arch>`, from now on in this process: kernels compile for it and run in the emulator.
+    """Let the CPU act as a GPU of `sm_<arch>` for the rest of this process: kernels compile for it and are emulated.
 
     Returns:
         The GPU.
 
     Raises:
-        RuntimeError: the kernels have been imported: they know what they run on.
+        RuntimeError: the kernels were imported before this call.
     """
     if "smoa_kernels.kernels.spec" in sys.modules:
         raise RuntimeError("the kernels must be imported after this")

@@ -1,4 +1,4 @@
-"""PTX written by hand, and PTX that is broken on purpose."""
+"""Handwritten PTX, and PTX that is broken on purpose."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MODULE = """
 
 
 def run_ptx(body: str, *tensors: Tensor, threads: int = 32, shared: int = 65536) -> Launch:
-    """Run instructions; the parameters p0, p1, ... are the tensors, %r1 is the thread and %r2 shared memory."""
+    """Run instructions. The parameters p0, p1, ... are the tensors, %r1 is the thread, and %r2 is shared memory."""
     parameters = ",".join(f".param .u64 p{i}" for i in range(len(tensors) + 2))
     text = MODULE.format(arch=ARCH, parameters=parameters, threads=threads, body=body)
     kernel = Kernel("handwritten", text, threads // 32, 1, shared, ARCH)
@@ -57,7 +57,7 @@ def found(run: Callable[[], object]) -> set[str]:
 
 
 def found_when_broken(run: Callable[[], object], change: Change) -> set[str]:
-    """Likewise where a correct kernel's PTX is changed before it runs."""
+    """The same for a correct kernel whose PTX `change` breaks before it runs."""
     original = emulator.program_of
 
     def broken(text: str) -> object:
@@ -71,5 +71,5 @@ def found_when_broken(run: Callable[[], object], change: Change) -> set[str]:
 
 
 def without(pattern: str) -> Change:
-    """What matches is left out."""
+    """A change that deletes all matches."""
     return lambda text: re.sub(pattern, "", text)

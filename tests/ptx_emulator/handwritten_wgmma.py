@@ -1,4 +1,4 @@
-"""One wgmma written by hand, its operands laid out in shared memory as the PTX manual's canonical layouts have them."""
+"""A single handwritten wgmma; its operands lie in shared memory in the PTX manual's canonical layouts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .library import library
 __all__ = ["KINDS", "Operand", "run_wgmma"]
 
 KINDS = {"f16": (torch.float16, 16), "bf16": (torch.bfloat16, 16), "tf32": (torch.float32, 8)}
-"""The dtype of each kind of operand, and how deep one product is."""
-SWIZZLE_CODES = {16: 0, 128: 1, 64: 2, 32: 3}  # of a descriptor; 16 bytes: none
+"""For each kind of operand, the dtype and the depth K of one product."""
+SWIZZLE_CODES = {16: 0, 128: 1, 64: 2, 32: 3}  # codes in a descriptor; 16 bytes: no swizzle
 HALF = 32768  # bytes of shared memory for each operand
 
 PROGRAM = """
@@ -57,10 +57,10 @@ LOAD_LEFT = """
 
 @dataclass(frozen=True)
 class Operand:
-    """How a matrix (M or N by K) lies in shared memory.
+    """The layout of a matrix (M or N by K) in shared memory.
 
     Attributes:
-        width: bytes of the swizzle; 16: none.
+        width: bytes of the swizzle; 16 means none.
         major: M or N is contiguous, not K.
     """
 
@@ -81,7 +81,7 @@ class Operand:
         return start >> 4 | lead >> 4 << 16 | stride >> 4 << 32 | SWIZZLE_CODES[self.width] << 62
 
     def image(self, values: Tensor, kind: str) -> np.ndarray:
-        """The bytes: core matrices of 8 × 16 bytes, and the swizzle as an exclusive or of address bits."""
+        """The bytes: core matrices of 8 × 16 bytes; the swizzle is an exclusive or of address bits."""
         stored = bits(values, kind)
         item, out = stored.itemsize, np.zeros(HALF, np.uint8)
         lead, stride = self.steps(values.shape[0], item)
@@ -115,17 +115,17 @@ def run_wgmma(
     between: str = "",
     change: Change = lambda text: text,
 ) -> tuple[Tensor, Launch]:
-    """`a b` (64, n) of A (64, K) and B (K, n), by four warps; exact where the values are small integers.
+    """`a b` (64, n) of A (64, K) and B (K, n), by four warps; exact if the values are small integers.
 
     Args:
-        kind: of `KINDS`.
-        left: how A lies in shared memory; None: it is in registers %r20 to %r23.
-        right: how B does.
+        kind: a key of `KINDS`.
+        left: the layout of A in shared memory; None if A is in registers %r20 to %r23.
+        right: the layout of B.
         signs: -1 negates an operand.
-        scale_d: a predicate, whether the accumulators count.
-        start: their value.
+        scale_d: a predicate: whether to add to the accumulators.
+        start: the accumulators' initial value.
         between: PTX between the product and the wait for it.
-        change: of the whole PTX.
+        change: applied to the whole PTX.
     """
     (dtype, depth), n = KINDS[kind], b.shape[1]
     item, count = dtype.itemsize, n // 2
@@ -165,7 +165,7 @@ def run_wgmma(
 
 
 def bits(values: Tensor, kind: str) -> np.ndarray:
-    """The values as they are stored."""
+    """The values as stored integers."""
     dtype = KINDS[kind][0]
     integers = torch.int32 if dtype.itemsize == 4 else torch.int16
     stored: np.ndarray = values.to(dtype).contiguous().view(integers).numpy()
@@ -173,7 +173,7 @@ def bits(values: Tensor, kind: str) -> np.ndarray:
 
 
 def fragments(a: Tensor, kind: str) -> np.ndarray:
-    """The four registers of A that each of 128 threads has."""
+    """The four registers of A in each of 128 threads."""
     stored, held = bits(a, kind), np.zeros((128, 4), np.uint32)
     for thread in range(128):
         for i in range(4):

@@ -1,4 +1,4 @@
-"""PTX statements as the machine's instructions: one function a family."""
+"""Translates PTX statements to the machine's instructions, with one function per family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WGMMA_KINDS = ("f16", "bf16", "tf32")
 
 
 def translate(a: Assembler, s: Statement) -> None:
-    """Append what a statement does."""
+    """Append the instructions of a statement."""
     family = s.parts[0]
     if s.parts[-1] == "pred" and family not in FAMILIES:
         a.emit(s, s.operation, [a.predicate(s.arguments[0])], [a.predicate(p) for p in s.arguments[1:]])
@@ -41,7 +41,7 @@ def _barrier(a: Assembler, s: Statement) -> None:
         a.emit(s, "bar.warp.sync")
     elif re.fullmatch(r"(bar|barrier)\.sync(\.aligned)?", s.operation) and s.arguments == ["0"]:
         a.emit(s, "bar.sync")
-    else:  # named ones, and those of some warps
+    else:  # named barriers, and barriers of some of the warps
         raise UnsupportedError(s.text)
 
 
@@ -55,7 +55,7 @@ def _fence(a: Assembler, s: Statement) -> None:
 
 
 def _nothing(a: Assembler, s: Statement) -> None:
-    """The order of a program's accesses to memory is not modelled."""
+    """Memory ordering within a program is not modelled."""
     a.emit(s, "nop")
 
 
@@ -70,7 +70,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _space(s: Statement) -> tuple[str, str, int]:
-    """Of a load or store: the state space, the type and how many elements each lane has."""
+    """The state space, the type and the elements per lane of a load or store."""
     ignored = {"volatile", "relaxed", "acquire", "release", "weak", "gpu", "cta", "sys", "nc"}
     parts = [p for p in s.parts[1:] if p not in ignored and not p.startswith(("L1::", "L2::"))]
     space, *rest = [p.removesuffix("::cta") for p in parts]
@@ -187,7 +187,7 @@ def _wgmma(a: Assembler, s: Statement) -> None:
     accumulators = a.destinations(s, s.arguments[0], 4)
     left = a.sources(s, [s.arguments[1]], 4 if in_registers else 8)
     signs, transposed = _flags(s, s.arguments[4:6]), _flags(s, s.arguments[6:])
-    operands = 1 if in_registers else 2  # whose descriptor may say that it is transposed
+    operands = 1 if in_registers else 2  # operands with a descriptor, which may be transposed
     allowed = (
         depth == (8 if kind == 2 else 16)
         and columns in range(8, 257, 8)
@@ -199,7 +199,7 @@ def _wgmma(a: Assembler, s: Statement) -> None:
     )
     if not allowed:
         raise UnsupportedError(s.text)
-    # TF32 has no transposition, and registers none.
+    # TF32 operands cannot be transposed, nor operands in registers.
     left_transposed, right_transposed = (0, 0) if kind == 2 else [0, *transposed][-2:]
     bits = [int(in_registers), int(signs[0] < 0), int(signs[1] < 0), left_transposed, right_transposed]
     first = len(a.extra)
@@ -293,7 +293,7 @@ def _convert(a: Assembler, s: Statement) -> None:
     if actual == width:
         a.emit(s, name, [row], [operand])
         return
-    narrow = a.allocate(width)  # a destination may be wider than the type
+    narrow = a.allocate(width)  # a destination may be wider than its type
     a.emit(s, name, [narrow], [operand])
     a.emit(s, f"cvt.{to[0]}{8 * actual}.{to}", [row], [narrow])
 
@@ -303,7 +303,7 @@ def _convert(a: Assembler, s: Statement) -> None:
 FLOAT_OPERATIONS = frozenset(
     ["add", "sub", "mul", "fma", "min", "max", "neg", "abs", "div", "ex2", "lg2", "rcp", "sqrt", "rsqrt"]
 )
-# Computed to the last bit whether PTX asks for it or not; subnormal operands of these are not flushed.
+# Always exact to the last bit, even if PTX allows approximation; subnormal operands are not flushed.
 EXACT = frozenset(["div", "rcp", "sqrt", "rsqrt"])
 
 
@@ -314,7 +314,7 @@ def _arithmetic(a: Assembler, s: Statement) -> None:
         a.emit(s, f"{s.parts[0]}.f32x2", [a.destination(s, to, 8)], a.sources(s, operands, 8))
         return
     if kind in ("f16", "bf16") and s.parts[-2] == "f32" and s.parts[0] in ("add", "fma"):
-        # Narrow operands, and a float32 one last.
+        # Narrow operands, then a float32 one.
         sources = [*a.sources(s, operands[:-1], 2), a.source(s, operands[-1], 4)]
         a.emit(s, f"{s.parts[0]}.f32.{kind}", [a.destination(s, to, 4)], sources)
         return

@@ -1,4 +1,4 @@
-"""The machine, core/*.cpp, compiled by g++ when it is first needed and kept in the user's cache folder."""
+"""The machine, core/*.cpp, compiled by g++ on first use and cached in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 
 
 class Stat(ctypes.Structure):
-    """Counts of one instruction, over all warps of a launch.
+    """Counts of one instruction over all warps of a launch.
 
-    For accesses to global memory `sectors` are distinct pieces of 32 bytes that a request touches, `ideal_sectors`
-    those that its bytes would fill; for shared memory `waves` are passes over its 32 banks, `phases` those without
+    For global memory, `sectors` counts the 32-byte pieces that a request touches, and `ideal_sectors` the fewest that
+    could hold its bytes. For shared memory, `waves` counts passes over the 32 banks, and `phases` passes without
     conflicts.
     """
 
@@ -42,7 +42,7 @@ class Stat(ctypes.Structure):
 
 
 class Region(ctypes.Structure):
-    """A tensor argument: the addresses that the kernel sees, its storage, and per byte who wrote and who read it."""
+    """A tensor argument: its addresses in the kernel, its storage, and the last writer and reader of each byte."""
 
     _fields_ = [
         ("start", _u64),
@@ -65,7 +65,7 @@ class Report(ctypes.Structure):
 
 
 class Job(ctypes.Structure):
-    """A launch, as core/machine.h explains it."""
+    """A launch; core/machine.h explains the fields."""
 
     _fields_ = [
         ("code", _pointer),
@@ -99,10 +99,10 @@ class Library:
     """The compiled machine.
 
     Attributes:
-        launch: runs a `Job`, whether it stopped.
+        launch: runs a `Job`; returns whether it stopped.
         operations: the number of each operation by name.
         kinds: names of the kinds of findings, by number.
-        shared_base: the address at which a program's shared memory begins.
+        shared_base: the address where a program's shared memory begins.
     """
 
     launch: Callable[[Any], int]
@@ -112,7 +112,7 @@ class Library:
 
 
 def obstacle() -> str | None:
-    """Why the emulator cannot run here; None where it can."""
+    """Why the emulator cannot run here, or None if it can."""
     if shutil.which("g++") is None:
         return "there is no g++, which compiles the emulator"
     return None
@@ -120,7 +120,7 @@ def obstacle() -> str | None:
 
 @functools.cache
 def library() -> Library:
-    """Compile what changed and load it.
+    """Compile the machine if its sources changed, and load it.
 
     Raises:
         RuntimeError: there is no g++.

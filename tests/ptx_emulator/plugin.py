@@ -1,7 +1,7 @@
 """Runs a pytest session's kernels in the emulator; tests/conftest.py loads it where PTX_EMULATOR names an architecture.
 
-Any test may run so, those of tests/kernels too. A test fails where a check of the emulator found an error. The summary
-counts launches, and shows the largest shares of error budgets and every finding with the test that saw it first.
+Any test can run this way, also those of tests/kernels. A test fails if the emulator's checks find an error. The summary
+counts launches, and lists the largest shares of error budgets and every finding with the first test that saw it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if (REASON := obstacle()) is None:
     pretend(ARCH)
 
 FINDINGS, LAUNCHES, SHARE = "emulator's findings", "emulator's launches", "share of the error budget"
-"""Properties of a test's report; `SHARE` is recorded by the test itself: (what, share)."""
+"""Names of a test report's properties. A test records `SHARE` itself: (what, share)."""
 
 _reports: list[pytest.TestReport] = []
 

@@ -1,7 +1,7 @@
-"""PTX text to the machine's bytecode: fixed-size instructions over rows of 32 lanes.
+"""Translates PTX to the machine's bytecode: fixed-size instructions over rows of 32 lanes.
 
-Every PTX register is a row of the warp's register file (2, 4 or 8 bytes a lane), every constant a row that is filled
-before the warp starts. Anything unknown raises `UnsupportedError`.
+Every PTX register is a row of the warp's register file (2, 4 or 8 bytes a lane). Every constant is a row that is
+filled before the warp starts. Unknown statements raise `UnsupportedError`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPECIAL_ROWS = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%laneid", "%warpi
 
 
 class Parameter(NamedTuple):
-    """Where a parameter of the kernel lies among all of them."""
+    """The offset and size of a kernel parameter among all of them."""
 
     name: str
     offset: int
@@ -31,23 +31,23 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A kernel as the machine runs it.
+    """A kernel, translated for the machine.
 
     Attributes:
-        threads: of a program (a CTA).
+        threads: per program (CTA).
         code: the instructions, an array of `INSTRUCTION`.
-        texts: of each instruction, its PTX.
-        lines: of each instruction, the source line, "permute.py:79".
-        register_bytes: of a warp.
-        initial: a warp's registers before it starts: the constants.
-        predicates: how many a warp has.
-        initial_predicates: a bit for each lane.
-        special: where the rows of `SPECIAL_ROWS` are, -1 where none is used.
+        texts: the PTX of each instruction.
+        lines: the source line of each instruction, "permute.py:79".
+        register_bytes: per warp.
+        initial: a warp's registers at the start: the constants.
+        predicates: number per warp.
+        initial_predicates: one bit per lane.
+        special: offsets of the rows of `SPECIAL_ROWS`; -1 if unused.
         parameters: of the kernel.
-        parameter_bytes: that they take.
-        extra: lists of rows. A wgmma has one of its accumulators; another instruction that touches a wgmma's registers,
-            one of those.
-        has_wgmma: whether there is one.
+        parameter_bytes: their total size.
+        extra: lists of rows. A wgmma lists its accumulators; another instruction lists the wgmma registers that it
+            touches.
+        has_wgmma: whether the kernel has a wgmma.
     """
 
     threads: int
@@ -116,7 +116,7 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
 
 
 def _statements(body: str) -> Iterator[tuple[str, str, str]]:
-    """("label" or "instruction", its text, the source line) in order."""
+    """Yields ("label" or "instruction", its text, the source line) in order."""
     line, inline, locations, pending = "?", False, 0, ""
     for raw in body.splitlines():
         stripped = raw.strip()
@@ -126,7 +126,7 @@ def _statements(body: str) -> Iterator[tuple[str, str, str]]:
             inline = False
         if stripped.startswith(".loc"):
             locations += 1
-            # LLVM counts the lines on within inline assembly, where they mean nothing.
+            # LLVM's line numbers inside inline assembly mean nothing, except the first.
             if not inline or locations == 1:
                 match = re.search(r"//\s*([\w.]+:\d+)", stripped)
                 line = match[1] if match else line
@@ -140,7 +140,7 @@ def _statements(body: str) -> Iterator[tuple[str, str, str]]:
                 yield "label", match[1], line
                 pending = pending[match.end() :]
             elif pending[0] in "{}" and not re.match(r"\{[^;]*\}\s*,", pending):
-                pending = pending[1:].strip()  # a scope
+                pending = pending[1:].strip()  # a brace of a scope
             elif ";" in pending:
                 statement, pending = (part.strip() for part in pending.split(";", 1))
                 yield "instruction", statement, line
@@ -182,7 +182,7 @@ def _translate(assembler: Assembler, text: str, line: str) -> None:
 
 
 def _watch_wgmma_registers(assembler: Assembler) -> None:
-    """List for every other instruction what it reads and then what it writes of the registers that wgmmas have."""
+    """For every other instruction, list the wgmma registers that it reads, then those that it writes."""
     number = assembler.operations["wgmma.mma"]
     watched: set[int] = set()
     for instruction in assembler.code:

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
-"""Kernels of known results, some of them wrong on purpose, and PTX written by hand."""
+"""Kernels with known results, some of them broken on purpose, and handwritten PTX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tensor cores make of a product, written a second time: float64 numpy, element by element."""
+"""A second implementation of tensor-core products: float64 numpy, element by element."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["cut_off", "tensor_core_sums"]
 
 
 def cut_off(t: Tensor) -> Tensor:
-    """float32 without the 13 bits that a TF32 product does not read; other dtypes as they are."""
+    """float32 without the 13 bits that a TF32 product ignores; other dtypes unchanged."""
     return (t.contiguous().view(torch.int32) & -8192).view(torch.float32) if t.dtype == torch.float32 else t
 
 
 def tensor_core_sums(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` as A100's tensor cores sum (Fasi et al., 2021) or, on sm_90, as H100's do (MMA-Sim, arXiv 2511.10909).
+    """`a b` as A100's tensor cores sum (Fasi et al., 2021), or on sm_90 as H100's do (MMA-Sim, arXiv 2511.10909).
 
-    A few products and the accumulator are aligned to the largest exponent, cut off some bits below float32's last, and
-    their sum is cut off to float32.
+    A few products and the accumulator are aligned to the largest exponent and truncated some bits below float32's last.
+    Their sum is truncated to float32.
     """
     tf32, hopper = a.dtype == torch.float32, ARCH == 90
     block = (8 if tf32 else 16) if hopper else (4 if tf32 else 8)

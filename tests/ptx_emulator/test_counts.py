@@ -1,4 +1,4 @@
-"""Sectors and bank conflicts that can be told by hand."""
+"""Sectors and bank conflicts of accesses that can be counted by hand."""
 
 import pytest
 import torch
@@ -35,15 +35,15 @@ GLOBAL = [
 
 @pytest.mark.parametrize(("stride", "access", "expected"), SHARED)
 def test_shared_memory(stride: int, access: str, expected: tuple[int, int]) -> None:
-    """Passes over the banks, and those without conflicts."""
+    """Passes over the banks, and passes without conflicts."""
     launch = run_ptx(f"mul.lo.s32 %r3, %r1, {stride};\nadd.s32 %r4, %r2, %r3;\n{access};")
-    stat = launch.stats[-3]  # before the two ends
+    stat = launch.stats[-3]  # the last two are the end instructions
     assert (stat["waves"], stat["phases"]) == expected
 
 
 @pytest.mark.parametrize(("stride", "access", "offset", "expected"), GLOBAL)
 def test_global_memory(stride: int, access: str, offset: int, expected: tuple[int, int]) -> None:
-    """Sectors, and bytes that are used."""
+    """Sectors, and bytes used."""
     x = torch.zeros(4096)
     start = offset - x.data_ptr() % 32 + 32
     launch = run_ptx(

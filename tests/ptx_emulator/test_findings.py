@@ -1,4 +1,4 @@
-"""Correct kernels are broken, and the checks must see it: barriers dropped, waits too short, addresses shifted."""
+"""Correct kernels are broken on purpose, and the checks must notice: no barrier, a short wait, a shifted address."""
 
 import re
 from collections.abc import Callable
@@ -136,7 +136,7 @@ def test_half_a_warp(body: str) -> None:
 
 
 def test_notes() -> None:
-    """One value written twice is told, and is no error."""
+    """Writing one value twice is reported, but not as an error."""
     run: Callable[[str], set[str]] = lambda body: {  # noqa: E731
         finding.kind for finding in run_ptx(body, torch.zeros(64)).findings if not finding.is_error
     }

@@ -1,4 +1,4 @@
-"""Single instructions, where they are easily got wrong: NaN, shifts by more than the width, signs, saturation."""
+"""Single instructions that are easy to get wrong: NaN, shifts by more than the width, signs, saturation."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def compared(comparison: str) -> str:
 @pytest.mark.parametrize(
     ("text", "a", "b", "expected"),
     [
-        # Comparisons with NaN are false, but for those that end in u.
+        # Comparisons with NaN are false, except those that end in u.
         (compared("ne.f32"), NAN, ONE, 0),
         (compared("ne.f32"), TWO, ONE, 1),
         (compared("neu.f32"), NAN, ONE, 1),

@@ -1,6 +1,6 @@
-"""Every kernel at every configuration that ships for the architecture, in all of its forms and precisions.
+"""Every kernel at every configuration that ships for the architecture, in all its forms and precisions.
 
-Sizes are several whole tiles, as those of most layers. tests/kernels, which runs in the emulator too, has the odd ones.
+Sizes are several whole tiles, as in most layers. tests/kernels, which also runs here, has the odd sizes.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from . import ARCH, emulator
 from .counts import accesses
 from .plugin import SHARE
 
-PAIRS = 72  # of each of four experts on average: one has several tiles, and all end in a part of one
+PAIRS = 72  # the average per expert, of four; one has several tiles, and all have a partial last tile
 TOKENS, OUT_FEATURES, IN_FEATURES, BLOCKS = 512, 256, 512, 2
 
 
@@ -44,7 +44,7 @@ def launches() -> Iterator[object]:
 
 
 def is_defined(kernel: str, form: str) -> bool:
-    """Whether a workload says what the result must be: the tuner compares the first form of these."""
+    """Whether the workload defines the result; of "permute" it defines only the first form."""
     return form == AUDITED[kernel].forms[0] or kernel != "permute"
 
 
@@ -57,7 +57,7 @@ def test_shipped(
     run, defined = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
     found = run(config)
     if not is_defined(kernel, form):
-        return  # the checks of memory are what is left; tests/kernels compare its numbers
+        return  # only the memory checks apply here; tests/kernels compares these numbers
     precision = PRECISIONS[dtype]
     shares = [
         relative_error(ours, truth) / (2 * relative_error(same, truth) + precision.floor)
@@ -69,7 +69,7 @@ def test_shipped(
 
 @pytest.mark.parametrize("kernel", ["permute", "modulated_blocks"])
 def test_lanes_gather_neighbours(kernel: str) -> None:
-    """32 neighbours of a block lie in about 8.4 sectors at K = 4; where each lane reads eight of its own, in 32."""
+    """At K = 4, 32 neighbours of a block span about 8.4 sectors; if each lane read eight of its own, 32 sectors."""
     key = Key(kernel, "bf16", 16, 4, 256, 256, 64, 64, 64)
     form = AUDITED[kernel].forms[0]
     run, _ = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))

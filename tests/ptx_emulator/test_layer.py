@@ -1,4 +1,4 @@
-"""`smoa_linear`, forward and backward, in all algorithms and dtypes: odd sizes and strides, sizes of one."""
+"""`smoa_linear`, forward and backward, with all algorithms and dtypes: odd sizes and strides, and sizes of one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,13 +59,13 @@ SMOKE = [
     ("tf32", "odd", "split", False),
     ("tf32", "aligned", "fused", False),
 ]
-TF32 = 2**-9  # keeps 10 bits of each operand
+TF32 = 2**-9  # TF32 keeps 10 bits of each operand
 MOST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-4}
-"""Of results with sizes of one, where the definition's own error is small or large by luck."""
+"""Limits for sizes of one, for which the definition's own error is small or large by luck."""
 
 
 def problem(name: str, precision: str, *, positive: bool = False) -> LinearProblem:
-    """A problem; `positive` values let every rounding towards zero add up."""
+    """A problem. With `positive` values, roundings towards zero add up."""
     dtype, factor_dtype = PRECISIONS[precision]
     p = make_problem(**PROBLEMS[name])  # type: ignore[arg-type]
     if positive:
@@ -76,7 +76,7 @@ def problem(name: str, precision: str, *, positive: bool = False) -> LinearProbl
 
 @contextmanager
 def tf32_allowed(allowed: bool) -> Iterator[None]:
-    """PyTorch's setting, which the kernels obey."""
+    """Sets PyTorch's TF32 option, which the kernels obey."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if allowed else "ieee"
@@ -143,7 +143,7 @@ def test_ones(
     algorithm: str,
     dtype: torch.dtype,
 ) -> None:
-    """Sizes of 1, which Triton compiles as constants."""
+    """Sizes of 1, which Triton compiles to constants."""
     p = make_problem(
         tokens=tokens,
         out_features=out_features,

@@ -1,4 +1,4 @@
-"""The machine against results that are known: arithmetic, reductions, products, random numbers, divergence."""
+"""The machine against known results: arithmetic, reductions, products, random numbers, divergence."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def philox(seed: int, counter: int) -> list[int]:
 
 
 def test_random_numbers() -> None:
-    """Philox, whose words need products of 64 bits."""
+    """Philox, which multiplies to 64 bits."""
     seed, out = 0x123456789ABCDEF, torch.empty(4, 128, dtype=torch.int32)
     randoms[(1,)](seed, out, BLOCK=128)
     truth = torch.tensor([philox(seed, i) for i in range(128)], dtype=torch.int64).T
@@ -83,7 +83,7 @@ def stored(t: Tensor, transposed: bool) -> Tensor:
 def test_products(
     dtype: torch.dtype, precision: str, stages: int, warps: int, tile: tuple[int, int, int], layout: str
 ) -> None:
-    """Loops with asynchronous copies, on sizes that no tile divides."""
+    """Loops with asynchronous copies, on sizes that are no multiple of a tile."""
     M, N, K = 130, 150, 170
     a = stored(torch.randn(M, K).to(dtype), layout[0] == "t")
     b = stored(torch.randn(K, N).to(dtype), layout[1] == "t")
@@ -97,14 +97,14 @@ def test_products(
     assert float((c - truth).norm() / truth.norm()) < 1e-6
 
 
-@pytest.mark.parametrize("warps", [1, 4])  # mma.sync, and wgmma where there is one
+@pytest.mark.parametrize("warps", [1, 4])  # mma.sync; wgmma if the architecture has it
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32")],
     ids=str,
 )
 def test_last_bit_of_a_product(dtype: torch.dtype, precision: str, warps: int) -> None:
-    """Sums as published measurements of the tensor cores have them."""
+    """Sums as in published measurements of the tensor cores."""
     scale = torch.exp2(torch.randint(-8, 4, (64, 128)))
     a, b = (torch.randn(64, 128) * scale).to(dtype), torch.randn(128, 16).to(dtype)
     c = torch.empty(64, 16)
@@ -135,7 +135,7 @@ $L__after:
 
 @pytest.mark.smoke
 def test_divergent_loops() -> None:
-    """Lanes below 7 count to their number, the others do nothing; then all add one."""
+    """Lanes below 7 loop as often as their number, the others not at all; then all add one."""
     out = torch.full((32,), -1, dtype=torch.int32)
     run_ptx(DIVERGENT, out)
     assert out.tolist() == [i + 1 if i < 7 else 1 for i in range(32)]

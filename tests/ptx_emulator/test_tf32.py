@@ -1,8 +1,8 @@
-"""Operands of TF32 products are rounded to nearest; a tensor core would cut them off.
+"""TF32 products round their operands to nearest; a tensor core alone would truncate them.
 
-All values are positive and alike, and operands lie three quarters of a step above a number of TF32. Cut off, each
-loses 0.75 of a step; rounded, it gains 0.25; in two bfloat16 parts it is exact. Products of two such operands err by
-1.5 steps or by half of one.
+All values are positive and equal. Operands lie 0.75 of a step above a TF32 number. Truncation loses 0.75 of a step,
+rounding gains 0.25, and two bfloat16 parts are exact. So a product of two such operands errs by 1.5 steps or by
+half a step.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from smoa_kernels.definition.experts import reference_experts_linear
 pytestmark = pytest.mark.smoke
 
 STEP = 2**-10
-"""From 1 to the next number of TF32, and of float16."""
+"""The step from 1 to the next number in TF32 and in float16."""
 FACTOR = 1 + 0.75 * STEP
 X, WEIGHT = (
     1 + 3 * 2**-6,
     1 + 2**-6,
-)  # float16 has both; where dY = 1, H is made of their product, 1 + 2^-4 + 0.75 STEP
+)  # exact in float16; with dY = 1, H holds their product, 1 + 2^-4 + 0.75 STEP
 
 
 def alike(owner: object, **values: float) -> dict[str, Tensor]:
-    """Tensors of a problem by name, each filled with one value."""
+    """Tensors with the shapes of the problem's, each filled with one value."""
     return {name: torch.full_like(getattr(owner, name), value) for name, value in values.items()}
 
 
 def of_layer(algorithm: str, factors: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """What a layer in float16 computes, and the truth."""
+    """The results of a float16 layer, and the exact ones."""
     p = make_problem(tokens=64, out_features=64, in_features=64, ranks=(16,), bias=False)
     p = replace(p, scaling=1.0, **alike(p, x=X, weight=WEIGHT, A=FACTOR, B=FACTOR, dy=1.0))
     p, case = p.to(torch.float16, factors), Case("triton", algorithm, torch.float16)
@@ -43,7 +43,7 @@ def of_layer(algorithm: str, factors: torch.dtype) -> tuple[Sequence[Tensor], Se
 
 
 def of_experts(factors: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The same of one expert."""
+    """The same for one expert."""
     p = make_experts(pairs=(64,), rows=64, cols=64, ranks=(16,), blocks="contiguous")
     adapter = replace(p.adapter, **alike(p.adapter, weight=WEIGHT, A=FACTOR, B=FACTOR, scaling=1.0))
     p = replace(p, adapter=adapter, **alike(p, x=X, dy=1.0)).to(torch.float16, factors)
@@ -51,7 +51,7 @@ def of_experts(factors: torch.dtype) -> tuple[Sequence[Tensor], Sequence[Tensor]
 
 
 def steps(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
-    """Relative errors of y, dX, dA and dB."""
+    """Relative errors of y, dX, dA and dB, in steps."""
     return {
         name: relative_error(ours, exact) / STEP
         for name, ours, exact in zip(NAMES[:4], found, truth, strict=True)
@@ -60,7 +60,7 @@ def steps(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
 
 @pytest.mark.parametrize("algorithm", ["split", "merged", "fused"])
 def test_float32_factors_of_a_layer(algorithm: str) -> None:
-    """Over a half weight, where dA and dB are products of parts."""
+    """Over a half weight: dA and dB are products of bfloat16 parts."""
     errors = steps(*of_layer(algorithm, torch.float32))
     assert max(errors["y"], errors["dX"]) < 1, errors
     assert max(errors["dA"], errors["dB"]) < 0.1, errors
@@ -73,6 +73,6 @@ def test_float32_factors_of_experts() -> None:
 
 @pytest.mark.parametrize("who", ["layer", "experts"])
 def test_half_factors(who: str) -> None:
-    """They are exact in TF32, and H is not."""
+    """Half factors are exact in TF32; H is not."""
     errors = steps(*(of_layer("split", torch.float16) if who == "layer" else of_experts(torch.float16)))
     assert max(errors.values()) < 0.5, errors

@@ -1,4 +1,4 @@
-"""Warpgroup products: Triton's against float64, single instructions in every form against exact sums."""
+"""Warpgroup products: Triton's kernels against float64, and single instructions in every form against exact sums."""
 
 import re
 
@@ -27,7 +27,7 @@ TILES = [
 
 
 def error_of(found: Tensor, truth: Tensor) -> float:
-    """Relative, of results that Triton computed by wgmmas of one shape and with no finding at all."""
+    """Relative error; also checks that Triton used wgmmas of a single shape and that nothing was found."""
     launch = emulator.launches[-1]
     shapes = {re.search(r"m64n\d+k\d+", text) for text in launch.program.texts if "wgmma.mma" in text}
     assert len({match and match[0] for match in shapes}) == 1
@@ -48,7 +48,7 @@ def stored(t: Tensor, transposed: bool) -> Tensor:
 def test_products(
     dtype: torch.dtype, precision: str, warps: int, tile: tuple[int, int, int], stages: int, layout: str
 ) -> None:
-    # Unaligned, and so that operands are copied asynchronously.
+    # Sizes that are no multiple of a tile; the second triple allows asynchronous copies of the operands.
     M, N, K = (130, 150, 170) if stages == 1 else (136, 264, 192)
     a = stored(torch.randn(M, K).to(dtype), layout[0] == "t")
     b = stored(torch.randn(K, N).to(dtype), layout[1] == "t")
@@ -74,7 +74,7 @@ def test_products(
 def test_computed_operand(
     dtype: torch.dtype, precision: str, warps: int, stages: int, n: int, layout: str
 ) -> None:
-    """A left operand from registers."""
+    """With a left operand in registers."""
     a, b = torch.randn(128, 128).to(dtype), stored(torch.randn(128, n).to(dtype), layout == "t")
     c = torch.empty(128, n)
     sizes = *a.stride(), *b.stride(), 0.7, n, 128, 16 * warps, 32
@@ -112,7 +112,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("kind", "n", "left", "right"), FORMS)
 def test_every_form(kind: str, n: int, left: Operand | None, right: Operand) -> None:
-    """Swizzles, contiguous dimensions, and a left operand in registers."""
+    """All swizzles and contiguous dimensions, and a left operand in registers."""
     depth = KINDS[kind][1]
     a, b = integers(64, depth), integers(depth, n)
     out, launch = run_wgmma(kind, a, b, left=left, right=right)

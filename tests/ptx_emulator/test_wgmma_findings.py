@@ -1,4 +1,4 @@
-"""Warpgroup products that are broken on purpose: fences, waits, commits and barriers dropped, descriptors shifted."""
+"""Warpgroup products broken on purpose: dropped fences, waits, commits and barriers, and shifted descriptors."""
 
 import re
 
@@ -19,7 +19,7 @@ PROXY = "fence.proxy.async.shared::cta;"
 
 
 def product(columns: int) -> str:
-    """Another product of the same operands into the first accumulators."""
+    """Another product of the same operands, added to the first accumulators."""
     accumulators = ",".join(f"%acc{i}" for i in range(columns // 2))
     shape = f"m64n{columns}k16.f32.f16.f16"
     return (
@@ -153,7 +153,7 @@ def test_refused(change: Change) -> None:
 
 
 class Product:
-    """Operands that stay the same, so that a wrong result shows."""
+    """Fixed operands, so that a wrong result is recognised."""
 
     def __init__(self) -> None:
         self.a, self.b = torch.randn(128, 192).half(), torch.randn(192, 128).half()
@@ -220,7 +220,7 @@ def test_missing_with_a_computed_operand(expected: str, change: Change) -> None:
 
 
 def shifted(by: int, operand: int) -> Change:
-    """The descriptor of an operand of a wgmma in the middle of a kernel."""
+    """Shifts the descriptor of an operand of a wgmma in the middle of a kernel."""
 
     def change(text: str) -> str:
         hits = list(re.finditer(r"wgmma\.mma_async[^;]*", text))
@@ -235,7 +235,7 @@ def shifted(by: int, operand: int) -> Change:
 @pytest.mark.parametrize("operand", [0, 1], ids=["left", "right"])
 @pytest.mark.parametrize("by", [1, 2, -64, 1 << 32, 1 << 62])
 def test_shifted_descriptor(by: int, operand: int) -> None:
-    """By 16 bytes, 32 bytes, a kilobyte, a stride, and to another swizzle: it shows in a finding or in the result."""
+    """By 16 bytes, 32 bytes, 1 KiB or a stride, or to another swizzle; either a finding or a wrong result shows it."""
     p = Product()
     p.run()
     assert not p.is_wrong
