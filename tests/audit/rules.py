@@ -80,7 +80,7 @@ class Record:
 
 
 def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) -> int:
-    """Blocks that one multiprocessor holds at once; 0 where not even one fits.
+    """Blocks that one multiprocessor holds at once; 0 if none fits.
 
     `registers` is per thread, on AMD vector plus accumulation registers; `shared` is bytes per block.
     """
@@ -99,7 +99,7 @@ def broken_rules(record: Record) -> tuple[str, ...]:
     3. In matmul kernels the main loop multiplies on the architecture's full-rate tensor cores for bf16, fp16 and
        tf32, and its loads are 128 bits wide and, on NVIDIA, asynchronous. Loops in IEEE float32 have no tensor
        cores on NVIDIA; their loads obey the same rule.
-       Nothing is asked of the loads of gather kernels, which multiply what they read one number at a time.
+       Loads of gather kernels are exempt: these kernels multiply single numbers as they read them.
     4. In copy kernels every access is 128 bits wide.
     5. No register of a wgmma's left operand is written before its wait.
 

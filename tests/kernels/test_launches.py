@@ -82,7 +82,7 @@ def test_without_the_short_way_triton_launches() -> None:
 
 @pytest.mark.slow
 def test_the_first_step_compiles_few_forms() -> None:
-    """Of Llama-3-8B's layers. Other batch lengths compile no more forms (tests/first_step.py)."""
+    """The layers of Llama-3-8B. Other batch lengths compile no more forms (tests/first_step.py)."""
     program = "import os, runpy; os.environ.pop('TRITON_INTERPRET', None); "
     process = python(program + "runpy.run_module('first_step', run_name='__main__')", PYTHONWARNINGS="ignore")
     out, errors = process.communicate(timeout=300)

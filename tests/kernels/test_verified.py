@@ -182,7 +182,7 @@ def test_a_broken_kernel_is_refused(
         message.startswith("a GPU kernel is refused, torch's operators compute instead") for message in told
     ]
     assert all(words in message and kernel in message and "Triton" in message for message in told)
-    assert len(told) == 1 + (kernel == "permute_kernel") * (len(told) - 1)  # to gather and to scatter
+    assert len(told) == 1 + (kernel == "permute_kernel") * (len(told) - 1)  # two forms: gather and scatter
     launched.clear()
     assert_within_budget(p.run(**case.options), case, p)  # without a warning
     assert kernel not in launched
