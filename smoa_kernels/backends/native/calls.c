@@ -1,7 +1,7 @@
-/* SMoA's forward and backward on a CPU, as Python calls them (library.py). gemm.h says how it is done.
+/* SMoA's forward and backward on a CPU: the functions that Python calls (library.py). gemm.h explains the method.
  *
- * Compiled once for each instruction set (hatch_build.py), which VECTOR_BYTES tells. Those that compute return the floats that they need
- * of a workspace; without one they do nothing else. They take it for granted that `smoa_check` found the layer's indices right.
+ * hatch_build.py compiles this once per instruction set and sets VECTOR_BYTES. The functions that compute return the size of the workspace
+ * that they need, in floats; called without a workspace they do nothing else. They assume that `smoa_check` accepted the layer's indices.
  */
 #include "few_tokens.h"
 #include "gradient.h"
@@ -19,7 +19,7 @@ i64 smoa_forward(const call *c) {
     return p.tiles ? rows_by_tokens(p) : blocked_product(p);
 }
 
-/* y (tokens, cols) = dX = dY W_eff, or dY W0 plus what dropout leaves of dY ΔW. */
+/* y (tokens, cols) = dX = dY W_eff; under dropout dY W0 plus the masked dY ΔW. */
 i64 smoa_input(const call *c) {
     product p = product_of(c, transposed(c->layer));
     p.x = c->dy, p.x_stride = c->dy_stride, p.y_keep = c->keep;
@@ -30,10 +30,10 @@ i64 smoa_input(const call *c) {
     return greatest(floats, blocked_product(p));
 }
 
-/* dA (rank, cols) and dB (rows, rank), dense, stored as A and B are, of dY (tokens, rows) and x (tokens, cols). */
+/* dA (rank, cols) and dB (rows, rank), dense, in the dtype of A and B, from dY (tokens, rows) and x (tokens, cols). */
 i64 smoa_gradient(const call *c) { return factor_gradients(c, c->path == TILES_PATH); }
 
-/* Whether indices and offsets share `count` coordinates out among the blocks, each once; `seen` has a byte for each. */
+/* Whether indices and offsets give each of `count` coordinates to exactly one block; `seen` has one byte per coordinate. */
 static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 blocks, uint8_t *seen) {
     int right = offsets[0] == 0 && offsets[blocks] == count;
     for (i64 k = 0; k < blocks; k++) right &= offsets[k] <= offsets[k + 1];
@@ -45,8 +45,8 @@ static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 b
     return right;
 }
 
-/* 0 where the blocks do not share all rows and all columns of the layer, each once; 1 where ΔW is zero, for s B is; else 2. Uses as many
- * bytes of the workspace as the longer side has. */
+/* 0 unless each row and each column of the layer is in exactly one block; else 1 if s B, and so ΔW, is zero; else 2. The workspace must
+ * have one byte per coordinate of the longer side. */
 i64 smoa_check(const call *c) {
     const layer *l = &c->layer;
     uint8_t *seen = (uint8_t *)c->workspace;
@@ -60,14 +60,14 @@ i64 smoa_check(const call *c) {
     return 1;
 }
 
-/* Dropout's masks: a bit for each element, from the very numbers that torch's generator draws on a CPU (definition/dropout.py): the Mersenne
- * Twister MT19937 (Matsumoto and Nishimura 1998), a whole state at a time, in loops over vectors. */
-enum { STATE = 624, DISTANCE = 397, LEVELS = 4 /* of 16 bits in each 64 that torch draws */ };
+/* Dropout's masks, a bit per element, from the numbers that torch's generator draws on a CPU (definition/dropout.py): the Mersenne Twister
+ * MT19937 (Matsumoto and Nishimura 1998), a whole state at a time, in loops that compilers vectorise. */
+enum { STATE = 624, DISTANCE = 397, LEVELS = 4 /* 16-bit levels in each 64-bit number that torch draws */ };
 
 typedef struct {
     uint32_t state[STATE];
     uint64_t drawn[STATE / 2];
-    i64 next; /* of `drawn` */
+    i64 next; /* index in `drawn` */
 } twister;
 
 static void seed_twister(twister *t, uint32_t seed) {
@@ -83,7 +83,7 @@ static inline uint32_t twisted(uint32_t here, uint32_t next, uint32_t far) {
     return far ^ both >> 1 ^ (-(next & 1) & 0x9908b0dfu);
 }
 
-/* The next STATE numbers, two of which are one of 64 bits: the first its upper half. */
+/* Draws the next STATE numbers of 32 bits. Two of them make one of 64 bits, the first its upper half. */
 static __attribute__((noinline)) void twist(twister *t) {
     uint32_t *s = t->state, tempered[STATE];
     for (i64 i = 0; i < STATE - DISTANCE; i++) s[i] = twisted(s[i], s[i + 1], s[i + DISTANCE]);
@@ -101,22 +101,22 @@ static __attribute__((noinline)) void twist(twister *t) {
     t->next = 0;
 }
 
-/* Bits of 16 levels that are `least_kept` or above. */
+/* A bit for each of 16 levels: set where it is at least `least_kept`. */
 static inline uint16_t kept_bits(const int16_t *levels, int16_t least_kept) {
     __m256i dropped = _mm256_cmpgt_epi16(_mm256_set1_epi16(least_kept), _mm256_loadu_si256((const void *)levels));
     __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(dropped), _mm256_extracti128_si256(dropped, 1));
     return (uint16_t)~_mm_movemask_epi8(bytes);
 }
 
-/* What smoa_mask is asked for. */
+/* The arguments of smoa_mask. */
 typedef struct {
     i64 tokens, cols, first, numbers, seed, least_kept;
     int16_t *line; /* room for a token's levels and 16 more */
     uint16_t *keep;
 } mask_call;
 
-/* keep (tokens, words(cols)): for each token so many numbers are drawn, whose levels from `first` on are the columns'. A bit is
- * set where a level is `least_kept` or above. */
+/* keep (tokens, words(cols)). Each token draws `numbers` numbers; their levels from `first` on are the columns'. A bit is set where the
+ * level is at least `least_kept`. */
 i64 smoa_mask(const mask_call *m) {
     uint16_t *keep = m->keep;
     twister t;
@@ -136,9 +136,9 @@ i64 smoa_mask(const mask_call *m) {
     return 0;
 }
 
-/* What this library is, for Python to compare. */
+/* Facts about this library that Python checks. */
 typedef struct {
-    const char *source; /* a digest of the sources that it was compiled from */
+    const char *source; /* digest of the sources that it was compiled from */
     i64 call_bytes, mask_bytes, has_threads, has_bf16, has_amx, vector_bytes;
 } about;
 

@@ -1,5 +1,5 @@
-/* Epilogues: what becomes of a finished piece of C. y takes a bias and is rounded once; its rows, or columns, go where they belong; or C
- * is rows of a block's G = dYᵀ x, which become H = s G ∘ W0 and are contracted with the factors: dA += Bᵀ H, dB += H Aᵀ.
+/* Epilogues of a finished piece of C. For y: add a bias and round once. For dA and dB, where C is rows of a block's G = dYᵀ x: make
+ * H = s G ∘ W0 and contract it with the factors, dA += Bᵀ H, dB += H Aᵀ.
  */
 #pragma once
 
@@ -7,7 +7,7 @@
 
 /* --- y ------------------------------------------------------------------------------------------------------------------ */
 
-/* Write rows of y: of sums that are float32, plus a bias unless it is NULL, or plus what y was where `add`. */
+/* Writes rows of y: float32 sums, plus the bias unless it is NULL, plus the old y where `add`. */
 static void finish_rows(const float *sums, i64 first, i64 end, i64 cols, const void *bias, int add, void *y, int dtype) {
     for (i64 t = first; t < end; t++)
         for (i64 c = 0; c < cols; c += LANES) {
@@ -19,13 +19,13 @@ static void finish_rows(const float *sums, i64 first, i64 end, i64 cols, const v
 }
 
 #if HAS_TILES
-/* Rows of y, in bfloat16, from where C begins. */
+/* Where C goes: rows of y in bfloat16. */
 typedef struct {
     half *y;
     i64 stride;
 } rounded_rows;
 
-/* C = what y is already. */
+/* C = y, as it is in memory. */
 TARGET_BF16 static int begin_with_y(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
     const rounded_rows *to = g->context;
     for (i64 t = 0; t < height; t++)
@@ -56,14 +56,14 @@ enum {
     RANKS = 4,
 };
 
-/* A row of H = scale G ∘ W0, in G's place, 0 behind `width` up to a multiple of PANEL. */
+/* Overwrites a row of G with H = scale G ∘ W0, and with 0 from `width` to a multiple of PANEL. */
 INLINE void make_H(float *G, const void *W0, int dtype, float scale, i64 width) {
     i64 c = 0;
     for (; c < width; c += LANES) store(G + c, widen(G, c, width - c, FLOAT32) * (scale * widen(W0, c, width - c, dtype)));
     for (; c < round_up(width, PANEL); c += LANES) store(G + c, (vf){0});
 }
 
-/* Some ranks of dB (rank, rows) += H Aᵀ of GROUP rows, DOTS sums at a time, of `rank` ranks those that exist. */
+/* dB (rank, rows) += H Aᵀ for GROUP rows and up to `ranks` of the `rank` ranks that are left, DOTS sums at a time. */
 INLINE void add_dB(int ranks, i64 rank, const float *H, i64 columns, const float *A, i64 A_stride, float *dB, i64 dB_stride) {
     const int rows = DOTS / ranks;
     for (i64 top = 0; top < GROUP; top += rows, H += rows * columns) {
@@ -80,7 +80,7 @@ INLINE void add_dB(int ranks, i64 rank, const float *H, i64 columns, const float
     }
 }
 
-/* Some ranks of dA (rank, columns) += Bᵀ H of GROUP rows. */
+/* dA (rank, columns) += Bᵀ H for GROUP rows and up to RANKS of the `rank` ranks that are left. */
 INLINE void add_dA(i64 rank, const float *H, i64 columns, const float *B, i64 B_stride, float *dA, i64 dA_stride) {
     for (i64 c = 0; c < columns; c += 2 * LANES) {
         vf sum[RANKS][2] = {{{0}}};
@@ -101,7 +101,7 @@ INLINE void add_dA(i64 rank, const float *H, i64 columns, const float *B, i64 B_
     }
 }
 
-/* dA += Bᵀ H and dB += H Aᵀ of GROUP rows, H (GROUP, columns); columns are a multiple of PANEL. */
+/* dA += Bᵀ H and dB += H Aᵀ for GROUP rows: H (GROUP, columns), with columns a multiple of PANEL. */
 static __attribute__((noinline)) void contract(i64 rank, const float *H, i64 columns, const float *A, i64 A_stride, const float *B,
                                                i64 B_stride, float *dA, i64 dA_stride, float *dB, i64 dB_stride) {
     for (i64 t = 0; t < rank; t += RANKS) {

@@ -1,12 +1,12 @@
-/* y = x W_effᵀ for a few tokens, which do not pay for packing W0: some rows of it are read once, become W_eff in registers, a vector at a
- * time, and are multiplied by every token there. */
+/* y = x W_effᵀ for few tokens, which packing W0 would not pay for. Each row of W0 is read once, becomes W_eff in registers, a vector at a
+ * time, and is multiplied by every token there. */
 #pragma once
 
 #include "product.h"
 
 enum {
-    FEW = 8,  /* tokens for which W0 is read at a time */
-    ROWS = 4, /* of it at most side by side, so that what is loaded of x and A serves them all */
+    FEW = 8,  /* tokens per pass over W0 */
+    ROWS = 4, /* most rows of W0 side by side: they share the loads of x and A */
 };
 
 typedef struct {
@@ -15,14 +15,14 @@ typedef struct {
     factors factors;
     const int32_t *col_label;
     i64 x_stride;
-    float *x, *y; /* (tokens, x_stride), of which cols are x and the others 0; (tokens, rows) */
+    float *x, *y; /* (tokens, x_stride), 0 beyond cols; (tokens, rows) */
 } few_job;
 
-/* LANES columns of some rows of block k from c on, of which `valid` exist, become W_eff and are multiplied by all
- * tokens; `rank` is 0 where none of them is the block's. x begins where these do, B with each row. */
+/* Turns LANES columns of some rows of block k into W_eff and multiplies them by all tokens. They begin at c, and `valid` of them exist;
+ * `rank` is 0 if none is the block's. x points to column c, B to each row. */
 INLINE void few_columns(int dtype, int tokens, int rows, const few_job *j, i64 k, i64 rank, const void *const *weight, i64 c,
                         i64 valid, const float *x, const float *const *B, vf (*sums)[FEW]) {
-    vi labels = (vi){0} - 1; /* of no block */
+    vi labels = (vi){0} - 1; /* no block */
     memcpy(&labels, j->col_label + c, valid < LANES ? (size_t)valid * sizeof *j->col_label : sizeof labels);
     vf update[ROWS] = {{0}};
     const float *A = j->factors.A + c;
@@ -40,8 +40,8 @@ INLINE void few_columns(int dtype, int tokens, int rows, const few_job *j, i64 k
     }
 }
 
-/* y[token, index[i]] of some tokens and some rows of block k.
- * The memory is asked for the rows `next`: rows lie far apart, and are multiplied as fast as they come. */
+/* y[token, index[i]] for some tokens and some rows of block k.
+ * Prefetches the rows `next`: rows lie far apart, and memory is the limit. */
 INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const float *x, i64 k, const i64 *index, const i64 *next,
                      float *y) {
     const layer *l = j->l;
@@ -67,10 +67,10 @@ INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const fl
         for (int t = 0; t < tokens; t++) y[t * l->rows + index[i]] = total(sums[i][t]);
 }
 
-/* Rows side by side whose sums registers hold. */
+/* Rows side by side whose sums fit into registers. */
 INLINE int rows_of(i64 tokens) { return tokens * 4 <= LANES ? 4 : tokens <= 6 || tokens * 2 <= LANES ? 2 : 1; }
 
-/* Of rows index[first] to index[end - 1]. */
+/* The same for rows index[first] to index[end - 1]. */
 INLINE void few_of_block(int dtype, int tokens, const few_job *j, const float *x, i64 k, const i64 *index, i64 first, i64 end,
                          float *y) {
     const int rows = rows_of(tokens);
@@ -80,7 +80,7 @@ INLINE void few_of_block(int dtype, int tokens, const few_job *j, const float *x
         few_rows(dtype, tokens, 1, j, x, k, index + first, index + least(first + 1, end - 1), y);
 }
 
-/* A function for each dtype of W0, in which sums stay in registers. */
+/* One function per dtype of W0, unrolled for each number of tokens, so that sums stay in registers. */
 #define CASE(dtype, tokens) \
     case tokens: few_of_block(dtype, tokens, j, x, k, index, first, end, y); break;
 #define FUNCTION(dtype)                                                                                                   \
@@ -109,7 +109,7 @@ static void few_part(void *it, i64 thread, i64 first, i64 end) {
         }
 }
 
-/* y (tokens, rows) = x W_effᵀ + b; W0 has contiguous rows. Returns the floats that it needs of the workspace. */
+/* y (tokens, rows) = x W_effᵀ + b; W0 has contiguous rows. Returns the size of the workspace that it needs, in floats. */
 static i64 few_product(product p) {
     const layer *l = &p.l;
     arena a = p.workspace;

@@ -1,36 +1,35 @@
-/* The blocked loop: C (+)= left rightᵀ, as Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008) have it.
+/* The blocked GEMM C (+)= left rightᵀ after Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008).
  *
- * Every product of a layer and its gradients is a call of `gemm`. What differs is
+ * Every product of a layer and its gradients is a call of `gemm`. The parts that differ:
  *
- *   operand.h      what is read: a matrix in any of three dtypes and either memory order, its rows or terms in the order of an index,
- *                  some of its elements dropped;
- *   pack.h         how a piece of it becomes panels of floats; a weight is modulated on the way (W0 ∘ (1 + s B A), or W0 ∘ s B A);
- *   pack_tiles.h   the same in tiles of bfloat16;
- *   microkernel.h  what multiplies panels: FMA, vdpbf16ps or AMX;
- *   epilogue.h     what becomes of a finished piece of C: bias and one rounding, another order, or the contraction with A and B.
+ *   operand.h      the matrices that are read: three dtypes, two memory orders, rows or terms permuted by an index, elements dropped;
+ *   pack.h         packs a piece of an operand in panels of floats and modulates a weight meanwhile (W0 ∘ (1 + s B A), or W0 ∘ s B A);
+ *   pack_tiles.h   packs in tiles of bfloat16;
+ *   microkernel.h  multiplies panels by FMA, vdpbf16ps or AMX;
+ *   epilogue.h     finishes a piece of C: adds a bias and rounds once, permutes, or contracts it with A and B.
  *
  * Two files call it: product.h (y and dX) and gradient.h (dA and dB).
  *
- * So a bfloat16 backward on AMX is two calls. dX = dY W_eff is `blocked_product`: dY becomes left tiles (`tile_rows`); columns of W0 are
- * read, modulated and interleaved to right tiles that stay in the L2 cache (`weight_tiles`); `pairs_panel` multiplies 32 tokens by 32 of
- * them in four tiles of C, over all terms; `round_panel` rounds C, once. Under dropout dY ΔW, masked, is in dX before: `begin_with_dx`.
- * dA and dB are `factor_gradients`: the terms of a block's G = dYᵀ x are tokens, so `pack_terms` transposes both; `contract_rows` makes
- * H = s G ∘ W0 of some rows of G, and adds Bᵀ H to dA and H Aᵀ to dB.
+ * Example: a bfloat16 backward on AMX is two calls. `blocked_product` computes dX = dY W_eff: `tile_rows` packs dY in left tiles;
+ * `weight_tiles` reads columns of W0, modulates them and packs them in right tiles that stay in the L2 cache; `pairs_panel` multiplies
+ * 32 tokens by 32 columns in four tiles of C, over all terms; `round_panel` rounds C once. Under dropout the masked dY ΔW is written to dX
+ * first, and C begins with it (`begin_with_y`). `factor_gradients` computes dA and dB: the terms of a block's G = dYᵀ x are tokens, so
+ * `pack_terms` transposes both operands; `contract_slab` turns rows of G into H = s G ∘ W0 and adds Bᵀ H to dA and H Aᵀ to dB.
  *
- * AVX10 with vectors of 512 bits would be another way to multiply the same tiles: a branch beside `has_amx()` in `pairs_panel`, and its
- * name in `find_bf16`. A processor with shorter vectors, or tiles of another shape, asks for a format of its own, and a packing.
+ * To add AVX10 with 512-bit vectors, which multiplies the same tiles, add a branch beside `has_amx()` in `pairs_panel` and its name in
+ * `find_bf16`. A processor with shorter vectors or other tiles needs a format and a packing of its own.
  *
- * No function allocates memory or keeps anything between calls. Sums run over the same terms in the same order for every number of
- * threads, but those of dA (of dB, where W0 is stored by columns), which are cut where the threads' rows are.
+ * No function allocates memory or keeps state between calls. The order of a sum does not depend on the number of threads, except in dA
+ * (in dB where W0 is stored by columns): each thread sums its own rows.
  */
 #pragma once
 
 #include "pack_tiles.h"
 
-/* Threads of the OpenMP runtime that torch has loaded, so that no second pool competes. Weak, so NULL where there is none. */
+/* Starts threads of the OpenMP runtime that torch has loaded: a second pool would compete with it. Weak: NULL without that runtime. */
 void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 
-/* Where the share of a thread begins of `count` units, in whole ones of `unit`. */
+/* The first item of a thread's share of `count` items; shares are multiples of `unit`. */
 static i64 share_of(i64 count, i64 unit, i64 thread, i64 threads) { return least(count, ceil_div(count, unit) * thread / threads * unit); }
 
 typedef void share_function(void *job, i64 thread, i64 first, i64 end);
@@ -52,7 +51,7 @@ static void run_next(void *it) {
 static void in_parallel(share_function *run, void *job, i64 count, i64 unit, i64 threads) {
     team t = {run, job, count, unit, threads, 0};
     if (threads > 1 && GOMP_parallel) GOMP_parallel(run_next, &t, (unsigned)threads, 0);
-    while (__atomic_load_n(&t.next, __ATOMIC_RELAXED) < threads) run_next(&t); /* a runtime may start fewer */
+    while (__atomic_load_n(&t.next, __ATOMIC_RELAXED) < threads) run_next(&t); /* the runtime may start fewer threads */
 }
 
 /* Each thread's own part of the workspace. */
@@ -69,22 +68,22 @@ static arena room_of(const local_rooms *rooms, i64 thread) { return (arena){room
 typedef struct gemm gemm_job;
 struct gemm {
     int format;
-    i64 depth, terms; /* how many terms there are; how many are packed, and summed before the sum is added to memory */
+    i64 depth, terms; /* all terms of a sum; terms that are packed and summed in registers at a time */
     operand left, right;
     const adapter *adapter;               /* of the right operand, or NULL */
-    const half *left_tiles, *right_tiles; /* or both operands, from their first rows on, as tiles that are packed already */
-    i64 right_rows;                       /* that are packed together */
+    const half *left_tiles, *right_tiles; /* instead of the operands: both packed in tiles already, from their first rows on */
+    i64 right_rows;                       /* rows of the right operand that are packed together */
     float *C;
     i64 stride;
     int add;
-    /* Where there is an epilogue C is room for (PANEL, right_rows), and is given to it piece by piece, for rows i and columns j.
-     * `begin` writes first sums to C and returns 1, or returns 0; it may be NULL. */
+    /* With an epilogue, C is a buffer (PANEL, right_rows); the epilogue takes it piece by piece, from row i and column j of the product.
+     * `begin`, or NULL, may write initial sums to C; it returns whether it did. */
     int (*begin)(const gemm_job *, i64 i, i64 height, i64 j, i64 width);
     void (*epilogue)(const gemm_job *, i64 i, i64 height, i64 j, i64 width);
     void *context;
 };
 
-/* Rows that are packed together: right ones stay in the L2 cache; for more left ones the right operand is packed again. */
+/* Rows that are packed together. The right ones stay in the L2 cache; each further group of left rows packs the right operand again. */
 static i64 right_rows_of(int format) { return format == SPLIT3 ? 2 * NC : NC; }
 static i64 left_rows_of(int format) { return format == FLOATS ? MC : format == PAIRS ? 1024 : 2048; }
 
@@ -92,7 +91,7 @@ typedef struct {
     float *left, *right, *scratch;
 } packing_room;
 
-/* Of a product of so many rows of the left operand, or fewer. */
+/* Takes the packing buffers of a product with at most `left_count` rows on the left. */
 static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 right_rows, i64 depth, i64 terms) {
     i64 deep = row_size(format, least(terms, depth)), high = left_height(format);
     i64 left = least(round_up(left_rows_of(format), high), round_up(left_count, high));
@@ -100,7 +99,7 @@ static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 ri
                           take(a, scratch_size(format, depth) * 4)};
 }
 
-/* Multiplies some rows of the left operand by some of the right one. C begins at the first of both. */
+/* Multiplies some rows of the left operand by some rows of the right one; C points to the product of the first two. */
 static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j_count, arena workspace) {
     int f = g->format, packed = g->left_tiles != NULL;
     i64 high = left_height(f), most = left_rows_of(f), kc = greatest(1, least(g->terms, g->depth));

@@ -1,15 +1,15 @@
-/* dA and dB: G = dYᵀ x of some rows of a block at a time, whose terms are tokens, contracted with the factors as soon as it is there.
+/* dA and dB. G = dYᵀ x, a sum over tokens, is computed for some rows of a block at a time and contracted with the factors at once.
  *
- * FLOATS and SPLIT3 pack as they multiply. In bfloat16 (PAIRS) a band of tokens of both operands is packed first, for an element at a time
- * would take longer to move than to multiply. Sums of dA and dB are float32, (rank, coordinates in padded block order).
+ * FLOATS and SPLIT3 pack as they multiply. In bfloat16 (PAIRS) both operands of a band of tokens are packed first: moving single elements
+ * would take longer than multiplying them. dA and dB are summed in float32, as (rank, coordinates in padded block order).
  */
 #pragma once
 
 #include "product.h"
 
 enum {
-    SLAB = 512, /* rows of a block whose G is held at a time, at most */
-    ROWS_AHEAD = 16, /* so many rows of a contiguous block before it reads them a slab asks the memory for them */
+    SLAB = 512, /* most rows of G that are held at a time */
+    ROWS_AHEAD = 16, /* rows ahead that W0 is prefetched in a contiguous block */
 };
 
 typedef struct {
@@ -17,15 +17,15 @@ typedef struct {
     i64 tokens, threads, slab;
     operand dy, x; /* (rows, tokens), (cols, tokens) */
     factors factors; /* B, not s B */
-    float *dA, *dB; /* laid out as A and B; dA once for each thread */
-    half *dy_tiles, *x_tiles; /* of PAIRS */
+    float *dA, *dB; /* laid out as A and B; one dA per thread */
+    half *dy_tiles, *x_tiles; /* for PAIRS */
     int format;
     local_rooms rooms;
 } gradient;
 
 typedef struct {
     float *G, *dA, *line;
-    half *lines; /* while operands are packed: columns of a step of tokens */
+    half *lines; /* while operands are packed: one step of tokens, transposed */
     arena rest;
 } gradient_room;
 
@@ -39,7 +39,7 @@ static gradient_room gradient_room_of(const gradient *g, arena a) {
 }
 
 #if HAS_TILES
-/* One step of tokens of an operand as panels in block order: left ones, or right ones. Columns of the tokens are lines, which are picked. */
+/* Packs one step of tokens of an operand in left or right panels in block order: transposes it, then picks its columns, each a line. */
 TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const i64 *index, const int32_t *offsets, i64 blocks, int as_left,
                                   half *lines, half *to) {
     i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
@@ -59,7 +59,7 @@ TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const 
         }
 }
 
-/* Both operands, some steps of tokens: dY as left tiles, x as right ones. */
+/* Packs some steps of tokens: dY in left tiles, x in right ones. */
 static void pack_terms(void *it, i64 thread, i64 step, i64 end) {
     const gradient *g = it;
     const layer *l = &g->l;
@@ -71,7 +71,7 @@ static void pack_terms(void *it, i64 thread, i64 step, i64 end) {
 }
 #endif
 
-/* G's rows become H, GROUP at a time, which is contracted with the factors; of dA a slab is summed by itself, so that sums stay short. */
+/* Turns rows of G into H, GROUP at a time, and contracts them with the factors. dA is summed per slab first, so that sums stay short. */
 static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 top, i64 count, float *dA) {
     const layer *l = &g->l;
     const factors *f = &g->factors;
@@ -106,10 +106,10 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
     const gradient *g = it;
     const layer *l = &g->l;
     gradient_room r = gradient_room_of(g, room_of(&g->rooms, thread));
-    i64 size = ceil_div(g->tokens, TERMS) * TERMS; /* of a row in tiles */
+    i64 size = ceil_div(g->tokens, TERMS) * TERMS; /* elements of a row in tiles */
     for (i64 k = 0; k < l->blocks; k++) {
-        /* In whole panels, so that a row of dB is summed in the same order however many threads there are; where a block
-         * has fewer than threads, others take the next block's. */
+        /* Threads share whole panels, so that the order of dB's sums does not depend on their number. `turn` differs from block to
+         * block: when a block has fewer panels than there are threads, other threads take the next block's. */
         i64 height = height_of(l, k), width = width_of(l, k), turn = (thread + k) % g->threads;
         if (!width || !rank_of(l, k)) continue;
         gemm_job product = {.format = g->format, .depth = g->tokens, .terms = g->format == PAIRS ? g->tokens : KC, .left = g->dy, .right = g->x,
@@ -129,7 +129,7 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
     }
 }
 
-/* Write dA, (rank, cols), from the sums of each thread, stored as A is; of the transposed layer dB. */
+/* Adds the threads' sums and writes dA (rank, cols), stored as A is; for the transposed layer dB. */
 static void write_gradient(const layer *l, const float *sums, i64 stride, i64 threads, void *dA, i64 rank_step, i64 col_step) {
     int dtype = (int)l->factor_dtype;
     for (i64 k = 0; k < l->blocks; k++)
@@ -147,17 +147,17 @@ static void write_gradient(const layer *l, const float *sums, i64 stride, i64 th
             }
 }
 
-/* dA and dB, dense, of a layer either of whose sides is contiguous; of PAIRS, its rows. */
+/* Dense dA and dB. W0's rows or its columns are contiguous; for tiles its rows. */
 static i64 factor_gradients(const call *c, int tiles) {
     operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride, c->layer.rows, NULL);
     operand x = operand_of(c->x, c->dtype, 1, c->x_stride, c->layer.cols, c->keep);
     int swapped = c->layer.col_stride != 1;
     gradient g = {.l = swapped ? transposed(c->layer) : c->layer, .threads = c->threads, .dy = swapped ? x : dy, .x = swapped ? dy : x};
     const layer *l = &g.l;
-    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads), remaining = c->tokens; /* no more than a thread has of a block */
+    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads), remaining = c->tokens; /* most panels of a block that one thread has */
     i64 most = tiles ? least(remaining, tokens_together(l)) : remaining, padded = tiles ? round_up(most, TERMS) : 0;
     arena a = workspace_of(c->workspace), local = {0};
-    /* The format goes by a block's rows, not by a thread's share of them: results would depend on the number of threads. */
+    /* A block's rows decide the format; with a thread's share of them, results would depend on the number of threads. */
     g.format = tiles ? PAIRS : format_of(tallest_of(l), remaining);
     g.slab = least(tiles ? rows_together(l->rows, 2 * widest_of(l), L2_CACHE, 1) : SLAB, panels * PANEL), g.tokens = most;
     g.factors = factors_of(&a, l, 1, 1);

@@ -1,13 +1,13 @@
-/* Micro-kernels: C (+)= left rightᵀ of packed panels, one for each instruction set. `multiply`, at the end, is their table.
+/* Micro-kernels: C (+)= left rightᵀ of packed panels, one for each instruction set. `multiply`, at the end, chooses among them.
  *
  *   format   left panel        right panel       instructions                      for
  *   FLOATS   MR rows           NR rows           FMA of AVX2 or AVX-512            every dtype, widened
  *   PAIRS    32 rows of tiles  32 rows of tiles  AMX, or vdpbf16ps of AVX512-BF16  bfloat16
  *   SPLIT3   the same, thrice  the same, thrice  AMX                               float32: each number is the sum of three bfloat16
  *
- * A panel of FLOATS is (depth, rows). The others are (steps, 2 tiles), or (steps, 3, 2 tiles): a step is 32 terms, a tile has 16 rows
- * of them, 1 KiB of bfloat16. In a left tile rows lie side by side. In a right one each pair of terms of 16 rows is a line, which is the
- * transpose of the left tile in units of 32 bits. An instruction set that multiplies otherwise is another format here, with a packing.
+ * A panel of FLOATS is (depth, rows). One of PAIRS is (steps, 2 tiles), one of SPLIT3 (steps, 3, 2 tiles). A step is 32 terms; a tile has 16
+ * rows of them, 1 KiB of bfloat16. A line of a left tile is one row. A line of a right tile is one pair of terms of all 16 rows: the
+ * transpose of the left tile in units of 32 bits. An instruction set that multiplies differently needs a format here, and a packing.
  */
 #pragma once
 
@@ -16,10 +16,10 @@
 enum { FLOATS, PAIRS, SPLIT3 };
 
 enum {
-    /* A tile of C is held in registers: 14 × 2 of 32 vectors, or 6 × 2 of 16; the others hold operands. */
+    /* A tile of C fills 14 × 2 of 32 vector registers, or 6 × 2 of 16; operands take the others. */
     MR = VECTOR_BYTES == 64 ? 14 : 6,
     NR = 2 * LANES,
-    KC = 384, /* terms that are packed, and summed in registers, before the sum is added to memory */
+    KC = 384, /* terms that are packed and summed in registers at a time */
     SIDE = 16, /* rows of a tile */
     TERMS = 32,
     TILE = SIDE * TERMS,
@@ -29,16 +29,16 @@ enum {
 
 static inline i64 left_height(int format) { return format == FLOATS ? MR : PANEL; }
 
-/* Floats that one row of a panel takes: of PAIRS half a float a term, of SPLIT3 three halves. */
+/* Floats per row of a panel: a term takes one in FLOATS, a half in PAIRS, three halves in SPLIT3. */
 static inline i64 row_size(int format, i64 depth) {
     return format == FLOATS ? depth : round_up(depth, TERMS) / 2 * (format == SPLIT3 ? 3 : 1);
 }
 
-/* c (+)= Σ_k a_k b_kᵀ, a (rows, NR) tile of which (height, width) is stored; a is (depth, MR), b is (depth, NR). */
+/* c (+)= Σ_k a_k b_kᵀ with a (depth, MR) and b (depth, NR): a tile (rows, NR), of which (height, width) is stored. */
 INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
     vf sum[MR][2];
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
-    for (int i = 0; add && i < height; i++) { /* no longer in a cache; loaded before the sums are ready */
+    for (int i = 0; add && i < height; i++) { /* c has left the cache: fetch it while the sums are made */
         __builtin_prefetch(c + i * stride, 1);
         __builtin_prefetch(c + i * stride + LANES, 1);
     }
@@ -69,7 +69,7 @@ INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float 
             for (i64 j = 0; j < width; j++) c[i * stride + j] = sums[i * NR + j] + (add ? c[i * stride + j] : 0);
 }
 
-/* The last panel uses a smaller micro-kernel: MR, MR / 2 or MR / 4 rows. It is not inlined, for then it would keep sums in memory. */
+/* Computes MR, MR / 2 or MR / 4 rows: the last panel may be low. Not inlined, because GCC would then keep the sums in memory. */
 static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
                                                 int add) {
     if (height > MR / 2)
@@ -80,7 +80,7 @@ static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const
         fma_tile(MR / 4, depth, a, b, c, stride, height, width, add);
 }
 
-/* Tiles are packed, and vdpbf16ps multiplies, in vectors of 512 bits: every processor with AMX has these. */
+/* Packing tiles and vdpbf16ps take vectors of 512 bits; every processor with AMX has these. */
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
 #define HAS_TILES 1
 #include <cpuid.h>
@@ -89,10 +89,10 @@ static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* A compiler writes these instructions only where they are named, so the rest of a function runs on a processor without them. */
+/* The compiler uses these instructions only through their intrinsics, so other code in such a function runs on any processor. */
 #define TARGET_BF16 __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 
-/* Whether the user lets torch's GEMMs use one of these, which oneDNN asks the environment. */
+/* Whether ONEDNN_MAX_CPU_ISA, by which a user limits torch's GEMMs, allows one of these instruction sets. */
 static int is_wanted(const char *const *names) {
     const char *limit = getenv("ONEDNN_MAX_CPU_ISA");
     if (!limit || !*limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT")) return 1;
@@ -108,7 +108,7 @@ static __attribute__((noinline)) int find_bf16(void) {
 }
 
 static __attribute__((noinline)) int find_amx(void) {
-    enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* Linux asks to be asked */
+    enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* Linux grants AMX on request only */
     static const char *const names[] = {"AMX", NULL};
     unsigned a, b, c, d;
     __cpuid_count(7, 0, a, b, c, d);
@@ -116,7 +116,7 @@ static __attribute__((noinline)) int find_amx(void) {
     return has && find_bf16() && is_wanted(names) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
 }
 
-/* Whether there is AVX512-BF16, and AMX too, which this process may use: found once, when the library is loaded. */
+/* Whether this process may use AVX512-BF16, or AMX; asked once, when the library is loaded. */
 #define FOUND_ONCE(find)                                       \
     static int found = -1;                                     \
     if (__builtin_expect(found < 0, 0)) found = find();        \
@@ -124,8 +124,8 @@ static __attribute__((noinline)) int find_amx(void) {
 static int has_bf16(void) { FOUND_ONCE(find_bf16) }
 static int has_amx(void) { FOUND_ONCE(find_amx) }
 
-/* Tells this thread's tiles their size. Before a thread is given back, `end_tiles`. The sizes are a constant: a GCC without
- * the mend of its bug 114098 (12.4 has it) takes only 8 bytes for read, and may not write those behind them. */
+/* Sets the size of this thread's tiles; `end_tiles` must follow before the thread ends its work. The sizes are a constant because GCC before
+ * the fix of its bug 114098 (12.4) believes that only 8 bytes are read, and may leave the others unwritten. */
 TARGET_BF16 static void use_tiles(void) {
     static const struct {
         uint8_t palette, start, reserved[14];
@@ -145,10 +145,10 @@ static void end_tiles(int format) {
     if (format != FLOATS && has_amx()) release_tiles();
 }
 
-/* Before tiles are loaded: GCC does not know that this reads memory, so what was written might be written later. */
+/* Before tiles are loaded: GCC does not know that a tile load reads memory, and might move earlier stores behind it. */
 #define WRITTEN __asm__ volatile("" ::: "memory")
 
-/* Four tiles of C, (PANEL, PANEL). */
+/* Clears the four tiles of C, (PANEL, PANEL). */
 TARGET_BF16 static inline void zero_sums(void) {
     WRITTEN;
     _tile_zero(0);
@@ -172,8 +172,8 @@ TARGET_BF16 static inline void store_sums(float *to, i64 stride) {
     _tile_stored(3, to + SIDE * stride + SIDE, stride * 4);
 }
 
-/* C (rows; columns, SIDE) = left right, or plus that where `add`, over so many steps, by vdpbf16ps: SIDE rows of one right tile, or half as
- * many of two. There are SIDE sums, so that none is added to before the last addition to it is done. */
+/* C (rows, columns * SIDE) (+)= left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows by two. With SIDE
+ * independent sums no addition waits for the last one to the same sum. */
 TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, int add, float *c, i64 stride) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
@@ -196,7 +196,7 @@ TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *le
         for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * stride + q * SIDE, sum[i][q]);
 }
 
-/* With two right tiles one broadcast of the left pair feeds two products, so that Zen 5 does not wait for loads. */
+/* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. */
 TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right, int add, float *c,
                                                        i64 stride) {
     if (two)
@@ -222,7 +222,7 @@ TARGET_BF16 static inline void add_products(void) {
     _tile_dpbf16ps(3, 5, 7);
 }
 
-/* C (rows, columns) (+)= left rightᵀ of two panels of PAIRS; beyond rows and columns anything may be written, up to (PANEL, PANEL). */
+/* C (rows, columns) (+)= left rightᵀ of two panels of PAIRS. C has room for (PANEL, PANEL); the rest of it may be overwritten. */
 TARGET_BF16 static inline void pairs_panel(i64 steps, const half *left, const half *right, float *c, i64 stride, i64 rows,
                                            i64 columns, int add) {
     if (!has_amx()) {
@@ -247,11 +247,11 @@ static inline __mmask16 first_lanes(i64 count) {
     return count < SIDE ? (__mmask16)((1 << greatest(0, count)) - 1) : (__mmask16)~0;
 }
 
-/* Sums (PANEL, PANEL) on their way to C. */
+/* Sums (PANEL, PANEL) of which some rows are not yet written to C. */
 typedef struct {
     const float *from;
     float *to;
-    i64 stride, rows; /* rows are left */
+    i64 stride, rows; /* rows: still to be written */
     __mmask16 valid[2], added[2];
 } sums_to_write;
 
@@ -265,8 +265,8 @@ INLINE void add_to_c(sums_to_write *s, i64 count) {
         }
 }
 
-/* C (rows, columns) (+)= left rightᵀ of a left panel of SPLIT3 and several right ones, by six of the nine products of their parts: the
- * others are less than float32's own rounding. The sums of one panel are written while the next one is multiplied. */
+/* C (rows, columns) (+)= left rightᵀ of one left panel of SPLIT3 and several right ones. Six of the nine products of their parts are added;
+ * the other three are below float32's own rounding. The sums of one panel are written while the next one is multiplied. */
 TARGET_BF16 static void split_panels(i64 steps, const half *left, const half *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
     _Alignas(64) float sums[PANEL * PANEL];
     i64 together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
@@ -274,7 +274,7 @@ TARGET_BF16 static void split_panels(i64 steps, const half *left, const half *ri
     for (i64 j = 0; j < columns; j += PANEL) {
         const half *a = left;
         zero_sums();
-        /* The smallest products first; from one to the next one operand stays. */
+        /* The smallest products come first. Each product keeps one operand of the last one. */
         for (i64 k = 0; k < steps; k++, a += 3 * STEP, right += 3 * STEP) {
             load_left(a + 2 * STEP);
             load_right(right);
@@ -289,7 +289,7 @@ TARGET_BF16 static void split_panels(i64 steps, const half *left, const half *ri
             add_products();
             load_right(right);
             add_products();
-            if (k) add_to_c(&last, together); /* what was just stored cannot be loaded at once */
+            if (k) add_to_c(&last, together); /* not in step 0: the sums were just stored, and loads would wait */
         }
         add_to_c(&last, PANEL);
         store_sums(sums, PANEL);
@@ -306,7 +306,7 @@ static int has_amx(void) { return 0; }
 #define end_tiles(format) ((void)(format))
 #endif
 
-/* C (rows, columns) (+)= left rightᵀ of one left panel, of which so many rows are stored, and right ones, one after another. */
+/* C (rows, columns) (+)= left rightᵀ of one left panel, `rows` of whose rows are stored, and consecutive right panels. */
 static void multiply(int format, i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
 #if HAS_TILES
     i64 steps = ceil_div(depth, TERMS);

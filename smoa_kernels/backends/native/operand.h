@@ -1,6 +1,6 @@
-/* What a product reads: a weight with its adapter, and matrices in any of three dtypes, strides, orders, some elements dropped.
+/* Operands of a product: a weight with its adapter, and matrices of three dtypes with strides, an order and a dropout mask.
  *
- * All sums are float32. Elements are widened where they are packed and rounded once, to the nearest, where they are written.
+ * All sums are float32. Elements are widened when they are packed, and rounded once, to nearest, when they are written.
  */
 #pragma once
 
@@ -23,10 +23,11 @@ static inline i64 greatest(i64 a, i64 b) { return a > b ? a : b; }
 static inline i64 ceil_div(i64 count, i64 unit) { return (count + unit - 1) / unit; }
 static inline i64 round_up(i64 count, i64 unit) { return ceil_div(count, unit) * unit; }
 
-/* 16-bit words that hold a bit for each of so many elements. */
+/* 16-bit words that hold one bit for each of `count` elements. */
 static inline i64 words(i64 count) { return ceil_div(count, 16); }
 
-/* A part of the workspace, in whole cache lines. A layout is written once, as calls of `take`: with `base` NULL they only count. */
+/* The workspace, or a part of it, given out in whole cache lines. With `base` NULL `take` only counts bytes, so one list of `take` calls
+ * serves both to size the workspace and to lay it out. */
 typedef struct {
     char *base;
     i64 bytes;
@@ -42,9 +43,9 @@ static arena workspace_of(float *p) { return (arena){p ? (char *)p + -(uintptr_t
 
 static i64 floats_of(const arena *a) { return a->bytes / 4 + 16; }
 
-/* A frozen weight W0 (rows, cols) and its adapter; Python writes it (library.py). A (rank, cols) and B (rows, rank) may have any
- * strides. Block k uses ranks[k] of `rank`; its rows are row_index[row_offsets[k]] to row_index[row_offsets[k + 1]], its columns as
- * many. Where blocks are `contiguous`, indices count up from 0. The transposed layer is the same struct, its sides swapped. */
+/* A frozen weight W0 (rows, cols) and its adapter; library.py fills it. A (rank, cols) and B (rows, rank) may have any strides. Block k
+ * uses the first ranks[k] of `rank` ranks; its rows are row_index[row_offsets[k]] to row_index[row_offsets[k + 1] - 1], its columns
+ * likewise. If blocks are `contiguous`, indices count up from 0. The transposed layer is the same struct with its sides swapped. */
 typedef struct {
     i64 rows, cols, dtype, row_stride, col_stride;
     const void *weight;
@@ -57,24 +58,24 @@ typedef struct {
     double scaling;
 } layer;
 
-/* The layer of W_effᵀ, whose product is dX. */
+/* The layer with W_effᵀ: its forward is dX. */
 static layer transposed(layer l) {
     return (layer){l.cols, l.rows, l.dtype, l.col_stride, l.row_stride, l.weight, l.rank, l.factor_dtype, l.B_rank, l.B_row, l.A_col, l.A_rank,
                    l.B, l.A, l.blocks, l.contiguous, l.ranks, l.col_index, l.row_index, l.col_offsets, l.row_offsets, l.scaling};
 }
 
-/* What a function is asked to do; Python writes it (library.py). Masks have a bit for each element of x, or of dX, of a row in
- * whole words of 16, and one word more behind the last. Matrices have contiguous rows. */
+/* The arguments of a function; library.py fills it. Matrices have contiguous rows. A mask has a bit for each element of x or dX: each row
+ * in whole 16-bit words, and one word more after the last. */
 typedef struct {
     layer layer;
     i64 path, algorithm; /* FEW_TOKENS, FLOAT or TILES_PATH; MERGED, SPLIT or UPDATE */
-    i64 tokens, dtype;   /* of x, dY, y and bias */
+    i64 tokens, dtype;   /* dtype: of x, dY, y and bias */
     const void *x, *dy;
     i64 x_stride, dy_stride;
-    const uint16_t *keep; /* what dropout leaves of x; NULL: all */
+    const uint16_t *keep; /* dropout's mask of x; NULL: no dropout */
     const void *bias;     /* or NULL */
     void *y, *dA, *dB;
-    float *workspace; /* NULL: only the floats that are needed of it are counted, and returned */
+    float *workspace; /* NULL: only return how many floats it must have */
     i64 threads;
 } call;
 
@@ -84,10 +85,10 @@ enum { MERGED, SPLIT, UPDATE /* y += x ΔWᵀ */ };
 static inline i64 height_of(const layer *l, i64 k) { return l->row_offsets[k + 1] - l->row_offsets[k]; }
 static inline i64 width_of(const layer *l, i64 k) { return l->col_offsets[k + 1] - l->col_offsets[k]; }
 
-/* Of block k, whatever `ranks` says. */
+/* The rank of block k, clamped to 0 and `rank`. */
 static inline i64 rank_of(const layer *l, i64 k) { return greatest(0, least(l->ranks[k], l->rank)); }
 
-/* The most coordinates that a block has. */
+/* The size of the largest block. */
 static i64 longest_of(const int32_t *offsets, i64 blocks) {
     i64 most = 0;
     for (i64 k = 0; k < blocks; k++) most = greatest(most, offsets[k + 1] - offsets[k]);
@@ -97,15 +98,15 @@ static i64 longest_of(const int32_t *offsets, i64 blocks) {
 static i64 tallest_of(const layer *l) { return longest_of(l->row_offsets, l->blocks); }
 static i64 widest_of(const layer *l) { return longest_of(l->col_offsets, l->blocks); }
 
-/* The block of each row, or column. */
+/* label = the block of each row, or column. */
 static void write_labels(const i64 *index, const int32_t *offsets, i64 blocks, int32_t *label) {
     for (i64 k = 0; k < blocks; k++)
         for (i64 i = offsets[k]; i < offsets[k + 1]; i++) label[index[i]] = (int32_t)k;
 }
 
-/* A matrix (rows, terms) to be multiplied; its element (i, k) is number rows[i] * row_stride + cols[k] * col_stride of `data`. One
- * stride is 1: along it `data` has `width` elements. An index that is NULL counts up, along `width` from `start` on. Where `keep` is given some
- * elements are dropped: it has a bit for each of `width`, in whole words, for each step of the other stride. */
+/* A matrix (rows, terms) to be multiplied; its element (i, k) is data[rows[i] * row_stride + cols[k] * col_stride]. One stride is 1, and
+ * `data` has `width` elements along it. A NULL index counts up; along `width` it begins at `start`. `keep`, or NULL, is a dropout mask: for
+ * each step of the other stride `width` bits, in whole words. */
 typedef struct {
     const void *data;
     int dtype;
@@ -165,7 +166,7 @@ INLINE vf select_label(vi labels, int32_t k, vf yes, vf no) {
     return (vf)(((vi)yes & same) | ((vi)no & ~same));
 }
 
-/* As bfloat16 in the upper half of each lane; NaN stays NaN. */
+/* Rounded to bfloat16, in the upper half of each lane; NaN stays NaN. */
 INLINE vu rounded(vf value) {
     vu bits = (vu)value, up = bits + 0x7fff + (bits >> 16 & 1), number = (vu)(value == value);
     return (up & number) | ((bits | 0x7fc00000) & ~number);
@@ -182,7 +183,7 @@ INLINE vf widen_all(const void *from, int dtype) {
 #endif
 }
 
-/* LANES elements from `at` on as float32, of which `count` exist: the others are not read, but 0. */
+/* LANES elements from `at` on as float32. Only `count` exist; the others are not read and become 0. */
 INLINE vf widen(const void *data, i64 at, i64 count, int dtype) {
     if (count >= LANES) return widen_all(element(data, at, dtype), dtype);
     float line[LANES] = {0};
@@ -203,17 +204,17 @@ INLINE void narrow_all(void *to, vf value, int dtype) {
     if (dtype == FLOAT32) store(to, value);
 }
 
-/* Write the first `count` of LANES numbers, rounded, from element `at` on. */
+/* Rounds the first `count` of LANES numbers and writes them from element `at` on. */
 INLINE void narrow(void *data, i64 at, i64 count, vf value, int dtype) {
     char *first = (char *)data + at * bytes_of(dtype), line[VECTOR_BYTES];
     narrow_all(count >= LANES ? first : line, value, dtype);
     if (count < LANES) memcpy(first, line, (size_t)(count * bytes_of(dtype)));
 }
 
-/* 1, or 0 for what is dropped: a factor, so that a dropped Inf or NaN becomes NaN. */
+/* 1 for a kept element, 0 for a dropped one. A factor, not a selection: a dropped Inf or NaN becomes NaN. */
 static inline float kept(const uint16_t *keep, i64 at) { return (float)(keep[at / 16] >> at % 16 & 1); }
 
-/* The same of LANES elements from `at` on. */
+/* The same for LANES elements from `at` on. */
 INLINE vf all_kept(const uint16_t *keep, i64 at) {
     static const int32_t bit[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
     const vf one = (vf){0} + 1;
@@ -224,7 +225,7 @@ INLINE vf all_kept(const uint16_t *keep, i64 at) {
     return (vf)((vi)one & ((((vi){0} + (int32_t)(bits >> at % 16)) & lanes) != 0));
 }
 
-/* to = `count` elements from `at` on as float32, 0 where `keep` has no bit. */
+/* to = `count` elements from `at` on as float32, times their mask. */
 static void widen_row(const void *from, int dtype, i64 at, i64 count, const uint16_t *keep, float *to) {
     for (i64 c = 0; c < count; c += LANES) {
         vf found = widen(from, at + c, count - c, dtype);
@@ -232,13 +233,13 @@ static void widen_row(const void *from, int dtype, i64 at, i64 count, const uint
     }
 }
 
-/* The same of those at `count` coordinates. */
+/* The same for elements at `count` coordinates. */
 static void gather(const void *from, int dtype, const i64 *index, i64 count, const uint16_t *keep, float *to) {
 #pragma GCC unroll 8
     for (i64 i = 0; i < count; i++) to[i] = value_at(from, index[i], dtype) * (keep ? kept(keep, index[i]) : 1);
 }
 
-/* The reverse: elements of `to` = from, 0 where `keep` has no bit. */
+/* The reverse: elements of `to` = from, times their mask. */
 static void scatter(const float *from, const i64 *index, i64 count, const uint16_t *keep, float *to) {
     for (i64 i = 0; i < count; i++) to[index[i]] = keep ? from[i] * kept(keep, index[i]) : from[i];
 }

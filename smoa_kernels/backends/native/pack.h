@@ -1,40 +1,40 @@
-/* Packing: a piece of an operand in the layout that a micro-kernel reads. What SMoA adds to a product is done here: a weight's panel
- * becomes W_eff or ΔW, permuted rows and columns are read in block order, dropped elements become 0, half types become float32. So
- * neither W_eff nor activations in another order are ever in memory as a whole.
+/* Packing: copies a piece of an operand to the layout that a micro-kernel reads. SMoA's own work is done meanwhile: a weight's panel becomes
+ * W_eff or ΔW, rows and columns are gathered in block order, dropped elements become 0, half types become float32. So neither W_eff nor
+ * permuted activations are ever in memory as a whole.
  *
- * Panels of floats, here. pack_tiles.h makes tiles of them, or of bfloat16 at once.
+ * This file packs panels of floats. pack_tiles.h packs these, or bfloat16 directly, in tiles.
  */
 #pragma once
 
 #include "microkernel.h"
 
 enum {
-    NC = NR * 4, /* rows of the right panels that are packed together */
-    MC = MR * 147, /* of the left ones: 2058 with AVX-512, 882 with AVX2. A second left block has the right operand packed again. */
+    NC = NR * 4, /* right rows that are packed together */
+    MC = MR * 147, /* left rows: 2058 with AVX-512, 882 with AVX2. For more of them the right operand is packed again. */
     SPILL = 8, /* floats beyond the last panel that packing may write */
-    /* How far ahead packing prefetches, in floats along a row, or in columns: it reads short runs that are far apart. */
+    /* Packing reads short runs that are far apart, so it prefetches: so many floats of a row ahead, or columns. */
     AHEAD = 64,
     COLUMNS_AHEAD = 4,
-    BESIDE = 4, /* rows, or columns, modulated at a time, so that what is loaded of a factor serves them all */
-    /* Rows of a factor are so much further apart: a multiple of 4 KB would have all of them share a set of the L1 cache. */
+    BESIDE = 4, /* rows, or columns, modulated at a time: they share the loads of a factor */
+    /* Floats added to the stride of a factor: at a multiple of 4 KB all its rows would share one set of the L1 cache. */
     SKEW = 16,
 };
 
-/* Where block k begins in block order, where each block takes whole panels. */
+/* Where block k begins in padded block order, in which each block takes whole panels. */
 static i64 padded_before(const int32_t *offsets, i64 k) {
     i64 before = 0;
     for (i64 b = 0; b < k; b++) before += round_up(offsets[b + 1] - offsets[b], PANEL);
     return before;
 }
 
-/* A layer's factors in float32, (rank, coordinates): columns of A, rows of s B, in memory's order or in padded block order. They are 0
- * beyond a block's own rank and where there is no coordinate, for a panel behind the last one too. */
+/* A layer's factors in float32: A (rank, columns) and s B (rank, rows), in memory's order or in padded block order. They are 0 beyond a
+ * block's own rank, in the padding, and in one more panel at the end. */
 typedef struct {
     i64 A_stride, B_stride;
     float *A, *B;
 } factors;
 
-/* A, or of the transposed layer B, times `scale`. */
+/* Copies A, or for the transposed layer B, times `scale`. */
 static void pack_factor(const layer *l, int in_blocks, float scale, float *to, i64 stride) {
     memset(to, 0, (size_t)(l->rank * stride) * sizeof *to);
     for (i64 k = 0; k < l->blocks; k++) {
@@ -55,15 +55,15 @@ static factors factors_of(arena *a, const layer *l, int in_blocks, double scalin
     return f;
 }
 
-/* What a weight's panel becomes: W_eff = W0 ∘ (1 + s B A) where the labels of row and column agree; or, where there are no labels, ΔW =
- * W0 ∘ s B A of one block. A and s B begin where the operand does; its first `skip` terms are no columns of the block, and become 0. */
+/* How a weight is modulated. With labels: to W_eff = W0 ∘ (1 + s B A) where the labels of row and column agree. Without labels: to one
+ * block's ΔW = W0 ∘ s B A. A and s B begin where the operand does; its first `skip` terms are not the block's, and become 0. */
 typedef struct {
     i64 rank, A_stride, B_stride, skip;
     const float *A, *B;
-    const int32_t *row_label, *col_label; /* room for a panel more */
+    const int32_t *row_label, *col_label; /* one panel longer than the side */
 } adapter;
 
-/* W0's rows of block k from `first` on and the columns of the block, after `skip` that come before them in block order. */
+/* W0's rows of block k from `first` on. Its terms are the block's columns, after the `skip` columns that precede them in block order. */
 static operand weight_of_block(const layer *l, i64 k, i64 first, i64 skip) {
     i64 row = l->row_offsets[k] + first, col = l->col_offsets[k] - skip;
     operand o = weight_of(l);
@@ -74,13 +74,13 @@ static operand weight_of_block(const layer *l, i64 k, i64 first, i64 skip) {
     return o;
 }
 
-/* What makes its ΔW of that. */
+/* The modulation that turns `weight_of_block` into ΔW. */
 static adapter adapter_of_block(const layer *l, const factors *f, i64 k, i64 first, i64 skip) {
     return (adapter){.rank = rank_of(l, k), .A_stride = f->A_stride, .B_stride = f->B_stride, .skip = skip,
                      .A = f->A + padded_before(l->col_offsets, k) - skip, .B = f->B + padded_before(l->row_offsets, k) + first};
 }
 
-/* to (8, 8) = the transpose of 8 floats at each of `rows`; rows of `to` are `stride` apart, the first written first. */
+/* to (8, 8) = the transpose of 8 floats at each of `rows`; rows of `to` are `stride` apart and written in order. */
 static inline void transpose(const float *const *rows, i64 at, float *to, i64 stride) {
     __m256 r[8], t[8];
 #pragma GCC unroll 8
@@ -103,11 +103,11 @@ static inline void transpose(const float *const *rows, i64 at, float *to, i64 st
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
 
-/* Whether elements along `width`, which have that index, are read where they are. */
+/* Whether elements along `width`, in the order of `index`, can be read in place. */
 static inline int is_in_place(const operand *o, const i64 *index) { return !index && !o->keep && o->dtype == FLOAT32; }
 
-/* Where terms k to k + depth of some rows lie, whose terms are contiguous: in place, or in `ordered`, (rows, KC), where they have another
- * order or dtype. */
+/* row = where terms k to k + depth of some rows lie, for rows with contiguous terms: in place, or else permuted and widened in `ordered`
+ * (rows, KC). */
 static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, float *ordered, const float **row) {
     for (i64 i = 0; i < count; i++, ordered += KC) {
         i64 at = first + i;
@@ -120,7 +120,7 @@ static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
     }
 }
 
-/* Panels of rows whose terms are contiguous: transposed. */
+/* Panels of rows with contiguous terms: transposes them. */
 static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     float ordered[NR * KC];
     int in_place = is_in_place(o, o->cols);
@@ -129,8 +129,8 @@ static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
         const float *row[NR + 8];
         read_rows(o, first + top, valid, k, depth, ordered, row);
         for (i64 i = valid; i < NR + 8; i++) row[i] = row[valid - 1];
-        /* Eight rows at a time; the last eight overlap where the height is no multiple. Of a panel lower than eight the
-         * transposes reach into the next column, which is written after, or beyond the panel (SPILL). */
+        /* Eight rows at a time; the last eight overlap others if 8 does not divide the height. In a panel lower than eight a transpose
+         * also writes to the next column, which is overwritten later, or beyond the panel (SPILL). */
         for (; p + 8 <= depth; p += 8)
             for (int i = 0; i < height; i += 8) {
                 int start = i + 8 > height && height >= 8 ? height - 8 : i;
@@ -143,7 +143,7 @@ static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
     }
 }
 
-/* Panels of rows that are contiguous: a column is read once, put in order and widened, for all panels. */
+/* Panels of contiguous rows: each column is read, permuted and widened once for all panels. */
 static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     float line[MC];
     for (i64 p = 0; p < depth; p++) {
@@ -159,7 +159,7 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
         for (i64 top = 0; top < count; top += height) {
             float *panel = to + top * depth + p * height;
             i64 valid = least(height, count - top);
-            /* Of a length known here: no call. */
+            /* With a constant length memcpy is inlined. */
             if (valid == NR)
                 memcpy(panel, column + top, NR * 4);
             else if (valid == MR)
@@ -170,11 +170,11 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
     }
 }
 
-/* Whether rows' terms are contiguous; else rows are. */
+/* Whether the terms of a row are contiguous; otherwise the rows of a term are. */
 static inline int has_rows(const operand *o) { return o->col_stride == 1 && (o->cols || !o->rows); }
 
-/* Rows first to first + count, terms k to k + depth, as panels of `height` rows, each (depth, height). What lies below
- * the last row is anything: it is multiplied and not stored. */
+/* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). A last panel may contain garbage below the last row:
+ * it is multiplied, but its product is not stored. */
 static void pack_floats(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     (has_rows(o) ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
 }

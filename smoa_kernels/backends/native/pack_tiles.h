@@ -1,15 +1,15 @@
-/* Packing in tiles (microkernel.h): of SPLIT3 from float32, of PAIRS from bfloat16, whose bits are moved as they are.
+/* Packing in tiles (microkernel.h): SPLIT3 from float32; PAIRS from bfloat16, whose bits are moved unchanged.
  *
- * Rows whose terms are contiguous are left tiles as they lie, and right tiles by a transpose. In a right tile a line is two terms of 16
- * rows, so to put terms in block order is to pick lines; another transpose makes left tiles of them. Rows that are themselves
- * contiguous, two terms of which are interleaved, are right tiles, and left ones by a transpose.
+ * Rows with contiguous terms are copied to left tiles, and transposed to right tiles. To put terms in block order, lines of right tiles are
+ * picked, each of which is two terms of 16 rows; another transpose makes left tiles. Contiguous rows become right tiles by interleaving two
+ * terms, and left tiles by another transpose.
  */
 #pragma once
 
 #include "pack.h"
 
 #if HAS_TILES
-/* r = the transpose of its 16 rows of 16 numbers of 32 bits. */
+/* Transposes r as 16 rows of 16 numbers of 32 bits. */
 INLINE void transpose_lines(__m512i *r) {
     __m512i t[16];
 #pragma GCC unroll 8
@@ -45,7 +45,7 @@ INLINE void store_lines(const __m512i *r, half *to) {
     for (int i = 0; i < SIDE; i++) _mm512_store_si512(to + i * TERMS, r[i]);
 }
 
-/* Right tiles become left ones. */
+/* Transposes right tiles to left ones, or the reverse. */
 static void turn_tiles(i64 tiles, half *tile) {
     for (__m512i r[SIDE]; tiles > 0; tiles--, tile += TILE) {
 #pragma GCC unroll 16
@@ -57,9 +57,9 @@ static void turn_tiles(i64 tiles, half *tile) {
 
 /* --- From float32 ------------------------------------------------------------------------------------------------------ */
 
-/* 16 pairs of numbers, rounded; or the three bfloat16 of each, STEP apart, whose sum is exact: nothing overflows, for the first is
- * truncated; the remainder is below its last bit, and is rounded to the second; the third is the rest. Infinity becomes NaN, for the
- * second is infinity less itself. */
+/* Writes 16 pairs of numbers. PAIRS: rounded. SPLIT3: three bfloat16 for each number, STEP apart, whose sum is exact. The first is the number
+ * truncated, so that it cannot overflow; the second is the remainder rounded; the third is the rest. Infinity becomes NaN, since its second
+ * part is infinity minus infinity. */
 INLINE void write_pairs(int format, vf low, vf high, half *to) {
     const vu upper = (vu){0} + 0xffff0000;
     if (format == PAIRS) {
@@ -72,16 +72,16 @@ INLINE void write_pairs(int format, vf low, vf high, half *to) {
     first = ((vu)low + 0x8000) & upper, second = ((vu)high + 0x8000) & upper;
     _mm512_store_si512(to + STEP, (__m512i)(first >> 16 | second));
     low -= (vf)first, high -= (vf)second;
-    _mm512_store_si512(to + 2 * STEP, (__m512i)((vu)low >> 16 | ((vu)high & upper))); /* tiny ones have lower bits */
+    _mm512_store_si512(to + 2 * STEP, (__m512i)((vu)low >> 16 | ((vu)high & upper))); /* masked: tiny numbers have lower bits too */
 }
 
-/* Term p of a panel's 16 columns; 0 where there are no more terms. */
+/* Term p of 16 rows of a panel; 0 beyond the last term. */
 INLINE vf term_or_zero(const float *panel, i64 p, i64 depth, i64 column) {
     return p < depth ? load(panel + p * PANEL + column) : (vf){0};
 }
 
-/* Panels of floats (depth, PANEL) as right tiles, `apart` from panel to panel. Two terms of PAIRS are neighbours; those of SPLIT3
- * are half a step apart, so that rows are left tiles without a permutation. */
+/* Packs panels of floats (depth, PANEL) in right tiles; `apart` lies between panels. The two terms of a pair are neighbours in PAIRS, and half
+ * a step apart in SPLIT3, so that rows can be packed in left tiles without a permutation. */
 INLINE void tiles_of_floats(int format, i64 count, i64 depth, const float *panel, half *to, i64 apart) {
     i64 beside = format == PAIRS ? 1 : SIDE, step = format == PAIRS ? STEP : 3 * STEP;
     for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL, to += apart)
@@ -94,7 +94,7 @@ INLINE void tiles_of_floats(int format, i64 count, i64 depth, const float *panel
                 }
 }
 
-/* Rows whose terms are contiguous as left panels of SPLIT3, in which they lie as they are. */
+/* Packs rows with contiguous terms in left panels of SPLIT3, in their own order. */
 static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
     float ordered[PANEL * KC];
     for (i64 top = 0; top < count; top += PANEL) {
@@ -121,18 +121,18 @@ static inline __mmask32 first_halves(i64 count) {
 /* 32 numbers: those of `low`, then those of `high`. */
 TARGET_BF16 static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
-/* As a line of pairs, one of `low` and one of `high`. */
+/* Writes them as a line of pairs: one number of `low`, one of `high`. */
 TARGET_BF16 static inline void store_pairs(vf low, vf high, half *to) {
     static const uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_loadu_si512(order), narrowed(low, high)));
 }
 
-/* 16 of 32 numbers, the lower or the upper ones. */
+/* The lower or upper 16 of 32 numbers as float32. */
 #define HALF_WIDENED(values, upper) \
     ((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(values, upper)), 16))
 
-/* 32 of a token's elements from `at` on; 0 where `keep` has no bit, NaN where what is dropped is not finite. */
+/* Applies a token's mask to 32 elements from `at` on: a dropped element becomes 0, or NaN if it is Inf or NaN. */
 INLINE __m512i drop(__m512i values, const uint16_t *keep, i64 at) {
     uint32_t bits;
     memcpy(&bits, keep + at / 16, sizeof bits);
@@ -141,7 +141,7 @@ INLINE __m512i drop(__m512i values, const uint16_t *keep, i64 at) {
     return _mm512_mask_mov_epi16(_mm512_maskz_mov_epi16(bits, values), lost, _mm512_set1_epi16(0x7fff));
 }
 
-/* A line of pairs: one of `first`, one of `second`, and so on, of their lower halves or the upper ones. */
+/* Interleaves the lower, or upper, halves of two vectors to a line of pairs. */
 INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
     static const uint16_t order[] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -149,14 +149,14 @@ INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
     return _mm512_permutex2var_epi16(first, at, second);
 }
 
-/* 16 halves at `two` and as many `apart` further on, as a line of pairs. */
+/* Interleaves 16 halves at `two` and 16 halves at `two + apart` to a line of pairs. */
 INLINE __m512i paired(const half *two, i64 apart) {
     return pairs_in(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)two)),
                     _mm512_castsi256_si512(_mm256_loadu_si256((const void *)(two + apart))), 0);
 }
 
-/* Up to SIDE rows with contiguous terms as tiles a step apart, missing rows and terms 0: right ones, without what `keep` drops, or left ones,
- * in which they lie as they are. The memory is asked meanwhile for the rows `next`. */
+/* Packs up to SIDE rows with contiguous terms, masked by `keep`, in left or right tiles a step apart; missing rows and terms become 0.
+ * Prefetches the rows `next`. */
 INLINE void tile_group(int as_left, const half *const *row, const half *const *next, i64 count, i64 width, const uint16_t *keep,
                        i64 keep_words, half *to) {
     for (i64 c = 0; c < width; c += TERMS, to += STEP) {
@@ -174,12 +174,12 @@ INLINE void tile_group(int as_left, const half *const *row, const half *const *n
     }
 }
 
-/* Where the line of term c, and of the next, is in right tiles a step apart. */
+/* Where the line of terms c and c + 1 is, c even, in right tiles a step apart. */
 static inline i64 line_of(i64 c) { return (c & ~(i64)(TERMS - 1)) * PANEL + (c & (TERMS - 2)) * SIDE; }
 
 /* Terms `one` and `other` of right tiles as a line of pairs. */
 INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
-    /* Of two lines, for each row, where its halves are that are taken: both of one term, lower or upper. */
+    /* For each row: which half of the first line and which of the second to take, the lower or the upper of the row's pair. */
     static const uint32_t each[] = {0x00000, 0x20002, 0x40004, 0x60006, 0x80008, 0xa000a, 0xc000c, 0xe000e,
                                     0x100010, 0x120012, 0x140014, 0x160016, 0x180018, 0x1a001a, 0x1c001c, 0x1e001e};
     static const uint32_t upper[2][2] = {{0x200000, 0x210000}, {0x200001, 0x210001}};
@@ -187,7 +187,7 @@ INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
     return _mm512_permutex2var_epi16(_mm512_load_si512(tiles + line_of(one)), order, _mm512_load_si512(tiles + line_of(other)));
 }
 
-/* Terms of right tiles, in the order of `index`, as right tiles, a step apart both. */
+/* Permutes terms of right tiles by `index` to right tiles; both lie a step apart. */
 static void pick_terms(const half *tiles, const i64 *index, i64 count, half *to) {
     for (i64 c = 0; c < round_up(count, TERMS); c += 2) {
         __m512i line = _mm512_setzero_si512();
@@ -199,8 +199,8 @@ static void pick_terms(const half *tiles, const i64 *index, i64 count, half *to)
     }
 }
 
-/* Rows first to first + count, whose terms are contiguous, as panels of tiles: left ones, or right ones. Where terms have an order they are
- * picked from right tiles of them all, for which `scratch` has room. */
+/* Packs rows first to first + count, with contiguous terms, in left or right panels. With an index of terms, all terms go to right tiles in
+ * `scratch` first, and the index picks from these. */
 static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_left, half *scratch, half *to) {
     i64 deep = round_up(depth, TERMS);
     for (i64 i = 0; i < count; i += SIDE) {
@@ -221,8 +221,8 @@ static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_
     }
 }
 
-/* A step of a right panel of rows that are contiguous: of these up to 32, `count`, from c on, and of terms, of which `valid` exist, those
- * from `first` on. The memory is asked meanwhile for what lies `ahead`. */
+/* Packs one step of a right panel from contiguous rows: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
+ * Prefetches `ahead` elements further on. */
 INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, i64 ahead, half *to) {
     const half *from = (const half *)o->data + first * o->col_stride + c;
     __mmask32 inside = first_halves(count);
@@ -231,7 +231,7 @@ INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count,
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             two[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
-            __builtin_prefetch(from + (t + i) * o->col_stride + ahead); /* too far apart to be foreseen */
+            __builtin_prefetch(from + (t + i) * o->col_stride + ahead); /* too far apart for the hardware prefetcher */
             if (o->keep && t + i < valid) two[i] = drop(two[i], keep_of(o, first + t + i), c);
         }
         _mm512_store_si512(to, pairs_in(two[0], two[1], 0));
@@ -239,8 +239,8 @@ INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count,
     }
 }
 
-/* Left tiles of ΔW, a step apart, for up to SIDE rows of a block, made of W0's tiles that overlap the block's columns; the first `skip`
- * columns and those from `end` on are other blocks', and 0. */
+/* Left tiles of ΔW, a step apart, for up to SIDE rows of a block, from those tiles of W0 that overlap the block's columns. The first `skip`
+ * columns and those from `end` on belong to other blocks and become 0. */
 TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const half *W0, half *to) {
     for (i64 c = 0; c < end; c += TERMS, W0 += STEP, to += STEP) {
         __mmask32 inside = first_halves(end - c) & ~first_halves(greatest(0, m->skip - c));
@@ -273,14 +273,14 @@ TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const 
 
 /* --- By format --------------------------------------------------------------------------------------------------------- */
 
-/* A vector of term p + c of a right panel, the q-th of its rows, as float32; p is even. */
+/* Term p + c of the q-th vector of rows of a right panel, as float32; p is even. */
 INLINE vf term_of(int format, const void *panel, i64 p, int c, int q) {
     if (format == FLOATS) return load((const float *)panel + (p + c) * NR + q * LANES);
     vf line = load((const void *)((const half *)panel + line_of(p + c) + q * TILE));
     return (vf)(c % 2 ? (vu)line & 0xffff0000 : (vu)line << 16);
 }
 
-/* Some terms of a right panel become W_eff or ΔW; `labels` are those of the panel's rows, all 0 where there are none. */
+/* Turns some terms of a right panel into W_eff or ΔW. `labels` are the rows' blocks, all 0 without labels. */
 INLINE void modulate_terms(int format, int count, const adapter *m, i64 row, i64 col, const vi *labels, void *panel, i64 p) {
     vf update[BESIDE][2] = {{{0}}};
     const vi merged = (vi){0} - (m->col_label != NULL); /* all bits, or none */
@@ -301,19 +301,19 @@ INLINE void modulate_terms(int format, int count, const adapter *m, i64 row, i64
     }
 }
 
-/* Labels as bits: block k sets bit k % 64, so two blocks may share one. */
+/* The set of labels as bits. Block k sets bit k % 64, so two blocks may share a bit. */
 static inline uint64_t blocks_of(const int32_t *label, i64 count) {
     uint64_t found = 0;
     for (i64 i = 0; i < count; i++) found |= (uint64_t)1 << label[i] % 64;
     return found;
 }
 
-/* Right panels of the weight's rows first to first + count, terms k to k + depth, become W_eff or ΔW. */
+/* Turns right panels of the weight, rows first to first + count, terms k to k + depth, into W_eff or ΔW. */
 INLINE void modulate(int format, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels) {
     for (i64 top = 0; top < count; top += NR, panels += row_size(format, depth) * NR) {
         i64 row = first + top, p = greatest(0, least(depth, m->skip - k));
         vi labels[2] = {{0}};
-        uint64_t blocks = 0; /* of these rows: columns of no such block stay as they are */
+        uint64_t blocks = 0; /* of these rows; columns of other blocks are left alone */
         if (m->row_label) {
             memcpy(labels, m->row_label + row, sizeof labels);
             blocks = blocks_of(m->row_label + row, least(NR, count - top));
@@ -331,7 +331,7 @@ INLINE void modulate(int format, const adapter *m, i64 first, i64 count, i64 k, 
 }
 
 #if HAS_TILES
-/* Right panels of a weight whose rows are contiguous, all its terms; W_eff's where `m` is given. */
+/* Packs all terms of contiguous rows of a weight in right panels, and modulates them if `m` is given. */
 TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 first, i64 count, i64 depth, half *to) {
     for (i64 n = 0; n < depth; n += TERMS)
         for (i64 c = 0; c < count; c += PANEL)
@@ -342,13 +342,13 @@ TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 fir
 #define weight_tiles(o, m, first, count, depth, to) ((void)(to))
 #endif
 
-/* Floats of scratch for an operand of which `data` has so many elements along a row. */
+/* Floats of scratch for an operand with `width` elements along a row. */
 static i64 scratch_size(int format, i64 width) {
     return format == FLOATS ? 0 : greatest(NC * KC, format == PAIRS ? round_up(width, TERMS) * SIDE : 0) + SPILL;
 }
 
-/* Right panels: rows first to first + count, terms k to k + depth; modulated, while they are in the cache, where `m` is given. `scratch` has
- * `scratch_size` floats. */
+/* Packs right panels: rows first to first + count, terms k to k + depth. If `m` is given, modulates them while they are in the cache.
+ * `scratch` has `scratch_size` floats. */
 static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to,
                        float *scratch) {
     if (format == PAIRS && !m && has_rows(o)) {
@@ -373,7 +373,7 @@ static void pack_right(int format, const operand *o, const adapter *m, i64 first
         }
 }
 
-/* Left panels. */
+/* The same for left panels. */
 static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
     if (format == FLOATS)
         pack_floats(o, first, count, k, depth, MR, to);

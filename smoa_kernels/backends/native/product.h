@@ -1,22 +1,21 @@
-/* y and dX by blocks: in float32 (FLOATS and SPLIT3) of operands in any dtype, and in bfloat16 (PAIRS), for y see below.
+/* y and dX: in float32 (FLOATS and SPLIT3) from operands in any dtype, and in bfloat16 (PAIRS; its y has a section of its own below).
  *
- * A merged product packs W_eff. Where dropout changes x for ΔW alone, y = dropout(x) ΔWᵀ comes first, block by block, and x W0ᵀ is added to
- * it. dX is the same product of the transposed layer, its mask on the result.
+ * The merged algorithm packs W_eff. With dropout only ΔW sees the dropped x: y = dropout(x) ΔWᵀ is computed first, block by block, and then
+ * x W0ᵀ is added. dX is the same product of the transposed layer, and the mask applies to its result.
  */
 #pragma once
 
 #include "epilogue.h"
 
 enum {
-    BAND = 512, /* tokens of x and y that are put in another order at a time: they stay in a cache */
+    BAND = 512, /* tokens of x and y that are permuted at a time: they stay in a cache */
     L2_CACHE = 1 << 20,
 };
 
-/* Whether a float32 product of so many rows of the left operand and so many terms is computed by SPLIT3: of fewer, to split the right
- * operand takes as long as it saves. */
+/* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
 static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx() ? SPLIT3 : FLOATS; }
 
-/* y (tokens, rows) of x (tokens, cols) in one dtype, y's tokens one after another: a call, or some tokens of it. */
+/* A call, or some tokens of it: y (tokens, rows), contiguous, from x (tokens, cols) in the same dtype. */
 typedef struct {
     layer l;
     i64 algorithm, tokens, total, threads, x_stride;
@@ -25,37 +24,37 @@ typedef struct {
     const uint16_t *x_keep, *y_keep;
     void *y;
     arena workspace;
-    /* Of the workspace. */
+    /* In the workspace. */
     factors factors;
     float *C;
     adapter merged;
     local_rooms rooms;
-    /* Of y in bfloat16: rows of W0 that are multiplied together; all of x, and what dropout keeps of it, as tiles; columns of y's last tokens. */
+    /* For y in bfloat16: rows of W0 that are multiplied together; x and dropout(x) as tiles; a buffer for the last tokens' columns. */
     i64 together, groups;
     half *x_tiles, *kept_tiles, *last_columns;
 } product;
 
-/* Goes on by so many tokens. */
+/* Advances by `count` tokens. */
 static void next_tokens(product *p, i64 count) {
     p->x = element(p->x, count * p->x_stride, p->dtype), p->y = (char *)p->y + count * p->l.rows * bytes_of(p->dtype);
     if (p->x_keep) p->x_keep += count * words(p->l.cols);
     if (p->y_keep) p->y_keep += count * words(p->l.rows);
 }
 
-/* How many of `all` rows are multiplied together. Rows have `numbers` bfloat16; the result fits into `bytes` of a cache, is at least PANEL,
- * and leaves work for all threads. */
+/* How many of `all` rows, each of `numbers` bfloat16, are multiplied together: they fit into `bytes` of a cache, are at least PANEL, and
+ * leave work for all threads. */
 static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
     enum { MOST = 256 };
     i64 fit = least(MOST, round_up(ceil_div(bytes / 2, greatest(1, numbers)), PANEL));
     return least(fit, round_up(ceil_div(all, threads), PANEL));
 }
 
-/* Tokens of which tiles are in the workspace at a time. */
+/* Tokens whose tiles are in the workspace at a time. */
 static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows + l->cols) / 4, PANEL), 1024); }
 
 static operand x_of(const product *p) { return operand_of(p->x, p->dtype, p->x_stride, 1, p->l.cols, p->x_keep); }
 
-/* Every thread packs what it multiplies: of x `tokens / bands` rows, of W0 as many as `bands / threads` leaves it. */
+/* The number of bands of tokens with which threads pack least: each packs `tokens / bands` rows of x and `rows * bands / threads` of W0. */
 static i64 bands_of(i64 tokens, i64 rows, i64 threads) {
     i64 best = 1;
     for (i64 bands = 2; bands <= threads; bands++)
@@ -63,13 +62,13 @@ static i64 bands_of(i64 tokens, i64 rows, i64 threads) {
     return best;
 }
 
-/* Of few tokens fewer terms are summed at a time: MKL's sums are about as short there, and errors are compared with its. */
+/* Terms per partial sum. They are fewer for few tokens, where MKL's sums are about as short: the tests compare the error with MKL's. */
 static i64 terms_of(i64 tokens) {
     enum { FEW_ROWS = 16, SHORT = 64 };
     return tokens < FEW_ROWS ? SHORT : KC;
 }
 
-/* C (+)= x W0ᵀ, or x W_effᵀ: as a gemm without its result. */
+/* The gemm of C (+)= x W0ᵀ or x W_effᵀ; the caller sets C. */
 static gemm_job weight_product(const product *p) {
     gemm_job g = {.format = p->tiles ? PAIRS : format_of(p->total, p->l.cols), .depth = p->l.cols, .terms = p->tiles ? p->l.cols : terms_of(p->total),
                   .left = x_of(p), .right = weight_of(&p->l), .adapter = p->algorithm == MERGED ? &p->merged : NULL};
@@ -78,7 +77,7 @@ static gemm_job weight_product(const product *p) {
     return g;
 }
 
-/* A band of tokens, and a side of the rows. */
+/* A thread multiplies one band of tokens by one share (side) of the rows. */
 static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     i64 rows = p->l.rows, bands = bands_of(p->tokens, rows, p->threads), sides = p->threads / bands, band = thread / sides, side = thread % sides;
@@ -98,7 +97,7 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     gemm(&g, first, end - first, row, count, room);
 }
 
-/* C = x ΔWᵀ of some tokens, a band at a time: each block's columns of x, in their order, give its columns of C. */
+/* C = x ΔWᵀ for some tokens, a band at a time. Each block multiplies its columns of x and writes its columns of C. */
 static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
@@ -142,7 +141,7 @@ static void finish(void *it, i64 thread, i64 first, i64 end) {
     finish_rows(p->C, first, end, p->l.rows, p->bias, p->algorithm == UPDATE, p->y, p->dtype);
 }
 
-/* Bytes that a thread takes of the workspace. */
+/* Bytes of workspace per thread. */
 static i64 product_room(const product *p) {
     i64 wide = widest_of(&p->l);
     int format = format_of(p->total, wide);
@@ -155,8 +154,8 @@ static i64 product_room(const product *p) {
     return greatest(weight.bytes, update.bytes);
 }
 
-/* y = x W_effᵀ + b, or y += x ΔWᵀ. Half types that are summed in float32 are rounded once, a band at a time. In bfloat16 tiles y += x W0ᵀ
- * where some of y is dropped. */
+/* y = x W_effᵀ + b, or y += x ΔWᵀ. Half types are summed in float32 and rounded once, a band at a time. In bfloat16 tiles, where y has a
+ * mask (dX under dropout), y += x W0ᵀ. */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
     i64 remaining = p.tokens, in_y = p.tiles || (p.dtype == FLOAT32 && p.algorithm != UPDATE), most = in_y ? remaining : least(remaining, MC);
@@ -183,12 +182,12 @@ static i64 blocked_product(product p) {
 
 /* y in bfloat16 tiles (PAIRS), each element one sum over all terms, rounded once: y = x W0ᵀ + dropout(x) ΔWᵀ + b.
  *
- * A W_eff in bfloat16 would lose an update smaller than W0's last bit, so W0 and ΔW are both multiplied, into one C. W0's rows are the left
- * operand, x the right one: C has tokens side by side, so its columns may go anywhere. Of the transposed layer ΔW alone is multiplied, for
- * dX under dropout: dY ΔW is kept in bfloat16, so that dX is rounded twice.
+ * A W_eff in bfloat16 would lose an update smaller than W0's last bit. So x is multiplied by W0 and by ΔW, and both are summed in one C. W0
+ * is the left operand and x the right one, so a row of C is one column of y and may be written anywhere. For dX under dropout only dY ΔW is
+ * computed here, with the transposed layer; it is stored in bfloat16, so dX is rounded twice.
  */
 #if HAS_TILES
-/* What a thread multiplies a group of rows with. */
+/* A thread's buffers and position while it multiplies a group of rows. */
 typedef struct {
     const product *p;
     half *W0, *delta;
@@ -203,11 +202,11 @@ static row_room row_room_of(const product *p, arena *a) {
     row_room r = {.p = p};
     r.W0 = take(a, alone ? 0 : p->together * round_up(l->cols, TERMS) * 2);
     r.delta = take(a, p->together * width * 2), r.C = take(a, PANEL * PANEL * 4);
-    r.scratch = take(a, 4 * greatest(scratch_size(PAIRS, l->cols), round_up(l->rows, TERMS) * PANEL / 2)); /* or a panel of columns */
+    r.scratch = take(a, 4 * greatest(scratch_size(PAIRS, l->cols), round_up(l->rows, TERMS) * PANEL / 2)); /* shared with a panel of columns */
     return r;
 }
 
-/* x, and what is kept of it, as right tiles in block order, some panels of tokens. */
+/* Packs some panels of tokens of x, and of dropout(x), in right tiles in block order. */
 static void pack_x(void *it, i64 thread, i64 panel, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
@@ -221,7 +220,7 @@ static void pack_x(void *it, i64 thread, i64 panel, i64 end) {
     pack_right(PAIRS, &x, NULL, panel * PANEL, count, 0, l->cols, (float *)(p->x_tiles + at), scratch);
 }
 
-/* C = ΔW's rows by what is kept of x: the block's own terms. */
+/* C = ΔW's rows times dropout(x), over the block's own terms. */
 TARGET_BF16 static int begin_with_delta(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
     const row_room *r = g->context;
     const half *x = r->p->x_keep ? r->p->kept_tiles : r->p->x_tiles;
@@ -231,12 +230,12 @@ TARGET_BF16 static int begin_with_delta(const gemm_job *g, i64 i, i64 height, i6
     return 1;
 }
 
-/* Where columns of PANEL tokens of y wait until `turn_columns` makes rows of them: in y's own memory, or those of the last ones elsewhere. */
+/* Where PANEL tokens of y lie transposed until `turn_columns`: in y's own memory, or in a buffer for a last, partial panel. */
 static half *columns_at(const product *p, i64 first) {
     return p->tokens - first < PANEL ? p->last_columns : (half *)p->y + first * p->l.rows;
 }
 
-/* C, (rows, PANEL tokens), takes its bias, and is rounded once: columns of y. */
+/* Adds the bias to C (rows, PANEL tokens), rounds it once and writes it as columns of y. */
 TARGET_BF16 static void write_columns(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
     const row_room *r = g->context;
     const product *p = r->p;
@@ -250,7 +249,7 @@ TARGET_BF16 static void write_columns(const gemm_job *g, i64 i, i64 height, i64 
     }
 }
 
-/* Groups of rows of W0 and ΔW, or of ΔW alone of a transposed layer, by all tokens. */
+/* Multiplies groups of rows of W0 and ΔW, or of ΔW alone for dX, by all tokens. */
 static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
@@ -284,7 +283,7 @@ static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
         }
 }
 
-/* Columns of some panels of tokens become rows of y, without what is dropped of it. */
+/* Transposes some panels of tokens back to rows of y and applies y's mask. */
 TARGET_BF16 static void turn_columns(void *it, i64 thread, i64 panel, i64 end) {
     const product *p = it;
     arena local = room_of(&p->rooms, thread);
@@ -306,13 +305,13 @@ TARGET_BF16 static void turn_columns(void *it, i64 thread, i64 panel, i64 end) {
     }
 }
 
-/* y = x W0ᵀ + dropout(x) ΔWᵀ + b, or x ΔWᵀ; returns the floats that it needs of the workspace. */
+/* y = x W0ᵀ + dropout(x) ΔWᵀ + b, or x ΔWᵀ; returns the size of the workspace that it needs, in floats. */
 static i64 rows_by_tokens(product p) {
     const layer *l = &p.l;
     i64 remaining = p.tokens, most = least(remaining, tokens_together(l));
     i64 size = round_up(most, PANEL) * round_up(l->cols, TERMS) * 2;
     arena a = p.workspace, local = {0};
-    /* Of few tokens, which are multiplied at once, no more rows than a panel: ΔW is made of rows that are in the caches. */
+    /* Few tokens are multiplied at once; groups of one panel then make ΔW from rows of W0 that are still in the caches. */
     p.together = remaining <= PANEL ? PANEL : rows_together(l->rows, l->cols, L2_CACHE / 2, p.threads), p.groups = 0;
     for (i64 k = 0; k < l->blocks; k++) p.groups += ceil_div(height_of(l, k), p.together);
     p.factors = factors_of(&a, l, 1, l->scaling);
