@@ -53,11 +53,11 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Backend(Protocol):
-    """What the rest of the package asks of a backend; the adapter brings W0, factors, blocks, ranks and s."""
+    """The interface of a backend; the adapter holds W0, factors, blocks, ranks and s."""
 
     @property
     def ALGORITHMS(self) -> tuple[str, ...]:
-        """Those that it can be told to run, beside "auto"."""
+        """The algorithms that a caller may name, beside "auto"."""
 
     def forward(
         self,
@@ -85,14 +85,14 @@ class Backend(Protocol):
 
 
 class ExpertsBackend(Protocol):
-    """What the rest of the package asks of a backend for experts; x has the dtype of the adapter's W0."""
+    """The interface of a backend for experts; x has the dtype of the adapter's W0."""
 
     def experts_product(self, ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-        """What computes `y_p = x_p W0_eᵀ + x_p ΔW_eᵀ` with e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
+        """Return a function `y_p = x_p W0_eᵀ + x_p ΔW_eᵀ`, e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
 
-        x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each, as `grouped_mm` takes
-        `offs`. In half precision the adapter's output enters before the base GEMM's one rounding. What can be done
-        without x is done before this returns.
+        x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each, like `offs` of
+        `grouped_mm`. In half precision the adapter's output is added before the base GEMM rounds, once. All work that
+        does not need x is done before this returns.
         """
 
     def experts_backward(
@@ -122,7 +122,7 @@ _EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts", "triton": 
 
 @functools.cache
 def load_experts_backend(name: str) -> ExpertsBackend:
-    """Import the module of a resolved backend that computes experts; one that has none leaves them to torch.
+    """Import the module that computes a resolved backend's experts; a backend without one uses torch's operators.
 
     Args:
         name: "eager", "native", "triton" or "reference".
@@ -184,9 +184,9 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
 
 
 def _constant(function: F) -> F:
-    """A constant in compiled graphs: compilers cannot look into imports, and need not.
+    """Make a function's result a constant in compiled graphs, because compilers cannot trace imports.
 
-    Marked as `torch.compiler.assume_constant_result` marks it, which would import the compiler, and with it Triton.
+    Sets the mark of `torch.compiler.assume_constant_result`, which itself would import the compiler and Triton.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,6 +1,6 @@
-"""The triton backend's algorithms, what "auto" runs where no tuning table says otherwise, and parts of a long batch.
+"""The triton backend's choices: algorithms, the rule of "auto" without a tuning table, and parts of a long batch.
 
-Nothing here needs Triton: the predictions (`tuning/roofline.py`) count by the same sizes.
+Nothing here needs Triton, so that the predictions (`tuning/roofline.py`) can use the same sizes.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ __all__ = ["ALGORITHMS", "admissible", "choose_algorithm", "gradient_parts", "pa
 
 ALGORITHMS = ("merged", "split", "fused")
 
-# Above these ρ the one-kernel form takes the rank in chunks, for which nothing is loaded ahead.
+# Above these ρ the fused kernel takes the rank in chunks and loads nothing ahead.
 FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 
-# From so many T·K on, the kernels are not 5 % faster than cuBLAS alone on blocks that are one batch.
+# From this T·K on, the kernels are less than 5 % faster than cuBLAS alone on blocks that are one batch.
 BATCH_ROWS = 20_000
 BATCH_ROWS_IEEE = 2_600
 
 GRAD_TILE = 128  # block_grad writes one rank-sized partial for each tile of this many rows or columns
 GRAD_STEP = 64  # tokens in one step of its main loop
-# The backward gathers all tokens at once, or at least this many: a program's end then takes a ninth of its time.
+# The backward gathers all tokens at once, or at least this many, so that a program's end takes a ninth of its time.
 GRAD_PART_TOKENS = 64 * GRAD_STEP
-# Fewest tiles of G for that: as many as a large GPU has multiprocessors, so that each launch fills it.
+# Fewest tiles of G for parts: as many as a large GPU has multiprocessors, so that each launch fills it.
 GRAD_PART_TILES = 128
 
 
 def admissible(stage: str, dtype: str) -> tuple[str, ...]:
-    """What a tuning table may choose: torch's own operators, "eager", among it.
+    """Name the algorithms that a tuning table may choose, "eager" (torch's own operators) among them.
 
-    A W_eff rounded to half, or multiplied in TF32, loses a small update in the forward; in dX that is a second-order
-    error.
+    In the forward a W_eff that is rounded to half, or multiplied in TF32, loses a small update; in dX the error is of
+    second order.
 
     Args:
         stage: one of `spec.ALGORITHM_KEYS`.
@@ -47,9 +47,9 @@ def admissible(stage: str, dtype: str) -> tuple[str, ...]:
 
 
 def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str, batch: int = 0) -> str:
-    """Choose "eager" for many tokens where it takes the blocks as one batch: cuBLAS alone composes everything then.
+    """Choose "eager" for many tokens if it takes the blocks as one batch: cuBLAS alone then computes everything.
 
-    There the kernels save passes over blocks of W0's size, whatever T is, and multiply no faster than cuBLAS does. By
+    The kernels save passes over blocks of W0's size, whatever T is, and multiply no faster than cuBLAS. By
     the roofline of an H100 (700 TFLOP/s in half types, 2.9 TB/s) they save 8 bytes for each element of a block in the
     forward and in dX. That is less than 5 % of the time from T·K = 19,300 on, in half types and in TF32; in IEEE
     float32, whose products are slower, from 2,600 on. For dA and dB it is about the same: at 4096², K = 4, T = 8192 in
@@ -57,9 +57,9 @@ def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str, 
     smaller on most other GPUs, and 27,000 on an L40S.
 
     Else choose "fused" for few tokens, else "merged" where it is admissible, else "split"; dropout is always split.
-    With few tokens reading W0 takes longer than anything else, and "fused" reads it once and builds no weight. But it
-    multiplies twice for each element, and slower than a GEMM does, so with more tokens a GEMM is faster. The limit is
-    `Architecture.fused_tokens` in half types, half of it where an element takes twice the room, and half of that in
+    With few tokens reading W0 takes most of the time; "fused" reads it once and builds no weight. But it multiplies
+    twice per element and slower than a GEMM, so with more tokens a GEMM is faster. The limit is
+    `Architecture.fused_tokens` in half types, half of it if an element is twice as large, and half of that in
     IEEE float32. By the roofline (`smoa-kernels roofline`) the two meet at the limit or above it in half types and in
     TF32, and at about the limit in IEEE float32 without tensor cores (tests/test_roofline.py). On a B200 the kernel's
     instructions are the limit before its products are, and `fused_tokens` is a quarter of the others'. None of this is
@@ -114,10 +114,10 @@ def gradient_parts(
     """How many tokens the backward gathers at a time for dA and dB: all of them, or several parts in turn.
 
     dA and dB are sums over tokens, so they can be summed part by part, and the gathered copies of dY and x then take
-    less memory. There are as many parts as it takes for the copies to need no more memory than dX and its W_eff do
-    afterwards, within three limits. n parts hold 1/n of the copies but n times the partials of one, so n stays where
-    the sum still falls. A part has at least `GRAD_PART_TOKENS`, since each part runs the end of every program again.
-    And G has at least `GRAD_PART_TILES`.
+    less memory. The number of parts n is the least with which the copies need no more memory than dX and its W_eff need
+    afterwards, within three limits. n parts hold 1/n of the copies but n times the partials, so n ends where the sum of
+    both is least. A part has at least `GRAD_PART_TOKENS`, since each part runs the end of every program again. There is
+    one part if G has fewer than `GRAD_PART_TILES`.
 
     Args:
         tokens: T.

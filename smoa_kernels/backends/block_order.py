@@ -1,4 +1,4 @@
-"""The eager path's layout: rows and columns of a block side by side, and the copying that this takes."""
+"""The eager path's layout, in which rows and columns of a block are adjacent, and the copies that it needs."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ __all__ = [
     "select_columns",
 ]
 
-# Bytes of W0 that are gathered as whole rows at a time: what columns are then taken of is still in a cache. Of 64 rows
-# a block of 2048² in four costs 318 us, of 256 278; of 256 at 4096x11008 (11 MB) 11 % more than of 64.
+# Bytes of W0 that are gathered as whole rows at a time: they are still in a cache when columns are taken from them. A
+# block of 2048² in four costs 318 us with 64 rows and 278 with 256; at 4096x11008, 256 rows (11 MB) cost 11 % more.
 _ROW_BYTES = 2**21
 
 
-# Runs of so many bytes are copied as rows: shorter ones by single elements.
+# Bytes from which on a run is copied as a row; shorter runs are copied by elements.
 _LONG_RUN = 32
 
 
 class Index(NamedTuple):
-    """Where the columns (or rows) of a matrix in block order are found.
+    """Where the columns (or rows) of block order lie in a matrix.
 
     Attributes:
-        places: int64, one for each.
-        run: so many neighbours stay together and in order, from multiples of it to multiples of it.
+        places: int64, one per column.
+        run: aligned groups of so many columns are moved together, in their order.
     """
 
     places: Tensor
@@ -53,12 +53,12 @@ class BlockOrder:
         weight: W0 (N, C), as it is.
         A: (ρ, C), columns in block order, at least float32.
         B: (N, ρ), rows in block order, times s.
-        row_index: each row in block order; None where blocks are contiguous: the order is W0's own.
+        row_index: rows in block order; None where blocks are contiguous: the order is W0's own.
         col_index: the same for columns.
-        ranks: rank of each block; those of rank zero are left out of all that is listed block by block.
+        ranks: rank of each block. Blocks of rank zero are left out here and in all lists by block.
         row_sizes: rows of each block.
         col_sizes: columns of each block.
-        batched: all blocks are one batch, (K, …): what is listed block by block has this one element.
+        batched: all blocks are one batch (K, …); a list by block then has this one element.
     """
 
     weight: Tensor
@@ -88,11 +88,11 @@ class BlockOrder:
 
     @property
     def full(self) -> bool:
-        """Whether every block has rank ρ: what is written block by block is then written everywhere."""
+        """Whether every block has rank ρ, so that writing all blocks of a factor writes all of it."""
         return min(self.ranks) == self.A.shape[0]
 
     def rows(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
-        """The blocks' rows, of a tensor that has all of them along `dim`."""
+        """Split a tensor, with all rows along `dim`, by block."""
         return self._parts(tensor, self.row_sizes, dim)
 
     def cols(self, tensor: Tensor, dim: int = 1) -> list[Tensor]:
@@ -113,7 +113,7 @@ class BlockOrder:
         return blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)
 
     def places(self) -> list[tuple[slice, slice]]:
-        """Where each block lies in W0; of contiguous blocks."""
+        """The slices of each block in W0, for contiguous blocks."""
         rows, cols = (
             [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
             for sizes in (self.row_sizes, self.col_sizes)
@@ -153,7 +153,7 @@ class BlockOrder:
 
 
 def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:
-    """The indices that list rows and columns block by block; None where blocks are contiguous: it is W0's own order."""
+    """The indices of rows and columns in block order; None where blocks are contiguous: it is W0's own order."""
     p = adapter.partition
     if p.is_contiguous:
         return None, None
@@ -162,7 +162,7 @@ def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:
 
 
 def is_batch(adapter: PackedAdapter) -> bool:
-    """Whether a GPU takes all blocks as one batch: slices of one size, and of one rank that the host knows."""
+    """Whether a GPU takes all blocks as one batch: they are slices of one size, and of one rank that the host knows."""
     p, ranks = adapter.partition, adapter.block_ranks
     return (
         adapter.weight.is_cuda
@@ -174,9 +174,9 @@ def is_batch(adapter: PackedAdapter) -> bool:
 
 
 def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
-    """Build an adapter's BlockOrder; copies the factors, references W0."""
+    """Build an adapter's BlockOrder. It copies the factors and references W0."""
     p = adapter.partition
-    # As wide as W0 and never narrower than float32: the factors are small, and products of them are not.
+    # W0's dtype, but at least float32: the factors take little memory, and their products round.
     dtype = torch.promote_types(adapter.weight.dtype, torch.float32)
     A, B = adapter.A.to(dtype), adapter.B.to(dtype)
     row_index, col_index = block_indices(adapter)
@@ -197,7 +197,7 @@ def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
 
 def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
     """Cut a tensor into panels of at most `rows` rows."""
-    # `split` is Python, which small layers feel.
+    # `split` runs in Python, which takes time in small layers.
     return (tensor,) if tensor.shape[0] <= rows else tensor.split(rows)
 
 
@@ -210,7 +210,7 @@ def select_columns(x: Tensor, index: Index, out: Tensor) -> Tensor:
         return out
     if x.itemsize > 2:
         return torch.index_select(x, 1, places, out=out)
-    # index_select has no fast path for half types, nor gather but for integers: of as many elements as one can hold.
+    # index_select has no fast path for half types, and gather only for integers: view up to 4 elements as one integer.
     width = math.gcd(run, 4)
     while not (_is_aligned(x, width) and _is_aligned(out, width)):
         width //= 2
@@ -221,12 +221,12 @@ def select_columns(x: Tensor, index: Index, out: Tensor) -> Tensor:
 
 
 def _every(places: Tensor, run: int) -> Tensor:
-    """Places of runs, from those of their elements."""
+    """Places of runs, from the places of their elements."""
     return places if run == 1 else places[::run] // run
 
 
 def _is_aligned(x: Tensor, width: int) -> bool:
-    """Whether so many neighbours in a row may be viewed as one element."""
+    """Whether `width` adjacent elements of a row may be viewed as one."""
     return bool(
         width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
     )

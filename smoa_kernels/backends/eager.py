@@ -7,8 +7,8 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
 - split: the adapter's output block by block, then the base GEMM accumulates onto it and rounds once;
 - expanded: for few tokens, `s·Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`: reads W0 and builds nothing of its size.
 
-On a GPU contiguous blocks of one size are one batch (`block_order.is_batch`): what follows block by block is then done
-for all of them at once, by cuBLAS's batched products, on views of W0, x and dY.
+On a GPU contiguous blocks of one size are one batch (`block_order.is_batch`): cuBLAS's batched products compute all
+blocks at once, on views of W0, x and dY.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ ALGORITHMS = ("merged", "split", "expanded")
 # because its alternative, split, also reads W0 twice.
 EXPANDED_MAX_ROWS = {True: 24, False: 96}
 
-# About so many rows of W_eff the merged form builds at a time. Fewer make the GEMM's panels too narrow; more do not
-# stay in cache, and a fresh buffer of W0's size costs its page faults: at 4096², 1 % over a frozen forward, not 11 %.
-# A panel that is no multiple of 64 rows (2048 in three equal parts) slows its GEMM by a tenth. Of 2048 rows, two panels
-# of 1024 are 4 % faster than three of 704 in float32, 1 % slower in bfloat16 (on an Intel Xeon with AMX, busy). There a
-# GEMM also takes a copy of the panel, which counts at the peak. What is small is built at once.
+# Rows of W_eff, about, that the merged form builds at a time. Fewer make the GEMM's panels too narrow. More do not stay
+# in cache, and a new buffer of W0's size costs page faults: at 4096² a forward takes 11 % more than a frozen one, with
+# panels 1 %. A panel that is no multiple of 64 rows (2048 in three equal parts) slows its GEMM by a tenth. At 2048 rows
+# two panels of 1024 are 4 % faster than three of 704 in float32, and 1 % slower in bfloat16 (busy Intel Xeon, AMX).
+# There a GEMM also copies the panel, which adds to peak memory. A small W_eff is built at once.
 MERGED_PANEL = 1024
 MERGED_HALF_PANEL = 768
 MERGED_BYTES = 2**21
 MERGED_ALIGNMENT = 64
 
-# Tokens whose columns are gathered at a time: the copies stay in cache, and one buffer, whose pages are touched once,
-# serves all panels. At 2048², K = 8, G costs 0.13 of a frozen pass instead of 0.26. In half precision each panel's
-# product is rounded and added to float32s, a pass over G, so panels are longer.
+# Tokens whose columns are gathered at a time: the copies stay in cache, and all panels share one buffer, mapped once.
+# At 2048², K = 8, G costs 0.13 of a frozen pass instead of 0.26. In half precision each panel's product is rounded and
+# added to a float32 G, which takes a pass over G, so panels are longer.
 TOKEN_PANEL = 128
 HALF_TOKEN_PANEL = 512
 
@@ -98,7 +98,7 @@ def forward(
         y = expanded(x, adapter)
     else:
         y = split(x, adapter, dropout)
-    # Last: added before the base GEMM a bias would round the adapter's output away.
+    # The bias comes last: in a sum with it, before the base GEMM, the adapter's output would be rounded away.
     return y if bias is None else y.add_(bias)
 
 
@@ -108,7 +108,7 @@ def backward(
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
     if dropout is not None:
         return _dropout_backward(dy, x, adapter, dropout, needs_x)
-    # dA and dB first: what they need is freed before dX needs its own.
+    # dA and dB come first, so that their memory is free again when dX is computed.
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter)
     return input_gradient(dy, adapter) if needs_x else None, dA, dB
 
@@ -139,7 +139,7 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
 
 
 def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
-    """What writes rows of W_eff, the first of which it is told, to a tensor in W0's memory order; it returns that."""
+    """Return a function (first row, out) that writes rows of W_eff to `out`, in W0's memory order, and returns it."""
     weight = adapter.weight
     if not adapter.partition.is_contiguous:
         A, B = adapter.expanded_factors(weight.dtype)
@@ -151,7 +151,7 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
         return write
     order = block_order(adapter, batched=is_batch(adapter))
     factors = [(A.to(weight.dtype), B.to(weight.dtype)) for A, B in order.factors(order.A, order.B)]
-    if order.batched:  # all rows, for `merged` asks for them at once
+    if order.batched:  # `merged` asks for all rows at once
         W0 = order.batch(weight)
 
         def write_batch(first: int, out: Tensor) -> Tensor:
@@ -176,20 +176,20 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
-    """`out = weight ∘ (1 + B A)`, all in one memory order; of one block or a batch."""
-    if weight.stride(-2) < weight.stride(-1):  # column-major: walk it along its memory
+    """`out = weight ∘ (1 + B A)` for one block or a batch; all have one memory order."""
+    if weight.stride(-2) < weight.stride(-1):  # column-major: compute the transpose, along memory
         return _modulated(weight.mT, B.mT, A.mT, out.mT).mT
     _multiply(B, A, out)
     return torch.addcmul(weight, weight, out, out=out)
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`out = left right`, of matrices or of batches of them."""
+    """`out = left right` for matrices or batches of them."""
     return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out=out)
 
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`x W_effᵀ` (T, N), on a CPU a panel of W_eff's rows at a time: its product meets it in cache."""
+    """`x W_effᵀ` (T, N), on a CPU a panel of W_eff's rows at a time: its GEMM finds the panel in cache."""
     weight, modulation = adapter.weight, _modulation(adapter)
     most = MERGED_PANEL if weight.itemsize > 2 else MERGED_HALF_PANEL
     most = max(most, MERGED_BYTES // max(1, weight.shape[1] * weight.itemsize))
@@ -205,7 +205,7 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 
 def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
-    """`B A` in the memory order of a weight, with which it is then multiplied."""
+    """`B A` in the memory order of the weight that it will be multiplied with."""
     return (A.mT @ B.mT).mT if like.stride(-2) < like.stride(-1) else B @ A
 
 
@@ -216,7 +216,7 @@ def delta_weight(adapter: PackedAdapter) -> Tensor:
 
 
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
-    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): the adapter's output first, the base GEMM adds to it and rounds once."""
+    """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): computes the adapter's output; the base GEMM adds to it and rounds once."""
     return accumulate(adapter_output(x, adapter, dropout), x, adapter.weight)
 
 
@@ -226,9 +226,7 @@ def adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = 
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     draw = None if dropout is None else dropout.stream(x.shape[1])
     mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
-    whole = (
-        draw is None and product.cols is None
-    )  # then nothing is copied, and there is nothing to keep in a cache
+    whole = draw is None and product.cols is None  # all tokens at once where nothing is copied
     for x_part, y_part in [(x, y)] if whole else _panels(x, y):
         dropped = x_part if draw is None else draw(mask.like(x_part)).mul_(x_part)
         product(gathered.columns(dropped, product.cols), scratch, out=y_part)
@@ -241,7 +239,7 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
     Padding rows get zeros.
     """
     gradient, left, right = _BlockGradient(adapter), _Buffer(), _Buffer()
-    # Nothing is gathered where blocks are contiguous.
+    # Contiguous blocks need no gathering, and so no panels.
     for dy_part, x_part in [(dy, x)] if adapter.partition.is_contiguous else _panels(dy, x):
         gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
     del left, right
@@ -251,12 +249,12 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
 def _dropout_backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, needs_x: bool
 ) -> Gradients:
-    """All gradients in one walk over the tokens, but for dY W0 in dX: the mask is drawn once for dX and G."""
+    """All gradients in one pass over the tokens, except dY W0 in dX; so dX and G share one draw of the mask."""
     width = adapter.weight.shape[1]
     rows, cols = block_indices(adapter)
     product = _BlockProduct(adapter.T) if needs_x else None
     gradient = None if x is None else _BlockGradient(adapter)
-    # Of dX and x one stands in for the other where that is not there; a stand-in is neither written nor read.
+    # If dX is not needed, or x not given, the other takes its place; it is then neither written nor read.
     dx = in_large_pages(dy.new_empty(dy.shape[0], width)) if needs_x or x is None else x
     draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
     for dy_part, dx_part, x_part in _panels(dy, dx, dx if x is None else x):
@@ -272,13 +270,13 @@ def _dropout_backward(
 
 
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same tokens of each tensor, some at a time."""
+    """Cut all tensors into panels of the same tokens."""
     tokens = TOKEN_PANEL if tensors[0].itemsize > 2 else HALF_TOKEN_PANEL
     return zip(*(row_panels(tensor, tokens) for tensor in tensors), strict=True)
 
 
 class _Buffer:
-    """Memory that one panel after another is written to; the first is the largest."""
+    """Memory that all panels share; the first panel is the largest."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
@@ -290,7 +288,7 @@ class _Buffer:
         return self._memory[: panel.shape[0]]
 
     def columns(self, panel: Tensor, index: Index | None) -> Tensor:
-        """The columns of a panel in another order; the panel itself where there is none."""
+        """The columns of a panel in the order of `index`; the panel itself where that is None."""
         return panel if index is None else select_columns(panel, index, out=self.like(panel))
 
 
@@ -310,7 +308,7 @@ class _BlockProduct:
         order = self._order
         y = out if self._back is None else scratch.like(out)
         if not all(order.ranks):
-            y.zero_()  # where a block has no rank
+            y.zero_()  # for blocks of rank zero
         for x_k, delta, y_k in zip(order.cols(x), self._deltas, order.rows(y, 1), strict=True):
             _multiply(x_k, delta, y_k)
         return y if self._back is None else select_columns(y, self._back, out=out)
@@ -322,13 +320,13 @@ class _BlockGradient:
     def __init__(self, adapter: PackedAdapter) -> None:
         self._adapter = adapter
         self.rows, self.cols = block_indices(adapter)
-        # W0 is walked along its memory: where it is column-major everything is computed transposed.
+        # W0 is read along its memory: if it is column-major everything is computed transposed.
         self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
         self._order = block_order(adapter.T if self._transposed else adapter, batched=is_batch(adapter))
         self._G: list[Tensor] = []
 
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Take a panel of tokens, the columns of dY in the order of `rows`, those of x in that of `cols`."""
+        """Add a panel of tokens: dY with columns in the order of `rows`, x with columns in the order of `cols`."""
         order = self._order
         left, right = (x.T, dy) if self._transposed else (dy.T, x)
         pairs = zip(order.rows(left), order.cols(right), strict=True)
@@ -340,23 +338,23 @@ class _BlockGradient:
         elif right.dtype == order.A.dtype:
             for G, (left_k, right_k) in zip(self._G, pairs, strict=True):
                 G.addmm_(left_k, right_k)
-        else:  # half precision: what is summed is wider
+        else:  # half precision: the sums are float32
             for k, (left_k, right_k) in enumerate(pairs):
                 self._G[k] = self._G[k].to(order.A.dtype).add_(left_k @ right_k)
 
     def contract(self) -> tuple[Tensor, Tensor]:
-        """(dA, dB); the sums are used up."""
+        """(dA, dB); consumes the sums."""
         order = self._order
         new = order.A.new_empty if order.full else order.A.new_zeros
-        # As its transpose, which costs half: a GEMM with few columns is slower than one with few rows.
+        # dB is computed as its transpose, in half the time: a GEMM with few columns is slower than one with few rows.
         dA, dB = new(order.A.shape), new(order.B.T.shape).T
         factors, gradients = order.factors(order.A, order.B), order.factors(dA, dB)
         for (A, B), (dA_k, dB_k), weight in zip(factors, gradients, order.weights(), strict=True):
-            # Wider than half precision from here: H is contracted again, over the width of the block.
+            # At least float32 from here on: H is contracted once more, over the width of the block.
             H = self._G.pop(0).to(dA.dtype).mul_(weight)
             _multiply(B.mT, H, dA_k)
             _multiply(A, H.mT, dB_k.mT)
-        dB.mul_(self._adapter.scaling)  # order.B holds it already
+        dB.mul_(self._adapter.scaling)  # for dA, order.B holds s
         if order.row_index is not None and order.col_index is not None:
             dA = dA.index_select(1, inverse(order.col_index).places)
             dB = dB.index_select(0, inverse(order.row_index).places)
@@ -365,7 +363,7 @@ class _BlockGradient:
 
 
 def _sums(left: Tensor, right: Tensor) -> Tensor:
-    """The batched product in at least float32: cuBLAS need not round it to half precision."""
+    """The batched product in at least float32: cuBLAS can return it without rounding to half precision."""
     if left.is_cuda and left.itemsize == 2:
         return torch.bmm(left, right, out_dtype=torch.float32)
     return torch.bmm(left, right).to(torch.promote_types(left.dtype, torch.float32))
@@ -376,7 +374,7 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     if not adapter.partition.is_contiguous:
         A, B = adapter.expanded_factors(torch.promote_types(x.dtype, torch.float32))
         return accumulate(_expanded_output(x, A, B, adapter.weight), x, adapter.weight)
-    order = block_order(adapter)  # a block's factors need W0's block alone
+    order = block_order(adapter)  # the factors of a block are multiplied with that block of W0 only
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     if not all(order.ranks):
         y.zero_()
@@ -389,6 +387,6 @@ def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 
 def _expanded_output(x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-    """`Σ_t B_t ∘ ((x ∘ A_t) Wᵀ)` (T, N) in x's dtype, of factors that are wider."""
+    """`Σ_t B_t ∘ ((x ∘ A_t) Wᵀ)` (T, N) in x's dtype; the factors are at least float32."""
     products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ weight.T
     return (products.view(A.shape[0], x.shape[0], B.shape[0]).to(B.dtype) * B.T[:, None]).sum(0).to(x.dtype)

@@ -15,9 +15,9 @@ __all__ = ["base_output", "experts_backward", "experts_product", "spans"]
 
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.
+    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.
 
-    The base's part is a product of its own, so where B is zero y is what the model without an adapter computes.
+    The base's part is a product of its own, so that y equals that of the model without an adapter if B is zero.
     """
 
     def product(x: Tensor) -> Tensor:
@@ -53,8 +53,8 @@ def experts_backward(
 def base_output(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
     """Write `x W0ᵀ` for the pairs x of one expert to `out`.
 
-    This is the product, of the same operands, that torch's `grouped_mm` computes for each expert on a CPU, which
-    transformers' experts call: so it gives the same bits.
+    transformers' experts call torch's `grouped_mm`, which on a CPU computes this product of the same operands for each
+    expert. So the bits are the same.
     """
     return torch.mm(x, weight.T, out=out)
 

@@ -1,6 +1,6 @@
 """Experts by the kernels of `kernels/grouped_linear.py` and `kernels/grouped_grad.py`: all of them in one launch.
 
-Nothing of W0's size is built, and nothing waits for `ends`, which only the device knows.
+Nothing of W0's size is built. The host does not wait for `ends`, which only the device knows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["experts_backward", "experts_product"]
 
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
 
     def product(x: Tensor) -> Tensor:
         with on_device(x.device):

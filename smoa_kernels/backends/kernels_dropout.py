@@ -1,4 +1,4 @@
-"""The mask that the Triton kernels draw, drawn by torch's operators: eager can then stand in for one kernel of a pass.
+"""The Triton kernels' dropout mask, drawn by torch's operators, so that eager can replace one kernel of a pass.
 
 Philox-4x32-10 (Salmon et al. 2011), as `kernels.common.dropout_draws` calls it: the key is the seed, the counter the
 global column and the number of a group of tokens; each of the four words serves two tokens, the low half first.
@@ -55,7 +55,7 @@ def _philox(seed: Tensor, c0: Tensor, c1: Tensor) -> tuple[Tensor, ...]:
     c0, c1 = torch.broadcast_tensors(c0, c1)
     c2 = c3 = torch.zeros_like(c0)
     for _ in range(10):
-        # A product's 64 bits, whatever their sign: `>>` repeats it.
+        # These products are 64 bits without a sign, but `>>` repeats the sign bit.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = (b >> 32 & _WORD) ^ c1 ^ keys[0], (a >> 32 & _WORD) ^ c3 ^ keys[1]
         c1, c3 = b & _WORD, a & _WORD

@@ -1,7 +1,7 @@
-"""Large pages for large results and workspaces: Linux maps 2 MB of new memory at a time then, not 4 KB.
+"""Large pages for large results and workspaces: Linux then maps new memory 2 MB at a time instead of 4 KB.
 
-malloc gives what large tensors took back to the system, so every pass writes to memory that is mapped anew. y and dX of
-2048² and 2048 tokens in float32 are 8,192 small pages, each mapped when it is first written to.
+malloc returns the memory of large tensors to the system, so every pass writes to memory that is mapped anew. At 2048²
+and 2048 tokens in float32 y and dX are 8,192 small pages, each mapped when it is first written.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 __all__ = ["LARGE", "in_large_pages", "release", "workspace"]
 
 LARGE = 2**22
-"""Bytes from which on a tensor is large: numpy asks for large pages from the same size on."""
+"""Bytes from which on a tensor is large; numpy has the same limit."""
 
-_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux alone
+_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
 if _ADVICE is not None:
     _madvise = ctypes.CDLL(None).madvise
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def in_large_pages(tensor: Tensor) -> Tensor:
-    """Ask for large pages behind a contiguous tensor that is large, on the CPU and not yet written to; returns it.
+    """Ask for large pages for a large, contiguous CPU tensor that is not yet written to; returns it.
 
-    It is advice: where Linux does not follow it, nothing changes.
+    This is advice: if Linux does not follow it, nothing changes.
     """
     if tensor.nbytes >= LARGE and tensor.is_cpu and _ADVICE is not None:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -44,13 +44,13 @@ _kept = _Kept()
 
 
 def workspace(like: Tensor, floats: int) -> Tensor:
-    """At least so many float32 numbers for one call of compiled code, on the CPU: whatever was in them is lost.
+    """Return at least `floats` float32 numbers on the CPU, uninitialised, for one call of compiled code.
 
-    A large workspace is the thread's own, in large pages, and kept, for small ones too: malloc would hand out memory in
-    small pages, of which a processor finds too few at a time. :func:`release` gives it back.
+    Each thread keeps its largest workspace, in large pages, and uses it for small ones too: memory from malloc is in
+    small pages, too many for a processor's TLB. :func:`release` gives it back.
 
     Raises:
-        RuntimeError: there is not enough memory; torch's own, which names the bytes.
+        RuntimeError: there is not enough memory; torch's message names the bytes.
     """
     if _kept.memory is not None and _kept.memory.numel() >= floats:
         return _kept.memory
@@ -60,7 +60,7 @@ def workspace(like: Tensor, floats: int) -> Tensor:
     size = -(-4 * floats // mmap.PAGESIZE) * mmap.PAGESIZE
     try:
         mapped = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # no memory: torch's allocator finds some, or says so as its users expect
+    except OSError:  # no memory: torch's allocator finds some, or raises the error that its users expect
         return like.new_empty(floats, dtype=torch.float32)
     _kept.memory = in_large_pages(torch.frombuffer(mapped, dtype=torch.float32))
     return _kept.memory

@@ -6,4 +6,4 @@ from .eager import modulated_weight
 __all__ = ["ALGORITHMS", "backward", "forward", "modulated_weight"]
 
 ALGORITHMS = ("merged", "split", "expanded", "fused")
-"""It takes every name, and computes all of them in its own way."""
+"""It accepts every name and computes the definition."""

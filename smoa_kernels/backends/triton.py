@@ -3,13 +3,13 @@
 - merged: `modulate` builds W_eff, one GEMM;
 - split: `permute` gathers x by block (`block_matmul` reads it where it lies if blocks consist of granules),
   `block_matmul` writes the adapter's output, and the base GEMM accumulates onto it and rounds once;
-- fused: for few tokens, base and adapter in one pass over W0, nothing built.
+- fused: for few tokens, base and adapter in one pass over W0; nothing is built.
 
-Where kernels bring little or nothing, any part of a pass is the eager backend's (`algorithms.choose_algorithm`).
+Where the kernels gain little, the eager backend computes any part of a pass (`algorithms.choose_algorithm`).
 
-Backward: `block_grad` for dA and dB, of which long batches are gathered in parts (`algorithms.gradient_parts`) and
-nothing is left before dX needs its workspace; dX merged in every dtype (a rounded W_eff is a second-order error there),
-split under dropout, fused for few tokens.
+Backward: `block_grad` computes dA and dB. Long batches are gathered in parts (`algorithms.gradient_parts`), and the
+copies are freed before dX needs its workspace. dX is merged in every dtype (a rounded W_eff is a second-order error
+there), split under dropout, fused for few tokens.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _forward(
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
     block_matmul(xg, adapter, _delta_blocks(adapter, allow_tf32), out=y, allow_tf32=allow_tf32)
     accumulate(y, x, adapter.weight)
-    # Last: added before the base GEMM a bias would round the adapter's output away.
+    # The bias comes last: in a sum with it, before the base GEMM, the adapter's output would be rounded away.
     return y if bias is None else y.add_(bias)
 
 
@@ -83,7 +83,7 @@ def backward(
     dA = dB = dx = None
     allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     with on_device(dy.device):
-        # The factors first: their gathered copies are gone before dX takes its workspace.
+        # dA and dB come first, so that their gathered copies are freed before dX takes its workspace.
         if x is not None:
             dA, dB = factor_gradients(dy, x, adapter, "auto", dropout)
         if needs_x:
@@ -102,8 +102,9 @@ def modulated_weight(
 def factor_gradients(
     dy: Tensor, x: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) by "auto", by the kernels of "block_grad", which take a long batch in parts where it is gathered, or by
-    "eager"; under dropout by the kernels.
+    """(dA, dB) by "auto", "block_grad" (the kernels; they gather a long batch in parts) or "eager".
+
+    Under dropout the kernels compute them.
     """
     allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     if algorithm == "auto" and dropout is None:
@@ -112,10 +113,10 @@ def factor_gradients(
         return eager.factor_gradients(dy, x, adapter)
     partition, layout = adapter.partition, Layout.of(adapter)
     pieces = [(dy, x)]
-    # Else nothing is gathered, or under a mask that counts tokens from the first.
+    # With granules nothing is gathered; a dropout mask counts tokens from the first, so it takes no parts.
     if dropout is None and layout.granule == 1:
         sizes = _gradient_parts(layout, dy.shape[0])
-        if len(sizes) > 1:  # views take time too
+        if len(sizes) > 1:  # one part needs no views, which take time too
             pieces = list(zip(dy.split(sizes), x.split(sizes), strict=True))
     rows = partition.T
 
@@ -159,7 +160,7 @@ def _input_gradient(
 
 
 def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = None) -> Tensor:
-    """x's columns grouped by block, (T, K, P); x itself where kernels read granules where they lie."""
+    """x's columns grouped by block, (T, K, P); x itself if it has granules, which kernels read in place."""
     if dropout is None and granule_of(partition.granularity, partition.shape) > 1:
         return x
     return gather_columns(x, partition, block_width(partition.col_sizes), dropout=dropout)
@@ -181,7 +182,7 @@ def _chosen(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> 
 
 @table.remembered
 def _choose(stage: str, layout: Layout, tokens: int, allow_tf32: bool, batch: int) -> str:
-    """As measured for so many tokens, a power of two; else by the rule of `algorithms.py`, whose limits are such."""
+    """Choose by the tuning table for `tokens`, a power of two, else by the rule of `algorithms.py`."""
     name = precision_of(layout.dtype, ieee=not allow_tf32).name
     sizes = layout.rank, layout.num_blocks, *layout.features, tokens
     key = Key(stage, name, *sizes, granule=layout.granule, factors=layout.factors)

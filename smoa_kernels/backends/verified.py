@@ -1,18 +1,18 @@
-"""Backend "triton" as the package uses it: a kernel that is wrong, or does not run, is replaced by torch's operators.
+"""Backend "triton" as the package uses it: torch's operators replace a kernel that is wrong or does not run.
 
-Right kernels have been compiled wrongly before, and no version of Triton is known to be free of that. So where an
-operation first launches a form of a kernel on a GPU (`kernels.launch.heard_by` says what a form is), it is computed by
-the kernels and by the eager backend, from the user's own x, dY and W0. If the two agree within rounding, the kernels
-compute it from then on, which costs one look-up a call. If they do not, or if a launch raises, one warning says so and
-eager computes. Dropout's mask is the same in both.
+Triton has compiled correct kernels wrongly before, and no version is known to be free of that. So when an operation
+first launches a form of a kernel on a GPU (`kernels.launch.heard_by` defines a form), the kernels and the eager backend
+both compute it, from the user's own x, dY and W0. If they agree within rounding, the kernels compute it from then on,
+which costs one look-up per call. If they do not, or if a launch raises, one warning says so and eager computes.
+Dropout's mask is the same in both.
 
-The factors of this comparison are random and large. B is zero at the first step and small for long, so an error in the
+The comparison uses large random factors. The user's B is zero at the first step and small for long, so an error in the
 adapter's part would be lost in the base's.
 
-The comparison takes two passes of the kernels and one of eager, once a form, and the memory of eager's pass and of the
+A comparison takes two passes of the kernels and one of eager, once per form, and the memory of eager's pass and of the
 results. Verdicts are kept on disk beside the tuning table, for one GPU, Triton, ptxas and source of the kernels. While
-a CUDA graph is captured nothing can be compared: eager computes what was not verified before. `SMOA_VERIFY=0` turns
-verification off.
+a CUDA graph is captured nothing can be compared: eager computes forms that were not verified before. `SMOA_VERIFY=0`
+turns verification off.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = [
 ALGORITHMS = triton.ALGORITHMS
 
 Run: TypeAlias = Callable[[Any, Any, Any], Any]
-"""An operation of a backend's module, with an adapter, under a dropout."""
+"""Runs an operation of a backend's module with an adapter and a dropout."""
 
 
 def forward(
@@ -95,7 +95,7 @@ def backward(
 def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
     """`W_eff`, (N, C) in W0's dtype; written to `out`, which is not W0, where that is given."""
 
-    def run(backend: Any, given: Any, _: Any) -> Any:  # what is compared is not written to `out`
+    def run(backend: Any, given: Any, _: Any) -> Any:  # without `out`: the comparison must not write to it
         return backend.modulated_weight(given, out=out if given is adapter else None)
 
     W_eff: Tensor = _run("weight", run, adapter.weight, adapter)
@@ -103,7 +103,7 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
 
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
 
     def product(x: Tensor) -> Tensor:
         y: Tensor = _run("experts", lambda of, adapter, _: of.experts_product(ends, adapter)(x), x, adapter)
@@ -131,14 +131,14 @@ def _run(
     adapter: PackedAdapter | ExpertsAdapter,
     dropout: Dropout | None = None,
 ) -> Any:
-    """Run an operation by the kernels where they may compute it, else by eager, under the same mask."""
+    """Run an operation by the kernels if they are verified for it, else by eager with the same mask."""
     backends: tuple[Any, Any] = triton, eager
     if isinstance(adapter, PackedAdapter):
         layout: tuple[object, ...] = Layout.of(adapter)
     else:
         backends, w, blocks = (experts_triton, experts), adapter.weight, adapter.blocks
         layout = w.device, w.dtype, w.shape, w.stride(), blocks.granule, blocks.is_contiguous
-    # What decides which forms are launched. Where two questions launch the same, the second compares nothing.
+    # These properties decide which forms are launched. If two sets launch the same forms, the second compares nothing.
     factors, ieee = (adapter.A.dtype, adapter.A.shape[-2]), gemm_is_ieee(x.dtype, "cuda")
     question = operation, layout, factors, bucket(x.shape[0]), ieee, dropout is None
     sound = _answers.get(question)
@@ -162,12 +162,12 @@ def _in_torch(dropout: Dropout | None) -> Dropout | None:
 
 # Whether the kernels may compute it
 
-# How far two right results may lie apart, as a share of the norm of a row or a column. In half types twice the spacing
-# of numbers; cuBLAS may cut off what does not fit TF32; in float32 long sums are taken in different orders.
+# How far two right results may lie apart, as a share of the norm of a row or column. In half types twice the spacing of
+# numbers; in TF32 more, since cuBLAS may truncate operands; in float32 long sums have different orders.
 _ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
 _FEWEST = 32  # numbers of a row or column that is compared by itself
 LAUNCHER = "the short way to launch"
-"""Has a verdict as forms have (`kernels.launch.use_tritons_launcher`)."""
+"""This launcher gets a verdict like a form (`kernels.launch.use_tritons_launcher`)."""
 
 _answers: dict[object, bool] = {}
 _one_at_a_time = threading.RLock()  # backward runs in a thread for each device
@@ -184,7 +184,7 @@ def _is_verified(device: torch.device) -> bool:
 def _verify(
     run: Run, backends: tuple[Any, Any], x: Tensor, adapter: Any, dropout: Dropout | None, allowed: float
 ) -> bool | None:
-    """Whether the forms that an operation launches are right; None where that cannot be found out now."""
+    """Whether the forms that an operation launches are right; None if they cannot be compared now."""
     if not _is_verified(x.device):
         return True
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() or not x.any():
@@ -212,7 +212,7 @@ def _verify(
         return known.refuse(heard[-1:], str(error))
     except torch.OutOfMemoryError as error:
         return known.refuse([], f"there is no memory to verify a kernel: {first_line(error)}")
-    except Exception as error:  # a fault on the device is told late: it may be any new form's
+    except Exception as error:  # the device reports faults late, so any new form may be at fault
         if not new():
             raise
         return known.refuse(new(), f"{type(error).__name__}: {first_line(error)}")
@@ -227,19 +227,19 @@ def _verify(
 
 
 def _with_random_factors(adapter: Any) -> Any:
-    """The adapter with another A and B, for which ΔW is about as large as W0."""
+    """The adapter with a random A and B that make ΔW about as large as W0."""
     generator = torch.Generator(adapter.weight.device).manual_seed(0)
     A, B = (torch.empty_like(factor).normal_(generator=generator) for factor in (adapter.A, adapter.B))
     return replace(adapter, A=A, B=B.div_(A.shape[-2] ** 0.5), scaling=torch.ones_like(adapter.scaling))
 
 
 def _distance(found: Any, expected: Any, allowed: float) -> float | None:
-    """The largest distance of a row or a column from eager's, over what is allowed; None where eager's say nothing."""
+    """The largest distance of a row or column from eager's, divided by `allowed`; None if eager's prove nothing."""
     shares = []
     for ours, theirs in zip(_matrices(found), _matrices(expected), strict=True):
         if not theirs.isfinite().all() or not theirs.any():
             return None
-        # Numbers below the smallest normal one are spaced as there.
+        # Subnormal numbers have the spacing of the smallest normal one.
         kind = torch.finfo(theirs.dtype)
         floor = kind.smallest_normal * kind.eps * max(theirs.shape) ** 0.5
         long: list[tuple[int, ...]] = [(dim,) for dim in (0, 1) if theirs.shape[dim] >= _FEWEST]
@@ -253,7 +253,7 @@ def _distance(found: Any, expected: Any, allowed: float) -> float | None:
 
 
 def _matrices(results: Any) -> Iterator[Tensor]:
-    """Results that are there, those of all experts as one matrix."""
+    """The results that are not None; those of all experts as one matrix."""
     for result in results if isinstance(results, tuple) else (results,):
         if result is not None:
             yield result.flatten(0, -2)
@@ -263,16 +263,16 @@ def _matrices(results: Any) -> Iterator[Tensor]:
 
 
 class Verdicts:
-    """What became of the forms that ran on one GPU, by one Triton, ptxas and source of the kernels; kept on disk.
+    """Verdicts on the forms that ran on one GPU, for one Triton, ptxas and source of the kernels; kept on disk.
 
     Args:
         device: the GPU.
 
     Attributes:
-        gpu: as the driver names it.
-        path: of the file, which holds those of other versions too.
-        versions: those that the verdicts are of.
-        forms: by form, why it is refused; empty for one that is verified.
+        gpu: the driver's name of it.
+        path: of the file, which holds the verdicts of other versions too.
+        versions: of Triton, ptxas and the kernels' source.
+        forms: for each form the reason why it is refused; empty if it is verified.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -284,18 +284,18 @@ class Verdicts:
         self._told: set[str] = set()
 
     def add(self, forms: dict[str, str]) -> None:
-        """Keep verdicts. Where the disk cannot, they hold for this process."""
+        """Keep verdicts. If they cannot be written to disk, they hold for this process."""
         self.forms |= forms
         if short_way.obstacle:
             self.forms[LAUNCHER] = short_way.obstacle
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            written = _read(self.path)  # by other processes too
+            written = _read(self.path)  # other processes write to it too
             written[self.versions] = written.get(self.versions, {}) | self.forms
             replace_file(self.path, f"{json.dumps(written, indent=1)}\n".encode())
 
     def refuse(self, forms: Sequence[str], reason: str) -> bool:
-        """Keep that forms are refused, and warn of it once a process. Returns False."""
+        """Record that forms are refused and warn once per process. Returns False."""
         new = [form for form in forms if form not in self.forms]
         if new:
             self.add(dict.fromkeys(new, reason))
@@ -311,7 +311,7 @@ class Verdicts:
 
 @cache
 def verdicts(device: torch.device) -> Verdicts:
-    """Read the verdicts of a GPU that are in force."""
+    """Read a GPU's verdicts for the current versions."""
     found = Verdicts(device)
     if reason := found.forms.get(LAUNCHER):
         short_way.obstacle = reason
@@ -319,7 +319,7 @@ def verdicts(device: torch.device) -> Verdicts:
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
-    """Verdicts by versions; none where there is no file, or a damaged one."""
+    """Verdicts by versions; none if the file is missing or damaged."""
     try:
         data = json.loads(path.read_bytes())
         if not all(isinstance(reason, str) for forms in data.values() for reason in forms.values()):

@@ -96,7 +96,7 @@ def check_scaling(scaling: float | Tensor, x: Tensor) -> None:
 def check_dropout(
     x: Tensor, p: float, seed: Tensor | None, column_offset: int, global_in_features: int | None
 ) -> int:
-    """Check what says which mask x gets; return the global number of columns, which hold those of x."""
+    """Check the arguments of the dropout mask; return the global number of columns, which include x's."""
     check_probability("dropout_p", p)
     if seed is not None:
         _check_seed(seed, x)
@@ -138,7 +138,7 @@ def check_block_ranks(block_ranks: Sequence[int] | None, num_blocks: int, rho: i
 
 
 def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> None:
-    """Check the ranks' range on a CPU. On a GPU reading them would wait; there the kernels cut them off at ρ."""
+    """Check the ranks' range on a CPU. Reading them from a GPU would wait; there the kernels clamp them to ρ."""
     if ranks.device.type != "cpu":
         return
     given = ranks.tolist()
@@ -150,7 +150,7 @@ def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> N
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
-    # Meta tensors know no autocast, and asking whether a device does breaks the graph in torch 2.11.
+    # Meta tensors have no autocast, and asking whether a device has it breaks the graph in torch 2.11.
     return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 

@@ -17,14 +17,14 @@ BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
 
 
 class BlockRule(NamedTuple):
-    """What a partition is made by. It is asked once; from then on the labels are what counts.
+    """How to make a partition. It is used once; from then on only the stored labels count.
 
     Attributes:
         num_blocks: K.
         block_order: the order that is cut into blocks, one of `BLOCK_ORDERS`. "shared" is one spectral order for all
             experts of a fused weight; of a single weight it is that weight's own.
         granule: g, adjacent rows or columns that stay together.
-        block_seed: draws the order where that is "random". Weights of one shape get the same blocks.
+        block_seed: of the draw, if the order is "random". Weights of one shape get the same blocks.
 
     Example:
         >>> BlockRule(2, "contiguous").build(torch.empty(4, 6, device="meta")).row_sizes
@@ -42,7 +42,7 @@ class BlockRule(NamedTuple):
         return self.block_order in ("spectral", "shared")
 
     def check(self, shape: Sequence[int] | None = None, name: str = "a weight") -> None:
-        """Check all attributes, and that `name`, where its shape is given, can be cut so.
+        """Check all attributes and, if a shape is given, that `name` can be cut into such blocks.
 
         Raises:
             TypeError, ValueError: naming the attribute.

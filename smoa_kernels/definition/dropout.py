@@ -5,8 +5,8 @@ and keeps its own, so tensor parallel equals one process. One 64-bit draw serves
 costs a twelfth of `F.dropout`'s draw on CPU. p is therefore rounded to a multiple of 2⁻¹⁶; the scale is that of the
 rounded p, so the mask stays unbiased.
 
-On the CPU a generator draws. On a GPU each word is a hash of seed and position: to seed a generator would wait for the
-GPU, and a CUDA graph would replay one mask for ever.
+On the CPU a generator draws. On a GPU each word is a hash of seed and position: seeding a generator would wait for the
+GPU, and a CUDA graph would always replay the same mask.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LEVELS = 1 << 16
 _DRAWS_PER_WORD = 4
 _LOWEST = torch.iinfo(torch.int64).min
 MASK_ROWS = 256
-"""Tokens that the CPU draws for at a time: their draws stay in cache."""
+"""Tokens per draw on the CPU; their numbers stay in cache."""
 
 # SplitMix64's increment and multipliers (Steele, Lea and Flood 2014), as int64.
 _GAMMA, _FIRST, _SECOND = (
@@ -62,7 +62,7 @@ class Dropout:
 
     @property
     def scale(self) -> float:
-        """What a kept element is multiplied by: 1 / (1 - p) of the rounded p, so that the mask is unbiased."""
+        """Factor of a kept element: 1 / (1 - p) of the rounded p, so that the mask is unbiased."""
         return _LEVELS / (_LEVELS - self.threshold)
 
     @property
@@ -71,11 +71,11 @@ class Dropout:
         return self.threshold - _LEVELS // 2
 
     def multiplier(self, x: Tensor) -> Tensor:
-        """Draw what x (T, C) is multiplied by: 0 or the scale, in x's shape and dtype."""
+        """Draw the mask that x (T, C) is multiplied by: 0 or the scale, in x's shape and dtype."""
         return self.stream(x.shape[1])(x.new_empty(x.shape))
 
     def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
-        """Return a function that fills a tensor (tokens, columns) with the multiplier of the tokens that come next.
+        """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens.
 
         Args:
             columns: how many, from column_offset on.
@@ -90,10 +90,10 @@ class Dropout:
         return fill
 
     def levels(self, columns: int) -> Callable[[int], Tensor]:
-        """Return a function that draws int16 (tokens, columns) for as many tokens that come next, as it is asked for.
+        """Return a function that draws levels, int16 (tokens, columns), for the given number of next tokens.
 
-        An element is kept if its level is at least `least_kept`. On the CPU it draws for at most `MASK_ROWS` tokens at
-        a time, into one buffer: the next draw overwrites the last.
+        An element is kept if its level is at least `least_kept`. On the CPU a call takes at most `MASK_ROWS` tokens;
+        the next call overwrites its result.
 
         Args:
             columns: how many, from column_offset on.
@@ -105,7 +105,7 @@ class Dropout:
         return lambda tokens: words(tokens).view(torch.int16)[:, own]
 
     def words_per_token(self, columns: int) -> int:
-        """Numbers of 64 bits that are drawn for each token, of every shard's columns."""
+        """64-bit numbers drawn per token, for the columns of all shards."""
         return -(-(columns if self.width is None else self.width) // _DRAWS_PER_WORD)
 
 
@@ -118,12 +118,12 @@ def drawn_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
     """Return a function that draws int64 (tokens, per_token), at most `MASK_ROWS` tokens at a time, into one buffer."""
     generator = torch.Generator().manual_seed(int(seed))
     words = torch.empty(MASK_ROWS, per_token, dtype=torch.int64, device=seed.device)
-    # From the lowest int64 up: all 64 bits are random, where the default range leaves the sign 0.
+    # From the lowest int64 on, so that all 64 bits are random; the default range leaves the sign 0.
     return lambda tokens: words[:tokens].random_(_LOWEST, None, generator=generator)
 
 
 def hashed_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
-    """The same by SplitMix64 started at `seed`, which is read on its own device; any number of tokens."""
+    """The same by SplitMix64 from `seed`, which is read on its own device, for any number of tokens."""
     done = 0
 
     def hashed(tokens: int) -> Tensor:
@@ -133,7 +133,7 @@ def hashed_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
         words = torch.arange(first, first + tokens * per_token, device=seed.device)
         words.mul_(_GAMMA).add_(seed.reshape(()))
         for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
-            # `>>` repeats the sign: the mask makes it a shift of 64 unsigned bits.
+            # `>>` repeats the sign bit; the mask makes it an unsigned shift.
             words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
         return words.view(tokens, per_token)
 
@@ -143,8 +143,8 @@ def hashed_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
 def draw_seed(device: torch.device) -> Tensor:
     """Draw a fresh int64 seed from the default generator of `device`.
 
-    The seed is drawn outside the operator. Drawn inside, a recomputed forward would draw it anew, and the gradients
-    would silently be those of another mask.
+    The seed is drawn outside the operator. Drawn inside, it would change when a forward is recomputed, and gradients
+    would silently belong to another mask.
 
     Example:
         >>> seed = draw_seed(torch.device("cpu"))

@@ -2,8 +2,8 @@
 
     W_eff[e, i, j] = W0[e, i, j] · (1 + s · [b_e(i) = c_e(j)] · Σ_t B[e, i, t] A[e, t, j])
 
-Each pair of a token and one of its experts is a row of x. Pairs are sorted by expert, as `torch`'s grouped GEMM wants
-them, and `ends` says where the pairs of each expert end.
+Each pair of a token and one of its experts is a row of x. Pairs are sorted by expert, as for torch's grouped GEMM, and
+`ends` says where the pairs of each expert end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ExpertBlocks:
     """The aligned blocks of E weights of one shape (N, C), without a label for each coordinate.
 
     Block k of expert e holds the rows `row_index[e, row_offsets[e, k]:row_offsets[e, k + 1]]`, ascending, and its
-    columns in the same way. Where the first dimension is 1, all experts share what it holds. A block may be empty.
+    columns in the same way. If the first dimension is 1, all experts share that tensor. A block may be empty.
 
     Attributes:
         row_offsets: int32 (E or 1, K + 1), where each block's rows start in `row_index`; the last is N.
@@ -38,8 +38,8 @@ class ExpertBlocks:
         row_index: (E or 1, N), rows grouped by block, in the dtype of :func:`index_dtype`; None where every block of
             every expert is a slice of rows and of columns, in W0's own order.
         col_index: (E or 1, C), the same for columns; None where `row_index` is.
-        granule: adjacent coordinates, from a multiple of it on, that every block keeps together, of rows and of
-            columns: a partition's `granularity`. Kernels read 8 and more as vectors; 1 is always true.
+        granule: every block consists of whole aligned groups of so many adjacent rows, or columns: a partition's
+            `granularity`. Kernels read 8 and more as vectors; 1 always holds.
 
     Example:
         >>> blocks = ExpertBlocks.from_labels(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1]]), num_blocks=2)
@@ -55,14 +55,14 @@ class ExpertBlocks:
 
     @classmethod
     def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> ExpertBlocks:
-        """Make the blocks of stored labels; what all experts share is kept once.
+        """Make the blocks of stored labels; labels that all experts share are kept once.
 
         Args:
             row_block: integers (E or 1, N), the block of each row, in [0, num_blocks).
             col_block: integers (E or 1, C), the same for columns, on the same device.
             num_blocks: K.
         """
-        # torch would share tensors as small as these out among its threads, which costs more than it saves.
+        # torch would use several threads for tensors this small, which costs more than it saves.
         with one_thread():
             sides = [labels.cpu().to(label_dtype(num_blocks)) for labels in (row_block, col_block)]
             sides = [side[:1] if bool((side == side[:1]).all()) else side for side in sides]
@@ -97,7 +97,7 @@ class ExpertBlocks:
         return ExpertBlocks(self.col_offsets, self.row_offsets, self.col_index, self.row_index, self.granule)
 
     def partitions(self, experts: Sequence[int], shape: Sequence[int]) -> list[BlockPartition]:
-        """Make the partitions of some experts' weights of shape (N, C); experts that share all of it share one."""
+        """Make the partitions of some experts' weights of shape (N, C); experts with shared blocks share one."""
         rows = _sides(self.row_offsets, self.row_index, experts, shape[0])
         cols = _sides(self.col_offsets, self.col_index, experts, shape[1])
         if len(rows) == len(cols) == 1:
@@ -112,7 +112,7 @@ class ExpertBlocks:
 
 
 def _offsets(labels: Tensor, num_blocks: int) -> Tensor:
-    """int32 (rows, K + 1), where each row's blocks start: how many labels are below each."""
+    """int32 (rows, K + 1), where each row's blocks start: the number of labels below each block's."""
     sizes = torch.bincount(_numbers(labels, num_blocks), minlength=num_blocks * len(labels))
     return F.pad(sizes.view(-1, num_blocks).cumsum(1), [1, 0]).int()
 
@@ -120,13 +120,13 @@ def _offsets(labels: Tensor, num_blocks: int) -> Tensor:
 def _index(labels: Tensor, num_blocks: int) -> Tensor:
     """(rows, size) coordinates of each row, grouped by block, ascending within each."""
     rows, size = labels.shape
-    # One sort for all rows: torch sorts a long vector of int16 by radix, short rows by comparing, in twice the time.
+    # One sort for all rows: torch sorts a long int16 vector by radix, but short rows by comparison, in twice the time.
     order = _numbers(labels, num_blocks).to(index_dtype(rows * num_blocks)).argsort(stable=True)
     return order.view(rows, size).sub_(size * torch.arange(rows, device="cpu")[:, None]).to(index_dtype(size))
 
 
 def _numbers(labels: Tensor, num_blocks: int) -> Tensor:
-    """The labels of all rows as one vector, each row's blocks counted on from the last row's."""
+    """The labels of all rows as one vector; each row's blocks are numbered on from the last row's."""
     return (labels + num_blocks * torch.arange(len(labels), device="cpu")[:, None]).flatten()
 
 
@@ -140,7 +140,7 @@ class _Side(NamedTuple):
 
 
 def _sides(offsets: Tensor, index: Tensor | None, experts: Sequence[int], size: int) -> list[_Side]:
-    """Rows, or columns, of some experts' partitions: all at once, and one where they share it."""
+    """Rows, or columns, of some experts' partitions, made all at once; a single one if the experts share it."""
     places = torch.arange(size, device=offsets.device)[None] if index is None else index
     offsets, places = (each if len(each) == 1 else each[list(experts)] for each in (offsets, places))
     places, sizes = places.long(), offsets.diff()

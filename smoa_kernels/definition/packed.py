@@ -20,7 +20,7 @@ from .partition import BlockPartition
 __all__ = ["PackedAdapter", "draw_A", "padding_masks", "scaling_tensor"]
 
 
-@dataclass(slots=True, eq=False)  # not frozen: each call of a layer makes two, at a third of the time
+@dataclass(slots=True, eq=False)  # not frozen: that takes three times as long, twice per call of a layer
 class PackedAdapter:
     """Everything that defines W_eff: W0, the factors, the partition and the scaling. Nobody changes any of it.
 
@@ -32,7 +32,7 @@ class PackedAdapter:
         ranks: int32 (K,) rank r_k of each block.
         scaling: 0-d tensor, s.
         block_ranks: the numbers in `ranks`, where the host has them.
-        layout: what a backend made of these tensors for its calls, once it has (`kernels.launch.described`, `Call`).
+        layout: a backend's cached form of these tensors for its calls (`kernels.launch.described`, `Call`), or None.
 
     Example:
         >>> halves = torch.tensor([0, 0, 1, 1])
@@ -56,24 +56,24 @@ class PackedAdapter:
     def T(self) -> PackedAdapter:
         """The adapter of W_effᵀ: with rows and columns swapped the same formula holds.
 
-        What computes `x W_effᵀ` therefore also computes `dX = dY W_eff`.
+        So code that computes `x W_effᵀ` also computes `dX = dY W_eff`.
         """
         return PackedAdapter(
             self.weight.T, self.B.T, self.A.T, self.partition.T, self.ranks, self.scaling, self.block_ranks
         )
 
     def host_ranks(self) -> Sequence[int]:
-        """The ranks as numbers, cut off at 0 and ρ. Waits for the GPU if only the GPU has them."""
+        """The ranks as numbers, clamped to 0 and ρ. Waits for the GPU if only the GPU has them."""
         if self.block_ranks is not None:
             return self.block_ranks
         return cast("list[int]", self.ranks.clamp(0, self.A.shape[0]).tolist())
 
     def _slots(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """ρ slots for each block: (K·ρ, C) and (N, K·ρ), zero but in a coordinate's own block."""
+        """ρ slots for each block: (K·ρ, C) and (N, K·ρ), zero outside a coordinate's own block."""
         p, rho = self.partition, A.shape[0]
         if p.num_blocks == 1:
             return A, B
-        # Put there, not multiplied by a mask: padding may hold anything, and 0 · NaN is NaN.
+        # Scattered, not multiplied by a mask: padding may hold anything, and 0 · NaN is NaN.
         cols = p.col_block.long().expand(1, rho, -1)
         rows = p.row_block.long()[:, None, None].expand(-1, 1, rho)
         wide = A.new_zeros(p.num_blocks, *A.shape).scatter_(0, cols, A[None])
@@ -89,7 +89,7 @@ class PackedAdapter:
         A, B = self._slots(self.A, self.B * self.scaling)
         ranks, rho = self.host_ranks(), self.A.shape[0]
         if min(ranks) < rho:
-            # Slot i of the sum of ranks is rank i - (ends - ranks)[k] of block k: found where the ranks are.
+            # Slot i of the sum of ranks is rank i - (ends - ranks)[k] of block k; computed on the ranks' device.
             sizes = self.ranks.clamp(0, rho)
             ends = sizes.cumsum(0)
             slot = torch.arange(sum(ranks), device=A.device)

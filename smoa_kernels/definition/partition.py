@@ -53,8 +53,8 @@ class BlockPartition:
         col_offsets: int32 (K + 1,), where each block starts in `col_index`.
         row_sizes: rows per block, K numbers known on the host; a block may be empty.
         col_sizes: columns per block.
-        granularity: the largest g for which rows and columns alike could be made of granules of g: the labels change
-            at multiples of it only. max(N, C) where they never change.
+        granularity: the largest g such that the labels of rows and of columns change at multiples of g only; max(N, C)
+            if they never change.
         is_contiguous: whether every block is a slice of rows and of columns, in W0's own order.
 
     Example:
@@ -169,7 +169,7 @@ class BlockPartition:
             shape: (N, C).
             num_blocks: K, from 1 to min(N, C).
             granule: g, rows or columns that stay together.
-            seed: of the draw. Other releases of torch may draw otherwise: labels are stored, not drawn again.
+            seed: of the draw. Other releases of torch may draw other blocks, so labels are stored, never drawn again.
             device: of the labels.
 
         Raises:
@@ -192,7 +192,7 @@ class BlockPartition:
         granule: int,
         device: torch.device | str | None,
     ) -> BlockPartition:
-        """Blocks of rows and columns whose granules are in the order that `order_of` gives so many of them."""
+        """Blocks of rows and columns; `order_of` gives the order of their granules, from their number."""
         if len(shape) != 2:
             raise ValueError(f"shape must be (out_features, in_features), got {tuple(shape)}")
         for name, size in zip(("out_features", "in_features"), shape, strict=True):
@@ -225,8 +225,8 @@ class BlockPartition:
                 "row_block and col_block must be on one device, "
                 f"got {row_block.device} and {col_block.device}"
             )
-        # By way of int64: torch can do little more with uint16, uint32 and uint64 than convert them.
-        # Read back once: a GPU is waited for no more.
+        # int64, because torch can do little with uint16, uint32 and uint64 but convert them. One copy for both, so that
+        # the host waits for a GPU only once.
         both = torch.cat([row_block.long(), col_block.long()]).cpu()
         sides = both.split([row_block.shape[0], col_block.shape[0]])
         _check_range("row_block", sides[0], num_blocks)
@@ -356,7 +356,7 @@ def label_dtype(num_blocks: int) -> torch.dtype:
 
 
 def _labels(order: Tensor, num_blocks: int, granule: int, size: int) -> Tensor:
-    """Labels of `size` coordinates whose granules are in this order, which `torch.tensor_split` cuts."""
+    """Labels of `size` coordinates: `torch.tensor_split` cuts the order of their granules into blocks."""
     labels = torch.empty_like(order)
     for block, chunk in enumerate(order.tensor_split(num_blocks)):
         labels[chunk] = block
@@ -364,7 +364,7 @@ def _labels(order: Tensor, num_blocks: int, granule: int, size: int) -> Tensor:
 
 
 def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
-    """The coordinates of granules that are in this order."""
+    """The coordinates of granules, in the granules' order."""
     if granule == 1:
         return order
     every = (order[:, None] * granule + torch.arange(granule, device=order.device)).flatten()
@@ -372,7 +372,7 @@ def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
 
 
 def _granularity(sides: Sequence[Tensor]) -> int:
-    """The greatest common divisor of the places where labels change."""
+    """The greatest common divisor of the positions where labels change."""
     places = [(side[1:] != side[:-1]).nonzero().flatten() + 1 for side in sides]
     return math.gcd(*torch.cat(places).tolist()) or max(1, *(side.numel() for side in sides))
 

@@ -33,14 +33,14 @@ class Precision:
     """One way of multiplying: how operands are stored and how their products round.
 
     Attributes:
-        name: what options, tuning tables and audit records call it.
+        name: its name in options, tuning tables and audit records.
         dtype: of the operands in memory.
         ieee: the operands are multiplied in float32 or float64 as IEEE 754 defines them, so nothing of a float32 weight
             is lost.
-        triton: what Triton calls `dtype`.
-        kernels: the Triton kernels take it: it is audited and tuned.
+        triton: Triton's name of `dtype`.
+        kernels: whether the Triton kernels take it, so that it is audited and tuned.
         floor: relative error that the tuner allows beside twice the same-dtype error. TF32 keeps 10 bits of each
-            operand, which the product that it is compared with may not round.
+            operand; the product that it is compared with may keep more.
     """
 
     name: str
@@ -66,13 +66,13 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
 """Every way of multiplying, by name. "fp32" is IEEE float32."""
 
 DTYPES = tuple(dict.fromkeys(row.dtype for row in PRECISIONS.values()))
-"""What a layer may compute in."""
+"""Dtypes that a layer may compute in."""
 
 KERNEL_PRECISIONS = tuple(row.name for row in PRECISIONS.values() if row.kernels)
-"""Names of what the Triton kernels multiply in."""
+"""Names of the precisions of the Triton kernels."""
 
 KERNEL_DTYPES = tuple(dict.fromkeys(PRECISIONS[name].dtype for name in KERNEL_PRECISIONS))
-"""What the Triton kernels take."""
+"""Dtypes that the Triton kernels take."""
 
 # Only float32 has a row for each value of `ieee`.
 _ROWS = {(row.dtype, ieee): row for row in PRECISIONS.values() for ieee in (False, True)}

@@ -1,1 +1,1 @@
-"""Compiled CPU code, and what calls it."""
+"""Compiled CPU code and the Python that calls it."""

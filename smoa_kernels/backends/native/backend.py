@@ -1,8 +1,8 @@
 """Backend "native": the eager backend's algorithms on a CPU, compiled from `calls.c`.
 
-A GEMM copies its operands into panels anyway. While it does, this one modulates W0, reads permuted columns and drops
-elements: no W_eff, no gathered or masked activations, no passes of their own (`gemm.h`). `ROUTES` says what computes a
-call.
+A GEMM copies its operands into panels anyway. While it copies, this one modulates W0, gathers columns and drops
+elements. So there is no W_eff, no gathered or masked activation and no extra pass (`gemm.h`). `ROUTES` decides which
+code computes a call.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["ALGORITHMS", "ROUTES", "Path", "Route", "backward", "forward", "modu
 
 
 class Path(IntEnum):
-    """What computes a call; compiled code knows the first three by number (`operand.h`)."""
+    """The code that computes a call; the first three numbers are those of `operand.h`."""
 
     FEW = 0
-    """`few_tokens.h`: W0 is read once, W_eff made in registers, nothing is packed."""
+    """`few_tokens.h`: reads W0 once, makes W_eff in registers and packs nothing."""
     FLOAT = 1
-    """`product.h` and `gradient.h`: in float32, half types widened as they are packed."""
+    """`product.h` and `gradient.h` in float32; half types are widened when they are packed."""
     TILES = 2
-    """`product.h` and `gradient.h`: in bfloat16, by AMX or AVX512-BF16."""
+    """`product.h` and `gradient.h` in bfloat16, by AMX or AVX512-BF16."""
     EAGER = 3
     """torch's operators."""
 
@@ -43,12 +43,12 @@ class Route:
     """A row of `ROUTES`: which calls it takes, and by which path.
 
     Attributes:
-        path: what computes them.
-        dtypes: of x, or dY.
-        algorithms: those that it takes, dropout's being "dropout", whatever was asked for.
-        needs: what must be there: "half GEMM", torch's own of this dtype, or as :func:`library.has` names it.
-        most: (tokens, ρ) up to which it takes them.
-        contiguous: along what W0's elements must lie side by side: "rows", "terms" of the sum, or "" for any.
+        path: computes them.
+        dtypes: of x or dY.
+        algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
+        needs: a feature of the machine: "half GEMM" (torch has one in this dtype) or a name for :func:`library.has`.
+        most: the largest (tokens, ρ) that it takes.
+        contiguous: what must be contiguous in W0: "rows", the "terms" of the sum, or "" for either.
     """
 
     path: Path
@@ -71,19 +71,19 @@ ROUTES = (
     Route(Path.EAGER, _HALF, needs=("half GEMM",)),
     Route(Path.FLOAT),
 )
-"""The first row that takes a call computes it. Few tokens were measured at 1024² and 2048²: with more ranks A, which
-is read again for every few rows, costs more than packing. torch computes half types where it has a GEMM of theirs and
-the compiled code has none: bfloat16 without AVX512-BF16, float16, and a merged W_eff in half precision."""
+"""The first row that takes a call computes it. The limits of few tokens were measured at 1024² and 2048²: A is read
+again for every few rows, which at higher ranks costs more than packing. torch computes half types if it has a GEMM for
+them and the compiled code has none: bfloat16 without AVX512-BF16, float16, and a merged W_eff in half precision."""
 
 
 def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:
-    """The path of x (T, C), or where `transposed` of dY (T, N) on the way to dX."""
+    """The path for x (T, C), or if `transposed` for dX from dY (T, N)."""
     (row_stride, col_stride), cols = weight.stride(), weight.shape[1]
     side = row_stride if transposed else col_stride
     contiguous = {
         "": True,
         "rows": col_stride == 1 and row_stride >= cols,
-        # Of a weight whose elements share memory a copy with contiguous rows is read.
+        # If W0's elements share memory, a copy with contiguous rows is read instead.
         "terms": side == 1 if lies_along_memory(weight) else not transposed,
     }
     for row in ROUTES:
@@ -112,7 +112,7 @@ def forward(
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     if not x.numel() or not y.numel():
         return y.zero_() if bias is None else y.copy_(bias)
-    # What serves an adapter keeps it, and the call in it: making one takes as long as a few tokens of a small layer.
+    # Serving keeps the adapter and the call in it: making a call takes as long as a few tokens of a small layer.
     call = adapter.layout if isinstance(adapter.layout, Call) and mask is None else Call.of(adapter, mask)
     adapter.layout = call if mask is None else adapter.layout
     call.plan(path, Algorithm.MERGED if algorithm != "split" and mask is None else Algorithm.SPLIT)
@@ -159,9 +159,9 @@ def factor_gradients(
 
 
 def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether compiled code can run: an exported program, which names its backend, may meet another machine or dtype.
+    """Whether compiled code can run: an exported program names its backend, but may meet another machine or dtype.
 
-    Nor does it run for operands of other shapes, which it would follow beyond their end: torch's operators raise there.
+    It does not run if shapes disagree, because it would read beyond an operand's end; torch's operators raise then.
     """
     rank, (rows, cols) = adapter.A.shape[0], adapter.weight.shape
     fits = adapter.A.shape == (rank, cols) and adapter.B.shape == (rows, rank)

@@ -1,4 +1,4 @@
-"""Experts in compiled code: each one's pairs of token and expert are a layer's call, in every dtype."""
+"""Experts in compiled code: the pairs (token, expert) of each expert are one call of a layer, in every dtype."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["experts_backward", "experts_product"]
 
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """What computes `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
+    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
 
-    Where B is zero the base's part is torch's own product, so that y is what the model without an adapter computes. In
-    float32 that is so for all but few pairs, and the adapter's part is added.
+    If B is zero, torch computes the base's part, so that y equals that of the model without an adapter. In float32
+    torch computes it for all but few pairs, and the adapter's part is added.
     """
     weight, plain = adapter.weight, experts.experts_product(ends, adapter)
     if not _fits(adapter, ends):
@@ -50,7 +50,7 @@ def experts_backward(
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given.
 
-    Those of experts without pairs are zero.
+    dA and dB of an expert without pairs are zero.
     """
     weight = adapter.weight
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
@@ -83,11 +83,11 @@ def experts_backward(
 
 
 class _Calls:
-    """One call, told of one expert after another.
+    """One call that is pointed at one expert after another.
 
     Attributes:
-        call: what the functions are told.
-        spans: each expert that has pairs, and which.
+        call: the arguments of the compiled functions.
+        spans: each expert that has pairs, with its pairs.
     """
 
     def __init__(self, ends: Tensor, adapter: ExpertsAdapter) -> None:
@@ -110,18 +110,18 @@ class _Calls:
         )  # fmt: skip
 
     def check_pairs(self, given: Tensor) -> int:
-        """How many pairs there are, all of which are given."""
+        """Return the number of pairs; checks that all are given."""
         if self._pairs != len(given):
             raise ValueError(_MISFIT)
         return self._pairs
 
     def route(self, given: Tensor, algorithm: str, *, transposed: bool = False) -> Path:
-        """What computes some pairs of one expert."""
+        """The path for some pairs of one expert."""
         weight, A, *_ = self._operands
         return route(given, weight[0], A.shape[1], algorithm, transposed=transposed)
 
     def turn_to(self, e: int) -> bool:
-        """Tell the call of an expert; returns whether its ΔW may be other than zero.
+        """Point the call at an expert; returns whether its ΔW may be nonzero.
 
         Raises:
             ValueError: its blocks do not fit the weight.
@@ -139,7 +139,7 @@ _MISFIT = "ends must count x's pairs up, and blocks must have each row and colum
 
 
 def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
-    """Whether compiled code can run, of operands whose shapes agree: it would follow others beyond their end."""
+    """Whether compiled code can run. If shapes disagree it may not: it would read beyond an operand's end."""
     weight, blocks = adapter.weight, adapter.blocks
     (count, rows, cols), rank = weight.shape, adapter.A.shape[1]
     fits = adapter.A.shape == (count, rank, cols) and adapter.B.shape == (count, rows, rank)
@@ -155,5 +155,5 @@ def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
 
 
 def _takes(weight: Tensor, given: Tensor, width: int) -> bool:
-    """Whether what is multiplied by the weight, or its gradient, is of its kind and as wide."""
+    """Whether x, or dY, has the weight's dtype and device and the right width."""
     return given.shape[1] == width and given.dtype == weight.dtype and given.is_cpu

@@ -1,6 +1,6 @@
-"""Loads what `calls.c` was compiled to, or says why it cannot, and writes the one struct that its functions take.
+"""Loads the library compiled from `calls.c`, or says why it cannot, and fills the struct that its functions take.
 
-Compiled when the package is built (`hatch_build.py`), never when it runs.
+`hatch_build.py` compiles it when the package is built, never when it runs.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""What compiled code calls the dtypes that it takes (`operand.h`)."""
+"""Dtypes that compiled code takes, and their numbers in `operand.h`."""
 
 FUNCTIONS = ("smoa_forward", "smoa_input", "smoa_gradient")
-"""What computes; a profile calls each so."""
+"""The functions that compute; a profile shows these names."""
 
 _FOLDER = Path(__file__).parent
 
@@ -56,7 +56,7 @@ def _pointers(names: str) -> list[tuple[str, type]]:
 
 
 class Algorithm(IntEnum):
-    """What of a layer is computed, as `operand.h` numbers it; UPDATE adds `x ΔWᵀ` to y."""
+    """The part of a layer that is computed, as `operand.h` numbers it; UPDATE adds `x ΔWᵀ` to y."""
 
     MERGED = 0
     SPLIT = 1
@@ -78,7 +78,7 @@ class Layer(ctypes.Structure):
 
 
 class Call(ctypes.Structure):
-    """`call` of `operand.h`: what a function is asked to do. Keeps alive what it points to."""
+    """`call` of `operand.h`: the arguments of a function. It keeps the tensors that it points to alive."""
 
     _fields_ = [
         ("layer", Layer),
@@ -91,10 +91,10 @@ class Call(ctypes.Structure):
 
     @classmethod
     def of(cls, adapter: PackedAdapter, mask: Mask | None) -> Call:
-        """A call for a layer, whose scaling is times what a mask scales by.
+        """A call for a layer; its scaling is s times the mask's scale.
 
         Raises:
-            ValueError: its blocks' indices or offsets do not fit the weight.
+            ValueError: indices or offsets of the blocks do not fit the weight.
         """
         p, weight, A, B = adapter.partition, along_memory(adapter.weight), adapter.A, adapter.B
         index = [dense(one, torch.int64) for one in (p.row_index, p.col_index)]
@@ -123,9 +123,9 @@ class Call(ctypes.Structure):
         return call
 
     def check(self, misfit: str, weight: Tensor) -> bool:
-        """Raise where torch's operators would meet an index out of range, for compiled code would read on.
+        """Raise if an index is out of range, which compiled code does not check.
 
-        Returns whether ΔW may be other than zero.
+        Returns whether ΔW may be nonzero.
         """
         room = workspace(weight, max(weight.shape) // 4 + 1)
         self.workspace = room.data_ptr()
@@ -135,13 +135,13 @@ class Call(ctypes.Structure):
         return found > 1
 
     def plan(self, path: int, algorithm: Algorithm) -> Call:
-        """Say by which loop (`backend.Path`) and algorithm it is computed; returns itself."""
+        """Set the path (`backend.Path`) and the algorithm; returns itself."""
         self.path, self.algorithm = path, algorithm
         return self
 
     def run(self, name: str, **given: Tensor | None) -> None:
-        """Call one of `FUNCTIONS` as a profile sees it, with operands by their field's name and the workspace that it
-        asks for; of x and dY, one of which is given, rows need not lie one after another.
+        """Call one of `FUNCTIONS`, under its name in a profile, with operands by the name of their field and with the
+        workspace that it asks for. Rows of x, or dY, need not be adjacent.
         """
         kept: dict[str, Tensor | None] = dict.fromkeys(("x", "dy", "workspace"))
         for field, tensor in given.items():
@@ -201,9 +201,9 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def has(feature: str) -> bool:
-    """Whether compiled code may use "avx512", "bf16" (AVX512-BF16) or "amx" here; or that it may not: "no amx".
+    """Whether compiled code may use "avx512", "bf16" (AVX512-BF16) or "amx" here; "no amx" is the reverse.
 
-    Processor, compiler, system, and what torch's GEMMs are held to, must allow it.
+    Processor, compiler, system and the limit of torch's GEMMs (`ONEDNN_MAX_CPU_ISA`) must allow it.
     """
     if feature.startswith("no "):
         return not has(feature.removeprefix("no "))
@@ -240,11 +240,11 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
 
 
 class Mask(NamedTuple):
-    """A dropout mask, drawn.
+    """A drawn dropout mask.
 
     Attributes:
         kept: int16 (T, ⌈C / 16⌉), a bit for each element of x that is not dropped.
-        scale: what a kept element is multiplied by.
+        scale: factor of a kept element.
     """
 
     kept: Tensor
@@ -252,9 +252,9 @@ class Mask(NamedTuple):
 
 
 def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
-    """The mask of x, which has the rows of `tokens`: of the numbers that :func:`drawn_words` draws, faster."""
+    """The mask of x, which has the rows of `tokens`: the same numbers as :func:`drawn_words` draws, but faster."""
     shape = tokens.shape[0], -(-columns // 16)
-    # Two words may be read at once, the last one and what is behind it.
+    # Compiled code reads two words at once, so one more must follow the last.
     kept = tokens.new_empty(shape[0] * shape[1] + 1, dtype=torch.int16)[:-1].view(shape)
     per_token = dropout.words_per_token(columns)
     line = tokens.new_empty(4 * per_token + 16, dtype=torch.int16)
@@ -267,26 +267,26 @@ def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
 
 
 def named(name: str) -> AbstractContextManager[Any]:
-    """Name what runs within for the profiler, where one is on: by itself it sees operators only."""
+    """Show the code within under this name in a running profiler, which by itself sees operators only."""
     return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
 
 
 def along_memory(matrix: Tensor) -> Tensor:
-    """The matrix, or the stack of them, where it :func:`lies_along_memory`, else a contiguous copy."""
+    """The matrix, or stack of matrices, if it :func:`lies_along_memory`, else a contiguous copy."""
     return matrix if lies_along_memory(matrix) else matrix.contiguous()
 
 
 def lies_along_memory(matrix: Tensor) -> bool:
-    """Whether a matrix's rows, or its columns, are contiguous and share no memory; of a stack of matrices, each's."""
+    """Whether rows or columns of a matrix, or of each of a stack, are contiguous and share no memory."""
     (rows, cols), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
     return (along == 1 and down >= cols) or (down == 1 and along >= rows)
 
 
 def with_rows(matrix: Tensor) -> Tensor:
-    """The matrix where its rows are contiguous, else a copy."""
+    """The matrix if its rows are contiguous, else a copy."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor contiguous and in `dtype`: mostly itself, which is asked first because torch's conversions cost."""
+    """The tensor, contiguous and in `dtype`; mostly it is already, and asking first saves torch's conversions."""
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
