@@ -1,4 +1,4 @@
-"""Checks of what users give. Each raises a TypeError or ValueError that names the argument and what is allowed."""
+"""Checks of users' arguments. Each raises a TypeError or ValueError that names the argument and what is allowed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 # The most blocks and ranks: far more than anyone needs, far fewer than would fill the memory with bookkeeping alone.
 MOST_BLOCKS = MOST_RANKS = 2**16
-# No weight has more rows or columns: int32 counts them.
+# The most rows or columns of a weight: int32 counts them.
 MOST_COORDINATES = 2**31 - 1
 _INTEGERS = frozenset(
     {
@@ -136,7 +136,7 @@ def check_finite(name: str, value: float) -> None:
 
 
 def check_device(device: torch.device | str) -> torch.device:
-    """Return `device`, which this machine must have. torch raises errors of several kinds where it does not."""
+    """Return `device`, which this machine must have. torch's own errors for a missing one are of several kinds."""
     try:
         return torch.empty(0, device=torch.device(device)).device
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
@@ -156,7 +156,7 @@ def layout_of(value: Tensor) -> str:
 
 
 def check_dense(name: str, value: object, *, integer: bool = False) -> None:
-    """`value` must be a dense tensor: of floating-point numbers, or where `integer` of integers."""
+    """`value` must be a dense tensor of floating-point numbers, or if `integer` of integers."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be {'an integer' if integer else 'a'} tensor, got {type(value).__name__}"

@@ -1,6 +1,6 @@
 """The operators `smoa::experts_linear` and its gradient: `smoa::linear` for pairs sorted by expert.
 
-Opaque for the same reasons. How many pairs an expert has crosses as a tensor, so that no graph bakes it in.
+They are opaque for the same reasons. The numbers of pairs are passed as a tensor, so that no graph bakes them in.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PLAIN = "smoa_kernels.definition.experts.reference_experts_linear, in plain PyT
 
 
 class ExpertsCall(NamedTuple):
-    """What forward and backward of one call share.
+    """The arguments that forward and backward of a call share.
 
     Attributes:
         ends: int32 (E,), how many pairs the experts up to each have together.
@@ -57,7 +57,7 @@ class ExpertsCall(NamedTuple):
 def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: str) -> Tensor:
     """Compute `y_p = x_p W_effᵀ` with the W_eff of pair p's expert; differentiable in x, A and B.
 
-    Saves x and references to the adapter for backward, and never makes anything of W0's size.
+    Saves x and references to the adapter for backward, and never makes a tensor of W0's size.
 
     Args:
         x: (P, C), a row for each pair of a token and one of its experts, sorted by expert, W0's dtype.
@@ -109,7 +109,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save x, where the factors' gradients need it, the factors and references to frozen tensors."""
+        """Save x if the factors' gradients need it, the factors, and references to frozen tensors."""
         x, *flat = inputs
         _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_A or needs_B else None, *flat[:_TENSORS])
@@ -126,7 +126,7 @@ class _Experts(torch.autograd.Function):
 
 
 class _ExpertsBackward(torch.autograd.Function):
-    """Says that there is no second derivative, when one is asked for."""
+    """Raises an error if a second derivative is asked for."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:

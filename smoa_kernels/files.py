@@ -1,4 +1,4 @@
-"""Where smoa-kernels keeps its cache, and how it replaces a file so that nobody ever sees half of one."""
+"""The cache folder of smoa-kernels, and atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def replace_file(path: Path, data: bytes) -> None:
             with suppress(OSError):
                 os.unlink(name)
             raise
-    except OSError as error:  # it names no file where the disk is full, and the temporary one elsewhere
+    except OSError as error:  # it names no file if the disk is full, and else the temporary one
         raise OSError(error.errno, error.strerror, str(path)) from error

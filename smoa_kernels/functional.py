@@ -59,8 +59,8 @@ def smoa_linear(
         A: packed factor (ρ, C); W0's dtype or float32.
         B: packed factor (N, ρ), A's dtype. Rows t ≥ r_k of a block are padding: ignored, gradient zero.
         partition: blocks of W0's rows and columns, on x's device.
-        ranks: int32 (K,), rank of each block, 0 ≤ r_k ≤ ρ. Checked on the CPU; on a GPU, which is not waited for,
-            what lies outside is taken as 0 or ρ.
+        ranks: int32 (K,), rank of each block, 0 ≤ r_k ≤ ρ. Checked on the CPU. A check on a GPU would wait for it, so
+            there they are clamped to 0 and ρ.
         scaling: s, a number or a 0-d tensor (which a compiled graph does not bake in).
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input.
         dropout_seed: int64 with one element on x's device; drawn from the default generator when None.

@@ -1,6 +1,6 @@
-"""What a `FusedSMoALinear` checks before it changes anything: its settings, the layer it adapts, a state dict.
+"""Checks of a `FusedSMoALinear` before it changes anything: of its settings, the layer it adapts, a state dict.
 
-torch copies what fits of a state dict and then reports the rest. Here nothing is copied unless all of it fits.
+torch copies the tensors of a state dict that fit and then reports the rest. Here nothing is copied unless all fit.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def check_linear(
 
 
 def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int) -> None:
-    """Check that a partition was made for a weight of this shape and for so many blocks."""
+    """Check that a partition was made for a weight of this shape and for `num_blocks` blocks."""
     check_kind("partition", partition, BlockPartition)
     if (partition.shape, partition.num_blocks) != (shape, num_blocks):
         raise ValueError(
@@ -98,7 +98,7 @@ def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int
 
 
 def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight (N, C) and bias of the layer to adapt: its own parameters, but a transposed view of Conv1D's weight."""
+    """Weight (N, C) and bias of the layer to adapt: its own parameters; for Conv1D a transposed view of the weight."""
     kind = type(linear)
     conv1d = kind.__name__ == "Conv1D" and hasattr(linear, "nf")  # by its name: transformers is optional
     if not conv1d and not isinstance(linear, nn.Linear):
@@ -131,7 +131,7 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
     return weight, bias
 
 
-# A state dict: `name` is the layer's in messages, `own` holds its tensors by key, `given` those of the state dict.
+# Checks of a state dict: `name` is the layer's in messages, `own` holds its tensors by key, `given` the state dict's.
 
 
 def check_keys(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any], *, strict: bool) -> None:
@@ -151,7 +151,7 @@ def check_keys(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any], *
 
 
 def check_tensors(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
-    """Check that each tensor that is given is of the kind and shape of the layer's."""
+    """Check that each given tensor has the kind and shape of the layer's."""
     for key, mine in own.items():
         if key not in given:
             continue
@@ -169,7 +169,7 @@ def check_tensors(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any]
 def partition_in(
     name: str, given: Mapping[str, Tensor], *, r: int, num_blocks: int, max_rank: int
 ) -> BlockPartition:
-    """The partition that a state dict holds, after checking that labels and ranks are there and fit the layer."""
+    """The partition in a state dict, after checking that labels and ranks are complete and fit the layer."""
     missing = [key for key in LABELS if key not in given]
     if missing:
         raise ValueError(f"{name}: the adapter's state dict lacks {', '.join(missing)}")

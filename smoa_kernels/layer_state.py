@@ -43,7 +43,7 @@ class AdapterState(nn.Linear):
     smoa_ranks: Tensor
     smoa_sketch: Tensor
     smoa_scaling: Tensor
-    smoa_row_index: Tensor | None  # None until there are labels, as the other indices and offsets
+    smoa_row_index: Tensor | None  # None until there are labels, like the other indices and offsets
     smoa_base_weight: Tensor | None  # W0 while the layer is merged
     _shard: LayerShard | None = None  # this process's part, under tensor parallelism
 
@@ -174,7 +174,7 @@ class AdapterState(nn.Linear):
         self._relabel()
 
     def _relabel(self) -> None:
-        """Recompute what depends on the labels and ranks: the indices, and the sizes that Python holds."""
+        """Recompute the indices, and the sizes that Python holds, from the labels and ranks."""
         if self.smoa_row_index is None:
             return
         labels = self.smoa_row_block, self.smoa_col_block
@@ -195,7 +195,7 @@ class AdapterState(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterState:
         scaling = self.scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        # Restore s: .half() would have rounded it with the other buffers.
+        # Restore s, because .half() rounds it with the other buffers.
         if not self.smoa_scaling.is_meta:
             self.smoa_scaling = scaling_tensor(scaling, self.smoa_scaling.device)
         return self

@@ -1,13 +1,13 @@
 """The operators `smoa::linear` and `smoa::linear_backward`, and all their derivatives.
 
-They are opaque to compilers, for two reasons. No pass may reorder their additions: in half precision the adapter's
-output survives only if it enters before the base GEMM's one rounding. And no graph bakes in what may change between
-calls: scaling and dropout seed cross as tensors, and "auto" is decided inside, where the graph does not see the token
-count.
+They are opaque to compilers, for two reasons. A compiler must not reorder their additions: in half precision the
+adapter's output survives only if it is added before the base GEMM rounds. And a graph must not bake in values that
+change between calls: scaling and dropout seed are passed as tensors, and "auto" is decided inside, so that the graph
+does not depend on the token count.
 
 A gradient is the operator `linear_backward`. A batch of activations (`torch.func.vmap`) joins the tokens of one call.
-All else, a batch over the factors, the derivative of a gradient, a forward-mode derivative, takes the reference's
-formula in plain operators, which torch differentiates and batches by itself: slow and right.
+A batch over the factors, the derivative of a gradient and a forward-mode derivative take the reference's formula in
+plain operators, which torch differentiates and batches by itself, slowly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class LinearCall(NamedTuple):
-    """What forward and backward of one call share.
+    """The arguments that forward and backward of a call share.
 
     Attributes:
         adapter: W0, the factors, their blocks and ranks, and s.
@@ -83,7 +83,7 @@ def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall
         x: (..., C); y is (..., N) in its dtype.
         bias: (N,) or None.
         algorithm: "auto" or one that the call's backend has.
-        call: the rest.
+        call: the other arguments.
     """
     y: Tensor = _call(linear, _Linear, formula, x, bias, algorithm, *call.flatten())
     return y
@@ -96,7 +96,7 @@ def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: Line
         dy: (..., N).
         x: (..., C), or None where neither dA nor dB is needed.
         needs_x: whether dX is needed.
-        call: that of the forward.
+        call: the forward's.
     """
     return _call_backward(dy, x, needs_x, *call.flatten())
 
@@ -107,13 +107,13 @@ def _call_backward(*args: Any) -> Gradients:
 
 
 def _call(operator: Any, function: Any, formula: Callable[..., Any], *args: Any) -> Any:
-    """Call an operator: under `torch.func` as the function that it can transform, in forward mode by the formula."""
+    """Call an operator: under `torch.func` through its autograd function, in forward mode through the formula."""
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return operator(*args)
     return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
 
 
-# What the operators compute
+# The operators' kernels
 
 
 def _forward(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
@@ -162,7 +162,7 @@ def _as_matrix(x: Tensor) -> Tensor:
 
 def _with_leading_dimensions(y: Tensor, x: Tensor) -> Tensor:
     """(T, N) as (..., N), with x's leading dimensions."""
-    # Autograd must not see a view here: what an operator returns may be written to.
+    # Autograd must not see a view here, since callers may write to an operator's result.
     return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
 
 
@@ -170,10 +170,10 @@ def _with_leading_dimensions(y: Tensor, x: Tensor) -> Tensor:
 
 
 def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
-    """Compute what `linear` does by the reference, which torch differentiates in x, bias, A and B, and batches.
+    """Compute `linear` by the reference, which torch differentiates in x, bias, A and B, and batches.
 
     Raises:
-        RuntimeError: the kernels' dropout is on, whose mask is not the reference's.
+        RuntimeError: the kernels' dropout is on; the reference has another mask.
     """
     adapter, dropout, backend = LinearCall.unflatten(*flat)
     if dropout is not None and backend == "triton":
@@ -181,7 +181,7 @@ def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tenso
             "under dropout backend 'triton' has a gradient and nothing further (its mask is drawn inside the kernels): "
             "no second derivative, forward mode or batch; use backend='eager' or no dropout"
         )
-    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, which are the same numbers
+    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
         ranks = torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype)
         adapter = replace(adapter, ranks=ranks)
     adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
@@ -191,9 +191,9 @@ def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tenso
 
 
 def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    """Compute what `linear_backward` does as the derivative of :func:`formula`, differentiable in dy, x, A and B."""
+    """Compute `linear_backward` as the derivative of :func:`formula`, differentiable in dy, x, A and B."""
     weight, A, B, *rest = flat
-    # dX is the same for every x.
+    # Without x only dX is needed, which does not depend on x.
     at = dy.new_zeros(*dy.shape[:-1], weight.shape[1]) if x is None else x
 
     def forward(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save x, where the factors' gradients need it, the factors, the seed and references to frozen tensors."""
+        """Save x if the factors' gradients need it, the factors, the seed, and references to frozen tensors."""
         x, bias, _, *flat = inputs
         _, _, _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_A or needs_B else None, *flat[:_TENSORS])
@@ -236,7 +236,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """A batch of x alone is a further leading dimension."""
+        """A batch of x alone is one more leading dimension."""
         x, bias, algorithm, *flat = inputs
         of_x, of_bias, _, *of_call = in_dims
         _check_seed(of_call)
@@ -279,7 +279,7 @@ class _LinearBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Gradients, tuple[Any, ...]]:
-        """A batch of dY is a further leading dimension for dX; each sample's dA and dB come from the formula."""
+        """A batch of dY is one more leading dimension for dX; each sample's dA and dB come from the formula."""
         dy, x, needs_x, *flat = inputs
         of_dy, of_x, _, *of_call = in_dims
         _check_seed(of_call)
@@ -301,7 +301,7 @@ class _LinearBackward(torch.autograd.Function):
 
 
 def _is_one_call(of_call: Sequence[int | None], flat: Sequence[Any]) -> bool:
-    """Whether a call is one for the whole batch, and has no mask: joined tokens would have different ones."""
+    """Whether all samples share the call and it has no dropout: joined tokens would get other masks."""
     return all(dim is None for dim in of_call[:_TENSORS]) and LinearCall.unflatten(*flat).dropout is None
 
 
@@ -313,7 +313,7 @@ def _check_seed(of_call: Sequence[int | None]) -> None:
 
 
 def _batched(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Callable[..., Any]:
-    # The seed is given, so a mask is the same each time that it is drawn.
+    # The seed is given, so every draw of a mask is the same.
     batched: Callable[..., Any] = torch.vmap(function, in_dims, randomness="same")
     return batched
 
@@ -334,9 +334,9 @@ def register(
     function: type[torch.autograd.Function],
     formula: Callable[..., Any],
 ) -> Any:
-    """Define an opaque operator with its shapes and its derivative; return what calls it.
+    """Define an opaque operator with its shapes and its derivative; return a function that calls it.
 
-    `torch.library.register_autograd` looks through the whole schema for each argument: a tenth of a small layer's time.
+    `torch.library.register_autograd` searches the whole schema for each argument, a tenth of a small layer's time.
 
     Args:
         library: of the namespace "smoa".
@@ -349,12 +349,12 @@ def register(
     name = schema.partition("(")[0]
     library.define(schema)
     operator = getattr(torch.ops.smoa, name).default
-    untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it where a caller fails
+    untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
 
     def recorded(*args: Any) -> Any:
         tensors = [value for value in args if isinstance(value, Tensor)]
         tangents = (forward_ad.unpack_dual(one).tangent for one in tensors)
-        # Computed all the same, the result would have no tangent, which counts as zero.
+        # The plain operator's result would have no tangent, which counts as zero.
         if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
             return formula(*args)
         if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
@@ -371,7 +371,7 @@ def register(
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
-    """Call an operator without having its derivative recorded."""
+    """Call an operator without recording its derivative."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 

@@ -95,7 +95,7 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Turn autocast off on `tensor`'s device where it is on, so that products keep the operands' dtype.
 
-    The meta device knows no autocast: there nothing is turned off.
+    The meta device has no autocast, so nothing is turned off there.
     """
     device = tensor.device.type
     if tensor.is_meta or not torch.is_autocast_enabled(device):
@@ -112,7 +112,7 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
     if dtype != torch.float32:
         return (dtype, True) in _ROWS and _ROWS[dtype, True].ieee
     if device_type == "cuda":
-        # What `torch.backends.cuda.matmul.fp32_precision` asks, at a third of its time: each pass of a layer does.
+        # This is `torch.backends.cuda.matmul.fp32_precision` in a third of its time; each pass of a layer asks for it.
         return torch._C._get_fp32_precision_getter("cuda", "matmul") in ("ieee", "none")
     backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings
     return device_type != "cpu" or backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
@@ -120,23 +120,23 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
 
 @functools.cache
 def has_gemm(dtype: torch.dtype) -> bool:
-    """Whether torch brings a GEMM of this half type for this CPU: oneDNN's, which asks for more than AVX2.
+    """Whether torch has a GEMM of this half type for this CPU: oneDNN's, which needs more than AVX2.
 
-    Elsewhere torch's loops multiply: a sixth as fast as its float32 GEMM, and `dY W0` a fiftieth to a two-hundredth
-    (128 to 2048 tokens, measured on CPU: AMD EPYC, family 25 model 1, AVX2, one thread).
+    Without it torch multiplies in loops, a sixth as fast as its float32 GEMM, and for `dY W0` a fiftieth to a
+    two-hundredth (128 to 2048 tokens, measured on CPU: AMD EPYC, family 25 model 1, AVX2, one thread).
     """
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
     is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
     return is_supported is not None and bool(is_supported())
 
 
-# What lets cuBLAS round partial sums: a GEMM that it cuts along C may keep them in the result's own dtype.
+# These settings let cuBLAS round partial sums: if it splits a GEMM along C, it may store them in the result's dtype.
 _REDUCTIONS = {
     torch.bfloat16: "allow_bf16_reduced_precision_reduction",
     torch.float16: "allow_fp16_reduced_precision_reduction",
 }
-# The setting is the process's. Backward runs in a thread per device: between one's reading it and its putting it back,
-# no other may read it.
+# The setting belongs to the process, and backward runs in one thread per device. While one thread has changed it, no
+# other may read it.
 _setting = threading.RLock()
 
 

@@ -1,4 +1,4 @@
-"""How the blocks of a layer share its rank budget r, and how many parameters that makes."""
+"""How the blocks of a layer share its rank budget r, and the number of parameters."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The definition in plain PyTorch (docs/definition.md): a loop over blocks.
 
-Slow and obvious. Every fast path is tested against `reference_linear` and the gradients that autograd makes of it,
-and these against the C oracle. `forward` and `backward` are the same for a `PackedAdapter`, the gradients written out.
+Slow and obvious. Every fast path is tested against `reference_linear` and its gradients by autograd, and these are
+tested against the C oracle. `forward` and `backward` do the same for a `PackedAdapter`, with the gradients written out.
 """
 
 from __future__ import annotations
@@ -126,6 +126,6 @@ def _delta(adapter: PackedAdapter) -> Tensor:
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:
     if dropout is None:
         return x
-    # Drawn for a plain tensor of x's shape: under `torch.func` x may be a batch, which the mask is not.
+    # Drawn for a plain tensor of x's shape: under `torch.func` x may be batched, but the mask is not.
     shape = x.shape[:-1].numel(), x.shape[-1]
     return x * dropout.multiplier(torch.empty(shape, dtype=x.dtype, device=x.device)).view(x.shape)

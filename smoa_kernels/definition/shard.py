@@ -51,7 +51,7 @@ class LayerShard:
         return _local(x)
 
     def output(self, y: Tensor) -> Tensor:
-        """The layer's output, a DTensor: sharded where W0's rows are cut, else yet to be summed over processes."""
+        """The layer's output, a DTensor: sharded if W0's rows are cut, else partial sums over the processes."""
         from torch.distributed.tensor import DTensor, Partial, Shard
 
         placement = Shard(-1) if self._dim == 0 else Partial()
@@ -63,7 +63,7 @@ class LayerShard:
         """This process's part of W0, sharing its storage.
 
         Raises:
-            RuntimeError: `fully_shard` has sharded it too, and it is not gathered at the moment.
+            RuntimeError: `fully_shard` has sharded it too, and it is not gathered now.
         """
         mine = _local(weight)
         expected = tuple(
@@ -75,18 +75,18 @@ class LayerShard:
         return mine
 
     def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """A's part beside the whole B, or B's part beside the whole A."""
+        """A's part and the whole B, or the whole A and B's part."""
         return _local(A), _local(B)
 
     def bias(self, bias: Tensor) -> Tensor:
-        """This process's part of the bias; an equal share of all of it where outputs are summed over processes."""
+        """This process's part of the bias; an equal share of it if outputs are summed over processes."""
         return _local(bias) if self._dim == 0 else _local(bias) / self._mesh.size()
 
 
 class _Local(torch.autograd.Function):
     """This process's part of a DTensor. The gradient gets the DTensor's layout; where it is replicated, it is summed.
 
-    `to_local` gets the gradient's strides wrong where parts differ in size, and torch 2.11 then gathers it everywhere.
+    `to_local` gives the gradient wrong strides if parts differ in size, and torch 2.11 then gathers it everywhere.
     """
 
     @staticmethod

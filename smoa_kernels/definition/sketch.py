@@ -1,6 +1,6 @@
 """A sketch of a weight: 33 numbers that tell whether an adapter was trained on this base.
 
-A hash of the bits will not do: the same base in bf16, or dequantised from NF4, must be recognised. The sketch is 32
+A hash of the bits is too strict: the same base in bf16, or dequantised from NF4, must be recognised. The sketch is 32
 random projections `uᵀ W0 v`, with vectors of signs u and v, divided by W0's Frobenius norm, and the logarithm of that
 norm. A relative error ε in W0 moves the projections by about ε; another weight moves them by about √2.
 """
@@ -24,8 +24,8 @@ SKETCH_SIZE = PROJECTIONS + 1
 # NF4 and int4 move the sketch by about 0.1, an unrelated weight by 1.4.
 TOLERANCE = 0.35
 
-# Smaller weights are sketched on one thread. Loading a model makes hundreds of such products in a row; beside other
-# busy processes they took ten times as long on two threads as on one.
+# Smaller weights are sketched on one thread. Loading a model makes hundreds of such products; while other processes
+# were busy they took ten times as long on two threads as on one.
 _SMALL = 2**22
 
 
@@ -49,11 +49,11 @@ def sign_rows(in_features: int, like: Tensor) -> Tensor:
 
 
 def sketch_of_products(products: Tensor, known: Tensor) -> Tensor:
-    """The sketch of a W0 that can only multiply, to compare with a `known` one, whose norm it takes for its own.
+    """The sketch of a W0 that can only multiply, for comparison with a `known` one; it assumes the norm of that.
 
     Args:
         products: :func:`sign_rows` times W0ᵀ, (32, N).
-        known: the sketch of the W0 that it may be.
+        known: the sketch to compare with.
     """
     u = _signs(products.shape[1], 0, products.device)
     projections = (products.float() * u.T).sum(1).cpu()
@@ -68,24 +68,24 @@ def sketch_distance(first: Tensor, second: Tensor) -> float:
 
 
 def _signs(size: int, side: int, device: torch.device) -> Tensor:
-    # Lifted as `torch.tensor` lifts what it makes: a constant of what may be traced.
+    # `torch.tensor` lifts its result too: in a trace this is a constant.
     signs: Tensor = torch.ops.aten.lift_fresh(torch.frombuffer(_host_signs(size, side), dtype=torch.float32))
     return signs.view(size, PROJECTIONS).to(device)
 
 
-# Sketches in files were drawn by numpy's `PCG64(0)` for rows and `PCG64(1)` for columns: where these start, and what
-# they add in each step. What they do then is PCG's published XSL-RR 128/64. No other seed is needed, hence no numpy.
+# Sketches in files were drawn by numpy's `PCG64(0)` for rows and `PCG64(1)` for columns. These are their first states
+# and increments; the steps are PCG's published XSL-RR 128/64. No other seed is needed, and so no numpy.
 _GENERATORS = (
     (35399562948360463058890781895381311971, 87136372517582989555478159403783844777),
     (207833532711051698738587646355624148094, 194290289479364712180083596243593368443),
 )
 _MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
-# The signs of a byte of random bits, the lowest bit first: a bit that is set is -1.
+# The signs of a byte of random bits, the lowest bit first; a set bit is -1.
 _SIGNS = [struct.pack("8f", *(1.0 - 2.0 * (byte >> bit & 1) for bit in range(8))) for byte in range(256)]
 
 
-# Cached: a model has few sizes, and each of its layers asks for two. As bytes: a tensor made in one of torch's fake or
-# functional modes must not outlive the mode.
+# Cached, because a model has few sizes and each layer asks for two. As bytes, because a tensor made in one of torch's
+# fake or functional modes must not outlive the mode.
 @functools.lru_cache(maxsize=64)
 def _host_signs(size: int, side: int) -> bytearray:
     state, increment = _GENERATORS[side]
@@ -93,6 +93,6 @@ def _host_signs(size: int, side: int) -> bytearray:
     for _ in range(size):
         state = state * _MULTIPLIER + increment & 2**128 - 1
         word = (state >> 64 ^ state) & 2**64 - 1
-        # Rotated by the state's upper six bits: the word twice, side by side. Of its 64 bits the lower 32 are used.
+        # Rotate by the state's upper six bits: shift the word beside a copy of itself. The lower 32 bits are used.
         words.append(word * (2**64 + 1) >> (state >> 122) & 2**PROJECTIONS - 1)
     return bytearray().join(_SIGNS[byte] for byte in struct.pack(f"<{size}I", *words))

@@ -31,7 +31,7 @@ def spectral_orders(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
 order_source: ContextVar[Callable[[Tensor, int], tuple[Tensor, Tensor]]] = ContextVar(
     "order_source", default=spectral_orders
 )
-"""What `BlockPartition.from_weight` calls for the orders; another process may have computed them already."""
+"""Gives `BlockPartition.from_weight` the orders; another process may have computed them already."""
 
 
 def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
@@ -42,8 +42,8 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
     thread and without autocast, since labels must depend on nothing but the weight, and the last bits of a threaded
     reduction depend on the number of threads.
 
-    Of several weights there is one spectrum, that of their mean Gram matrix (`W Wᵀ` of the shorter side), and the
-    energy of a row or column is that of all of them.
+    Several weights share one spectrum, that of their mean Gram matrix (`W Wᵀ` of the shorter side); the energy of a row
+    or column is summed over all of them.
 
     Args:
         weight: (N, C), or (E, N, C) of several; floating point, finite, not empty. Half types are computed in float32.
@@ -76,7 +76,7 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
 
 
 def _summed_energies(wide: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
-    """The same as `_energies` of several wide matrices, which are read twice; U is that of the sum of their Grams."""
+    """Sum `_energies` of several wide matrices, which are read twice; U is that of the sum of their Gram matrices."""
     gram: Tensor | None = None
     for one in wide():
         gram = _lower_gram(one) if gram is None else gram.add_(_lower_gram(one))
@@ -96,14 +96,14 @@ def _energies(wide: Tensor) -> tuple[Tensor, Tensor]:
     """
     try:
         squared, u = torch.linalg.eigh(_lower_gram(wide))
-    except RuntimeError:  # LinAlgError: eigh gives up on some matrices that the SVD still takes
+    except RuntimeError:  # LinAlgError: eigh fails on some matrices that the SVD still takes
         u, sigma, vh = torch.linalg.svd(wide, full_matrices=False)
         return (u * sigma).square_().flip(1), (vh.T * sigma).square_().flip(1)
     return u.square() * squared.clamp_min(0), (wide.T @ u).square_()
 
 
 def _lower_gram(wide: Tensor) -> Tensor:
-    """Lower triangle of W Wᵀ: `eigh` reads no more, and it is close to half of the product's work."""
+    """Lower triangle of W Wᵀ, in about half the time of the product; `eigh` reads no more."""
     panel = 128
     gram = wide.new_zeros(wide.shape[0], wide.shape[0])
     for start in range(0, wide.shape[0], panel):
@@ -137,7 +137,7 @@ def one_thread() -> Iterator[None]:
     """Run the block with one intra-op thread; only one Python thread at a time changes the setting.
 
     torch keeps the setting for the process and for each thread. A Python thread that starts while another is in this
-    block starts with one intra-op thread. It has no other setting to go back to, and changes nothing.
+    block starts with one intra-op thread; it has no other setting to restore, and changes nothing.
     """
     if torch.get_num_threads() == 1:
         yield

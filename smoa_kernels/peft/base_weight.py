@@ -36,9 +36,9 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     Attributes:
         fan_in_fan_out: whether it is stored with its last two dimensions swapped.
-        quantization_backend: PEFT's back end for the base layer, where that is quantised.
-        stack: how many matrices the layer adapts as one, (E,); () for a single one.
-        parameter_name: what the layer that owns W0 calls it.
+        quantization_backend: PEFT's back end for the base layer if that is quantised.
+        stack: (E,), the number of matrices that the layer adapts together; () for a single one.
+        parameter_name: W0's name in the layer that owns it.
     """
 
     fan_in_fan_out: bool
@@ -59,7 +59,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         return cast(nn.Module, self.get_base_layer())
 
     def base_weight(self) -> Tensor:
-        """W0, never W_eff; newly dequantised where it is quantised, this process's part where it is sharded."""
+        """W0, never W_eff. A quantised one is dequantised anew; of a sharded one this is the process's part."""
         if self.quantization_backend is not None:
             return read_weight(self.quantization_backend, self._quantized_base())
         weight = self._stored_weight()
@@ -67,7 +67,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         if self._stored_base is not None:
             weight = self._stored_base.to(weight.device, weight.dtype)
         if weight.grad_fn is not None:
-            # A view by FSDP of a flat parameter that mixes frozen weights with trained ones.
+            # FSDP's view of a flat parameter that holds both frozen and trained weights.
             weight = weight.detach()
         return weight.mT if self.fan_in_fan_out else weight
 
@@ -82,20 +82,20 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         return torch.stack([sketch_weight(each) for each in weight]) if self.stack else sketch_weight(weight)
 
     def base_distance(self, sketch: Tensor) -> float:
-        """The largest distance of W0 from a sketch of it; 0 where it is on the meta device."""
+        """The largest distance between the sketches of W0's matrices and `sketch`; 0 on the meta device."""
         own = self.base_sketch()
         if own.is_meta:
             return 0.0
         return max(map(sketch_distance, sketch.view(-1, own.shape[-1]), own.view(-1, own.shape[-1])))
 
     def build_blocks(self, rule: BlockRule) -> Any:
-        """Compute the blocks of W0, which is read only where they depend on its values."""
+        """Compute the blocks of W0; reads W0 only if they depend on its values."""
         if rule.needs_weight:
             return self.joined([compute() for compute in self.decompositions(rule)])
         return self.joined([rule.of_shape((self.out_features, self.in_features), self.adapter_device)])
 
     def decompositions(self, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
-        """What computes the spectral blocks of each of W0's matrices, or one for all where they are shared."""
+        """Functions that compute the spectral blocks of each matrix of W0; a single one if all share their blocks."""
         weight = self.base_weight().detach()
         if not self.stack:
             return [partial(rule.build, weight)]
@@ -104,16 +104,16 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         return [partial(rule.build, each) for each in weight]
 
     def joined(self, partitions: Sequence[BlockPartition]) -> Any:
-        """The blocks of W0 by those of each of its matrices, or by one for all."""
+        """The blocks of W0 from the partitions of its matrices, or from one that all share."""
         return partitions[0]
 
     @property
     def parameter(self) -> nn.Parameter | None:
-        """The innermost layer's parameter that is adapted; None where it has none of that name (it is computed)."""
+        """The innermost layer's parameter that is adapted; None if there is none of that name (it is computed)."""
         return self.innermost()._parameters.get(self.parameter_name)
 
     def _stored_weight(self) -> Tensor:
-        """The innermost layer's weight as it is stored; where it is sharded, this process's part."""
+        """The innermost layer's weight as it is stored; of a sharded one this process's part."""
         weight = cast(Tensor, getattr(self.innermost(), self.parameter_name))
         return weight if self._shard is None else self._shard.weight(weight)
 
@@ -144,7 +144,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             return
         inner: Any = getattr(self, "base_layer", None)
         if isinstance(inner, BaseTunerLayer) and not inner.merged:
-            # It would merge into W_eff, and unmerging would put W0 back under it; unloading would lose its adapters.
+            # The other tuner would merge into W_eff, which unmerging replaces; unloading would lose its adapters.
             raise RuntimeError(
                 f"the base layer holds adapters of another tuner ({type(inner).__qualname__}): merge and unload these "
                 "before SMoA's are added, or do not merge"
@@ -157,7 +157,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
                 )
             _check_unsharded(stored)
         before = [*self.merged_adapters]
-        # Where nothing is merged, the base is the stored weight itself: each matrix is read before it is written.
+        # If nothing is merged, the base is the stored weight itself, so each matrix is read before it is written.
         merged: Iterable[Tensor] = self._merged([*before, *names], self.base_weight())
         if safe_merge:
             merged = list(merged)
@@ -212,7 +212,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             place.copy_(each)
 
     def _merged(self, names: Sequence[str], weight: Tensor) -> Iterator[Tensor]:
-        """Compute W0 + Σ ΔW, in W0's dtype, of one matrix after another."""
+        """Compute W0 + Σ ΔW in W0's dtype, one matrix after another."""
         adapters = (self._matrices(name, weight.detach()) for name in names)
         for base, *each in zip(self._each(weight.detach()), *adapters, strict=True):
             yield _sum(each).add_(base).to(base.dtype)

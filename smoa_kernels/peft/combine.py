@@ -1,8 +1,8 @@
 """Combines several adapters over one weight into one, for layers with several active ones and weighted sums of them.
 
-`Σ_i ΔW_i` is an adapter itself: where the partitions agree its factors are the concatenated ones; where they do
-not, it is one of a single block (HiRA) whose factors are zero outside the blocks that they came from. The layer
-therefore multiplies by W0 once, however many adapters are active.
+`Σ_i ΔW_i` is an adapter itself. If the partitions agree, its factors are the concatenated ones. Otherwise it has one
+block (HiRA), and its factors are zero outside the blocks that they came from. The layer therefore multiplies by W0 once,
+however many adapters are active.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
 
     Args:
         parts: adapters over one weight. Partitions that agree must be the same object.
-        whole: the partition of a single block, where the caller has it.
+        whole: the partition with a single block, if the caller has it.
     """
     first = parts[0]
     dtype = first.A.dtype
@@ -52,7 +52,7 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
         factors = [part.expanded_factors(torch.promote_types(dtype, torch.float32)) for part in parts]
     A = torch.cat([A.to(dtype) for A, _ in factors])
     B = torch.cat([B.to(dtype) for _, B in factors], 1)
-    # Padding became zeros, which add nothing: every block may count it as rank.
+    # Padding became zeros, which add nothing, so every block may have the full rank.
     blocks, rank = partition.num_blocks, A.shape[0]
     ranks = torch.full((blocks,), rank, dtype=torch.int32, device=device)
     one = torch.ones_like(first.scaling)
@@ -73,7 +73,7 @@ def concatenate_adapters(parts: Sequence[PackedAdapter], weights: Sequence[float
 
 @torch.no_grad()
 def interpolate_factors(parts: Sequence[PackedAdapter], weights: Sequence[float]) -> PackedAdapter:
-    """Make an adapter with s = 1 whose factors are the weighted sums of the parts'; ValueError where blocks differ.
+    """Make an adapter with s = 1 whose factors are the weighted sums of the parts'; ValueError if blocks differ.
 
     Each factor takes the root of w_i·s_i, as in LoRA's "linear" combination: exact for one adapter, a heuristic
     for several, since a product of sums is not the sum of products.
@@ -107,7 +107,7 @@ def check_combination(
     adapter_name: str,
     combination_type: str,
 ) -> Callable[[Sequence[PackedAdapter], Sequence[float]], PackedAdapter]:
-    """Choose the function that combines, where `configs` (by adapter) allow it.
+    """Choose the function that combines, after checking that `configs` (by adapter) allow it.
 
     Raises:
         ValueError: as `SMoAModel.add_weighted_adapter` says.
@@ -141,7 +141,7 @@ def combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) ->
     config = copy.deepcopy(template)
     config.r, config.num_blocks, config.block_ranks = r, num_blocks, None
     config.smoa_alpha, config.alpha_pattern, config.use_rslora, config.smoa_dropout = None, {}, False, 0.0
-    # Blocks are given, and what one adapter's granule allows need not allow another's K.
+    # Blocks are given. A granule is not needed, and one adapter's might not allow another's K.
     config.granule, config.granule_pattern = 1, {}
     config.target_modules, config.exclude_modules = "|".join(map(re.escape, sorted(combined))), None
     config.layers_to_transform = config.layers_pattern = None

@@ -147,7 +147,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         with naming(file) if file.is_file() else nullcontext():
             try:
                 config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-            except KeyError as error:  # a method that PEFT does not know
+            except KeyError as error:  # an unknown method
                 raise ValueError(str(error)) from error
         if isinstance(config, cls):
             read_weights(folder, config)

@@ -1,7 +1,7 @@
-"""Reads W0 out of a quantised layer: newly allocated, or for one product into a buffer that all layers share.
+"""Dequantises W0: into a new tensor, or for one product into a buffer that all layers share.
 
-A buffer is filled a panel of rows at a time, by the library that quantised the weight. Few of its functions write into
-a given tensor; what the others return is a panel, never the whole W0, and is in cache while it is copied.
+The library that quantised the weight fills a buffer, a panel of rows at a time. Few of its functions write into a given
+tensor. The others return a panel, never the whole W0, and it is in cache while it is copied.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ __all__ = ["dequantized", "keep_packing", "quantization_of", "read_weight"]
 Reader = Callable[[int, int, Tensor], object]
 
 
-# Free buffers of CPUs, as many as were needed at once, as large as asked for. A GPU's memory is kept by torch.
+# Free buffers on the CPU: as many as were in use at once. On GPUs torch's allocator keeps memory.
 _FREE: list[Tensor] = []
 
 
 @contextmanager
 def _scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
-    """Lend an uninitialised contiguous tensor, which nothing may refer to after the block.
+    """Lend an uninitialised contiguous tensor; nothing may refer to it after the block.
 
     A CPU's buffer is kept: a new one of 64 MB comes from the system page by page, which takes as long as filling it.
-    While it is lent, nobody else gets it: a product inside another's block (a recomputation in backward) or in another
-    thread gets its own.
+    Meanwhile a product inside another's block (a recomputation in backward) or in another thread gets a buffer of its
+    own.
     """
     size = math.prod(shape) * dtype.itemsize
     try:
         buffer = _FREE.pop() if device.type == "cpu" else None
     except IndexError:
         buffer = None
-    with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+    with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
         if buffer is None or buffer.numel() < size:
             buffer = torch.empty(size, dtype=torch.uint8, device=device)
         lent = buffer[:size].view(dtype).view(*shape)
@@ -61,15 +61,15 @@ def _scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> 
             _FREE.append(buffer)
 
 
-# torchao raises it, and PEFT passes it on, where a packing has no operator that gives W0 back. Then W0 is read as a
+# torchao raises this, and PEFT passes it on, if a packing has no operator that dequantises it. Then W0 is read as its
 # product with the identity.
 _LACKS_OPERATOR = NotImplementedError
-_SWIZZLED_ROWS = 128  # torchao's NVFP4 keeps the scales of so many rows together
-_PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}  # what a core's cache holds; few launches
+_SWIZZLED_ROWS = 128  # rows whose scales torchao's NVFP4 stores together
+_PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}  # fits a core's cache; few launches
 
 
 class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PEFT's types are not followed
-    """transformers' `FP8Linear`: float8 numbers and a scale for each block of them, or one for all."""
+    """transformers' `FP8Linear`: float8 numbers with a scale for each block of them, or one scale for all."""
 
     def __init__(self) -> None:
         super().__init__("FP8Linear")
@@ -81,7 +81,7 @@ class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PE
         return weight
 
     def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
-        """Refuse: the model's loader, which chose the scales, is gone."""
+        """Refuse: only the model's loader can choose scales."""
         raise TypeError(
             "an FP8Linear layer takes no merged weight: load the base with FineGrainedFP8Config(dequantize=True) and "
             "merge there"
@@ -89,7 +89,7 @@ class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PE
 
 
 def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
-    """What reads the weight of a quantised layer: PEFT's back end or ours; None for a plain layer.
+    """Return the back end, PEFT's or ours, that reads the weight of a quantised layer; None for a plain layer.
 
     Args:
         base: the layer.
@@ -122,9 +122,9 @@ def read_weight(backend: QuantizationBackend, base: Any) -> Tensor:
 
 @contextmanager
 def dequantized(backend: QuantizationBackend, base: Any, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Give W0 (N, C) in `dtype` for the length of the block; nothing may refer to it afterwards.
+    """Give W0 (N, C) in `dtype` within the block; nothing may refer to it afterwards.
 
-    It is filled panel by panel, unless the block is being compiled or this module does not know the layer's kind.
+    It is filled panel by panel, unless the block is being compiled or the layer is of an unknown kind.
     """
     fill = None if torch.compiler.is_compiling() else _filler(backend, base)
     if fill is None:
@@ -153,7 +153,7 @@ def _filler(backend: QuantizationBackend, base: Any) -> Callable[[Tensor], None]
 def _fill(buffer: Tensor, read: Reader, block: int = 1, rows: int = 1) -> None:
     """Fill a buffer panel by panel.
 
-    In one step where a row is no multiple of the quantisation's `block`; else panels start at multiples of `rows`.
+    Panels start at multiples of `rows`; one panel holds all if a row is no multiple of the quantisation's `block`.
     """
     height, width = buffer.shape
     elements = _PANEL_ELEMENTS["cpu" if buffer.device.type == "cpu" else "gpu"]
@@ -164,7 +164,7 @@ def _fill(buffer: Tensor, read: Reader, block: int = 1, rows: int = 1) -> None:
 
 
 def _four_bits(weight: Any) -> Reader:
-    """bitsandbytes' NF4 and FP4: two numbers in a byte, a scale for each block of consecutive numbers."""
+    """bitsandbytes' NF4 and FP4: two numbers per byte, one scale per block of consecutive numbers."""
     state, width = weight.quant_state, weight.quant_state.shape[1]
     scales = state.absmax
     if state.nested:
@@ -194,7 +194,7 @@ def _takes_a_buffer(device: torch.device) -> bool:
 
 
 def _eight_bits(base: Any) -> Reader:
-    """bitsandbytes' int8: a scale for each row."""
+    """bitsandbytes' int8: one scale per row."""
     numbers, scales = base.weight.data, base.state.SCB
     scales = (base.weight.SCB if scales is None else scales).to(numbers.device)
     dequantize = importlib.import_module("bitsandbytes.functional").int8_vectorwise_dequant
@@ -202,7 +202,7 @@ def _eight_bits(base: Any) -> Reader:
 
 
 def _float8(base: Any) -> Reader:
-    """FP8Linear: rows of scales, each for `block_size` rows and columns; multiplied in float32, rounded once."""
+    """FP8Linear: one scale per block of `block_size` rows and columns; multiplied in float32 and rounded once."""
     weight, scales = base.weight.data, base.weight_scale_inv.data.float()
     height, width = base.block_size or weight.shape
     scales = scales.reshape(-(-weight.shape[0] // height), -1)
@@ -224,9 +224,9 @@ def _fill_from_torchao(buffer: Tensor, weight: Any) -> None:
 
 
 def _identity_product(weight: Tensor, first: int, last: int) -> Tensor:
-    """Compute columns first..last-1 of W0, as rows, by multiplying with the identity, which rounds nothing.
+    """Compute columns first..last-1 of W0, as rows: a product with the identity, which is exact.
 
-    torchao's packings for 4-bit kernels can be multiplied with, but not dequantised.
+    torchao's packings for 4-bit kernels can multiply but cannot be dequantised.
     """
     one = torch.zeros(last - first, weight.shape[1], dtype=weight.dtype, device=weight.device)
     one.diagonal(first).fill_(1)
@@ -235,9 +235,9 @@ def _identity_product(weight: Tensor, first: int, last: int) -> Tensor:
 
 
 def keep_packing(base: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for the CPU, which it does in the first evaluation.
+    """Keep bitsandbytes from repacking 4-bit weights for the CPU in the first evaluation.
 
-    `dequantize_4bit` misreads the repacked weights, whose scales are also rounded to bfloat16.
+    `dequantize_4bit` misreads repacked weights, and their scales are rounded to bfloat16.
     """
     if not getattr(base, "support_avx512bf16_for_cpu", False):
         return

@@ -1,4 +1,4 @@
-"""`SMoAModel`, PEFT's tuner for SMoA: injects the layers into a model, and does what concerns all of them."""
+"""`SMoAModel`, PEFT's tuner for SMoA: injects the layers into a model and manages all of them."""
 
 from __future__ import annotations
 
@@ -57,27 +57,27 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
-    _experts: Sequence[ExpertsTarget] = ()  # during an injection, those that get the adapter
-    _injected: dict[str, SMoALayer]  # and the layers that got it, by name
-    snapshots: dict[str, Snapshot]  # of the model before adapters whose weights are yet to be loaded
+    _experts: Sequence[ExpertsTarget] = ()  # during an injection: the experts to adapt
+    _injected: dict[str, SMoALayer]  # during an injection: the layers adapted so far, by name
+    snapshots: dict[str, Snapshot]  # of the model before each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.snapshots = {}  # before PEFT's injects
+        self.snapshots = {}  # first, because PEFT's constructor injects
         super().__init__(*args, **kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Names of the buffers that DistributedDataParallel need not broadcast.
 
-        It asks the module that it wraps for this attribute; a `PeftModel` passes the question on to this model.
+        It reads this attribute of the module that it wraps; a `PeftModel` forwards that to this model.
         """
         theirs = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
         names = [f"model.{name}" for name in (*theirs, *smoa_buffers(self.model))]
         return [*names, *(f"base_model.{name}" for name in names)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's: put an adapter into a model. Where that fails, the model is as it was.
+        """As PEFT's: put an adapter into a model. If that fails, the model is as before.
 
         Raises:
             TypeError, ValueError: `adapter_name` cannot name a folder, or the configuration does not fit the model.
@@ -85,7 +85,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         is_new = not layers_with(model, adapter_name)
         config, before = self.peft_config[adapter_name], Snapshot(model)
         if config.is_from_file and is_new:
-            self.snapshots[adapter_name] = before  # until the weights are known to fit
+            self.snapshots[adapter_name] = before  # kept until the weights were checked
         self._injected = {}
         try:
             if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
@@ -95,12 +95,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 )
             self._experts, excluded = find_targets(model, config)
             with warnings.catch_warnings():
-                # PEFT looks at the names of modules only, not of parameters, and at two of the patterns.
+                # PEFT checks only two of the patterns, against names of modules but not of parameters.
                 warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys", RuntimeWarning)
                 if excluded:
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if not (config.is_from_file or config.inference_mode):  # else weights are about to be loaded
+            if not (config.is_from_file or config.inference_mode):  # else weights will be loaded
                 fresh = {
                     name: layer for name, layer in self._injected.items() if layer.is_present(adapter_name)
                 }
@@ -108,7 +108,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if config.use_lora_rate:
                 settings = {name: layer.settings[adapter_name] for name, layer in self._injected.items()}
                 self.peft_config[adapter_name] = config.with_alphas_of(settings)
-        except BaseException:  # Ctrl-C too: it takes minutes to sort a large model
+        except BaseException:  # Ctrl-C too: sorting a large model takes minutes
             if is_new:
                 before.restore(adapter_name)
                 self.peft_config.pop(adapter_name, None)
@@ -121,14 +121,14 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 RuntimeWarning,
                 stacklevel=2,
             )
-        # TRL's reference of an adapter that trains on. TRL copies parameters that have ".default." in their names, as
-        # LoRA's have; in ours the adapter's name comes last.
+        # TRL's frozen reference of an adapter in training. TRL copies parameters with ".default." in their names, as in
+        # LoRA's; our names end with the adapter's.
         if adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default"):
             for layer in layers_with(model, "default").values():
                 layer.overwrite("ref", layer.state("default"))
 
     def _prepare_adapter_config(self, peft_config: SMoAConfig, model_config: dict[str, Any]) -> SMoAConfig:
-        """As PEFT's: choose modules by the architecture; but none beside parameters that are named."""
+        """As PEFT's: choose modules by the architecture, but choose none if `target_parameters` is given."""
         if peft_config.target_modules is None and peft_config.target_parameters:
             return peft_config
         return cast(SMoAConfig, super()._prepare_adapter_config(peft_config, model_config))
@@ -172,7 +172,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, ExpertsWeight):  # named as the parameter, which target_parameters alone adapt
+        if isinstance(
+            target, ExpertsWeight
+        ):  # it has the parameter's name, which only target_parameters adapts
             return
         settings = peft_config.for_layer(current_key)
         with naming(current_key):
@@ -190,7 +192,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
         if isinstance(new_module, SMoALayer) or isinstance(child, Experts):
-            # The adapter is already where the layer computes; PEFT would move it to an offloaded weight's meta device.
+            # The adapter is already on the layer's device; PEFT would move it to an offloaded weight's meta device.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -224,7 +226,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` of a forward or generate call to every layer: one adapter for each sample."""
+        """Pass `adapter_names` of a forward or generate call to every layer: one adapter for each sample."""
         adapter_names = kwargs.get("adapter_names")
         if adapter_names is None:
             yield
@@ -241,7 +243,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         beams = kwargs.get("num_beams") or 1
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        # Beams repeat the samples of a decoder; an encoder sees each once. (A model without one returns itself.)
+        # Beams repeat samples in a decoder, not in an encoder. (A model without an encoder returns itself.)
         inside_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
         handles = []
         try:
@@ -284,7 +286,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa_A]
                 if given:
                     with present(layer, layer.innermost()):
-                        # Factors are combined, not W0, of which the shape alone is used.
+                        # Only the shape of W0 is used.
                         weight = torch.empty((), device=layer.adapter_device)
                         weight = weight.expand(layer.out_features, layer.in_features)
                         parts = [layer.packed(a, weight) for a, _ in given]
@@ -300,7 +302,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: SMoAConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        # Labels that nothing brought are computed before they are saved; in place, so the state dict sees them.
+        # Missing labels are computed before they are saved; in place, so that the state dict has them.
         for layer in layers_with(model, adapter_name).values():
             if not layer.smoa_A[adapter_name].is_meta:
                 layer.partition(adapter_name)
@@ -318,7 +320,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             check_adapter(model, adapter_name, remapped, strict_base=config.strict_base)
         except ValueError:
             if any(layer.awaits_blocks(adapter_name) for layer in layers):
-                for before in filter(None, snapshots):  # the call that was to fill the adapter also put it in
+                for before in filter(None, snapshots):  # this call also injected the adapter
                     before.restore(adapter_name)
             raise
         return remapped

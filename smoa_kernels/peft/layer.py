@@ -35,7 +35,7 @@ __all__ = ["Prepared", "SMoALayer", "layers_with"]
 
 
 class SMoALayer(BaseWeight):
-    """Everything of :class:`smoa_kernels.peft.Linear` but its forward: a layer's adapters, by name.
+    """A layer's adapters by name: all of :class:`smoa_kernels.peft.Linear` except its forward.
 
     In its methods `adapter_name` names an adapter of this layer.
 
@@ -93,7 +93,7 @@ class SMoALayer(BaseWeight):
         self.scaling: dict[str, float] = {}
         self.settings: dict[str, LayerSettings] = {}
         self._prepared: dict[str, Prepared] = {}
-        # The partition of a single block, made once there are several adapters to sum.
+        # The partition with a single block, made when there are several adapters to sum.
         self._whole: BlockPartition | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -131,10 +131,10 @@ class SMoALayer(BaseWeight):
 
     @torch.no_grad()
     def initialize(self, adapter_name: str, blocks_of: BlockSource | None = None) -> None:
-        """Compute the blocks of an adapter, from W0's spectrum where its rule says so, and draw its weights.
+        """Compute the blocks of an adapter, from W0's spectrum if its rule says so, and draw its weights.
 
-        Called where no weights brought them before they are first needed. Adapters of this layer with the same rule
-        share their blocks.
+        Called when blocks are first needed and no weights were loaded. Adapters of this layer with the same rule share
+        their blocks.
 
         Args:
             adapter_name: the adapter.
@@ -169,7 +169,7 @@ class SMoALayer(BaseWeight):
         self.reset_adapter(adapter_name)
 
     def known_blocks(self, rule: BlockRule) -> Any:
-        """The blocks that an adapter of this layer has by a rule; None where none has."""
+        """The blocks of an adapter of this layer with the same rule; None if there is none."""
         known = (
             ready.partition for name, ready in self._prepared.items() if self.settings[name].rule == rule
         )
@@ -181,8 +181,8 @@ class SMoALayer(BaseWeight):
 
         Args:
             adapter_name: the adapter that was just added.
-            adapter: what it will be; its `weight` is not read, which may be quantised or elsewhere.
-            source: an adapter of this layer, whose sketch of W0 it takes over.
+            adapter: the new factors, blocks and ranks. Its `weight` is not read: it may be quantised or offloaded.
+            source: an adapter of this layer, whose sketch of W0 is copied.
         """
         sketch = self._unpack(self.smoa_blocks[source]).sketch
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
@@ -205,10 +205,10 @@ class SMoALayer(BaseWeight):
         if settings is not None:
             self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         self._prepared.pop(adapter_name, None)  # its labels were copied in place, into the same object
-        self._ready(adapter_name)  # now rather than in the next forward, which may be compiled
+        self._ready(adapter_name)  # now, because the next forward may be compiled
 
     def state(self, adapter_name: str) -> dict[str, Tensor]:
-        """An adapter's tensors by `STATE_KEYS`, its blocks computed where no weights brought them."""
+        """An adapter's tensors by `STATE_KEYS`; computes its blocks if none were loaded."""
         self._ready(adapter_name)
         return {key: getattr(self, key)[adapter_name] for key in STATE_KEYS}
 
@@ -237,7 +237,7 @@ class SMoALayer(BaseWeight):
             each.mul_(padding_masks(partition, ranks, B.shape[-1])[1])
 
     def partition(self, adapter_name: str) -> BlockPartition:
-        """The blocks of an adapter; computed now where no weights brought them."""
+        """The blocks of an adapter; computed now if none were loaded."""
         return cast(BlockPartition, self._ready(adapter_name).partition)
 
     def ranks(self, adapter_name: str) -> Tensor:
@@ -245,8 +245,8 @@ class SMoALayer(BaseWeight):
         return self._ready(adapter_name).ranks
 
     def is_present(self, adapter_name: str) -> bool:
-        """Whether an adapter's tensors have values: not so on the meta device, where they await weights."""
-        # Blocks are where W0 is. PEFT leaves factors on the CPU if another adapter's are on the meta device.
+        """Whether an adapter's tensors have values; on the meta device they have none until weights are loaded."""
+        # Both are checked: blocks are on W0's device, and PEFT may leave factors on the CPU then.
         return not (self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta)
 
     def awaits_blocks(self, adapter_name: str) -> bool:
@@ -302,7 +302,7 @@ class SMoALayer(BaseWeight):
         ready = self._prepared.get(adapter_name)
         if ready is not None and ready.packed is packed:
             return ready
-        # What is kept for later calls can be trained with where the adapter can, whatever mode this call is made in.
+        # These tensors are kept for later calls, so they are inference tensors only if the adapter's own are.
         with torch.inference_mode(packed.is_inference()):
             if self.awaits_blocks(adapter_name):
                 self.initialize(adapter_name)
@@ -314,8 +314,8 @@ class SMoALayer(BaseWeight):
         if self._shard is not None:
             partition = partition.shard(self._shard.rows, self._shard.cols)
         others = [each.partition for name, each in self._prepared.items() if name != adapter_name]
-        if others and not self.stack:  # of experts, at most one is active
-            # Partitions that agree become one object, so that forward need not compare labels.
+        if others and not self.stack:  # a stack has at most one active adapter
+            # Equal partitions become one object, so that forward need not compare labels.
             same = (other for other in others if other.device == partition.device and other == partition)
             partition = next(same, partition)
             self._whole = single_block(partition)  # made now, since forward may be compiled
@@ -340,9 +340,9 @@ class SMoALayer(BaseWeight):
             if packed is ready.packed:
                 continue
             del self._prepared[name]
-            # `to("meta")` and `to_empty` take the values away, and new ones will be loaded.
+            # `to("meta")` and `to_empty` discard the values, and new ones will be loaded.
             if not packed.is_meta and torch.equal(packed.cpu(), ready.packed.cpu()):
-                self._ready(name)  # now rather than in the next forward, which may be compiled
+                self._ready(name)  # now, because the next forward may be compiled
         return self
 
     def _move_adapter_to_device_of_base_layer(
@@ -355,7 +355,7 @@ class SMoALayer(BaseWeight):
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        # float8 is a format to store W0 in, not one to train factors in: they stay in float32.
+        # float8 is for storing W0, not for training factors: they stay in float32.
         return device, None if dtype is not None and dtype.itemsize < 2 else dtype
 
     def _load_from_state_dict(
@@ -370,7 +370,7 @@ class SMoALayer(BaseWeight):
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
-    """The layers of a model that hold an adapter, by name; one that has several names by each of them."""
+    """The layers of a model that hold an adapter, by name; a layer with several names is under each of them."""
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -379,17 +379,17 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
 
 
 class Prepared(NamedTuple):
-    """What forward needs beside parameters, read from the buffer `packed`."""
+    """Tensors that forward needs beside the parameters, made from the buffer `packed`."""
 
     packed: Tensor
-    partition: Any  # `BlockPartition`, of a stack `ExpertBlocks`
+    partition: Any  # `BlockPartition`, or `ExpertBlocks` of a stack
     ranks: Tensor
     scaling: Tensor
     block_ranks: list[int]
 
 
 def _read_blocks(layer: SMoALayer, _: object) -> None:
-    """Unpack labels that were just loaded: now rather than in the next forward, which may be compiled."""
+    """Unpack labels that were just loaded: now, because the next forward may be compiled."""
     for name in layer.smoa_A:
         if not layer.awaits_blocks(name):
             layer._ready(name)

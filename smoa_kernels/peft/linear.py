@@ -53,7 +53,7 @@ class Linear(SMoALayer, nn.Module):
     ) -> None:
         nn.Module.__init__(self)
         SMoALayer.__init__(self, base_layer, fan_in_fan_out, quantization)
-        # Of the usual base layers W0 is read; one that may compute anything else than x W0ᵀ + b is called.
+        # For the usual base layers W0 is read. Others are called: they may compute more than x W0ᵀ + b.
         layer_type = type(base_layer)
         forward = getattr(layer_type, "forward", None)
         plain = layer_type is Conv1D or forward is nn.Linear.forward
@@ -100,13 +100,13 @@ class Linear(SMoALayer, nn.Module):
         if not names or not self._reads_weight or args or kwargs:
             y, rest = self._base_output(x, *args, **kwargs), names
         else:
-            # One dropout mask for one product: adapters that drop with another probability come after it.
+            # A product has one dropout mask; adapters with another probability get products of their own below.
             p = self._dropout_p(names[0])
             rest = [name for name in names if self._dropout_p(name) != p]
             with present(self, self.innermost()):
                 y = self._linear(x, [name for name in names if name not in rest], p)
         for name in rest:
-            # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept for it.
+            # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept.
             y = y + checkpoint(self._adapter_output, x, name, use_reentrant=False).to(y.dtype)
         return y
 
@@ -150,7 +150,7 @@ class Linear(SMoALayer, nn.Module):
         return y if shard is None else shard.output(y)
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
-        """Compute `dropout(x) ΔWᵀ` by a dense ΔW, to be added to the output of a base layer that was called."""
+        """Compute `dropout(x) ΔWᵀ` with a dense ΔW, to be added to the base layer's own output."""
         if self._shard is not None:
             raise RuntimeError(
                 f"adapter {name!r} drops out with another probability than the first active one, which tensor "
@@ -167,7 +167,7 @@ class Linear(SMoALayer, nn.Module):
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
         y: Tensor | None = None
-        # An empty batch needs one product, for the shape.
+        # An empty batch also needs one product, for the shape.
         for name in dict.fromkeys(adapter_names or ("__base__",)):
             samples = [i for i, given in enumerate(adapter_names) if given == name]
             index = torch.tensor(samples, dtype=torch.int64, device=x.device)

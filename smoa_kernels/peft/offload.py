@@ -1,6 +1,6 @@
-"""Brings base weights that are elsewhere: offloaded by accelerate, or partitioned by DeepSpeed ZeRO-3.
+"""Loads base weights that accelerate offloaded, or gathers those that DeepSpeed ZeRO-3 partitioned.
 
-SMoA reads W0 itself, without calling the base layer, whose hooks would bring it.
+SMoA reads W0 without calling the base layer, so the layer's own hooks do not load it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["check_present", "execution_device", "gathered", "present"]
 
 
 def present(layer: nn.Module, base: nn.Module) -> AbstractContextManager[None]:
-    """Load what accelerate offloaded of a tuner layer, its base's weight and its adapters', for the block."""
+    """Load the weights of a tuner layer, its base's and its adapters', that accelerate offloaded, within the block."""
     weight = getattr(base, "weight", None)
     if weight is None or not weight.is_meta:
         return nullcontext()
@@ -26,7 +26,7 @@ def present(layer: nn.Module, base: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _onloaded(modules: list[nn.Module]) -> Iterator[None]:
-    # Each time it is loaded, a parameter is a new object, whose gradient no optimiser would see.
+    # A loaded parameter is a new object each time, so no optimiser would see its gradient.
     if torch.is_grad_enabled() and any(p.requires_grad for m in modules for p in m.parameters(recurse=False)):
         raise RuntimeError(
             "the adapter's weights are offloaded and cannot be trained so: inject the adapter after the base model "
@@ -49,13 +49,13 @@ def execution_device(base: nn.Module) -> torch.device | None:
 
 
 def gathered(base: nn.Module) -> AbstractContextManager[None]:
-    """Gather the weight of a layer that ZeRO-3 partitions, for reading it in the block."""
+    """Gather the weight of a layer that ZeRO-3 partitions, to be read within the block."""
     context: AbstractContextManager[None] = gather_params_ctx(list(base.parameters(recurse=False)), None)
     return context
 
 
 def check_present(weight: torch.Tensor) -> None:
-    """Raise where W0 is partitioned and would read as empty."""
+    """Raise if W0 is partitioned and would read as empty."""
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise RuntimeError(
             "W0 is partitioned by DeepSpeed ZeRO-3, which gathers it only where its engine runs forward and backward: "
@@ -64,7 +64,7 @@ def check_present(weight: torch.Tensor) -> None:
 
 
 def _hook(module: nn.Module) -> Any:
-    """The hook of accelerate that loads a module's weights for its forward; None where it has none."""
+    """accelerate's hook that loads a module's weights for its forward; None if there is none."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", [hook]):
         if getattr(part, "offload", False):

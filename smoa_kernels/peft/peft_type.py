@@ -1,4 +1,4 @@
-"""Adds SMOA to PEFT's enum `PeftType`, by which PEFT looks methods up and which offers no hook for new ones."""
+"""Adds SMOA to `PeftType`, the enum by which PEFT finds methods; it has no hook for new ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["PEFT_TYPE"]
 
 
 def _enum_member(enum: Any, name: str) -> Any:
-    """Give the member `name` of a string enum, with the name as its value; add it where the enum lacks it."""
+    """Return the member `name` of a string enum, with the name as its value; add it if it is missing."""
     if name not in enum.__members__:
         member = str.__new__(enum, name)
         member._name_ = member._value_ = name

@@ -1,7 +1,7 @@
-"""Linear layers over a quantised base (QSMoA): W0 is dequantised for each product and dropped after it.
+"""Linear layers over a quantised base (QSMoA): W0 is dequantised for each product and freed after it.
 
-Forward and backward each dequantise W0, so that only x, the factors and the seed are kept for backward, as over a
-plain base.
+Forward and backward each dequantise W0, so that only x, the factors and the seed are kept for backward, as for a plain
+base.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..operator import LinearCall, call_linear_backward
 
 __all__ = ["dequantized_linear", "requantize"]
 
-# Gives W0 (N, C) in a dtype for the length of a block.
+# Gives W0 (N, C) in a dtype within a `with` block.
 Dequantized = Callable[[torch.dtype], AbstractContextManager[Tensor]]
 
 
@@ -123,7 +123,7 @@ class _DequantizedLinear(torch.autograd.Function):
 def requantize(layer: Any, weight: Tensor) -> nn.Module:
     """Quantise `weight` into a tuner layer's base layer as PEFT does; return a layer over the old quantised weight.
 
-    Where that is interrupted, the base layer is restored: PEFT removes the old weight before it has the new one.
+    If this is interrupted, the base layer is restored: PEFT removes the old weight before it has the new one.
     """
     base, holder = layer.get_base_layer(), layer.base_layer
     before, stored = twin(base), getattr(base, "weight", None)

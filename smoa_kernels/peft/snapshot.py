@@ -1,4 +1,4 @@
-"""`Snapshot`: a model as it was before an adapter was put in, to go back to where that fails."""
+"""`Snapshot`: the state of a model before an injection, which is restored if that fails."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .layer import SMoALayer
 
 __all__ = ["PARAMETER_PREFIX", "Snapshot"]
 
-# What the names of an adapter's parameters begin with.
+# Prefix of the names of an adapter's parameters.
 PARAMETER_PREFIX = "smoa_"
 
-# What an injection puts in a module's place.
+# Classes of the modules by which an injection replaces others.
 _PUT_IN = (SMoALayer, Experts, AuxiliaryTrainingWrapper)
 
 
 class Snapshot:
-    """What of a model an injection changes.
+    """The parts of a model that an injection changes.
 
     Args:
         model: the base model, or PEFT's model around it.
@@ -34,7 +34,7 @@ class Snapshot:
         self._had_configs = hasattr(model, "peft_config")
 
     def restore(self, adapter_name: str) -> None:
-        """Take a new adapter out, of which the injection may have failed at any place."""
+        """Remove a new adapter; its injection may have failed at any point."""
         for module, children in self._children:
             for name, child in children.items():
                 now = module._modules.get(name)

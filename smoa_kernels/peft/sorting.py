@@ -1,4 +1,4 @@
-"""Computes the blocks of the layers that an injection added; where they are spectral, sorts several weights at once."""
+"""Computes the blocks of the layers that an injection added; sorts several weights at once if they are spectral."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .layer import SMoALayer
 
 __all__ = ["initialize_all"]
 
-# While it is sorted, a square weight takes five to seven times its bytes in float32; a wide one takes less. Of experts,
-# which are small, as many are sorted at once as there are threads.
+# Sorting a square weight takes five to seven times its bytes in float32; a wide one takes less. Experts are small, so
+# as many are sorted at once as there are threads.
 MAX_AT_ONCE = 8
-# From so many decompositions of experts on they take minutes, and a user is told so before the first.
+# From this number on, decompositions of experts take minutes, and the user is warned before the first.
 MANY = 256
 
 _Wanted = tuple[SMoALayer, BlockRule]
@@ -46,18 +46,20 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
 
 @contextmanager
 def _sorting(wanted: Sequence[_Wanted]) -> Iterator[BlockSource]:
-    """Give a function that computes a layer's blocks, those of later layers while the first one waits.
+    """Give a function that computes a layer's blocks; those of later layers are computed meanwhile.
 
-    Labels must not depend on the number of threads, so each weight is sorted on one; as many weights as there are
-    intra-op threads are sorted at once. Those that are not in the CPU's memory are sorted when they are asked for.
+    Labels must not depend on the number of threads, so each weight is sorted on one thread, and as many weights at once
+    as there are intra-op threads. Weights that are not in CPU memory are sorted when they are asked for.
     """
     spectral = [each for each in wanted if each[1].needs_weight and each[0].known_blocks(each[1]) is None]
-    # Now, while all weights are there: an offloaded one is another object each time it is loaded.
+    # The keys are made before any weight is loaded: an offloaded one is a new object each time it is loaded.
     keys = {layer: _key(layer, rule) for layer, rule in wanted}
     found: dict[Any, Any] = {}
     begun: dict[Any, list[Future[BlockPartition]]] = {}
     with ExitStack() as until_exit:
-        until_exit.callback(begun.clear)  # the traceback of an error in one of them refers back to this frame
+        until_exit.callback(
+            begun.clear
+        )  # breaks a cycle: a future's error refers to this frame by its traceback
         bar = until_exit.enter_context(_progress([each for each in spectral if each[0].stack]))
 
         def decompositions(layer: SMoALayer, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
@@ -71,7 +73,7 @@ def _sorting(wanted: Sequence[_Wanted]) -> Iterator[BlockSource]:
             elif key not in found:
                 if key not in begun:
                     begun[key] = [_done(each) for each in decompositions(layer, rule)]
-                # No local name for a future: it would tie its error, whose traceback leads here, to itself.
+                # No local name for a future: its error's traceback refers to this frame, which would be a cycle.
                 found[key] = layer.joined(list(map(Future.result, begun.pop(key))))
             return found[key]
 
@@ -81,7 +83,7 @@ def _sorting(wanted: Sequence[_Wanted]) -> Iterator[BlockSource]:
             at_once = min(at_once, MAX_AT_ONCE)
         # Within `shared_spectra` all processes must ask for one weight after another, in the same order.
         if at_once > 1 and at_hand and order_source.get() is spectral_orders:
-            # New threads inherit this setting. Set by the new threads themselves, it would outlast them.
+            # New threads inherit this setting. If they set it themselves, it would outlast them.
             until_exit.enter_context(one_thread())
             pool = ThreadPoolExecutor(at_once, "smoa-sorting")
             until_exit.callback(pool.shutdown, cancel_futures=True)
@@ -92,7 +94,7 @@ def _sorting(wanted: Sequence[_Wanted]) -> Iterator[BlockSource]:
 
 
 def _key(layer: SMoALayer, rule: BlockRule) -> Any:
-    """What layers have in common that share their blocks."""
+    """A key that is equal for layers that share their blocks."""
     if rule.needs_weight:
         weight = layer.parameter
         return id(layer.innermost() if weight is None else weight), layer.fan_in_fan_out, rule
@@ -100,7 +102,7 @@ def _key(layer: SMoALayer, rule: BlockRule) -> Any:
 
 
 def _is_at_hand(layer: SMoALayer) -> bool:
-    """Whether a weight can be read as it is: not computed, quantised, offloaded, partitioned or a `DTensor`."""
+    """Whether a weight can be read in place: it is not computed, quantised, offloaded, partitioned or a `DTensor`."""
     weight = layer.parameter
     if type(weight) is not nn.Parameter or layer.quantization_backend is not None:
         return False
@@ -123,7 +125,7 @@ def _counted(compute: Callable[[], BlockPartition], bar: tqdm[Any]) -> Callable[
 
 
 def _progress(stacks: Sequence[_Wanted]) -> tqdm[Any]:
-    """A bar for the decompositions of experts; where they take minutes, it is shown after a warning."""
+    """A bar for the decompositions of experts; if they take minutes, it is shown, after a warning."""
     total = sum(len(layer.decompositions(rule)) for layer, rule in stacks)
     if total >= MANY:
         rows, cols = max(

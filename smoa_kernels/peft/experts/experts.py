@@ -18,7 +18,7 @@ class Experts(nn.Module):
     """A module of experts with adapters of its fused weights; the weights stay the base module's.
 
     It has a child for each weight that any adapter adapts, named as the parameter. Its forward is that of transformers'
-    `grouped_mm_experts_forward`: what is peculiar to a class, its gate, is computed by the base module.
+    `grouped_mm_experts_forward`; the base module computes the gate, which differs between classes.
 
     Args:
         base_layer: a module of a class that transformers decorates with its experts interface.
@@ -44,7 +44,7 @@ class Experts(nn.Module):
         self.base_layer = base_layer
 
     def weight(self, parameter_name: str) -> ExpertsWeight:
-        """The adapters of one of the base module's weights; made where there are none."""
+        """The adapters of one of the base module's weights; made if there are none."""
         if parameter_name not in self._modules:
             self.add_module(parameter_name, ExpertsWeight(self.base_layer, parameter_name))
         return cast(ExpertsWeight, self._modules[parameter_name])
@@ -60,7 +60,7 @@ class Experts(nn.Module):
         Args:
             hidden_states: (T, H).
             top_k_index: integers (T, top_k), each token's experts.
-            top_k_weights: (T, top_k), what their outputs are multiplied by.
+            top_k_weights: (T, top_k), factors of their outputs.
 
         Returns:
             (T, H) in the dtype of `hidden_states`.
@@ -74,13 +74,13 @@ class Experts(nn.Module):
         if not adapting:
             return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
         top_k = top_k_index.shape[-1]
-        # As the base sorts: the bits of an expert's product depend on the order of its rows.
+        # Sorted like the base's forward: the bits of an expert's product depend on the order of its rows.
         experts, order = torch.sort(top_k_index.reshape(-1))
         x, routing = hidden_states[order // top_k], top_k_weights.reshape(-1)[order, None]
         numbers = torch.arange(base.num_experts, dtype=experts.dtype, device=experts.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        # Both are prepared before one is used: W0 passes through the caches and drives out what it takes to prepare the
-        # next, so that a token would pay for that twice.
+        # Both products are prepared before either runs: W0 passes through the caches and evicts the data that preparing
+        # needs, which would then be loaded twice per token.
         first = "gate_up_proj" if base.has_gate else "up_proj"
         up = self._product(first, adapting.get(first), hidden_states, ends, experts)
         down = self._product("down_proj", adapting.get("down_proj"), hidden_states, ends, experts)
@@ -88,14 +88,14 @@ class Experts(nn.Module):
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
         y = y * routing
-        # Of what index_copy_ computes this keeps the order for backward, and not y as well.
+        # index_copy_ would keep y for backward too; this keeps only the order.
         y = torch.empty_like(y).index_put_((order,), y)
         return y.view(-1, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _product(
         self, name: str, weight: ExpertsWeight | None, source: Tensor, ends: Tensor, experts: Tensor
     ) -> Callable[[Tensor], Tensor]:
-        """What computes the product with one of the base's weights, adapted or not, and adds its bias."""
+        """Return a function that multiplies by one of the base's weights, adapted or not, and adds its bias."""
         base: Any = self.base_layer
         product = None if weight is None else weight.product(source, ends)
 
@@ -112,9 +112,9 @@ class Experts(nn.Module):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base module, with adapters merged into its weights where `merge`; PEFT calls it to unload.
+        """The base module, with adapters merged into its weights if `merge`; PEFT calls it to unload.
 
-        As with PEFT's layers, what was merged before stays merged.
+        As with PEFT's layers, adapters that were merged before stay merged.
         """
         if merge:
             for weight in self.weights.values():

@@ -1,4 +1,4 @@
-"""Finds the fused weights that a configuration targets, and refuses what cannot be adapted, before anything changes."""
+"""Finds the fused weights that a configuration targets and refuses those that cannot be adapted, before any change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .experts import Experts
 
 __all__ = ["ExpertsTarget", "find_targets"]
 
-# What transformers' decorator tells of a class.
+# Attributes that transformers' decorator sets on a class.
 FACTS = ("has_gate", "has_bias", "is_transposed")
 
 
@@ -36,19 +36,20 @@ class ExpertsTarget(NamedTuple):
 
 
 def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[ExpertsTarget], int]:
-    """List the parameters that `target_parameters` names, in the model's order, and how many more were excluded.
+    """List the parameters that `target_parameters` names, in the model's order, and count those that were excluded.
 
-    As for modules, `exclude_modules` (by the path of the parameter or of its module) and `layers_to_transform` choose
-    among them.
+    `exclude_modules` (by the path of the parameter or of its module) and `layers_to_transform` apply as for modules.
 
     Raises:
-        ValueError: naming the parameter and its module's class: it cannot be adapted; or naming what matched none.
+        ValueError: a parameter cannot be adapted (names it and its module's class), or a name matched none (names it).
     """
     wanted = config.target_parameters or []
     if not wanted:
         return [], 0
     found, named = [], []
-    inside: set[nn.Module] = set()  # of `Experts`, whose parameters are looked for at its own path
+    inside: set[nn.Module] = (
+        set()
+    )  # modules inside `Experts`; their parameters are found at the path of `Experts`
     for name, module in model.named_modules():
         if module in inside:
             continue

@@ -19,9 +19,9 @@ __all__ = ["ExpertsWeight"]
 
 
 class ExpertsWeight(SMoALayer, nn.Module):
-    """The adapters of one parameter (E, N, C) of a module of experts, or (E, C, N) where that stores it transposed.
+    """The adapters of one parameter (E, N, C) of a module of experts, or (E, C, N) if it is stored transposed.
 
-    It owns no weight, and is no layer of the model: :class:`smoa_kernels.peft.Experts` calls it.
+    It owns no weight and is no layer of the model: :class:`smoa_kernels.peft.Experts` calls it.
 
     Args:
         experts: the module that owns the parameter.
@@ -48,7 +48,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
         return self._experts[0]
 
     def check_active(self, adapter_names: Sequence[str]) -> None:
-        """Raise a ValueError where several of these are adapters of this weight."""
+        """Raise a ValueError if several of these adapt this weight."""
         found = [name for name in adapter_names if name in self.smoa_A]
         if len(found) > 1:
             raise ValueError(
@@ -57,7 +57,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
 
     @property
     def is_adapting(self) -> bool:
-        """Whether forward gives anything else than the stored weight does."""
+        """Whether the product differs from that with the stored weight."""
         return not (self.disable_adapters or self.merged) and bool(self._active())
 
     def _active(self) -> list[str]:
@@ -65,16 +65,18 @@ class ExpertsWeight(SMoALayer, nn.Module):
         return [name for name in names if name in self.smoa_A]
 
     def product(self, source: Tensor, ends: Tensor) -> Callable[[Tensor], Tensor]:
-        """What computes `y_p = x_p W_effᵀ` (P, N) in W0's dtype of x (P, C), sorted by expert, with the active adapter.
+        """Return a function `y_p = x_p W_effᵀ` with the active adapter: x (P, C) -> y (P, N) in W0's dtype.
+
+        x is sorted by expert.
 
         Args:
-            source: what x is to be computed from, on its device.
+            source: a tensor on x's device, from which x will be computed.
             ends: int32 (E,), how many pairs the experts up to each have together.
 
         Raises:
-            ValueError: several adapters of this weight are active: PEFT's function `set_adapter` lets them be; or the
+            ValueError: several adapters of this weight are active (PEFT's function `set_adapter` allows it), or the
                 weight is not frozen.
-            RuntimeError: x is elsewhere than W0, which is offloaded, or another replica's under `nn.DataParallel`.
+            RuntimeError: x is not on W0's device: W0 is offloaded, or another replica's under `nn.DataParallel`.
         """
         names = self._active()
         self.check_active(names)
@@ -105,11 +107,11 @@ class ExpertsWeight(SMoALayer, nn.Module):
         return ExpertsAdapter(weight, A, B, self.partition(adapter_name), ready.ranks, ready.scaling)
 
     def partition(self, adapter_name: str) -> ExpertBlocks:  # type: ignore[override]  # of experts
-        """The blocks of all experts; computed now where no weights brought them."""
+        """The blocks of all experts; computed now if none were loaded."""
         return cast(ExpertBlocks, self._ready(adapter_name).partition)
 
     def joined(self, partitions: Sequence[BlockPartition]) -> ExpertBlocks:
-        """The blocks of all experts by those of each, or by one for all."""
+        """The blocks of all experts from the partitions of each, or from one that all share."""
         rows, cols = (
             torch.stack([getattr(p, side) for p in partitions]) for side in ("row_block", "col_block")
         )

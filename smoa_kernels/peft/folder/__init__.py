@@ -1,4 +1,4 @@
 """Saving, loading, exchanging and converting adapters with PEFT.
 
-What an adapter's folder holds, and what is read without PEFT: `smoa_kernels.adapter_folder`.
+The format of an adapter's folder, and reading it without PEFT, is in `smoa_kernels.adapter_folder`.
 """

@@ -118,7 +118,7 @@ def hira_to_smoa(
         "block_order": "contiguous",
         "smoa_dropout": config.hira_dropout,
         "init_weights": config.init_weights is not False,
-        # By the file: PEFT 0.21.2 gives every plain layer r, whatever its rank_pattern says.
+        # Ranks are those in the file: PEFT 0.21.2 gives every plain layer r and ignores rank_pattern.
         "rank_pattern": {whole_name(name): r for name, r in ranks.items() if r != config.r},
     }
     result = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
@@ -136,8 +136,8 @@ def hira_to_smoa(
 def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Write an SMoA adapter with one block as a HiRA adapter.
 
-    Where s is 1 its factors stay, bit for bit; another s, which HiRA has not, is multiplied into B. What no result
-    depends on (`algorithm`, `backend`, `strict_base`, the sketch of W0) is left out.
+    If s is 1 its factors stay, bit for bit; HiRA has no other s, so it is multiplied into B. Settings that change no
+    result (`algorithm`, `backend`, `strict_base`) and the sketch of W0 are left out.
 
     Args:
         folder: the SMoA adapter.
@@ -204,7 +204,7 @@ def _base_folder(base: str | os.PathLike[str] | None, config: Any) -> Path:
 def _base_weight(bases: BaseModel, name: str, shape: tuple[int, int]) -> Tensor:
     stored = bases.get(f"{name}.weight")
     if stored is not None and tuple(stored.shape) in (shape, shape[::-1]):
-        # PEFT corrects the configuration's fan_in_fan_out by the layer's class, layer by layer.
+        # fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
         return stored.T if bases.stores_swapped(name, shape) else stored
     raise ValueError(f"the base model in {bases.folder} lacks {name}.weight in the shape {shape}")
 

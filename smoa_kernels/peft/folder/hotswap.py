@@ -1,4 +1,4 @@
-"""`hotswap`: puts a saved adapter in the place of one that a model holds, so that a compiled model stays compiled."""
+"""`hotswap`: replaces a model's adapter by a saved one in place, so that a compiled model stays compiled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .loading import check_adapter
 
 __all__ = ["hotswap"]
 
-# A compiled model's part carries it in its name.
+# Part of the names of a compiled model's modules.
 _COMPILED = "_orig_mod."
 
 
@@ -57,7 +57,7 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
             f"bias and modules_to_save: this adapter or that in {folder} also trains biases or whole modules{named}: "
             "load it with load_adapter"
         )
-    # By the model's names of its layers: their path in the base model, as the file has it.
+    # For the model's name of each layer, its path in the base model, as in the file.
     paths = {name: name.replace(_COMPILED, "").removeprefix(PREFIX) for name in layers}
     found = _exchangeable(adapter, set(paths.values()))
     for kept in ("algorithm", "backend", "inference_mode") if held is not None else ():
@@ -88,7 +88,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
 
 
 def _exchangeable(adapter: Adapter, held: set[str]) -> dict[str, LayerBlocks]:
-    """What the folder holds of its layers, which must be those that the model's adapter has."""
+    """The folder's layers, after checking that they are those of the model's adapter."""
     found = {}
     for name, blocks in adapter.layers.items():
         if not isinstance(blocks, LayerBlocks):
@@ -112,7 +112,7 @@ def _check_layer(
     blocks: LayerBlocks,
     given: dict[str, Any],
 ) -> None:
-    """Raise unless a layer's new adapter has the shape of the old one: all that a compiled graph has baked in."""
+    """Raise unless a layer's new adapter agrees with the old one in all that a compiled graph has baked in."""
     own, new = layer.partition(adapter_name), blocks.partition
     A, B = layer.smoa_A[adapter_name], layer.smoa_B[adapter_name]
     for what, held, found in (

@@ -1,8 +1,8 @@
-"""Checks an adapter that is being loaded, by PEFT or by transformers, and takes it out again where it does not fit.
+"""Checks an adapter that PEFT or transformers loads, and removes it again if it does not fit.
 
-PEFT's loading asks the configuration and the tuner, which check before the first tensor is copied; what PEFT itself
-cannot read of a configuration is told with the file's name. transformers' own `load_adapter` asks neither: there the
-folder is checked before, the adapter once it is in the model.
+PEFT's loading calls the configuration and the tuner, which check before the first tensor is copied. If PEFT itself
+cannot read a configuration, the error names the file. transformers' own `load_adapter` calls neither, so the folder is
+checked before it runs and the adapter once it is in the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def check_adapter(
 ) -> None:
     """Raise unless `state`, keyed as the model's own state dict is, fits every SMoA layer of `model`.
 
-    A `state` without any SMoA tensor is left to PEFT, unless it was to fill layers that were just put in.
+    A `state` without any SMoA tensor is left to PEFT, unless layers were just injected for it.
 
     Raises:
         ValueError: naming the layer: a tensor is missing, corrupt or has another shape, labels or ranks are out of
@@ -71,13 +71,13 @@ def check_adapter(
 
 
 def install_named_read() -> None:
-    """Wrap PEFT's reader of configurations, which has no hook: it reads the file before it knows the method."""
+    """Wrap PEFT's reader of configurations: it has no hook and reads the file before it knows the method."""
     read = PeftConfig.from_json_file.__func__
 
     @functools.wraps(read)
     def from_json_file(cls: type[PeftConfig], path_json_file: Any, **kwargs: Any) -> Any:
         if isinstance(path_json_file, (str, os.PathLike)):  # a descriptor can be read once only
-            read_json(path_json_file)  # which says what is wrong, and of which file
+            read_json(path_json_file)  # its error names the file and the fault
         return read(cls, path_json_file, **kwargs)
 
     PeftConfig.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
             folder = Path(peft_model_id, (kwargs.get("adapter_kwargs") or {}).get("subfolder") or "")
             config = folder / CONFIG_NAME
             if config.is_file() and read_json(config).get("peft_type") == METHOD:
-                SMoAConfig.from_pretrained(str(folder))  # which checks all that needs no model
+                SMoAConfig.from_pretrained(str(folder))  # checks all that needs no model
         known, had_adapters, before = set(_adapters(self)), self._hf_peft_config_loaded, Snapshot(self)
         try:
             found = load(self, peft_model_id, *args, **kwargs)

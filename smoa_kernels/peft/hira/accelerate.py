@@ -99,7 +99,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _is_accelerated(layer: nn.Module) -> bool:
-    """Whether a layer's class is one of ours itself: `fully_shard` makes another of it, which has to stay."""
+    """Whether a layer's class is exactly one of ours: `fully_shard` derives another from it, which has to stay."""
     return "pefts_class" in vars(type(layer))
 
 

@@ -2,9 +2,8 @@
 
     W_eff = W0 ∘ (1 + B A)     hira_B is B (N, r), hira_A is A (r, C)
 
-An accelerated layer is PEFT's layer with another class, a subclass that has another `forward`. It adds no parameter and
-no buffer, so state dict, files and everything that PEFT does with them are PEFT's. Where `forward` has no faster way,
-it calls PEFT's.
+An accelerated layer is PEFT's layer with its class replaced by a subclass with another `forward`. It adds no parameter
+or buffer, so state dict and files stay PEFT's. Where the operator cannot compute a call, `forward` calls PEFT's.
 """
 
 from __future__ import annotations
@@ -42,11 +41,11 @@ def _rank(r: int, device: torch.device) -> Tensor:
 
 
 class Accelerated(nn.Module):
-    """Stands before one of PEFT's HiRA classes among a layer's classes, and computes what the operator can.
+    """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible.
 
     Attributes:
-        pefts_class: the class of PEFT that the layer had, and will have again.
-        is_quantized: whether that is one over bitsandbytes' layers, whose W0 is dequantised for each product.
+        pefts_class: PEFT's class of the layer, which :func:`decelerate_hira` restores.
+        is_quantized: whether that class is for bitsandbytes' layers, whose W0 is dequantised for each product.
     """
 
     pefts_class: type[nn.Module]
@@ -55,7 +54,7 @@ class Accelerated(nn.Module):
     _ranks: dict[int, Tensor]  # int32 (1,), by r
     _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
 
-    # PEFT's.
+    # PEFT's attributes.
     base_layer: Any
     hira_A: nn.ParameterDict
     hira_B: nn.ParameterDict
@@ -89,7 +88,7 @@ class Accelerated(nn.Module):
         base, (_, scaling) = self.base_layer, cast(Any, self._block)
         return (
             base.weight.device == scaling.device == x.device
-            # A hook, which is registered on the layer, wants it to be called.
+            # Hooks on the layer run only if it is called.
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not (base._backward_hooks or base._backward_pre_hooks)
             and (self.is_quantized or self._weight_fits(x))
@@ -103,7 +102,7 @@ class Accelerated(nn.Module):
         base, (partition, scaling), r = self.base_layer, cast(Any, self._block), A.shape[0]
         ranks = self._ranks[r] if r in self._ranks else _rank(r, A.device)  # newly made for a sum of several
         if self.is_quantized:
-            weight = x.new_empty(()).expand(partition.shape)  # the shape alone is used
+            weight = x.new_empty(()).expand(partition.shape)  # only its shape is used
             return dequantized_linear(
                 x,
                 functools.partial(dequantized, resolve_quantization_backend(base), base),
@@ -128,20 +127,20 @@ class Accelerated(nn.Module):
         )
 
     def make_ready(self) -> None:
-        """Make what forward needs beside the layer's tensors: now, since forward may be compiled."""
+        """Make the tensors that forward needs beside the layer's own: now, because forward may be compiled."""
         base = self.base_layer
         self._repacks = self._repacks or getattr(base, "support_avx512bf16_for_cpu", False)
         keep_packing(base)
         self._block = None
         if base.weight.is_meta:
             return
-        # Kept for later calls, so these are usual tensors, whatever mode this call is made in.
+        # Kept for later calls, so they must be ordinary tensors even if this call is in inference mode.
         with torch.inference_mode(False), _disable_current_modes():
             self._block = _one_block(self.out_features, self.in_features, base.weight.device)
             self._ranks = {r: _rank(r, base.weight.device) for r in self.r.values()}
 
     def give_back(self) -> None:
-        """Take away what was made for forward: the layer is about to be PEFT's."""
+        """Make the layer PEFT's again: remove the tensors made for forward and restore its class."""
         if self._repacks:
             self.base_layer.support_avx512bf16_for_cpu = True
         for made in ("_block", "_ranks", "_repacks"):
@@ -159,7 +158,7 @@ class Accelerated(nn.Module):
         return self
 
     def _dropout_p(self, names: Sequence[str]) -> float | None:
-        """The probability to drop with; None where PEFT has to: it draws a mask for each adapter."""
+        """The dropout probability; None if PEFT has to compute, because each adapter draws a mask."""
         total = 0.0
         for name in names:
             module = self.hira_dropout[name]
@@ -170,7 +169,7 @@ class Accelerated(nn.Module):
         return total if total == 0 or (len(names) == 1 and total < 1) else None
 
     def _factors(self, names: Sequence[str], x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """A (r, C) and B (N, r) of the sum of adapters; None where the operator does not take their dtypes."""
+        """A (r, C) and B (N, r) of the sum of adapters; None if the operator does not take their dtypes."""
         As, Bs = [self.hira_A[name] for name in names], [self.hira_B[name] for name in names]
         dtypes = {factor.dtype for factor in (*As, *Bs)}
         if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
@@ -181,7 +180,7 @@ class Accelerated(nn.Module):
 class AcceleratedLinear(Accelerated, hira.Linear):  # type: ignore[misc]  # PEFT's types are not followed
     """PEFT's HiRA layer over an `nn.Linear` or a `Conv1D`.
 
-    :func:`accelerate_hira` gives a layer this class; none is constructed.
+    :func:`accelerate_hira` sets this class on an existing layer; it is never constructed.
     """
 
     pefts_class = hira.Linear
@@ -197,7 +196,7 @@ def accelerated_class(kind: type[nn.Module]) -> type[Accelerated]:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes over bitsandbytes' layers, as a pickle names them."""
+    """Find the classes for bitsandbytes' layers by name, for pickle."""
     kind = name.removeprefix("Accelerated")
     if kind in ("Linear8bitLt", "Linear4bit"):
         return accelerated_class(getattr(importlib.import_module("peft.tuners.hira.bnb"), kind))
