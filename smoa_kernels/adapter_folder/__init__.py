@@ -1,6 +1,6 @@
 """An adapter's folder on disk: its format, reading, inspecting, and merging it into a base model's folder.
 
-Nothing here imports PEFT, which takes seconds; transformers is imported only where a base model's class must be known.
+Nothing here imports PEFT, which takes seconds; transformers is imported only if a base model's class must be known.
 """
 
 try:

@@ -1,6 +1,6 @@
-"""What a base model's class says of its files: transformers renames stored tensors while it loads them, makes some
-parameters out of several (the fused weight of experts out of one for each), and ties some to others, which alone are
-stored.
+"""How a base model's parameters are stored: transformers renames stored tensors while it loads them, makes some
+parameters from several tensors (the fused weight of experts from one per expert), and does not store parameters that
+are tied to others.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ __all__ = ["Architecture"]
 
 
 class Architecture:
-    """The class of a model, by the configuration in its folder; everything is empty where transformers lacks it.
+    """The class of a model, from the configuration in its folder; everything is empty if transformers lacks it.
 
     Args:
         folder: the model's folder.
         stored: names of the stored tensors.
 
     Attributes:
-        is_known: whether transformers has it.
-        renamed: stored names of parameters, by the model's own.
-        parts: of parameters that are made of several stored tensors, these tensors' names.
-        swapped: names of the weights of layers that store them (C, N).
-        tied: names of parameters that are others, which are stored: in most models the head is the embedding.
+        is_known: whether transformers has the class.
+        renamed: stored name of each renamed parameter.
+        parts: names of the stored tensors of each parameter that is made from several.
+        swapped: names of weights that are stored (C, N).
+        tied: the stored parameter of each one that is tied to it: in most models the head is the embedding.
     """
 
     def __init__(self, folder: Path, stored: Iterable[str]) -> None:
@@ -52,7 +52,7 @@ class Architecture:
         self.parts: defaultdict[str, list[str]] = defaultdict(list)
         self.swapped: list[str] = []
         self.tied: dict[str, str] = {}
-        # What makes a parameter of stored tensors, by the patterns that their names match; the pattern of each part.
+        # The converter that makes a parameter from stored tensors, by its pattern; the pattern of each part.
         self._converters: dict[str, WeightConverter] = {}
         self._patterns: dict[str, str] = {}
         if self.is_known:
@@ -71,7 +71,9 @@ class Architecture:
             name, pattern = rename_source_key(part, renamings, converters, prefix, state)
             if pattern is None:
                 self.renamed[name] = part
-            elif len(self._converters[pattern].target_patterns) == 1:  # not cut out of a tensor
+            elif (
+                len(self._converters[pattern].target_patterns) == 1
+            ):  # else the parameter is a part of a tensor
                 self.parts[name].append(part)
                 self._patterns[part] = pattern
 
@@ -82,7 +84,7 @@ class Architecture:
         for part in parts:
             converter.add_tensor(name, part, self._patterns[part], partial(read, part))
         converted = converter.convert(name, model=self._model, config=self._model.config)
-        if isinstance(converted, tuple):  # transformers 5.0 gives errors too
+        if isinstance(converted, tuple):  # transformers 5.0 also returns errors
             converted = converted[0]
         (made,) = converted.values()
         return cast(Tensor, made[0] if isinstance(made, list) else made)
@@ -93,7 +95,7 @@ class Architecture:
 
 
 def _without_values(folder: Path) -> Any:
-    """The model on the meta device; None where transformers lacks the architecture that the configuration names."""
+    """The model on the meta device; None if transformers lacks the configuration's architecture."""
     try:
         config = AutoConfig.from_pretrained(os.fspath(folder), trust_remote_code=False)
     except (OSError, ValueError):

@@ -19,13 +19,13 @@ __all__ = ["BaseModel"]
 
 
 class BaseModel:
-    """A base model's folder. Most parameters are stored as the model names them; the others its class knows of.
+    """A base model's folder. Most parameters are stored under the model's names; `architecture` knows the others.
 
     Args:
         folder: the folder.
 
     Attributes:
-        files: by stored name, the file that holds a tensor.
+        files: the file of each tensor, by stored name.
 
     Raises:
         ValueError, FileNotFoundError: the folder has no safetensors files, or they cannot be read.
@@ -42,19 +42,19 @@ class BaseModel:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """What the model's class says of its files; transformers, which has the class, takes seconds to import."""
+        """How the model's class stores parameters; made late, because importing transformers takes seconds."""
         from .architecture import Architecture
 
         return Architecture(self.folder, self.files)
 
     def stored_name(self, name: str) -> str | None:
-        """The stored name of a parameter; None where no stored tensor holds exactly its values."""
+        """The stored name of a parameter; None if no stored tensor holds exactly its values."""
         stored = self._same_name(name)
         return self.architecture.renamed.get(name) if stored is None else stored
 
     def _same_name(self, name: str) -> str | None:
-        """A stored name that is the parameter's; a model saved without its head may lack the first part of each name,
-        or have one more."""
+        """The stored name that agrees with the parameter's; in a model saved without its head, names may lack the first
+        part or have one more."""
         if name in self.files:
             return name
         shorter = name.partition(".")[2]
@@ -70,7 +70,7 @@ class BaseModel:
         return tensor
 
     def get(self, name: str) -> Tensor | None:
-        """Read a parameter as the model has it, made of its parts where it is; None where the folder lacks it."""
+        """Read a parameter as the model has it, assembled from parts if need be; None if the folder lacks it."""
         stored = self.stored_name(name)
         if stored is not None:
             return self.read(stored)
@@ -89,7 +89,7 @@ class BaseModel:
                     yield name, file.get_tensor(name)
 
     def stores_swapped(self, name: str, shape: tuple[int, int]) -> bool:
-        """Whether a layer's weight W0 of a `shape` (N, C) is stored (C, N): by its shape, or its class where N = C.
+        """Whether W0 of `shape` (N, C) is stored (C, N): decided by the stored shape, or by the layer's class if N = C.
 
         Raises:
             ValueError: the weight is square, and transformers does not know the model's configuration.
@@ -119,7 +119,7 @@ def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
             raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
         yield from ((name, folder / file) for name, file in files.items())
         return
-    single = folder / "model.safetensors"  # what transformers reads, whatever lies beside it
+    single = folder / "model.safetensors"  # transformers prefers this file to all others
     for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
         with opened(path) as file:
             yield from ((name, path) for name in file.keys())  # noqa: SIM118  # it is no mapping

@@ -7,8 +7,8 @@ one (`smoa_blocks`, uint8, little-endian):
     float16  the sketch of W0, 33 numbers
     bits     the block of each row, then of each column: ceil(log2 K) bits each, the lowest first
 
-Zeros stand for blocks that are yet to be loaded. Of the fused weight of E experts, `smoa_A` (E, ρ, C) and `smoa_B`
-(E, N, ρ) hold each expert's factors, and `smoa_blocks` a row for each.
+Zeros stand for blocks that are not loaded yet. For the fused weight of E experts, `smoa_A` (E, ρ, C) and `smoa_B`
+(E, N, ρ) hold each expert's factors, and `smoa_blocks` has a row for each expert.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
 
 
 class LayerBlocks(NamedTuple):
-    """What an adapter's file holds of a layer beside its factors."""
+    """The data of a layer in an adapter's file, except its factors."""
 
     partition: BlockPartition
     ranks: Tensor  # int32 (K,)
     sketch: Tensor  # float32 (33,), of W0
 
     def matrices(self) -> list[LayerBlocks]:
-        """What it holds of each matrix: of the only one."""
+        """One entry per matrix: this one."""
         return [self]
 
     def facing(self, stored: Tensor) -> tuple[Tensor, float]:
-        """Turn a matrix as a base stores it into W0 (N, C), and tell how far it is from the one trained over.
+        """Turn a base's stored matrix into W0 (N, C), and return its distance from the W0 that was trained over.
 
-        A Conv1D stores W0ᵀ, and so do some classes of experts. Which one it is, a square matrix shows by its sketch
-        alone. The distance of a matrix of another shape is infinite.
+        A Conv1D stores W0ᵀ, and so do some classes of experts. Of a square matrix only the sketch shows whether it is
+        transposed. A matrix of another shape has infinite distance.
         """
         ways = [way for way in (stored, stored.T) if tuple(way.shape) == self.partition.shape]
         if not ways:
@@ -70,7 +70,7 @@ class LayerBlocks(NamedTuple):
 
 
 class StackBlocks(NamedTuple):
-    """The same of a fused weight of experts."""
+    """The same for a fused weight of experts."""
 
     partition: ExpertBlocks
     ranks: Tensor  # int32 (K,), of every expert
@@ -78,7 +78,7 @@ class StackBlocks(NamedTuple):
     shape: tuple[int, int]  # (N, C)
 
     def matrices(self) -> list[LayerBlocks]:
-        """What it holds of each expert."""
+        """One entry per expert."""
         partitions = self.partition.partitions(range(len(self.sketch)), self.shape)
         each = zip(partitions, self.sketch, strict=True)
         return [LayerBlocks(partition, self.ranks, sketch) for partition, sketch in each]
@@ -105,8 +105,8 @@ def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Ten
 
 
 def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks | StackBlocks:
-    """Unpack `smoa_blocks` of a layer of this shape, on the same device; all rows of experts, of which a model has
-    thousands, at once.
+    """Unpack `smoa_blocks` of a layer of this shape, on the same device; the rows of all experts, maybe thousands,
+    at once.
 
     Raises:
         ValueError: `packed` has another dtype or size than such a layer's, a wrong checksum or labels out of range; or

@@ -47,7 +47,7 @@ class LayerReport:
 
     @property
     def kind(self) -> str:
-        """Its path, with * for the numbers in it: the same for that layer of every block of a model."""
+        """Its path with * for numbers: the same for the corresponding layer of every decoder block."""
         return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
 
     @property
@@ -152,7 +152,7 @@ def _layer(name: str, blocks: LayerBlocks | StackBlocks, bases: BaseModel | None
 
 
 def _distances(name: str, experts: Sequence[LayerBlocks], bases: BaseModel, fused: bool) -> list[float]:
-    """How far each expert's W0, or the layer's own, is from that of the base."""
+    """The distance of each expert's W0, or of the layer's, from the base's."""
     stored = bases.get(name if fused else f"{name}.weight")
     if stored is None or stored.ndim != 2 + fused or (fused and len(stored) != len(experts)):
         return [float("inf")] * len(experts)

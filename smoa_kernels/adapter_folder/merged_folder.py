@@ -1,4 +1,4 @@
-"""Writes a merged model's folder, a shard at a time; there is no such folder until it is whole."""
+"""Writes a merged model's folder, a shard at a time; the folder appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .merging import FolderMerge
 
 __all__ = ["MergeReport", "merge_to_folder"]
 
-# Files of weights in other formats, which would be the base's.
+# Weights in other formats; a copy would hold the base's values.
 _OTHER_FORMATS = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx", "onnx_data", "ot")
-# Written anew, or true of the base alone.
+# Written anew, or valid for the base only.
 _LEFT_OUT = ("config.json", "README.md", "adapter_config.json")
 # A run saves its tokenizer beside the adapter, perhaps with a chat template of its own.
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
@@ -105,7 +105,7 @@ def merge_to_folder(
             save_file(shard, scratch / file, metadata={"format": "pt"})
             # safetensors' files are their owner's alone
             os.chmod(scratch / file, 0o666 & scratch.stat().st_mode)
-            del shard  # before the next one grows
+            del shard  # free it before the next one is made
         progress(done, len(merge.plan))
         _write_beside_weights(merge, split, scratch)
     changed = sum(planned.changed for planned in merge.plan.values())
@@ -118,7 +118,7 @@ def _new_folder(out: str | os.PathLike[str]) -> Path:
     target = Path(out).resolve()  # a link is followed, and "." has a name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {target}")
-    # Nothing can be renamed to these; found before the merge, not after.
+    # No folder can be renamed to these; checked before the merge.
     if target.is_mount() or target == Path.cwd():
         raise ValueError(
             f"out must not be a mount point or the working folder, name a folder in it: got {target}"
@@ -131,14 +131,14 @@ def _split(merge: FolderMerge, max_shard_size: int | str) -> StateDictSplit:
     shapes = {name: torch.empty(p.shape, dtype=p.dtype, device="meta") for name, p in merge.plan.items()}
     try:
         return split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
-    except ValueError as error:  # which does not say of what
+    except ValueError as error:  # its message does not name the argument
         raise ValueError(
             f"max_shard_size must be a size such as '5GB', got {shown(max_shard_size)}"
         ) from error
 
 
 def _write_beside_weights(merge: FolderMerge, split: StateDictSplit, scratch: Path) -> None:
-    """Write all of a model's folder but its weights; the configuration last."""
+    """Write everything in a model's folder except its weights; the configuration last."""
     if split.is_sharded:
         parameters = sum(planned.shape.numel() for planned in merge.plan.values())
         index = {
@@ -167,7 +167,7 @@ def _renamed_when_whole(target: Path) -> Iterator[Path]:
             if target.is_dir():
                 target.rmdir()
             scratch.rename(target)
-        except (OSError, SafetensorError) as error:  # that of a full disk names the hidden folder, or none
+        except (OSError, SafetensorError) as error:  # a full disk's error names the hidden folder, or nothing
             raise OSError(f"cannot merge into {target}, which was not written: {error}") from error
     except BaseException:  # Ctrl-C too
         shutil.rmtree(scratch, ignore_errors=True)
@@ -175,7 +175,7 @@ def _renamed_when_whole(target: Path) -> Iterator[Path]:
 
 
 def _beside_weights(base: Path) -> Iterator[Path]:
-    """The files of a base model but its weights, configuration and model card; nothing hidden, no checkpoints."""
+    """The files of a base model except weights, configuration, model card, hidden files and checkpoints."""
     for path in base.rglob("*"):
         hidden = any(part.startswith((".", "checkpoint-")) for part in path.relative_to(base).parts)
         weights = path.suffix[1:] in ("safetensors", *_OTHER_FORMATS) or path.name.endswith(".index.json")
@@ -192,7 +192,7 @@ def _copy(source: Path, target: Path, files: Iterator[Path]) -> None:
 
 
 def _configuration(merge: FolderMerge) -> dict[str, Any]:
-    """The base's configuration, true of the merged model: its dtype, and whether its head is tied."""
+    """The base's configuration with the merged model's dtype, and whether its head is tied."""
     config = merge.config
     if merge.dtype is not None:
         known = ("dtype", "torch_dtype")
@@ -206,7 +206,7 @@ def _configuration(merge: FolderMerge) -> dict[str, Any]:
 
 
 def _with(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Put values in place of those that a configuration, or one inside it, has."""
+    """Replace values in a configuration, and in those nested in it, where they exist."""
     return {
         key: _with(value, values) if isinstance(value, dict) else values.get(key, value)
         for key, value in config.items()

@@ -1,6 +1,6 @@
 """Merges an adapter's folder into a base model's, tensor by tensor: no model is built, and one layer is in memory.
 
-A further kind of adapted tensor is one more function that returns a `Change`.
+To support another kind of adapted tensor, add a function that returns a `Change`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["ROUNDINGS", "FolderMerge", "merged_weights"]
 
 ROUNDINGS = ("nearest", "stochastic")
 
-# What is rounded stochastically; others hold what training changed.
+# Dtypes that are rounded stochastically; wider ones keep small updates anyway.
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -89,14 +89,14 @@ def merged_weights(
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to a parameter.
+    """How an adapter changes a parameter.
 
     Attributes:
-        shapes: those in which W0 may be stored, the adapter's own, (N, C) or (E, N, C), first.
-        effective: makes W_eff of W0, both as they are stored, which may be transposed. W_eff is float32 or wider, or
-            where W0 is to be changed as PEFT does it, in W0's dtype. Raises ValueError where W0 is another weight than
-            the adapter was trained over.
-        is_whole: the adapter holds the parameter itself, and W0 is not read.
+        shapes: those in which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first.
+        effective: makes W_eff from W0, both as they are stored, which may be transposed. W_eff is at least float32, or
+            W0's dtype if the result must equal PEFT's. Raises ValueError if the adapter was trained over another
+            weight.
+        is_whole: whether the adapter holds the parameter itself; W0 is then not read.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -106,7 +106,7 @@ class Change:
 
 @dataclass
 class _Planned:
-    """What a tensor of the merged model is made of: `stored` of the base, and the changed parameter it belongs to."""
+    """Sources of a tensor of the merged model: the base's tensor `stored`, and the changed parameter it is part of."""
 
     stored: str
     shape: torch.Size
@@ -125,8 +125,8 @@ class FolderMerge:
     Attributes:
         base, adapter: the folders.
         config: the base's configuration.
-        plan: what each tensor is made of, in the order of the base's files.
-        untied: names of tensors that the base stores as another one, and that are stored of their own now.
+        plan: the sources of each tensor, in the order of the base's files.
+        untied: names of tensors that the base ties to another one, and that now are stored themselves.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class FolderMerge:
         }
         self.untied: list[str] = []
         self._changes = _read_changes(self.adapter, self._model, dtype, rounding)
-        # The stored tensors that changed parameters are made of, where these are several; and of the last such
+        # For changed parameters that are made from several stored tensors: the names of these; and for the last such
         # parameter the new parts that were not asked for yet.
         self._made_of: dict[str, list[str]] = {}
         self._parts: dict[str, Tensor] = {}
@@ -191,7 +191,7 @@ class FolderMerge:
         return rounded
 
     def _changed(self, stored: str, name: str) -> Tensor:
-        """A changed parameter, or its part that is `stored`; what is made for one part is kept for the others."""
+        """A changed parameter, or its part `stored`; the other parts are kept for their turn."""
         change = self._changes[name]
         with naming(name):
             if name not in self._made_of:
@@ -207,7 +207,7 @@ class FolderMerge:
         return self._parts.pop(stored)
 
     def _untie(self) -> None:
-        """Plan parameters that were tied, of which the adapter changes one, each as a tensor of its own."""
+        """Plan tied parameters as tensors of their own if the adapter changes one of them."""
         tied = self._model.architecture.tied
         changed = {self._stored(name) or name for name in self._changes}
         for name, source in tied.items():
@@ -241,11 +241,11 @@ class FolderMerge:
                 "parameter that transformers makes of others as it loads the base: merge with merge_and_unload()"
             )
         self._made_of[name] = parts
-        for part in parts:  # one after another from now on
+        for part in parts:  # made one after another
             self.plan[part] = replace(self.plan.pop(part), parameter=name)
 
     def _stored(self, name: str) -> str | None:
-        """The planned tensor that a parameter is; None where it is no single one."""
+        """The planned tensor of a parameter; None if it is not a single one."""
         return name if name in self.plan else self._model.stored_name(name)
 
 
@@ -267,7 +267,7 @@ def _read_plain_config(base: Path) -> dict[str, Any]:
 def _read_changes(
     folder: Path, base: BaseModel, dtype: torch.dtype | None, rounding: str
 ) -> dict[str, Change]:
-    """Read what an SMoA or HiRA adapter does to parameters, by the base model's names.
+    """Read how an SMoA or HiRA adapter changes parameters, by the base model's names.
 
     Args:
         folder: the adapter.
@@ -284,7 +284,7 @@ def _read_changes(
             name.replace(".base_layer.", "."): _whole(tensor) for name, tensor in adapter.whole.items()
         }
         for name, blocks in adapter.layers.items():
-            # Of experts, the parameter itself is named.
+            # For experts the file names the parameter itself.
             parameter = name if isinstance(blocks, StackBlocks) else f"{name}.weight"
             factors = adapter.of_layer(name)
             scaling = adapter.settings.for_layer(name).scaling
@@ -295,7 +295,7 @@ def _read_changes(
     whole = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if ".hira_" not in key}
     changes = {name: _whole(tensor) for name, tensor in whole.items()}
     for name, (A, B) in hira_layers(path, state).items():
-        # PEFT corrects the configuration's fan_in_fan_out by the layer's class, layer by layer.
+        # fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
         swapped = base.stores_swapped(name, (B.shape[0], A.shape[1]))
         changes[f"{name}.weight"] = _hira_change(A, B, swapped=swapped, dtype=dtype, rounding=rounding)
     return changes
@@ -319,7 +319,7 @@ def _smoa_change(blocks: LayerBlocks | StackBlocks, A: Tensor, B: Tensor, scalin
 
 
 def _merged(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, stored: Tensor) -> Tensor:
-    """W_eff of one matrix as it is stored, at least in float32."""
+    """W_eff of one matrix, in its stored orientation, at least in float32."""
     weight, distance = blocks.facing(stored)
     if not distance <= TOLERANCE:
         raise ValueError(
@@ -340,7 +340,7 @@ def _hira_change(A: Tensor, B: Tensor, *, swapped: bool, dtype: torch.dtype | No
         product = B.to(wide) @ A.to(wide)
         if swapped:
             product = product.T
-        # PEFT rounds each of these steps to W0's dtype. Only to equal it bit for bit is that done here.
+        # PEFT rounds each of these steps to W0's dtype. This is done here only to equal it bit for bit.
         as_peft = rounding == "nearest" and dtype in (None, stored.dtype)
         weight = stored if as_peft else stored.to(wide)
         return weight + weight * product.to(weight.dtype)
@@ -357,10 +357,10 @@ def _check_shape(shape: torch.Size, change: Change) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # By the extremes, which a NaN is among: `isfinite` of the whole takes as much memory again.
+    # A NaN is among the extremes; `isfinite` of the whole tensor would take a copy's memory.
     return not tensor.numel() or all(math.isfinite(value) for value in tensor.aminmax())
 
 
 def _stands_alone(name: str) -> bool:
-    """Whether a parameter is none of a numbered layer's, so that another may be tied to it."""
+    """Whether a parameter belongs to no numbered layer, so that another may be tied to it."""
     return not any(part.isdigit() for part in name.split("."))

@@ -1,4 +1,4 @@
-"""`naming`: says in an error what it is about."""
+"""`naming`: adds the name of a layer or file to an error."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["naming"]
 
 @contextmanager
 def naming(what: str | Path) -> Iterator[None]:
-    """Begin the message of a TypeError or ValueError of the block with the layer or file that it is about.
+    """Put the name of a layer or file before the message of a TypeError or ValueError from the block.
 
-    Whatever a file holds that is not allowed is a ValueError. An error that names the file already stays.
+    A wrong value in a file is always a ValueError. An error that names the file already stays.
     """
     try:
         yield

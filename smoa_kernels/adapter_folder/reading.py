@@ -39,13 +39,13 @@ __all__ = [
     "weights_of",
 ]
 
-# PEFT puts it before the path of a layer in every key of an adapter's file.
+# PEFT's prefix of every key in an adapter's file.
 PREFIX = "base_model.model."
 
-# What a configuration calls PEFT's HiRA.
+# PEFT's HiRA in a configuration.
 HIRA = "HIRA"
 
-# A larger JSON file is not read. The index of a model with hundreds of experts a layer has some 20 MB.
+# Larger JSON files are not read. The index of a model with hundreds of experts per layer has some 20 MB.
 MOST_JSON_BYTES = 64 * 2**20
 
 
@@ -55,10 +55,9 @@ class Adapter:
 
     Attributes:
         config: the configuration as its file holds it.
-        settings: what that says of the layers.
+        settings: the layers' settings in it.
         path: the file of weights.
-        tensors: what that holds, by its keys without `PREFIX`; mapped into memory, so the factors' values are not read
-            yet.
+        tensors: its tensors by key without `PREFIX`; mapped into memory, so the factors' values are not read yet.
         layers: blocks, ranks and sketch of every layer, by its path in the base model. The path of a fused weight of
             experts is the parameter's.
     """
@@ -75,7 +74,7 @@ class Adapter:
 
     @property
     def whole(self) -> dict[str, Tensor]:
-        """Parameters that the file holds themselves: biases, and modules that are saved in full."""
+        """Parameters that the file holds in full: biases, and those of modules to save."""
         return {key: tensor for key, tensor in self.tensors.items() if ".smoa_" not in key}
 
 
@@ -120,7 +119,7 @@ def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
 def read_weights(
     folder: Path, settings: AdapterSettings
 ) -> tuple[dict[str, Tensor], dict[str, LayerBlocks | StackBlocks]]:
-    """Read an adapter's tensors and layers, as `Adapter` holds them; none where there are no weights, or on a hub.
+    """Read an adapter's tensors and layers, as `Adapter` holds them; empty if there are no weights, or on a hub.
 
     Raises:
         ValueError: the weights are a pickle, truncated, corrupt, of other ranks than the configuration's, or left by a
@@ -136,14 +135,14 @@ def read_weights(
     for name in sorted({key.rpartition(".")[0] for key in tensors if ".smoa_" in key}, key=by_number):
         given = {key: tensors.get(f"{name}.{key}") for key in STATE_KEYS}
         with naming(path):
-            # A layer's memory goes by its rank, so that is compared with the file before any layer is made.
+            # The rank decides a layer's memory, so it is compared with the file before any layer is made.
             layers[name] = read_blocks(name, given, settings.for_layer(name).r)
     check_seal(folder, settings.weights_sha256)
     return tensors, layers
 
 
 def weights_of(folder: Path) -> Path:
-    """The path of an adapter's weights; FileNotFoundError where there are none."""
+    """The path of an adapter's weights; FileNotFoundError if there are none."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {folder}")
@@ -158,7 +157,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a safetensors file, whose header safetensors checks against the file's length.
+    """Open a safetensors file; safetensors checks its header against its length.
 
     Raises:
         ValueError: the file is truncated, corrupt or cannot be read.
@@ -174,7 +173,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the object in a JSON file.
 
     Raises:
-        ValueError: the file is larger than `MOST_JSON_BYTES`, which is seen before it is read, or holds something else.
+        ValueError: the file is larger than `MOST_JSON_BYTES` (it is not read then), or holds something else.
     """
     size = Path(path).stat().st_size
     if size > MOST_JSON_BYTES:

@@ -1,4 +1,4 @@
-"""Stochastic rounding: to one of the two neighbours by chance, in proportion, so that the mean is what was rounded."""
+"""Stochastic rounding to one of the two neighbours, with probabilities that make the mean equal the exact value."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["round_stochastically"]
 
-# Elements rounded at a time, an even number: what is allocated beside the result stays in a processor's cache.
+# Elements rounded at a time, an even number: temporaries stay in a processor's cache.
 _PANEL = 2**18
 
 
@@ -47,10 +47,10 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, *, seed: int, name:
         nearest = panel.to(dtype)
         wide = nearest.to(panel.dtype)
         beyond = (wide.abs() > panel.abs()) & wide.isfinite()
-        # A half's bits, read as an integer, count its magnitude: one more is the next one away from zero.
+        # The bits of a half, read as an integer, order magnitudes: adding 1 gives the next number away from zero.
         bits = nearest.view(torch.int16) - beyond.to(torch.int16)
         inner, outer = (neighbour.view(dtype).to(panel.dtype) for neighbour in (bits, bits + 1))
-        # Exact: the difference has few digits, and the step is a power of two.
+        # Exact, because the difference has few digits and the step is a power of two.
         chance = (panel - inner) / (outer - inner)
         drawn = words.random_raw(-(-size // 2)).astype("<u8", copy=False).view("<u4")[:size]
         uniform = torch.from_numpy((drawn >> 8).astype(np.float32)).mul_(2.0**-24)

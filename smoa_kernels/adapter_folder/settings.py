@@ -1,4 +1,4 @@
-"""`AdapterSettings`: what an adapter's configuration says of its layers, checked; `LayerSettings`, one layer's part."""
+"""`AdapterSettings`: the layers' settings in an adapter's configuration, checked; `LayerSettings`: one layer's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FORMAT_VERSION = 2
 _BIASES = ("none", "all", "smoa_only")
 _FLAGS = ("use_rslora", "use_lora_rate", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode")
 
-# What gives single layers another value than a field's, each with the check of such a value.
+# The patterns that give single layers another value than a field's, each with the check of that value.
 _PATTERNS: dict[str, Callable[[str, Any], None]] = {
     "rank_pattern": functools.partial(check_count, most=MOST_RANKS),
     "alpha_pattern": check_finite,
@@ -51,7 +51,7 @@ class LayerSettings(NamedTuple):
 
     Attributes:
         r: rank budget.
-        rule: how blocks are made, K among it.
+        rule: how blocks are made; includes K.
         block_ranks: rank of each block, or None to share r evenly.
         alpha: numerator of the scaling.
         config: everything that is the same for all layers.
@@ -173,7 +173,7 @@ class AdapterSettings:
         )
         usual = (r, rule.num_blocks) == (self.r, self.num_blocks)
         alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
-        # A copy: who changes a configuration later, or uses it for two models, does not change layers that are there.
+        # A copy, so that later changes of the configuration, or its use for another model, do not change these layers.
         alpha = r if alpha is None else alpha
         return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, copy(self))
 
@@ -218,7 +218,7 @@ class AdapterSettings:
         """Check which modules are adapted or saved; lists become what PEFT and JSON want."""
         lists = ("modules_to_save", "target_parameters")
         for name in ("target_modules", "exclude_modules", "layers_pattern", *lists):
-            # Where PEFT expects a list, it would look for the single letters of a str.
+            # If PEFT expects a list and gets a str, it takes its letters as items.
             _check_items(name, getattr(self, name), str, alone=name not in lists)
         _check_items("layers_to_transform", self.layers_to_transform, int, alone=True)
         for name in ("target_modules", "exclude_modules"):
@@ -243,7 +243,7 @@ class AdapterSettings:
 
 
 def whole_name(name: str) -> str:
-    """A pattern's key that matches this layer, and no layer whose name only ends with it."""
+    """A pattern's key that matches this layer only, not others whose names end with its name."""
     return f"^{re.escape(name)}"
 
 
@@ -252,7 +252,7 @@ def _matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     return next(found, pattern.get(name, default))
 
 
-# Every layer asks for every key of every pattern: compiled once, it takes seconds and not hours.
+# Every layer tries every key of every pattern. With cached expressions this takes seconds, not hours.
 @functools.lru_cache(maxsize=2**16)
 def _end(key: str) -> re.Pattern[str]:
     """The expression that PEFT's `get_pattern_key` matches layer names with."""
@@ -275,7 +275,7 @@ def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:
 
 
 def _check_regex(name: str, pattern: Any) -> None:
-    if not isinstance(pattern, str):  # what is compiled, or bytes, no JSON file can hold
+    if not isinstance(pattern, str):  # JSON cannot hold compiled expressions or bytes
         raise ValueError(f"{name} must be a regular expression, got {shown(pattern)}: not a str")
     try:
         re.compile(pattern)

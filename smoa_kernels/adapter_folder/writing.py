@@ -1,4 +1,4 @@
-"""Writes adapters so that an interruption leaves the old files or the new ones: written elsewhere, then moved."""
+"""Writes adapters elsewhere and then moves them, so that an interruption leaves the old files or the new ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CONFIG_NAME", "METHOD", "WEIGHTS_NAME", "check_seal", "replacing", "
 # The files of an adapter's folder, as PEFT names them.
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-# What its configuration calls the method.
+# The method's name in a configuration.
 METHOD = "SMOA"
 
 _SCRATCH = ".saving-"
@@ -48,7 +48,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
-        # The error of a full disk names no file, or the one in the scratch folder; that of safetensors is no OSError.
+        # A full disk's error names no file, or one in the scratch folder; safetensors' errors are not OSErrors.
         except (OSError, SafetensorError) as error:
             if (
                 getattr(error, "errno", 0) is None
@@ -62,7 +62,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
 def seal(folder: Path) -> None:
     """Write the SHA-256 of the weights into the configuration beside them, for each SMoA adapter under `folder`.
 
-    No file system renames two files at once, so a kill may leave one file of each save, with ranks and shapes that
+    No file system renames two files at once, so a kill may leave one file of each save, whose ranks and shapes may
     agree.
     """
     for path in folder.rglob(CONFIG_NAME):
@@ -74,7 +74,7 @@ def seal(folder: Path) -> None:
 
 
 def check_seal(folder: Path, expected: str | None) -> None:
-    """Warn where the weights in `folder` are not the `expected` ones, by SHA-256; None expects any.
+    """Warn if the SHA-256 of the weights in `folder` is not `expected`; None accepts any.
 
     Raises:
         ValueError: a save was killed after it moved the weights and before it moved their configuration.
@@ -86,7 +86,7 @@ def check_seal(folder: Path, expected: str | None) -> None:
     if found == expected:
         return
     message = f"{weights} is not the file that {CONFIG_NAME} beside it was saved with: its SHA-256 is another"
-    # An adapter with another name than "default" has a folder of its own in the one that was saved to.
+    # An adapter that is not named "default" has a subfolder of its own.
     for place in (weights.parent, weights.parent.parent):
         for path in place.glob(f"{_SCRATCH}*/**/{CONFIG_NAME}"):
             if found in path.read_text(encoding="utf-8", errors="replace"):

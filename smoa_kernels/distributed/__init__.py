@@ -1,4 +1,4 @@
-"""What SMoA adds to PyTorch's own distributed training (docs/distributed.md)."""
+"""SMoA's additions to PyTorch's distributed training (docs/distributed.md)."""
 
 from .data_parallel import (
     agree_on_buffers,

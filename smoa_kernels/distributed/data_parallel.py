@@ -15,7 +15,7 @@ __all__ = ["agree_on_buffers", "average_gradients", "check_group", "ignore_buffe
 
 
 def check_group(process_group: dist.ProcessGroup | None) -> None:
-    """Raise a TypeError for what `dist.new_group` gives a process outside the group: a number, -100."""
+    """Raise a TypeError for -100, which `dist.new_group` returns to a process outside the group."""
     if process_group is not None:
         check_kind("process_group", process_group, dist.ProcessGroup)
 
@@ -83,7 +83,7 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         if buffer.is_meta:
             continue
         owner, _, attribute = name.rpartition(".")
-        # A new tensor: it tells a PEFT layer that what was derived from the old one is stale.
+        # A new tensor tells a PEFT layer that tensors derived from the old one are stale.
         shared = buffer.clone()
         dist.broadcast(shared, source, process_group)
         setattr(model.get_submodule(owner), attribute, shared)

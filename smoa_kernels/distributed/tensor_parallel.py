@@ -20,9 +20,9 @@ __all__ = ["ColwiseSMoAParallel", "RowwiseSMoAParallel"]
 
 
 class _SMoAParallel:
-    """Cuts dimension `dim` of W0, and all that belongs to it.
+    """Cuts dimension `dim` of W0, and all tensors along it.
 
-    Every process of the mesh holds the whole layer before. Values, labels and ranks become those of the first process
+    Before, every process of the mesh holds the whole layer. Values, labels and ranks become those of the first process
     (`parallelize_module`'s `src_data_rank`).
     """
 

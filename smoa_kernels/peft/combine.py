@@ -1,7 +1,7 @@
 """Combines several adapters over one weight into one, for layers with several active ones and weighted sums of them.
 
 `Σ_i ΔW_i` is an adapter itself. If the partitions agree, its factors are the concatenated ones. Otherwise it has one
-block (HiRA), and its factors are zero outside the blocks that they came from. The layer therefore multiplies by W0 once,
+block (HiRA), and its factors are zero outside the blocks that they came from. So the layer multiplies by W0 once,
 however many adapters are active.
 """
 

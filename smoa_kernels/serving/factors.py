@@ -1,7 +1,7 @@
 """Reads an SMoA or HiRA adapter's folder as tensors of LoRA's shapes, which an engine's slots for LoRA can hold.
 
-With zeros outside their blocks, the A_k stacked to (r, C) and the B_k to (N, r) have the product mask ∘ (BA). So
-loading, slots, caches and slicing for tensor parallelism carry them as they are; only what a layer computes differs.
+With zeros outside their blocks, the A_k stacked to (r, C) and the B_k to (N, r) have the product mask ∘ (BA). So an
+engine's loading, slots, caches and slicing for tensor parallelism work unchanged; only the layer's computation differs.
 """
 
 from __future__ import annotations
@@ -62,16 +62,16 @@ class ServedAdapter:
         return max(factors.A.shape[0] for factors in self.layers.values())
 
     def ranks(self, name: str) -> tuple[int, ...]:
-        """r_k of each block of a layer; none of one that it leaves alone."""
+        """r_k of each block of a layer; empty for a layer without an adapter."""
         return self.layers[name].ranks if name in self.layers else ()
 
 
 def served_method(folder: Path) -> str | None:
-    """The method of a folder that we serve, "SMOA" or "HIRA"; None for any other, and where nothing can be read."""
+    """The method of a folder that we serve, "SMOA" or "HIRA"; None for any other, or if nothing can be read."""
     try:
         method = read_json(folder / CONFIG_NAME).get("peft_type")
     except (OSError, ValueError):
-        return None  # the engine says what it misses
+        return None  # the engine reports the error
     return method if method in (METHOD, HIRA) else None
 
 
@@ -80,7 +80,7 @@ def read_served(folder: Path) -> ServedAdapter:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged or of another format version, or the adapter has what no engine has a place for:
+        ValueError: a file is damaged or of another format version, or the adapter has parts that no engine can hold:
             experts, embeddings, convolutions, modules or biases saved in full, weights stored transposed.
     """
     config = read_config(folder, (METHOD, HIRA))
@@ -101,7 +101,7 @@ def _smoa_layers(folder: Path) -> dict[str, LayerFactors]:
             raise _refusal(adapter.path, f"{name}, a weight of experts,")
         A, B = (adapter.of_layer(name)[key].float() for key in ("smoa_A", "smoa_B"))
         ranks, s = blocks.ranks.tolist(), scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
-        weight = torch.empty(blocks.partition.shape, device="meta")  # which the factors do not depend on
+        weight = torch.empty(blocks.partition.shape, device="meta")  # the factors do not depend on its values
         packed = PackedAdapter(weight, A, B, blocks.partition, blocks.ranks, s, ranks)
         layers[name] = LayerFactors(*packed.expanded_factors(torch.float32), tuple(ranks), blocks.sketch)
     return layers

@@ -1,7 +1,7 @@
-"""What a layer computes for the SMoA tokens of a batch, `y += x (W0 ∘ BA)ᵀ`, over a base layer that only multiplies.
+"""A layer's computation for the SMoA tokens of a batch, `y += x (W0 ∘ BA)ᵀ`, over a base layer that only multiplies.
 
-Where W0 is at hand, our operator computes base and adapter at once, slot by slot: few tokens while it reads W0 once,
-many by a GEMM. Else, and where many slots have a token or two each, rank t of a token is a row of the base layer's
+If W0 is at hand, our operator computes base and adapter at once, slot by slot: few tokens in one pass over W0, many by
+a GEMM. If it is not, or if many slots have a token or two each, rank t of a token becomes a row of the base layer's
 own product, whatever its quantisation:
 
     y += Σ_t B[:, t] ∘ base(A[t] ∘ x)
@@ -24,9 +24,9 @@ from ..definition.sketch import sign_rows, sketch_distance, sketch_of_products
 
 __all__ = ["Group", "LayerSlots", "Slice", "packed_from_stacked", "read_weight"]
 
-# Rows of the base product in one call: what bounds the memory for rows.
+# Most rows of the base product in one call; it bounds their memory.
 MOST_ROWS = 2048
-# A slot with as many tokens in a step is computed by the operator, also where other slots have tokens.
+# The operator computes a slot with so many tokens in a step, even if other slots have tokens.
 MANY_TOKENS = 8
 
 Product = Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ class Group(NamedTuple):
 
     slot: int
     tokens: Tensor  # int64, on the device of the activations
-    slots: Tensor  # as long: the slot of each
+    slots: Tensor  # the slot of each token
     size: int
 
     @classmethod
@@ -68,7 +68,7 @@ def packed_from_stacked(A: Tensor, B: Tensor, ranks: Sequence[int]) -> tuple[Ten
     cols, rows = block[(A != 0).byte().argmax(0)], block[(B != 0).byte().argmax(1)]
     within = torch.arange(max(ranks), device=A.device)
 
-    # Which factors a coordinate's block has; what lies past them is padding.
+    # The factors of each coordinate's block; further ones are padding.
     of_cols, of_rows = ((first[side][:, None] + within).clamp_max_(len(block) - 1) for side in (cols, rows))
     partition = BlockPartition.from_labels(rows, cols, len(ranks))
     return A.gather(0, of_cols.T), B.gather(1, of_rows), partition
@@ -86,9 +86,9 @@ class LayerSlots:
 
     Args:
         product: the base layer's product.
-        slices: of a packed layer, one for each layer in it.
-        weight: W0 (N, C) where it is at hand, unquantised.
-        keep: whether to read W0 and keep it, at the first token of an adapter, where it is not.
+        slices: one for each layer that is packed into this one.
+        weight: W0 (N, C) if it is at hand, unquantised.
+        keep: if it is not, whether to read W0 at the first token of an adapter and keep it.
     """
 
     product: Product
@@ -99,7 +99,7 @@ class LayerSlots:
     packed: dict[tuple[int, int], PackedAdapter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.most = [0] * len(self.slices)  # ranks of a slice, of the adapter that has most
+        self.most = [0] * len(self.slices)  # the most ranks of any adapter, by slice
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -107,7 +107,7 @@ class LayerSlots:
         return self.slices[-1].stop, self.slices[0].A.shape[-1]
 
     def fill(self, slot: int, ranks: Sequence[tuple[int, ...]]) -> None:
-        """Note what is in a slot now: r_k of each slice, () of one that the adapter leaves alone; nothing is LoRA's."""
+        """Record a slot's adapter: r_k of each slice, () of one without an adapter. No ranks at all: a LoRA adapter."""
         self.ranks.pop(slot, None)
         self.packed = {key: adapter for key, adapter in self.packed.items() if key[0] != slot}
         if any(ranks):
@@ -116,7 +116,7 @@ class LayerSlots:
         self.most = [max(own) for own in zip(*totals, strict=True)] or [0] * len(self.slices)
 
     def distances(self, sketches: Mapping[int, Tensor]) -> dict[int, float]:
-        """How far W0 of each slice is from the one of its sketch, seen by its products with random signs."""
+        """The distance of each slice's W0 from its sketch, by products with random signs."""
         if not sketches:
             return {}
         products = self.product(sign_rows(self.shape[1], self.slices[0].A))
@@ -135,7 +135,7 @@ class LayerSlots:
             x: (T, C).
             bias: (N,) or None.
             groups: the tokens of each slot that holds an adapter of ours.
-            base: gives y for the other tokens, whose rows alone are kept.
+            base: gives y, of which only the rows of the other tokens are kept.
         """
         groups = [group for group in groups if group.slot in self.ranks]
         if not groups:
@@ -160,20 +160,20 @@ class LayerSlots:
         return y
 
     def recorded_output(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
-        """Compute the same by operators and shapes that depend on T alone, for a CUDA graph that any step replays.
+        """Compute the same by operators and shapes that depend on T only, for a CUDA graph that any step replays.
 
         Args:
             x: (T, C).
-            y: (T, N), the output that is kept for tokens of others.
+            y: (T, N), the output, which tokens of other adapters keep.
             bias: (N,) or None.
-            slots: int64 (T,), on the device: the slot of each token of ours, -1 for others.
+            slots: int64 (T,), on the device: the slot of each of our tokens, -1 for others.
         """
         most = [part.A.shape[2] for part in self.slices]
         ours = self._by_rows(x, y, bias, slots.clamp_min(0), most, self.weight)
         return torch.where((slots >= 0)[:, None], ours, y)
 
     def _weight_for(self, groups: Sequence[Group], x: Tensor) -> Tensor | None:
-        """W0, where it is at hand, may be kept, or takes fewer rows of the base product than the adapters would."""
+        """W0 if it is at hand, may be kept, or takes fewer rows of the base product than the adapters; else None."""
         if self.weight is not None:
             return self.weight
         tokens = sum(group.size for group in groups)
@@ -193,12 +193,12 @@ class LayerSlots:
         most: Sequence[int],
         weight: Tensor | None,
     ) -> Tensor:
-        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` and the base's output, which is y where W0 is not at hand, (T, N).
+        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` plus the base's output, which is y if W0 is not at hand, (T, N).
 
-        `most` are the ranks of each slice, `slots` (T,) says whose.
+        `most` are the ranks of each slice; `slots` (T,) is the slot of each token.
         """
         total = x.new_zeros(len(x), self.shape[0], dtype=torch.float32)
-        # In float32 the base is one more rank, of ones.
+        # In float32 the base is computed as one more rank, whose factors are ones.
         base_is_rank = weight is not None and x.dtype == torch.float32
         for (start, stop, all_A, all_B), rank in zip(self.slices, most, strict=True):
             step = max(1, MOST_ROWS // (rank + base_is_rank or 1))
@@ -218,7 +218,7 @@ class LayerSlots:
         if weight is None:
             return (y + total).to(y.dtype)
         if not base_is_rank:
-            # The update enters before the base product rounds: half precision would round it away later.
+            # The update is added before the base product rounds; later, half precision would round it away.
             total = total.to(x.dtype).addmm_(x, weight.T)
         return total if bias is None else total.add_(bias)
 
@@ -237,7 +237,7 @@ class LayerSlots:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
     def _adapter(self, slot: int, at: int, weight: Tensor, *, kept: bool) -> PackedAdapter:
-        """A slot's adapter as the operator takes it. Between steps it holds W0 only where that is kept anyway."""
+        """A slot's adapter in the operator's form. Between steps it holds W0 only if that is kept anyway."""
         if (slot, at) not in self.packed:
             ranks, part = self.ranks[slot][at], self.slices[at]
             rank = sum(ranks)

@@ -1,7 +1,7 @@
 """vLLM's plugin: `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER` takes SMoA and HiRA folders beside LoRA's.
 
 vLLM has no hook for another adapter method, so :func:`register`, its entry point, wraps methods of its LoRA classes,
-some of them private. It looks at them first: where one is not as in the version tested, nothing is wrapped.
+some of them private. It checks them first: if one differs from the version tested, nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ __all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "re
 
 TESTED_VERSION = "0.32.0"
 KEEP_VARIABLE = "SMOA_VLLM_KEEP_W0"
-"""Set it to 0, and no copy of W0 is kept where vLLM has repacked it, as it does on CPUs."""
+"""0: keep no copy of W0 where vLLM has repacked it, as it does on CPUs."""
 GRAPHS_VARIABLE = "SMOA_VLLM_CUDA_GRAPHS"
-"""Set it to 1, and the CUDA graphs of steps with adapters compute ours too. LoRA's steps then pay for them."""
+"""1: CUDA graphs of steps with adapters compute ours too. LoRA's steps then take their time too."""
 
-_log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows what loggers below its own say
+_log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows messages of loggers below its own
 
 
-# Methods of vLLM's, the names of their parameters, and what runs instead: it takes the original, then its arguments.
+# vLLM's methods, the names of their parameters, and their replacements, which take the original and its arguments.
 _hooks: list[tuple[str, str, Callable[..., Any]]] = []
 
 
@@ -79,7 +79,7 @@ def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Call
 
 
 def obstacle() -> str | None:
-    """Say which of vLLM's methods is not as in the version tested; None where all are."""
+    """Name the method of vLLM that differs from the version tested; None if none does."""
     for path, parameters, _ in _hooks:
         try:
             found = _find(path)[2]
@@ -141,7 +141,7 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
 
 
 def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
-    """Raise unless the model has every layer of the adapter, in its shape. Warn where W0 is another."""
+    """Raise unless the model has every layer of the adapter, in its shape. Warn if W0 is another weight."""
     left = dict(adapter.layers)
     distances: dict[str, float] = {}
     for name, module in manager.modules.items():
@@ -177,7 +177,7 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
 
 
 def _parts(manager: Any, name: str) -> list[str]:
-    """The names that an adapter has for the layers packed into one of vLLM's."""
+    """The adapter's names for the layers that vLLM packs into one."""
     parts: list[str] = manager.packed_modules.get(name, [name])
     return parts
 
@@ -194,12 +194,12 @@ def _register_module(original: Callable[..., Any], self: Any, module_name: str, 
         _layers[module._smoa_name] = module
 
 
-# Layers by the names that compiled graphs call them by.
+# Layers by their names in compiled graphs.
 _layers: dict[str, Any] = {}
 
 
 def _hindrance(module: Any) -> str | None:
-    """Why a layer computes LoRA alone; None where it takes our adapters too."""
+    """Why a layer can compute only LoRA; None if it takes our adapters too."""
     if not isinstance(module, import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA):
         return f"{type(module).__name__} is no linear layer"
     if module._enable_aux_cuda_stream:
@@ -304,7 +304,7 @@ def _adapted(layer: Any, x: Tensor, output: Tensor, bias: Tensor | None) -> Tens
 
 @torch.library.custom_op("smoa_serving::adapt", mutates_args=("output",))
 def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
-    """Put what our tokens get into a layer's output. Opaque to compilers, whose code serves any step."""
+    """Write our tokens' results into a layer's output. Opaque to compilers, because compiled code serves any step."""
     module, flat = _layers[layer], output.view(-1, output.shape[-1])
     wrapper, slots = module.punica_wrapper, module._smoa_slots
     y = flat
@@ -317,7 +317,7 @@ def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
 
 
 def _is_recorded(x: Tensor) -> bool:
-    """Whether a CUDA graph records what is launched now, for later steps with other adapters."""
+    """Whether launches are being recorded in a CUDA graph, for later steps with other adapters."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
