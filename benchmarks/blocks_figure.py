@@ -23,7 +23,7 @@ from .plots import COLOURS, svg
 from .providers import LORA, SMOA
 
 ROWS, COLS, BLOCKS, RANK = 48, 64, 4, 8
-# Okabe and Ito's, as in the other figures; one for each block, behind them what no block holds.
+# Okabe and Ito's colours, as in the other figures: first for the background, then one for each block.
 COLOUR_MAP = ListedColormap(["#E6E6E6", "#0072B2", "#E69F00", "#009E73", "#CC79A7"])
 
 

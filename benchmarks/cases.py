@@ -1,4 +1,4 @@
-"""The grids: which problems are measured, on which kind of device."""
+"""The grids of problems that are measured, by kind of device."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .providers import Case
 
 BF16 = torch.bfloat16
 MOST_BY_LOOPS = 2**28
-"""Multiplications of a forward that torch's loops are asked for: half a second, and its backward several."""
+"""Most multiplications of a forward by torch's loops: half a second; the backward takes several."""
 
-# Four numbers of blocks draw the curve over K; each other case changes one thing, or is a shape of its own.
+# Four numbers of blocks give the curve over K; each other case changes one thing, or has a shape of its own.
 CPU_LAYERS = (
     Case(2048, 2048, 2048, 1, 16),
     Case(2048, 2048, 2048, 2, 16),
@@ -32,7 +32,7 @@ CPU_LAYERS = (
     Case(128, 384, 1536, 2, 16),
     Case(128, 576, 1536, 2, 8, BF16),
 )
-# What the cost model predicts for an H100, to be replaced by what one measures.
+# The cases that the cost model predicts for an H100, until one measures them.
 GPU_LAYERS = (
     *(Case(8192, 4096, 4096, blocks, 16, BF16) for blocks in (1, 2, 4, 8)),
     Case(8192, 4096, 4096, 4, 16, BF16, 0.05),
@@ -43,7 +43,7 @@ GPU_LAYERS = (
     Case(512, 4096, 4096, 4, 16, BF16),
     Case(64, 4096, 4096, 4, 16, BF16),
 )
-# Three numbers of tokens draw the curve over T.
+# Three numbers of tokens give the curve over T.
 CPU_MEMORY = (
     *(Case(tokens, 2048, 2048, 4, 16) for tokens in (128, 512, 2048)),
     Case(512, 2048, 2048, 4, 16, dropout=0.05),
@@ -63,7 +63,7 @@ FEW_TOKENS = tuple(
 
 
 def skip_what_loops_multiply(multiplications: int, dtype: torch.dtype, smoke: bool) -> None:
-    """Leave a case out where torch has no GEMM of its half type: a pass of one peer would take up to minutes."""
+    """Skip a large case if torch has no GEMM of its half type: a pass of one peer would take up to minutes."""
     loops = dtype == BF16 and DEVICE.type == "cpu" and not has_gemm(dtype)
     if loops and multiplications > MOST_BY_LOOPS and not smoke:
         pytest.skip(
@@ -71,6 +71,6 @@ def skip_what_loops_multiply(multiplications: int, dtype: torch.dtype, smoke: bo
         )
 
 
-# Rows, columns and how many such layers one model of a billion parameters has (Llama-3.2-1B: 16 blocks of query and
-# output, key and value, gate, up and down; down is up transposed, and so is its spectrum).
+# Rows and columns of a layer: the number of such layers in a model of a billion parameters (Llama-3.2-1B: 16 blocks of
+# query and output, key and value, gate, up and down; down has up's transposed shape, and as costly a spectrum).
 ONE_BILLION = {(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 48}

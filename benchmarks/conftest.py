@@ -1,4 +1,4 @@
-"""Options, the pinned threads, what goes into the JSON, and the table that a person reads at the end."""
+"""Options, the pinned threads, the JSON's contents, and the table at the end."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The tests' default is not to time; whoever asks for benchmarks/ wants times. A row of pytest-benchmark's own
-    # table would be one round over all providers, which nobody reads.
+    # The tests' default is not to time, but benchmarks/ is run for times. pytest-benchmark's own table is left out: a
+    # row would be one round over all providers, which says nothing.
     config.option.benchmark_disable = False
     config.option.benchmark_enable = True
     config.option.benchmark_quiet = True
@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()
     machine_info.update(describe(config.option.smoke))
-    # At the end, when the JSON is written: gates and warm-ups included, what `make bench` is bounded by.
+    # At the end, when the JSON is written, so that gates and warm-ups count: this is what `make bench` limits.
     machine_info["suite_seconds"] = round(time.monotonic() - _BEGIN)
 
 
@@ -52,9 +52,9 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
     """Time providers in turns by the protocol and keep the seconds for the JSON and the table.
 
-    A round of pytest-benchmark is one round over all providers. Rounds are as many as fit into a budget of seconds,
-    and not fewer than `least`. Where a gate judges what was computed while it was timed, it is `verify`: it runs
-    before anything is recorded.
+    A round of pytest-benchmark is one round over all providers. There are as many rounds as fit into a budget of
+    seconds, but at least `least`. `verify` is a gate that checks results of the timed calls; it runs before anything is
+    recorded.
     """
 
     def run(

@@ -1,4 +1,4 @@
-"""Experts: one layer of them, what adapts it, and the gate that each provider passes before it is timed."""
+"""Experts: one layer of them, its adapters, and the gate that each provider passes before it is timed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .protocol import DEVICE
 from .providers import CONTIGUOUS, FROZEN, LORA, SMOA
 
 IDEAL = "ideal grouped LoRA"
-"""LoRA whose two products run grouped over experts, beside the frozen one: nobody's, what LoRA could cost at least."""
+"""LoRA with its two products grouped over experts, like the frozen one: no library's, but the least LoRA could cost."""
 SHARED = f"{SMOA}, shared"
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
 
 @dataclass(frozen=True)
 class ExpertsCase:
-    """Tokens that each go to `top_k` of the experts, `pairs` of them to each expert; with 0 it is a single token."""
+    """Tokens that each go to `top_k` experts, so that each expert gets `pairs`; 0 stands for a single token."""
 
     pairs: int
     hidden: int
@@ -75,7 +75,7 @@ class ExpertsCase:
 
 
 class Layer(nn.Module):
-    """What owns the experts, as a decoder layer does."""
+    """Owns the experts, like a decoder layer."""
 
     def __init__(self, case: ExpertsCase) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """A pretended GPU for Triton: it records launches and runs nothing.
 
-Everything up to the launch is Triton's own: binding and specialising the arguments, the key of the compiled form, the
-lookup. Nothing is compiled: a `FakeKernel` stands for the compiled kernel, so what a launch costs below it, in the
-driver, is not seen. The process must not interpret (`TRITON_INTERPRET`).
+Everything up to the launch is Triton's own code: binding and specialising the arguments, the key of the compiled form,
+the lookup. Nothing is compiled: a `FakeKernel` replaces the compiled kernel, so the driver's share of a launch is
+missing. The process must not interpret (`TRITON_INTERPRET`).
 
     >>> gpu = install(devices=2)
     >>> with gpu.on(1):
@@ -39,12 +39,12 @@ class Launch:
 
     Attributes:
         kernel: the function's name.
-        form: what it was compiled for: the key under which Triton keeps the compiled kernel.
-        constants: the part of the form that the launcher chose: the kernel's own compile-time arguments and its warps
-            and stages. What is beyond it, Triton made of the numbers and addresses that it was given.
+        form: the key under which Triton keeps the compiled kernel.
+        constants: the part of the form that the launcher chose: the kernel's own compile-time arguments, warps and
+            stages. Triton derives the rest from the numbers and addresses that it is given.
         device: the current one at the launch.
         stream: that device's current stream.
-        numbers: the grid, and the arguments that are no pointers.
+        numbers: the grid, and the arguments that are not pointers.
     """
 
     kernel: str
@@ -60,10 +60,10 @@ class FakeGpu:
     """The state of the pretended driver.
 
     Attributes:
-        devices: how many.
+        devices: their number.
         current: the number of the current one.
-        launches: what was launched, where `recording`.
-        recording: a benchmark turns it off, not to time the list.
+        launches: the launches while `recording` was on.
+        recording: a benchmark turns it off, so that it does not time the list.
     """
 
     devices: int
@@ -93,12 +93,12 @@ class FakeGpu:
 
 
 class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows nothing
-    """What Triton asks of a compiled kernel when it launches it."""
+    """The interface of a compiled kernel that Triton uses for a launch."""
 
     function = packed_metadata = module = src = None
 
     def __init__(self, gpu: FakeGpu, name: str, form: str, constants: str) -> None:
-        # Not Triton's own, which reads what the compiler left.
+        # Triton's own constructor is not called: it reads the compiler's results.
         self.gpu, self.name, self.form, self.constants = gpu, name, form, constants
 
     def _init_handles(self) -> None:
@@ -106,7 +106,7 @@ class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows n
 
     @property
     def run(self) -> Callable[..., None]:
-        """What launches."""
+        """The function that launches."""
         return self._record
 
     def _record(
@@ -141,11 +141,11 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
         return True
 
     def map_python_to_cpp_type(self, ty: str) -> str:
-        """Refuse: there is no launcher to be written in C."""
+        """Refuse: no launcher is generated in C."""
         raise NotImplementedError("a pretended GPU has no launcher in C")
 
     def get_current_target(self) -> GPUTarget:
-        """What would be compiled for."""
+        """The target that kernels would be compiled for."""
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
@@ -168,8 +168,8 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
 def install(devices: int = 1) -> FakeGpu:
     """Make the pretended driver Triton's active one, and tell torch of as many H100s, for the life of the process.
 
-    Of torch only the questions are answered that this package asks: which device is current, what it is, whether its
-    stream is captured, and to make another current. Nothing can be computed on it.
+    Only those functions of torch are replaced that this package calls: the current device, its properties, whether its
+    stream is captured, and changing the current device. Nothing can be computed on it.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET must not be set: launches are Triton's interpreter's then")

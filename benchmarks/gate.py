@@ -26,12 +26,12 @@ NAMES = ("y", "dX", "dA", "dB")
 
 
 class RedGateError(AssertionError):
-    """A provider computes something else than its definition says, so it is not timed."""
+    """A provider's results differ from its definition, so it is not timed."""
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What a layer is meant to compute.
+    """The computation that a layer stands for.
 
     Attributes:
         family: layers of one family and case compute the same.
@@ -60,7 +60,7 @@ def definition(layer: nn.Module) -> Definition:
         )
     if isinstance(layer, nn.Linear):
         return Definition("frozen", layer.weight, (), torch.zeros_like)
-    adapted: Any = layer.get_submodule("0")  # PEFT's layer, whose types are not followed
+    adapted: Any = layer.get_submodule("0")  # PEFT's layer; its types are not followed
     weight = adapted.get_base_layer().weight
     if hasattr(adapted, "hira_A"):
         factors = (adapted.hira_A["default"], adapted.hira_B["default"])
@@ -73,8 +73,8 @@ def definition(layer: nn.Module) -> Definition:
 def check_layers(case: Case, layers: Mapping[str, nn.Module]) -> None:
     """Check every layer of a case.
 
-    A layer is checked with its dropout active where the mask can be redrawn outside it, which is ours on the eager
-    backend; elsewhere with dropout off.
+    A layer is checked with active dropout if the mask can be redrawn outside it (ours on the eager backend), otherwise
+    with dropout off.
 
     Raises:
         RedGateError: naming the case, the provider and the tensor.

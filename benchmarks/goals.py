@@ -16,11 +16,11 @@ class Goal:
     """At most `limit`: a provider's time or bytes over another's.
 
     Attributes:
-        text: for a person.
+        text: for a reader.
         limit: of the ratio.
-        title: of the benchmark; of those that a pattern fits, the worst is judged.
-        what: a phase that was timed or a size that was counted.
-        name, over: the providers; seconds are judged where `over` is "".
+        title: of the benchmark; if a pattern matches several, the worst is judged.
+        what: a timed phase or a counted size.
+        name, over: the providers; seconds are judged if `over` is "".
         above: a provider whose bytes are subtracted from both, or "".
     """
 
@@ -33,7 +33,7 @@ class Goal:
     above: str
 
     def measure(self, run: Run) -> tuple[Figure, Result] | None:
-        """The ratio in a run and where it was measured; None where it was not."""
+        """The ratio in a run and its benchmark's result; None if it was not measured."""
         results = [result for result in run.results if fnmatchcase(result.title, self.title)]
         found = [(figure, result) for result in results if (figure := self._figure(result)) is not None]
         return max(found, key=lambda pair: pair[0].median, default=None)

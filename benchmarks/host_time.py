@@ -33,11 +33,11 @@ GOAL = 200  # microseconds of forward and backward above nn.Linear's
 
 
 def pretend() -> FakeGpu:
-    """Let the CPU's tensors be a GPU's, and few tokens be many, from now on in this process."""
+    """From now on in this process, treat the CPU's tensors as a GPU's, and few tokens as many."""
     gpu = install()
     pretended = {architecture: "sm_90", multiprocessors: 132, backends._device_obstacle: None}
     answers = {id(function): answer for function, answer in pretended.items()}
-    backends.load_backend("triton")  # whose modules import them by name
+    backends.load_backend("triton")  # its modules import these functions by name
     for module in [module for name, module in sys.modules.items() if name.startswith("smoa_kernels")]:
         for name, value in vars(module).copy().items():
             if id(value) in answers:
@@ -65,7 +65,7 @@ def measure(rounds: int) -> tuple[dict[str, float], list[str]]:
     gpu.recording = False
     device, kernel, arguments = driver.active, FakeKernel(gpu, "", "", ""), (x,) * 10 + (1,) * 15
 
-    def pretended() -> None:  # as many launches, from where Triton's way into C begins
+    def pretended() -> None:  # the pretended driver's share of as many launches
         for _ in launches:
             stream = device.get_current_stream(device.get_current_device())
             kernel.run(1, 1, 1, stream, None, None, None, None, None, *arguments)
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="one round: does it run")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # what no kernel wrote may hold denormals, which are slow
+    torch.set_flush_denormal(True)  # memory that no kernel wrote may hold denormals, which are slow
     found, launches = measure(1 if args.smoke else 60)
     print(
         f"Host time, measured on a CPU with a pretended GPU: T={TOKENS}, {FEATURES}x{FEATURES}, K={BLOCKS}, float32"

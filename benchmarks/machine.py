@@ -1,4 +1,4 @@
-"""What a run was measured on: device, versions, threads."""
+"""The machine of a run: device, versions, threads."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def _git(*arguments: str) -> str:
 
 
 def load() -> float:
-    """Processes that ran or waited in the last minute; 0 where the system does not count them."""
+    """Processes that ran or waited in the last minute; 0 if the system does not count them."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, with its family and model numbers where the system gives them, and what limits it."""
+    """The processor's name, with its family and model numbers if the system gives them, and its limits."""
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     fields = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
     if "model name" not in fields:
@@ -71,7 +71,7 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         for field in ("cpu family", "model")
         if field in fields
     ]
-    # Limited instructions make half-precision GEMMs slower: such a run must not replace one without the limit.
+    # Limited instructions make half-precision GEMMs slower, so such a run must not replace one without the limit.
     limits = [f"{LIMIT}={os.environ[LIMIT]}"] if LIMIT in os.environ else []
     return ", ".join([fields["model name"].strip(), *numbers, *limits])
 

@@ -1,8 +1,8 @@
-"""What a call holds in memory, to the byte: what is saved for backward, and the peak above what lived before.
+"""The memory of a call, to the byte: the tensors saved for backward, and the peak above the memory in use before.
 
-On a GPU the CUDA allocator counts. On the CPU every allocation and release that PyTorch's allocator reports to its
-profiler is added up, in order: exact and repeatable, where a process' high-water mark moves in pages and keeps what
-the C library does not give back. What a BLAS library allocates for itself is seen by neither.
+On a GPU the CUDA allocator counts. On the CPU all allocations and releases that PyTorch's allocator reports to its
+profiler are added up, in order. That is exact and repeatable; a process' high-water mark moves in pages and includes
+memory that the C library does not return. A BLAS library's own memory is in neither.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Footprint:
     """Bytes of one training pass of a layer, beyond its parameters, x and dY.
 
     Attributes:
-        saved: what the forward keeps for the backward, x included, parameters and buffers not.
-        peak: most that lives at once in forward and backward, y and the gradients included.
-        forward_workspace: most that the forward holds beyond y and what it saves.
-        backward_workspace: most that the backward holds beyond its inputs and the gradients it returns; what it
-            frees of its inputs on the way counts against it.
+        saved: kept by the forward for the backward, with x, without parameters and buffers.
+        peak: the most that lives at once in forward and backward, with y and the gradients.
+        forward_workspace: the most that the forward holds beyond y and its saved tensors.
+        backward_workspace: the most that the backward holds beyond its inputs and the gradients it returns, even if
+            it frees inputs on the way.
     """
 
     saved: int
@@ -49,13 +49,13 @@ def footprint(layer: nn.Module, case: Case) -> Footprint:
     x = case.input()
     forward, backward = halves(layer, [x], case.output_gradient())
     pages.release()
-    forward()  # whatever is built once is built before anything is counted
+    forward()  # builds everything that is built once, before counting
     backward()
     saved = saved_bytes(layer, x)
     forward_peak, after_forward = allocated(forward)
     backward_peak, _ = allocated(backward)
     gradients = x.nbytes + sum(p.nbytes for p in layer.parameters() if p.requires_grad)
-    workspace = pages.release()  # which lives all the time, unseen by the profiler
+    workspace = pages.release()  # it lives all the time, and the profiler does not see it
     return Footprint(
         saved=saved,
         peak=max(forward_peak, after_forward + backward_peak) + workspace,
@@ -68,7 +68,7 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     """Bytes of the distinct storages that one forward saves for backward, parameters and buffers left out."""
     own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
     storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive until counted, or an address could be given out again
+    kept: list[Tensor] = []  # alive until counted; otherwise an address could be used again
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -79,12 +79,12 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
-    kept.clear()  # the graph's nodes hold `pack`, which holds this: nothing would ever be released
+    kept.clear()  # breaks a cycle that would keep everything: the graph's nodes hold `pack`, which holds this
     return sum(storages.values())
 
 
 def allocated(function: Callable[[], object]) -> tuple[int, int]:
-    """Bytes above what is allocated now: at the call's peak, and when it has returned."""
+    """Bytes allocated beyond the present ones: at the call's peak, and after it."""
     gc.collect()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()

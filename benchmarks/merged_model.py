@@ -54,7 +54,7 @@ def update(base: Path, adapter: Path) -> tuple[float, dict[str, float]]:
     weights, change, errors = 0.0, 0.0, dict.fromkeys(DRAWS, 0.0)
     for (name, W_eff), *stored in zip(exact, *merges, strict=True):
         W0 = before[name].float()
-        if not torch.equal(W_eff, W0):  # the adapter changes it
+        if not torch.equal(W_eff, W0):  # an adapted weight
             weights += float(W0.square().sum())
             change += float((W_eff - W0).square().sum())
             for way, (_, tensor) in zip(DRAWS, stored, strict=True):
@@ -68,7 +68,7 @@ def loaded(folder: Path) -> Any:
 
 
 def rounding(original: Path, trained: Path, scratch: Path) -> None:
-    """Print what survives each rounding, by δ."""
+    """Print how much survives each rounding, by δ."""
     base, adapter, merged = (scratch / name for name in ("base", "adapter", "merged"))
     AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(base)
     questions, longest = (
@@ -123,7 +123,7 @@ def rounding(original: Path, trained: Path, scratch: Path) -> None:
 
 
 def resident(field: str) -> int:
-    """Bytes that a field of /proc/self/status names."""
+    """A field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
@@ -144,7 +144,7 @@ def merge(tool: str, most: str, base: Path, adapter: Path, out: Path) -> tuple[f
 
 
 def memory(base: Path, adapter: Path, out: Path) -> None:
-    """Print what each way to merge takes; the ways take turns."""
+    """Print memory and time of each way to merge; the ways take turns."""
     runs: dict[tuple[str, str], list[tuple[float, float, list[float]]]] = {way: [] for way in WAYS}
     for way in WAYS * RUNS:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:

@@ -29,14 +29,14 @@ TINY = LlamaConfig(
 
 
 def model_name(smoke: bool) -> str:
-    """What `base_model` returns, in words."""
+    """The name of the model that `base_model` returns."""
     return "a tiny model with random weights" if smoke else NAME
 
 
 def base_model(smoke: bool) -> PreTrainedModel:
     """A frozen SmolLM2-135M from its installed package, or a tiny model of the same kind.
 
-    Skips the benchmark, saying what to install, where the package is missing: no other model takes its place.
+    If the package is missing, skips the benchmark and says what to install; no other model replaces it.
     """
     if smoke:
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ from . import tables
 from .providers import HIRA, LORA, PAPER, SMOA
 from .results import Result, Run
 
-matplotlib.rcParams["svg.hashsalt"] = "smoa"  # the same figure gives the same file
+matplotlib.rcParams["svg.hashsalt"] = "smoa"  # makes the file reproducible
 matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: small, searchable
 matplotlib.rcParams |= {"font.family": "sans-serif", "axes.titlesize": 9, "axes.labelsize": 9}
 
@@ -22,7 +22,7 @@ COLOURS = {SMOA: "#009E73", LORA: "#0072B2", HIRA: "#E69F00", PAPER: "#CC79A7"}
 
 
 def overview(runs: Sequence[Run]) -> Figure | None:
-    """Forward and backward over frozen of each method: a panel a machine, its largest layer at K=4 in each dtype."""
+    """Forward and backward over frozen by method: a panel per machine, its largest layer at K=4 in each dtype."""
     cases = {run.slug: _largest(run) for run in runs}
     shown = [run for run in runs if cases[run.slug]]
     if not shown:
@@ -58,7 +58,7 @@ def overview(runs: Sequence[Run]) -> Figure | None:
 
 
 def _largest(run: Run) -> list[Result]:
-    """The layer with four blocks and the most multiplications, in each dtype; without what is in doubt."""
+    """The layer with four blocks and the most multiplications, in each dtype, without doubtful results."""
     found: dict[str, Result] = {}
     for result in run.select("layer", num_blocks=4, dropout=0.0):
         p = result.params

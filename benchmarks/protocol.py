@@ -57,7 +57,7 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds of one phase by provider and round; round i of one provider ran beside round i of every other."""
+    """Seconds of one phase by provider and round; rounds with the same index ran together."""
 
     baseline: str
     seconds: Mapping[str, Sequence[float]]
@@ -87,7 +87,7 @@ class Comparison:
 
     @property
     def doubt(self) -> str:
-        """Why the ratios are neither quoted nor judged; "" where nothing speaks against it."""
+        """Why the ratios are neither quoted nor judged; "" if they are."""
         if len(self.seconds[self.baseline]) < 2:
             return ONE_ROUND
         return NOISY if self.noisy else ""
@@ -101,7 +101,7 @@ class Turns:
     """Runs providers in turns and keeps the seconds of every phase and round.
 
     Args:
-        variants: what to run, by provider.
+        variants: the run of each provider.
         baseline: the provider whose spread tells whether the machine is steady.
     """
 
@@ -113,10 +113,10 @@ class Turns:
         self._rounds: list[dict[str, Mapping[str, float]]] = []
 
     def warm_up(self, rounds: int) -> float:
-        """Run rounds that do not count, and count from the last one how many turns each provider has in a round.
+        """Run rounds that do not count; the last one decides how many turns each provider has in a round.
 
         Returns:
-            Seconds that a round then takes; 0 after none, where each provider has one turn.
+            Seconds that a round then takes; 0 without warm-up, where each provider has one turn.
         """
         elapsed = dict.fromkeys(self._variants, 0.0)
         for _ in range(rounds):
@@ -141,7 +141,7 @@ class Turns:
         )
 
     def comparisons(self) -> dict[str, Comparison]:
-        """What was measured so far, by phase."""
+        """The measurements so far, by phase."""
         phases = self._rounds[0][self._baseline]
         return {
             phase: Comparison(
@@ -152,7 +152,7 @@ class Turns:
 
 
 def laps(*steps: Callable[[], object]) -> list[float]:
-    """Seconds of each step, run one after another; the device's work is counted where it was queued."""
+    """Seconds of each step, run one after another; the device's work counts for the step that queued it."""
     if DEVICE.type == "cuda":
         return _gpu_laps(steps)
     marks = [time.perf_counter()]
@@ -165,7 +165,7 @@ def laps(*steps: Callable[[], object]) -> list[float]:
 def halves(
     layer: nn.Module, inputs: Sequence[Tensor], dy: Tensor
 ) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Forward and backward of a layer, one after the other; gradients are the first input's and what is trained."""
+    """Forward and backward of a layer; gradients are those of the first input and the trained parameters."""
     wanted = [inputs[0], *(p for p in layer.parameters() if p.requires_grad)]
     kept: dict[str, Any] = {}
 

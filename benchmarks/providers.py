@@ -1,7 +1,7 @@
 """The layers that are compared: the real peers from PEFT, the paper's dense way, and ours.
 
 Every provider is a module over its own copy of the same frozen weight, so that it can be checked before it is timed
-and finds no other's operands in the cache.
+and no provider finds another's operands in the cache.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from smoa_kernels.tuning.roofline import Problem
 from .protocol import DEVICE
 
 if TYPE_CHECKING:
-    import peft  # takes seconds to import, which only a process that compares need spend
+    import peft  # takes seconds, so only processes that compare import it
 
 FROZEN, LORA, HIRA, PAPER, SMOA = "frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA"
 CONTIGUOUS = f"{SMOA}, contiguous"  # blocks: those of SMOA are spectral
 ACCELERATED = f"{HIRA}, accelerated"  # by smoa_kernels.peft.accelerate_hira
-# Over a layer in half precision PEFT keeps the factors in float32, unless it is told otherwise.
+# For a layer in half precision PEFT keeps the factors in float32 by default.
 DEFAULT_HIRA = f"{HIRA}, float32 factors"
 DEFAULT_ACCELERATED = f"{DEFAULT_HIRA}, accelerated"
 
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def multiplications(self) -> int:
-        """Those of a frozen forward."""
+        """Multiplications of a frozen forward."""
         return self.tokens * self.out_features * self.in_features
 
     def problem(self) -> Problem:
@@ -74,17 +74,17 @@ class Case:
         )
 
     def smoke(self) -> Case:
-        """The same at a size that takes a moment."""
+        """The same at a tiny size."""
         return replace(self, tokens=min(self.tokens, 24), out_features=96, in_features=80)
 
     def base(self) -> nn.Linear:
-        """The frozen layer: seeded, so that every provider gets equal values."""
+        """The frozen layer, seeded so that every provider gets equal values."""
         torch.manual_seed(0)
         base = nn.Linear(self.in_features, self.out_features, bias=False, dtype=self.dtype, device=DEVICE)
         return base.requires_grad_(False)
 
     def input(self) -> Tensor:
-        """x (T, C) that wants a gradient, as inside a network."""
+        """x (T, C), which requires a gradient, as inside a network."""
         torch.manual_seed(1)
         return torch.randn(self.tokens, self.in_features, dtype=self.dtype, device=DEVICE).requires_grad_()
 
@@ -165,7 +165,7 @@ def smoa(
 
 @functools.lru_cache(maxsize=8)
 def _partition(case: Case) -> BlockPartition:
-    """The spectral blocks of a case's weight, the same for every provider; it takes longer than all that is timed."""
+    """The spectral blocks of a case's weight, shared by all providers: computing them takes longer than all timings."""
     return BlockPartition.from_weight(case.base().weight, case.num_blocks)
 
 
@@ -175,7 +175,7 @@ def smoa_delta(layer: FusedSMoALinear, weight: Tensor, A: Tensor, B: Tensor) -> 
 
 
 def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider]:
-    """Everything that can run a case here: the peers, and ours by algorithm and by backend of this device.
+    """All providers that can run a case here: the peers, and ours by algorithm and by this device's backends.
 
     Ours under "auto" is called SMoA, with contiguous blocks "SMoA, contiguous"; a forced algorithm or backend follows
     the name.
@@ -206,12 +206,12 @@ def few_token_algorithms() -> tuple[str, ...]:
 
 
 def _kernels_run(dtype: torch.dtype = torch.float32) -> bool:
-    # On the CPU they would run in Triton's interpreter, which is no timing.
+    # On the CPU they would run in Triton's interpreter, whose time means nothing.
     return DEVICE.type == "cuda" and triton_obstacle(DEVICE, dtype) is None
 
 
 def _inject(case: Case, config: peft.PeftConfig, factors: torch.dtype | None = None) -> nn.Module:
-    """Factors are in the case's dtype, as those of all providers are, unless they are asked for in another."""
+    """Add PEFT's adapter; factors are in the case's dtype, as for all providers, unless another is given."""
     from peft import inject_adapter_in_model
 
     model: nn.Module = inject_adapter_in_model(config, nn.Sequential(case.base()))
@@ -223,7 +223,7 @@ def _inject(case: Case, config: peft.PeftConfig, factors: torch.dtype | None = N
 
 
 def _fill(model: nn.Module) -> None:
-    """A nonzero B: an adapter that does nothing cannot be checked."""
+    """Make B nonzero, because an adapter that does nothing cannot be checked."""
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -232,5 +232,5 @@ def _fill(model: nn.Module) -> None:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """What tables call a dtype."""
+    """A dtype's name in tables."""
     return str(dtype).removeprefix("torch.")

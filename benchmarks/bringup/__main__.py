@@ -27,14 +27,14 @@ OUT_OF_TIME = 3  # exit code of a stage that noticed by itself that its time was
 
 GPU_BYTES = 2 * 2**30  # GPU memory of one test process: the context, its kernels and its tensors
 SMOKE_TESTS = ("tests/test_reference.py",)
-# Many random problems and long trainings would not leave the stage time for the rest.
+# Left out because many random problems and long trainings take more time than the stage has.
 LEFT_OUT = (
     "tests/test_soak.py",
     "tests/test_fuzz.py",
     "tests/test_fuzz_layers.py",
     "tests/peft/test_fuzzed_merge.py",
 )
-SMOKE_PATIENCE = 4  # a rehearsal's limits are longer, for it may share the machine with others
+SMOKE_PATIENCE = 4  # a rehearsal's limits are longer, because it may share the machine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
-    """What runs in a stage's process: pytest for the tests, else this module again."""
+    """The command of a stage's process: pytest for the tests, else this module again."""
     if name != "tests":
         until = str(time.time() + seconds - GRACE)
         command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--out", str(out.resolve())]
@@ -121,7 +121,7 @@ def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[s
     start, limit_passed = time.monotonic(), False
     with log.open("ab") as stream:
         begin = stream.tell()
-        # A session of its own, so that the stage's own child processes end with it.
+        # A session of its own, so that the stage's child processes end with it.
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -157,10 +157,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def pytest_finding(output: str) -> Mapping[str, Any]:
-    """How many tests had each outcome, which failed and why others were skipped, from what pytest printed."""
+    """Outcomes of the tests from pytest's output: counts, failures, and reasons of skips."""
     outcomes = re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (\S.*)$", output, re.MULTILINE)
     counts = Counter(outcome.lower() for outcome, _ in outcomes)
-    reasons = re.findall(r"^(?:FAILED|ERROR) (\S.*)$", output, re.MULTILINE)  # of a run that came to its end
+    reasons = re.findall(r"^(?:FAILED|ERROR) (\S.*)$", output, re.MULTILINE)  # of a complete run
     return {
         "counts": dict(sorted(counts.items())),
         "failed": reasons or [name for outcome, name in outcomes if outcome in ("FAILED", "ERROR")],
@@ -188,6 +188,6 @@ def _write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    # A shell that starts this in the background makes it, and what it starts, ignore interrupts.
+    # A shell that starts this in the background makes it and its children ignore interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

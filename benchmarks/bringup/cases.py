@@ -1,4 +1,4 @@
-"""What a bring-up compares and tunes."""
+"""The cases that a bring-up compares and tunes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOAL_CASES = (SQUARE, DOWN, SQUARE_HIRA, DOWN_HIRA)
 
 
 def operator_cases(smoke: bool) -> list[tuple[Case, str]]:
-    """Problems for the layer, each with an order of its blocks: from one token to several tiles of them."""
+    """Problems for the layer, each with an order of its blocks, from one token to several tiles of tokens."""
     dtypes = (torch.float32,) if smoke else (torch.bfloat16, torch.float16, torch.float32)
     tokens = (1, 21) if smoke else (1, 40, 300, 2000)
     n, c = (48, 40) if smoke else (384, 640)

@@ -18,7 +18,7 @@ __all__ = ["COLUMNS", "GOALS", "WAYS", "Goal", "Row"]
 
 
 class Column(NamedTuple):
-    """A column of the goals' table: its case at K=4, and at K=1, which is HiRA's."""
+    """A column of the goals' table: its case at K=4, and at K=1 for HiRA."""
 
     heading: str
     case: Case
@@ -45,8 +45,8 @@ class Row:
     Attributes:
         goal: at most this.
         predicted: by the roofline; bytes by `predictions.py`.
-        measured: None where it was not.
-        noisy: the machine was too unsteady for it to be quoted.
+        measured: None if it was not.
+        noisy: whether the machine was too unsteady to quote it.
     """
 
     goal: float
@@ -60,9 +60,9 @@ class Goal:
     """A line of the goals' table.
 
     Attributes:
-        text: what is bounded.
+        text: the bounded quantity.
         limits: one for each column.
-        row: from a column, its limit, the GPU and the state.
+        row: makes the row from a column, its limit, the GPU and the state.
     """
 
     text: str
@@ -70,14 +70,14 @@ class Goal:
     row: Callable[[Column, float, Gpu, State], Row]
 
     def met(self, row: Row) -> bool | None:
-        """None where nothing was measured, or on an unsteady machine."""
+        """Whether the goal is met; None if nothing was measured, or on an unsteady machine."""
         if row.measured is None or row.noisy:
             return None
         return row.measured <= row.goal
 
 
 def _time(ours: str, peer: str, *, hira: bool = False) -> Callable[[Column, float, Gpu, State], Row]:
-    """Forward and backward of ours over a peer's, pair by pair; at K=1 where `hira`."""
+    """Forward and backward of ours over a peer's, pair by pair; at K=1 if `hira`."""
 
     def row(column: Column, limit: float, gpu: Gpu, state: State) -> Row:
         case = column.one_block if hira else column.case

@@ -1,8 +1,8 @@
 """Predicts peak memory, which the roofline does not.
 
-Counted alike for SMoA and for PEFT: x, dY, weights and factors are there before and are not counted; a result lives
-until the last operator that reads it has ended, and an operator's inputs and results live together. What a BLAS library
-allocates for itself is not counted.
+The rules are the same for SMoA and PEFT. x, dY, weights and factors exist before and are not counted. A result lives
+until the last operator that reads it has ended, and an operator's inputs and results live together. A BLAS library's
+own memory is not counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The stages that measure on the GPU. Each saves what it finds as it goes."""
+"""The stages that measure on the GPU. Each saves its results as it goes."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ from .state import State
 
 SECONDS_PER_CASE = 1.2
 MOST_ROUNDS = 20
-# The float64 definition at 8192 tokens takes longer than all that is timed, so only the goals' cases are checked there.
+# The float64 definition at 8192 tokens takes longer than all timings, so only the goals' cases are checked there.
 GATE_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage is given.
+    """The inputs of a stage.
 
     Attributes:
         state: of the bring-up so far.
-        save: writes a newer one.
+        save: writes a newer state.
         deadline: by `time.monotonic()`.
         smoke: tiny sizes.
     """
@@ -93,10 +93,10 @@ def operator(job: Job) -> None:
 
 
 def headline(job: Job) -> None:
-    """Measure this device's own rates; then time, and weigh the memory of, every provider, the goals' cases first.
+    """Measure this device's rates, then the time and memory of every provider, the goals' cases first.
 
-    A case that failed, wholly or for one provider, is compared again by the next call: with all of its providers, for
-    only times that were taken in turns may be divided by each other.
+    If a case failed, wholly or for one provider, the next call compares it again with all providers, because only times
+    that were taken in turns may be divided by each other.
 
     Raises:
         OutOfTimeError: some cases were not compared.
@@ -117,7 +117,7 @@ def headline(job: Job) -> None:
         try:
             results, failed = _compare_one(case, job.smoke)
             state = state.with_results(*results)
-        except Exception as error:  # a case that does not fit in memory, say: the others go on
+        except Exception as error:  # for example a case that does not fit in memory: go on with the others
             failed = {"all of them": _first_line(error)}
         if failed:
             errors[str(case)] = failed
@@ -136,7 +136,7 @@ def _first_line(error: Exception) -> str:
 
 
 def providers(case: Case) -> dict[str, Provider]:
-    """The peers, and ours by torch's operators and on the kernels, with either order of blocks."""
+    """The peers, and ours by torch's operators and by the kernels, with either order of blocks."""
     found: dict[str, Provider] = {FROZEN: frozen, LORA: lora, HIRA: hira, PAPER: PaperDense}
     for name, order in zip((SMOA, CONTIGUOUS), ORDERS, strict=True):
         found[f"{name} eager"] = smoa("auto", "eager", order)
@@ -151,13 +151,13 @@ def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]
     if case in GOAL_CASES:
         layers, more = _right(case, {name: _built(layer) for name, layer in layers.items()})
         failed = failed | more
-    timed = _timed(case, layers, smoke)  # first, for it leaves nothing in memory
+    timed = _timed(case, layers, smoke)  # first, because it leaves nothing in memory
     sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
     return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], failed
 
 
 def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
-    """Time every provider in turns, each pass on the next copy of the inputs, which all providers share."""
+    """Time every provider in turns; each pass takes the next copy of the inputs, which all providers share."""
     inputs = rotated(case, cache_bytes())
     turns = Turns({name: training_pass(layer, case, inputs) for name, layer in layers.items()}, FROZEN)
     before, one = load(), turns.warm_up(1 if smoke else 2)
@@ -169,7 +169,7 @@ def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
 
 @functools.lru_cache(maxsize=1)
 def _gated(case: Case) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers of a case's providers, which serve any number of tokens."""
+    """The layers of a case's providers, which take any number of tokens, and why others are left out."""
     return _right(case, providers(case))
 
 
@@ -212,7 +212,7 @@ def tune_shapes(job: Job) -> None:
 
 
 def interpreter_timer(choice: Choice, launch: Callable[[], object]) -> float:
-    """Seconds of one launch: not a measurement, but it stands in for one in a rehearsal."""
+    """Seconds of one launch, in place of a measurement in a rehearsal."""
     start = time.perf_counter()
     launch()
     return time.perf_counter() - start
@@ -223,4 +223,4 @@ STAGES: Mapping[str, Callable[[Job], None]] = {
     "headline": headline,
     "tune": tune_shapes,
 }
-"""The stages of this file; the tests, before the tuning, are pytest's."""
+"""The stages of this file; pytest runs the tests, before the tuning."""

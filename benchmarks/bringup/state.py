@@ -25,7 +25,7 @@ class State:
     Attributes:
         run: machine, commit, date, and the comparisons.
         stages: name to status ("done", "failed", "out of time", "interrupted"), seconds and error.
-        findings: what a stage found beside comparisons, by stage.
+        findings: results beside comparisons, by stage.
     """
 
     run: Run
@@ -34,17 +34,17 @@ class State:
 
     @property
     def code(self) -> str:
-        """The commit without its mark for uncommitted edits: the page itself may be one."""
+        """The commit without its mark for uncommitted edits, since the page itself may be one."""
         return str(self.run.commit).removesuffix(EDITED)
 
     @classmethod
     def fresh(cls, smoke: bool) -> State:
-        """Nothing yet, on this machine and commit."""
+        """An empty state for this machine and commit."""
         return cls(Run(describe(smoke), commit(), time.strftime("%Y-%m-%d"), ()))
 
     @classmethod
     def read(cls, path: Path) -> State:
-        """What :meth:`write` wrote.
+        """Read a file that :meth:`write` wrote.
 
         Raises:
             ValueError: the file is no bring-up.
@@ -59,22 +59,22 @@ class State:
             raise ValueError(f"{path} is not a bring-up: {error!r}") from error
 
     def write(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Write the file atomically."""
         data = json.loads(compact(self.run)) | {"stages": self.stages, "findings": self.findings}
         write(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
     def with_results(self, *results: Result) -> State:
-        """With more comparisons, in the place of earlier ones of the same kind and title."""
+        """The state with more comparisons, which replace earlier ones of the same kind and title."""
         names = {(r.kind, r.title) for r in results}
         kept = [r for r in self.run.results if (r.kind, r.title) not in names]
         return replace(self, run=replace(self.run, results=(*kept, *results)))
 
     def with_finding(self, stage: str, finding: Any) -> State:
-        """With what a stage found, in the place of what it found before."""
+        """The state with a stage's finding, which replaces an earlier one."""
         return replace(self, findings={**self.findings, stage: finding})
 
     def with_stage(self, stage: str, **status: Any) -> State:
-        """With a stage's status."""
+        """The state with a stage's status."""
         return replace(self, stages={**self.stages, stage: status})
 
 

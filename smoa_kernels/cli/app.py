@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# An example of each command, by what a reader has at hand.
+# An example of each command, grouped by what a reader has.
 COMMANDS: dict[str, dict[Callable[..., None], str]] = {
     "This machine": {info: "info"},
     "A model or an adapter": {
@@ -99,7 +99,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _message(error: Exception) -> str:
-    if hasattr(error, "format_message"):  # a usage error of click, whose classes typer keeps private
+    if hasattr(error, "format_message"):  # a usage error of click; typer keeps its classes private
         context = getattr(error, "ctx", None)
         ask = "smoa-kernels --help" if context is None else f"{context.command_path} --help"
         words = str(error.format_message()).rstrip(".")

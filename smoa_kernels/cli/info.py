@@ -1,4 +1,4 @@
-"""`smoa-kernels info`: what a bug report needs."""
+"""`smoa-kernels info`: the facts that a bug report needs."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ _VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "XDG_CACHE_HOME",
 )
-# A report is public: what a name says is secret is not shown, whosever prefix it has.
+# A report is public, so variables with such a word in their names are not shown.
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
-# Where drivers say their version; one that comes with Linux has no other than Linux's.
+# Files with the driver's version; a driver that is part of Linux has only Linux's version.
 _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
 
 
 def backends() -> dict[str, str | None]:
-    """Return for each backend why it does not work here; None where it does."""
+    """Return for each backend why it does not work here; None if it does."""
     return {
         "eager": None,
         "native": native_obstacle(torch.device("cpu")),
@@ -108,7 +108,7 @@ def _collect() -> dict[str, dict[str, str]]:
 
 
 def _next_steps(found: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
-    """Commands that bring a reader further from here, the most useful first, and what each does."""
+    """Commands for the reader's next steps, the most useful first, with their purposes."""
     steps = []
     if found["versions"]["peft"] == "not installed":
         steps.append(("pip install 'smoa-kernels[peft]'", "adapters for models of transformers"))
@@ -133,7 +133,7 @@ def _environment() -> dict[str, str]:
 
 
 def _ptxas() -> str:
-    """Triton's own assemblers, of which it takes one by architecture."""
+    """Triton's assemblers; the architecture decides which one it uses."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return ", ".join(
@@ -142,7 +142,7 @@ def _ptxas() -> str:
 
 
 def _runtime() -> str:
-    """The runtime of GPUs that torch was compiled against, which need not be the one installed."""
+    """The GPU runtime that torch was compiled against; the installed one may differ."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
@@ -168,7 +168,7 @@ def _tables() -> dict[str, str]:
     """Every tuning table on disk, the user's before the shipped ones."""
     if importlib.util.find_spec("triton") is None:
         return {"none": "triton is not installed"}
-    # GPUs of one name differ where one is cut into slices: each is judged.
+    # GPUs of the same name may differ if one is cut into slices, so each is judged.
     here: dict[str, list[Identity]] = {}
     for now in dict.fromkeys(map(identity, _gpus())):
         here.setdefault(user_table(now.gpu).name, []).append(now)
@@ -186,7 +186,7 @@ def _tables() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    """What became of the forms of kernels on each GPU here, and which kernels have not run there yet."""
+    """The verdicts on the kernels' forms on each GPU here, and the kernels that have not run there yet."""
     if importlib.util.find_spec("triton") is None:
         return {"none": "triton is not installed"}
     from ..backends.verified import LAUNCHER, verdicts

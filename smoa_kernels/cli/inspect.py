@@ -1,4 +1,4 @@
-"""`smoa-kernels inspect`: what an adapter folder holds, and whether it fits a base model."""
+"""`smoa-kernels inspect`: the contents of an adapter folder, and whether it fits a base model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _every_layer(report: AdapterReport) -> Table:
 
 
 def _kinds(report: AdapterReport) -> Table:
-    """A row for the layers that differ in the numbers in their names alone."""
+    """One row per group of layers whose names differ only in numbers."""
     kinds = defaultdict(list)
     for layer in report.layers:
         kinds[layer.kind, layer.shape, layer.ranks].append(layer)
@@ -87,7 +87,7 @@ def _add_row(
 
 
 def _fit(layers: Iterable[LayerReport]) -> str:
-    """How the layer that fits the base least fits it."""
+    """How well the worst-fitting layer fits the base."""
     worst = max(layers, key=lambda layer: (not layer.fits, layer.base_distance))
     distance = worst.base_distance
     if distance is None or math.isinf(distance):
@@ -119,7 +119,7 @@ def _as_json(report: AdapterReport) -> dict[str, Any]:
             {
                 **asdict(layer),
                 "num_blocks": layer.num_blocks,
-                # JSON knows no infinity.
+                # JSON has no infinity.
                 "base_distance": None if layer.base_distance == math.inf else layer.base_distance,
                 "fits": layer.fits,
             }

@@ -19,13 +19,13 @@ _PIPE_WIDTH = 160
 
 
 def console() -> Console:
-    """Standard output. Where it is not a terminal it is wide enough for every column."""
+    """Standard output. If it is not a terminal it is wide enough for every column."""
     out = Console()
     return out if out.is_terminal else Console(width=_PIPE_WIDTH)
 
 
 def progress_bar(doing: str) -> Progress:
-    """A bar on stderr, which goes away at the end; none where stderr is not a terminal."""
+    """A bar on stderr that vanishes at the end; none if stderr is not a terminal."""
     errors = Console(stderr=True)
     columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
@@ -33,7 +33,7 @@ def progress_bar(doing: str) -> Progress:
 
 @contextmanager
 def progress_of(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A :func:`progress_bar` for what calls back with how much is done and how much there is."""
+    """A :func:`progress_bar` as a callback that takes the number done and the total."""
     with progress_bar(doing) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -45,7 +45,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that nobody ever sees half of it. Into a pipe or device, such as /dev/stdout, write as usual.
+    """Replace a file atomically; write directly to a pipe or device such as /dev/stdout.
 
     Raises:
         ValueError: the file cannot be written; the message says why.
@@ -61,7 +61,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def check_place(path: Path) -> None:
-    """Raise a ValueError if a file cannot be at `path`; commands ask before they compute for a while."""
+    """Raise a ValueError if a file cannot be at `path`; commands check this before long computations."""
     if not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: {path.parent} is not a folder; make it first")
     if path.is_dir():

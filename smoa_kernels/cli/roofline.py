@@ -1,4 +1,4 @@
-"""`smoa-kernels roofline`: the predicted cost of one layer, for SMoA and the methods it is compared with."""
+"""`smoa-kernels roofline`: the predicted cost of one layer, for SMoA and the methods beside it."""
 
 from __future__ import annotations
 

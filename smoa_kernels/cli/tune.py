@@ -1,4 +1,4 @@
-"""`smoa-kernels tune`: checks the request, measures, reports what won."""
+"""`smoa-kernels tune`: checks the request, measures, reports the winners."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .roofline import parse_shape
 __all__ = ["tune"]
 
 DEFAULT_GPU = "h100"
-"""What a dry run is for where there is no GPU, and none was named."""
+"""The GPU of a dry run if there is none here and none was named."""
 
 
 def tune(
@@ -152,15 +152,15 @@ def _list(planned: Sequence[Job], where: str) -> None:
 
 
 def _measure(planned: Sequence[Job], device: torch.device, deadline: float | None) -> None:
-    """Tune on the GPU that is here; exits 130 when interrupted, with what was found kept."""
-    # Which imports Triton.
+    """Tune on the GPU here; exits 130 when interrupted and keeps the results so far."""
+    # Here, because it imports Triton.
     from ..tuning.measure import DeviceLostError, gpu_timer, keep, left
     from ..tuning.measure import tune as measure
 
     if (obstacle := triton_obstacle(device)) is not None:
         raise ValueError(f"the kernels cannot run here: {obstacle}; smoa-kernels info shows what can")
     now = identity(device)
-    known = keep(now).entries  # cannot be written? then before anything is compiled
+    known = keep(now).entries  # fails before anything is compiled if the table cannot be written
     todo = {job.key: left(job, known.get(job.key)) for job in planned}
     unfinished = [key for key, candidates in todo.items() if candidates]
 
@@ -205,7 +205,7 @@ def _best_words(entry: Entry) -> str:
 
 
 def _result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
-    """Heuristic against tuned time of every problem that has an entry."""
+    """The heuristic's and the tuned time of every problem that has an entry."""
     table = Table(title="Heuristic against tuned, medians")
     for heading in ("problem", "choice", "tried"):
         table.add_column(heading)
@@ -230,7 +230,7 @@ def _result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
 
 
 def _told(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Iterator[str]:
-    """A line for what every algorithm took, and for every candidate that was tried and not timed."""
+    """Lines for the algorithms' times, and for every candidate that was tried and not timed."""
     entries = [found[job.key] for job in jobs if job.key in found]
     yield from (f"compared: {line}" for line in describe_algorithms(entries))
     for entry in entries:

@@ -1,6 +1,6 @@
-"""What predictions know of GPUs: published rates, bandwidths and memory.
+"""Data on GPUs for predictions: published rates, bandwidths and memory.
 
-Nothing here is measured by us. A rate, of products or of memory, is a published peak times the share of it that an H100
+We measured none of it. A rate of products or of memory is a published peak times the share of it that an H100
 achieves.
 """
 
@@ -33,7 +33,7 @@ class Rates:
     Attributes:
         flops_per_second: of a large GEMM.
         bytes_per_second: to and from memory, of a copy.
-        start_seconds: that a kernel takes on the device beside its work.
+        start_seconds: overhead of a kernel on the device.
     """
 
     flops_per_second: float
@@ -43,7 +43,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What is published of a GPU.
+    """Published data of a GPU.
 
     Attributes:
         name: short lower-case name.
@@ -62,7 +62,7 @@ class Gpu:
     memory_gb: int
 
     def rates(self, dtype: torch.dtype, ieee: bool) -> Rates:
-        """What it achieves with operands of `dtype`; float32 multiplies in TF32 unless `ieee`."""
+        """The rates that it achieves with operands of `dtype`; float32 multiplies in TF32 unless `ieee`."""
         half, tf32, fp32, fp64 = self.tflops
         peaks = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
         flops = _ACHIEVED_GEMM * peaks[precision_of(dtype, ieee).name] * 1e12

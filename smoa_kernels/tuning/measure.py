@@ -1,8 +1,8 @@
-"""Times the candidates of each problem on a GPU, checks their numbers, and writes what was found into the user's table.
+"""Times the candidates of each problem on a GPU, checks their numbers, and writes the results to the user's table.
 
 A choice whose numbers are wrong is never timed: its error against the definition in float64 may be at most twice that
-of the definition in the kernel's own dtype. Ctrl-C keeps what was found. A candidate that ends the process is not tried
-for ever: it is saved as unfinished before it runs, and whatever comes after replaces that.
+of the definition in the kernel's own dtype. Ctrl-C keeps the results so far. A candidate that ends the process is not
+tried again: it is saved as unfinished before it runs, and its result replaces that entry.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ __all__ = [
     "workload",
 ]
 
-HANGS_SECONDS = 120.0  # that a choice may take, its compilation included
+HANGS_SECONDS = 120.0  # limit of a choice, compilation included
 REPEATS = 30
 FLUSHED_BYTES = 256 * 2**20  # more than any GPU's L2 cache holds
-MOST_CHARACTERS = 400  # of a reason: a compiler's may be as long as its source
+MOST_CHARACTERS = 400  # of a reason: a compiler's message may contain the whole source
 
 Timer = Callable[[Choice, Callable[[], object]], float]
 """Median seconds of a launch with a choice."""
@@ -57,7 +57,7 @@ Timer = Callable[[Choice, Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What became of one job: its entry, and why there is none, or why candidates are left."""
+    """The result of one job: its entry, and why there is none or why candidates are left."""
 
     job: Job
     entry: Entry | None
@@ -65,17 +65,17 @@ class Tuned:
 
 
 class DeviceLostError(RuntimeError):
-    """A candidate took the GPU's context with it: nothing more can run in this process."""
+    """A candidate destroyed the GPU's context: nothing more can run in this process."""
 
 
 class WrongNumbersError(ArithmeticError):
-    """A choice computes something else than the definition."""
+    """The results of a choice differ from the definition's."""
 
 
 def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
-    """Measure the median seconds of a launch in a CUDA graph, after each of which the L2 cache is flushed.
+    """Measure the median seconds of a launch in a CUDA graph; the L2 cache is flushed after each launch.
 
-    Without a graph the gaps between launches would count, which Python makes (triton-lang/triton#10149).
+    Without a graph Python's gaps between launches would count (triton-lang/triton#10149).
     """
     launch()  # compiles
     graph, flush = torch.cuda.CUDAGraph(), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
@@ -84,7 +84,7 @@ def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
     seconds: list[float] = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # takes longer than the host does until the graph is under way
+        flush.zero_()  # takes longer than the host needs to start the graph
         start.record()
         graph.replay()
         end.record()
@@ -95,7 +95,7 @@ def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
 
 @contextmanager
 def ended_if_it_hangs(choice: Choice, seconds: float) -> Iterator[None]:
-    """End the process where a choice takes so long: nothing else stops a kernel that hangs. It stays unfinished."""
+    """End the process if a choice takes longer: nothing else stops a kernel that hangs. It stays unfinished."""
 
     def end() -> None:
         words = f"{choice} has not ended within {seconds:.0f} s: the process ends, and the choice is not tried again"
@@ -119,18 +119,18 @@ def tune(
     deadline: float | None = None,
     progress: Callable[[Job, Entry], object] = lambda job, entry: None,
 ) -> list[Tuned]:
-    """Tune jobs in order until the deadline; what is done and not stale is not done again.
+    """Tune jobs in order until the deadline; jobs that are done and not stale are skipped.
 
     Args:
-        jobs: kernels before the algorithms that are made of them.
+        jobs: kernels before the algorithms that use them.
         device: where to run.
         timer: :func:`gpu_timer`, or a scripted one.
-        deadline: by `time.monotonic()`; None knows no end.
+        deadline: by `time.monotonic()`; None for no end.
         progress: called after each trial with the entry so far.
 
     Raises:
         OSError: the table cannot be written.
-        KeyboardInterrupt: what was found is saved.
+        KeyboardInterrupt: the results so far are saved.
         DeviceLostError: likewise; a second run skips the candidate.
     """
     now = identity(device)
@@ -148,7 +148,9 @@ def tune(
                     problem = "no time was left for all candidates" if left(job, entry) else None
                 except (DeviceLostError, KeyboardInterrupt):
                     raise
-                except Exception as error:  # operands that do not fit in memory, say: the other jobs go on
+                except (
+                    Exception
+                ) as error:  # for example operands that do not fit in memory: go on with other jobs
                     problem = _reason(error)
         done.append(Tuned(job, entry if entry.trials else None, problem))
     return done
@@ -172,15 +174,15 @@ def _tune_one(
     for choice in left(job, entry):
         if deadline is not None and time.monotonic() >= deadline:
             break
-        # Only the new trial is saved: another process may know more of the others than was read at the start.
+        # Only the new trial is saved: another process may have added to the others since they were read.
         trial = Trial(choice, reason=INTERRUPTED)
         try:
-            # What ends the process leaves this behind, and is not tried again.
+            # If the choice ends the process, this entry stays, and it is not tried again.
             keep(entry.identity, job.key, Trial(choice, reason=UNFINISHED))
             trial = _try(choice, load, timer)
             keep(entry.identity, job.key, trial)
         except BaseException:
-            with suppress(Exception):  # what ended the loop is what the caller must hear of
+            with suppress(Exception):  # the caller must get the error that ended the loop
                 keep(entry.identity, job.key, trial)
             raise
         entry = entry.add(trial)
@@ -194,7 +196,7 @@ def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
         with load.precision(), ended_if_it_hangs(choice, HANGS_SECONDS):
             load.check(choice)
             return Trial(choice, seconds=timer(choice, lambda: load.run(choice)))
-    except Exception as error:  # whatever a compiler or a driver throws is a finding about this choice
+    except Exception as error:  # any error of a compiler or driver is a result of this choice
         return Trial(choice, reason=_reason(error))
 
 
@@ -215,16 +217,16 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {line}".removeprefix("WrongNumbersError: ")
 
 
-# What is run and checked
+# Running and checking
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One key's operands and what to do with them.
+    """One key's operands and the computations on them.
 
     Attributes:
         key: the problem.
-        run: launches with a choice and returns what was computed.
+        run: launches with a choice and returns the results.
         defined: the same by the definition, with the operands in a dtype.
     """
 
@@ -233,7 +235,7 @@ class Workload:
     defined: Callable[[torch.dtype], Sequence[Tensor]]
 
     def prepare(self) -> None:
-        """Compute what results are compared with, once; it needs more memory than any choice does."""
+        """Compute the expected results, once; this needs more memory than any choice."""
         _ = self._expected
 
     def check(self, choice: Any) -> None:
@@ -249,7 +251,7 @@ class Workload:
 
     @contextmanager
     def precision(self) -> Iterator[None]:
-        """PyTorch's own float32 products as the key has them: in TF32 or in IEEE."""
+        """Let PyTorch multiply float32 as the key says: in TF32 or in IEEE."""
         matmul = torch.backends.cuda.matmul
         before = matmul.fp32_precision
         matmul.fp32_precision = "tf32" if self.key.dtype == "tf32" else "ieee"
@@ -274,23 +276,23 @@ def _relative(value: Tensor, truth: Tensor) -> float:
 
 
 def workload(key: Key, device: torch.device) -> Workload:
-    """What to run and check for a key on `device`, the same at each call."""
-    form = "contiguous" if key.granule > 1 else ""  # as blocks of granules mostly are
+    """The workload of a key on `device`, the same at each call."""
+    form = "contiguous" if key.granule > 1 else ""  # blocks of granules mostly are contiguous
     return Workload(key, *WORKLOADS[key.kernel](Operands(key, form, device)))
 
 
-# What is kept
+# Storing
 
 
 def keep(now: Identity, key: Key | None = None, *trials: Trial) -> Table:
-    """Add trials of a problem to the user's table, in force from now on; return what it then holds.
+    """Add trials of a problem to the user's table, in force from now on; return the table.
 
-    Writers hold a lock, read the file again, add what they found and replace it in one step: two of them lose nothing,
-    and a reader never sees half a file. Entries that are skipped stay in the file, for another version may know them; a
-    file that is no table is renamed to `NAME.broken-1` (or -2, …).
+    Writers hold a lock, read the file again, add their results and replace it in one step: two of them lose nothing,
+    and a reader never sees half a file. Entries that are skipped stay in the file, because another version may know
+    them. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
 
     Args:
-        now: what the trials were measured on.
+        now: the identity of GPU and software of the trials.
         key: the problem; None adds nothing.
         trials: see :meth:`Entry.add`.
 
@@ -299,7 +301,7 @@ def keep(now: Identity, key: Key | None = None, *trials: Trial) -> Table:
     """
     path = table.user_table(now.gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # which goes with a process that dies
+    with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
         found = table.parse(path, now)
         if found.broken:
             number = 1

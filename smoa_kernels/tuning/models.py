@@ -23,9 +23,9 @@ class Decoder:
         intermediate: `intermediate_size`.
         heads: `num_attention_heads`.
         kv_heads: `num_key_value_heads`.
-        head_dim: `head_dim`, where it is not hidden / heads.
-        layers: `num_hidden_layers`; 0 where nobody asked.
-        vocabulary: `vocab_size`; 0 where nobody asked.
+        head_dim: `head_dim`, if it is not hidden / heads.
+        layers: `num_hidden_layers`; 0 if unknown.
+        vocabulary: `vocab_size`; 0 if unknown.
         tied: the head is the embedding.
     """
 
@@ -40,7 +40,7 @@ class Decoder:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Features of all queries together, and of all keys, or values."""
+        """Features of all queries together, and of all keys (or all values)."""
         dim = self.head_dim or self.hidden // self.heads
         return self.heads * dim, self.kv_heads * dim
 

@@ -1,4 +1,4 @@
-"""From layers and batches to the problems that a training step asks the table for, and what to try for each."""
+"""The problems that a training step of layers and batches looks up in the table, and the candidates for each."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
     "winner",
 ]
 
-# Far above where the one-kernel form can win; at more tokens its launch parameters do not matter.
+# Far above the tokens at which the fused kernel can win, so beyond them its launch parameters do not matter.
 MOST_FUSED_TOKENS = 1024
 
 
@@ -38,13 +38,13 @@ class Layer:
     Attributes:
         out_features: N.
         in_features: C.
-        tokens: T; of experts the pairs of token and expert, T · top-k.
+        tokens: T; for experts the pairs of token and expert, T · top-k.
         dtype: one of `precision.KERNEL_PRECISIONS`.
         rank: r, the budget of all blocks.
         blocks: K.
         granule: adjacent coordinates that blocks keep together.
         experts: E; 0 for a layer of one weight.
-        factors: dtype of A and B, as `dtype`. PEFT keeps them in float32.
+        factors: dtype of A and B, named like `dtype`. PEFT keeps them in float32.
     """
 
     out_features: int
@@ -83,13 +83,13 @@ class Layer:
 
     @property
     def whole_granules(self) -> bool:
-        """Whether kernels take `GRANULE` coordinates as one, as `spec.granule_of` says of a partition."""
+        """Whether kernels take `GRANULE` coordinates as one, by the rule of `spec.granule_of`."""
         together = self.blocks == 1 or self.granule % GRANULE == 0
         return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
 
 
 def keys(layer: Layer) -> Iterator[Key]:
-    """What one training step of a layer asks for, with dropout and without."""
+    """The keys that one training step of a layer looks up, with and without dropout."""
     return _experts_keys(layer) if layer.experts else _layer_keys(layer)
 
 
@@ -97,7 +97,7 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
     n, c, t = layer.out_features, layer.in_features, bucket(layer.tokens)
     rows, cols = (padded(features, layer.blocks) // layer.blocks for features in (n, c))
     common = (layer.dtype, layer.max_rank, layer.blocks)
-    # What copies knows float32, not how it is multiplied.
+    # Copying kernels distinguish dtypes, not how float32 is multiplied.
     copied = "fp32" if layer.dtype == "tf32" else layer.dtype
     granule, parts = (GRANULE, (layer.tokens,)) if layer.whole_granules else (1, _parts(layer))
     yield Key("modulated_weight", *common, n, c, factors=layer.factors)
@@ -124,16 +124,16 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
 
 
 def _parts(layer: Layer) -> tuple[int, ...]:
-    """What is gathered in the backward is gathered in parts where a batch is long, but under dropout."""
+    """Tokens of the parts in which the backward gathers a long batch; one part under dropout."""
     itemsize = PRECISIONS[layer.dtype].dtype.itemsize
     features = layer.out_features, layer.in_features
     return gradient_parts(layer.tokens, features, layer.blocks, layer.max_rank, itemsize)
 
 
 def _experts_keys(layer: Layer) -> Iterator[Key]:
-    """Kernels of experts know the pairs that an expert has on average. Single coordinates take the gathered forms.
+    """Keys of experts' kernels, with an expert's average pairs as tokens. Single coordinates take the gathered forms.
 
-    W0 may be stored along either side: models have their experts as (E, N, C) and as (E, C, N).
+    W0 may be stored along either side: models store their experts as (E, N, C) or as (E, C, N).
     """
     n, c, each = layer.out_features, layer.in_features, bucket(-(-layer.tokens // layer.experts))
     granule = GRANULE if layer.whole_granules else 1
@@ -153,17 +153,17 @@ def _experts_keys(layer: Layer) -> Iterator[Key]:
 
 
 def tunable() -> tuple[str, ...]:
-    """What can be tuned, algorithms last: they are timed with the launch parameters that won."""
+    """Names that can be tuned; algorithms come last, since they are timed with the launch parameters that won."""
     return (*kernels.KERNELS, *ALGORITHM_KEYS)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One key with what to try for it.
+    """One key with its candidates.
 
     Attributes:
         key: the problem.
-        candidates: what runs without a table, then the others.
+        candidates: the choice that runs without a table, then the others.
     """
 
     key: Key
@@ -171,15 +171,15 @@ class Job:
 
     @property
     def default(self) -> Choice:
-        """What runs without a table."""
+        """The choice that runs without a table."""
         return self.candidates[0]
 
 
 def jobs(layers: Sequence[Layer], arch: str, multiprocessors: int, names: Sequence[str] = ()) -> list[Job]:
-    """One job a distinct key of the layers, kernels before the algorithms that are made of them.
+    """One job for each distinct key of the layers, kernels before the algorithms that use them.
 
     Args:
-        layers: what is trained.
+        layers: the layers to be trained.
         arch: of the GPU, as the compiler spells it.
         multiprocessors: of the GPU.
         names: of :func:`tunable`; none for all.
@@ -199,7 +199,7 @@ def jobs(layers: Sequence[Layer], arch: str, multiprocessors: int, names: Sequen
 
 
 def job(key: Key, arch: str, multiprocessors: int) -> Job:
-    """What to try for one key: every algorithm, or what ships of a kernel and divides the layout."""
+    """The candidates of one key: every algorithm, or a kernel's shipped configurations that divide the layout."""
     if key.kernel in ALGORITHM_KEYS:
         default: Choice = choose_algorithm(key.kernel, key.tokens, key.rank, key.dtype, arch)
         return Job(key, tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel]))))
@@ -209,7 +209,7 @@ def job(key: Key, arch: str, multiprocessors: int) -> Job:
     return Job(key, tuple(dict.fromkeys((default, *(c for c in ships if kernel.fits(c, key))))))
 
 
-# As a person reads it, on the command line and in a bring-up's page
+# Names for readers, on the command line and on a bring-up's page
 
 
 def describe(key: Key) -> str:
@@ -243,7 +243,7 @@ def describe_choice(choice: Choice) -> str:
 
 
 def describe_algorithms(entries: Iterable[Entry]) -> Iterator[str]:
-    """Yield a line for each problem whose choice is an algorithm: what every one of them took."""
+    """Yield a line with all algorithms' times for each problem whose choice is an algorithm."""
     for entry in entries:
         if entry.key.kernel in ALGORITHM_KEYS:
             timed = (trial for trial in entry.trials if trial.seconds is not None)

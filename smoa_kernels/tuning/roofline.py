@@ -1,4 +1,4 @@
-"""Predicts what one adapted layer costs on one GPU, for SMoA and for what it is compared with. Nothing is measured.
+"""Predicts the cost of one adapted layer on one GPU, for SMoA and the methods beside it. Nothing is measured.
 
 A way to run the layer is a list of parts, one for each kernel that a GPU would run, counted by the same rules for all:
 
@@ -6,14 +6,14 @@ A way to run the layer is a list of parts, one for each kernel that a GPU would 
 - An elementwise pass reads each of its inputs and writes each of its outputs once. Eager layers are counted as their
   authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
 - A GEMM that accumulates onto its output reads that output after its last multiplication, as a part of its own.
-- Blocks of scattered coordinates lie among all of W0, so reading them moves all of it. Blocks of whole granules of 8
-  move their own part.
-- A part takes its start, and then the longer of its flops at the rate of a large GEMM and its bytes at that of a copy.
+- Blocks of scattered coordinates spread over all of W0, so reading them moves all of it. Blocks of whole granules of 8
+  move only themselves.
+- A part takes its start time plus the longer of its flops at the rate of a large GEMM and its bytes at that of a copy.
 - Host and device work side by side: a pass that Python launches kernel by kernel takes as long as the slower of them.
-  In a CUDA graph the device's time is left.
+  In a CUDA graph only the device's time counts.
 
-Not modelled: caches, the last wave of a kernel's programs, sums over tokens that programs share, and how much kernels
-that are bound by both are slowed by it.
+Not modelled: caches, the last wave of a kernel's programs, sums over tokens that programs share, and the slowdown of
+kernels that are bound by both arithmetic and memory.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = ["WAYS", "Estimate", "Part", "Problem", "backward_workspace", "estimat
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
 
-# Of a large GEMM's rate: the one-kernel form makes an operand in its main loop. An assumption, nobody has measured it.
+# Share of a large GEMM's rate: the fused kernel makes an operand in its main loop. An assumption; not measured.
 FUSED_EFFICIENCY = 0.5
-# What Python takes for one launch, autograd included (measured on CPU): of PEFT's LoRA and HiRA, and of ours
-# (`make host-time`: 564 µs for the 9 of a forward and a backward).
+# Python's time per launch, autograd included (measured on CPU), for PEFT's LoRA and HiRA and for ours
+# (`make host-time`: 564 µs for the 9 launches of a forward and a backward).
 LAUNCH_SECONDS = 17e-6
 OUR_LAUNCH_SECONDS = 63e-6
 
@@ -54,9 +54,9 @@ class Problem:
         num_blocks: K.
         rank: r, the budget of all blocks together.
         dtype: of x, W0 and the factors.
-        dropout: probability, 0 where dropout is off or the layer is evaluating.
-        granule: adjacent coordinates that stay together, a partition's `granularity`: the size of contiguous blocks
-            where all are as large. Where they are not it is smaller, and more is counted than they cost.
+        dropout: probability, 0 if dropout is off or the layer is evaluating.
+        granule: adjacent coordinates that stay together, a partition's `granularity`: the size of contiguous blocks if
+            all are equal. If they are not it is smaller, and the cost is overestimated.
     """
 
     tokens: int
@@ -85,7 +85,7 @@ class Problem:
 
     @property
     def in_place(self) -> bool:
-        """Whether kernels read x and dY where they lie: N, C and all blocks consist of whole granules of `GRANULE`."""
+        """Whether kernels read x and dY in place: N, C and all blocks consist of whole granules of `GRANULE`."""
         together = self.num_blocks == 1 or self.granule % GRANULE == 0
         return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
 
@@ -124,7 +124,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The predicted cost of one way to run a problem on one GPU; each method's `stages` are the passes that count.
+    """The predicted cost of one way to run a problem on one GPU; `stages` are the passes that a method counts.
 
     Attributes:
         way: one of :data:`WAYS`.
@@ -183,11 +183,11 @@ def gradient_parts(p: Problem) -> tuple[int, ...]:
 
 
 def backward_workspace(p: Problem) -> Mapping[str, int]:
-    """Bytes that each of our backward's two stages holds beyond its inputs and results; they never live together.
+    """Bytes that each of our backward's two stages holds beyond its inputs and results; never both at once.
 
-    "factor gradients" holds dY and x of one part of the tokens, where they are gathered, and all partials. They are
-    freed before "input gradient", which holds W_eff. Under dropout the first always holds a copy of x, and the second
-    the ΔW blocks, dY gathered again, and the adapter's dX by block. What a BLAS library allocates is not counted.
+    "factor gradients" holds dY and x of one part of the tokens, if they are gathered, and all partials. They are freed
+    before "input gradient", which holds W_eff. Under dropout the first always holds a copy of x, and the second the ΔW
+    blocks, dY gathered again, and the adapter's dX by block. A BLAS library's own memory is not counted.
     """
     size, tokens = p.dtype.itemsize, gradient_parts(p)
     rows, cols = p.padded(p.out_features), p.padded(p.in_features)
@@ -209,10 +209,10 @@ class _Count:
         self.stage: Pass = "forward"
         self.x, self.y, self.w = p.tokens * p.in_features, p.tokens * p.out_features, p.weight_elements
         self.unit = 2 * p.tokens * self.w  # flops of the base layer's GEMM
-        self.block_w = self.w // p.num_blocks  # the diagonal blocks, and what reading them moves
+        self.block_w = self.w // p.num_blocks  # the diagonal blocks, and the elements that reading them moves
         self.read_w = self.block_w if p.in_place else self.w
         self.factors = p.max_rank * (p.out_features + p.in_features)
-        # What our products read: a copy in block order, or what there is.
+        # Whether our products read a copy of x in block order.
         self.copies_x = p.gathers(p.in_features) or p.dropout > 0
         self.copies_dy = p.gathers(p.out_features)
         self.x_blocks = p.tokens * p.padded(p.in_features) if self.copies_x else self.x
@@ -230,7 +230,7 @@ class _Count:
         self.add(name, reads, reads + writes)
 
     def dropout(self, name: str) -> None:
-        """A peer's: it keeps a mask of a byte each."""
+        """A peer's dropout, which keeps a mask of one byte per element."""
         if self.p.dropout:
             self.add(name, self.x, 2 * self.x, bytes=self.x)
 
@@ -306,7 +306,7 @@ def _lora(c: _Count) -> None:
 
 
 def _hira(c: _Count) -> None:
-    """PEFT: `result + F.linear(dropout(x), W0 * (Aᵀ Bᵀ)ᵀ)`; one block, whatever the problem's K."""
+    """PEFT: `result + F.linear(dropout(x), W0 * (Aᵀ Bᵀ)ᵀ)`; always one block."""
     N, C, r = c.p.out_features, c.p.in_features, c.p.rank
     c.base_forward()
     c.gemm("BA", N, C, r)
@@ -322,7 +322,7 @@ def _paper_dense(c: _Count) -> None:
     product, each = 2 * c.block_w * c.p.max_rank, c.p.num_blocks
     c.base_forward()
     c.elementwise("zero ΔW", 0, c.w)
-    # BA, W0's block, their scaling and product, each of which is written and read again.
+    # BA, W0's block, their scaling and product; each is written and read again.
     c.add("ΔW blocks", product, c.factors + 2 * c.read_w + 8 * c.block_w, launches=5 * each)
     _dense_delta(c)
     c.add("G ∘ W0 by block", 4 * c.block_w, c.read_w + 6 * c.block_w, launches=3 * each)
@@ -373,7 +373,7 @@ def _split(c: _Count) -> None:
 
 
 def _fused(c: _Count) -> None:
-    """Base and adapter in one kernel: two products for each chunk of ranks, each of which reads W0 again."""
+    """Base and adapter in one kernel: two products for each chunk of ranks; each chunk reads W0 again."""
     chunks = max(1, math.ceil(c.p.max_rank / FUSED_MAX_RANK))  # a rank of 0 still reads W0
     flops = 2 * chunks * c.unit / FUSED_EFFICIENCY
     c.add("fused linear", flops, chunks * (c.x + c.w) + c.factors + c.y)

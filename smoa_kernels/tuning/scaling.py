@@ -1,4 +1,4 @@
-"""Predicts what fine-tuning a whole model on many GPUs costs: each GPU's memory, and the bytes it sends in a step.
+"""Predicts the cost of fine-tuning a whole model on many GPUs: each GPU's memory, and the bytes it sends in a step.
 
 Full fine-tuning, LoRA and SMoA are counted by the same rules (docs/scaling.md, "How it is counted"). Nothing here is
 measured. T is the number of tokens of one replica in a step, h the hidden size.
@@ -38,13 +38,13 @@ NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
 NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gb/s for each GPU
 
 _HALF, _SINGLE = 2, 4  # bytes of a number of the base, and of an adapter
-_LABELS = 9  # bytes of a uint8 label and an int64 index, whole on every process
+_LABELS = 9  # bytes of a uint8 label and an int64 index; every process holds all of them
 
 LARGE = tuple(name for name, gpu in GPUS.items() if gpu.memory_gb >= 80)
-"""The GPUs that are linked in such numbers."""
+"""GPUs that are used in large numbers."""
 
 WHOLE: Mapping[str, Decoder] = {name: decoder for name, decoder in MODELS.items() if decoder.layers}
-"""The models of which all is known."""
+"""Models whose sizes are all known."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Scale:
 
     Attributes:
         model: one of `WHOLE`.
-        gpus: how many.
+        gpus: their number.
         parallel: "ddp", "fsdp" or "tp".
         tokens: of one replica in a step.
         rank: r, of LoRA and of SMoA.
@@ -80,8 +80,8 @@ class Plan:
     Attributes:
         method: "full", "lora" or "smoa".
         trained_parameters: of the whole model.
-        memory: bytes, by what they are for.
-        traffic: bytes that a GPU sends in a step, by what they are for.
+        memory: bytes, by purpose.
+        traffic: bytes that a GPU sends in a step, by purpose.
         compute_seconds: of a step's matrix products.
         traffic_seconds: of a step's collectives.
     """
@@ -105,7 +105,7 @@ class Plan:
 
 
 def tensor_parallel_size(scale: Scale) -> int:
-    """The number of GPUs that tensor parallelism cuts a layer over: at most a node, one for each key and value head."""
+    """The number of GPUs over which tensor parallelism cuts a layer: at most a node's, and at most one per key head."""
     return min(NODE, scale.gpus, scale.decoder.kv_heads)
 
 
@@ -130,7 +130,7 @@ def predict(scale: Scale, method: Method, gpu: Gpu) -> Plan:
     trained, states = (
         (_HALF * base, 3 * _SINGLE * base) if full else (_SINGLE * factors, 2 * _SINGLE * factors)
     )
-    # FSDP2 holds two decoder layers whole, the one that computes and the next; embedding and head through backward.
+    # FSDP2 holds two whole decoder layers, the current and the next one, and embedding and head until backward ends.
     root, layer_bytes = _HALF * (embedding + head), _HALF * layer + _SINGLE * factors / d.layers
     problems = [Problem(scale.tokens, n, c, scale.num_blocks, scale.rank) for n, c in part]
     memory = {
@@ -165,12 +165,12 @@ def _linears(d: Decoder, cut: int) -> list[tuple[int, int]]:
 def _traffic(
     scale: Scale, cut: int, trained: float, gathered: float, width: int
 ) -> tuple[dict[str, float], float]:
-    """Bytes that a GPU sends in a step's ring collectives, by what they are for, and the seconds that they take.
+    """Bytes that a GPU sends in a step's ring collectives, by purpose, and the seconds that they take.
 
     Args:
         scale: the case.
-        cut: GPUs that a layer is cut over.
-        trained: bytes of gradients that one process has.
+        cut: GPUs over which a layer is cut.
+        trained: bytes of one process's gradients.
         gathered: bytes that FSDP2 gathers.
         width: rows of the factors that each process holds whole.
     """
@@ -186,7 +186,7 @@ def _traffic(
         # All-reduces of T·h: the outputs of "output" and "down" in forward and again in the recomputation, and in
         # backward the input gradients of query, key, value, gate and up.
         inside["reduce activations"] = ring * d.layers * 9 * scale.tokens * d.hidden * _HALF
-        # Of each of seven linears the factor on the side of h is whole on every process.
+        # In each of seven linears every process holds the whole factor on the side of h.
         inside["reduce whole factors"] = ring * _SINGLE * d.layers * width * 7 * d.hidden
     link = NODE_BYTES_PER_SECOND if scale.gpus <= NODE else NETWORK_BYTES_PER_SECOND
     seconds = sum(inside.values()) / NODE_BYTES_PER_SECOND + sum(outside.values()) / link
@@ -194,9 +194,9 @@ def _traffic(
 
 
 def _activations(scale: Scale, cut: int) -> float:
-    """Inputs of all decoder layers, which are checkpointed, and what one of them keeps while it is recomputed.
+    """Checkpointed inputs of all decoder layers, and the activations that one layer keeps while it is recomputed.
 
-    That is norms and inputs (4 h), queries, attention's output, keys, values, gate, up and the product of these two.
+    These are norms and inputs (4 h), queries, attention's output, keys, values, gate, up and the last two's product.
     Attention keeps no scores.
     """
     d, (query, key) = scale.decoder, scale.decoder.widths
@@ -205,14 +205,14 @@ def _activations(scale: Scale, cut: int) -> float:
 
 
 def _workspace(method: Method, problems: list[Problem]) -> float:
-    """SMoA's backward by the roofline; of LoRA one output of the widest layer."""
+    """SMoA: the backward's by the roofline. LoRA: one output of the widest layer."""
     if method == "smoa":
         return max(max(backward_workspace(p).values()) for p in problems)
     return max(p.tokens * p.out_features * _HALF for p in problems) if method == "lora" else 0
 
 
 def _compute(scale: Scale, method: Method, problems: list[Problem], cut: int, gpu: Gpu) -> float:
-    """The kernels of the adapted layers, whose forward is computed twice, and of the head."""
+    """Seconds of the adapted layers' kernels, whose forward runs twice, and of the head's."""
     way = {"full": "frozen", "lora": "lora", "smoa": "split"}[method]
     dw = method == "full"  # a product of the size of forward's
 

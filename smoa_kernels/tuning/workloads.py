@@ -1,4 +1,4 @@
-"""Every kernel and algorithm on operands of a key's sizes: what the tuner, audit and tests launch and compare."""
+"""Every kernel and algorithm on operands of a key's sizes, for the tuner, the audit and the tests."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..kernels.sum_partials import sum_partials
 __all__ = ["WORKLOADS", "Operands", "Work"]
 
 Work: TypeAlias = tuple[Callable[[Any], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
-"""Launches with a choice and returns what was computed; the same by the definition, in a dtype."""
+"""Two functions: one launches with a choice and returns the results, the other computes them by the definition."""
 
 
 class Operands:
@@ -38,9 +38,9 @@ class Operands:
 
     Args:
         key: the sizes.
-        form: which of the kernel's forms a launch should take.
-        device: where.
-        filled: with random numbers, the same at each call; False leaves memory as it is, for launches that are only
+        form: the kernel's form that a launch should take.
+        device: of the tensors.
+        filled: whether to fill them with random numbers, the same at each call; False is for launches that are only
             captured.
     """
 
@@ -74,7 +74,7 @@ class Operands:
         return torch.full((self.key.blocks,), self.key.rank, dtype=torch.int32, device=self.device)
 
     def adapter(self) -> PackedAdapter:
-        """The parts of W_eff; for a transposed key those of the layer whose dX it is, seen from dX's side."""
+        """The adapter; for a transposed key the transposed adapter of the layer whose dX is computed."""
         key = self.key
         rows, cols = key.out_features, key.in_features
         if key.transposed:
@@ -90,9 +90,9 @@ class Operands:
         return adapter.T if key.transposed else adapter
 
     def experts(self) -> tuple[ExpertsAdapter, Tensor, Tensor, Tensor]:
-        """An adapter of four experts, where their pairs end, x and dY: `tokens` pairs an expert on average.
+        """An adapter of four experts, the ends of their pairs, x and dY, with `tokens` pairs per expert on average.
 
-        Blocks are contiguous where the form says so, else in an order of each expert's own.
+        Blocks are contiguous if the form says so; otherwise each expert has its own order.
         """
         key, device, experts = self.key, self.device, 4
         rows, cols = key.out_features, key.in_features
@@ -114,7 +114,7 @@ class Operands:
         )
         if key.transposed:
             adapter = adapter.T
-        # One expert has nearly all that another lacks.
+        # The split is uneven: one expert gets nearly all pairs that another lacks.
         pairs = experts * key.tokens
         ends = torch.tensor([key.tokens, 2 * key.tokens + key.tokens // 2, 3 * key.tokens, pairs]).int()
         x, dy = self.tensor(pairs, key.in_features), self.tensor(pairs, key.out_features)
@@ -258,7 +258,7 @@ def _grouped_grad(operands: Operands) -> Work:
 
 def _sum_partials(operands: Operands) -> Work:
     key, transposed = operands.key, "transposed" in operands.form
-    # Rows of y, or of factors. How many parts there are, another kernel's configuration decides: a typical number.
+    # Rows of y, or of factors. Another kernel's configuration decides the number of parts; this one is typical.
     of_factors = operands.form.startswith("r")
     N = key.rank if of_factors else key.out_features
     partials = operands.tensor(4, key.tokens, partial_width(N) if of_factors else N, dtype=torch.float32)
