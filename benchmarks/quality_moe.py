@@ -70,7 +70,7 @@ def main(
 
 
 def search(name: str) -> float:
-    """The rate that does best on validation; the head's own where nothing else is trained."""
+    """The rate that does best on validation; the head's own if only the head is trained."""
     if METHODS[name] is None:
         return HEAD_RATE
     tried = {rate: run(name, "search", rate, SEARCH_SEED) for rate in FIRST}
@@ -82,7 +82,7 @@ def search(name: str) -> float:
 
 
 def run(name: str, stage: str, rate: float, seed: int) -> dict[str, Any]:
-    """Train and judge once, on validation to search and on test in the end; what is in the records is not repeated."""
+    """Train and judge once, on validation to search and on test in the end; recorded runs are not repeated."""
     key = {"method": name, "stage": stage, "lr": rate, "seed": seed, "steps": STEPS, "batch_size": BATCH}
     for record in store.read(RECORDS):
         if key.items() <= record.items():

@@ -23,13 +23,13 @@ SERVING = RESULTS / "serving" / "summary.json"  # by `python -m benchmarks.servi
 METHODS = {"smoa": SMOA, "lora": LORA, "hira": HIRA}
 START, END = "<!-- written by python -m benchmarks.report: -->", "<!-- :written -->"
 
-# A processor as the README calls it, by what it multiplies with; its numbers stand on the results page.
+# Processors by name, with the README's names for them: their instruction sets. The results page has the full names.
 PROCESSORS = {
     "AMD EPYC, family 25, model 1": "AMD (AVX2)",
     "AMD EPYC, family 26, model 2": "AMD (AVX-512)",
     "Intel(R) Xeon(R) Processor, family 6, model 167": "Intel (AMX)",
 }
-# Words, the kind of benchmark, its phase, and what tells the case from others.
+# Rows: words, the kind of benchmark, its phase, and the parameters that select the case.
 SQUARE = {"tokens": 2048, "out_features": 2048, "num_blocks": 4, "rank": 16, "dropout": 0.0}
 ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("one layer, float32, over frozen", "layer", "both", {**SQUARE, "dtype": "float32"}),
@@ -51,7 +51,7 @@ def with_section(text: str, content: str, start: str = START) -> str:
 
 
 def keep_job(summary: dict[str, Any]) -> None:
-    """Keep what `make finetune` wrote of a run, as one of the main job's.
+    """Keep a summary that `make finetune` wrote, as one of the main job's runs.
 
     Raises:
         ValueError: the run is not finished, or not at the command's defaults.
@@ -67,9 +67,9 @@ def keep_job(summary: dict[str, Any]) -> None:
 
 
 def section(runs: list[Run]) -> str:
-    """One table of the main job and of the layer, the rows of one CPU together; a table for each GPU; what they are.
+    """One table of the main job and of the layer, the rows of one CPU together; a table for each GPU; explanations.
 
-    A processor that was not used whole is on the results page alone.
+    A processor that was used only in part is only on the results page.
     """
     runs = [run for run in runs if LIMIT not in run.machine["device"]]
     jobs = {name: json.loads((MAIN_JOB / f"{name}.json").read_text(encoding="utf-8")) for name in METHODS}
@@ -99,7 +99,7 @@ def _job_rows(device: str, summaries: Mapping[str, dict[str, Any]]) -> list[tupl
 
 
 def _rows(run: Run) -> list[tuple[str, ...]]:
-    """The cases that the run has."""
+    """Rows of the cases that the run has."""
     where = f"{_processor(run.machine['device'])}, {run.machine['threads']} thread"
     rows = []
     for words, kind, phase, params in ROWS:
@@ -125,7 +125,7 @@ def _percent(found: Mapping[str, float]) -> str:
 
 
 def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
-    """What was run for each row, and links to the full tables."""
+    """Explains each row's run and links to the full tables."""
     before, options = smoa["accuracy_before"], smoa["options"]
     pages = ", ".join(
         f"[{_processor(device)}](benchmarks/results/README.md#{anchor(device)})"

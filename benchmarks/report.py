@@ -82,7 +82,7 @@ def _run_page(run: Run) -> str:
     steady = f"{len(timed) - len(doubtful)} of {len(timed)} comparisons are steady"
     if doubtful:
         steady += f"; the others are not to be quoted: {'; '.join(doubtful)}"
-    if "suite_seconds" in run.machine:  # older runs did not say
+    if "suite_seconds" in run.machine:  # older runs lack it
         steady += f". The suite took {run.machine['suite_seconds']} s"
     layers, few = run.select("layer"), run.select("few tokens")
     blocks = [

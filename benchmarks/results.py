@@ -1,4 +1,4 @@
-"""Runs as the report sees them: pytest-benchmark's JSON, or the compact form of it that is committed."""
+"""Reads and writes runs: pytest-benchmark's JSON, or its compact form, which is committed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ DIGITS = 5  # of each second that is kept
 
 @dataclass(frozen=True)
 class Figure:
-    """What is published of one measurement.
+    """A measurement as it is published.
 
     Attributes:
         quartiles: of the rounds.
-        doubt: why it is neither quoted nor judged; "" where nothing speaks against it.
+        doubt: why it is neither quoted nor judged; "" if it is.
     """
 
     quartiles: Quartiles
@@ -31,7 +31,7 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """Of the rounds."""
+        """Median of the rounds."""
         return self.quartiles.median
 
     def short(self, digits: str = ".2f") -> str:
@@ -52,12 +52,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """What one benchmark recorded.
+    """The record of one benchmark.
 
     Attributes:
         kind: "layer", "few tokens", "memory", "step", "partition", "adapter", "accelerate" or "scaling".
-        title: for a person.
-        params: what was run.
+        title: for a reader.
+        params: of the case.
         baseline: the provider whose spread tells whether the machine was steady.
         load: of the machine, before and after.
         seconds: of each round, by phase and provider.
@@ -109,12 +109,12 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What every figure of the run is: "measured on CPU" or "measured on GPU NAME"."""
+        """The label of the run's figures: "measured on CPU" or "measured on GPU NAME"."""
         return f"measured on GPU {self.machine['device']}" if self.on_gpu else "measured on CPU"
 
     @property
     def slug(self) -> str:
-        """Name of the run's files: a second run on the same device takes the place of the first."""
+        """Name of the run's files: a second run on the same device replaces the first."""
         name = f"{self.machine['measured_on']} {self.machine['device']}".lower()
         return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
@@ -178,7 +178,7 @@ def write(path: Path, text: str) -> None:
 
 
 def _result(found: Mapping[str, Any]) -> Result:
-    """A result without what older runs recorded besides."""
+    """A result without further fields of older runs."""
     known = {field.name for field in fields(Result)}
     return Result(**{name: value for name, value in found.items() if name in known})
 

@@ -1,9 +1,9 @@
 """Give each timed pass another copy of x and dY, so that a copy has left the L2 cache when its turn comes again.
 
-Inside a network a layer's inputs come from another layer, not from where its own last pass left them. The weights are
-not copied, for each provider has its own and the cache is overwritten before each pass (protocol.py): they are cold as
-a model's are, between whose uses all its other layers run. Taking turns alone would not do that: a weight of 32 MiB
-is still in a cache of 50 MB when its provider comes last in one round and first in the next.
+Inside a network a layer's inputs come from another layer and are not in the cache from its own last pass. The weights
+are not copied: each provider has its own, and the cache is overwritten before each pass (protocol.py). So they are
+cold, like a model's, because other layers run between two uses. Taking turns alone is not enough: a weight of 32 MiB is
+still in a cache of 50 MB if its provider comes last in one round and first in the next.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .protocol import DEVICE
 from .providers import Case
 
 Inputs = Iterator[tuple[Tensor, Tensor]]
-"""x (T, C), which wants a gradient, and dY (T, N) of one pass after another, without end."""
+"""x (T, C), which requires a gradient, and dY (T, N) for one pass after another, without end."""
 
 
 def cache_bytes() -> int:
@@ -29,8 +29,8 @@ def cache_bytes() -> int:
 def rotated(case: Case, past: int) -> Inputs:
     """Copies of a case's inputs in turn, equal in value.
 
-    There are at least two copies. Between two turns of one copy all the others are read, and together they are larger
-    than the cache. In all the copies take no more than the cache and two copies.
+    There are at least two copies. Between two turns of one copy all others are read, and together they are larger than
+    the cache. All copies take at most the size of the cache and two copies.
 
     Args:
         case: the problem.

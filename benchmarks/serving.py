@@ -48,7 +48,7 @@ def make(base: str, folder: Path) -> None:
 
 
 def seconds(engine: Any, adapters: list[Any], prompt: int, tokens: int, clock: Callable[[], float]) -> float:
-    """How long a batch takes, one sequence for each adapter; prompts are new to the prefix cache."""
+    """Seconds of a batch with one sequence per adapter; the prompts are not in the prefix cache."""
     from vllm import SamplingParams
 
     engine.reset_prefix_cache()
@@ -68,7 +68,7 @@ def against_peft(engine: Any, base: str, folder: Path, requests: dict[str, Any])
     from transformers import AutoModelForCausalLM
     from vllm import SamplingParams
 
-    import smoa_kernels.peft  # noqa: F401  # PEFT knows the method by it
+    import smoa_kernels.peft  # noqa: F401  # registers the method with PEFT
 
     names = [None, "smoa2-0", "smoa4-0", "hira-0", "lora-0"]
     generator = torch.Generator().manual_seed(0)
@@ -109,10 +109,10 @@ def against_peft(engine: Any, base: str, folder: Path, requests: dict[str, Any])
 
 
 def predicted(batch: int, rank: int) -> float:
-    """The products of a decode step with an adapter for each sequence, over the base's, on an H100 in bf16.
+    """Time of a decode step's products with an adapter for each sequence, over the base's alone, on an H100 in bf16.
 
-    The base's product has a row for each sequence, the adapters' have `rank`. Either takes as long as W0's bytes or its
-    arithmetic, whichever is longer; kernels' starts and the factors' bytes are left out.
+    The base's product has one row per sequence, the adapters' have `rank`. Each takes the longer of reading W0 and its
+    arithmetic; kernels' starts and the factors' bytes are left out.
 
     >>> predicted(8, 8)  # bound by memory: W0 is read twice
     2.0
@@ -206,7 +206,7 @@ def print_times(engine: Any, merged: Any, requests: dict[str, Any], options: arg
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(options.rounds + 1):
         for name, (model, adapters) in cases.items():
-            seconds(model, adapters, 8, 1, clock)  # puts the adapters into the engine's slots
+            seconds(model, adapters, 8, 1, clock)  # loads the adapters into the engine's slots
             decode = seconds(model, adapters, 8, TOKENS, clock) - seconds(model, adapters, 8, 1, clock)
             prefill = seconds(model, adapters[:1], PREFILL, 1, clock)
             times[name].append((decode / (TOKENS - 1), prefill))

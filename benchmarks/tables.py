@@ -13,11 +13,11 @@ from .providers import FROZEN, LORA, PAPER, SMOA
 from .results import Figure, Result, Run
 
 MIB = 2**20
-NAMES = {PAPER: "the paper's dense way"}  # where a heading says it in full
+NAMES = {PAPER: "the paper's dense way"}  # full names for headings
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; "" where it would have no rows."""
+    """A Markdown table; "" without rows."""
     lines = [f"| {' | '.join(row)} |" for row in rows]
     if not lines:
         return ""
@@ -164,7 +164,7 @@ def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def goals(run: Run) -> str:
-    """One row a goal: what was asked, what was measured, met or missed by how much."""
+    """One row per goal: the limit, the measurement, and met or missed by how much."""
     rows = []
     for goal in GOALS:
         found = goal.measure(run)

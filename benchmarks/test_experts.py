@@ -13,7 +13,7 @@ from .memory import allocated
 from .protocol import halves, pass_seconds, timed
 from .providers import FROZEN
 
-# The first shape is small, and shows what a call costs; the second is Qwen3-30B-A3B's, with an eighth of its experts.
+# The first shape is small and shows the cost of a call; the second is Qwen3-30B-A3B's, with an eighth of its experts.
 PAIRS = (
     *(ExpertsCase(pairs, 256, 512) for pairs in (16, 32, 128, 1024)),
     ExpertsCase(32, 2048, 768),

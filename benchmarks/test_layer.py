@@ -36,11 +36,11 @@ from .providers import (
 from .rotation import Inputs
 
 POINT = Case(1024, 1024, 1024, 4, 16)
-GPU_SCALE = 4  # a GPU of today is asleep at the CPU's sizes
+GPU_SCALE = 4  # the CPU's sizes do not fill a GPU
 
 
 def training_pass(layer: nn.Module, case: Case, inputs: Inputs | None = None) -> Run:
-    """One training pass after another, each of the next inputs; left out, all are of the same."""
+    """One training pass after another, each on the next of `inputs`; without them all on the same."""
     turns = inputs or itertools.repeat((case.input(), case.output_gradient()))
 
     def run() -> dict[str, float]:
@@ -57,7 +57,7 @@ def forward_alone(layer: nn.Module, case: Case) -> Run:
 
 
 def checked(case: Case, algorithms: Sequence[str], without: Sequence[str] = ()) -> dict[str, nn.Module]:
-    """Every provider's layer, past its gate."""
+    """Every provider's layer, after its gate."""
     providers = layer_providers(case, algorithms)
     layers = {name: build(case) for name, build in providers.items() if name not in without}
     check_layers(case, layers)
@@ -71,7 +71,7 @@ def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
     case = case.smoke() if smoke else case
     # Under dropout none is merged.
     algorithms = ["auto", "split"] if case.dropout else ["auto", "merged", "split"]
-    if DEVICE.type == "cpu":  # what "auto" means is not timed twice
+    if DEVICE.type == "cpu":  # the algorithm of "auto" is not timed twice
         ieee = case.dtype != BF16 or not has_gemm(BF16)  # widened, it is as in float32
         algorithms.remove(choose_algorithm(case.tokens, case.rank, ieee=ieee, dropout=bool(case.dropout)))
     runs = {name: training_pass(layer, case) for name, layer in checked(case, algorithms).items()}
@@ -86,7 +86,7 @@ def test_few_tokens(case: Case, smoke: bool, measure: Measure) -> None:
     """
     title, params = f"few tokens: {case}", case.record()
     case = case.smoke() if smoke else case
-    # HiRA's and the paper's way build a dense weight for every token; the layer's benchmark times them.
+    # HiRA and the paper's way build a dense weight for every token; the layer's benchmark times them.
     layers = checked(case, few_token_algorithms(), without=(HIRA, DEFAULT_HIRA, PAPER))
     runs = {name: forward_alone(layer, case) for name, layer in layers.items()}
     measure("few tokens", title, params, runs, baseline=FROZEN, budget=2, warmup=5)
@@ -121,7 +121,7 @@ def along(axis: str) -> dict[int, Case]:
 
 
 def only_both(run: Run) -> Run:
-    """The same without the phases of its own."""
+    """The same run with the phase of both passes only."""
     return lambda: {"both": run()["both"]}
 
 

@@ -32,7 +32,7 @@ def adapted(
 ) -> nn.Module:
     """A model with a new adapter whose B is nonzero, so that there is something to check.
 
-    Its factors are in float32, whatever the base's dtype is, as PEFT makes them; or else in the base's dtype.
+    Its factors are in float32, as PEFT makes them for any base, or in the base's dtype.
     """
     model: nn.Module = peft.get_peft_model(
         base_model(smoke).to(dtype), config, autocast_adapter_dtype=float32_factors
@@ -84,9 +84,9 @@ def gradient_error(model: nn.Module, tokens: Tensor) -> float:
 
 
 def check_gradients(models: dict[str, nn.Module], tokens: Tensor) -> None:
-    """The gate: the gradients of each adapter err at most twice as much as the worst of the others' do.
+    """The gate: the error of each adapter's gradients is at most twice the largest error of the others.
 
-    What rounding does to thirty layers no formula says, so they judge each other: whoever is wrong stands alone.
+    No formula gives the rounding error of thirty layers, so the adapters are compared with each other.
     """
     errors = {name: gradient_error(model, tokens) for name, model in models.items()}
     for name, error in errors.items():
@@ -128,7 +128,7 @@ def test_step(
     check_gradients(models, tokens[:2])
     steps = {name: training_step(model, tokens) for name, model in models.items()}
     for step in steps.values():
-        step()  # the optimizer's state is there before memory is counted; nor does the clock need another warm-up
+        step()  # creates the optimizer's state before memory is counted, and warms up
     peaks = {name: allocated(step)[0] for name, step in steps.items()}
     others = {} if float32_factors else {"factors": name_of(dtype)}
     measure(

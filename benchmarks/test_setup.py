@@ -1,4 +1,4 @@
-"""What an adapter costs before and after training: the partition, injection, saving and loading, `accelerate_hira`."""
+"""An adapter's cost before and after training: the partition, injection, saving and loading, `accelerate_hira`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from .providers import ACCELERATED, CONTIGUOUS, HIRA, SMOA
 
 BLOCKS = 4
 SHAPES = [(256, 256), (512, 512), (1024, 1024), *ONE_BILLION, (4096, 4096), (4096, 11008)]
-# A round takes from 6 to 80 seconds, and `make bench` is to end within 15 minutes. 4096² has a goal to be judged by.
+# A round takes 6 to 80 seconds, and `make bench` must end within 15 minutes. 4096² has a goal, so it has more rounds.
 LEAST_ROUNDS = {(8192, 2048): 3, (4096, 4096): 5, (4096, 11008): 1}
-FLOAT64_UP_TO = 1024  # a float64 SVD of a larger weight takes longer than all that is timed here
+FLOAT64_UP_TO = 1024  # a float64 SVD of a larger weight takes longer than all timings here
 
 
 def centroids(vectors: Tensor, sigma: Tensor) -> Tensor:
@@ -42,9 +42,9 @@ def centroids(vectors: Tensor, sigma: Tensor) -> Tensor:
 
 
 def check(partition: BlockPartition, U: Tensor, sigma: Tensor, Vh: Tensor) -> None:
-    """The gate: rows and columns may stand in another block than an SVD puts them only within rounding of the boundary.
+    """The gate: a row or column may be in another block than an SVD puts it only within rounding of the boundary.
 
-    Neighbours of nearly equal centroid swap with the last bit, and nothing depends on it. Rounding moved a float32
+    Neighbours with nearly equal centroids swap with the last bit, and nothing depends on it. Rounding moved a float32
     SVD's own centroids by up to 3e-5 of their spread (512×2048); 2⁻¹² of it, 2.4e-4, is allowed.
     """
     for side, labels, vectors in (("rows", partition.row_block, U), ("columns", partition.col_block, Vh.T)):
@@ -89,7 +89,7 @@ def test_partition_over_svd(shape: tuple[int, int], smoke: bool, measure: Measur
         baseline="SVD",
         budget=5,
         least=LEAST_ROUNDS.get(shape, 3),
-        warmup=0 if min(shape) >= 2048 else 1,  # there a cold start is no part of seconds
+        warmup=0 if min(shape) >= 2048 else 1,  # at large sizes a cold start does not matter
         verify=verify,
     )
 
@@ -105,7 +105,7 @@ def life_cycle(config: peft.PeftConfig, base: nn.Module, folder: Path) -> Run:
         )
         bare = models.pop().unload()
         (load,) = laps(lambda: models.append(peft.PeftModel.from_pretrained(bare, str(folder))))
-        # The gate: what was loaded is what the file holds, bit for bit.
+        # The gate: the loaded tensors equal the file's, bit for bit.
         held = peft.get_peft_model_state_dict(models[0])
         for key, stored in load_file(folder / "adapter_model.safetensors").items():
             if not torch.equal(held[key].cpu(), stored):
@@ -150,7 +150,7 @@ def test_life_cycle(smoke: bool, measure: Measure) -> None:
             f"setup: an adapter for {model_name(smoke)}, r={RANK}, K={BLOCKS}",
             {"model": model_name(smoke), "rank": RANK, "num_blocks": BLOCKS},
             runs,
-            baseline=SMOA,  # LoRA's tenths of a second would call every figure noisy
+            baseline=SMOA,  # LoRA's tenths of a second vary so much that every figure would be noisy
             budget=40,
             least=5,
             warmup=0,

@@ -4,7 +4,7 @@ For benchmarks/results/scripts.md.
 
     python -m benchmarks.trl_trainers [sft dpo grpo reward]
 
-The two runs of a trainer take turns step by step, so that what else the machine does slows both.
+The two runs of a trainer take turns step by step, so that other work on the machine slows both.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Turns(TrainerCallback):  # type: ignore[misc]  # transformers' types are n
         self.logs: list[dict[str, float]] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Wait for the other's step to end; both then draw the same numbers, which GRPO samples by."""
+        """Wait for the other's step to end; both then draw the same random numbers, as GRPO's sampling needs."""
         if not self.seconds:
-            self.both.wait()  # else the other, which sets itself up, draws numbers during this one's first step
+            self.both.wait()  # else the other draws numbers for its set-up during this one's first step
         self.mine.acquire()
         torch.manual_seed(len(self.seconds))
         self.began = time.perf_counter()

@@ -10,7 +10,7 @@ from torch import nn
 
 from smoa_kernels.peft import SMoAConfig
 
-# PEFT 0.21 reads it from every model; it is between PEFT and transformers to settle, no user can act on it.
+# PEFT 0.21 reads it from every model; only PEFT and transformers can change that, not a user.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 Method = Literal["smoa", "lora", "hira"]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole, read by any number of processes, however they share the work."""
+"""Checkpoints of a run: written atomically, and readable by any number of processes with any parallelism."""
 
 import json
 import os
@@ -13,22 +13,22 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-# What may differ between a run and the one that it resumes.
+# Options that may differ between a run and the one that it resumes.
 FREE = {"output", "device", "eval_questions", "eval_split", "distributed", "checkpoint_every", "resume"}
 
-# As it is meant to be, alone.
+# Expected when a single process saves.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class Checkpoints:
     """The folder ``checkpoints/`` of a run: ``step-N/`` with the adapter, the optimizer and the figures so far.
 
-    A checkpoint is written beside its place and then renamed, and the one before is removed after that: whenever a
-    process dies, the last one is whole.
+    A checkpoint is written beside its place and then renamed; after that the one before is removed. So the last one is
+    complete even if a process dies.
 
     Args:
         folder: where they are.
-        options: of the run; those that bear on its numbers must be the resumed one's.
+        options: of the run; those that affect its results must equal the resumed run's.
         team: the processes that write and read together.
         every: steps from one to the next; None for no checkpoints.
         resume: whether the run goes on from the last one.

@@ -103,7 +103,7 @@ def adapted_classifier(folder: Path, r: int, num_blocks: int) -> Any:
         dtype=torch.float32,
     )
     config = SMoAConfig(
-        task_type=TaskType.SEQ_CLS,  # which trains and saves the head
+        task_type=TaskType.SEQ_CLS,  # PEFT then trains and saves the head
         r=r,
         num_blocks=num_blocks,
         target_modules=["query", "key", "value", "dense"],

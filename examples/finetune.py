@@ -12,8 +12,8 @@ import os
 
 # Read when the libraries are imported: everything is on disk already.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-# libgomp's idle threads spin 300,000 times before they sleep, 1,000 where it knows of more threads than cores. It does
-# not know of other programs: beside two busy ones a step took 5.4 s so, 3.8 s with the 1,000 (alone 1.4 and 1.6 s).
+# libgomp's idle threads spin 300,000 times before they sleep, or 1,000 times if it has more threads than cores. It does
+# not see other programs: beside two busy ones a step took 5.4 s, and 3.8 s with 1,000 spins (alone 1.4 and 1.6 s).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import json
@@ -52,7 +52,7 @@ def finetune(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 16,
     lr: Annotated[float | None, typer.Option(min=0, help=f"Peak learning rate. Default: {RATES}.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of initial values and the order of questions.")] = 0,
-    # Two names: torchrun takes a --r after the script's name for an abbreviation of its own options.
+    # Two names, because torchrun takes --r after the script's name as an abbreviation of its own options.
     r: Annotated[int, typer.Option("--r", "--rank", min=1, help="Rank budget of the adapter.")] = 8,
     num_blocks: Annotated[int | None, typer.Option(min=1, help="SMoA's blocks. Default: 2.")] = None,
     alpha: Annotated[float | None, typer.Option(help="The scaling is alpha / r. Default: r.")] = None,
@@ -89,7 +89,7 @@ def finetune(
 def load(
     options: SimpleNamespace, questions: list[Question], device: torch.device, team: Team
 ) -> tuple[str, PeftModel, Encoder]:
-    """Return a title, the model with its new adapter, and what makes tensors of the questions, all of them checked."""
+    """Return a title, the model with its new adapter, and the encoder of the questions, which are all checked."""
     targets = [name.strip() for name in options.target_modules.split(",")]
     config = adapter_config(
         options.method, options.r, targets, options.num_blocks, options.alpha, options.dropout

@@ -37,13 +37,13 @@ from transformers import (
 
 from smoa_kernels.peft import SMoAConfig
 
-# PEFT 0.21 reads it from every model; it is between PEFT and transformers to settle, no user can act on it.
+# PEFT 0.21 reads it from every model; only PEFT and transformers can change that, not a user.
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 CLASSES = sorted(trec.CLASSES.values())
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 PADDING, UNKNOWN = 0, 1
-LENGTH = 24  # words of a question that are read
+LENGTH = 24  # words per question
 
 
 def finetune(
@@ -65,7 +65,7 @@ def finetune(
     base = Qwen3MoeForSequenceClassification(model_config(len(words) + 2))
     frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     config = SMoAConfig(
-        task_type="SEQ_CLS",  # which trains and saves the head
+        task_type="SEQ_CLS",  # PEFT then trains and saves the head
         r=r,
         num_blocks=num_blocks,
         block_order=block_order,

@@ -1,4 +1,4 @@
-"""What a run was measured on."""
+"""The machine of a run."""
 
 import platform
 import re
@@ -31,7 +31,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the high-water mark so far: of the accelerator's memory, or of this process' resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where the rest of this example may still run on a GPU
+    import resource  # missing on Windows; a run on a GPU does not need it
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,4 +1,4 @@
-"""Models and data come with packages, which are not imported: their own dependencies are many."""
+"""Finds models and data inside installed packages, without importing these: they have many dependencies."""
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -9,9 +9,9 @@ def file_of(package: str, version: str, path: str, instead: str = "") -> Path:
 
     Args:
         package: its name.
-        version: what to install where it is missing.
-        path: of the file, inside.
-        instead: what the user could do in place of that, "" or ", or give --data".
+        version: to install if it is missing.
+        path: of the file, inside the package.
+        instead: an alternative for the user, "" or ", or give --data".
 
     Raises:
         FileNotFoundError: if the package is missing.

@@ -40,9 +40,9 @@ class Team:
     """The processes of a run, and which of them this one is.
 
     Attributes:
-        kind: how they share the work; ``None`` for one process alone.
+        kind: how they share the work; ``None`` for a single process.
         rank: of this process.
-        size: how many they are.
+        size: the number of processes.
     """
 
     kind: Kind | None = None
@@ -56,7 +56,7 @@ class Team:
 
     @property
     def shares(self) -> int:
-        """In how many parts a batch is cut."""
+        """The number of parts of a batch."""
         return 1 if self.kind == "tp" else self.size
 
     def share(self, batch: Sequence[T]) -> Sequence[T]:
@@ -64,8 +64,8 @@ class Team:
         return batch[self.rank % self.shares :: self.shares]
 
     def seed(self, seed: int, step: int) -> None:
-        """Seed dropout for a step, so that a resumed run draws what an uninterrupted one does; shares differ."""
-        # A hash of numbers is always the same.
+        """Seed dropout for a step, so that a resumed run draws the same masks; shares draw different ones."""
+        # Python's hash of numbers is the same in every process.
         torch.manual_seed(hash((seed, step, self.rank % self.shares)) % 2**63)
 
     def gather(self, *values: float) -> list[tuple[float, ...]]:
@@ -79,12 +79,12 @@ class Team:
         return [tuple(row.tolist()) for row in everyone]
 
     def leave(self) -> None:
-        """Part from the others."""
+        """Leave the process group."""
         if self.kind is not None:
             dist.destroy_process_group()
 
     def injecting(self) -> AbstractContextManager[None]:
-        """Within it the first process alone computes the spectra of the layers that are adapted."""
+        """A context in which only the first process computes the spectra of the adapted layers."""
         return nullcontext() if self.kind is None else shared_spectra()
 
     def spread(self, model: PeftModel) -> nn.Module:
@@ -106,7 +106,7 @@ class Team:
         return model
 
     def whole_adapter(self, model: PeftModel) -> dict[str, Any]:
-        """Return the adapter's tensors, whole, on the process that leads; all take part."""
+        """Return the adapter's whole tensors on the leading process; all processes must call it."""
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=self.kind is not None, ignore_frozen_params=True
         )
@@ -121,7 +121,7 @@ def _decoder_layers(model: PeftModel) -> nn.ModuleList:
 
 
 def _plan(model: PeftModel, size: int) -> dict[str, Any]:
-    """How transformers says that the model's layers are to be cut, by our styles."""
+    """transformers' plan for cutting the model's layers, with our styles."""
     base = model.get_base_model()
     config = base.config.get_text_config()
     plan = config.base_model_tp_plan or {}
@@ -157,6 +157,6 @@ def join(kind: Kind | None, device: torch.device) -> Team:
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Return this process's GPU where each of several on a machine is to have one."""
+    """Return this process's own GPU if several processes share a machine's GPUs."""
     local = os.environ.get("LOCAL_RANK")
     return torch.device("cuda", int(local)) if local and device == torch.device("cuda") else device

@@ -1,7 +1,7 @@
 """Questions with short answers: where they come from, how they are split, and how they become tensors.
 
-A question is answered by one token. That makes classification out of a language model without a new head: the
-prompt ends where the answer begins, and the model's scores of the answers' first tokens are compared.
+A question is answered by one token, so a language model classifies without a new head: the prompt ends where the answer
+begins, and the model's scores of the answers' first tokens are compared.
 """
 
 import json
@@ -38,7 +38,7 @@ class Splits(NamedTuple):
 
 
 def same_text(text: str) -> str:
-    """Return what two texts share that differ only in case and white space."""
+    """Normalise case and white space."""
     return " ".join(text.casefold().split())
 
 
@@ -63,7 +63,7 @@ def read_jsonl(path: Path) -> list[Question]:
 
 
 def read_lines(path: Path, read: Callable[[Any], T], form: str) -> Iterator[tuple[int, T]]:
-    """Yield what is read of each JSON line that is not empty, with the line's number.
+    """Yield the line number and the parsed value of each JSON line that is not empty.
 
     Raises:
         ValueError: if a line has another form; the message names it.
@@ -140,11 +140,11 @@ class Encoder:
                     f"the answers {other!r} and {answer!r} begin with the same token; reword one of them"
                 )
         self.answer_tokens = torch.tensor(list(owner))
-        # Padding is masked, so any token will do where a tokenizer has none of its own for it.
+        # Padding is masked, so any token serves if the tokenizer has none for padding.
         self.padding = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
     def _first_token(self, answer: str) -> int:
-        # Read off in context, as SentencePiece tokenizers mark the beginning of every text.
+        # Tokenized in context, because SentencePiece tokenizers mark the beginning of every text.
         before = self.tokenizer(":", add_special_tokens=False).input_ids
         whole = self.tokenizer(f": {answer}", add_special_tokens=False).input_ids
         if whole[: len(before)] != before or len(whole) == len(before):
@@ -152,7 +152,7 @@ class Encoder:
         return whole[len(before)]
 
     def check(self, questions: Sequence[Question]) -> None:
-        """See to it that :meth:`batch` will never fail in the middle of a run.
+        """Check all questions, so that :meth:`batch` cannot fail in the middle of a run.
 
         Raises:
             ValueError: if a prompt has no token, or more than the model takes.

@@ -27,7 +27,7 @@ QUESTIONS = [
 
 
 def on_a_cpu() -> dict[str, str]:
-    """What vLLM's build for CPUs asks for: its OpenMP loaded first, memory for the KV cache in GiB."""
+    """Variables for vLLM's CPU build: its OpenMP is loaded first; memory for the KV cache in GiB."""
     openmp = Path(sys.prefix, "lib", "libiomp5.so")
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return {**variables, "LD_PRELOAD": str(openmp)} if openmp.exists() else {}
@@ -35,10 +35,10 @@ def on_a_cpu() -> dict[str, str]:
 
 @contextmanager
 def server(base: str, adapter: str) -> Iterator[None]:
-    """Run the server that `vllm serve` runs (that command lacks in vllm-cpu) until it answers; stop it in the end.
+    """Run the server of `vllm serve` (vllm-cpu lacks that command), wait until it answers, and stop it in the end.
 
     Raises:
-        RuntimeError: it ended before it answered; what it said is on stderr.
+        RuntimeError: it ended before it answered; its output is on stderr.
     """
     options = "--served-model-name base --enable-lora --max-lora-rank 16 --max-model-len 512 --dtype float32"
     options += f" --enforce-eager --port {URL.rpartition(':')[2]} --lora-modules"

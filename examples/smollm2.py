@@ -32,8 +32,8 @@ def locate() -> tuple[Path, str]:
 def cached_model() -> Path:
     """Return the folder of the float32 copy, which is made the first time.
 
-    The copy is written beside its place and then renamed: an interrupted conversion leaves nothing that looks
-    like a model, and two conversions at once do not mix.
+    The copy is written beside its place and then renamed, so that an interrupted conversion leaves no partial model and
+    two conversions at once do not mix.
 
     Raises:
         FileNotFoundError: if the package is not installed.
@@ -60,7 +60,7 @@ def convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # The weights are plain floats now, yet these remains of the gguf make save_pretrained refuse.
+    # The weights are plain floats now, but save_pretrained refuses while these attributes of the gguf exist.
     del model.config.quantization_config, model.quantization_method, model.is_quantized, model.hf_quantizer
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

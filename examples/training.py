@@ -24,7 +24,7 @@ LINE_EVERY = 10  # steps
 
 @dataclass
 class TrainingRecord:
-    """What every step cost and reached."""
+    """Time, tokens and loss of every step."""
 
     loss: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Score:
 
 
 class StopRequest:
-    """Notes Ctrl-C (SIGINT) and SIGTERM instead of dying of them, so that no step and no save is cut in half.
+    """Records Ctrl-C (SIGINT) and SIGTERM instead of ending the process, so that no step or save is interrupted.
 
     ``signal`` is the number of the first one that came, or ``None``. Job schedulers often send a second one.
     """
@@ -139,8 +139,8 @@ def next_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     known = inspect.signature(bare.forward).parameters
     extra: dict[str, Any] = {}
     if "logits_to_keep" in known:  # without it the head would score every position of every prompt
-        # As an index, which every device takes, not as a number: a slice of positions is a view with gaps, for which
-        # torch's CPU code copies a frozen head's weight once a prompt.
+        # An index tensor, not a number: a slice of positions is a view with gaps, for which torch's CPU code copies a
+        # frozen head's weight once per prompt.
         extra["logits_to_keep"] = torch.tensor([-1])
     if "position_ids" in known:  # learned positions must not count the padding
         extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -213,10 +213,10 @@ def answer(
     batch_size: int,
     device: torch.device,
 ) -> list[str]:
-    """Return the model's answers: of all that occur in the data, the one whose first token scores highest."""
+    """Return the model's answers: those of the data's answers whose first token scores highest."""
     model.eval()
     answers = [""] * len(questions)
-    # Questions of like length share a batch, so that little padding is computed.
+    # Questions of similar length share a batch, so that there is little padding.
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]

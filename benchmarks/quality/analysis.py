@@ -1,4 +1,4 @@
-"""What the records say: accuracy by method and task, differences seed by seed, what validation chose."""
+"""Evaluates the records: accuracy by method and task, differences seed by seed, the rates that validation chose."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Mean(NamedTuple):
 def mean_of(*groups: Sequence[float]) -> Mean:
     """Return the mean of the groups' means, with Student's t interval.
 
-    The interval counts the spread within groups alone, pooled: it speaks of these groups (tasks), not of others that
+    The interval counts only the pooled spread within groups: it holds for these groups (tasks), not for others that
     might have been drawn.
     """
     means = [sum(group) / len(group) for group in groups]
@@ -66,7 +66,7 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 class Study:
-    """The records, as questions are asked of them.
+    """Statistics of the records.
 
     Args:
         records: as they were read from the file.
@@ -108,7 +108,7 @@ class Study:
         return {run["lr"]: run["accuracy"] for run in searched(self.records, task, method)}
 
     def plateau(self, task: str, method: str, points: float = 0.02) -> tuple[float, float]:
-        """The rates around the best one, next to each other in the grid, that lose at most so much on validation."""
+        """The range of adjacent rates around the best one that lose at most `points` on validation."""
         tried, best = self.tried(task, method), best_rate(self.records, task, method)
         if best is None:
             return math.nan, math.nan
@@ -121,6 +121,6 @@ class Study:
         return rates[low], rates[high]
 
     def average(self, task: str, method: str, field: str) -> float:
-        """Mean of a field of the runs on test; NaN where there is none, or where records did not say it yet."""
+        """Mean of a field of the runs on test; NaN if there is none, or if the records lack the field."""
         values = [run.get(field, math.nan) for run in self.finals(task, method)]
         return sum(values) / len(values) if values else math.nan

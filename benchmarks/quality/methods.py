@@ -1,4 +1,4 @@
-"""What is compared. Every method adapts the same layers, for as many steps, over the same learning rates."""
+"""The compared methods. All adapt the same layers for the same number of steps, over the same learning rates."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from smoa_kernels.peft.layer import SMoALayer
 
 Kind = Literal["none", "lora", "hira", "smoa"]
 RANK = 8
-# What every method tries; where the best is at an end, the search goes on along the ladder (`study.Slice.search`).
+# Every method tries these; if the best is at an end, the search goes on along the ladder (`study.Slice.search`).
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
 LADDER = (1e-4, 2e-4, 5e-4, 1e-3, *LEARNING_RATES, 1.0, 2.0)
-LEADING = (1, 8, 64)  # how many singular values of ΔW have their share of its energy kept
-ALL = "all"  # the modules that the study adapts where nothing else is said
+LEADING = (1, 8, 64)  # numbers of leading singular values of ΔW whose share of its energy is recorded
+ALL = "all"  # the modules that the study adapts by default
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Method:
         kind: whose adapter.
         r: rank budget.
         num_blocks: K, for SMoA.
-        random: SMoA with as large blocks of coordinates drawn by the run's seed, in place of the spectral ones.
+        random: SMoA with random blocks of the same sizes, drawn by the run's seed, in place of the spectral ones.
         block_order, granule: as in SMoAConfig.
-        scaling: what the update is multiplied by, alpha / r; HiRA has none.
-        kappa: where it is not 0, SMoA's update is multiplied by kappa / rms(W0) too, with `use_lora_rate`.
-        modules: which of the model's linear layers, by a name in its ``CutModel.targets``.
-        as_large: r is not as given, but what gives these modules as many parameters as ``r`` gives all of them.
+        scaling: factor of the update, alpha / r; HiRA has none.
+        kappa: if it is not 0, SMoA's update is also multiplied by kappa / rms(W0), with `use_lora_rate`.
+        modules: the adapted linear layers, by a name in ``CutModel.targets``.
+        as_large: whether to raise r until these modules have as many parameters as ``r`` gives all modules.
         rate_of: the method whose learning rate is taken; None to search for its own.
-        times: how many times that rate.
+        times: factor of that rate.
     """
 
     name: str
@@ -116,7 +116,7 @@ METHODS = (
     Method("granule 8 K=2", "smoa", num_blocks=2, granule=8),
 )
 _LORA, _SMOA, ORDERED = METHODS[1], METHODS[4], METHODS[12]
-# What one thing does, everything else as above. Which learning rate goes with which alpha:
+# Variations of one thing, everything else as above. Which learning rate goes with which alpha:
 SCALINGS = (
     *(replace(_SMOA, name=f"SMoA K=2, alpha={s}r", scaling=s) for s in (4, 16, 64)),
     *(replace(_SMOA, name=f"SMoA K={k}, alpha=16r", num_blocks=k, scaling=16) for k in (4, 8)),
@@ -128,7 +128,7 @@ RANKS = tuple(
     replace(_SMOA, name=f"SMoA K=2, r={r}, {rule}", r=r, scaling=(r / RANK) ** power, rate_of=_SMOA.name)
     for r in (4, 32) for rule, power in RULES.items()
 )  # fmt: skip
-# At LoRA's best rate, as it is: each K, rank and order; half and twice the factor; what is steady at twice the rate.
+# At LoRA's own best rate: each K, rank and order; half and twice the factor; and methods at twice the rate.
 AT_LORAS = (
     *(
         Method(f"SMoA K={k}, r={r}, LoRA's rate", "smoa", r=r, num_blocks=k, kappa=3 * k, rate_of=_LORA.name)
@@ -155,14 +155,14 @@ _COMPARED = tuple(method for method in METHODS if method not in _LARGE)
 SWEEPS = {"methods": _COMPARED, "larger": _LARGE, "alpha": SCALINGS, "rank": RANKS, "modules": MODULES}
 SWEEPS |= {"lora-rate": AT_LORAS, "steady": STEADY}
 BY_NAME = {method.name: method for sweep in SWEEPS.values() for method in sweep}
-# Which spectral method each random one is the ablation of.
+# The spectral method of each random one, its ablation.
 ABLATIONS = {"random K=2": "SMoA K=2", "random K=4, r=32": "SMoA K=4, r=32"}
-# Which spectral method has as many parameters as each one with another order.
+# The spectral method with as many parameters as each one with another order.
 ORDERS = {"contiguous K=2": "SMoA K=2", "contiguous K=4, r=32": "SMoA K=4, r=32", "granule 8 K=2": "SMoA K=2"}
 
 
 def width(model: nn.Module, pattern: str) -> int:
-    """Return how many parameters rank 1 costs in the linear layers whose names match."""
+    """Return the number of parameters that rank 1 takes in the linear layers whose names match."""
     layers = [m for name, m in model.named_modules() if re.fullmatch(pattern, name)]
     return sum(m.in_features + m.out_features for m in layers if isinstance(m, nn.Linear))
 
@@ -191,9 +191,9 @@ def shuffle_blocks(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def update_spectrum(model: nn.Module) -> dict[str, float]:
-    """Return what the singular values of ΔW are like, the mean over the layers; zeros where there is no adapter.
+    """Return statistics of the singular values of ΔW, means over the layers; zeros without an adapter.
 
-    "rank" and "effective_rank" are over the most that is possible; the latter is Roy and Vetterli's (2007),
+    "rank" and "effective_rank" are divided by the largest possible rank; the latter is Roy and Vetterli's (2007),
     `e^H(τ / Σ τ)` of the singular values τ, not of their energies. "energy_8" is the share of `Σ τ²` in the first 8.
     """
     found = []
@@ -201,7 +201,7 @@ def update_spectrum(model: nn.Module) -> dict[str, float]:
         if isinstance(layer, SMoALayer | HiraLayer | LoraLayer):
             adapter: Any = layer
             update = adapter.get_delta_weight("default").float()
-            if isinstance(layer, HiraLayer):  # PEFT gives the factor that W0 is modulated by
+            if isinstance(layer, HiraLayer):  # PEFT returns the factor that multiplies W0
                 update = update * adapter.base_layer.weight
             values = torch.linalg.svdvals(update)
             noise = values[0] * max(update.shape) * torch.finfo(values.dtype).eps

@@ -1,5 +1,5 @@
-"""The two models, cut below the layers that are adapted: what lies under them is frozen, so each question's way
-through it is computed once for all runs. Without dropout this changes no result, and saves most of the time."""
+"""The two models, cut below the adapted layers. The layers below are frozen, so each question passes through them once
+for all runs. Without dropout this changes no result, and it saves most of the time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .data import Choice
 from .methods import ALL
 
 PREFIX_BATCH = 32
-PROMPT = 1  # in a layout, where padding is 0 and answer k is k + 2
+PROMPT = 1  # in a layout; padding is 0 and answer k is k + 2
 LONGEST = 256  # tokens; nothing here has more
 MINILM_TARGETS = {
     ALL: r".*\.(query|key|value|dense)",
@@ -39,7 +39,7 @@ SMOLLM2_TARGETS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions as the adapted layers take them.
+    """Questions in the form that the adapted layers take.
 
     Shapes: ``hidden`` (questions, longest, width), ``layout`` (questions, longest) or (questions, longest, 2), see
     :meth:`CutModel.tokens`, ``labels`` (questions,).
@@ -51,12 +51,12 @@ class Batch:
 
 
 class Upper(nn.Module):
-    """The adapted layers and what reads the classes off them.
+    """The adapted layers and the head that scores the classes.
 
     Args:
         body: takes ``inputs_embeds`` and returns hidden states.
         head: scores the classes.
-        causal: whether the last position answers, of rows padded on the left; else it is the mean of all positions.
+        causal: whether the last position of left-padded rows is scored; otherwise the mean of all positions.
     """
 
     def __init__(self, body: nn.Module, head: nn.Linear, causal: bool) -> None:
@@ -72,7 +72,7 @@ class Upper(nn.Module):
         """Return the attention mask and the position of each token."""
         if not self.causal:
             return {"attention_mask": layout}
-        position = (layout.cumsum(-1) - 1).clamp(min=0)  # which does not count the padding
+        position = (layout.cumsum(-1) - 1).clamp(min=0)  # padding is not counted
         return {"attention_mask": layout, "position_ids": position, "use_cache": False}
 
     def forward(self, hidden: Tensor, layout: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ class Upper(nn.Module):
 
 
 class ChoiceUpper(Upper):
-    """The adapted layers of a language model that says how likely each answer of a question is.
+    """The adapted layers of a language model that scores the likelihood of each answer of a question.
 
-    A row holds the prompt and then every answer. An answer's tokens see the prompt and their own answer alone, and
-    stand where they would if the others were not there: one pass scores all answers as single ones would.
+    A row holds the prompt and then every answer. An answer's tokens see only the prompt and their own answer, at the
+    positions that they would have alone. So one pass gives the same scores as a pass per answer.
     """
 
     @property
@@ -105,7 +105,7 @@ class ChoiceUpper(Upper):
         longest = part.shape[1]
         seen = (mine == theirs) | (theirs == PROMPT)
         seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
-        # Causal, so a token stands after as many as it sees; padding, the same part for all, sees something too.
+        # Causal, so a token's position is the number of tokens that it sees. Padding also sees something, as one part.
         return {"attention_mask": seen[:, None], "position_ids": seen.sum(-1) - 1, "use_cache": False}
 
     def forward(self, hidden: Tensor, layout: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class ChoiceUpper(Upper):
 
 
 class CutModel:
-    """A model whose upper layers are adapted, and what it needs to answer.
+    """A model whose upper layers are adapted, with its tokenizer and classes.
 
     Args:
         lower: embeddings and frozen layers; its last hidden state is the upper layers' input.
@@ -152,7 +152,7 @@ class CutModel:
         self._known: dict[Question, tuple[Tensor, Tensor]] = {}
 
     def fresh(self, seed: int) -> Upper:
-        """Return the upper layers, with a head drawn from the seed where it is new; weights of the body are shared."""
+        """Return the upper layers, which share the body's weights; a new head is drawn from the seed."""
         torch.manual_seed(seed)
         model = copy.deepcopy(self.upper, {id(p): p for p in self.upper.body.parameters()})
         if self.new_head:
@@ -161,7 +161,7 @@ class CutModel:
         return model
 
     def batch(self, questions: Sequence[Question]) -> Batch:
-        """Look the questions up, or compute what is new, and pad."""
+        """Look the questions up, or compute new ones, and pad."""
         new = [question for question in questions if question not in self._known]
         for start in range(0, len(new), PREFIX_BATCH):
             self._compute(new[start : start + PREFIX_BATCH])
@@ -170,7 +170,7 @@ class CutModel:
         return Batch(self._pad(hidden), self._pad(layouts), labels)
 
     def label(self, question: Question) -> int:
-        """Return which of the scores is the right answer's."""
+        """Return the index of the right answer's score."""
         return self.classes.index(question.answer)
 
     def tokens(self, questions: Sequence[Question]) -> list[tuple[Tensor, Tensor]]:
@@ -208,7 +208,7 @@ class ChoiceModel(CutModel):
 
     def label(self, question: Question) -> int:
         """Return which of the scores is the right answer's."""
-        assert isinstance(question, Choice)  # what the tasks of such models read
+        assert isinstance(question, Choice)  # tasks of such models have only these
         return question.choices.index(question.answer)
 
     def tokens(self, questions: Sequence[Question]) -> list[tuple[Tensor, Tensor]]:
@@ -237,10 +237,10 @@ def vocabulary(answers: dict[str, list[int]]) -> list[int]:
 
 
 class Given(nn.Module):
-    """Stands where embeddings did: the hidden state comes ready."""
+    """Replaces the embeddings: the hidden state is given."""
 
     def forward(self, inputs_embeds: Tensor, **_: Any) -> Tensor:
-        """Return what was given."""
+        """Return the given hidden state."""
         return inputs_embeds
 
 
@@ -260,7 +260,7 @@ def cut_minilm(classes: Sequence[str], layers: int) -> CutModel:
 
 
 def cut_smollm2(classes: Sequence[str], layers: int) -> CutModel:
-    """SmolLM2-135M, its upper ``layers`` of 30 adapted. Of its vocabulary only the answers' first tokens are scored."""
+    """SmolLM2-135M, its upper ``layers`` of 30 adapted. Only the answers' first tokens are scored."""
     lower, body, embeddings, tokenizer = halves_of_smollm2(layers)
     encoder = Encoder(tokenizer, set(classes), LONGEST)
     upper = Upper(body, rows_of(embeddings, encoder.answer_tokens.tolist()), causal=True)
@@ -268,7 +268,7 @@ def cut_smollm2(classes: Sequence[str], layers: int) -> CutModel:
 
 
 def cut_smollm2_choices(classes: Sequence[str], layers: int) -> CutModel:
-    """The same for questions with answers of their own: scored are all tokens that occur in one."""
+    """The same for questions with answers of their own: all tokens that occur in answers are scored."""
     lower, body, embeddings, tokenizer = halves_of_smollm2(layers)
     tokens = vocabulary(answer_tokens(tokenizer, classes))
     upper = ChoiceUpper(body, rows_of(embeddings, tokens), causal=True)
@@ -276,7 +276,7 @@ def cut_smollm2_choices(classes: Sequence[str], layers: int) -> CutModel:
 
 
 def halves_of_smollm2(layers: int) -> tuple[nn.Module, nn.Module, Tensor, PreTrainedTokenizerBase]:
-    """The model below its upper layers, those, its embeddings (which are its head too) and its tokenizer."""
+    """The model's lower layers, its upper layers, its embeddings (also its head) and its tokenizer."""
     folder = smollm2.cached_model()
     lower, body = (AutoModel.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
     embeddings = body.embed_tokens.weight

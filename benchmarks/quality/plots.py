@@ -33,7 +33,7 @@ DASHES = {
 
 
 def colour(method: str) -> str:
-    """A method's colour: its family's, or another where its blocks are not the paper's."""
+    """A method's colour: its family's, or another if its blocks are not the paper's."""
     found = BY_NAME[method]
     if found.random:
         return RANDOM
@@ -43,7 +43,7 @@ def colour(method: str) -> str:
 
 
 def figures(study: Study) -> dict[str, str]:
-    """SVG text by the end of its file's name."""
+    """SVG text by suffix of the file's name."""
     alphas = [method.name for method in SCALINGS]
     scaled = [task for task in study.tasks if any(study.tried(task.name, name) for name in alphas)]
     drawn = {"accuracy": accuracy(study), "learning-rate": learning_rates(study, study.tasks, study.methods)}
@@ -65,7 +65,7 @@ def accuracy(study: Study) -> Figure:
                 axis.errorbar(
                     100 * mean.value, row, xerr=100 * spread, fmt="o", color=colour(name), capsize=3
                 )
-                if name != "none":  # which may lie far off, and is in the table
+                if name != "none":  # it may lie far off; the table has it
                     ends += [100 * (mean.value - spread), 100 * (mean.value + spread)]
                 if name == "LoRA":
                     axis.axvline(100 * mean.value, color=BASE["lora"], linewidth=0.8, alpha=0.5, zorder=0)
@@ -76,7 +76,7 @@ def accuracy(study: Study) -> Figure:
 
 
 def learning_rates(study: Study, tasks: Sequence[Task], names: Sequence[str]) -> Figure:
-    """Accuracy on validation by learning rate: a panel a task, a line a method that was tried there."""
+    """Accuracy on validation by learning rate: a panel per task, a line per method that was tried there."""
     figure, axes = _panels(tasks, "learning rate", sharey=False)
     for axis, task in zip(axes, tasks, strict=True):
         for name in names:

@@ -1,4 +1,4 @@
-"""``benchmarks/results/quality.md`` and its figures, from the records: page.md says the words, this the figures."""
+"""``benchmarks/results/quality.md`` and its figures, from the records: page.md has the words, this file the figures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).with_name("page.md")
 LORA, LORA_HALF, HALF = "LoRA", "LoRA, r=4", "SMoA K=2"
 EQUALS = ("SMoA K=2, r=16", "SMoA K=4, r=32", "SMoA K=8, r=64")  # as many parameters as LoRA
 RANDOM = [(ours, theirs) for theirs, ours in ABLATIONS.items()]
-# What the study is asked, and the two methods that answer it.
+# The study's questions, each with the two methods that answer it.
 QUESTIONS = (
     ("Half of the parameters, on average", HALF, LORA),
     ("Half of the parameters, against a LoRA of that size, on average", HALF, LORA_HALF),
@@ -31,15 +31,15 @@ QUESTIONS = (
     *(("Goal, spectral against random blocks", *pair) for pair in RANDOM),
     *(("Another order against the spectral one", *pair) for pair in ORDERS.items()),
 )
-# Beside LoRA at its own best rate, which they take, and beside the same SMoA at the best of eight.
+# SMoA at LoRA's best rate, beside LoRA and beside the same SMoA at its own best of eight rates.
 AT_LORAS = [
     (method.name, other)
     for method in SWEEPS["lora-rate"]
     for other in (LORA, method.name.partition(",")[0])
     if other in BY_NAME
 ]
-SPIKE = 1.5  # a loss so many times as large as the mean of the first ten
-ENOUGH = 3  # of five tasks: the goal was set before there was a sixth
+SPIKE = 1.5  # a spike is a loss above this multiple of the mean of the first ten
+ENOUGH = 3  # tasks of five; the goal was set before there was a sixth
 
 
 def generate(records: Path, folder: Path) -> list[Path]:
@@ -59,7 +59,7 @@ def generate(records: Path, folder: Path) -> list[Path]:
 
 
 def page(study: Study) -> str:
-    """The page's text. A section whose figures were not measured is left out."""
+    """The page's text. Sections without measured figures are left out."""
     by_task = {task.title: [task] for task in study.tasks}
     and_all = {**by_task, "all": study.tasks}
     left_out = {
@@ -148,7 +148,7 @@ def listed(rates: Iterable[float]) -> str:
 
 
 def machines(study: Study) -> str:
-    """What the runs were made with, and how many of them cannot be repeated from their commit alone."""
+    """The machines and versions of the runs, and how many of these cannot be repeated from their commit alone."""
     used = sorted({f"{r['machine']['device']}, {r['machine']['threads']} thread" for r in study.records})
     versions = ", ".join(f"{name} {v}" for name, v in study.records[-1]["machine"]["versions"].items())
     commits = sorted({r["commit"] for r in study.records})
@@ -210,7 +210,7 @@ def some_method_learned(study: Study, task: Task) -> bool:
 
 
 def not_run(study: Study) -> str:
-    """By method: the tasks on which it was not judged, and how many rates were tried on them all the same."""
+    """By method: the tasks on which it was not judged, and how many rates were tried on them."""
     lines = ["These combinations were not judged on test:\n"]
     for method in METHODS:
         holes = []
@@ -223,7 +223,7 @@ def not_run(study: Study) -> str:
 
 
 def fewer_rates(study: Study) -> str:
-    """The tasks whose methods shared fewer rates than the whole grid."""
+    """The tasks whose methods were tried on fewer rates than the whole grid."""
     said = ""
     for task in study.tasks:
         tried = [set(study.tried(task.name, name)) for name in study.methods if study.finals(task.name, name)]
@@ -247,7 +247,7 @@ def differences(study: Study, pairs: Sequence[Sequence[str]], columns: Mapping[s
 
 
 def protocol(study: Study) -> str:
-    """One row a task: what a run is, and what all of them cost."""
+    """One row per task: the settings of a run, and the cost of all runs."""
     rows = []
     for task in study.tasks:
         runs = [run for run in study.records if run["task"] == task.name]
@@ -291,7 +291,7 @@ def chosen(study: Study) -> str:
 
 
 def best(study: Study, task: str, name: str) -> str:
-    """The best learning rate, the plateau around it and its accuracy; one at the edge of what was tried is marked."""
+    """The best learning rate, the plateau around it and its accuracy; a rate at the edge of the grid is marked."""
     tried, rate = study.tried(task, name), best_rate(study.records, task, name)
     if rate is None or not study.finals(task, name):
         return "–"
@@ -301,7 +301,7 @@ def best(study: Study, task: str, name: str) -> str:
 
 
 def variants(sweep: str) -> dict[str, list[str]]:
-    """A sweep's methods by the one that they are variations of."""
+    """A sweep's methods, grouped by the method that they vary."""
     found: dict[str, list[str]] = {}
     for method in SWEEPS[sweep]:
         found.setdefault(method.base, []).append(method.name)
@@ -309,7 +309,7 @@ def variants(sweep: str) -> dict[str, list[str]]:
 
 
 def variations(study: Study, tasks: Sequence[Task], methods: Mapping[str, Sequence[str]]) -> str:
-    """Methods beside the one that they are variations of, task by task, and then over the tasks they were run on."""
+    """Methods beside the one that they vary, task by task, and then over the tasks they were run on."""
     rows: list[tuple[str, ...]] = []
     for base, names in methods.items():
         for task in tasks:
@@ -353,7 +353,7 @@ def steady(study: Study) -> str:
 
 
 def costs(study: Study, task: Task) -> str:
-    """One row a method: its size, the time of a step, and what the singular values of ΔW are like."""
+    """One row per method: its size, the time of a step, and statistics of the singular values of ΔW."""
     shares = {
         "rank": ("rank of ΔW", ".0%"),
         "effective_rank": ("effective rank", ".1%"),

@@ -1,4 +1,4 @@
-"""Runs as they are kept: one JSON object a line, appended under a lock, so that a run which is there is skipped."""
+"""The stored runs: one JSON object per line, appended under a lock, so that a finished run is skipped."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from filelock import FileLock
 
 from ..machine import commit, describe
 
-# What a run is: two runs that agree in these fields are the same run. Names are labels; what they stand for is here
-# too, so that a run is made anew where that has changed. The first are the same in all runs of a task, the second in
-# all of a method's in it.
+# Two runs that agree in these fields are the same run. Names are labels; the settings that they stand for are here too,
+# so that a run is repeated if they change. The first fields are the same in all runs of a task, the second in all runs
+# of a method on a task.
 OF_A_TASK = ("steps", "batch_size", "layers", "dtype", "data", "head_lr")
 OF_A_METHOD = ("r", "num_blocks", "random", "scaling", "kappa", "modules", "block_order", "granule")
 KEY = ("task", "method", "stage", "lr", "seed", *OF_A_TASK, *OF_A_METHOD)
-# As it was before records said so.
+# Values for records from before these fields existed.
 BEFORE = {"scaling": 1.0, "kappa": 0.0, "modules": "all", "block_order": "spectral", "granule": 1}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Read the records. A line that was cut short by a crash is passed over."""
+    """Read the records. A line that a crash cut short is skipped."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
@@ -33,12 +33,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def key_of(record: dict[str, Any]) -> dict[str, Any]:
-    """Return which run a record is of."""
+    """Return the fields that identify a record's run."""
     return {name: record[name] for name in KEY}
 
 
 def check_one_setting(records: Iterable[dict[str, Any]]) -> None:
-    """Refuse records of which some were made with other questions, or with another method of the same name.
+    """Refuse records if some were made with other questions, or with another method of the same name.
 
     Raises:
         ValueError: naming the task or the method, and what differs.
@@ -57,7 +57,7 @@ def check_one_setting(records: Iterable[dict[str, Any]]) -> None:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a run. Several processes may append to one file; what a crash left of a line is ended first."""
+    """Add a run. Several processes may append to one file; a line that a crash left unfinished is ended first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"), path.open("a+b") as file:
         file.seek(max(0, file.tell() - 1))

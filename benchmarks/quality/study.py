@@ -21,7 +21,7 @@ from .methods import BY_NAME, LADDER, LEARNING_RATES, METHODS, Method, update_sp
 from .models import CutModel
 from .tasks import TASKS, Task
 
-SEARCH_SEED = 1000  # no seed that is reported
+SEARCH_SEED = 1000  # differs from all reported seeds
 EVALUATION_BATCH = 64
 SMOKE_QUESTIONS = 40
 
@@ -38,7 +38,7 @@ def searched(records: Sequence[dict[str, Any]], task: str, method: str) -> list[
 def best_rate(records: Sequence[dict[str, Any]], task: str, method: str) -> float | None:
     """Return the learning rate that did best on validation, by accuracy and then by loss; None before any was tried.
 
-    Of a method that takes another one's rate, that rate, as many times as it says.
+    For a method that takes another one's rate: that rate times the method's factor.
     """
     tried = searched(records, task, method)
     best = max(tried, key=lambda r: (r["accuracy"], -r["evaluation_loss"]), default=None)
@@ -46,7 +46,7 @@ def best_rate(records: Sequence[dict[str, Any]], task: str, method: str) -> floa
 
 
 def rate_beyond(tried: Collection[float], best: float, ladder: Sequence[float] = LADDER) -> float | None:
-    """The rate beyond the best, where that is the least or the greatest of those tried and the ladder goes on."""
+    """The next rate on the ladder beyond the best, if the best is the least or greatest tried; else None."""
     at = ladder.index(best)
     beyond = {min(tried): at - 1, max(tried): at + 1}.get(best, -1)
     return ladder[beyond] if 0 <= beyond < len(ladder) else None
@@ -56,12 +56,12 @@ class Slice:
     """All runs of one task.
 
     Args:
-        task: which.
+        task: the task.
         path: the records' file. Runs that are in it are not repeated.
-        announce: is told of each run.
+        announce: called for each run.
         splits: other questions than the task's own, for tests.
         rates: learning rates to try.
-        further: whether to go on along the ladder while the best rate is the least or the greatest of those tried.
+        further: whether to go on along the ladder while the best rate is the least or the greatest tried.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Slice:
         self.provenance = store.provenance()
 
     def run(self, seeds: int, methods: Sequence[Method] = METHODS) -> None:
-        """Do what is missing, method by method."""
+        """Do the missing runs, method by method."""
         for method in methods:
             self.search(method)
             for seed in range(seeds):
                 self.final(method, seed)
 
     def search(self, method: Method) -> None:
-        """Try every learning rate on validation, and further ones. Where nothing is trained there is none to try."""
+        """Try every learning rate on validation, and further ones; none if nothing is trained."""
         if self._trains(method) and method.rate_of is None:
             for lr in self.rates:
                 self._once(method, "search", lr, SEARCH_SEED, self.splits.validation)
@@ -105,14 +105,14 @@ class Slice:
             self._once(method, "final", lr, seed, self.splits.test)
 
     def key(self, method: Method, stage: str, lr: float, seed: int) -> dict[str, Any]:
-        """What a run of this slice is."""
+        """The fields that identify a run of this slice."""
         sized = method.sized(self.model.upper, self.model.targets)
         run = {"task": self.task.name, "method": sized.name, "stage": stage, "lr": lr, "seed": seed}
         fixed = {"dtype": "float32", "data": self.digest}
         return store.key_of(vars(self.task) | vars(sized) | fixed | run)
 
     def _searches(self, method: Method) -> list[dict[str, Any]]:
-        """The records of the method's search, or of that whose rate it takes, as it would be made now."""
+        """The records of the method's search, or of that whose rate it takes, with the present settings."""
         wanted = self.key(BY_NAME[method.rate_of] if method.rate_of else method, "search", 0.0, SEARCH_SEED)
         return [r for r in store.read(self.path) if store.key_of(r) | {"lr": 0.0} == wanted]
 
@@ -149,13 +149,13 @@ def train_and_judge(
     adapter = [p for p in model.parameters() if p.requires_grad]
     for parameter in head:
         parameter.requires_grad_(True)
-    # By itself the head is what the rate is searched for; beside an adapter its rate is the same for all.
+    # Without an adapter the searched rate is the head's; with one the head has the same rate for all methods.
     head_lr = lr if method.kind == "none" else task.head_lr
     groups = [{"params": p, "lr": rate} for p, rate in ((adapter, lr), (head, head_lr)) if p]
     losses: list[float] = []
     seconds: list[float] = []
     if groups:
-        cut.batch(train)  # so that no step pays for it
+        cut.batch(train)  # outside the timed steps
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         rates = schedule(optimizer, task.steps)
         for questions in islice(shuffled(train, task.batch_size, seed), task.steps):
@@ -203,7 +203,7 @@ def judge(cut: CutModel, model: nn.Module, questions: Sequence[Question]) -> tup
 def run_share(
     task: str, records: Path, smoke: bool, rates: Sequence[float], seeds: int, methods: Sequence[str]
 ) -> None:
-    """Do some methods' runs of a task, on one thread. Here, since a spawned process cannot import from `__main__`."""
+    """Do some methods' runs of a task, on one thread. In this module: a spawned process cannot import `__main__`."""
     torch.set_num_threads(1)
     whole = TASKS[task]
     if smoke:

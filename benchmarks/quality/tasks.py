@@ -1,4 +1,4 @@
-"""The tasks: which questions, which model, how long a run is."""
+"""The tasks: questions, model, and length of a run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Task:
         name: on the command line and in records.
         title: for a person.
         read: its questions.
-        cut: cuts the model for these classes, so many layers from the top.
-        layers, of_layers: how many are adapted, of how many.
+        cut: cuts the model for given classes, a number of layers from the top.
+        layers, of_layers: the adapted layers, and all layers.
         model: its name.
         steps, batch_size: of every run.
-        head_lr: of the head that is new in every run, the same for all methods; 0 where there is none.
-        held_out: one question in so many is for validation, and as many for the test.
+        head_lr: of a new head, the same for all methods; 0 if there is none.
+        held_out: one question in so many is for validation, and as many are for the test.
         control: tests a condition of another task, so it has no part in averages over tasks.
     """
 
