@@ -131,7 +131,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
             kwargs: PEFT's. `strict_base`, where given (to `PeftModel.from_pretrained` too), wins over the file's.
 
         Raises:
-            TypeError: an argument has another type.
+            TypeError: an argument, or a value of the file, has another type; or the file has no `peft_type`.
             ValueError: the file is missing, is too large or has values or a format version that are not
                 allowed; or the weights beside it are a pickle, truncated, corrupt, of other ranks, or left by a save
                 that was killed. PEFT reads the configuration before it touches the model, so nothing has changed.
@@ -144,7 +144,8 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         strict_base = kwargs.pop("strict_base", None)
         if strict_base is not None:
             check_bool("strict_base", strict_base)
-        with naming(file) if file.is_file() else nullcontext():
+        # As a str: a TypeError stays one, which is what PEFT's callers catch.
+        with naming(str(file)) if file.is_file() else nullcontext():
             try:
                 config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
             except KeyError as error:  # an unknown method
