@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MAIN_JOB = RESULTS / "main-job"
-SERVING = RESULTS / "serving" / "summary.json"  # by `python -m benchmarks.serving`, entered by hand
+SERVING = RESULTS / "serving" / "summary.json"  # by `python -m benchmarks.serving --summary`
 METHODS = {"smoa": SMOA, "lora": LORA, "hira": HIRA}
 START, END = "<!-- written by python -m benchmarks.report: -->", "<!-- :written -->"
 

@@ -9,6 +9,7 @@ FOLDER gets adapters of BASE with random factors, made the first time (PEFT is n
 """
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -149,6 +150,7 @@ def main() -> None:
     parser.add_argument("--against-peft", action="store_true")
     parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--summary", type=Path, help="JSON file for the README's row")
     options = parser.parse_args()
     if options.predict:
         print_predicted()
@@ -185,6 +187,8 @@ def print_times(engine: Any, merged: Any, requests: dict[str, Any], options: arg
 
     from smoa_kernels.backends import resolve_backend
 
+    from .machine import cpu_name
+
     clock = time.process_time if options.processor_time else time.perf_counter
     loading = []
     for name in [f"{kind}-{i}" for kind in ("smoa4", "lora") for i in range(4)]:
@@ -217,11 +221,18 @@ def print_times(engine: Any, merged: Any, requests: dict[str, Any], options: arg
     )
     print("|---|---|---|---|---|")
     # The first round reads W0 and fills caches. Ratios are medians over rounds.
+    per_token = {}
     for name in cases:
         rows = list(zip(times[name][1:], times["merged"][1:], strict=True))
         ms = [1e3 * statistics.median(own[i] for own, _ in rows) for i in (0, 1)]
         ratios = [statistics.median(own[i] / other[i] for own, other in rows) for i in (0, 1)]
+        per_token[name] = ratios[0]
         print(f"| {name} | {ms[0]:.1f} | {ratios[0]:.2f} | {ms[1]:.0f} | {ratios[1]:.2f} |")
+    if options.summary:
+        found = {kind.rstrip("4-"): round(per_token[f"{kind}0, {SEQUENCES} sequences"], 3) for kind in kinds}
+        threads = 1 if options.processor_time else torch.get_num_threads()
+        summary = {"device": cpu_name(), "threads": threads, "token_over_merged": found}
+        options.summary.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     backend = resolve_backend("auto", torch.device("cpu"), getattr(torch, options.dtype), 2)
     print(f"\nThe operator's backend: {backend}. Loading, s: {', '.join(loading)}")
 

@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -67,6 +68,22 @@ def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
     assert_within_budget((y, *gradients), case, p)
+
+
+@needs_library
+def test_a_kept_adapter_follows_its_tensors_and_the_threads() -> None:
+    """Serving keeps an adapter, and its call, over many steps; factors, bias, tokens and threads may change between."""
+    p = on_cpu(tokens=130, out_features=200, in_features=96, ranks=(4, 8))
+    adapter, threads = adapter_of(p), torch.get_num_threads()
+    try:
+        for count, tokens, bias in ((1, 130, p.bias), (2, 7, None), (3, 130, None), (1, 1, p.bias)):
+            torch.set_num_threads(count)
+            adapter.B.mul_(-2)
+            y = backend.forward(p.x[:tokens], bias, adapter, "auto", None)
+            torch.testing.assert_close(y, backend.forward(p.x[:tokens], bias, replace(adapter), "auto", None))
+            assert adapter.layout.threads == count
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

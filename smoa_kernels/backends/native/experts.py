@@ -101,7 +101,7 @@ class _Calls:
         self.spans = [(e, slice(start, end)) for e, start, end in experts.spans(ends)]
         last = ends.tolist()
         self._pairs = (last or [0])[-1] if last == sorted(last) else -1
-        self.call = Call(threads=torch.get_num_threads())
+        self.call = Call()
         self.call.layer = Layer(
             rows, cols, KINDS[weight.dtype], *weight.stride()[1:], None,
             A.shape[1], KINDS[A.dtype], *A.stride()[1:], *B.stride()[1:], None, None,

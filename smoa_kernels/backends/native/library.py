@@ -108,7 +108,6 @@ class Call(ctypes.Structure):
             len(ranks), p.is_contiguous, ranks.data_ptr(), *(one.data_ptr() for one in (*index, *offsets)),
             scale * adapter.scaling.item(),
         )  # fmt: skip
-        call.threads = torch.get_num_threads()
         call._kept = [weight, A, B, ranks, index, offsets, mask]
         if mask is not None:
             call.keep = mask.kept.data_ptr()
@@ -152,7 +151,7 @@ class Call(ctypes.Structure):
                 kept[field] = tensor if tensor is None else tensor.contiguous()
         for field, tensor in kept.items():
             setattr(self, field, None if tensor is None else tensor.data_ptr())
-        self.tokens, self.dtype = len(tokens), KINDS[tokens.dtype]
+        self.tokens, self.dtype, self.threads = len(tokens), KINDS[tokens.dtype], torch.get_num_threads()
         function = getattr(library(), name)
         room = workspace(tokens, function(ctypes.byref(self)))
         self.workspace = room.data_ptr()
