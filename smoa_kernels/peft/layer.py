@@ -204,8 +204,12 @@ class SMoALayer(BaseWeight):
             getattr(self, key)[adapter_name].copy_(given[key])
         if settings is not None:
             self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
-        self._prepared.pop(adapter_name, None)  # its labels were copied in place, into the same object
-        self._ready(adapter_name)  # now, because the next forward may be compiled
+        # Labels were copied into the same object. They are unpacked now: the next forward may be compiled.
+        before, now = self._prepared.pop(adapter_name, None), self._ready(adapter_name)
+        if settings is not None and before is not None and before.partition == now.partition:
+            # A CUDA graph that a user captured reads these tensors. `hotswap` has compared the ranks.
+            self._prepared[adapter_name] = before
+            before.scaling.copy_(now.scaling)
 
     def state(self, adapter_name: str) -> dict[str, Tensor]:
         """An adapter's tensors by `STATE_KEYS`; computes its blocks if none were loaded."""

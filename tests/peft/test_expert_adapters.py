@@ -170,6 +170,14 @@ def test_two_adapters_of_different_weights(tokens, tmp_path):
     assert torch.equal(logits(loaded, tokens), outputs["down"])
 
 
+def test_trls_reference_is_a_copy(tokens):
+    model = adapt(tiny_experts())
+    expected = logits(model, tokens)
+    model.add_adapter("ref", model.peft_config["default"])
+    model.set_adapter("ref")
+    assert torch.equal(logits(model, tokens), expected)
+
+
 def test_beside_adapted_linear_layers_and_modules_that_are_saved(tokens, tmp_path):
     model = adapt(tiny_experts(), target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head", "gate"])
     trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}

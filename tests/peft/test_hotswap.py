@@ -31,6 +31,12 @@ def one_layer():
     return tiny_llama(num_hidden_layers=1)
 
 
+def operands_of(model):
+    """The addresses of scaling and indices, by layer."""
+    found = [layer.packed("default", layer.base_weight()) for layer in layer_list(model)]
+    return [(p.scaling.data_ptr(), p.ranks.data_ptr(), p.partition.row_index.data_ptr()) for p in found]
+
+
 @pytest.fixture
 def pair(tmp_path):
     """Two adapters of one shape with different factors, scaling and dropout."""
@@ -66,8 +72,10 @@ def test_all_that_a_layer_holds_is_exchanged(pair, tmp_path, tokens):
     first, second = pair
     model, expected = loaded(first), loaded(second)
     factors = [p.data_ptr() for p in model.parameters()]
+    operands = operands_of(model)
     hotswap(model, second)
     assert [p.data_ptr() for p in model.parameters()] == factors
+    assert operands_of(model) == operands  # a CUDA graph captured before reads these
     assert torch.equal(logits(model, tokens), logits(expected, tokens))
     for ours, theirs in zip(layer_list(model), layer_list(expected), strict=True):
         assert ours.scaling == theirs.scaling
