@@ -17,7 +17,7 @@ DEEPSPEED ?= .venv-deepspeed
 VLLM   ?= .venv-vllm
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line; not the PEFT tuner, nor what needs a model.
-CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py \
+CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmarks.py tests/test_quality.py tests/test_*_example.py \
           tests/test_bringup.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
 # Kernels compiled for each of these, and executed in the PTX emulator (tests/ptx_emulator).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -13,7 +12,7 @@ from . import ARCH, emulator
 from .driver import Argument, Kernel
 from .emulator import Launch
 
-__all__ = ["Change", "found", "found_when_broken", "run_ptx", "without"]
+__all__ = ["Change", "found", "found_when_broken", "run_ptx"]
 
 Change: TypeAlias = Callable[[str], str]
 
@@ -68,8 +67,3 @@ def found_when_broken(run: Callable[[], object], change: Change) -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulator, "program_of", broken)
         return found(run)
-
-
-def without(pattern: str) -> Change:
-    """A change that deletes all matches."""
-    return lambda text: re.sub(pattern, "", text)
