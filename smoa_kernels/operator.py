@@ -85,7 +85,7 @@ def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall
         algorithm: "auto" or one that the call's backend has.
         call: the other arguments.
     """
-    y: Tensor = _call(linear, _Linear, formula, x, bias, algorithm, *call.flatten())
+    y: Tensor = _linear(x, bias, algorithm, *call.flatten())
     return y
 
 
@@ -98,37 +98,26 @@ def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: Line
         needs_x: whether dX is needed.
         call: the forward's.
     """
-    return _call_backward(dy, x, needs_x, *call.flatten())
-
-
-def _call_backward(*args: Any) -> Gradients:
-    found: Gradients = _call(linear_backward, _LinearBackward, formula_gradients, *args)
+    found: Gradients = _linear_backward(dy, x, needs_x, *call.flatten())
     return found
-
-
-def _call(operator: Any, function: Any, formula: Callable[..., Any], *args: Any) -> Any:
-    """Call an operator: under `torch.func` through its autograd function, in forward mode through the formula."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return operator(*args)
-    return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
 
 
 # The operators' kernels
 
 
 def _forward(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
-    adapter, dropout, backend = LinearCall.unflatten(*flat)
-    check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
+    weight, *others = flat
     # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
-    adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
+    adapter, dropout, backend = LinearCall.unflatten(weight.to(x.dtype), *others)
+    check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
     bias = None if bias is None else bias.to(x.dtype)
     y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
     return _with_leading_dimensions(y, x)
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    adapter, dropout, backend = LinearCall.unflatten(*flat)
-    adapter = replace(adapter, weight=adapter.weight.to(dy.dtype))
+    weight, *others = flat
+    adapter, dropout, backend = LinearCall.unflatten(weight.to(dy.dtype), *others)
     rows = None if x is None else _as_matrix(x)
     dx, *factors = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
     dx = None if dx is None else _with_leading_dimensions(dx, dy)
@@ -229,7 +218,7 @@ class _Linear(torch.autograd.Function):
         """Gradients in x, bias, A and B."""
         x, *tensors = ctx.saved_tensors
         needs_x, needs_bias, _, _, needs_A, needs_B, *others = ctx.needs_input_grad
-        dx, dA, dB = _call_backward(dy, x, needs_x, *tensors, *ctx.settings)
+        dx, dA, dB = _linear_backward(dy, x, needs_x, *tensors, *ctx.settings)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
         factors = dA if needs_A else None, dB if needs_B else None
         return dx if needs_x else None, dbias, None, None, *factors, *[None] * len(others)
@@ -241,7 +230,7 @@ class _Linear(torch.autograd.Function):
         of_x, of_bias, _, *of_call = in_dims
         _check_seed(of_call)
         if of_x is not None and of_bias is None and _is_one_call(of_call, flat):
-            return _apply(_Linear, x.movedim(of_x, 0), bias, algorithm, *flat), 0
+            return _linear(x.movedim(of_x, 0), bias, algorithm, *flat), 0
 
         def one(x: Tensor, bias: Tensor | None, *tensors: Any) -> Tensor:
             return formula(x, bias, algorithm, *tensors, *flat[_TENSORS:])
@@ -295,7 +284,7 @@ class _LinearBackward(torch.autograd.Function):
             found = _batched(one, (of_dy, of_x, *of_call[:_TENSORS]))(dy, x, *flat[:_TENSORS])
             dims = 0, 0, 0
         if joined:
-            dx, *_ = _apply(_LinearBackward, dy.movedim(of_dy, 0), None, True, *flat)
+            dx, *_ = _linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
             found, dims = (dx, *found[1:]), (0, *dims[1:])
         return found, dims
 
@@ -318,10 +307,6 @@ def _batched(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> C
     return batched
 
 
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)
-
-
 # Registration
 
 
@@ -331,35 +316,43 @@ def register(
     *,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
-    function: type[torch.autograd.Function],
+    function: Any,
     formula: Callable[..., Any],
-) -> Any:
-    """Define an opaque operator with its shapes and its derivative; return a function that calls it.
+) -> tuple[Any, Callable[..., Any]]:
+    """Define an opaque operator with its shapes and its derivative; return it, and the function that Python calls.
 
-    `torch.library.register_autograd` searches the whole schema for each argument, a tenth of a small layer's time.
+    That function records the derivative before it calls the operator, so that the dispatcher converts the arguments
+    once. Compilers get the operator itself. `torch.library.register_autograd` searches the whole schema for each
+    argument.
 
     Args:
         library: of the namespace "smoa".
         schema: "name(arguments) -> results".
         kernel: computes it, on any device.
         fake: makes results of the right shapes and dtypes, without values.
-        function: calls :func:`below_autograd` and knows the derivative. Its arguments are the operator's.
+        function: the autograd function that calls :func:`below_autograd`. Its arguments are the operator's.
         formula: computes it in forward mode, or raises an error.
     """
     name = schema.partition("(")[0]
     library.define(schema)
     operator = getattr(torch.ops.smoa, name).default
     untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
+    unbound = _without_binding(function)
 
     def recorded(*args: Any) -> Any:
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        tangents = (forward_ad.unpack_dual(one).tangent for one in tensors)
         # The plain operator's result would have no tangent, which counts as zero.
-        if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             return formula(*args)
-        if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
-            return _apply(function, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return (function if torch._C._are_functorch_transforms_active() else unbound).apply(*args)
         return below_autograd(operator, *args)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if not torch._C._are_functorch_transforms_active():
+            return recorded(*args)
+        return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
 
     def opaque(*args: Any) -> Any:
         return (untraced if "torch._dynamo" in sys.modules else kernel)(*args)
@@ -367,7 +360,27 @@ def register(
     library.impl(name, opaque, "CompositeExplicitAutograd")
     library.impl(name, recorded, "Autograd")
     torch.library.register_fake(f"smoa::{name}", fake, lib=library)
-    return operator
+    return operator, call
+
+
+def _without_binding(function: Any) -> Any:
+    """The function for calls outside `torch.func`.
+
+    `apply` binds the arguments of one that has a `setup_context` to a signature, a third of the function's time.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    none = torch.autograd.Function.setup_context
+    members = {"forward": staticmethod(forward), "setup_context": staticmethod(none)}
+    return type(function.__name__, (function,), members)
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
@@ -377,7 +390,7 @@ def below_autograd(operator: Any, *args: Any) -> Any:
 
 
 _LIBRARY = torch.library.Library("smoa", "DEF")
-linear: Any = register(
+linear, _linear = register(
     _LIBRARY,
     f"linear(Tensor x, Tensor? bias, str algorithm, {_CALL}) -> Tensor",
     kernel=_forward,
@@ -385,7 +398,7 @@ linear: Any = register(
     function=_Linear,
     formula=formula,
 )
-linear_backward: Any = register(
+linear_backward, _linear_backward = register(
     _LIBRARY,
     f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
