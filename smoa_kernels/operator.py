@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -170,10 +171,9 @@ def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tenso
             "under dropout backend 'triton' has a gradient and nothing further (its mask is drawn inside the kernels): "
             "no second derivative, forward mode or batch; use backend='eager' or no dropout"
         )
-    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
-        ranks = torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype)
-        adapter = replace(adapter, ranks=ranks)
     adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
+    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
+        adapter.ranks = torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     y = reference.forward(_as_matrix(x), bias, adapter, "auto", dropout)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -235,7 +235,7 @@ class _Linear(torch.autograd.Function):
         def one(x: Tensor, bias: Tensor | None, *tensors: Any) -> Tensor:
             return formula(x, bias, algorithm, *tensors, *flat[_TENSORS:])
 
-        return _batched(one, (of_x, of_bias, *of_call[:_TENSORS]))(x, bias, *flat[:_TENSORS]), 0
+        return _vmap(one, (of_x, of_bias, *of_call[:_TENSORS]))(x, bias, *flat[:_TENSORS]), 0
 
 
 class _LinearBackward(torch.autograd.Function):
@@ -281,7 +281,7 @@ class _LinearBackward(torch.autograd.Function):
         found: Gradients = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
         dims: tuple[Any, ...] = None, None, None
         if needs_x or x is not None:
-            found = _batched(one, (of_dy, of_x, *of_call[:_TENSORS]))(dy, x, *flat[:_TENSORS])
+            found = _vmap(one, (of_dy, of_x, *of_call[:_TENSORS]))(dy, x, *flat[:_TENSORS])
             dims = 0, 0, 0
         if joined:
             dx, *_ = _linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
@@ -301,10 +301,8 @@ def _check_seed(of_call: Sequence[int | None]) -> None:
         )
 
 
-def _batched(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Callable[..., Any]:
-    # The seed is given, so every draw of a mask is the same.
-    batched: Callable[..., Any] = torch.vmap(function, in_dims, randomness="same")
-    return batched
+# The seed is given, so every draw of a mask is the same.
+_vmap: Any = partial(torch.vmap, randomness="same")
 
 
 # Registration
@@ -321,9 +319,8 @@ def register(
 ) -> tuple[Any, Callable[..., Any]]:
     """Define an opaque operator with its shapes and its derivative; return it, and the function that Python calls.
 
-    That function records the derivative before it calls the operator, so that the dispatcher converts the arguments
-    once. Compilers get the operator itself. `torch.library.register_autograd` searches the whole schema for each
-    argument.
+    That function records the derivative and then calls the operator, so that the dispatcher converts the arguments
+    once. Compilers get the operator itself. `torch.library.register_autograd` searches the schema for each argument.
 
     Args:
         library: of the namespace "smoa".
@@ -333,15 +330,15 @@ def register(
         function: the autograd function that calls :func:`below_autograd`. Its arguments are the operator's.
         formula: computes it in forward mode, or raises an error.
     """
-    name = schema.partition("(")[0]
-    library.define(schema)
+    name = library.define(schema)
     operator = getattr(torch.ops.smoa, name).default
     untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
-    unbound = _without_binding(function)
+    unbound = _without_binding(function, operator)
 
     def recorded(*args: Any) -> Any:
+        tangents = (forward_ad.unpack_dual(one).tangent for one in args if isinstance(one, Tensor))
         # The plain operator's result would have no tangent, which counts as zero.
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
             return formula(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return (function if torch._C._are_functorch_transforms_active() else unbound).apply(*args)
@@ -363,24 +360,19 @@ def register(
     return operator, call
 
 
-def _without_binding(function: Any) -> Any:
+def _without_binding(function: Any, operator: Any) -> Any:
     """The function for calls outside `torch.func`.
 
-    `apply` binds the arguments of one that has a `setup_context` to a signature, a third of the function's time.
+    `apply` binds the arguments of one that has a `setup_context` to a signature, half of the function's time.
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = function.forward(*args)
+        output = below_autograd(operator, *args)
         function.setup_context(ctx, args, output)
         return output
 
-    none = torch.autograd.Function.setup_context
-    members = {"forward": staticmethod(forward), "setup_context": staticmethod(none)}
-    return type(function.__name__, (function,), members)
-
-
-def _has_tangent(value: Any) -> bool:
-    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None
+    methods = {"forward": forward, "setup_context": torch.autograd.Function.setup_context}
+    return type(function.__name__, (function,), {name: staticmethod(one) for name, one in methods.items()})
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
