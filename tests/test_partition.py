@@ -68,14 +68,14 @@ def test_extreme_magnitudes_keep_the_order(scale: float) -> None:
 
 @pytest.mark.numerical
 def test_svd_takes_over_where_eigh_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(12, 30, dtype=torch.float64)
-    expected = BlockPartition.from_weight(weight, 4)
+    weights = torch.randn(3, 12, 30, dtype=torch.float64)
+    expected = BlockPartition.from_weight(weights[0], 4), BlockPartition.from_experts(weights, 4)
 
     def fails(*_: object) -> None:
         raise torch.linalg.LinAlgError("no convergence")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    assert BlockPartition.from_weight(weight, 4) == expected
+    assert (BlockPartition.from_weight(weights[0], 4), BlockPartition.from_experts(weights, 4)) == expected
 
 
 @pytest.mark.numerical

@@ -92,7 +92,8 @@ def partial_width(rank: int) -> int:
     return math.ceil(rank / PARTIAL_RANKS) * PARTIAL_RANKS
 
 
-def granule_of(granularity: int, shape: Sequence[int]) -> int:
+@functools.cache  # asked at every call of a layer
+def granule_of(granularity: int, shape: tuple[int, ...]) -> int:
     """Adjacent coordinates that kernels take as one: `GRANULE` where blocks and sides consist of so many, else 1."""
     return 1 if any(size % GRANULE for size in (granularity, *shape)) else GRANULE
 
