@@ -117,10 +117,9 @@ class SMoALayer(BaseWeight):
             raise ValueError(
                 f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
             ) from error
-        ranks, num_blocks = settings.ranks, settings.rule.num_blocks
+        rho, num_blocks = max(settings.ranks), settings.rule.num_blocks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, num_blocks
         self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
-        rho = max(ranks)
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
         size = blocks_size(self.out_features, self.in_features, num_blocks)
@@ -184,7 +183,7 @@ class SMoALayer(BaseWeight):
             adapter: the new factors, blocks and ranks. Its `weight` is not read: it may be quantised or offloaded.
             source: an adapter of this layer, whose sketch of W0 is copied.
         """
-        sketch = self._unpack(self.smoa_blocks[source]).sketch
+        sketch = unpack_blocks(self.smoa_blocks[source], self.out_features, self.in_features).sketch
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
         self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch)
@@ -222,9 +221,6 @@ class SMoALayer(BaseWeight):
         packed = self.smoa_blocks[adapter_name]
         packed.copy_(torch.stack([pack_blocks(*each) for each in blocks.matrices()]).view_as(packed))
         self._prepare(adapter_name, partition, ranks)
-
-    def _unpack(self, packed: Tensor) -> LayerBlocks | StackBlocks:
-        return unpack_blocks(packed, self.out_features, self.in_features)
 
     @torch.no_grad()
     def reset_adapter(self, adapter_name: str) -> None:
@@ -311,7 +307,7 @@ class SMoALayer(BaseWeight):
             if self.awaits_blocks(adapter_name):
                 self.initialize(adapter_name)
                 return self._prepared[adapter_name]
-            blocks = self._unpack(packed)
+            blocks = unpack_blocks(packed, self.out_features, self.in_features)
             return self._prepare(adapter_name, blocks.partition, blocks.ranks)
 
     def _prepare(self, adapter_name: str, partition: Any, ranks: Tensor) -> Prepared:
@@ -328,6 +324,16 @@ class SMoALayer(BaseWeight):
         ready = Prepared(packed, partition, ranks, scaling, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
+
+    def extra_repr(self) -> str:
+        """Show the shape, and K and r of each adapter."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        experts = [f"experts={count}" for count in self.stack]
+        adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
+        return ", ".join([*experts, shape, *adapters])
+
+    def __repr__(self) -> str:
+        return "smoa." + super().__repr__()
 
     def _cut(self, shard: LayerShard) -> None:
         """Compute from now on as one part of a layer whose parameters were sharded."""
@@ -354,13 +360,6 @@ class SMoALayer(BaseWeight):
     ) -> None:
         device = execution_device(self.innermost()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        # float8 is for storing W0, not for training factors: they stay in float32.
-        return device, None if dtype is not None and dtype.itemsize < 2 else dtype
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
