@@ -36,7 +36,8 @@ class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PE
         height, width = base_layer.block_size or weight.shape
         scales = scales.reshape(-(-weight.shape[0] // height), -1)
         of_rows = scales.repeat_interleave(height, dim=0)[: weight.shape[0]]
-        return of_rows.repeat_interleave(width, dim=1)[:, : weight.shape[1]].mul_(weight.float())
+        scale = of_rows.repeat_interleave(width, dim=1)[:, : weight.shape[1]]
+        return cast(Tensor, scale.mul_(weight.float()))
 
     def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
         """Refuse: only the model's loader can choose scales."""

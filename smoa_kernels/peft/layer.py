@@ -189,31 +189,23 @@ class SMoALayer(BaseWeight):
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch)
 
     @torch.no_grad()
-    def overwrite(
-        self, adapter_name: str, given: Mapping[str, Tensor], settings: LayerSettings | None = None
-    ) -> None:
+    def overwrite(self, adapter_name: str, given: Mapping[str, Tensor], settings: LayerSettings) -> None:
         """Copy an adapter of the same shapes over one of this layer's, in place.
 
         Args:
             adapter_name: the adapter that is overwritten.
             given: the new tensors by `STATE_KEYS`.
-            settings: the new adapter's; the old one's when None.
+            settings: the new adapter's.
         """
         for key in STATE_KEYS:
             getattr(self, key)[adapter_name].copy_(given[key])
-        if settings is not None:
-            self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
+        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         # Labels were copied into the same object. They are unpacked now: the next forward may be compiled.
         before, now = self._prepared.pop(adapter_name, None), self._ready(adapter_name)
-        if settings is not None and before is not None and before.partition == now.partition:
+        if before is not None and before.partition == now.partition:
             # A CUDA graph that a user captured reads these tensors. `hotswap` has compared the ranks.
             self._prepared[adapter_name] = before
             before.scaling.copy_(now.scaling)
-
-    def state(self, adapter_name: str) -> dict[str, Tensor]:
-        """An adapter's tensors by `STATE_KEYS`; computes its blocks if none were loaded."""
-        self._ready(adapter_name)
-        return {key: getattr(self, key)[adapter_name] for key in STATE_KEYS}
 
     def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
         given, shape = (partition, ranks, sketch.cpu()), (self.out_features, self.in_features)
@@ -333,7 +325,7 @@ class SMoALayer(BaseWeight):
         return ", ".join([*experts, shape, *adapters])
 
     def __repr__(self) -> str:
-        return "smoa." + super().__repr__()
+        return f"smoa.{super().__repr__()}"
 
     def _cut(self, shard: LayerShard) -> None:
         """Compute from now on as one part of a layer whose parameters were sharded."""

@@ -111,7 +111,11 @@ class Linear(SMoALayer, nn.Module):
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
         base, config, shard = self.innermost(), self.settings[names[0]].config, self._shard
-        settings = {"dropout_p": dropout_p, "algorithm": config.algorithm, "backend": config.backend}
+        settings: dict[str, Any] = {
+            "dropout_p": dropout_p,
+            "algorithm": config.algorithm,
+            "backend": config.backend,
+        }
         if self.quantization_backend is not None:
             adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
             return dequantized_linear(x, base, self._dequantize, adapter, **settings)

@@ -34,7 +34,7 @@ class _Weight(NamedTuple):
     rule: BlockRule
 
     @property
-    def count(self) -> int:
+    def decompositions(self) -> int:
         """The number of its decompositions."""
         return self.layer.stack[0] if self.layer.stack and self.rule.block_order == "spectral" else 1
 
@@ -76,7 +76,7 @@ def _sorted_at_once(weights: Mapping[Any, _Weight]) -> dict[Any, Any]:
     at_once = torch.get_num_threads()
     if not all(weight.layer.stack for weight in weights.values()):
         at_once = min(at_once, MAX_AT_ONCE)
-    total = sum(weight.count for weight in weights.values())
+    total = sum(weight.decompositions for weight in weights.values())
     # New threads inherit the setting of one thread. If they set it themselves, it would outlast them.
     with one_thread(), tqdm(total=total, desc="sorting weights", disable=total < MANY) as bar:
 
@@ -120,7 +120,7 @@ def _is_at_hand(layer: SMoALayer) -> bool:
 def _announce(stacks: Iterable[_Weight]) -> None:
     """Warn before the decompositions of experts if they take minutes."""
     stacks = list(stacks)
-    total = sum(weight.count for weight in stacks)
+    total = sum(weight.decompositions for weight in stacks)
     if total >= MANY:
         shapes = (sorted((each.layer.out_features, each.layer.in_features), reverse=True) for each in stacks)
         rows, cols = max(shapes, key=min)

@@ -51,12 +51,6 @@ def test_a_huge_configuration_is_not_read(world: World) -> None:
 READING: list[Row] = [
     (lambda w: inspect_adapter(w.folder / "none"), FileNotFoundError, "there is no adapter_config.json in"),
     (
-        lambda w: SMoAConfig().save_pretrained(str(w.folder / "config.json")),
-        ValueError,
-        "save_directory must be a folder, got the file",
-    ),
-    (lambda _: SMoAConfig().save_pretrained(3), TypeError, "save_directory must be a path, got 3"),  # type: ignore[arg-type]
-    (
         lambda _: SMoAConfig.from_pretrained(None),  # type: ignore[arg-type]
         TypeError,
         "pretrained_model_name_or_path must be a path, got None",

@@ -46,26 +46,6 @@ def test_adapters_share_blocks_where_their_rules_agree(llama, no_spectra):
     assert layer.partition("order").is_contiguous
 
 
-def test_patterns_choose_by_layer(llama):
-    model = adapt(
-        llama(),
-        target_modules=["q_proj", "up_proj", "down_proj"],
-        block_order="contiguous",
-        granule=2,
-        block_order_pattern={"up_proj": "spectral"},
-        granule_pattern={"down_proj": 4, "up_proj": 8},
-    )
-    for name, layer in layers(model).items():
-        kind = name.rpartition(".")[2]
-        expected = {
-            "q_proj": BlockRule(3, "contiguous", 2),
-            "up_proj": BlockRule(3, "spectral", 8),
-            "down_proj": BlockRule(3, "contiguous", 4),
-        }[kind]
-        assert layer.settings["default"].rule == expected
-        assert layer.partition("default") == expected.build(layer.base_weight())
-
-
 def test_a_tied_weight(llama, tokens, tmp_path):
     """An output layer that shares the embedding's weight: merging changes both, unmerging restores both."""
 

@@ -1,6 +1,7 @@
 """`smoa-kernels merge` and `merge_to_folder`: options, refusals, interruptions, files, and peak memory."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -111,6 +112,15 @@ def test_interrupted(at, folders, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         merge_to_folder(*folders, tmp_path / "out", max_shard_size="10KB", progress=interrupt)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_configuration_moves_last(folders, tmp_path, monkeypatch):
+    """Whoever kills a merge leaves a folder that is no model."""
+    moved, replace = [], os.replace
+    monkeypatch.setattr("os.replace", lambda file, place: moved.append(place.name) or replace(file, place))
+    merge_to_folder(*folders, tmp_path / "out", max_shard_size="10KB")
+    assert len(moved) > 3
+    assert moved.index("config.json") == len(moved) - 1
 
 
 def test_a_failed_write_names_the_place(folders, tmp_path, monkeypatch):

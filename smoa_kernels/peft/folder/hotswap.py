@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from ...adapter_folder.format import STATE_KEYS, LayerBlocks
+from ...adapter_folder.format import LayerBlocks
 from ...adapter_folder.reading import PREFIX, Adapter, read_adapter
 from ...checks import check_path, shown
 from ..config import SMoAConfig
@@ -58,14 +58,14 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
         )
     # For the model's name of each layer, its path in the base model, as in the file.
     paths = {name: name.replace(_COMPILED, "").removeprefix(PREFIX) for name in layers}
-    others = {path: path for path in adapter.layers.keys() - set(paths.values())}
-    given = {
-        f"{name}.{key}.{adapter_name}": adapter.tensors[f"{path}.{key}"]
-        for name, path in (paths | others).items()
-        for key in STATE_KEYS
-        if path in adapter.layers
+    names = {path: name for name, path in paths.items()}
+    # Keyed as the model's state dict is; a layer that the model has not keeps its path.
+    state = {
+        f"{names.get(path, path)}.{key}.{adapter_name}": tensor
+        for path in adapter.layers
+        for key, tensor in adapter.of_layer(path).items()
     }
-    check_adapter(model, adapter_name, given, strict_base=True)
+    check_adapter(model, adapter_name, state, strict_base=True)
     for name, layer in layers.items():
         _check_layer(name, layer, adapter_name, adapter, paths[name])
     for kept in ("algorithm", "backend", "inference_mode") if held is not None else ():
