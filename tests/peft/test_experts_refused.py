@@ -144,6 +144,15 @@ def test_a_weight_takes_one_active_adapter():
     assert torch.equal(logits(model, tokens), expected)
 
 
+def test_a_failed_second_adapter_leaves_the_first():
+    model = adapt(tiny_experts(), target_parameters=["experts.down_proj"])
+    before = snapshot(model)[0]
+    with pytest.raises(ValueError, match="num_blocks must be at most"):
+        model.add_adapter("other", config(num_blocks_pattern={"layers.1.mlp.experts.down_proj": 40}, r=64))
+    assert snapshot(model)[0] == before
+    assert list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
