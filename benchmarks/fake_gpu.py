@@ -4,17 +4,15 @@ Everything up to the launch is Triton's own code: binding and specialising the a
 the lookup. Nothing is compiled: a `FakeKernel` replaces the compiled kernel, so the driver's share of a launch is
 missing. The process must not interpret (`TRITON_INTERPRET`).
 
-    >>> gpu = install(devices=2)
-    >>> with gpu.on(1):
-    ...     kernel[(4,)](x, y, BLOCK=64)
+    >>> gpu = install()
+    >>> kernel[(4,)](x, y, BLOCK=64)
     >>> gpu.launches
-    [Launch(kernel='kernel', form=..., device=1, stream=101, ...)]
+    [Launch(kernel='kernel', form=..., device=0, stream=100, ...)]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -74,15 +72,6 @@ class FakeGpu:
     def stream(self, device: int) -> int:
         """The current stream of a device, another for each."""
         return 100 + device
-
-    @contextmanager
-    def on(self, device: int) -> Iterator[None]:
-        """Make a device the current one."""
-        before, self.current = self.current, device
-        try:
-            yield
-        finally:
-            self.current = before
 
     def exchange(self, device: int) -> int:
         """Make a device the current one; returns the one before. A negative number changes nothing."""

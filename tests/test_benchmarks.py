@@ -62,7 +62,6 @@ def test_a_ratio_is_taken_within_its_round() -> None:
     )
     assert drifting.ratio("ours") == Quartiles(2.0, 2.0, 2.0)
     assert drifting.ratio("ours", "lora").median == 2.0
-    assert drifting.added("ours").median == 2.0
     assert drifting.spread == pytest.approx((3.5 - 1.5) / 2.0)
     # The quartiles of [1, 1, 1, h, h] are 1 and h; the median is 1.
     for high, doubt in ((1.14, ""), (1.16, "noisy")):
@@ -340,7 +339,3 @@ def test_a_ratio_changed_where_ranges_are_apart_and_medians_more_than_five_perce
     assert f"Changed: {said}, 1 sizes." in found  # forward, backward and both
     assert f"| {TITLE} | peak | SMoA |" in found
     assert "Only in one of the runs: layer: gone." in found
-
-
-def test_a_slope_is_the_power() -> None:
-    assert tables.log_log_slope([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)
