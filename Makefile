@@ -245,9 +245,10 @@ audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs
 audit-smoke: $(BIN)/.dev ## one form of each kernel for three architectures
 	PYTHONPATH=tests $(BIN)/python -m audit --extent smoke $(ARGS)
 
-# Left out are tests whose kernels run in processes of their own, outside the emulator.
+# Left out are tests whose kernels run in processes of their own, outside the emulator. The second run is the contract of every backend.
 emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++
 	$(call emulated,tests/ptx_emulator tests/kernels $(addprefix --ignore tests/kernels/,test_specs.py test_launches.py))
+	$(call emulated,tests/test_contract.py tests/test_experts.py -k triton)
 
 emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,7 @@ from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-__all__ = ["FakeGpu", "Launch", "install"]
+__all__ = ["FakeDriver", "FakeGpu", "Form", "Launch", "install"]
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
@@ -53,6 +53,16 @@ class Launch:
     numbers: tuple[object, ...]
 
 
+class Form(NamedTuple):
+    """What Triton would compile a kernel with."""
+
+    kernel: JITFunction
+    signature: Any
+    constexprs: Any
+    attributes: Any
+    options: Any
+
+
 @dataclass
 class FakeGpu:
     """The state of the pretended driver.
@@ -61,12 +71,14 @@ class FakeGpu:
         devices: their number.
         current: the number of the current one.
         launches: the launches while `recording` was on.
+        forms: what would have been compiled, in order.
         recording: a benchmark turns it off, so that it does not time the list.
     """
 
     devices: int
     current: int = 0
     launches: list[Launch] = field(default_factory=list)
+    forms: list[Form] = field(default_factory=list)
     recording: bool = True
 
     def stream(self, device: int) -> int:
@@ -165,8 +177,9 @@ def install(devices: int = 1) -> FakeGpu:
     gpu = FakeGpu(devices)
 
     def compile_nothing(
-        self: Any, key: str, signature: object, device: int, constexprs: Any, options: Any, *rest: object
+        self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, *rest: Any
     ) -> FakeKernel:
+        gpu.forms.append(Form(self, signature, constexprs, rest[0], options))
         chosen = {path: value for path, value in constexprs.items() if self.params[path[0]].is_constexpr}
         constants = f"{chosen} {options.num_warps} {options.num_stages}"
         kernel = FakeKernel(gpu, self.fn.__name__, key, constants)

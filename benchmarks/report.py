@@ -98,7 +98,7 @@ def _run_page(run: Run) -> str:
     ]
     for heading, kind, phases in SECTIONS:
         results = run.select(kind)
-        blocks += [f"### {heading}", *(tables.ratios(run, results, phase) for phase in phases if results)]
+        blocks += [f"### {heading}", *(tables.ratios(run, results, name) for name in phases if results)]
         if kind == "experts" and results:
             blocks.append(tables.ratios(run, results, "both", over=LORA))
         blocks.append(tables.counted(run, results) if results else "Not measured in this run.")

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "smoa_kernels"
-PREFIX = "smoa_kernels/"
 
 
 def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -113,6 +112,7 @@ def test_metadata(wheel: Path) -> None:
     metadata = email.message_from_string(dist_info(wheel, "METADATA"))
     assert metadata["Name"] == "smoa-kernels"
     assert metadata["License-Expression"] == "Apache-2.0"
+    assert dist_info(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert metadata["Requires-Python"] == ">=3.10"
     core = {"torch", "filelock"}
     assert requirements(metadata, "", "Darwin") == core
@@ -127,11 +127,6 @@ def test_metadata(wheel: Path) -> None:
     ]
 
 
-def test_typing_and_licence_are_in_the_wheel(wheel: Path, names: list[str]) -> None:
-    assert "smoa_kernels/py.typed" in names
-    assert dist_info(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text(encoding="utf-8")
-
-
 def test_the_long_description_has_no_relative_link(wheel: Path) -> None:
     """PyPI has none of our files, so each link of the README leads to the version's tag or to another site."""
     metadata = email.message_from_string(dist_info(wheel, "METADATA"))
@@ -140,49 +135,35 @@ def test_the_long_description_has_no_relative_link(wheel: Path) -> None:
     text, readme = metadata.get_payload(), (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", text)
     assert len(found) == len(re.findall(r"\]\([^)]*\)", readme)) > 20
-    assert {"raw", "blob"} == {
-        check_link(url, bool(picture), f"{repository}/", f"v{metadata['Version']}/")
-        for picture, url in found
-        if not url.startswith("https://arxiv.org/")
-    }
+    for picture, url in found:
+        if not url.startswith("https://arxiv.org/"):
+            start = f"{repository}/{'raw' if picture else 'blob'}/v{metadata['Version']}/"
+            assert url.startswith(start), url
+            assert (ROOT / url.removeprefix(start).partition("#")[0]).is_file(), url
 
 
-def check_link(url: str, picture: bool, repository: str, tag: str) -> str:
-    """The kind of page, raw or blob, that a link to one of our files names."""
-    assert url.startswith(repository)
-    kind, _, path = url.removeprefix(repository).partition("/")
-    assert kind == ("raw" if picture else "blob")
-    assert path.startswith(tag)
-    assert (ROOT / path.removeprefix(tag).partition("#")[0]).is_file(), url
-    return kind
-
-
-def extra_of(name: str) -> str:
-    """The extra that a file of the package belongs to; empty for the core."""
-    path = name.removeprefix(PREFIX)
-    folder = path.split("/")[0]
-    return {"adapter_folder": "peft", "peft": "peft", "serving": "peft", "cli": "cli"}.get(folder, "")
+EXTRAS = {"adapter_folder": "peft", "peft": "peft", "serving": "peft", "cli": "cli"}
+"""The extra that a folder of the package belongs to; all others are the core."""
 
 
 @pytest.mark.parametrize("extra", ["peft", "cli", ""])
-def test_every_import_is_declared(wheel: Path, names: list[str], extra: str) -> None:
+def test_every_import_is_declared(wheel: Path, extra: str) -> None:
     """An undeclared package may be present through another one, but is missing on some machine."""
     metadata = email.message_from_string(dist_info(wheel, "METADATA"))
     allowed = requirements(metadata, extra, "Linux") | set(sys.stdlib_module_names)
     imported = set()
-    with zipfile.ZipFile(wheel) as archive:
-        for name in names:
-            if name.endswith(".py") and extra_of(name) == extra:
-                imported |= absolute_imports(archive.read(name).decode())
+    for path in PACKAGE.rglob("*.py"):
+        if EXTRAS.get(path.relative_to(PACKAGE).parts[0], "") == extra:
+            imported |= absolute_imports(path)
     # Known by name only, or optional: PEFT's classes are passed in, and torch brings Triton where it can.
     known = {"": {"peft", "transformers", "triton"}, "peft": {"vllm"}}.get(extra, set())
     assert imported
     assert imported - known <= allowed
 
 
-def absolute_imports(source: str) -> set[str]:
+def absolute_imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
