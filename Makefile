@@ -153,7 +153,7 @@ test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed te
 	$(BIN)/python -m pytest $(CORE) $(ARGS)
 
 trust: $(BIN)/.dev ## how much of its error budget each result uses, by backend and dtype (.benchmarks/trust.md)
-	$(BIN)/python tests/trust.py --out .benchmarks/trust.md $(ARGS)
+	$(BIN)/python -m pytest tests/test_contract.py -k test_results_in_every_dtype --trust .benchmarks/trust.md $(ARGS)
 
 soak: $(BIN)/.dev ## 2,000 training steps in bfloat16, also on the triton backend in the interpreter (35 min)
 	SMOA_SOAK_STEPS=2000 $(BIN)/python -m pytest -rP tests/test_soak.py $(ARGS)

@@ -12,6 +12,7 @@ missing. The process must not interpret (`TRITON_INTERPRET`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -24,7 +25,10 @@ from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-__all__ = ["FakeDriver", "FakeGpu", "Form", "Launch", "install"]
+from smoa_kernels import backends
+from smoa_kernels.kernels import architectures
+
+__all__ = ["FakeDriver", "FakeGpu", "Form", "Launch", "install", "pretend_cpu"]
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
@@ -164,6 +168,19 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
     def get_benchmarker(self) -> Any:
         """Refuse: nothing can be timed."""
         raise NotImplementedError("a pretended GPU times nothing")
+
+
+def pretend_cpu(arch: str, multiprocessors: int) -> None:
+    """Make smoa_kernels treat the CPU's tensors as those of a GPU of this architecture, for the life of the process.
+
+    Raises:
+        RuntimeError: the kernels were imported before this call.
+    """
+    if "smoa_kernels.kernels.spec" in sys.modules:
+        raise RuntimeError("the kernels must be imported after this")
+    architectures.architecture = lambda device: arch
+    architectures.multiprocessors = lambda device: multiprocessors
+    backends._device_obstacle = lambda device: None
 
 
 def install(devices: int = 1) -> FakeGpu:

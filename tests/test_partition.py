@@ -1,7 +1,5 @@
 """The spectral order and its blocks (docs/definition.md)."""
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,27 +92,6 @@ def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
     expected_rows, _ = svd_centroids(weight)
     others = [i for i in range(10) if i != 4]
     torch.testing.assert_close(row_score[others], expected_rows[others], rtol=1e-6, atol=1e-6)
-
-
-# Tests the CPU's threads, so it is not marked numerical.
-@pytest.mark.slow
-def test_thread_setting_is_restored_and_does_not_matter() -> None:
-    """It computes on one intra-op thread and restores the caller's setting, also after an error."""
-    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(3))
-    script = (
-        "import sys, torch; torch.set_num_threads(int(sys.argv[1]));"
-        "from smoa_kernels import BlockPartition;"
-        "w = torch.randn(200, 300, generator=torch.Generator().manual_seed(3));"
-        "p = BlockPartition.from_weight(w, 5);"
-        "assert torch.get_num_threads() == int(sys.argv[1]);"
-        "print(p.row_block.tolist(), p.col_block.tolist())"
-    )
-    outputs = {
-        subprocess.run([sys.executable, "-c", script, n], capture_output=True, text=True, check=True).stdout
-        for n in ("1", "2")
-    }
-    partition = BlockPartition.from_weight(weight, 5)
-    assert outputs == {f"{partition.row_block.tolist()} {partition.col_block.tolist()}\n"}
 
 
 @pytest.fixture

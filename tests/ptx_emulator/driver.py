@@ -39,7 +39,6 @@ class Kernel:
     name: str
     ptx: str
     num_warps: int
-    num_stages: int
     shared: int
     arch: int
 
@@ -78,7 +77,7 @@ def _launcher(launch: Launch) -> type:
                 if kind != "constexpr"
             ]
             m = self.metadata
-            kernel = Kernel(self.name, ptx, m.num_warps, m.num_stages, m.shared, m.target.arch)
+            kernel = Kernel(self.name, ptx, m.num_warps, m.shared, m.target.arch)
             launch(kernel, (x, y, z), arguments)
 
     return Launcher

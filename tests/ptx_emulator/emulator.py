@@ -57,10 +57,6 @@ class Launch:
     def errors(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.is_error]
 
-    @property
-    def warps(self) -> int:
-        return int(np.prod(self.grid)) * self.kernel.num_warps
-
 
 launches: list[Launch] = []
 """All launches so far; the reader clears the list."""
