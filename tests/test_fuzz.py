@@ -111,9 +111,7 @@ def test_triton(case: Case) -> None:
 
 def definition(p: LinearProblem) -> Tensor:
     """ΔW from the oracle."""
-    tensors = (p.weight, p.A, p.B, p.partition.row_block, p.partition.col_block)
-    found = c_oracle.delta_weight(*(t.double() for t in tensors), p.ranks, scaling=p.scaling)
-    return torch.from_numpy(found).to(DEVICE)
+    return torch.from_numpy(c_oracle.delta_weight(p)).to(DEVICE)
 
 
 class Layer(NamedTuple):

@@ -38,11 +38,8 @@ def by_reference(p: LinearProblem, dropout: Dropout | None = None) -> tuple[Any,
 
 def by_c(p: LinearProblem, dropout: Dropout | None = None) -> tuple[Any, ...]:
     """The same by the C code."""
-    adapter = (p.A, p.B, p.partition.row_block, p.partition.col_block, p.ranks)
-    options = {"scaling": p.scaling, "multiplier": None if dropout is None else dropout.multiplier(p.x)}
-    y = c_oracle.forward(p.x, p.weight, p.bias, *adapter, **options)
-    gradients = c_oracle.backward(p.dy, p.x, p.weight, *adapter, **options)
-    return c_oracle.delta_weight(p.weight, *adapter, scaling=p.scaling), y, *gradients
+    multiplier = None if dropout is None else dropout.multiplier(p.x)
+    return c_oracle.delta_weight(p), *c_oracle.run(p, multiplier)
 
 
 # Forward and backward

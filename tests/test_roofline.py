@@ -17,7 +17,6 @@ from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.tuning.gpus import GPUS, Gpu
 from smoa_kernels.tuning.roofline import (
     LAUNCH_SECONDS,
-    Part,
     Problem,
     backward_workspace,
     estimate,
@@ -39,11 +38,6 @@ def device(problem: Problem, way: str, gpu: Gpu = H100) -> float:
 
 def over_frozen(problem: Problem, way: str) -> float:
     return estimate(problem, H100, way).seconds() / estimate(problem, H100, "frozen").seconds()
-
-
-def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
-    (found,) = (p for p in parts(problem, way) if p.name == name and p.stage == stage)
-    return found
 
 
 def test_totals_by_hand() -> None:
@@ -111,34 +105,6 @@ def test_a_pass_takes_the_longer_of_host_and_device() -> None:
     assert few.seconds() == few.host_seconds() == pytest.approx(12 * LAUNCH_SECONDS)
     assert many.seconds() == pytest.approx(many.device_seconds())
     assert many.device_seconds() > many.host_seconds()
-
-
-def test_bytes_counted_by_hand() -> None:
-    """T=8, N=6, C=4, K=1, r=2 in float32, each pass written out."""
-    p = Problem(8, 6, 4, 1, 2, torch.float32)
-    size, x, y, w = 4, 8 * 4, 8 * 6, 6 * 4
-    assert part(p, "frozen", "base GEMM").bytes == size * (x + w + y)
-    assert part(p, "merged", "build W_eff").bytes == size * (2 * w + 2 * (6 + 4))
-    assert part(p, "lora", "h = x·Aᵀ").bytes == size * (x + 2 * 4 + 8 * 2)
-    assert part(p, "lora", "add to dX", "backward").bytes == size * 3 * x
-    assert part(p, "hira", "W0 ∘ BA").bytes == size * 3 * w
-    assert part(p, "split", "y, read to accumulate").bytes == size * y
-    # A gather reads x and writes the padded layout: one block of 4 columns padded to 64.
-    assert part(p, "split", "gather x").bytes == size * (x + 8 * 64)
-
-
-def test_bytes_in_place_by_hand() -> None:
-    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns. Copies are padded to 64."""
-    p = Problem(8, 32, 16, 2, 2, torch.float32, granule=8)
-    size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
-    scattered = replace(p, granule=1)
-    assert part(scattered, "split", "build ΔW blocks").bytes == size * (3 * blocks + factors)  # all of W0
-    assert part(scattered, "split", "block matmul").bytes == size * (8 * 2 * 64 + blocks + y)
-    assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
-    assert part(p, "split", "block matmul").bytes == size * (x + blocks + y)
-    partials = 4 * 4 * (32 + 16)  # float32, 4 ranks of padding, one tile on each side
-    found = part(p, "split", "block gradients", "backward")
-    assert found.bytes == size * (x + y + blocks + factors) + partials
 
 
 @pytest.mark.parametrize(
