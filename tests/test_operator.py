@@ -256,8 +256,9 @@ class NothingRead(TorchDispatchMode):
 
 def layer_of(kind: str, backend: str, dropout: float) -> nn.Module:
     torch.manual_seed(0)
-    if kind == "fused":
-        return FusedSMoALinear(40, 33, r=7, num_blocks=3, dropout=dropout, backend=backend)
+    if kind in ("auto", "split"):
+        options = {"dropout": dropout, "backend": backend, "algorithm": kind}
+        return FusedSMoALinear(40, 33, r=7, num_blocks=3, **options)
     peft = pytest.importorskip("peft", reason="needs the peft extra")
     from smoa_kernels.peft import SMoAConfig
 
@@ -273,7 +274,7 @@ def layer_of(kind: str, backend: str, dropout: float) -> nn.Module:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("tokens", [2, 20])  # the forms for few and for many tokens
 @pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["fused", "peft", "two adapters"])
+@pytest.mark.parametrize("kind", ["auto", "split", "peft", "two adapters"])
 def test_nothing_is_read_on_the_host(
     kind: str, backend: str, tokens: int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
