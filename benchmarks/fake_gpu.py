@@ -4,19 +4,21 @@ Everything up to the launch is Triton's own code: binding and specialising the a
 the lookup. Nothing is compiled: a `FakeKernel` replaces the compiled kernel, so the driver's share of a launch is
 missing. The process must not interpret (`TRITON_INTERPRET`).
 
-    >>> gpu = install()
-    >>> kernel[(4,)](x, y, BLOCK=64)
+    >>> gpu = install(devices=2)
+    >>> with gpu.on(1):
+    ...     kernel[(4,)](x, y, BLOCK=64)
     >>> gpu.launches
-    [Launch(kernel='kernel', form=..., device=0, stream=100, ...)]
+    [Launch(kernel='kernel', form=..., device=1, stream=101, ...)]
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -25,10 +27,7 @@ from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from smoa_kernels import backends
-from smoa_kernels.kernels import architectures
-
-__all__ = ["FakeDriver", "FakeGpu", "Form", "Launch", "install", "pretend_cpu"]
+__all__ = ["FakeGpu", "Launch", "install"]
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
@@ -57,16 +56,6 @@ class Launch:
     numbers: tuple[object, ...]
 
 
-class Form(NamedTuple):
-    """What Triton would compile a kernel with."""
-
-    kernel: JITFunction
-    signature: Any
-    constexprs: Any
-    attributes: Any
-    options: Any
-
-
 @dataclass
 class FakeGpu:
     """The state of the pretended driver.
@@ -75,19 +64,26 @@ class FakeGpu:
         devices: their number.
         current: the number of the current one.
         launches: the launches while `recording` was on.
-        forms: what would have been compiled, in order.
         recording: a benchmark turns it off, so that it does not time the list.
     """
 
     devices: int
     current: int = 0
     launches: list[Launch] = field(default_factory=list)
-    forms: list[Form] = field(default_factory=list)
     recording: bool = True
 
     def stream(self, device: int) -> int:
         """The current stream of a device, another for each."""
         return 100 + device
+
+    @contextmanager
+    def on(self, device: int) -> Iterator[None]:
+        """Make a device the current one."""
+        before, self.current = self.current, device
+        try:
+            yield
+        finally:
+            self.current = before
 
     def exchange(self, device: int) -> int:
         """Make a device the current one; returns the one before. A negative number changes nothing."""
@@ -95,6 +91,23 @@ class FakeGpu:
         if device >= 0:
             self.current = device
         return before
+
+
+def pretend_cpu(arch: str, multiprocessors: int) -> None:
+    """Make smoa_kernels treat the CPU's tensors as those of a GPU of this architecture, for the life of the process.
+
+    Raises:
+        RuntimeError: the kernels were imported before this call.
+    """
+    if "smoa_kernels.kernels.spec" in sys.modules:
+        raise RuntimeError("the kernels must be imported after this")
+    from smoa_kernels import backends
+    from smoa_kernels.kernels import architectures
+
+    answers = {"architecture": arch, "multiprocessors": multiprocessors}
+    for name, answer in answers.items():
+        setattr(architectures, name, lambda device, answer=answer: answer)
+    setattr(backends, "_device_obstacle", lambda device: None)  # noqa: B010  # mypy knows it as a function
 
 
 class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows nothing
@@ -170,19 +183,6 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
         raise NotImplementedError("a pretended GPU times nothing")
 
 
-def pretend_cpu(arch: str, multiprocessors: int) -> None:
-    """Make smoa_kernels treat the CPU's tensors as those of a GPU of this architecture, for the life of the process.
-
-    Raises:
-        RuntimeError: the kernels were imported before this call.
-    """
-    if "smoa_kernels.kernels.spec" in sys.modules:
-        raise RuntimeError("the kernels must be imported after this")
-    architectures.architecture = lambda device: arch
-    architectures.multiprocessors = lambda device: multiprocessors
-    backends._device_obstacle = lambda device: None
-
-
 def install(devices: int = 1) -> FakeGpu:
     """Make the pretended driver Triton's active one, and tell torch of as many H100s, for the life of the process.
 
@@ -194,9 +194,8 @@ def install(devices: int = 1) -> FakeGpu:
     gpu = FakeGpu(devices)
 
     def compile_nothing(
-        self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, *rest: Any
+        self: Any, key: str, signature: object, device: int, constexprs: Any, options: Any, *rest: object
     ) -> FakeKernel:
-        gpu.forms.append(Form(self, signature, constexprs, rest[0], options))
         chosen = {path: value for path, value in constexprs.items() if self.params[path[0]].is_constexpr}
         constants = f"{chosen} {options.num_warps} {options.num_stages}"
         kernel = FakeKernel(gpu, self.fn.__name__, key, constants)

@@ -9,17 +9,13 @@ The code under test is the package's own and Triton's.
     python tests/launches.py remembered
     python tests/launches.py hooks
     python tests/launches.py "short way"
-    python tests/launches.py "first step"
-    python tests/launches.py "first step in seconds"    # compiles what the step compiles, for sm_90
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,19 +29,16 @@ import triton
 from audit.forms import representative
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from benchmarks.fake_gpu import FakeGpu, FakeKernel, Form, install
+from benchmarks.fake_gpu import FakeGpu, FakeKernel, install
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import experts_triton
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.kernels import KERNELS, table
+from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import short_way
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table
@@ -55,9 +48,7 @@ from smoa_kernels.tuning.plan import job
 BF16 = torch.bfloat16
 RANK, BLOCKS = 16, 4
 TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)
-STEP, SHORTER = 4096, (4000, 3072, 2500)  # tokens of a batch, and of others that are a little shorter
-# (N, C) of the linear layers of Llama-3-8B; of Llama-3.2-1B and of SmolLM2-135M.
-LLAMA_8B = (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)
+# (N, C) of the linear layers of Llama-3.2-1B and of SmolLM2-135M.
 MODELS = {
     "Llama-3.2-1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
     "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
@@ -272,45 +263,6 @@ def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
     return found
 
 
-def first_step(gpu: FakeGpu) -> dict[str, dict[str, Any]]:
-    """How many forms the first training step of Llama-3-8B's layers compiles, and how many other lengths add to them.
-
-    The base is bf16, the factors are float32, as PEFT keeps them.
-    """
-
-    def step(granule: int, tokens: int) -> None:
-        for shape in LLAMA_8B:
-            for name, call in passes(adapter(*shape, "cuda:0", torch.float32, granule), tokens):
-                if name in ("auto", "backward"):
-                    call()
-
-    found: dict[str, dict[str, Any]] = {}
-    for order, granule in (("spectral", 1), ("granules of 8", 8)):
-        table.forget()
-        for kernel in KERNELS.values():
-            kernel.fn.device_caches.clear()
-        gpu.forms.clear()
-        step(granule, STEP)
-        first = gpu.forms[:]
-        for tokens in SHORTER:
-            step(granule, tokens)
-        found[order] = {"forms": len(first), "more for other lengths": len(gpu.forms) - len(first)}
-        if "seconds" in sys.argv[1]:
-            with unset_fake_temporarily():
-                found[order]["seconds"] = sum(map(seconds, first))
-    return found
-
-
-def seconds(form: Form) -> float:
-    """Compiles a form from an empty cache; returns the seconds of processor time, the assembler's included."""
-    start = sum(os.times()[:4])
-    source = ASTSource(form.kernel, form.signature, form.constexprs, form.attributes)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(vars(form.options)))
-    return sum(os.times()[:4]) - start
-
-
 if __name__ == "__main__":
     pretended = install(devices=2)
     with FakeTensorMode():
@@ -320,7 +272,5 @@ if __name__ == "__main__":
             "remembered": remembered,
             "hooks": hooks,
             "short way": without_short_way,
-            "first step": first_step,
-            "first step in seconds": first_step,
         }[sys.argv[1]]
         print(json.dumps(what(pretended)))

@@ -1,5 +1,6 @@
 """`smoa-kernels plan` and its model: totals that can be counted by hand, and the page with the results."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from smoa_kernels.cli import main
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.scaling import METHODS, Scale, predict, tensor_parallel_size
+from smoa_kernels.tuning.scaling import METHODS, PARALLEL, WHOLE, Scale, predict, tensor_parallel_size
 
 H100 = GPUS["h100"]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
@@ -29,6 +30,12 @@ def plans(model: str, gpus: int, parallel: str, **options: int) -> dict:
 )
 def test_counts_published_parameters(model: str, parameters: int) -> None:
     assert plans(model, 1, "ddp")["full"].trained_parameters == parameters
+
+
+def test_one_gpu_sends_nothing_however_it_is_called() -> None:
+    for parallel, model in itertools.product(PARALLEL, WHOLE):
+        for plan in plans(model, 1, parallel).values():
+            assert plan.total_traffic == 0 < plan.total_memory
 
 
 def test_ddp_sends_the_factors_bytes_twice_around() -> None:
