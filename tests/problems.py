@@ -16,7 +16,7 @@ from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
 from smoa_kernels.backends import BACKEND_CHOICES, algorithms_of, resolve_backend
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout
-from smoa_kernels.definition.packed import padding_masks
+from smoa_kernels.definition.packed import PackedAdapter, padding_masks, scaling_tensor
 from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
 from smoa_kernels.kernels.spec import padding_multiple
 
@@ -143,6 +143,12 @@ class LinearProblem:
         """ΔW by the definition, in the problem's dtype."""
         adapter = (self.A, self.B, self.partition, self.ranks)
         return reference_delta_weight(self.weight, *adapter, scaling=self.scaling)
+
+    def adapter(self, place: Callable[[Tensor], Tensor] = lambda t: t) -> PackedAdapter:
+        """The packed adapter; each of its matrices passes through `place` (strides, guards)."""
+        matrices = map(place, (self.weight, self.A, self.B))
+        scaling = scaling_tensor(self.scaling, self.weight.device)
+        return PackedAdapter(*matrices, self.partition, self.ranks, scaling)
 
     def layer(self, **settings: object) -> FusedSMoALinear:
         """A layer made from these tensors; its blocks come from W0's spectrum unless `partition` is given."""

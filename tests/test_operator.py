@@ -349,7 +349,7 @@ BY_INDEX = {
 
 def copies(p: LinearProblem, case: Case) -> set[str]:
     """The operators that reorder rows or columns in forward and backward."""
-    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, torch.tensor(p.scaling))
+    adapter = p.adapter()
     backend, dropout = load_backend(case.backend), case.dropout
     with Made() as made:
         backend.forward(p.x, p.bias, adapter, "split" if dropout else case.algorithm, dropout)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import eager
-from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.ranks import trainable_parameters
 
 pytestmark = pytest.mark.numerical
@@ -26,12 +25,8 @@ FLOAT64 = (torch.float64,)
 SOME = settings(max_examples=100, deadline=None)
 
 
-def adapter(p: LinearProblem) -> PackedAdapter:
-    return PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, p.x.device))
-
-
 def delta(p: LinearProblem) -> Tensor:
-    return eager.delta_weight(adapter(p))
+    return eager.delta_weight(p.adapter())
 
 
 def rank(matrix: Tensor) -> int:
@@ -107,7 +102,7 @@ def test_the_update_never_leaves_the_diagonal_blocks(p: LinearProblem) -> None:
     inside = p.partition.row_block[:, None] == p.partition.col_block
     outside = delta(p)[~inside]
     assert torch.equal(outside, torch.zeros_like(outside))
-    assert torch.equal(eager.modulated_weight(adapter(p))[~inside], p.weight[~inside])
+    assert torch.equal(eager.modulated_weight(p.adapter())[~inside], p.weight[~inside])
     adapted = p.ranks[p.partition.row_block.long()] > 0
     assert bool((delta(p)[inside & adapted[:, None]] != 0).all())
 
