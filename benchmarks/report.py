@@ -96,9 +96,9 @@ def _run_page(run: Run) -> str:
         "**A smoke run: tiny sizes, its figures mean nothing.**" if run.machine["smoke"] else "",
         *([] if run.on_gpu else ["### Goals", tables.goals(run)]),
     ]
-    for heading, kind, phases in SECTIONS:
+    for heading, kind, shown in SECTIONS:
         results = run.select(kind)
-        blocks += [f"### {heading}", *(tables.ratios(run, results, name) for name in phases if results)]
+        blocks += [f"### {heading}", *(tables.ratios(run, results, phase) for phase in shown if results)]
         if kind == "experts" and results:
             blocks.append(tables.ratios(run, results, "both", over=LORA))
         blocks.append(tables.counted(run, results) if results else "Not measured in this run.")
