@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 import typer
 from torch import nn
 
-from benchmarks import readme
+from benchmarks import machine, readme
 from benchmarks.compare import main as compare
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.goals import GOALS
@@ -216,9 +217,9 @@ def layer(
 
 
 def make_run(*results: Result, device: str = "AMD EPYC", smoke: bool = False) -> Run:
-    machine = {"device": device, "measured_on": "CPU", "cpu": "AMD EPYC", "cores": 2, "threads": 1}
-    machine |= {"smoke": smoke, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13.0"}}
-    return Run(machine, "abcdef0123", "2026-01-02", results)
+    known = {"device": device, "measured_on": "CPU", "cpu": "AMD EPYC", "cores": 2, "threads": 1}
+    known |= {"smoke": smoke, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13.0"}}
+    return Run(known, "abcdef0123", "2026-01-02", results)
 
 
 def test_readme_and_results_are_what_the_kept_runs_say() -> None:
@@ -274,6 +275,24 @@ def test_only_a_finished_job_at_the_defaults_is_kept(
     with pytest.raises(ValueError, match=re.escape(words)):
         main([path], out=tmp_path)
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_commit_says_whether_code_was_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger results do not count as a change of code."""
+    code, results = tmp_path / "benchmarks" / "code.py", tmp_path / "benchmarks" / "results" / "runs.jsonl"
+    results.parent.mkdir(parents=True)
+    for path in (code, results):
+        path.write_text("1\n")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -q -m c"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(machine, "__file__", str(code))
+    commit = machine.commit()
+    results.write_text("2\n")
+    assert machine.commit() == commit
+    code.write_text("2\n")
+    assert machine.commit() == commit + machine.EDITED
 
 
 def test_a_processor_is_named_with_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
