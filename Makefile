@@ -153,7 +153,7 @@ test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed te
 	$(BIN)/python -m pytest $(CORE) $(ARGS)
 
 trust: $(BIN)/.dev ## how much of its error budget each result uses, by backend and dtype (.benchmarks/trust.md)
-	$(BIN)/python tests/trust.py --out .benchmarks/trust.md $(ARGS)
+	$(BIN)/python -m pytest tests/test_contract.py -k test_results_in_every_dtype --trust .benchmarks/trust.md $(ARGS)
 
 soak: $(BIN)/.dev ## 2,000 training steps in bfloat16, also on the triton backend in the interpreter (35 min)
 	SMOA_SOAK_STEPS=2000 $(BIN)/python -m pytest -rP tests/test_soak.py $(ARGS)
@@ -245,9 +245,10 @@ audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs
 audit-smoke: $(BIN)/.dev ## one form of each kernel for three architectures
 	PYTHONPATH=tests $(BIN)/python -m audit --extent smoke $(ARGS)
 
-# Left out are tests whose kernels run in processes of their own, outside the emulator.
+# Left out are tests whose kernels run in processes of their own, outside the emulator. The second run is the contract of every backend.
 emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++
 	$(call emulated,tests/ptx_emulator tests/kernels $(addprefix --ignore tests/kernels/,test_specs.py test_launches.py))
+	$(call emulated,tests/test_contract.py tests/test_experts.py -k triton)
 
 emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)

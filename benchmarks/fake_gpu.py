@@ -13,6 +13,7 @@ missing. The process must not interpret (`TRITON_INTERPRET`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,6 +91,23 @@ class FakeGpu:
         if device >= 0:
             self.current = device
         return before
+
+
+def pretend_cpu(arch: str, multiprocessors: int) -> None:
+    """Make smoa_kernels treat the CPU's tensors as those of a GPU of this architecture, for the life of the process.
+
+    Raises:
+        RuntimeError: the kernels were imported before this call.
+    """
+    if "smoa_kernels.kernels.spec" in sys.modules:
+        raise RuntimeError("the kernels must be imported after this")
+    from smoa_kernels import backends
+    from smoa_kernels.kernels import architectures
+
+    answers = {"architecture": arch, "multiprocessors": multiprocessors}
+    for name, answer in answers.items():
+        setattr(architectures, name, lambda device, answer=answer: answer)
+    setattr(backends, "_device_obstacle", lambda device: None)  # noqa: B010  # mypy knows it as a function
 
 
 class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows nothing

@@ -1,18 +1,21 @@
 """Kernels compiled in the first training step of Llama-3-8B's layers from an empty cache: number and time.
 
 Launches come from the backend on a pretended H100 (tests/launches.py). Triton then compiles each form for sm_90,
-without a GPU.
+without a GPU, in as many processes as you ask for.
 
     python tests/first_step.py            # counts forms, as JSON
-    python tests/first_step.py seconds    # compiles them, too
+    python tests/first_step.py 2          # compiles them in two processes
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,30 +70,44 @@ def forms(granule: int) -> tuple[Compiled, int]:
     return found[:first], len(found) - first
 
 
-def seconds(found: Compiled) -> dict[str, float]:
-    """Compiles forms; returns the seconds of processor time for each kernel, the assembler's included."""
-    spent: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        for kernel, (signature, constexprs, attributes, options) in found:
-            start = sum(os.times()[:4])
-            source = ASTSource(kernel, signature, constexprs, attributes)
-            triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(vars(options)))
-            name = kernel.__name__
-            spent[name] = spent.get(name, 0.0) + sum(os.times()[:4]) - start
-    return spent
+def compile_one(job: tuple[Any, tuple[Any, ...]]) -> tuple[str, float]:
+    """Compiles a form; returns its kernel and the seconds of CPU time, the assembler's included."""
+    kernel, (signature, constexprs, attributes, options) = job
+    start = sum(os.times()[:4])
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(vars(options)))
+    return kernel.__name__, sum(os.times()[:4]) - start
+
+
+def compile_all(found: Compiled, processes: int) -> Iterator[tuple[str, float]]:
+    """Compiles forms in forked processes. Processes get numbers, because forms cannot be pickled."""
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap_unordered(_compile_number, range(len(found)))
+
+
+def _compile_number(number: int) -> tuple[str, float]:
+    return compile_one(_waiting[number])
+
+
+_waiting: Compiled = []
 
 
 def main() -> None:
-    """Prints the counts, and the seconds if they are asked for."""
-    told: dict[str, dict[str, Any]] = {}
+    """Prints the counts, and the seconds if processes are asked for."""
+    processes, told = int((*sys.argv[1:], 0)[0]), {}
     install()
     for order, granule in ORDERS.items():
         with FakeTensorMode():
             found, more = forms(granule)
-        told[order] = {"forms": len(found), "more for other lengths": more}
-        if "seconds" in sys.argv:
-            told[order]["seconds"] = seconds(found)
+        names = sorted(kernel.__name__ for kernel, _ in found)
+        told[order] = {"forms": len(found), "more for other lengths": more, "kernels": names}
+        if processes:
+            _waiting[:] = found
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["TRITON_CACHE_DIR"] = folder
+                start = time.perf_counter()
+                each = list(compile_all(found, processes))
+                told[order] |= {"seconds": time.perf_counter() - start, "each": each}
     print(json.dumps(told, indent=1))
 
 

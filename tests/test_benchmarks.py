@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,8 @@ import pytest
 import torch
 import typer
 from torch import nn
-from typer.testing import CliRunner
 
-from benchmarks import readme, tables
+from benchmarks import machine, readme
 from benchmarks.compare import main as compare
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.goals import GOALS
@@ -39,9 +39,9 @@ from benchmarks.providers import (
     lora,
     smoa,
 )
-from benchmarks.readme import END, README, RESULTS, START, section, with_section
+from benchmarks.readme import README, RESULTS, section, with_section
 from benchmarks.report import main, page
-from benchmarks.results import Result, Run, compact, read, read_all
+from benchmarks.results import Result, Run, compact, read_all
 from benchmarks.test_layer import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check
@@ -62,7 +62,6 @@ def test_a_ratio_is_taken_within_its_round() -> None:
     )
     assert drifting.ratio("ours") == Quartiles(2.0, 2.0, 2.0)
     assert drifting.ratio("ours", "lora").median == 2.0
-    assert drifting.added("ours").median == 2.0
     assert drifting.spread == pytest.approx((3.5 - 1.5) / 2.0)
     # The quartiles of [1, 1, 1, h, h] are 1 and h; the median is 1.
     for high, doubt in ((1.14, ""), (1.16, "noisy")):
@@ -217,19 +216,10 @@ def layer(
     return Result("layer", title, params, "frozen", [1.0, 1.0], phases)
 
 
-def make_run(*results: Result, device: str = "AMD EPYC", on: str = "CPU", smoke: bool = False) -> Run:
-    machine = {"device": device, "measured_on": on, "cpu": "AMD EPYC", "cores": 2, "threads": 1}
-    machine |= {"smoke": smoke, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13.0"}}
-    return Run(machine, "abcdef0123", "2026-01-02", results)
-
-
-def raw_json(path: Path, run: Run) -> Path:
-    """Writes a file of pytest-benchmark, with a field that older runs recorded."""
-    extra = [vars(result) | {"profile": {"SMoA": {}}} for result in run.results]
-    results = [{"name": "x", "stats": {"data": [0.0] * 99}, "extra_info": one} for one in extra]
-    data = {"machine_info": run.machine, "datetime": "2026-01-02T03:04:05", "benchmarks": results}
-    path.write_text(json.dumps(data | {"commit_info": {"id": "abcdef0123456789", "dirty": True}}))
-    return path
+def make_run(*results: Result, device: str = "AMD EPYC", smoke: bool = False) -> Run:
+    known = {"device": device, "measured_on": "CPU", "cpu": "AMD EPYC", "cores": 2, "threads": 1}
+    known |= {"smoke": smoke, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13.0"}}
+    return Run(known, "abcdef0123", "2026-01-02", results)
 
 
 def test_readme_and_results_are_what_the_kept_runs_say() -> None:
@@ -246,6 +236,11 @@ def test_a_goal_is_met_or_missed_by_how_much() -> None:
     assert over_frozen.verdict(run) == "missed by 0.10 (8%): forward 1.30, backward 1.30"
     assert over_frozen.verdict(make_run(layer(SMoA=1.2))) == "met"
     assert over_frozen.verdict(make_run()) == "not measured"
+    for seconds, doubt in (((1.0, 2.0, 3.0), "noisy"), ((1.0,), "one round")):
+        doubtful = make_run(layer(seconds), device="AMD EPYC, family 26, model 2")
+        assert over_frozen.verdict(doubtful) == f"{doubt}, not judged"
+        assert f"the others are not to be quoted: {TITLE} ({doubt})" in page([doubtful])
+        assert f"| 1.30, {doubt}, not judged | " in section([doubtful])
     found = over_lora.measure(run)
     assert found is not None
     assert found[0].median == pytest.approx(1.3 / 1.1)  # ratios of pairs in the same rounds
@@ -254,40 +249,13 @@ def test_a_goal_is_met_or_missed_by_how_much() -> None:
     assert worst.verdict(make_run(layer(), wide)).startswith("missed by 0.09 (9%)")
 
 
-@pytest.mark.parametrize(
-    ("frozen", "figure", "doubt"),
-    [((1.0, 2.0, 3.0), "1.30 [1.30, 1.30]", "noisy"), ((1.0,), "1.30", "one round")],
-)
-def test_a_doubtful_run_is_marked_and_not_judged(frozen: tuple[float, ...], figure: str, doubt: str) -> None:
-    run = make_run(layer(frozen), device="AMD EPYC, family 26, model 2")
-    assert GOALS[0].verdict(run) == f"{doubt}, not judged"
-    assert f"{figure}, {doubt}, not judged" in tables.ratios(run, run.results, "both")
-    assert f"the others are not to be quoted: {TITLE} ({doubt})" in page([run])
-    limited = make_run(layer(), device=f"AMD EPYC, {LIMIT}=AVX2")
-    text = section([limited, run])
-    assert f"| 1.30, {doubt}, not judged | " in text
-    assert text.count("| one layer, ") == 1  # a missing case has no row, nor has a limited processor
-
-
-def test_runs_are_kept_but_for_those_of_smoke(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(main)
-    readme_page, out = tmp_path / "README.md", tmp_path / "out"
-    readme_page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
-    raw = raw_json(tmp_path / "raw.json", make_run(layer()))
-    done = CliRunner().invoke(app, [str(raw), "--out", str(out), "--readme", str(readme_page)])
-    assert done.exit_code == 0, done.output
-    assert {path.name for path in out.iterdir()} == {"README.md", "cpu-amd-epyc.json"}
-    kept = read(out / "cpu-amd-epyc.json")
-    assert kept.commit == "abcdef0123+"
-    assert page([kept]) == page([read(raw)])
-    assert readme_page.read_text() == f"before\n{START}\n\n{section([kept]).strip()}\n\n{END}\nafter\n"
-    refused = CliRunner().invoke(app, [str(raw_json(raw, make_run(smoke=True)))])
-    assert refused.exit_code == 2
-    assert "a --smoke run measures nothing" in refused.output
-    raw.write_text('{"benchmarks": []}')
-    with pytest.raises(ValueError, match=r"raw\.json is not a run of this benchmark suite"):
-        read(raw)
+def test_a_smoke_run_is_not_kept_among_the_results(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(compact(make_run(smoke=True)))
+    with pytest.raises(typer.BadParameter, match="a --smoke run measures nothing"):
+        main([tmp_path / "run.json"])
+    (tmp_path / "run.json").write_text('{"benchmarks": []}')
+    with pytest.raises(ValueError, match=r"run\.json is not a run of this benchmark suite"):
+        main([tmp_path / "run.json"])
 
 
 @pytest.mark.parametrize(
@@ -307,6 +275,24 @@ def test_only_a_finished_job_at_the_defaults_is_kept(
     with pytest.raises(ValueError, match=re.escape(words)):
         main([path], out=tmp_path)
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_commit_says_whether_code_was_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger results do not count as a change of code."""
+    code, results = tmp_path / "benchmarks" / "code.py", tmp_path / "benchmarks" / "results" / "runs.jsonl"
+    results.parent.mkdir(parents=True)
+    for path in (code, results):
+        path.write_text("1\n")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -q -m c"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(machine, "__file__", str(code))
+    commit = machine.commit()
+    results.write_text("2\n")
+    assert machine.commit() == commit
+    code.write_text("2\n")
+    assert machine.commit() == commit + machine.EDITED
 
 
 def test_a_processor_is_named_with_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +326,3 @@ def test_a_ratio_changed_where_ranges_are_apart_and_medians_more_than_five_perce
     assert f"Changed: {said}, 1 sizes." in found  # forward, backward and both
     assert f"| {TITLE} | peak | SMoA |" in found
     assert "Only in one of the runs: layer: gone." in found
-
-
-def test_a_slope_is_the_power() -> None:
-    assert tables.log_log_slope([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)]) == pytest.approx(1.5)

@@ -59,6 +59,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "primes": {"tokens": 13, "out_features": 31, "in_features": 29, "ranks": (2, 1)},
     "one token": {"tokens": 1, "ranks": (0, 0, 1)},
     "one of everything": {"tokens": 1, "out_features": 1, "in_features": 1, "ranks": (1,)},
+    "one row": {"tokens": 3, "out_features": 1, "in_features": 5, "ranks": (0, 1), "random_labels": True},
+    "one column": {"tokens": 3, "out_features": 5, "in_features": 1, "ranks": (17, 1), "random_labels": True},
     "no rank": {"ranks": (0, 0)},
     "high rank": {"tokens": 3, "ranks": (40, 1)},
 }
@@ -404,7 +406,7 @@ def test_opcheck(case: Case, wanted: tuple[str, ...]) -> None:
     (linear, arguments), (backward, others) = recording.calls
     assert (linear, backward) == (torch.ops.smoa.linear.default, torch.ops.smoa.linear_backward.default)
     torch.library.opcheck(linear, arguments)
-    # The backward has no backward: tests/test_functional.py.
+    # The backward has no backward: tests/test_derivatives.py.
     torch.library.opcheck(backward, tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, others))
 
 

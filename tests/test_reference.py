@@ -38,11 +38,8 @@ def by_reference(p: LinearProblem, dropout: Dropout | None = None) -> tuple[Any,
 
 def by_c(p: LinearProblem, dropout: Dropout | None = None) -> tuple[Any, ...]:
     """The same by the C code."""
-    adapter = (p.A, p.B, p.partition.row_block, p.partition.col_block, p.ranks)
-    options = {"scaling": p.scaling, "multiplier": None if dropout is None else dropout.multiplier(p.x)}
-    y = c_oracle.forward(p.x, p.weight, p.bias, *adapter, **options)
-    gradients = c_oracle.backward(p.dy, p.x, p.weight, *adapter, **options)
-    return c_oracle.delta_weight(p.weight, *adapter, scaling=p.scaling), y, *gradients
+    multiplier = None if dropout is None else dropout.multiplier(p.x)
+    return c_oracle.delta_weight(p), *c_oracle.run(p, multiplier)
 
 
 # Forward and backward
@@ -52,12 +49,8 @@ def by_c(p: LinearProblem, dropout: Dropout | None = None) -> tuple[Any, ...]:
 @each_vector
 def test_the_vectors_come_out(vector: Vector, oracle: Any) -> None:
     """Packed factors also compare the zeros of the padding."""
-    names = ("x", "weight", "bias", "A", "B", "ranks", "dy")
-    given = {name: torch.from_numpy(getattr(vector, name)).to(DEVICE) for name in names}
-    p = LinearProblem(**given, partition=vector.partition(DEVICE), scaling=vector.scaling)
-    expected = (vector.delta_weight, vector.y, vector.dx)
-    expected += (vector.pack_A(vector.block_dA), vector.pack_B(vector.block_dB))
-    for found, exact in zip(oracle(p), expected, strict=True):
+    p = replace(vector.problem.on(DEVICE), partition=vector.partition(DEVICE))
+    for found, exact in zip(oracle(p), vector.expected, strict=True):
         assert_close(found, exact)
 
 
@@ -105,21 +98,22 @@ def test_padding_is_never_read_and_has_zero_gradients(name: str, oracle: Any) ->
 
 @each_vector
 def test_orders_and_blocks_of_the_vectors(vector: Vector) -> None:
-    U, sigma, Vh = np.linalg.svd(vector.weight, full_matrices=False)
+    blocks, rule = vector.problem.partition, vector.rule
+    U, sigma, Vh = np.linalg.svd(vector.problem.weight.numpy(), full_matrices=False)
     single = c_oracle.spectral_orders(U, sigma, Vh.T)
     assert_close(single.row_score, vector.row_score)
     assert_close(single.col_score, vector.col_score)
-    orders = c_oracle.spectral_orders(U, sigma, Vh.T, vector.granule)
+    orders = c_oracle.spectral_orders(U, sigma, Vh.T, rule.granule)
     for spectral, order, labels in (
-        (orders.row_order, vector.row_order, vector.row_block),
-        (orders.col_order, vector.col_order, vector.col_block),
+        (orders.row_order, vector.row_order, blocks.row_block),
+        (orders.col_order, vector.col_order, blocks.col_block),
     ):
-        granules = order[order % vector.granule == 0] // vector.granule
+        granules = order[order % rule.granule == 0] // rule.granule
         ascending = np.arange(granules.size)
         # A random order cannot be recomputed: it comes from the file.
-        expected = {"spectral": spectral, "contiguous": ascending}.get(vector.block_order, granules)
+        expected = {"spectral": spectral, "contiguous": ascending}.get(rule.block_order, granules)
         np.testing.assert_array_equal(granules, expected)
-        found = c_oracle.block_labels(expected, vector.num_blocks, labels.size, vector.granule)
+        found = c_oracle.block_labels(expected, rule.num_blocks, len(labels), rule.granule)
         np.testing.assert_array_equal(found, labels)
 
 

@@ -1,7 +1,6 @@
-"""The roofline (smoa_kernels/tuning/roofline.py): totals and memory counted by hand, and the rule of "auto"."""
+"""The roofline (smoa_kernels/tuning/roofline.py): totals counted by hand, and the rule of "auto"."""
 
 import itertools
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,28 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bringup.predictions import peak_bytes
-from smoa_kernels.backends import algorithms
 from smoa_kernels.backends.algorithms import admissible, choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import (
-    LAUNCH_SECONDS,
-    Part,
-    Problem,
-    backward_workspace,
-    estimate,
-    gradient_parts,
-    parts,
-)
+from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, WAYS, Part, Problem, estimate, parts
 
 H100 = GPUS["h100"]
 DIRECTIONS = ("forward", "input_gradient")
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
 CONTIGUOUS = replace(SQUARE, granule=1024)
-ROOT = Path(__file__).resolve().parents[1]
-GPU_PAGE, RESULTS = ROOT / "docs" / "gpu.md", ROOT / "benchmarks" / "results"
+GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 
 
 def device(problem: Problem, way: str, gpu: Gpu = H100) -> float:
@@ -159,7 +147,12 @@ def test_what_is_read_in_place(change: dict[str, int], in_place: bool) -> None:
         assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
 
 
-def test_dropout_splits_dx_and_copies_x() -> None:
+def test_dropout_costs_peers_a_mask_and_ours_a_split_dx() -> None:
+    """SMoA copies x by block, and dY too unless blocks are contiguous."""
+    x = SQUARE.tokens * SQUARE.in_features
+    for way, stage in itertools.product(("lora", "hira", "paper_dense"), ("forward", "backward")):
+        dry, wet = (estimate(replace(SQUARE, dropout=d), H100, way) for d in (0.0, 0.05))
+        assert wet.bytes(stage) - dry.bytes(stage) == x * (2 + 2 + 1)  # bf16 in and out, a byte of mask
     assert [q.name for q in parts(replace(CONTIGUOUS, dropout=0.1), "split")] == [
         *("build ΔW blocks", "gather x", "block matmul", "base GEMM", "y, read to accumulate"),
         *("gather x", "block gradients", "sum partials", "build ΔW blocks", "block matmul of dX"),
@@ -167,100 +160,15 @@ def test_dropout_splits_dx_and_copies_x() -> None:
     ]
 
 
-# Memory
-
-
-def test_the_backwards_workspace_by_hand() -> None:
-    p, mib = replace(SQUARE, out_features=14336), 2**20
-    stages, gathered = backward_workspace(p), 288 * mib
-    partials = 4 * 4 * (14336 * 8 + 4096 * 28)  # float32, ρ = 4; a slice per 128-wide tile of the other side
-    assert stages["factor gradients"] == gathered // 2 + 2 * partials  # two parts of the tokens
-    assert stages["input gradient"] == 112 * mib
-    odd = backward_workspace(replace(p, tokens=8191))  # which are gathered at once
-    assert odd["factor gradients"] == gathered // 8192 * 8191 + partials
-    # Granules are read in place: only partials and W_eff remain. With dropout x is copied, and dX needs its blocks.
-    granules = replace(SQUARE, granule=8)
-    partials, w_eff, x = 4 * 4 * 2 * 4096 * 8, 32 * mib, 64 * mib
-    assert backward_workspace(granules) == {"factor gradients": partials, "input gradient": w_eff}
-    wet = {"factor gradients": x + partials, "input gradient": w_eff // 4 + x}
-    assert backward_workspace(replace(granules, dropout=0.1)) == wet
-    # One block that fills its tiles is not gathered.
-    one = backward_workspace(replace(SQUARE, num_blocks=1))
-    assert one["factor gradients"] == 4 * 16 * 2 * 4096 * 32
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, (4096, 4096)),  # 128 MiB of copies; W_eff and dX take 96
-        ({"tokens": 8191}, (8191,)),  # parts would be shorter than 64 steps
-        ({"tokens": 8193}, (4160, 4033)),  # whole steps except for the last part
-        ({"in_features": 14336}, (8192,)),  # W_eff and dX take more than the copies
-        ({"tokens": 32768, "out_features": 14336}, (8192, 8192, 8192, 8192)),  # 1152 MiB over 368
-        ({"dropout": 0.05}, (8192,)),  # dX has copies of its own
-        (
-            {"out_features": 14336, "num_blocks": 2, "rank": 256},
-            (8192,),
-        ),  # partials of 224 MiB, copies of 288
-        ({"num_blocks": 1}, (8192,)),  # nothing is copied
-        ({"num_blocks": 8}, (4096, 4096)),  # 128 tiles fill a GPU
-        ({"num_blocks": 8, "in_features": 3072}, (8192,)),  # 96 do not: programs share the tokens already
-        ({"tokens": 0}, (0,)),
-        ({"granule": 8}, (8192,)),  # dY and x are read in place
-        ({"granule": 12}, (4096, 4096)),
-    ],
-    ids=str,
-)
-def test_into_how_many_parts_a_backward_gathers(change: dict[str, int], expected: tuple[int, ...]) -> None:
-    assert gradient_parts(replace(SQUARE, **change)) == expected
-
-
-def test_peaks_by_hand() -> None:
-    """16-bit: x and y take 64 MiB each. LoRA holds three such tensors at once, and tensors of rank 16."""
-    mib, factors = 2**20, 2 * 4 * 8192
-    assert peak_bytes(SQUARE, "frozen") == 128 * mib
-    assert peak_bytes(SQUARE, "lora") == 192 * mib + 2 * 16 * 8192
-    assert peak_bytes(SQUARE, "split") == 160 * mib + factors  # y, dX and W_eff
-    short = replace(SQUARE, tokens=4096)
-    # y; gathered dY and x, together as large as dX and W_eff; one MiB of partials
-    assert peak_bytes(short, "split") == 96 * mib + factors + 4 * 4 * 2 * 4096 * 8
-    assert peak_bytes(replace(short, granule=8), "split") == 96 * mib + factors  # no gathers
-
-
-def test_what_lora_was_measured_to_hold() -> None:
-    """The committed figures minus the frozen layer's, up to a few scalars."""
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
-    found = [one for run in runs for one in run["results"] if one["kind"] == "memory"]
-    assert found
-    for one in found:
-        p = Problem(**one["params"] | {"dtype": getattr(torch, one["params"]["dtype"])})
-        if not p.dropout:
-            measured = one["bytes"]["PEFT LoRA"]["peak"] - one["bytes"]["frozen"]["peak"]
-            predicted = peak_bytes(p, "lora") - peak_bytes(p, "frozen")
-            assert measured == pytest.approx(predicted, abs=64), one["title"]
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter allocates")
-@pytest.mark.parametrize("way", ["frozen", "lora", "merged", "split"])
-@pytest.mark.parametrize("size", [(128, 512, 256), (64, 256, 512), (300, 256, 256)], ids=str)
-def test_what_a_pass_allocates(size: tuple[int, int, int], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Includes the kernels' memory, in the interpreter. The interpreter's copies of arguments are left out."""
-    pytest.importorskip("peft", reason="needs the peft extra")
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    from benchmarks.memory import footprint
-    from benchmarks.providers import Case, frozen, lora, smoa
-
-    executor = interpreter.GridExecutor
-    monkeypatch.setattr(executor, "_init_args_hst", lambda self, args, kwargs: (list(args), kwargs))
-    monkeypatch.setattr(executor, "_restore_args_dev", lambda self, *args: None)
-    monkeypatch.setattr(algorithms, "GRAD_TILE", 64)  # block_grad's tile in IEEE float32
-    case = Case(*size, num_blocks=2, rank=16)
-    build = {"frozen": frozen, "lora": lora}.get(way) or smoa(way, "triton")
-    assert footprint(build(case), case).peak == pytest.approx(peak_bytes(case.problem(), way), abs=64)
-
-
-# The rule of "auto"
+def test_cost_grows_with_tokens_and_rank() -> None:
+    for way in WAYS:
+        costs = [device(replace(SQUARE, tokens=t), way) for t in (0, 1, 64, 1024, 8192)]
+        assert costs == sorted(costs)
+        assert costs[0] < costs[-1]
+        low, high = (estimate(replace(SQUARE, rank=r), H100, way).bytes() for r in (16, 64))
+        assert low < high or way == "frozen"
+    none, one = (part(replace(SQUARE, rank=r), "fused", "fused linear") for r in (0, 4))
+    assert none.flops == one.flops  # rank 0 saves the adapter's products, not the layer's
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])

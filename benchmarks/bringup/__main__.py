@@ -31,7 +31,6 @@ SMOKE_TESTS = ("tests/test_reference.py",)
 LEFT_OUT = (
     "tests/test_soak.py",
     "tests/test_fuzz.py",
-    "tests/test_fuzz_layers.py",
 )
 SMOKE_PATIENCE = 4  # a rehearsal's limits are longer, because it may share the machine
 

@@ -41,7 +41,7 @@ def run_ptx(body: str, *tensors: Tensor, threads: int = 32, shared: int = 65536)
     """Run instructions. The parameters p0, p1, ... are the tensors, %r1 is the thread, and %r2 is shared memory."""
     parameters = ",".join(f".param .u64 p{i}" for i in range(len(tensors) + 2))
     text = MODULE.format(arch=ARCH, parameters=parameters, threads=threads, body=body)
-    kernel = Kernel("handwritten", text, threads // 32, 1, shared, ARCH)
+    kernel = Kernel("handwritten", text, threads // 32, shared, ARCH)
     arguments = [Argument(f"p{i}", "*fp32", tensor) for i, tensor in enumerate(tensors)]
     emulator.launch(kernel, (1, 1, 1), arguments)
     return emulator.launches.pop()
