@@ -79,19 +79,16 @@ static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 
     i64 row = padded_before(l->row_offsets, k) + top;
     int dtype = l->contiguous ? (int)l->dtype : FLOAT32;
     const i64 *rows = l->row_index + l->row_offsets[k] + top;
+    i64 first = l->contiguous ? l->col_offsets[k] : 0, end = l->contiguous ? first + width : l->cols, ahead = l->contiguous ? ROWS_AHEAD : 1;
     memset(r->dA, 0, (size_t)(l->rank * padded) * sizeof *r->dA);
     memset(r->G + count * padded, 0, (size_t)((round_up(count, GROUP) - count) * padded) * sizeof *r->G);
     for (i64 n = 0; n < count; n += GROUP) {
         for (i64 i = n; i < least(count, n + GROUP); i++) {
             const void *W0 = element(l->weight, rows[i] * l->row_stride, l->dtype);
-            if (l->contiguous) {
-                i64 ahead = i + ROWS_AHEAD < count ? ROWS_AHEAD * l->row_stride : 0;
-                W0 = element(W0, l->col_offsets[k], dtype);
-                for (i64 c = 0; c < width; c += 64 / bytes_of(dtype)) __builtin_prefetch(element(W0, ahead + c, dtype));
-            } else {
-                gather(W0, (int)l->dtype, l->col_index + l->col_offsets[k], width, NULL, r->line);
-                W0 = r->line;
-            }
+            const void *later = element(l->weight, rows[least(i + ahead, count - 1)] * l->row_stride, l->dtype);
+            for (i64 c = first; c < end; c += 64 / bytes_of(l->dtype)) __builtin_prefetch(element(later, c, l->dtype));
+            if (!l->contiguous) gather(W0, (int)l->dtype, l->col_index + l->col_offsets[k], width, NULL, r->line);
+            W0 = l->contiguous ? element(W0, first, dtype) : r->line;
             make_H(r->G + i * padded, W0, dtype, (float)l->scaling, width);
         }
         contract(rank_of(l, k), r->G + n * padded, padded, f->A + before, f->A_stride, f->B + row + n, f->B_stride, r->dA, padded,
@@ -148,7 +145,8 @@ static void write_gradient(const layer *l, const float *sums, i64 stride, i64 th
 }
 
 /* Dense dA and dB. W0's rows or its columns are contiguous; for tiles its rows. */
-static i64 factor_gradients(const call *c, int tiles) {
+static i64 factor_gradients(const call *c) {
+    int tiles = c->path == TILES_PATH;
     operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride, c->layer.rows, NULL);
     operand x = operand_of(c->x, c->dtype, 1, c->x_stride, c->layer.cols, c->keep);
     int swapped = c->layer.col_stride != 1;

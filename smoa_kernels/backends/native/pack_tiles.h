@@ -187,15 +187,20 @@ INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
     return _mm512_permutex2var_epi16(_mm512_load_si512(tiles + line_of(one)), order, _mm512_load_si512(tiles + line_of(other)));
 }
 
-/* Permutes terms of right tiles by `index` to right tiles; both lie a step apart. */
-static void pick_terms(const half *tiles, const i64 *index, i64 count, half *to) {
-    for (i64 c = 0; c < round_up(count, TERMS); c += 2) {
-        __m512i line = _mm512_setzero_si512();
-        if (__builtin_expect(c + 1 < count, 1))
-            line = pick_pair(tiles, index[c], index[c + 1]);
-        else if (c < count)
-            line = _mm512_maskz_mov_epi16(0x55555555, pick_pair(tiles, index[c], index[c]));
-        _mm512_store_si512(to + line_of(c), line);
+/* Permutes terms of right tiles by `index` to right tiles, or to left ones; all lie a step apart. */
+INLINE void pick_terms(int as_left, const half *tiles, const i64 *index, i64 count, half *to) {
+    for (i64 c = 0; c < count; to += STEP) {
+        __m512i r[SIDE];
+#pragma GCC unroll 16
+        for (int i = 0; i < SIDE; i++, c += 2) {
+            r[i] = _mm512_setzero_si512();
+            if (__builtin_expect(c + 1 < count, 1))
+                r[i] = pick_pair(tiles, index[c], index[c + 1]);
+            else if (c < count)
+                r[i] = _mm512_maskz_mov_epi16(0x55555555, pick_pair(tiles, index[c], index[c]));
+        }
+        if (as_left) transpose_lines(r);
+        store_lines(r, to);
     }
 }
 
@@ -216,8 +221,7 @@ static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_
         else
             tile_group(0, row, next, count - i, o->cols ? o->width : depth, keep_of(o, first + i), words(o->width),
                        o->cols ? scratch : tiles);
-        if (o->cols) pick_terms(scratch, o->cols, depth, tiles);
-        for (i64 c = 0; c < deep && as_left && o->cols; c += TERMS) turn_tiles(1, tiles + c / TERMS * STEP);
+        if (o->cols) as_left ? pick_terms(1, scratch, o->cols, depth, tiles) : pick_terms(0, scratch, o->cols, depth, tiles);
     }
 }
 
@@ -331,12 +335,14 @@ INLINE void modulate(int format, const adapter *m, i64 first, i64 count, i64 k, 
 }
 
 #if HAS_TILES
-/* Packs all terms of contiguous rows of a weight in right panels, and modulates them if `m` is given. */
+/* Packs all terms of contiguous rows of a weight in right panels, and modulates each step while it is in the L1 cache if `m` is given. */
 TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 first, i64 count, i64 depth, half *to) {
     for (i64 n = 0; n < depth; n += TERMS)
-        for (i64 c = 0; c < count; c += PANEL)
-            pair_terms(o, n, depth - n, first + c, count - c, TERMS * o->col_stride, to + c * round_up(depth, TERMS) + n * PANEL);
-    if (m) modulate(PAIRS, m, first, count, 0, depth, (float *)to);
+        for (i64 c = 0; c < count; c += PANEL) {
+            half *step = to + c * round_up(depth, TERMS) + n * PANEL;
+            pair_terms(o, n, depth - n, first + c, count - c, TERMS * o->col_stride, step);
+            if (m) modulate(PAIRS, m, first + c, least(PANEL, count - c), n, least(TERMS, depth - n), (float *)step);
+        }
 }
 #else
 #define weight_tiles(o, m, first, count, depth, to) ((void)(to))
