@@ -44,7 +44,7 @@ TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const 
                                   half *lines, half *to) {
     i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
     for (i64 c = 0; c < width; c += TERMS) {
-        pair_terms(o, first, tokens - first, c, width - c, 4 * TERMS, lines + c * TERMS);
+        pair_terms(o, first, tokens - first, c, width - c, lines + c * TERMS);
         turn_tiles(2, lines + c * TERMS);
     }
     to += step * STEP;
@@ -133,13 +133,19 @@ static void write_gradient(const layer *l, const float *sums, i64 stride, i64 th
         for (i64 t = 0; t < l->rank; t++)
             for (i64 c = 0; c < width_of(l, k); c += LANES) {
                 const float *from = sums + t * stride + padded_before(l->col_offsets, k) + c;
-                char line[VECTOR_BYTES];
+                union {
+                    float floats[LANES];
+                    half halves[2 * LANES];
+                } line;
                 vf sum = {0};
                 for (i64 thread = 0; thread < threads && t < rank_of(l, k); thread++) sum += load(from + thread * l->rank * stride);
-                narrow_all(line, sum, dtype);
+                narrow_all(&line, sum, dtype);
                 for (i64 i = 0; i < least(LANES, width_of(l, k) - c); i++) {
                     i64 at = t * rank_step + l->col_index[l->col_offsets[k] + c + i] * col_step;
-                    memcpy((char *)dA + at * bytes_of(dtype), line + i * bytes_of(dtype), (size_t)bytes_of(dtype));
+                    if (dtype == FLOAT32)
+                        ((float *)dA)[at] = line.floats[i];
+                    else
+                        ((half *)dA)[at] = line.halves[i];
                 }
             }
 }

@@ -144,7 +144,8 @@ class Call(ctypes.Structure):
         """Whether an index is out of range, which compiled code does not check; finds the experts with an update."""
         room = workspace(weight, 3 * sum(weight.shape) + 64)
         self.workspace = room.data_ptr()
-        return library().smoa_check(ctypes.byref(self)) != 0
+        found: int = library().smoa_check(ctypes.byref(self))
+        return found != 0
 
     def plan(self, path: int, algorithm: Algorithm) -> Call:
         """Set the path (`backend.Path`) and the algorithm; returns itself."""
@@ -174,7 +175,7 @@ class Call(ctypes.Structure):
         self.bias = _address(kept[0])
         for field, result in results.items():
             setattr(self, field, result.data_ptr())
-        self.workspace = None
+        self.workspace = 0
         function = getattr(library(), name)
         room = workspace(tokens, function(ctypes.byref(self)))
         self.workspace = room.data_ptr()

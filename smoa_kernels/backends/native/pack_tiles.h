@@ -226,8 +226,8 @@ static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_
 }
 
 /* Packs one step of a right panel from contiguous rows: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
- * Prefetches `ahead` elements further on. */
-INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, i64 ahead, half *to) {
+ * Prefetches the next panel, since rows are too far apart for the hardware prefetcher. */
+INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, half *to) {
     const half *from = (const half *)o->data + first * o->col_stride + c;
     __mmask32 inside = first_halves(count);
     for (i64 t = 0; t < TERMS; t += 2, to += TERMS) {
@@ -235,7 +235,7 @@ INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count,
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             two[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
-            __builtin_prefetch(from + (t + i) * o->col_stride + ahead); /* too far apart for the hardware prefetcher */
+            __builtin_prefetch(from + (t + i) * o->col_stride + PANEL);
             if (o->keep && t + i < valid) two[i] = drop(two[i], keep_of(o, first + t + i), c);
         }
         _mm512_store_si512(to, pairs_in(two[0], two[1], 0));
@@ -340,7 +340,7 @@ TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 fir
     for (i64 n = 0; n < depth; n += TERMS)
         for (i64 c = 0; c < count; c += PANEL) {
             half *step = to + c * round_up(depth, TERMS) + n * PANEL;
-            pair_terms(o, n, depth - n, first + c, count - c, TERMS * o->col_stride, step);
+            pair_terms(o, n, depth - n, first + c, count - c, step);
             if (m) modulate(PAIRS, m, first + c, least(PANEL, count - c), n, least(TERMS, depth - n), (float *)step);
         }
 }
