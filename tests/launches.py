@@ -39,7 +39,7 @@ from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import table
-from smoa_kernels.kernels.launch import short_way
+from smoa_kernels.kernels.launch import short_way, use_tritons_launcher
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table
 from smoa_kernels.tuning import measure
@@ -225,10 +225,10 @@ def hooks(gpu: FakeGpu) -> list[list[bool]]:
 
 
 def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
-    """The kernels and warnings of three rounds each: short way whole, short way raises, short way lacks a part."""
+    """The kernels and warnings of three rounds each: short way whole, refused after a round, raising, without a part."""
     calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
     found: dict[str, Any] = {}
-    run, record, inside = JITFunction.run, FakeKernel._record, [False]
+    run, record, inside, wrong = JITFunction.run, FakeKernel._record, [False], [""]
 
     def tritons(self: Any, *arguments: Any, **options: Any) -> Any:
         inside[0] = True
@@ -237,24 +237,28 @@ def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
         finally:
             inside[0] = False
 
-    def raising(self: FakeKernel, *arguments: Any) -> None:
-        if not inside[0]:
+    def spoiled(self: FakeKernel, *arguments: Any) -> None:
+        if wrong[0] == "raises" and not inside[0]:
             raise TypeError("another signature")
+        if wrong[0] == "refused" and not inside[0]:
+            record(self, *arguments)  # one launch more
         record(self, *arguments)
 
     JITFunction.run = tritons
-    for case in ("short", "raises", "missing"):
-        if case == "raises":
-            setattr(FakeKernel, "_record", raising)  # noqa: B010
-        elif case == "missing":
-            setattr(FakeKernel, "_record", record)  # noqa: B010
+    setattr(FakeKernel, "_record", spoiled)  # noqa: B010
+    for case in ("short", "refused", "raises", "missing"):
+        wrong[0] = "" if case == "refused" else case
+        if case == "missing":
             setattr(FakeKernel, "function", property(lambda self: None if inside[0] else self.no_function))  # noqa: B010
         table.forget()
         short_way.obstacle, rounds = "", []
-        for _ in range(3):
+        for turn in range(3):
             gpu.launches.clear()
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always", UserWarning)
+                if case == "refused" and turn == 1:
+                    wrong[0] = case
+                    use_tritons_launcher("wrong numbers")
                 for call in calls:
                     call()
             said = [str(one.message) for one in told if "launcher" in str(one.message)]
