@@ -225,7 +225,7 @@ def hooks(gpu: FakeGpu) -> list[list[bool]]:
 
 
 def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
-    """The kernels and warnings of three rounds each: short way whole, refused after a round, raising, without a part."""
+    """Kernels and warnings of three rounds each: short way whole, refused after a round, raising, without a part."""
     calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
     found: dict[str, Any] = {}
     run, record, inside, wrong = JITFunction.run, FakeKernel._record, [False], [""]

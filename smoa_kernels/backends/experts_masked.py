@@ -20,9 +20,15 @@ __all__ = ["experts_backward", "experts_product"]
 
 
 class _Expert(NamedTuple):
-    """One expert: W0, its factors without padding and `same`, where a row's and a column's blocks are equal.
+    """One expert's W0, factors and pairs.
 
-    A (ρ, C), B (N, ρ), s and `modulation` s·BA, zero where not `same`, are at least float32; `pairs` (P, 1) are its own.
+    Attributes:
+        weight: W0 (N, C).
+        A: (ρ, C), at least float32; its padding is zero.
+        B: (N, ρ), likewise.
+        same: (N, C), where a row's and a column's blocks are equal.
+        modulation: s·BA, zero elsewhere.
+        pairs: (P, 1), which are its own.
     """
 
     weight: Tensor

@@ -175,7 +175,7 @@ def _in_torch(dropout: Dropout | None) -> Dropout | None:
 _ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
 _FEWEST = 32  # numbers of a row or column that is compared by itself
 # One number may lie apart by the same share of itself plus this many root mean squares of its row or column. Rounding
-# every term of a sum moves it by a seventh of the share on average, so two results differ by a fifth: 4 is 20 times that.
+# the terms of a sum moves it by a seventh of the share on average, so two results differ by a fifth: 4 is 20 times it.
 _OUTLIER = 4
 LAUNCHER = "the short way to launch"
 """This launcher gets a verdict like a form (`kernels.launch.use_tritons_launcher`)."""
@@ -245,7 +245,7 @@ def _with_random_factors(adapter: Any) -> Any:
 
 
 def _distance(found: Any, expected: Any, allowed: float) -> float | None:
-    """The largest distance of a row, a column or a number from eager's over what is allowed; None if eager's prove nothing."""
+    """The largest distance of a row, a column or a number, over what is allowed; None if eager's prove nothing."""
     shares = []
     for ours, theirs in zip(_matrices(found), _matrices(expected), strict=True):
         if not theirs.isfinite().all() or not theirs.any():
