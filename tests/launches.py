@@ -31,8 +31,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
-from benchmarks.fake_gpu import FakeGpu, FakeKernel, install
-from smoa_kernels import BlockPartition
+from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, adapter, install
 from smoa_kernels.backends import experts_triton
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
@@ -46,37 +45,12 @@ from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.plan import job
 
 BF16 = torch.bfloat16
-RANK, BLOCKS = 16, 4
 TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)
 # (N, C) of the linear layers of Llama-3.2-1B and of SmolLM2-135M.
 MODELS = {
     "Llama-3.2-1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
     "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
-
-
-def adapter(
-    out_features: int, in_features: int, device: str, factors: torch.dtype, granule: int = 1
-) -> PackedAdapter:
-    """A layer's operands, cut evenly into blocks of whole granules."""
-    rho = RANK // BLOCKS
-
-    def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-    features = out_features, in_features
-    offsets = [empty(BLOCKS + 1, dtype=torch.int32) for _ in features]
-    labels = [empty(n, dtype=torch.uint8) for n in features]
-    indices = [empty(n, dtype=torch.int64) for n in features]
-    sizes = [n // BLOCKS + (k < n % BLOCKS) for n in features for k in range(BLOCKS)] + [granule, 0]
-    return PackedAdapter(
-        empty(*features),
-        empty(rho, in_features, dtype=factors),
-        empty(out_features, rho, dtype=factors),
-        BlockPartition.from_tensors([*labels, *indices, *offsets], sizes),
-        empty(BLOCKS, dtype=torch.int32),
-        empty((), dtype=torch.float32),
-    )
 
 
 def passes(layer: PackedAdapter, tokens: int, offset: int = 0) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -204,6 +204,13 @@ def test_comparing_keeps_what_it_has_and_repeats_what_failed(monkeypatch: pytest
     assert len(asked) == 4  # nothing is left to do
 
 
+def test_both_launchers_are_compared() -> None:
+    found = stages.compare_launchers(*operator_cases(True)[1])
+    text = page(NOTHING.with_finding("launchers", found | {"obstacle": "TypeError: no"}))
+    assert "gives the same bits, and takes the host" in text
+    assert "Ours is not used: TypeError: no." in text
+
+
 def test_a_provider_that_crashes_is_named_and_the_others_are_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -37,6 +37,7 @@ def page(state: State) -> str:
         "## The layer against float64",
         "\n".join(f"- {name}: {words}" for name, words in state.findings.get("operator", {}).items())
         or "Not run.",
+        _launchers(state),
         "## Numerical tests",
         _tests(state),
         "## Tuning",
@@ -88,6 +89,17 @@ def _measured(goal: Goal, row: Row) -> str:
         return "not measured"
     met = goal.met(row)
     return f"{row.measured:.2f}, " + ("noisy, not judged" if met is None else "met" if met else "missed")
+
+
+def _launchers(state: State) -> str:
+    found = state.findings.get("launchers")
+    if found is None:
+        return ""
+    told = f" Ours is not used: {found['obstacle']}." if found["obstacle"] else ""
+    return (
+        f"The same pass launched our own way and Triton's gives the same bits, and takes the host {found['ours']:.0f} "
+        f"and {found['triton']:.0f} µs, {state.run.label}.{told}"
+    )
 
 
 def _tests(state: State) -> str:

@@ -285,7 +285,8 @@ def _check_key(key: Key) -> None:
     check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
     for name in ("rank", "blocks", "out_features", "in_features", "tokens", "padded_out", "padded_in"):
         check_count(name, getattr(key, name), 0)
-    check_kind("transposed", key.transposed, bool)
+    for name in ("transposed", "dropout"):
+        check_kind(name, getattr(key, name), bool)
     check_count("granule", key.granule, 1)
     check_choice("factors", key.factors, ("", "bf16", "fp16", "fp32"))
     if key.granule not in (1, GRANULE):

@@ -102,8 +102,9 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
     granule, parts = (GRANULE, (layer.tokens,)) if layer.whole_granules else (1, _parts(layer))
     yield Key("modulated_weight", *common, n, c, factors=layer.factors)
     yield Key("modulated_blocks", *common, n, c, 0, rows, cols, granule=granule, factors=layer.factors)
-    yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols, granule=granule)
+    yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols, granule=granule, dropout=True)
     if granule == 1:
+        yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols)
         yield Key("permute", copied, 0, layer.blocks, 0, n, t, 0, rows)
         for tokens in dict.fromkeys(map(bucket, parts)):
             yield Key("permute", copied, 0, layer.blocks, 0, c, tokens, 0, cols)
@@ -117,6 +118,10 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
             yield Key("sum_partials", copied, out_features=features, tokens=t)
     for tokens in dict.fromkeys((t, bucket(parts[0]))):
         yield Key("block_grad", *common, n, c, tokens, rows, cols, granule=granule, factors=layer.factors)
+    if granule > 1:  # dropout makes a copy of x, which else is read in place
+        yield Key("block_matmul", *common, n, c, t, rows, cols, granule=granule, dropout=True)
+        factors = layer.factors
+        yield Key("block_grad", *common, n, c, t, rows, cols, granule=granule, factors=factors, dropout=True)
     for features in (n, c):
         yield Key("sum_partials", layer.factors, out_features=layer.max_rank, tokens=bucket(features))
     for stage in ALGORITHM_KEYS:
@@ -218,7 +223,7 @@ def describe(key: Key) -> str:
     sizes += "" if "x" in sizes else " columns"
     tokens = f" T≤{key.tokens}" if key.tokens else ""
     rank = f" ρ={key.rank}" if key.rank else ""
-    turned = " transposed" if key.transposed else ""
+    turned = " transposed" * key.transposed + " dropout" * key.dropout
     blocks = f" K={key.blocks}" if key.blocks else ""
     factors = f" {key.factors} factors" if key.factors not in ("", key.dtype) else ""
     return f"{key.kernel} {sizes}{tokens}{rank}{blocks} {key.dtype}{factors}{turned}"
