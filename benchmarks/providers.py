@@ -70,7 +70,6 @@ class Case:
             self.num_blocks,
             self.rank,
             self.dtype,
-            self.dropout,
         )
 
     def smoke(self) -> Case:

@@ -147,19 +147,6 @@ def test_what_is_read_in_place(change: dict[str, int], in_place: bool) -> None:
         assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
 
 
-def test_dropout_costs_peers_a_mask_and_ours_a_split_dx() -> None:
-    """SMoA copies x by block, and dY too unless blocks are contiguous."""
-    x = SQUARE.tokens * SQUARE.in_features
-    for way, stage in itertools.product(("lora", "hira", "paper_dense"), ("forward", "backward")):
-        dry, wet = (estimate(replace(SQUARE, dropout=d), H100, way) for d in (0.0, 0.05))
-        assert wet.bytes(stage) - dry.bytes(stage) == x * (2 + 2 + 1)  # bf16 in and out, a byte of mask
-    assert [q.name for q in parts(replace(CONTIGUOUS, dropout=0.1), "split")] == [
-        *("build ΔW blocks", "gather x", "block matmul", "base GEMM", "y, read to accumulate"),
-        *("gather x", "block gradients", "sum partials", "build ΔW blocks", "block matmul of dX"),
-        *("scatter dX, dropout", "dX = dY·W", "dX, read to accumulate"),
-    ]
-
-
 def test_cost_grows_with_tokens_and_rank() -> None:
     for way in WAYS:
         costs = [device(replace(SQUARE, tokens=t), way) for t in (0, 1, 64, 1024, 8192)]

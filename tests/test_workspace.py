@@ -30,7 +30,6 @@ def test_backward_workspace():
         (Problem(8193, 4096, 4096, 4, 16), (4160, 4033)),  # whole steps except for the last part
         (Problem(8192, 4096, 14336, 4, 16), (8192,)),  # W_eff and dX take more than the copies
         (Problem(32768, 14336, 4096, 4, 16), (8192, 8192, 8192, 8192)),  # 1152 MiB over 368
-        (Problem(8192, 4096, 4096, 4, 16, dropout=0.05), (8192,)),  # dX has copies of its own
         (Problem(8192, 14336, 4096, 2, 256), (8192,)),  # partials of 224 MiB, copies of 288
         (Problem(8192, 4096, 4096, 1, 16), (8192,)),  # nothing is copied
         (Problem(8192, 4096, 4096, 8, 16), (4096, 4096)),  # 128 tiles fill a GPU
@@ -67,22 +66,17 @@ def test_parts_take_no_more_than_dx_where_they_may_be_short_enough(num_blocks, r
             assert stages["factor gradients"] <= whole + step
 
 
-def test_backward_workspace_counts_padding_and_dropout():
+def test_backward_workspace_counts_padding():
     aligned, odd = (backward_workspace(Problem(64, n, 512, 4, 16)) for n in (512, 516))
     # 129 rows per block are padded to 256; dY alone doubles
     assert odd["factor gradients"] - aligned["factor gradients"] >= 2 * 64 * 512
-    p = Problem(8192, 4096, 4096, 4, 16, dropout=0.1)
-    delta, gathered = 2 * 4096 * 4096 // 4, 2 * 8192 * 4096
-    assert backward_workspace(p)["input gradient"] == delta + 2 * gathered
 
 
 def test_granules_are_read_in_place():
-    """Only partials and W_eff remain. With dropout x is copied, and dX needs its blocks."""
+    """Only partials and W_eff remain."""
     p = Problem(8192, 4096, 4096, 4, 16, granule=8)
-    partials, w_eff, x = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096, 2 * 8192 * 4096
+    partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
     assert backward_workspace(p) == {"factor gradients": partials, "input gradient": w_eff}
-    wet = {"factor gradients": x + partials, "input gradient": w_eff // 4 + x}
-    assert backward_workspace(replace(p, dropout=0.1)) == wet
 
 
 def test_one_block_that_fills_its_tiles_is_not_gathered():

@@ -235,8 +235,8 @@ def tune_shapes(job: Job) -> None:
     timer = interpreter_timer if job.smoke else gpu_timer
     problems: dict[str, str] = {}
     try:
-        done = tune(planned, DEVICE, timer=timer, deadline=job.deadline - 5)
-        problems = {str(tuple(tuned.job.key)): tuned.problem for tuned in done if tuned.problem}
+        undone = tune(planned, DEVICE, timer=timer, deadline=job.deadline - 5)
+        problems = {str(tuple(key)): problem for key, problem in undone.items()}
     finally:  # also when the GPU is lost
         found = keep(identity(DEVICE)).entries
         entries = [found[one.key].to_json() for one in planned if one.key in found]

@@ -52,15 +52,12 @@ def roofline(
     block_order: Annotated[str, typer.Option(help=f"One of {', '.join(BLOCK_ORDERS)}.")] = "spectral",
     granule: Annotated[int, typer.Option(min=1, help="Adjacent coordinates that stay together.")] = 1,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
-    dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
     json: Annotated[Path | None, typer.Option(help="Write the same, kernel by kernel, as JSON.")] = None,
 ) -> None:
     """Predict time and bytes of one layer for each way to run it. Nothing is measured."""
     check_choice("--gpu", gpu, GPUS)
     check_choice("--dtype", dtype, PRECISIONS)
     check_choice("--block-order", block_order, BLOCK_ORDERS)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"--dropout must lie in [0, 1), got {dropout}")
     torch_dtype, ieee = PRECISIONS[dtype].dtype, PRECISIONS[dtype].ieee
     features = parse_shape(shape)
     if blocks > min(features):
@@ -69,11 +66,9 @@ def roofline(
     together = granule
     if block_order == "contiguous" and not any(size % (blocks * granule) for size in features):
         together = math.gcd(*(size // blocks for size in features))
-    problem = Problem(tokens, *features, blocks, rank, torch_dtype, dropout, together)
+    problem = Problem(tokens, *features, blocks, rank, torch_dtype, together)
     chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
-    chosen = "split" if dropout else chosen
-    ways = [a for a in WAYS if not dropout or a not in ("merged", "fused")]
-    estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
+    estimates = {way: estimate(problem, GPUS[gpu], way, ieee=ieee) for way in WAYS}
     workspace = max(backward_workspace(problem).values())
 
     out = console()
@@ -85,8 +80,6 @@ def roofline(
     out.print(
         f"Workspace of our backward: {workspace / 2**20:.0f} MiB. Every number is predicted, none measured."
     )
-    if dropout:
-        out.print("With dropout the adapter sees another x than the base, so SMoA can only run split.")
     if json is not None:
         inputs = vars(problem) | {"dtype": dtype, "gpu": gpu, "block_order": block_order, "granule": granule}
         results = {"auto": chosen, "backward_workspace_bytes": workspace}

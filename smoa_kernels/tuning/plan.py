@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .. import kernels
@@ -18,7 +18,6 @@ __all__ = [
     "Job",
     "Layer",
     "describe",
-    "describe_algorithms",
     "describe_choice",
     "job",
     "jobs",
@@ -229,31 +228,12 @@ def describe(key: Key) -> str:
     return f"{key.kernel} {sizes}{tokens}{rank}{blocks} {key.dtype}{factors}{turned}"
 
 
-_GATHERED = {
-    "merged": "no gather",
-    "split": "gather before",
-    "fused": "one kernel, gather inside",
-    "block_grad": "gather before",
-    "eager": "torch's operators",
-}
-"""Where each algorithm brings x's columns together by block."""
-
-
 def describe_choice(choice: Choice) -> str:
-    """Name launch parameters, or an algorithm and where it gathers."""
+    """Name launch parameters, or an algorithm."""
     if isinstance(choice, str):
-        return f"{choice} ({_GATHERED[choice]})"
+        return choice
     fields = choice.to_json().items()
     return " ".join(f"{name.removeprefix('block_').removeprefix('num_')}={value}" for name, value in fields)
-
-
-def describe_algorithms(entries: Iterable[Entry]) -> Iterator[str]:
-    """Yield a line with all algorithms' times for each problem whose choice is an algorithm."""
-    for entry in entries:
-        if entry.key.kernel in ALGORITHM_KEYS:
-            timed = (trial for trial in entry.trials if trial.seconds is not None)
-            times = ", ".join(f"{describe_choice(t.choice)} {(t.seconds or 0.0) * 1e6:.1f} µs" for t in timed)
-            yield f"{describe(entry.key)}: {times or 'none was timed'}"
 
 
 def winner(entry: Entry) -> Trial | None:
