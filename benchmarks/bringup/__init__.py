@@ -1,7 +1,7 @@
 """Bring up a GPU with one command, in stages of at most eight minutes; the first two take five.
 
-operator: 24 problems through the public layer against float64; headline: the comparison with the peers, and the goals;
-tests: every numerical test; tune: a table for this GPU.
+operator: 24 problems through the public layer against float64; headline: the comparison with the peers; tests: every
+numerical test; tune: a table for this GPU.
 
     python -m benchmarks.bringup                  # on a GPU; `make gpu`
     python -m benchmarks.bringup --resume         # runs the stages that are not done yet

@@ -36,9 +36,8 @@ from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from ..fake_gpu import H100, adapter, install
 from ..providers import Case
-from .cases import ORDERS, headline_cases, operator_cases, tuned_layers
+from .cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 
-GATE_TOKENS = 256  # of a headline case when its numbers are checked
 CORES = 16  # of a machine with a GPU, about
 
 Form: TypeAlias = tuple[JITFunction, tuple[Any, ...]]

@@ -40,14 +40,12 @@ from ..results import Result
 from ..rotation import cache_bytes, rotated
 from ..test_layer import training_pass
 from ..theory import rates
-from .cases import GOAL_CASES, ORDERS, headline_cases, operator_cases, tuned_layers
+from .cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from .state import State
 
 SECONDS_PER_CASE = 1.2
 MOST_ROUNDS = 20
 LAUNCHER_ROUNDS = 30
-# The float64 definition at 8192 tokens takes longer than all timings, so only the goals' cases are checked there.
-GATE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def compare_launchers(case: Case, order: str) -> dict[str, object]:
 
 
 def headline(job: Job) -> None:
-    """Measure this device's rates, then the time and memory of every provider, the goals' cases first.
+    """Measure this device's rates, then the time and memory of every provider, the checked cases first.
 
     If a case failed, wholly or for one provider, the next call compares it again with all providers, because only times
     that were taken in turns may be divided by each other.
@@ -183,7 +181,7 @@ def providers(case: Case) -> dict[str, Provider]:
 def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]:
     """The case's results, and why some providers are not in them."""
     layers, failed = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
-    if case in GOAL_CASES:
+    if case in CHECKED_CASES:
         layers, more = _right(case, {name: _built(layer) for name, layer in layers.items()})
         failed = failed | more
     timed = _timed(case, layers, smoke)  # first, because it leaves nothing in memory
