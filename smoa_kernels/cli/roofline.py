@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -17,7 +16,7 @@ from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.precision import PRECISIONS
 from ..tuning.gpus import GPUS
 from ..tuning.roofline import PASSES, WAYS, Estimate, Pass, Problem, backward_workspace, estimate
-from .output import console, write_json
+from .output import console
 
 __all__ = ["roofline"]
 
@@ -52,7 +51,6 @@ def roofline(
     block_order: Annotated[str, typer.Option(help=f"One of {', '.join(BLOCK_ORDERS)}.")] = "spectral",
     granule: Annotated[int, typer.Option(min=1, help="Adjacent coordinates that stay together.")] = 1,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
-    json: Annotated[Path | None, typer.Option(help="Write the same, kernel by kernel, as JSON.")] = None,
 ) -> None:
     """Predict time and bytes of one layer for each way to run it. Nothing is measured."""
     check_choice("--gpu", gpu, GPUS)
@@ -80,11 +78,6 @@ def roofline(
     out.print(
         f"Workspace of our backward: {workspace / 2**20:.0f} MiB. Every number is predicted, none measured."
     )
-    if json is not None:
-        inputs = vars(problem) | {"dtype": dtype, "gpu": gpu, "block_order": block_order, "granule": granule}
-        results = {"auto": chosen, "backward_workspace_bytes": workspace}
-        algorithms = {name: _as_json(found) for name, found in estimates.items()}
-        write_json(json, {"kind": "predicted", **inputs, **results, "algorithms": algorithms})
 
 
 def _table(estimates: dict[str, Estimate], chosen: str, title: str) -> Table:
@@ -107,17 +100,3 @@ def _table(estimates: dict[str, Estimate], chosen: str, title: str) -> Table:
             style="bold" if name == chosen else None,
         )
     return table
-
-
-def _as_json(found: Estimate) -> dict[str, Any]:
-    by_stage = {
-        name: {
-            "milliseconds": found.seconds(*stages) * 1e3,
-            "device_milliseconds": found.device_seconds(*stages) * 1e3,
-            "host_milliseconds": found.host_seconds(*stages) * 1e3,
-            "launches": found.launches(*stages),
-            "bytes": found.bytes(*stages),
-        }
-        for name, stages in STAGES.items()
-    }
-    return {**by_stage, "parts": [vars(part) for part in found.parts]}
