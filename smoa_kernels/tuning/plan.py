@@ -129,9 +129,8 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
 
 def _parts(layer: Layer) -> tuple[int, ...]:
     """Tokens of the parts in which the backward gathers a long batch; one part under dropout."""
-    itemsize = PRECISIONS[layer.dtype].dtype.itemsize
     features = layer.out_features, layer.in_features
-    return gradient_parts(layer.tokens, features, layer.blocks, layer.max_rank, itemsize)
+    return gradient_parts(layer.tokens, features, layer.blocks, layer.max_rank)
 
 
 def _experts_keys(layer: Layer) -> Iterator[Key]:

@@ -177,7 +177,7 @@ def gradient_parts(p: Problem) -> tuple[int, ...]:
     """:func:`algorithms.gradient_parts`: one part where kernels read dY and x in place."""
     if not any(map(p.gathers, p.features)):
         return (p.tokens,)
-    return algorithms.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank, p.dtype.itemsize)
+    return algorithms.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank)
 
 
 def backward_workspace(p: Problem) -> Mapping[str, int]:
