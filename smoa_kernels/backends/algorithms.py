@@ -27,9 +27,8 @@ GRAD_TILE = 128  # block_grad writes one rank-sized partial for each tile of thi
 GRAD_STEP = 64  # tokens in one step of its main loop
 # The backward gathers all tokens at once, or at least this many, so that a program's end takes a ninth of its time.
 GRAD_PART_TOKENS = 64 * GRAD_STEP
-GRAD_PART_RANKS = (
-    64  # most for parts: 4096 tokens of bf16 take 33 MB per 4096 columns, partials of rank 64 8 MB of them
-)
+# With more ranks the partials of a part are no longer small beside its copies: 16 and 64 MiB at 4096² in bf16 for 64.
+GRAD_PART_RANKS = 64
 # Fewest tiles of G for parts: as many as a large GPU has multiprocessors, so that each launch fills it.
 GRAD_PART_TILES = 128
 
@@ -116,7 +115,7 @@ def gradient_parts(tokens: int, features: tuple[int, int], num_blocks: int, rank
 
     dA and dB are sums over tokens, so they can be summed part by part, and the gathered copies of dY and x then take
     the memory of a part. But each part writes partials of its own and runs the end of every program again. So there is
-    one part if G has fewer tiles than `GRAD_PART_TILES`, or if the rank is so large that partials take more than copies.
+    one part if G has fewer tiles than `GRAD_PART_TILES`, or if ρ is so large that partials take much more.
 
     Args:
         tokens: T.
