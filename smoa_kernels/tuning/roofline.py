@@ -150,10 +150,6 @@ class Estimate:
         """Kernel launches."""
         return sum(part.launches for part in self._of(stages))
 
-    def bytes(self, *stages: Pass) -> float:
-        """Bytes to and from memory."""
-        return sum(part.bytes for part in self._of(stages))
-
     def _of(self, stages: tuple[Pass, ...]) -> tuple[Part, ...]:
         return tuple(part for part in self.parts if part.stage in (stages or PASSES))
 
