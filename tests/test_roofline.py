@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from smoa_kernels.backends import algorithms
 from smoa_kernels.backends.algorithms import admissible, choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
@@ -69,8 +70,9 @@ def test_the_page_shows_what_is_predicted() -> None:
         assert cells.split(" | ") == [f" {found[0]}", *found[1:-1], f"{found[-1]} "]
 
 
-def test_flop_floors() -> None:
-    """Without memory traffic: 1 + 1/(2K) merged, 1 + 1/K split."""
+def test_flop_floors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without memory traffic, and with one part: 1 + 1/(2K) merged, 1 + 1/K split."""
+    monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 1 << 20)
     infinite = replace(H100, memory_tbps=1e9)
     for blocks in (1, 2, 4, 8):
         p = replace(SQUARE, tokens=1 << 20, num_blocks=blocks)
