@@ -70,7 +70,7 @@ def experts_backward(
 
 def _experts(pairs: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[_Expert]:
     blocks, device = adapter.blocks, adapter.weight.device
-    owner = torch.bucketize(torch.arange(pairs, device=device), ends, right=True)[:, None]
+    owner = torch.bucketize(torch.arange(pairs, dtype=ends.dtype, device=device), ends, right=True)[:, None]
     ranks = torch.arange(adapter.A.shape[1], device=device)
     dtype = torch.promote_types(adapter.weight.dtype, torch.float32)
     for e, (weight, A, B) in enumerate(zip(adapter.weight, adapter.A, adapter.B, strict=True)):
@@ -85,7 +85,7 @@ def _experts(pairs: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[_Exp
 
 def _labels(size: int, offsets: Tensor, index: Tensor | None, e: int) -> Tensor:
     """The block of each of expert e's rows, or columns."""
-    slots = torch.arange(size, device=offsets.device)
+    slots = torch.arange(size, dtype=offsets.dtype, device=offsets.device)
     labels = torch.bucketize(slots, offsets[e % len(offsets)], right=True) - 1
     return (
         labels
