@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from smoa_kernels.kernels.spec import GRANULE
-from smoa_kernels.tuning.plan import Layer
+from smoa_kernels.tuning.roofline import Problem
 
 from ..cases import BF16
 from ..providers import Case
@@ -41,13 +41,13 @@ def headline_cases(smoke: bool) -> tuple[Case, ...]:
     return tuple(dict.fromkeys((*CHECKED_CASES, *grid)))
 
 
-def tuned_layers(smoke: bool) -> list[Layer]:
+def tuned_layers(smoke: bool) -> list[Problem]:
     """The shapes that are compared, with blocks of single coordinates and of granules."""
     if smoke:
-        return [Layer(48, 40, 9, "fp32", 4, 2)]
-    sizes = ((n, c, tokens) for tokens in TOKENS for n, c in SHAPES)
+        return [Problem(9, 48, 40, 2, 4, "fp32")]
+    sizes = ((tokens, n, c) for tokens in TOKENS for n, c in SHAPES)
     return [
-        Layer(*size, "bf16", RANK, BLOCKS, granule, factors="bf16")
+        Problem(*size, BLOCKS, RANK, "bf16", granule, factors="bf16")
         for size in sizes
         for granule in (1, GRANULE)
     ]

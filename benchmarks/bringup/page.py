@@ -145,7 +145,7 @@ def _predicted(state: State, gpu: Gpu) -> str:
         return "Not run."
     flops, bandwidth = found["flops_per_second"], found["bytes_per_second"]
     told = f"This device reached {flops / 1e12:.3g} TFLOP/s in a large GEMM and {bandwidth / 1e12:.3g} TB/s in a copy."
-    rates = Rates(flops, bandwidth, gpu.rates(torch.bfloat16, False).start_seconds)
+    rates = Rates(flops, bandwidth, gpu.rates("bf16").start_seconds)
     rows = [
         (tables.case_name(result), *(_over_predicted(result, name, rates) for name in WAYS))
         for result in state.run.select("layer")

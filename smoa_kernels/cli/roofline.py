@@ -56,7 +56,6 @@ def roofline(
     check_choice("--gpu", gpu, GPUS)
     check_choice("--dtype", dtype, PRECISIONS)
     check_choice("--block-order", block_order, BLOCK_ORDERS)
-    torch_dtype, ieee = PRECISIONS[dtype].dtype, PRECISIONS[dtype].ieee
     features = parse_shape(shape)
     if blocks > min(features):
         raise ValueError(f"--blocks must be at most {min(features)} for {shape}, got {blocks}")
@@ -64,9 +63,9 @@ def roofline(
     together = granule
     if block_order == "contiguous" and not any(size % (blocks * granule) for size in features):
         together = math.gcd(*(size // blocks for size in features))
-    problem = Problem(tokens, *features, blocks, rank, torch_dtype, together)
+    problem = Problem(tokens, *features, blocks, rank, dtype, together)
     chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
-    estimates = {way: estimate(problem, GPUS[gpu], way, ieee=ieee) for way in WAYS}
+    estimates = {way: estimate(problem, GPUS[gpu], way) for way in WAYS}
     workspace = max(backward_workspace(problem).values())
 
     out = console()

@@ -23,13 +23,14 @@ from ..tuning.gpus import GPUS
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import (
     Job,
-    Layer,
+    check_layer,
     describe,
     describe_choice,
     jobs,
     tunable,
     winner,
 )
+from ..tuning.roofline import Problem
 from .output import console, progress_bar
 from .roofline import parse_shape
 
@@ -97,11 +98,13 @@ def tune(
         decoders = [MODELS["llama-3-8b"]]
     sizes = [size for decoder in decoders for size in decoder.shapes] + [parse_shape(s) for s in shape or []]
     layers = [
-        Layer(n, c, t, name, rank, blocks, granule, experts, factors)
+        Problem(t, n, c, blocks, rank, name, granule, experts, factors)
         for n, c in dict.fromkeys(sizes)
         for t in tokens or [256, 2048, 8192]
         for name in dtype or ["bf16"]
     ]
+    for layer in layers:
+        check_layer(layer)
     if gpu is not None:
         check_choice("--gpu", gpu, GPUS)
         if not dry_run:

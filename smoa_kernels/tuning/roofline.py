@@ -23,10 +23,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from ..backends import algorithms
 from ..backends.algorithms import FUSED_MAX_RANK
+from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE
 from .gpus import Gpu, Rates
 
@@ -53,9 +52,11 @@ class Problem:
         in_features: C.
         num_blocks: K.
         rank: r, the budget of all blocks together.
-        dtype: of x, W0 and the factors.
+        precision: of x and W0, one of `precision.PRECISIONS`.
         granule: adjacent coordinates that stay together, a partition's `granularity`: the size of contiguous blocks if
             all are equal. If they are not it is smaller, and the cost is overestimated.
+        experts: E, of a layer of experts, whose tokens are pairs of token and expert; 0 for one weight. The tuner's.
+        factors: precision of A and B, the tuner's too: PEFT keeps them in float32. Costs assume W0's.
     """
 
     tokens: int
@@ -63,8 +64,15 @@ class Problem:
     in_features: int
     num_blocks: int
     rank: int
-    dtype: torch.dtype = torch.bfloat16
+    precision: str = "bf16"
     granule: int = 1
+    experts: int = 0
+    factors: str = "fp32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of x and W0."""
+        return PRECISIONS[self.precision].dtype.itemsize
 
     @property
     def features(self) -> tuple[int, int]:
@@ -154,12 +162,9 @@ class Estimate:
         return tuple(part for part in self.parts if part.stage in (stages or PASSES))
 
 
-def estimate(problem: Problem, gpu: Gpu, way: str, *, ieee: bool = True) -> Estimate:
-    """Predict the cost of one of :data:`WAYS` on one GPU.
-
-    `ieee`: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
-    """
-    return Estimate(way, parts(problem, way), gpu.rates(problem.dtype, ieee))
+def estimate(problem: Problem, gpu: Gpu, way: str) -> Estimate:
+    """Predict the cost of one of :data:`WAYS` on one GPU."""
+    return Estimate(way, parts(problem, way), gpu.rates(problem.precision))
 
 
 def parts(problem: Problem, way: str) -> tuple[Part, ...]:
@@ -182,7 +187,7 @@ def backward_workspace(p: Problem) -> Mapping[str, int]:
     "factor gradients" holds dY and x of one part of the tokens, if they are gathered, and all partials. They are freed
     before "input gradient", which holds W_eff. A BLAS library's own memory is not counted.
     """
-    size, tokens = p.dtype.itemsize, gradient_parts(p)
+    size, tokens = p.itemsize, gradient_parts(p)
     gathered = max(tokens) * sum(p.padded(n) for n in p.features if p.gathers(n)) * size
     partials = len(tokens) * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
     return {"factor gradients": gathered + partials, "input gradient": p.weight_elements * size}
@@ -207,7 +212,7 @@ class _Count:
 
     def add(self, name: str, flops: float, elements: float, *, bytes: float = 0, launches: int = 1) -> None:
         """`elements` of the problem's dtype go to and from memory, and `bytes` of others."""
-        moved = elements * self.p.dtype.itemsize + bytes
+        moved = elements * self.p.itemsize + bytes
         self.parts.append(Part(name, self.stage, flops, moved, launches))
 
     def gemm(self, name: str, m: int, n: int, k: int) -> None:

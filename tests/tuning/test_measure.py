@@ -29,7 +29,8 @@ from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import INTERRUPTED, UNFINISHED, Choice, Trial, identity
 from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.measure import MOST_CHARACTERS, DeviceLostError, Workload, keep, tune, workload
-from smoa_kernels.tuning.plan import Layer, jobs, keys
+from smoa_kernels.tuning.plan import jobs, keys
+from smoa_kernels.tuning.roofline import Problem
 
 pytestmark = needs_interpreter
 
@@ -64,9 +65,9 @@ def test_the_fastest_wins_every_time_is_kept_and_a_rerun_repeats_nothing() -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layer", [Layer(70, 90, 17, "bf16", 5, 2), Layer(48, 40, 33, "fp32", 4, 2, 8, experts=3)]
+    "layer", [Problem(17, 70, 90, 2, 5), Problem(33, 48, 40, 2, 4, "fp32", 8, experts=3)]
 )
-def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Layer) -> None:
+def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Problem) -> None:
     """Real operands and real kernels, in the interpreter: each result matches the definition."""
     planned = [replace(job, candidates=job.candidates[:2]) for job in jobs([layer], "cpu", 1)]
     assert {job.key for job in planned} == set(keys(layer))
