@@ -126,7 +126,7 @@ def test_the_table_shows_no_winner_that_breaks_the_numbers(
     order = ("merged", "split", "fused", "eager")
     gpu(scripted(lambda choice: 1e-6 * (1 + order.index(choice))))  # type: ignore[arg-type]
     assert main(["tune", *SMALL, "--kernel", "forward"]) == 0
-    forward, _ = (line for line in capsys.readouterr().out.splitlines() if "forward 70x90" in line)
+    (forward,) = (line for line in capsys.readouterr().out.splitlines() if "forward 70x90" in line)
     assert "split" in forward
 
 
