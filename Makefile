@@ -33,7 +33,7 @@ emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/p
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
-        quality-smoke gpu gpu-smoke audit audit-smoke emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
+        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-smoke emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -238,6 +238,9 @@ gpu: $(BIN)/.dev ## on a GPU, in stages: the layer against float64, the headline
 
 gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's interpreter
 	$(BIN)/python -m benchmarks.bringup --smoke $(ARGS)
+
+gpu-dry-run: $(BIN)/.dev ## how many kernels each stage of `make gpu` compiles, and how long; needs no GPU
+	$(BIN)/python -W ignore -m benchmarks.bringup.ahead $(ARGS)
 
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs no GPU
 	PYTHONPATH=tests $(BIN)/python -m audit $(ARGS)

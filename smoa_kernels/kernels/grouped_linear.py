@@ -315,10 +315,14 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
 def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if arch.is_amd:
         return on_amd(_GATHERED)
-    if precision.dtype != torch.float32:
-        # With four warps Blackwell's registers spill.
-        return (replace(_GATHERED[0], num_warps=8),) if arch.name == "sm_100" else _GATHERED
-    return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32
+    if precision.dtype == torch.float32:
+        return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32
+    # With four warps Blackwell's registers spill, and with Triton 3.6 those of sm_86 and sm_89.
+    if arch.name == "sm_100":
+        return (replace(_GATHERED[0], num_warps=8),)
+    if OLD_TRITON and arch.name in ("sm_86", "sm_89"):
+        return (replace(_GATHERED[0], num_warps=8, num_stages=2),)
+    return _GATHERED
 
 
 def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:

@@ -74,7 +74,7 @@ short_way = _ShortWay()
 
 
 def use_tritons_launcher(reason: str) -> None:
-    """Remember no compiled forms from now on: every launch is Triton's own. Warns once."""
+    """Use no remembered form from now on: every launch is Triton's own. Warns once."""
     if not short_way.obstacle:
         warnings.warn(
             f"kernels are launched by Triton's own launcher, which is slower: {reason}", stacklevel=3
@@ -295,7 +295,7 @@ class Launch:
             else:
                 address |= tensor.data_ptr()
                 dtypes.append(tensor.dtype)
-        form = None if address & 15 else self._forms.get(tuple(dtypes))
+        form = None if address & 15 or short_way.obstacle else self._forms.get(tuple(dtypes))
         # Does someone listen to launches? A chain with calls does, or what was put in the place of Triton's chain.
         enter, leave, hear = _runtime.launch_enter_hook, _runtime.launch_exit_hook, _listener.hear
         unheard = hear is None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave)
@@ -314,7 +314,6 @@ class Launch:
                     *self._numbers,
                 )
             except Exception as error:  # Triton's launcher decides what becomes of it
-                self._forms.clear()
                 use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
             else:
                 return

@@ -60,6 +60,7 @@ class Key(NamedTuple):
         transposed: the kernel reads W0 or ΔW along the other side, as dX does.
         granule: from :func:`granule_of`; 1 where a kernel has no form for `GRANULE`.
         factors: dtype of A and B, as `dtype`; empty where a kernel does not see them.
+        dropout: the kernel takes another form under dropout: it draws the mask, or reads x gathered with it.
     """
 
     kernel: str
@@ -74,6 +75,7 @@ class Key(NamedTuple):
     transposed: bool = False
     granule: int = 1
     factors: str = ""
+    dropout: bool = False
 
 
 def bucket(tokens: int) -> int:

@@ -33,7 +33,6 @@ COMMANDS: list[tuple[str, str]] = [
     ("roofline --block-order sorted", "--block-order must be one of spectral, contiguous, random"),
     ("roofline --granule 0", "--granule"),
     ("roofline --shape 64x8 --blocks 2 --granule 8", "granule must leave at least num_blocks=2 granules"),
-    ("roofline --dropout 1", "--dropout must lie in [0, 1), got 1.0"),
     ("tune --model llama-9", "--model must be one of llama-3-8b"),
     ("tune --shape 4096", "--shape must be OUTxIN"),
     ("tune --dtype int8", "--dtype must be one of bf16"),
@@ -55,10 +54,9 @@ COMMANDS: list[tuple[str, str]] = [
 ]
 PLANS = [
     ("plan --model gpt-5", "--model must be one of llama-3-8b"),
-    ("plan --parallel pp", "--parallel must be one of ddp, fsdp, tp, got 'pp'"),
+    ("plan --parallel pp", "--parallel must be one of ddp, fsdp, got 'pp'"),
     ("plan --gpu rtx4090", "--gpu must be one of h100"),
     ("plan --gpus 0", "--gpus"),
-    ("plan --gpus 12 --parallel tp", "--gpus must be a multiple of 8, which share each layer, got 12"),
     ("plan --tokens -5", "--tokens"),
     ("plan --rank 0", "--rank"),
     ("plan --blocks 1025", "--blocks must be at most 1024, the narrowest layer of llama-3-8b, got 1025"),
@@ -111,12 +109,9 @@ def test_command(command: str, words: str, world: World, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("place", ["/nowhere/at/all.json", "FOLDER", "/dev/full"])
-@pytest.mark.parametrize("command", ["info", "roofline", "plan"])
-def test_results_that_cannot_be_written(
-    command: str, place: str, world: World, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_results_that_cannot_be_written(place: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     """The table is printed first, no scratch file stays, and a device file is not replaced."""
-    out, err = run(f"{command} --json {place}", world, capsys)
+    out, err = run(f"info --json {place}", world, capsys)
     assert place != "/dev/full" or Path(place).is_char_device()
     assert out
     assert err.startswith("smoa-kernels: error: cannot write ")
