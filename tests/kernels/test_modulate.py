@@ -15,7 +15,6 @@ from torch import Tensor
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
-from smoa_kernels.kernels.spec import Config
 
 pytestmark = pytest.mark.numerical
 
@@ -49,15 +48,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     assert_within_budget(weight, effective(same), effective(truth))
     blocks = modulated_blocks(adapter, padded(rounded.partition, 16, 32))
     assert_within_budget(from_blocks(blocks, rounded.partition), same.delta_weight(), truth.delta_weight())
-
-
-def test_a_tile_narrower_than_a_warp(device: torch.device) -> None:
-    """No such tile ships, but a tuning table may contain one."""
-    problem = make_problem(out_features=40, in_features=45, ranks=(5, 2)).on(device).to(torch.bfloat16)
-    config = Config(block_n=16, block_c=16, num_warps=4)
-    blocks = modulated_blocks(problem.adapter(), padded(problem.partition), config=config)
-    truth = problem.to(torch.float64).delta_weight()
-    assert_within_budget(from_blocks(blocks, problem.partition), problem.delta_weight(), truth)
 
 
 @pytest.mark.parametrize("row_padding", [0, 5])
