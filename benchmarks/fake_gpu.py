@@ -238,7 +238,7 @@ def adapter(
     rho = RANK // blocks
 
     def empty(*shape: int, dtype: torch.dtype = weight) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     features = out_features, in_features
     offsets = [empty(blocks + 1, dtype=torch.int32) for _ in features]
@@ -251,5 +251,5 @@ def adapter(
         empty(out_features, rho, dtype=factors),
         BlockPartition.from_tensors([*labels, *indices, *offsets], sizes),
         empty(blocks, dtype=torch.int32),
-        empty((), dtype=torch.float32),
+        empty(dtype=torch.float32),
     )
