@@ -233,5 +233,5 @@ def adapter(
         empty(out_features, rho, dtype=factors),
         BlockPartition.from_tensors([*labels, *indices, *offsets], sizes),
         empty(blocks, dtype=torch.int32),
-        empty((), dtype=torch.float32),
+        torch.empty((), dtype=torch.float32, device=device),
     )

@@ -317,10 +317,10 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         return on_amd(_GATHERED)
     if precision.dtype == torch.float32:
         return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32
-    # With four warps Blackwell's registers spill, and with Triton 3.6 those of sm_86 and sm_89.
+    # With four warps Blackwell's registers spill, and by Triton 3.6 those of sm_80, sm_86, sm_89 and sm_120.
     if arch.name == "sm_100":
         return (replace(_GATHERED[0], num_warps=8),)
-    if OLD_TRITON and arch.name in ("sm_86", "sm_89"):
+    if OLD_TRITON and not arch.has_wide_tensor_cores:
         return (replace(_GATHERED[0], num_warps=8, num_stages=2),)
     return _GATHERED
 
