@@ -59,8 +59,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "primes": {"tokens": 13, "out_features": 31, "in_features": 29, "ranks": (2, 1)},
     "one token": {"tokens": 1, "ranks": (0, 0, 1)},
     "one of everything": {"tokens": 1, "out_features": 1, "in_features": 1, "ranks": (1,)},
-    "one row": {"tokens": 3, "out_features": 1, "in_features": 5, "ranks": (0, 1), "random_labels": True},
-    "one column": {"tokens": 3, "out_features": 5, "in_features": 1, "ranks": (17, 1), "random_labels": True},
     "no rank": {"ranks": (0, 0)},
     "high rank": {"tokens": 3, "ranks": (40, 1)},
 }
@@ -92,10 +90,11 @@ def test_results_of_every_shape(case: Case, shape: str) -> None:
     assert_within_budget(p.run(**case.options), case, p)
 
 
+@pytest.mark.parametrize(("shape", "ranks"), [((7, 5), (2,) * 9), ((1, 5), (0, 1)), ((5, 1), (17, 1))])
 @each_spectral
-def test_more_blocks_than_rows(case: Case) -> None:
+def test_more_blocks_than_rows_or_columns(case: Case, shape: tuple[int, int], ranks: tuple[int, ...]) -> None:
     """Only labels allow this."""
-    p = case.problem(ranks=(2,) * 9, random_labels=True, out_features=7, in_features=5)
+    p = case.problem(ranks=ranks, random_labels=True, out_features=shape[0], in_features=shape[1])
     assert_within_budget(p.run(**case.options), case, p)
 
 
