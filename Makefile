@@ -17,7 +17,7 @@ DEEPSPEED ?= .venv-deepspeed
 VLLM   ?= .venv-vllm
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line; not the PEFT tuner, nor what needs a model.
-CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmark_* tests/test_quality_* tests/test_*_example.py \
+CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmarks.py tests/test_quality.py tests/test_*_example.py \
           tests/test_bringup.py tests/test_dead_zone.py $(wildcard tests/test_lost_*)),$(wildcard tests/test_*.py))
 
 # Kernels compiled for each of these, and executed in the PTX emulator (tests/ptx_emulator).
@@ -33,7 +33,7 @@ emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/p
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
-        quality-smoke gpu gpu-smoke audit audit-smoke emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
+        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-smoke emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -153,7 +153,7 @@ test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed te
 	$(BIN)/python -m pytest $(CORE) $(ARGS)
 
 trust: $(BIN)/.dev ## how much of its error budget each result uses, by backend and dtype (.benchmarks/trust.md)
-	$(BIN)/python tests/trust.py --out .benchmarks/trust.md $(ARGS)
+	$(BIN)/python -m pytest tests/test_contract.py -k test_results_in_every_dtype --trust .benchmarks/trust.md $(ARGS)
 
 soak: $(BIN)/.dev ## 2,000 training steps in bfloat16, also on the triton backend in the interpreter (35 min)
 	SMOA_SOAK_STEPS=2000 $(BIN)/python -m pytest -rP tests/test_soak.py $(ARGS)
@@ -239,15 +239,19 @@ gpu: $(BIN)/.dev ## on a GPU, in stages: the layer against float64, the headline
 gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's interpreter
 	$(BIN)/python -m benchmarks.bringup --smoke $(ARGS)
 
+gpu-dry-run: $(BIN)/.dev ## how many kernels each stage of `make gpu` compiles, and how long; needs no GPU
+	$(BIN)/python -W ignore -m benchmarks.bringup.ahead $(ARGS)
+
 audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs no GPU
 	PYTHONPATH=tests $(BIN)/python -m audit $(ARGS)
 
 audit-smoke: $(BIN)/.dev ## one form of each kernel for three architectures
 	PYTHONPATH=tests $(BIN)/python -m audit --extent smoke $(ARGS)
 
-# Left out are tests whose kernels run in processes of their own, outside the emulator.
+# Left out are tests whose kernels run in processes of their own, outside the emulator. The second run is the contract of every backend.
 emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++
 	$(call emulated,tests/ptx_emulator tests/kernels $(addprefix --ignore tests/kernels/,test_specs.py test_launches.py))
+	$(call emulated,tests/test_contract.py tests/test_experts.py -k triton)
 
 emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)

@@ -69,8 +69,3 @@ def skip_what_loops_multiply(multiplications: int, dtype: torch.dtype, smoke: bo
         pytest.skip(
             "torch has no GEMM of bfloat16 for this processor: it would take up to minutes for each pass"
         )
-
-
-# Rows and columns of a layer: the number of such layers in a model of a billion parameters (Llama-3.2-1B: 16 blocks of
-# query and output, key and value, gate, up and down; down has up's transposed shape, and as costly a spectrum).
-ONE_BILLION = {(2048, 2048): 32, (512, 2048): 32, (8192, 2048): 48}

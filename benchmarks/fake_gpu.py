@@ -13,6 +13,7 @@ missing. The process must not interpret (`TRITON_INTERPRET`).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,12 @@ from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-__all__ = ["FakeGpu", "Launch", "install"]
+from smoa_kernels import BlockPartition
+from smoa_kernels.definition.packed import PackedAdapter
+
+__all__ = ["BLOCKS", "RANK", "FakeGpu", "Launch", "adapter", "install"]
+
+RANK, BLOCKS = 16, 4  # of `adapter`
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
@@ -61,12 +67,14 @@ class FakeGpu:
 
     Attributes:
         devices: their number.
+        properties: of each, as torch gives them.
         current: the number of the current one.
         launches: the launches while `recording` was on.
         recording: a benchmark turns it off, so that it does not time the list.
     """
 
     devices: int
+    properties: SimpleNamespace = field(default_factory=lambda: H100)
     current: int = 0
     launches: list[Launch] = field(default_factory=list)
     recording: bool = True
@@ -90,6 +98,23 @@ class FakeGpu:
         if device >= 0:
             self.current = device
         return before
+
+
+def pretend_cpu(arch: str, multiprocessors: int) -> None:
+    """Make smoa_kernels treat the CPU's tensors as those of a GPU of this architecture, for the life of the process.
+
+    Raises:
+        RuntimeError: the kernels were imported before this call.
+    """
+    if "smoa_kernels.kernels.spec" in sys.modules:
+        raise RuntimeError("the kernels must be imported after this")
+    from smoa_kernels import backends
+    from smoa_kernels.kernels import architectures
+
+    answers = {"architecture": arch, "multiprocessors": multiprocessors}
+    for name, answer in answers.items():
+        setattr(architectures, name, lambda device, answer=answer: answer)
+    setattr(backends, "_device_obstacle", lambda device: None)  # noqa: B010  # mypy knows it as a function
 
 
 class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows nothing
@@ -130,7 +155,7 @@ class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows n
 
 
 class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothing
-    """Triton's driver of the pretended GPUs, which are H100s."""
+    """Triton's driver of the pretended GPUs."""
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
@@ -146,7 +171,7 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
 
     def get_current_target(self) -> GPUTarget:
         """The target that kernels would be compiled for."""
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", 10 * self.gpu.properties.major + self.gpu.properties.minor, 32)
 
     def get_current_device(self) -> int:
         """The number of the current device."""
@@ -165,15 +190,15 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
         raise NotImplementedError("a pretended GPU times nothing")
 
 
-def install(devices: int = 1) -> FakeGpu:
-    """Make the pretended driver Triton's active one, and tell torch of as many H100s, for the life of the process.
+def install(devices: int = 1, properties: SimpleNamespace = H100) -> FakeGpu:
+    """Make the pretended driver Triton's active one, and tell torch of as many GPUs, for the life of the process.
 
     Only those functions of torch are replaced that this package calls: the current device, its properties, whether its
     stream is captured, and changing the current device. Nothing can be computed on it.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET must not be set: launches are Triton's interpreter's then")
-    gpu = FakeGpu(devices)
+    gpu = FakeGpu(devices, properties)
 
     def compile_nothing(
         self: Any, key: str, signature: object, device: int, constexprs: Any, options: Any, *rest: object
@@ -190,7 +215,7 @@ def install(devices: int = 1) -> FakeGpu:
         "is_available": lambda: True,
         "device_count": lambda: gpu.devices,
         "current_device": lambda: gpu.current,
-        "get_device_properties": lambda device: H100,
+        "get_device_properties": lambda device: properties,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda: None,
         "_exchange_device": gpu.exchange,
@@ -198,3 +223,33 @@ def install(devices: int = 1) -> FakeGpu:
     }.items():
         setattr(torch.cuda, name, answer)
     return gpu
+
+
+def adapter(
+    out_features: int,
+    in_features: int,
+    device: str,
+    factors: torch.dtype,
+    granule: int = 1,
+    weight: torch.dtype = torch.bfloat16,
+    blocks: int = BLOCKS,
+) -> PackedAdapter:
+    """A layer's operands without data, in torch's `FakeTensorMode`: blocks of one size, of whole granules."""
+    rho = RANK // blocks
+
+    def empty(*shape: int, dtype: torch.dtype = weight) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    features = out_features, in_features
+    offsets = [empty(blocks + 1, dtype=torch.int32) for _ in features]
+    labels = [empty(n, dtype=torch.uint8) for n in features]
+    indices = [empty(n, dtype=torch.int64) for n in features]
+    sizes = [n // blocks + (k < n % blocks) for n in features for k in range(blocks)] + [granule, 0]
+    return PackedAdapter(
+        empty(*features),
+        empty(rho, in_features, dtype=factors),
+        empty(out_features, rho, dtype=factors),
+        BlockPartition.from_tensors([*labels, *indices, *offsets], sizes),
+        empty(blocks, dtype=torch.int32),
+        empty(dtype=torch.float32),
+    )

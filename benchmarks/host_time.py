@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -22,10 +21,9 @@ import torch
 from torch import nn
 from triton.runtime import driver
 
-from smoa_kernels import FusedSMoALinear, backends
-from smoa_kernels.kernels.architectures import architecture, multiprocessors
+from smoa_kernels import FusedSMoALinear
 
-from .fake_gpu import FakeGpu, FakeKernel, install
+from .fake_gpu import FakeGpu, FakeKernel, install, pretend_cpu
 
 TOKENS, FEATURES, BLOCKS, RANK = 16, 128, 4, 16
 WARM_UP, CALLS = 10, 60  # in a round
@@ -35,14 +33,7 @@ GOAL = 200  # microseconds of forward and backward above nn.Linear's
 def pretend() -> FakeGpu:
     """From now on in this process, treat the CPU's tensors as a GPU's, and few tokens as many."""
     gpu = install()
-    pretended = {architecture: "sm_90", multiprocessors: 132, backends._device_obstacle: None}
-    answers = {id(function): answer for function, answer in pretended.items()}
-    backends.load_backend("triton")  # its modules import these functions by name
-    for module in [module for name, module in sys.modules.items() if name.startswith("smoa_kernels")]:
-        for name, value in vars(module).copy().items():
-            if id(value) in answers:
-                answer = answers[id(value)]
-                setattr(module, name, lambda device, answer=answer: answer)
+    pretend_cpu("sm_90", 132)
     choice = lambda stage, *_: "merged" if stage == "input_gradient" else "split"  # noqa: E731
     setattr(importlib.import_module("smoa_kernels.backends.triton"), "choose_algorithm", choice)  # noqa: B010
     return gpu

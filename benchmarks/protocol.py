@@ -68,11 +68,8 @@ class Comparison:
 
     def ratio(self, name: str, over: str | None = None) -> Quartiles:
         """One provider over another (the baseline unless given), pair by pair."""
-        return self._pairs(name, over, lambda a, b: a / b)
-
-    def added(self, name: str, over: str | None = None) -> Quartiles:
-        """Seconds that one provider takes more than another, pair by pair."""
-        return self._pairs(name, over, lambda a, b: a - b)
+        pairs = zip(self.seconds[name], self.seconds[over or self.baseline], strict=True)
+        return quartiles([ours / theirs for ours, theirs in pairs])
 
     @property
     def spread(self) -> float:
@@ -91,10 +88,6 @@ class Comparison:
         if len(self.seconds[self.baseline]) < 2:
             return ONE_ROUND
         return NOISY if self.noisy else ""
-
-    def _pairs(self, name: str, over: str | None, combine: Callable[[float, float], float]) -> Quartiles:
-        pairs = zip(self.seconds[name], self.seconds[over or self.baseline], strict=True)
-        return quartiles([combine(a, b) for a, b in pairs])
 
 
 class Turns:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.backends import native_obstacle, triton_obstacle
+from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.definition.reference import reference_delta_weight
 from smoa_kernels.tuning.roofline import Problem
 
@@ -69,8 +70,7 @@ class Case:
             self.in_features,
             self.num_blocks,
             self.rank,
-            self.dtype,
-            self.dropout,
+            precision_of(self.dtype, ieee=True).name,
         )
 
     def smoke(self) -> Case:

@@ -1,4 +1,4 @@
-"""Write the report of one or more runs: tables and figures in benchmarks/results, and the README's section.
+"""Write the report of one or more runs: tables in benchmarks/results, and the README's section.
 
     python -m benchmarks.report RUN.json …     # adds runs, then writes everything
     python -m benchmarks.report                # writes everything from the runs that are kept
@@ -16,21 +16,29 @@ from typing import Annotated
 
 import typer
 
-from . import plots, protocol, tables
+from . import protocol, tables
+from .providers import LORA
 from .readme import README, RESULTS, keep_job, section, with_section
 from .results import Run, compact, read, read_all, write
 
-OVERVIEW = "overview.svg"
+SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("The layer", "layer", ("both", "forward", "backward")),
+    ("A few tokens, forward", "few tokens", ("forward",)),
+    ("Memory of one training pass of a layer", "memory", ()),
+    ("A layer of experts", "experts", ("both",)),
+    ("One token through experts, forward", "experts, one token", ("forward",)),
+    ("A training step of a model", "step", ("step",)),
+    ("Blocks from a weight's spectrum, over an SVD", "partition", ("partition",)),
+    ("Adding an adapter to a model, saving and loading it", "adapter", ("inject", "save", "load")),
+)
+"""Heading, kind of result, phases."""
 NONE_YET = "No run has been kept yet: `make bench` measures and writes what belongs here.\n"
 
 
 def page(runs: list[Run]) -> str:
     """The text of results/README.md."""
-    drawn = plots.overview(runs) is not None
-    figure = f"![time of forward and backward over a frozen layer, by method]({OVERVIEW})"
     words = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     text = words.format(
-        overview=figure if drawn else "",
         protocol=inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2],
         runs="\n\n".join(map(_run_page, runs)) or NONE_YET,
     )
@@ -38,11 +46,9 @@ def page(runs: list[Run]) -> str:
 
 
 def generate(folder: Path, readme: Path | None) -> list[Path]:
-    """Write every page and figure of the runs in a folder; returns what was written."""
+    """Write every page of the runs in a folder; returns what was written."""
     runs = read_all(folder)
     files = {folder / "README.md": page(runs)}
-    if (figure := plots.overview(runs)) is not None:
-        files[folder / OVERVIEW] = plots.svg(figure)
     if readme is not None:
         files[readme] = with_section(readme.read_text(encoding="utf-8"), section(runs))
     for path, text in files.items():
@@ -57,7 +63,7 @@ def main(
         Path | None, typer.Option(help="README whose section is written; the project's with its own results.")
     ] = None,
 ) -> None:
-    """Add runs to a folder of results and write its tables, its figures and the README's section."""
+    """Add runs to a folder of results and write its tables and the README's section."""
     ours = out.resolve() == RESULTS
     for path in runs or []:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -84,31 +90,18 @@ def _run_page(run: Run) -> str:
         steady += f"; the others are not to be quoted: {'; '.join(doubtful)}"
     if "suite_seconds" in run.machine:  # older runs lack it
         steady += f". The suite took {run.machine['suite_seconds']} s"
-    layers, few = run.select("layer"), run.select("few tokens")
     blocks = [
         f"## {run.machine['device']}",
         f"{tables.machine_line(run)}. {steady}.",
         "**A smoke run: tiny sizes, its figures mean nothing.**" if run.machine["smoke"] else "",
         *([] if run.on_gpu else ["### Goals", tables.goals(run)]),
-        "### The layer, over frozen",
-        *(tables.ratios(run, layers, phase) for phase in ("both", "forward", "backward") if layers),
-        "### A few tokens, forward",
-        tables.ratios(run, few, "forward") if few else "",
-        "### Memory of one training pass of a layer",
-        tables.memory(run),
-        "### A layer of experts",
-        tables.experts(run) or "Not measured in this run.",
-        "### A training step of a model",
-        "Forward, backward and AdamW on random tokens. The loss is that of the last position, as in fine-tuning on "
-        "one-word answers, so the head multiplies one position per sequence. The peak is that above model and "
-        "optimizer state.",
-        tables.steps(run) or "Not measured in this run.",
-        "### Setting up and saving",
-        tables.partitions(run),
-        tables.life_cycle(run),
-        "### How cost grows",
-        tables.scaling(run),
     ]
+    for heading, kind, shown in SECTIONS:
+        results = run.select(kind)
+        blocks += [f"### {heading}", *(tables.ratios(run, results, phase) for phase in shown if results)]
+        if kind == "experts" and results:
+            blocks.append(tables.ratios(run, results, "both", over=LORA))
+        blocks.append(tables.counted(run, results) if results else "Not measured in this run.")
     return "\n\n".join(block.strip() for block in blocks if block.strip())
 
 

@@ -55,7 +55,7 @@ class Result:
     """The record of one benchmark.
 
     Attributes:
-        kind: "layer", "few tokens", "memory", "step", "partition", "adapter", "accelerate" or "scaling".
+        kind: "layer", "few tokens", "memory", "step", "partition", "adapter" or "accelerate".
         title: for a reader.
         params: of the case.
         baseline: the provider whose spread tells whether the machine was steady.

@@ -118,11 +118,9 @@ def predicted(batch: int, rank: int) -> float:
     >>> predicted(8, 8)  # bound by memory: W0 is read twice
     2.0
     """
-    import torch
-
     from smoa_kernels.tuning.gpus import GPUS
 
-    rates = GPUS["h100"].rates(torch.bfloat16, ieee=False)
+    rates = GPUS["h100"].rates("bf16")
 
     def seconds_per_weight(rows: int) -> float:
         return max(2 / rates.bytes_per_second, 2 * rows / rates.flops_per_second)

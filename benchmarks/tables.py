@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 
-from .cases import ONE_BILLION
 from .goals import GOALS
 from .protocol import quartiles
-from .providers import FROZEN, LORA, PAPER, SMOA
+from .providers import PAPER
 from .results import Figure, Result, Run
 
 MIB = 2**20
-NAMES = {PAPER: "the paper's dense way"}  # full names for headings
+# Full names for headings.
+NAMES = {PAPER: "the paper's dense way"}
+COUNTED = {
+    "saved": "saved for backward",
+    "forward_workspace": "workspace, forward",
+    "backward_workspace": "workspace, backward",
+    "files": "on disk",
+}
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -30,137 +34,56 @@ def shown(figure: Figure | None) -> str:
     return "–" if figure is None else str(figure)
 
 
-def mib(size: int, digits: int = 1) -> str:
+def mib(size: int) -> str:
     """Bytes as a cell."""
-    return f"{size / MIB:.{digits}f}"
+    return f"{size / MIB:.{1 if size > MIB else 2}f}"
 
 
 def case_name(result: Result) -> str:
-    """A layer's problem in words."""
+    """A result's case in words."""
     p = result.params
+    if "tokens" not in p or "out_features" not in p:
+        return result.title.partition(": ")[2]
     shape = f"{p['out_features']}×{p['in_features']}"
     dropout = f", dropout {p['dropout']}" if p["dropout"] else ""
     return f"T={p['tokens']}, {shape}, r={p['rank']}, K={p['num_blocks']}, {p['dtype']}{dropout}"
 
 
-def ratios(run: Run, results: Sequence[Result], phase: str, names: Sequence[str] | None = None) -> str:
-    """One row a case of a run: the baseline's milliseconds and spread, then each provider's ratio to it."""
+def ratios(
+    run: Run,
+    results: Sequence[Result],
+    phase: str,
+    names: Sequence[str] | None = None,
+    over: str | None = None,
+) -> str:
+    """One row a case: the baseline's milliseconds and spread, then each provider's ratio to it, or to `over`."""
     if names is None:
-        every = dict.fromkeys(name for r in results for name in r.seconds[phase] if name != r.baseline)
-        names = list(every)
+        every = dict.fromkeys(name for r in results for name in r.seconds[phase])
+        names = [name for name in every if name not in (over or results[0].baseline, results[0].baseline)]
     rows = []
     for result in results:
         c = result.comparison(phase)
         base = f"{c.time(c.baseline).median * 1e3:.3g} ms, {c.spread:.0%}"
-        rows.append((case_name(result), base, *(shown(result.ratio(phase, name)) for name in names)))
-    words = "forward + backward" if phase == "both" else phase
-    headings = (f"{words} over frozen, {run.label}", "frozen, spread", *(NAMES.get(n, n) for n in names))
-    return table(headings, rows)
+        rows.append((case_name(result), base, *(shown(result.ratio(phase, name, over)) for name in names)))
+    words, baseline = "forward + backward" if phase == "both" else phase, results[0].baseline
+    heading = f"{words} over {over or baseline}, {run.label}"
+    return table((heading, f"{baseline}, spread", *(NAMES.get(n, n) for n in names)), rows)
+
+
+def counted(run: Run, results: Sequence[Result]) -> str:
+    """One row a case and provider: what was counted, in MiB."""
+    kinds = dict.fromkeys(kind for r in results for sizes in r.bytes.values() for kind in sizes)
+    rows = [
+        (case_name(result), NAMES.get(name, name), *(mib(sizes[kind]) for kind in kinds))
+        for result in results
+        for name, sizes in result.bytes.items()
+    ]
+    return table((f"MiB, {run.label}", "", *(COUNTED.get(kind, kind) for kind in kinds)), rows)
 
 
 def memory(run: Run) -> str:
-    """One row a case and provider, in MiB."""
-    kinds = ("saved", "peak", "forward_workspace", "backward_workspace")
-    rows = [
-        (case_name(result), NAMES.get(name, name), *(mib(sizes[kind]) for kind in kinds))
-        for result in run.select("memory")
-        for name, sizes in result.bytes.items()
-    ]
-    counted = ("saved for backward", "peak", "workspace, forward", "workspace, backward")
-    return table((f"MiB, {run.label}", "", *counted), rows)
-
-
-def experts(run: Run) -> str:
-    """One row a layer of experts and provider: over frozen, over PEFT's LoRA, and the peak beside frozen's."""
-    rows = []
-    for kind, phase in (("experts", "both"), ("experts, one token", "forward")):
-        for result in run.select(kind):
-            p = result.params
-            pairs = f"{p['pairs']} pairs an expert" if p["pairs"] else "one token, forward"
-            case = f"{pairs}, E={p['experts']}, H={p['hidden']}, I={p['intermediate']}, {p['dtype']}"
-            for name in result.seconds[phase]:
-                peak = mib(result.bytes[name]["peak"]) if result.bytes else "–"
-                over = (shown(result.ratio(phase, name, other)) for other in (None, LORA))
-                rows.append((case, name, *over, peak))
-    return table((run.label, "", "over frozen", "over PEFT LoRA", "peak, MiB"), rows)
-
-
-def steps(run: Run) -> str:
-    """One row a method: seconds, tokens per second, over LoRA, and the peak above model and optimizer."""
-    rows = []
-    for result in run.select("step"):
-        p, c = result.params, result.comparison("step")
-        factors = ", factors too" if "factors" in p else ""
-        case = f"{p['model']}, {p['dtype']}{factors}, {p['batch']} × {p['length']} tokens"
-        for name in c.seconds:
-            seconds = c.time(name).median
-            method = f"{name}, K={p['num_blocks']}" if name == SMOA else name
-            speed = (f"{seconds:.3g}", f"{p['batch'] * p['length'] / seconds:.0f}")
-            rows.append(
-                (case, method, *speed, shown(result.ratio("step", name)), mib(result.bytes[name]["peak"], 0))
-            )
-    return table((run.label, "", "s / step", "tokens / s", "over PEFT LoRA", "peak, MiB"), rows)
-
-
-def partitions(run: Run) -> str:
-    """One row a shape; the last one is a whole model, extrapolated from its distinct shapes."""
-    rows = []
-    for result in run.select("partition"):
-        c = result.comparison("partition")
-        seconds = (f"{c.time(name).median:.3g}" for name in ("SVD", "partition"))
-        shape = f"{result.params['out_features']}×{result.params['in_features']}"
-        rounds = str(len(c.seconds["SVD"]))
-        rows.append((shape, *seconds, shown(result.ratio("partition", "partition")), rounds))
-    svd, ours = (one_billion(run, name) for name in ("SVD", "partition"))
-    if svd is not None and ours is not None:
-        name = f"all {sum(ONE_BILLION.values())} layers of Llama-3.2-1B's shape, extrapolated"
-        rows.append((name, f"{svd:.0f}", f"{ours:.0f}", f"{ours / svd:.2f}", "–"))
-    return table((run.label, "SVD, s", "partition, s", "partition over SVD", "rounds"), rows)
-
-
-def one_billion(run: Run, name: str) -> float | None:
-    """Seconds for all layers of a model of a billion parameters: one layer of each shape, times their count."""
-    total = 0.0
-    for (rows, columns), count in ONE_BILLION.items():
-        result = run.find("partition", out_features=rows, in_features=columns)
-        if result is None:
-            return None
-        total += count * result.comparison("partition").time(name).median
-    return total
-
-
-def life_cycle(run: Run) -> str:
-    """One row a method: seconds to inject, save and load, and the size on disk."""
-    rows = []
-    for result in run.select("adapter"):
-        for name, sizes in result.bytes.items():
-            figures = (result.time(phase, name) for phase in ("inject", "save", "load"))
-            rows.append((name, *(f.short(".3g") if f else "–" for f in figures), mib(sizes["files"], 2)))
-    return table((run.label, "inject, s", "save, s", "load, s", "on disk, MiB"), rows)
-
-
-def scaling(run: Run) -> str:
-    """Log-log slopes of the time, and of the time beyond frozen's."""
-    rows = []
-    for result in run.select("scaling"):
-        values, c = result.params["values"], result.comparison("both")
-        axis = f"{result.params['axis']}, {values[0]} to {values[-1]}"
-        axis += f", {c.doubt}, not judged" if c.doubt else ""
-        for name in (FROZEN, LORA, SMOA):
-            time = log_log_slope(values, [c.time(f"{name} @ {v}").median for v in values])
-            added = [c.added(f"{name} @ {v}", f"{FROZEN} @ {v}").median for v in values]
-            rows.append(
-                (axis, name, f"{time:+.2f}", f"{log_log_slope(values, added):+.2f}".replace("+nan", "–"))
-            )
-    return table((f"grows with, {run.label}", "", "time", "time over frozen's"), rows)
-
-
-def log_log_slope(x: Sequence[float], y: Sequence[float]) -> float:
-    """Least-squares slope of log y over log x: the power of x with which y grows; NaN where y is not positive."""
-    if min(y) <= 0:
-        return math.nan
-    slope: float = statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
-    return slope
+    """The memory of one pass of a layer."""
+    return counted(run, run.select("memory"))
 
 
 def goals(run: Run) -> str:

@@ -1,10 +1,9 @@
-"""One layer beside PEFT's LoRA and HiRA and the paper's way: a training pass, a few tokens, memory, growth."""
+"""One layer beside PEFT's LoRA and HiRA and the paper's way: a training pass, a few tokens, memory."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 import torch
@@ -28,15 +27,9 @@ from .providers import (
     SMOA,
     Case,
     few_token_algorithms,
-    frozen,
     layer_providers,
-    lora,
-    smoa,
 )
 from .rotation import Inputs
-
-POINT = Case(1024, 1024, 1024, 4, 16)
-GPU_SCALE = 4  # the CPU's sizes do not fill a GPU
 
 
 def training_pass(layer: nn.Module, case: Case, inputs: Inputs | None = None) -> Run:
@@ -104,37 +97,3 @@ def test_memory(case: Case, smoke: bool, benchmark: BenchmarkFixture) -> None:
     assert found[SMOA].saved <= found[LORA].saved
     sizes = {name: footprint.record() for name, footprint in found.items()}
     benchmark.extra_info.update(kind="memory", title=title, params=params, bytes=sizes)
-
-
-def along(axis: str) -> dict[int, Case]:
-    """A case for each value on an axis."""
-    scale = GPU_SCALE if DEVICE.type == "cuda" else 1
-    at = replace(POINT, tokens=POINT.tokens * scale, out_features=1024 * scale, in_features=1024 * scale)
-    if axis == "tokens":
-        return {scale * n: replace(at, tokens=scale * n) for n in (256, 512, 1024, 2048, 4096)}
-    if axis == "weight elements":
-        sides = [scale * n for n in (512, 768, 1024, 1536, 2048)]
-        return {n * n: replace(at, out_features=n, in_features=n) for n in sides}
-    if axis == "rank":
-        return {r: replace(at, rank=r) for r in (4, 8, 16, 32, 64, 128)}
-    return {k: replace(at, num_blocks=k, rank=32) for k in (1, 2, 4, 8, 16, 32)}
-
-
-def only_both(run: Run) -> Run:
-    """The same run with the phase of both passes only."""
-    return lambda: {"both": run()["both"]}
-
-
-@pytest.mark.parametrize("axis", ["tokens", "weight elements", "rank", "blocks"])
-def test_scaling(axis: str, smoke: bool, measure: Measure) -> None:
-    """How forward and backward grow with T, N·C, r and K."""
-    runs = {}
-    for value, case in along(axis).items():
-        used = case.smoke() if smoke else case
-        layers = {FROZEN: frozen(used), LORA: lora(used), SMOA: smoa()(used)}
-        check_layers(used, layers)
-        for name, layer in layers.items():
-            runs[f"{name} @ {value}"] = only_both(training_pass(layer, used))
-    title, values = f"scaling with {axis}: otherwise {POINT}", list(along(axis))
-    baseline = next(iter(runs))
-    measure("scaling", title, {"axis": axis, "values": values}, runs, baseline=baseline, budget=8)

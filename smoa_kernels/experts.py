@@ -78,7 +78,7 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
         >>> experts_linear(torch.ones(2, 3), torch.tensor([0, 1, 1, 2]).int(), adapter, "eager").tolist()
         [[4.0, 3.5], [4.0, 3.5]]
     """
-    y: Tensor = _linear(x, *ExpertsCall(ends, adapter, backend).flatten())
+    y: Tensor = _experts(x, *ExpertsCall(ends, adapter, backend).flatten())
     return y
 
 
@@ -105,7 +105,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> Any:
         """Call the operator."""
-        return below_autograd(_linear, *args)
+        return below_autograd(_operator, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -120,7 +120,7 @@ class _Experts(torch.autograd.Function):
         """Gradients in x, A and B."""
         x, *tensors = ctx.saved_tensors
         needs_x, _, needs_A, needs_B, *others = ctx.needs_input_grad
-        dx, dA, dB = _linear_backward(dy, x, needs_x, *tensors, *ctx.settings)
+        dx, dA, dB = _experts_backward(dy, x, needs_x, *tensors, *ctx.settings)
         factors = dA if needs_A else None, dB if needs_B else None
         return dx if needs_x else None, None, *factors, *[None] * len(others)
 
@@ -129,9 +129,13 @@ class _ExpertsBackward(torch.autograd.Function):
     """Raises an error if a second derivative is asked for."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
+    def forward(*args: Any) -> Any:
         """Call the operator."""
-        return below_autograd(_linear_backward, *args)
+        return below_autograd(_backward_operator, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
+        """Save nothing."""
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
@@ -144,7 +148,7 @@ def _no_forward_mode(*args: Any) -> Any:
 
 
 _LIBRARY = torch.library.Library("smoa", "FRAGMENT")
-_linear: Any = register(
+_operator, _experts = register(
     _LIBRARY,
     f"experts_linear(Tensor x, {_CALL}) -> Tensor",
     kernel=_forward,
@@ -152,7 +156,7 @@ _linear: Any = register(
     function=_Experts,
     formula=_no_forward_mode,
 )
-_linear_backward: Any = register(
+_backward_operator, _experts_backward = register(
     _LIBRARY,
     f"experts_linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,

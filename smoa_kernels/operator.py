@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall
         algorithm: "auto" or one that the call's backend has.
         call: the other arguments.
     """
-    y: Tensor = _call(linear, _Linear, formula, x, bias, algorithm, *call.flatten())
+    y: Tensor = _linear(x, bias, algorithm, *call.flatten())
     return y
 
 
@@ -98,37 +99,26 @@ def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: Line
         needs_x: whether dX is needed.
         call: the forward's.
     """
-    return _call_backward(dy, x, needs_x, *call.flatten())
-
-
-def _call_backward(*args: Any) -> Gradients:
-    found: Gradients = _call(linear_backward, _LinearBackward, formula_gradients, *args)
+    found: Gradients = _linear_backward(dy, x, needs_x, *call.flatten())
     return found
-
-
-def _call(operator: Any, function: Any, formula: Callable[..., Any], *args: Any) -> Any:
-    """Call an operator: under `torch.func` through its autograd function, in forward mode through the formula."""
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return operator(*args)
-    return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
 
 
 # The operators' kernels
 
 
 def _forward(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
-    adapter, dropout, backend = LinearCall.unflatten(*flat)
-    check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
+    weight, *others = flat
     # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
-    adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
+    adapter, dropout, backend = LinearCall.unflatten(weight.to(x.dtype), *others)
+    check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
     bias = None if bias is None else bias.to(x.dtype)
     y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
     return _with_leading_dimensions(y, x)
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    adapter, dropout, backend = LinearCall.unflatten(*flat)
-    adapter = replace(adapter, weight=adapter.weight.to(dy.dtype))
+    weight, *others = flat
+    adapter, dropout, backend = LinearCall.unflatten(weight.to(dy.dtype), *others)
     rows = None if x is None else _as_matrix(x)
     dx, *factors = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
     dx = None if dx is None else _with_leading_dimensions(dx, dy)
@@ -181,10 +171,9 @@ def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tenso
             "under dropout backend 'triton' has a gradient and nothing further (its mask is drawn inside the kernels): "
             "no second derivative, forward mode or batch; use backend='eager' or no dropout"
         )
-    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
-        ranks = torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype)
-        adapter = replace(adapter, ranks=ranks)
     adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
+    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
+        adapter.ranks = torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     y = reference.forward(_as_matrix(x), bias, adapter, "auto", dropout)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -229,7 +218,7 @@ class _Linear(torch.autograd.Function):
         """Gradients in x, bias, A and B."""
         x, *tensors = ctx.saved_tensors
         needs_x, needs_bias, _, _, needs_A, needs_B, *others = ctx.needs_input_grad
-        dx, dA, dB = _call_backward(dy, x, needs_x, *tensors, *ctx.settings)
+        dx, dA, dB = _linear_backward(dy, x, needs_x, *tensors, *ctx.settings)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
         factors = dA if needs_A else None, dB if needs_B else None
         return dx if needs_x else None, dbias, None, None, *factors, *[None] * len(others)
@@ -241,12 +230,12 @@ class _Linear(torch.autograd.Function):
         of_x, of_bias, _, *of_call = in_dims
         _check_seed(of_call)
         if of_x is not None and of_bias is None and _is_one_call(of_call, flat):
-            return _apply(_Linear, x.movedim(of_x, 0), bias, algorithm, *flat), 0
+            return _linear(x.movedim(of_x, 0), bias, algorithm, *flat), 0
 
         def one(x: Tensor, bias: Tensor | None, *tensors: Any) -> Tensor:
             return formula(x, bias, algorithm, *tensors, *flat[_TENSORS:])
 
-        return _batched(one, (of_x, of_bias, *of_call[:_TENSORS]))(x, bias, *flat[:_TENSORS]), 0
+        return _vmap(one, (of_x, of_bias, *of_call[:_TENSORS]))(x, bias, *flat[:_TENSORS]), 0
 
 
 class _LinearBackward(torch.autograd.Function):
@@ -292,10 +281,10 @@ class _LinearBackward(torch.autograd.Function):
         found: Gradients = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
         dims: tuple[Any, ...] = None, None, None
         if needs_x or x is not None:
-            found = _batched(one, (of_dy, of_x, *of_call[:_TENSORS]))(dy, x, *flat[:_TENSORS])
+            found = _vmap(one, (of_dy, of_x, *of_call[:_TENSORS]))(dy, x, *flat[:_TENSORS])
             dims = 0, 0, 0
         if joined:
-            dx, *_ = _apply(_LinearBackward, dy.movedim(of_dy, 0), None, True, *flat)
+            dx, *_ = _linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
             found, dims = (dx, *found[1:]), (0, *dims[1:])
         return found, dims
 
@@ -312,14 +301,8 @@ def _check_seed(of_call: Sequence[int | None]) -> None:
         )
 
 
-def _batched(function: Callable[..., Any], in_dims: tuple[int | None, ...]) -> Callable[..., Any]:
-    # The seed is given, so every draw of a mask is the same.
-    batched: Callable[..., Any] = torch.vmap(function, in_dims, randomness="same")
-    return batched
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)
+# The seed is given, so every draw of a mask is the same.
+_vmap: Any = partial(torch.vmap, randomness="same")
 
 
 # Registration
@@ -331,35 +314,42 @@ def register(
     *,
     kernel: Callable[..., Any],
     fake: Callable[..., Any],
-    function: type[torch.autograd.Function],
+    function: Any,
     formula: Callable[..., Any],
-) -> Any:
-    """Define an opaque operator with its shapes and its derivative; return a function that calls it.
+) -> tuple[Any, Callable[..., Any]]:
+    """Define an opaque operator with its shapes and its derivative; return it, and the function that Python calls.
 
-    `torch.library.register_autograd` searches the whole schema for each argument, a tenth of a small layer's time.
+    That function records the derivative and then calls the operator, so that the dispatcher converts the arguments
+    once. Compilers get the operator itself. `torch.library.register_autograd` searches the schema for each argument.
 
     Args:
         library: of the namespace "smoa".
         schema: "name(arguments) -> results".
         kernel: computes it, on any device.
         fake: makes results of the right shapes and dtypes, without values.
-        function: calls :func:`below_autograd` and knows the derivative. Its arguments are the operator's.
+        function: the autograd function that calls :func:`below_autograd`. Its arguments are the operator's.
         formula: computes it in forward mode, or raises an error.
     """
-    name = schema.partition("(")[0]
-    library.define(schema)
+    name = library.define(schema)
     operator = getattr(torch.ops.smoa, name).default
     untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
+    unbound = _without_binding(function, operator)
 
     def recorded(*args: Any) -> Any:
-        tensors = [value for value in args if isinstance(value, Tensor)]
-        tangents = (forward_ad.unpack_dual(one).tangent for one in tensors)
+        tangents = (forward_ad.unpack_dual(one).tangent for one in args if isinstance(one, Tensor))
         # The plain operator's result would have no tangent, which counts as zero.
         if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
             return formula(*args)
-        if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
-            return _apply(function, *args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return (function if torch._C._are_functorch_transforms_active() else unbound).apply(*args)
         return below_autograd(operator, *args)
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if not torch._C._are_functorch_transforms_active():
+            return recorded(*args)
+        return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
 
     def opaque(*args: Any) -> Any:
         return (untraced if "torch._dynamo" in sys.modules else kernel)(*args)
@@ -367,7 +357,22 @@ def register(
     library.impl(name, opaque, "CompositeExplicitAutograd")
     library.impl(name, recorded, "Autograd")
     torch.library.register_fake(f"smoa::{name}", fake, lib=library)
-    return operator
+    return operator, call
+
+
+def _without_binding(function: Any, operator: Any) -> Any:
+    """The function for calls outside `torch.func`.
+
+    `apply` binds the arguments of one that has a `setup_context` to a signature, half of the function's time.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = below_autograd(operator, *args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": forward, "setup_context": torch.autograd.Function.setup_context}
+    return type(function.__name__, (function,), {name: staticmethod(one) for name, one in methods.items()})
 
 
 def below_autograd(operator: Any, *args: Any) -> Any:
@@ -377,7 +382,7 @@ def below_autograd(operator: Any, *args: Any) -> Any:
 
 
 _LIBRARY = torch.library.Library("smoa", "DEF")
-linear: Any = register(
+linear, _linear = register(
     _LIBRARY,
     f"linear(Tensor x, Tensor? bias, str algorithm, {_CALL}) -> Tensor",
     kernel=_forward,
@@ -385,7 +390,7 @@ linear: Any = register(
     function=_Linear,
     formula=formula,
 )
-linear_backward: Any = register(
+linear_backward, _linear_backward = register(
     _LIBRARY,
     f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,

@@ -1,8 +1,7 @@
-"""The C oracle (`csrc_ref/`) as numpy functions, built with `cc` once per session.
+"""The C oracle (`csrc_ref/`), built with `cc` once per session; what it reads is widened, what it returns is float64.
 
-Inputs are anything numpy can turn into an array, CPU tensors included (other floating and integer types are
-widened); outputs are new float64 or int64 arrays. A test that calls these on a machine without a C
-compiler is skipped. Shapes: N = out_features, C = in_features, K = blocks, T = tokens, ρ = max rank.
+A test that calls it on a machine without a C compiler is skipped. Shapes: N = out_features, C = in_features, K =
+blocks, T = tokens, ρ = max rank.
 """
 
 import ctypes
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import ArrayLike, NDArray
+from problems import LinearProblem
+from torch import Tensor
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -43,14 +43,6 @@ class SpectralOrders(NamedTuple):
     col_score: FloatArray
     row_order: IntArray
     col_order: IntArray
-
-
-class Gradients(NamedTuple):
-    """dX (T, C), dA (ρ, C), dB (N, ρ); the padding of uneven ranks is exactly 0."""
-
-    dx: FloatArray
-    dA: FloatArray
-    dB: FloatArray
 
 
 def require_compiler() -> None:
@@ -79,121 +71,65 @@ def library() -> ctypes.CDLL:
 
 def spectral_orders(U: ArrayLike, sigma: ArrayLike, V: ArrayLike, granule: int = 1) -> SpectralOrders:
     """Spectral centroids and orders from a thin SVD: U (N, q), sigma (q) and V (C, q), not Vᵀ."""
-    sigma = _input("sigma", sigma, np.float64, (len(sigma),))
-    row_score, row_order = _spectral_order("U", U, sigma, granule)
-    col_score, col_order = _spectral_order("V", V, sigma, granule)
+    sigma = _input(sigma, np.float64)
+    row_score, row_order = _spectral_order(U, sigma, granule)
+    col_score, col_order = _spectral_order(V, sigma, granule)
     return SpectralOrders(row_score, col_score, row_order, col_order)
 
 
 def block_labels(order: ArrayLike, num_blocks: int, size: int, granule: int = 1) -> IntArray:
     """The block of each of `size` coordinates: `order` (⌈size/g⌉ granules), cut as `torch.tensor_split` cuts."""
-    order = _input("order", order, np.int64, (-(-size // granule),))
+    order = _input(order, np.int64)
     labels = np.full(size, -1, dtype=np.int64)
     _call(library().smoa_block_labels, size, granule, num_blocks, order, labels)
     return labels
 
 
-# `*adapter` stands for packed A (ρ, C), B (N, ρ), labels (N) and (C), ranks (K).
-
-
-def delta_weight(weight: ArrayLike, *adapter: ArrayLike, scaling: float) -> FloatArray:
+def delta_weight(p: LinearProblem) -> FloatArray:
     """ΔW (N, C)."""
-    layer = _Layer(weight, *adapter, scaling=scaling)
-    delta = _output(layer.out_features, layer.in_features)
-    _call(library().smoa_delta_weight, layer, delta)
+    delta = _output(*p.weight.shape)
+    _call(library().smoa_delta_weight, _Layer(p), delta)
     return delta
 
 
-def forward(
-    x: ArrayLike,
-    weight: ArrayLike,
-    bias: ArrayLike | None,
-    *adapter: ArrayLike,
-    scaling: float,
-    multiplier: ArrayLike | None = None,
-) -> FloatArray:
-    """y (T, N) from x (T, C); the adapter reads x∘multiplier, where `multiplier` (T, C) is the scaled dropout mask."""
-    layer = _Layer(weight, *adapter, scaling=scaling)
-    x, multiplier = layer.tokens(x, multiplier)
-    bias = None if bias is None else _input("bias", bias, np.float64, (layer.out_features,))
-    y = _output(len(x), layer.out_features)
-    _call(library().smoa_forward, layer, len(x), x, bias, multiplier, y)
-    return y
+def run(p: LinearProblem, multiplier: Tensor | None = None) -> tuple[FloatArray, ...]:
+    """y (T, N) and the gradients dX (T, C), dA (ρ, C) and dB (N, ρ); the padding of uneven ranks is exactly 0.
 
-
-def backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    weight: ArrayLike,
-    *adapter: ArrayLike,
-    scaling: float,
-    multiplier: ArrayLike | None = None,
-) -> Gradients:
-    """Gradients of `sum(dy * forward(...))` with dy (T, N)."""
-    layer = _Layer(weight, *adapter, scaling=scaling)
-    x, multiplier = layer.tokens(x, multiplier)
-    dy = _input("dy", dy, np.float64, (len(x), layer.out_features))
-    gradients = Gradients(
-        dx=_output(*x.shape),
-        dA=_output(layer.max_rank, layer.in_features),
-        dB=_output(layer.out_features, layer.max_rank),
-    )
-    _call(library().smoa_backward, layer, len(x), x, multiplier, dy, *gradients)
-    return gradients
+    The adapter reads x∘multiplier, where `multiplier` (T, C) is the scaled dropout mask.
+    """
+    layer, x, dy = _Layer(p), _input(p.x, np.float64), _input(p.dy, np.float64)
+    bias, mask = (None if t is None else _input(t, np.float64) for t in (p.bias, multiplier))
+    y, *gradients = (_output(*t.shape) for t in (dy, x, p.A, p.B))
+    _call(library().smoa_forward, layer, len(x), x, bias, mask, y)
+    _call(library().smoa_backward, layer, len(x), x, mask, dy, *gradients)
+    return y, *gradients
 
 
 class _Layer(CLayer):
-    """A `CLayer` made from arrays. It keeps them alive, because the C structure holds bare addresses."""
+    """A `CLayer` made from a problem. It keeps the arrays alive, because the C structure holds bare addresses."""
 
-    def __init__(
-        self,
-        weight: ArrayLike,
-        A: ArrayLike,
-        B: ArrayLike,
-        row_block: ArrayLike,
-        col_block: ArrayLike,
-        ranks: ArrayLike,
-        *,
-        scaling: float,
-    ) -> None:
-        out_features, in_features = np.shape(weight)
-        max_rank, num_blocks = len(A), len(ranks)
-        self._arrays = (
-            _input("weight", weight, np.float64, (out_features, in_features)),
-            _input("A", A, np.float64, (max_rank, in_features)),
-            _input("B", B, np.float64, (out_features, max_rank)),
-            _input("row_block", row_block, np.int64, (out_features,)),
-            _input("col_block", col_block, np.int64, (in_features,)),
-            _input("ranks", ranks, np.int64, (num_blocks,)),
-        )
+    def __init__(self, p: LinearProblem) -> None:
+        factors = (p.weight, p.A, p.B)
+        labels = (p.partition.row_block, p.partition.col_block, p.ranks)
+        self._arrays = [_input(t, np.float64) for t in factors] + [_input(t, np.int64) for t in labels]
         addresses = (array.ctypes.data for array in self._arrays)
-        super().__init__(out_features, in_features, num_blocks, max_rank, *addresses, scaling)
-
-    def tokens(self, x: ArrayLike, multiplier: ArrayLike | None) -> tuple[FloatArray, FloatArray | None]:
-        """x and its mask as arrays for C."""
-        x = _input("x", x, np.float64, (len(x), self.in_features))
-        return x, None if multiplier is None else _input("multiplier", multiplier, np.float64, x.shape)
+        super().__init__(*p.weight.shape, len(p.ranks), len(p.A), *addresses, p.scaling)
 
 
-def _spectral_order(
-    name: str, basis: ArrayLike, sigma: FloatArray, granule: int
-) -> tuple[FloatArray, IntArray]:
-    size = len(basis)
-    basis = _input(name, basis, np.float64, (size, sigma.size))
-    count = -(-size // granule)
+def _spectral_order(basis: ArrayLike, sigma: FloatArray, granule: int) -> tuple[FloatArray, IntArray]:
+    basis = _input(basis, np.float64)
+    size, count = len(basis), -(-len(basis) // granule)
     score, order = _output(count), np.full(count, -1, dtype=np.int64)
     _call(library().smoa_spectral_order, size, granule, sigma.size, basis, sigma, score, order)
     return score, order
 
 
-def _input(name: str, value: ArrayLike, dtype: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
-    """`value` as an array for C. The shape is checked here because C sees only an address."""
-    if isinstance(value, torch.Tensor):
-        value = value.cpu()
-    array = np.ascontiguousarray(value, dtype=dtype)
-    if np.shape(value) != shape:
-        raise ValueError(f"{name} has shape {np.shape(value)}, expected {shape}")
-    return array
+def _input(value: ArrayLike | Tensor, dtype: type[np.generic]) -> NDArray[Any]:
+    """`value` as an array for C."""
+    if isinstance(value, Tensor):
+        wide = value.detach().cpu()
+        value = wide.double() if wide.is_floating_point() else wide
+    return np.ascontiguousarray(value, dtype=dtype)
 
 
 def _output(*shape: int) -> FloatArray:

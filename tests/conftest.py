@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,31 @@ elif os.environ.get("CPU_EMULATOR"):  # a processor: code is compiled for it and
     pytest_plugins = ["cpu_emulator.plugin"]
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--trust", type=Path, help="write the largest shares of error budgets to this file")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the trust report: what share of its error budget each result has used, of the tests that ran."""
+    if (path := session.config.getoption("--trust")) is None:
+        return
+    from problems import DEVICE, NAMES, SHARES  # imports the kernels
+
+    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, Triton interpreted"
+    rows = [f"| {' | '.join(case.split('-'))} | " for case in SHARES]
+    cells = [" | ".join(f"{found.get(name, 0):.2f}" for name in NAMES) for found in SHARES.values()]
+    lines = [
+        f"Share of the error budget used up ({where}, torch {torch.__version__}); at most 1 is asked.\n",
+        f"| backend | algorithm | dtype | {' | '.join(NAMES)} |",
+        "|---" * (3 + len(NAMES)) + "|",
+        *(f"{row}{cell} |" for row, cell in zip(rows, cells, strict=True)),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
+
 
 GUARD = 65  # numbers on each side of a tensor; odd, so that the tensor begins inside a cache line
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

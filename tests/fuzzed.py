@@ -66,14 +66,8 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bo
 
 def oracle(p: LinearProblem, mask: Tensor | None = None) -> tuple[Tensor, ...]:
     """y, dX, dA, dB and, if there is a bias, dbias in float64 from the C code; dbias is a plain sum."""
-    wide = [t.detach().double() for t in (p.weight, p.A, p.B)]
-    blocks = (p.partition.row_block, p.partition.col_block, p.ranks)
-    bias = None if p.bias is None else p.bias.double()
-    options = {"scaling": p.scaling, "multiplier": mask}
-    y = c_oracle.forward(p.x.double(), wide[0], bias, *wide[1:], *blocks, **options)
-    gradients = c_oracle.backward(p.dy.double(), p.x.double(), *wide, *blocks, **options)
-    found = tuple(torch.from_numpy(value).to(DEVICE) for value in (y, *gradients))
-    return found if bias is None else (*found, p.dy.double().sum(0))
+    found = tuple(torch.from_numpy(value).to(DEVICE) for value in c_oracle.run(p, mask))
+    return found if p.bias is None else (*found, p.dy.double().sum(0))
 
 
 def absolute(p: LinearProblem) -> LinearProblem:

@@ -31,52 +31,26 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
-from benchmarks.fake_gpu import FakeGpu, FakeKernel, install
-from smoa_kernels import BlockPartition
+from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, adapter, install
 from smoa_kernels.backends import experts_triton
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import table
-from smoa_kernels.kernels.launch import short_way
+from smoa_kernels.kernels.launch import short_way, use_tritons_launcher
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table
 from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.plan import job
 
 BF16 = torch.bfloat16
-RANK, BLOCKS = 16, 4
 TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)
 # (N, C) of the linear layers of Llama-3.2-1B and of SmolLM2-135M.
 MODELS = {
     "Llama-3.2-1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
     "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
-
-
-def adapter(
-    out_features: int, in_features: int, device: str, factors: torch.dtype, granule: int = 1
-) -> PackedAdapter:
-    """A layer's operands, cut evenly into blocks of whole granules."""
-    rho = RANK // BLOCKS
-
-    def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=device)
-
-    features = out_features, in_features
-    offsets = [empty(BLOCKS + 1, dtype=torch.int32) for _ in features]
-    labels = [empty(n, dtype=torch.uint8) for n in features]
-    indices = [empty(n, dtype=torch.int64) for n in features]
-    sizes = [n // BLOCKS + (k < n % BLOCKS) for n in features for k in range(BLOCKS)] + [granule, 0]
-    return PackedAdapter(
-        empty(*features),
-        empty(rho, in_features, dtype=factors),
-        empty(out_features, rho, dtype=factors),
-        BlockPartition.from_tensors([*labels, *indices, *offsets], sizes),
-        empty(BLOCKS, dtype=torch.int32),
-        empty((), dtype=torch.float32),
-    )
 
 
 def passes(layer: PackedAdapter, tokens: int, offset: int = 0) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -225,10 +199,10 @@ def hooks(gpu: FakeGpu) -> list[list[bool]]:
 
 
 def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
-    """The kernels and warnings of three rounds each: short way whole, short way raises, short way lacks a part."""
+    """Kernels and warnings of three rounds each: short way whole, refused after a round, raising, without a part."""
     calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
     found: dict[str, Any] = {}
-    run, record, inside = JITFunction.run, FakeKernel._record, [False]
+    run, record, inside, wrong = JITFunction.run, FakeKernel._record, [False], [""]
 
     def tritons(self: Any, *arguments: Any, **options: Any) -> Any:
         inside[0] = True
@@ -237,24 +211,28 @@ def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
         finally:
             inside[0] = False
 
-    def raising(self: FakeKernel, *arguments: Any) -> None:
-        if not inside[0]:
+    def spoiled(self: FakeKernel, *arguments: Any) -> None:
+        if wrong[0] == "raises" and not inside[0]:
             raise TypeError("another signature")
+        if wrong[0] == "refused" and not inside[0]:
+            record(self, *arguments)  # one launch more
         record(self, *arguments)
 
     JITFunction.run = tritons
-    for case in ("short", "raises", "missing"):
-        if case == "raises":
-            setattr(FakeKernel, "_record", raising)  # noqa: B010
-        elif case == "missing":
-            setattr(FakeKernel, "_record", record)  # noqa: B010
+    setattr(FakeKernel, "_record", spoiled)  # noqa: B010
+    for case in ("short", "refused", "raises", "missing"):
+        wrong[0] = "" if case == "refused" else case
+        if case == "missing":
             setattr(FakeKernel, "function", property(lambda self: None if inside[0] else self.no_function))  # noqa: B010
         table.forget()
         short_way.obstacle, rounds = "", []
-        for _ in range(3):
+        for turn in range(3):
             gpu.launches.clear()
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always", UserWarning)
+                if case == "refused" and turn == 1:
+                    wrong[0] = case
+                    use_tritons_launcher("wrong numbers")
                 for call in calls:
                     call()
             said = [str(one.message) for one in told if "launcher" in str(one.message)]

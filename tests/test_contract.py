@@ -90,10 +90,11 @@ def test_results_of_every_shape(case: Case, shape: str) -> None:
     assert_within_budget(p.run(**case.options), case, p)
 
 
+@pytest.mark.parametrize(("shape", "ranks"), [((7, 5), (2,) * 9), ((1, 5), (0, 1)), ((5, 1), (17, 1))])
 @each_spectral
-def test_more_blocks_than_rows(case: Case) -> None:
+def test_more_blocks_than_rows_or_columns(case: Case, shape: tuple[int, int], ranks: tuple[int, ...]) -> None:
     """Only labels allow this."""
-    p = case.problem(ranks=(2,) * 9, random_labels=True, out_features=7, in_features=5)
+    p = case.problem(ranks=ranks, random_labels=True, out_features=shape[0], in_features=shape[1])
     assert_within_budget(p.run(**case.options), case, p)
 
 
@@ -404,7 +405,7 @@ def test_opcheck(case: Case, wanted: tuple[str, ...]) -> None:
     (linear, arguments), (backward, others) = recording.calls
     assert (linear, backward) == (torch.ops.smoa.linear.default, torch.ops.smoa.linear_backward.default)
     torch.library.opcheck(linear, arguments)
-    # The backward has no backward: tests/test_functional.py.
+    # The backward has no backward: tests/test_derivatives.py.
     torch.library.opcheck(backward, tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, others))
 
 

@@ -1,11 +1,19 @@
-"""The documentation: its links, files, names and commands exist, and its examples run."""
+"""The documentation: links, files, names and commands exist, examples run, and what is exported is documented."""
 
 import ast
+import dataclasses
+import doctest
+import importlib
+import importlib.util
+import inspect
+import json
+import os
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,8 +146,7 @@ def test_commands_exist(page: Path) -> None:
             commands.commands[name].make_context(name, arguments)  # raises for an unknown option
 
 
-def examples(page: str) -> list[str]:
-    return FENCED.findall((ROOT / page).read_text(encoding="utf-8"))
+# Examples on pages
 
 
 def run(code: str, **given: Any) -> dict[str, Any]:
@@ -150,14 +157,6 @@ def run(code: str, **given: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def tiny_llama() -> Callable[[], Any]:
-    pytest.importorskip("peft", reason="the examples with PEFT need the peft extra")
-    from tiny_models import tiny_llama
-
-    return tiny_llama
-
-
-@pytest.fixture
 def group() -> Iterator[None]:
     """A group of one process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -165,70 +164,41 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_every_example_is_run_below() -> None:
-    found = {page.relative_to(ROOT).as_posix() for page in PAGES if FENCED.search(page.read_text("utf-8"))}
-    assert found == {
-        "README.md",
-        "docs/distributed.md",
-        "docs/experts.md",
-        "docs/hira.md",
-        "docs/index.md",
-        "docs/peft.md",
-        "docs/tour.md",
-        "docs/trl.md",  # in tests/trl/test_sft.py
-    }
+def adapts(model: Any, where: str = "") -> bool:
+    return any("smoa" in name and where in name for name, _ in model.named_parameters())
 
 
-def test_the_first_layer_and_the_tour_run() -> None:
-    (layer,) = (code for code in examples("docs/index.md") if "peft" not in code)
-    run(layer)
-    (tour,) = examples("docs/tour.md")
-    run(tour)
+def first_adapter(*codes: str) -> None:
+    """The example of PEFT; another one, if there is one, needs no PEFT."""
+    for code in codes:
+        found = run(code)
+        if "peft" in code:
+            assert adapts(found["model"])
+            assert Path("adapter/adapter_model.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_the_first_example_of_peft_runs(
-    page: str, tiny_llama: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny_llama().save_pretrained("path/to/model")
-    (code,) = (code for code in examples(page) if "peft" in code)
-    model = run(code)["model"]
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
-    assert any("smoa" in name for name, _ in model.named_parameters())
-
-
-def test_the_examples_of_peft_run(
-    tiny_llama: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    tiny_llama().save_pretrained("path/to/model")
-    train, several, four_bit = examples("docs/peft.md")
+def several_adapters(train: str, several: str, four_bit: str) -> None:
     run(several, **run(train))
     pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
-    assert any("smoa" in name for name, _ in run(four_bit)["model"].named_parameters())
+    assert adapts(run(four_bit)["model"])
 
 
-def test_the_example_of_experts_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft", reason="the examples with PEFT need the peft extra")
+def experts(code: str) -> None:
     from tiny_experts import tiny_experts
 
-    monkeypatch.chdir(tmp_path)
     tiny_experts().save_pretrained("path/to/moe-model")
-    (code,) = examples("docs/experts.md")
-    assert any("experts" in name and "smoa" in name for name, _ in run(code)["model"].named_parameters())
+    assert adapts(run(code)["model"], "experts")
 
 
-def test_the_example_of_hira_runs() -> None:
-    pytest.importorskip("peft", reason="the examples with PEFT need the peft extra")
+def hira(code: str) -> None:
     from smoa_kernels.peft.hira.layer import AcceleratedLinear
 
-    (code,) = examples("docs/hira.md")
     assert isinstance(run(code)["model"].get_submodule("base_model.model.0"), AcceleratedLinear)
 
 
-def test_the_examples_of_several_devices_run(tiny_llama: Callable[[], Any], group: None) -> None:
+def several_devices(spectra: str, ddp: str, sharded: str, tensor: str) -> None:
     import peft
+    from tiny_models import tiny_llama
     from torch.distributed import fsdp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import parallel
@@ -239,7 +209,6 @@ def test_the_examples_of_several_devices_run(tiny_llama: Callable[[], Any], grou
     def adapted() -> Any:
         return peft.get_peft_model(tiny_llama(), SMoAConfig(r=4, target_modules=["up_proj", "down_proj"]))
 
-    spectra, ddp, sharded, tensor = examples("docs/distributed.md")
     # PEFT knows no default targets for the tiny model.
     spectra = spectra.replace("num_blocks=2", "num_blocks=2, target_modules=['up_proj']")
     run(spectra, base=tiny_llama(), SMoAConfig=SMoAConfig, get_peft_model=peft.get_peft_model)
@@ -252,3 +221,169 @@ def test_the_examples_of_several_devices_run(tiny_llama: Callable[[], Any], grou
         fully_shard=fsdp.fully_shard,
         parallelize_module=parallel.parallelize_module,
     )
+
+
+EXAMPLES: dict[str, Callable[..., object]] = {
+    "README.md": first_adapter,
+    "docs/distributed.md": several_devices,
+    "docs/experts.md": experts,
+    "docs/hira.md": hira,
+    "docs/index.md": first_adapter,
+    "docs/peft.md": several_adapters,
+    "docs/tour.md": run,
+}
+
+
+def test_every_page_with_an_example_is_run() -> None:
+    found = {page.relative_to(ROOT).as_posix() for page in PAGES if FENCED.search(page.read_text("utf-8"))}
+    assert found == {*EXAMPLES, "docs/trl.md"}  # in tests/trl/test_sft.py
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_examples_of_pages_run(
+    page: str, group: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = FENCED.findall((ROOT / page).read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    if page != "docs/tour.md":
+        pytest.importorskip("peft", reason="the examples with PEFT need the peft extra")
+        from tiny_models import tiny_llama
+
+        tiny_llama().save_pretrained("path/to/model")
+    EXAMPLES[page](*codes)
+
+
+NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
+
+
+def test_the_notebooks_outputs_are_those_of_one_run_from_top_to_bottom() -> None:
+    """`make notebook` runs it. It shows two pictures and a table, no error and no warning, and is small."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert not [output["text"] for output in outputs if output.get("name") == "stderr"]
+    shown = [kind for output in outputs for kind in output.get("data", {})]
+    assert (shown.count("image/png"), shown.count("text/markdown")) == (2, 1)
+    assert NOTEBOOK.stat().st_size < 400_000  # pictures of 300 kB, as text
+
+
+# Docstrings
+
+PACKAGE = ROOT / "smoa_kernels"
+DOORS = ("smoa_kernels", "smoa_kernels.peft", "smoa_kernels.distributed")
+NEEDS = {"peft": "peft", "cli": "typer", "kernels": "triton", "tuning": "triton"}
+KERNELS = ("kernels", "backends.triton", "tuning")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if ">>>" in path.read_text(encoding="utf-8")
+)
+
+
+def load(name: str) -> ModuleType:
+    """Import a module of the package; skip, with the reason, if a requirement is not installed."""
+    needed = NEEDS.get(name.partition(".")[2].partition(".")[0], "torch")
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"{name} needs {needed}, which is not installed")
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings_run(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = load(name)
+    if name.partition(".")[2].startswith(KERNELS) and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the examples run kernels on the CPU, in Triton's interpreter")
+    if "distributed" in name:
+        request.getfixturevalue("group")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
+    result = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted
+    assert not result.failed
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_exported_is_documented(door: str) -> None:
+    """Each function and class has an example in its or its module's docstring, and describes its arguments."""
+    module = load(door)
+    for it in filter(callable, (getattr(module, name) for name in module.__all__)):
+        words = f"{inspect.getdoc(it)} {inspect.getdoc(inspect.getmodule(it))} {module.__doc__}"
+        assert ">>>" in words, f"{it.__name__} has no example"
+        missing = [name for name in arguments(it) if not re.search(rf"(?<!\w){name}(?!\w)", words)]
+        assert not missing, f"{it.__name__} does not say what {missing} are"
+
+
+def arguments(it: Any) -> list[str]:
+    """The arguments of a function or a class, without those inherited from another package."""
+    made: Any = it
+    if inspect.isclass(it):
+        made = vars(it).get("__init__", object)
+    found: Iterable[str] = inspect.signature(made).parameters
+    if dataclasses.is_dataclass(it):
+        fields: dict[bool, list[str]] = {True: [], False: []}  # True: ours; False: another package's
+        for base in inspect.getmro(it):
+            fields[base.__module__.startswith("smoa_kernels")] += vars(base).get("__annotations__", ())
+        found = [name for name in fields[True] if name not in fields[False]]
+    return [name for name in found if name not in ("self", "args", "kwargs")]
+
+
+# The site
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    pytest.importorskip("mkdocs", reason="needs the docs extra")
+    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("page", "link", "leads_to"),
+    [
+        ("choosing.md", "definition.md#other-orders", "definition.md#other-orders"),
+        ("choosing.md", "../benchmarks/results/README.md#goals", "results/benchmarks.md#goals"),
+        ("choosing.md", "../benchmarks/results/quality-alpha.svg", "pictures/quality-alpha.svg"),
+        ("results/benchmarks.md", "../../docs/cpu.md", "../cpu.md"),
+        ("overview.md", "smoa_kernels/operator.py", "source/smoa_kernels/operator.py.md"),
+        ("quickstart.md", "../docs/choosing.md", "choosing.md"),
+        ("tour.md", "https://arxiv.org/abs/2605.21147", "https://arxiv.org/abs/2605.21147"),
+        ("tour.md", "#before-the-first-step", "#before-the-first-step"),
+        ("tour.md", "../no_such_file.py", "../no_such_file.py"),  # MkDocs warns of it
+    ],
+)
+def test_links_lead_to_where_files_stand_on_the_site(hooks: Any, page: str, link: str, leads_to: str) -> None:
+    found = SimpleNamespace(file=SimpleNamespace(src_uri=page))
+    text = hooks.on_page_markdown(f"see [it]({link}).", found).partition("\n")[0]
+    assert text == f"see [it]({leads_to})."
+
+
+def test_the_notebook_is_a_page_with_what_it_drew(hooks: Any) -> None:
+    text = hooks._notebook(NOTEBOOK.read_text(encoding="utf-8"))
+    assert len(re.findall(r"!\[\w[^\]]+\]\(data:image/png;base64,[^)\s]+\)\n", text)) == 2
+    assert all(part in text for part in ("\n```python\n", "\n```text\n", "\n| SMoA | 829,440 |"))
+
+
+def test_every_public_name_is_in_the_reference_with_a_docstring(
+    hooks: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = hooks._python()
+    for module in hooks.MODULES:
+        assert all(f"::: {module}.{name}\n" in text for name in importlib.import_module(module).__all__)
+    read = hooks.griffe.load
+
+    def undocumented(*args: Any, **options: Any) -> Any:
+        package = read(*args, **options)
+        package["layers"].members["FusedSMoALinear"].members["unmerge"].docstring = None
+        return package
+
+    monkeypatch.setattr(hooks.griffe, "load", undocumented)
+    with pytest.raises(Exception, match=r"without a docstring: smoa_kernels\.\S*FusedSMoALinear\.unmerge$"):
+        hooks._python()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,56 +28,39 @@ from peft import PeftModel
 from questions import Encoder, Question, read_jsonl, split
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training import next_token_scores
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 pytestmark = pytest.mark.slow
 
-ANSWERS = ("bird", "fish", "stone")
-KINDS = {
-    "robin": "bird",
-    "finch": "bird",
-    "carp": "fish",
-    "trout": "fish",
-    "flint": "stone",
-    "slate": "stone",
-}
-WORDS = (*KINDS, *["old", "young", "big", "small", "a", "is", "what", ":"])
+KINDS = {"robin": "bird", "carp": "fish", "flint": "stone"}
+AGES, SIZES = ("old", "young"), ("big", "small", "old", "young")
+WORDS = ("<pad>", "<unk>", *KINDS.values(), *KINDS, "old", "young", "big", "small", "a", "is", "what", ":")
 
 
-def save_tiny_model(folder: Path, model: PreTrainedModel) -> Path:
-    vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", *ANSWERS, *WORDS))}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(
-        folder
-    )
-    model.save_pretrained(folder)
-    return folder
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
 
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(
-        tmp_path_factory.mktemp("model") / "tiny-llama", tiny_models.tiny_llama(vocab_size=32)
-    )
-
-
-@pytest.fixture(scope="session")
-def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_models.tiny_gpt2(vocab_size=32, bos_token_id=0, eos_token_id=0)
-    return save_tiny_model(tmp_path_factory.mktemp("model") / "tiny-gpt2", model)
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    tokenizer().save_pretrained(folder)
+    tiny_models.tiny_llama(vocab_size=32).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of questions that a tiny model can learn."""
-    ages, sizes = ("old", "young"), ("big", "small", "old", "young")
     lines = [
         {"prompt": f"what is a {age} {size} {word} :", "answer": kind}
         for word, kind in KINDS.items()
-        for age in ages
-        for size in sizes
+        for age in AGES
+        for size in SIZES
     ]
     return write_lines(tmp_path_factory.mktemp("data") / "animals.jsonl", lines)
 
@@ -116,15 +100,12 @@ def test_jsonl_is_read_once_per_question(tmp_path: Path) -> None:
         read_jsonl(path)
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2"])
-def test_padding_does_not_change_the_scores(model: str, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue(model)
-    network = AutoModelForCausalLM.from_pretrained(folder).eval()
-    encoder = Encoder(AutoTokenizer.from_pretrained(folder), set(ANSWERS), 64)
-    short, long = (
-        Question("what is a robin :", "bird"),
-        Question("what is a big old small young carp :", "fish"),
-    )
+@pytest.mark.parametrize("make", [tiny_models.tiny_llama, tiny_models.tiny_gpt2])
+def test_padding_does_not_change_the_scores(make: Any) -> None:
+    """GPT-2 has learned positions."""
+    network, encoder = make(vocab_size=32).eval(), Encoder(tokenizer(), set(KINDS.values()), 64)
+    short = Question("what is a robin :", "bird")
+    long = Question("what is a big old small young carp :", "fish")
     both, alone = encoder.batch([short, long]), encoder.batch([short])
     assert both.tokens == 5 + 9
     assert both.targets.tolist() == encoder.tokenizer.convert_tokens_to_ids(["bird", "fish"])
@@ -134,16 +115,11 @@ def test_padding_does_not_change_the_scores(model: str, request: pytest.FixtureR
     torch.testing.assert_close(padded[:1], plain)
 
 
-def test_encoder_refuses_what_it_cannot_tell_apart(tiny_llama: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    with pytest.raises(ValueError, match="'bird robin' and 'bird trout' begin with the same token"):
-        Encoder(tokenizer, {"bird robin", "bird trout", "fish"}, 64)
-    with pytest.raises(ValueError, match="at least two different answers are needed, not 1"):
-        Encoder(tokenizer, {"bird"}, 64)
+def test_encoder_refuses_what_it_cannot_tell_apart() -> None:
+    with pytest.raises(ValueError, match="'bird carp' and 'bird robin' begin with the same token"):
+        Encoder(tokenizer(), {"bird robin", "bird carp", "fish"}, 64)
     with pytest.raises(ValueError, match="'what is a robin :' has 5 tokens, the model takes 1 to 4"):
-        Encoder(tokenizer, set(ANSWERS), 4).check(
-            [Question("what is :", "bird"), Question("what is a robin :", "bird")]
-        )
+        Encoder(tokenizer(), set(KINDS.values()), 4).check([Question("what is a robin :", "bird")])
 
 
 # Files
@@ -251,7 +227,7 @@ def test_whole_run_on_a_tiny_model(method: str, tiny_llama: Path, animals: Path,
     assert summary["status"] == "complete"
     assert len(summary["loss"]) == summary["steps"] == 20
     assert summary["loss"][-1] < summary["loss"][0]
-    assert summary["accuracy_after"]["questions"] == 4
+    assert summary["accuracy_after"]["questions"] == 2
     # 2 layers of q (32, 32), k and v (16, 32), up and down (48, 32), rank 4
     assert summary["lora_parameters"] == 2 * 4 * (64 + 48 + 48 + 80 + 80)
     assert summary["trainable_parameters"] == summary["lora_parameters"] // (2 if method == "smoa" else 1)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from compiled import FORMS, adapter_of, each_dtype, each_form, needs_library, on_cpu
+from expert_problems import make_problem as make_experts
 from problems import HALF, Case, LinearProblem, assert_within_budget
 from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
@@ -175,3 +176,17 @@ def test_saved_tensors_that_hooks_give_back_otherwise() -> None:
     for name, gradient in zip(("x", "A", "B"), expected[1:], strict=False):
         found = getattr(leaves, name).grad
         torch.testing.assert_close(found.a if isinstance(found, TwoTensor) else found, gradient)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("blocks", ["shared", "own"])
+def test_indices_of_experts_may_have_any_width(blocks: str, dtype: torch.dtype) -> None:
+    """They are int16 up to 32,768 rows or columns; compiled code widens those of one expert at a time."""
+    p = make_experts(pairs=(3, 0, 20, 1), blocks=blocks, dtype=torch.float32)
+    old = p.adapter.blocks
+    assert old.row_index is not None
+    assert old.col_index is not None
+    wide = replace(old, row_index=old.row_index.to(dtype), col_index=old.col_index.to(dtype))
+    found = replace(p, adapter=replace(p.adapter, blocks=wide)).operator("native")
+    assert all(map(torch.equal, p.operator("native"), found))

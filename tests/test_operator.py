@@ -1,19 +1,32 @@
-"""The `smoa::linear` operator as the compiler and the exporter see it."""
+"""The operator to compilers, exporters and training loops: schemas, graphs, masks, mixed precision, what eager copies.
 
+The promises of every backend are tested in tests/test_contract.py.
+"""
+
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from compiled import needs_library
-from problems import make_problem
+from problems import DEVICE, Case, LinearProblem, cases, each, in_orders, make_problem, relative_error
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+import smoa_kernels.definition.dropout
 from smoa_kernels import FusedSMoALinear
+from smoa_kernels.backends import eager, load_backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
+from smoa_kernels.definition.precision import gemm_is_ieee
 from smoa_kernels.operator import LinearCall, linear, linear_backward
 
 pytestmark = pytest.mark.numerical
@@ -76,20 +89,26 @@ def run(block: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     return (y.detach(), *(p.grad for p in block.parameters() if p.grad is not None))
 
 
+@contextmanager
+def needs_a_compiler() -> Iterator[None]:
+    """Skips the test where inductor finds no C++ compiler."""
+    try:
+        yield
+    except Exception as error:
+        if "compiler" not in str(error).lower():
+            raise
+        pytest.skip(f"inductor needs a C++ compiler: {error}")
+
+
 @pytest.mark.slow
 def test_inductor_compiles_it() -> None:
     torch.manual_seed(0)
     block = Block()
     x = torch.randn(64, 40)
     expected = run(block, x)
-    try:
+    with needs_a_compiler():
         result = run(torch.compile(block, fullgraph=True), x)
-    except torch._inductor.exc.InductorError as error:  # this machine has no C++ compiler
-        if "compiler" not in str(error).lower():
-            raise
-        pytest.skip(f"inductor needs a C++ compiler: {error}")
-    for ours, eager in zip(result, expected, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -113,16 +132,23 @@ def test_scaling_seed_and_token_count_recompile_nothing(dynamic: bool | None, gr
     assert not counters["graph_break"]
 
 
-def test_exports_an_inference_graph() -> None:
-    block = Block().eval()
-    x = torch.randn(9, 40)
+@pytest.mark.parametrize("ahead_of_time", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_exports_an_inference_graph(ahead_of_time: bool, tmp_path: Path) -> None:
+    """The graph as it is, or compiled by AOTInductor."""
+    torch.manual_seed(0)
+    block, x = Block().eval(), torch.randn(9, 40)
     tokens = torch.export.Dim("tokens", min=2, max=4096)
     program = torch.export.export(block, (x,), dynamic_shapes=({0: tokens},))
     assert sum(node.target is linear for node in program.graph.nodes) == 2
+    run: Any = program.module()
+    if ahead_of_time:
+        with needs_a_compiler():
+            package = torch._inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/block.pt2")
+        run = torch._inductor.aoti_load_package(package)
     with torch.no_grad():
         for count in (9, 64):
             x = torch.randn(count, 40)
-            torch.testing.assert_close(program.module()(x), block(x))
+            torch.testing.assert_close(run(x), block(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_library)])
@@ -157,3 +183,187 @@ def test_the_operator_itself_has_a_forward_mode_derivative() -> None:
         y = linear(forward_ad.make_dual(x, t), None, "auto", *call.flatten())
         tangent = forward_ad.unpack_dual(y).tangent
     torch.testing.assert_close(tangent, layer(t) - layer(torch.zeros_like(t)))
+
+
+# In training
+
+
+def test_compiled_checkpointing_recomputes_with_the_same_mask() -> None:
+    torch.manual_seed(0)
+    block, x = Block(dropout=0.3), torch.randn(12, 40, requires_grad=True)
+    again = torch.compile(
+        lambda x: checkpoint(block, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
+    )
+    found = []
+    for function, seed in ((block, 1), (again, 1), (block, 2)):
+        torch.manual_seed(seed)
+        y = function(x)
+        wanted = [x, *(p for p in block.parameters() if p.requires_grad)]
+        found.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
+    for expected, ours, different in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
+        assert not torch.equal(ours, different)
+
+
+def test_loss_scaling_under_autocast() -> None:
+    """float16 autocast with GradScaler: float32 factors step as without scaling; an overflow skips the step."""
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(64, 40)
+    factors = [p for p in block.parameters() if p.requires_grad and p.ndim == 2]
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
+        loss = block(x).float().square().mean()
+    plain = torch.autograd.grad(loss, factors)
+    optimizer, before = torch.optim.SGD(factors, lr=0.1), [p.detach().clone() for p in factors]
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=256.0)
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
+        loss = block(x).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    for factor, old, gradient in zip(factors, before, plain, strict=True):
+        assert factor.grad is not None
+        assert factor.grad.dtype == torch.float32
+        assert relative_error((old - factor) / 0.1, gradient) < 2e-2  # float16 gradients in both
+    changed = [p.detach().clone() for p in factors]
+    optimizer.zero_grad()
+    with torch.autocast(DEVICE.type, dtype=torch.float16):
+        scaler.scale(block(x).float().square().mean() * 1e30).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < 256
+    assert all(torch.equal(p, old) for p, old in zip(factors, changed, strict=True))
+
+
+class NothingRead(TorchDispatchMode):
+    """Forbids operators that make the host wait for a GPU: reading a value or a size that depends on values."""
+
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "equal",
+        "is_nonzero",
+        "masked_select",
+        "unique",
+        "bincount",
+    )
+
+    def __torch_dispatch__(
+        self, function: object, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        assert function._opname not in self.FORBIDDEN, function
+        return function(*args, **(kwargs or {}))
+
+
+def layer_of(kind: str, backend: str, dropout: float) -> nn.Module:
+    torch.manual_seed(0)
+    if kind in ("auto", "split"):
+        options = {"dropout": dropout, "backend": backend, "algorithm": kind}
+        return FusedSMoALinear(40, 33, r=7, num_blocks=3, **options)
+    peft = pytest.importorskip("peft", reason="needs the peft extra")
+    from smoa_kernels.peft import SMoAConfig
+
+    settings = {"r": 7, "smoa_dropout": dropout, "target_modules": ["0"], "backend": backend}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(40, 33)), SMoAConfig(num_blocks=3, **settings))
+    if kind == "two adapters":
+        model.add_adapter("other", SMoAConfig(num_blocks=2, **settings))
+        model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_graphs.py shows it on the GPU itself")
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("tokens", [2, 20])  # the forms for few and for many tokens
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["auto", "split", "peft", "two adapters"])
+def test_nothing_is_read_on_the_host(
+    kind: str, backend: str, tokens: int, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="the kernels run in Triton's interpreter here")
+    layer = layer_of(kind, backend, dropout)
+    x = torch.randn(tokens, 40, requires_grad=True)
+    layer(x).sum().backward()  # one-time work happens here
+    monkeypatch.setattr(smoa_kernels.definition.dropout, "draws", lambda device: False)  # masks as on a GPU
+
+    original = Tensor.tolist
+
+    def tolist(self: Tensor) -> list[object]:
+        caller = sys._getframe(1).f_code.co_name
+        assert caller.endswith("check_ranks"), (
+            f"{caller} waits for a GPU"
+        )  # check_ranks reads on the CPU only
+        return original(self)
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    with NothingRead():
+        layer(x).sum().backward()
+
+
+# The eager backend: its choice of algorithm, and copies that it avoids
+
+
+def test_auto_chooses_by_the_multiplying_dtype() -> None:
+    choose = eager.choose_algorithm
+    assert choose(4096, 16, ieee=True, dropout=False) == "merged"
+    assert choose(4096, 16, ieee=False, dropout=False) == "split"
+    assert choose(4096, 16, ieee=True, dropout=True) == "split"
+    assert choose(1, 16, ieee=True, dropout=False) == "expanded"
+    assert choose(1, 16, ieee=False, dropout=False) == "expanded"
+    assert choose(1, 16, ieee=True, dropout=True) == "split"
+
+
+def test_reduced_float32_precision_counts_as_half() -> None:
+    assert gemm_is_ieee(torch.float64, "cpu")
+    assert gemm_is_ieee(torch.float32, "cpu")
+    assert gemm_is_ieee(torch.float32, "cuda")
+    assert not gemm_is_ieee(torch.bfloat16, "cpu")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not gemm_is_ieee(torch.float32, "cuda")
+        assert not gemm_is_ieee(torch.float32, "cpu")
+        assert gemm_is_ieee(torch.float64, "cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class Made(TorchDispatchMode):
+    """Records the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+BY_INDEX = {
+    *("gather", "index", "index_copy", "index_put", "index_select", "scatter", "take", "take_along_dim"),
+    *("index_copy_", "index_put_", "scatter_"),
+}
+
+
+def copies(p: LinearProblem, case: Case) -> set[str]:
+    """The operators that reorder rows or columns in forward and backward."""
+    adapter = p.adapter()
+    backend, dropout = load_backend(case.backend), case.dropout
+    with Made() as made:
+        backend.forward(p.x, p.bias, adapter, "split" if dropout else case.algorithm, dropout)
+        backend.backward(p.dy, p.x, adapter, dropout, needs_x=True)
+    return BY_INDEX & made.names
+
+
+def contiguous(backend: str) -> list[Case]:
+    """Cases of the eager backend only, because compiled code calls no torch operators."""
+    return in_orders(cases(backend), "contiguous") if backend == "eager" else []
+
+
+@each(contiguous)
+def test_contiguous_blocks_are_slices(case: Case) -> None:
+    """x, dY, W0 and the factors are sliced, not gathered."""
+    assert not copies(case.problem(tokens=50), case)
+    assert copies(replace(case, order="random").problem(tokens=50), case)

@@ -9,7 +9,6 @@ from problems import make_problem
 
 from smoa_kernels.backends import eager, native_obstacle, pages
 from smoa_kernels.backends.native import backend as native
-from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
 SMAPS, LARGE_PAGES = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage")
 CPU = torch.device("cpu")
@@ -56,10 +55,9 @@ def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.Mon
         dtype=torch.float32,
         block_order="contiguous",
     ).on(CPU)
-    adapter = PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
     module = eager if backend == "eager" else native
-    y = module.forward(p.x, None, adapter, "auto", None)
-    dx, _, _ = module.backward(p.dy, p.x, adapter, None, needs_x=True)
+    y = module.forward(p.x, None, p.adapter(), "auto", None)
+    dx, _, _ = module.backward(p.dy, p.x, p.adapter(), None, needs_x=True)
     assert dx is not None
     for result in (y, dx):
         inside = [

@@ -1,7 +1,5 @@
 """The spectral order and its blocks (docs/definition.md)."""
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,15 +36,14 @@ def svd_centroids(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.numerical
 @pytest.mark.parametrize("vector", all_vectors(), ids=lambda v: v.name)
 def test_equals_vectors(vector: Vector) -> None:
-    weight = torch.from_numpy(vector.weight).to(DEVICE)
-    partition = vector.partition(DEVICE)
-    row_score, col_score = spectral_centroids(weight)
+    partition, stored = vector.partition(DEVICE), vector.problem.partition
+    row_score, col_score = spectral_centroids(vector.problem.weight.to(DEVICE))
     for score, true in ((row_score, vector.row_score), (col_score, vector.col_score)):
         torch.testing.assert_close(score.cpu(), torch.from_numpy(true), rtol=1e-9, atol=1e-9)
     assert partition.row_order.tolist() == vector.row_order.tolist()
     assert partition.col_order.tolist() == vector.col_order.tolist()
-    assert partition.row_block.tolist() == vector.row_block.tolist()
-    assert partition.col_block.tolist() == vector.col_block.tolist()
+    assert partition.row_block.tolist() == stored.row_block.tolist()
+    assert partition.col_block.tolist() == stored.col_block.tolist()
 
 
 @pytest.mark.numerical
@@ -68,14 +65,14 @@ def test_extreme_magnitudes_keep_the_order(scale: float) -> None:
 
 @pytest.mark.numerical
 def test_svd_takes_over_where_eigh_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(12, 30, dtype=torch.float64)
-    expected = BlockPartition.from_weight(weight, 4)
+    weights = torch.randn(3, 12, 30, dtype=torch.float64)
+    expected = BlockPartition.from_weight(weights[0], 4), BlockPartition.from_experts(weights, 4)
 
     def fails(*_: object) -> None:
         raise torch.linalg.LinAlgError("no convergence")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    assert BlockPartition.from_weight(weight, 4) == expected
+    assert (BlockPartition.from_weight(weights[0], 4), BlockPartition.from_experts(weights, 4)) == expected
 
 
 @pytest.mark.numerical
@@ -94,27 +91,6 @@ def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
     expected_rows, _ = svd_centroids(weight)
     others = [i for i in range(10) if i != 4]
     torch.testing.assert_close(row_score[others], expected_rows[others], rtol=1e-6, atol=1e-6)
-
-
-# Tests the CPU's threads, so it is not marked numerical.
-@pytest.mark.slow
-def test_thread_setting_is_restored_and_does_not_matter() -> None:
-    """It computes on one intra-op thread and restores the caller's setting, also after an error."""
-    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(3))
-    script = (
-        "import sys, torch; torch.set_num_threads(int(sys.argv[1]));"
-        "from smoa_kernels import BlockPartition;"
-        "w = torch.randn(200, 300, generator=torch.Generator().manual_seed(3));"
-        "p = BlockPartition.from_weight(w, 5);"
-        "assert torch.get_num_threads() == int(sys.argv[1]);"
-        "print(p.row_block.tolist(), p.col_block.tolist())"
-    )
-    outputs = {
-        subprocess.run([sys.executable, "-c", script, n], capture_output=True, text=True, check=True).stdout
-        for n in ("1", "2")
-    }
-    partition = BlockPartition.from_weight(weight, 5)
-    assert outputs == {f"{partition.row_block.tolist()} {partition.col_block.tolist()}\n"}
 
 
 @pytest.fixture

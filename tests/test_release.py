@@ -79,9 +79,17 @@ def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> Non
     assert release.releases()[0][0] == "7.0.1"
     assert f"version: 7.0.1\ndate-released: {release.releases()[0][1]}\n" in release.CITATION.read_text()
     assert not checkout.release(capfd, "check")
-    assert "the tag v7.0.1 exists" in checkout.release(capfd, "make", "7.0.1")
-    assert "released 7.0.1, which 7.0.0 does not follow" in checkout.release(capfd, "make", "7.0.0")
-    assert "no entries below '## Unreleased'" in checkout.release(capfd, "make", "7.1.0")
+    for given, said in (
+        ("7.0.1", "the tag v7.0.1 exists"),
+        ("7.0.0", "released 7.0.1, which 7.0.0 does not follow"),
+        ("7.1.0", "no entries below '## Unreleased'"),
+        ("v7.1.0", "three numbers with points between them, not 'v7.1.0'"),
+        ("7.1.0; true", "three numbers with points between them, not '7.1.0; true'"),
+    ):
+        assert said in checkout.release(capfd, "make", given)
+    (checkout.folder / "left").touch()
+    assert "the tree is not clean:\n?? left" in checkout.release(capfd, "make", "7.1.0")
+    (checkout.folder / "left").unlink()
     checkout.replace("CHANGELOG.md", "## 7.0.1", "## Unreleased\n\n- A change.\n\n## 7.0.1")
     checkout.commit()
     assert not checkout.release(capfd, "check")  # between releases the version stays that of the last one
@@ -90,22 +98,11 @@ def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> Non
     assert [one for one, _ in release.releases()][:2] == ["7.1.0", "7.0.1"]
 
 
-@pytest.mark.parametrize("given", ["", "1.0", "v1.0.0", "1.0.0rc1", "0.0.0; true"])
-def test_a_version_that_is_none(checkout: Checkout, capfd: pytest.CaptureFixture[str], given: str) -> None:
-    assert f"three numbers with points between them, not {given!r}" in checkout.release(capfd, "make", given)
-
-
 @pytest.mark.parametrize(
     ("name", "old", "new", "named"),
     [
-        (
-            "pyproject.toml",
-            "example.org/",
-            "smoa-kernels.invalid/",
-            "project.urls.Repository is a placeholder",
-        ),
+        ("pyproject.toml", "example.org/", "smoa-kernels.invalid/", "Repository is a placeholder"),
         ("CITATION.cff", "title:", "version: 3.0.0\ntitle:", "CITATION.cff cites ('3.0.0', None)"),
-        ("CHANGELOG.md", "## Unreleased", "## Unreleased\n\n## Earlier", "no entries below '## Unreleased'"),
         ("CHANGELOG.md", "## Unreleased", "## Later", "no entries below '## Unreleased'"),
         ("Makefile", "touch", "false", "make dist failed"),
         ("Makefile", "-py3-none-any.whl", "", "make dist, with a C compiler"),
@@ -121,20 +118,12 @@ def test_what_is_not_ready(
     assert not checkout.git("tag")
 
 
-def test_what_is_not_committed(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> None:
-    (checkout.folder / "left").touch()
-    assert "the tree is not clean:\n?? left" in checkout.release(capfd, "make", "7.0.1")
-
-
-@pytest.mark.parametrize(
-    "place", ["CITATION.cff", "CHANGELOG.md", "smoa_kernels/_version.py", "pyproject.toml"]
-)
+@pytest.mark.parametrize("place", ["CITATION.cff", "CHANGELOG.md", "smoa_kernels/_version.py"])
 def test_a_published_version_is_the_same_everywhere(
     checkout: Checkout, capfd: pytest.CaptureFixture[str], place: str
 ) -> None:
     assert not checkout.release(capfd, "make", "7.0.1")
-    old, new = ("example.org/", "smoa-kernels.invalid/") if place == "pyproject.toml" else ("7.0.1", "7.0.2")
-    checkout.replace(place, old, new)
+    checkout.replace(place, "7.0.1", "7.0.2")
     assert checkout.release(capfd, "check")
 
 

@@ -1,7 +1,6 @@
 """`smoa-kernels plan` and its model: totals that can be counted by hand, and the page with the results."""
 
 import itertools
-import json
 import re
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 
 from smoa_kernels.cli import main
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.scaling import METHODS, PARALLEL, WHOLE, Scale, predict, tensor_parallel_size
+from smoa_kernels.tuning.scaling import METHODS, PARALLEL, WHOLE, Scale, predict
 
 H100 = GPUS["h100"]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
@@ -74,19 +73,6 @@ def test_padding_is_not_trained() -> None:
     assert uneven.trained_parameters == round(even.trained_parameters * 16 / 18)
 
 
-def test_tensor_parallelism_stays_in_a_node_and_cuts_layers() -> None:
-    scale = Scale("llama-3-70b", 64, "tp")
-    assert tensor_parallel_size(scale) == 8
-    assert tensor_parallel_size(Scale("smollm2-135m", 6, "tp")) == 3  # must divide the key and value heads
-    plan = predict(scale, "smoa", H100)
-    assert plan.traffic["reduce activations"] == 2 * 7 / 8 * 80 * 9 * 8192 * 8192 * 2
-    # A of the five layers cut by rows (4 slots), B of the two cut by columns
-    assert plan.traffic["reduce whole factors"] == 2 * 7 / 8 * 4 * 80 * 4 * 7 * 8192
-    assert (
-        plan.memory["weights"] < predict(Scale("llama-3-70b", 64, "ddp"), "smoa", H100).memory["weights"] / 7
-    )
-
-
 def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     commands = re.findall(r"^    smoa-kernels (plan .*)$", page, flags=re.MULTILINE)
@@ -94,13 +80,3 @@ def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str])
     for command in commands:
         assert main([*command.split(), "--markdown"]) == 0
         assert capsys.readouterr().out in page, command
-
-
-def test_its_json(tmp_path: Path) -> None:
-    file = tmp_path / "plan.json"
-    command = ["plan", "--model", "llama-3-70b", "--gpus", "64", "--parallel", "fsdp", "--json", str(file)]
-    assert main(command) == 0
-    data = json.loads(file.read_text())
-    assert data["kind"] == "predicted"
-    memory = data["methods"]["smoa"]["memory_bytes"]
-    assert memory.pop("total") == pytest.approx(sum(memory.values()))

@@ -2,18 +2,21 @@
 
 The files keep each block's factors apart, in spectral order: row n of B_k belongs to the n-th row in the k-th chunk of
 `row_order`, and likewise for columns of A_k. The package packs them, A (ρ, C) and B (N, ρ), in the layer's own
-coordinates: `pack_A` and `pack_B`. A file without a rule for its blocks holds spectral ones; those vectors came from
-elsewhere. The other vectors are the reference's results. The C code agrees with all of them.
+coordinates. A file without a rule for its blocks holds spectral ones; those vectors came from elsewhere. The other
+vectors are the reference's results. The C code agrees with all of them.
 """
 
+from __future__ import annotations
+
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from problems import LinearProblem
+from torch import Tensor
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.block_rule import BlockRule
@@ -26,103 +29,70 @@ VECTOR_DIR = Path(__file__).parent / "data" / "vectors"
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """One case: N = out_features, C = in_features, K = num_blocks, T = tokens, ρ = max rank."""
+    """One case: N = out_features, C = in_features.
+
+    Attributes:
+        name: of the file.
+        rule: that made the blocks.
+        problem: the inputs, on the CPU, with blocks from the stored labels.
+        expected: ΔW, y, dX, dA and dB.
+        row_score, col_score: the spectral centroids (N) and (C).
+        row_order, col_order: the coordinates, block after block.
+    """
 
     name: str
-    weight: FloatArray  # (N, C)
-    bias: FloatArray  # (N)
-    row_score: FloatArray  # (N)
-    col_score: FloatArray  # (C)
-    row_order: IntArray  # (N)
-    col_order: IntArray  # (C)
-    row_block: IntArray  # (N)
-    col_block: IntArray  # (C)
-    ranks: IntArray  # (K)
-    alpha: float
-    num_blocks: int
-    x: FloatArray  # (T, C)
-    dy: FloatArray  # (T, N)
-    y: FloatArray  # (T, N)
-    delta_weight: FloatArray  # (N, C)
-    dx: FloatArray  # (T, C)
-    block_A: tuple[FloatArray, ...]  # K times (r_k, C_k)
-    block_B: tuple[FloatArray, ...]  # K times (N_k, r_k)
-    block_dA: tuple[FloatArray, ...]
-    block_dB: tuple[FloatArray, ...]
-    block_order: str = "spectral"
-    granule: int = 1
-    block_seed: int = 0
-
-    @property
-    def rule(self) -> BlockRule:
-        """The rule that made the blocks."""
-        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed)
+    rule: BlockRule
+    problem: LinearProblem
+    expected: tuple[Tensor, ...]
+    row_score: FloatArray
+    col_score: FloatArray
+    row_order: IntArray
+    col_order: IntArray
 
     def partition(self, device: torch.device) -> BlockPartition:
         """The computed blocks; random ones come from their labels, because another torch version may draw others."""
-        if self.block_order != "random":
-            return self.rule.build(torch.from_numpy(self.weight).to(device))
-        labels = (torch.from_numpy(labels).to(device) for labels in (self.row_block, self.col_block))
-        return BlockPartition.from_labels(*labels, self.num_blocks)
-
-    @property
-    def scaling(self) -> float:
-        """`alpha / r`, where r is the rank budget of all blocks together."""
-        return self.alpha / int(self.ranks.sum())
-
-    @property
-    def max_rank(self) -> int:
-        """ρ, the width of the packed factors."""
-        return int(self.ranks.max())
-
-    @functools.cached_property
-    def A(self) -> FloatArray:
-        """Packed (ρ, C)."""
-        return self.pack_A(self.block_A)
-
-    @functools.cached_property
-    def B(self) -> FloatArray:
-        """Packed (N, ρ)."""
-        return self.pack_B(self.block_B)
-
-    def pack_A(self, blocks: Sequence[FloatArray]) -> FloatArray:
-        """K factors (r_k, C_k) to one (ρ, C), padding 0."""
-        return _packed(blocks, self.col_order, self.col_block, self.max_rank)
-
-    def pack_B(self, blocks: Sequence[FloatArray]) -> FloatArray:
-        """K factors (N_k, r_k) to one (N, ρ), padding 0."""
-        return _packed([block.T for block in blocks], self.row_order, self.row_block, self.max_rank).T
+        if self.rule.block_order == "random":
+            return self.problem.partition.to(device)
+        return self.rule.build(self.problem.weight.to(device))
 
 
-def _packed(blocks: Sequence[FloatArray], order: IntArray, labels: IntArray, max_rank: int) -> FloatArray:
-    """Packs factors (r_k, size_k) into one (ρ, size); `order` gives the coordinates of their columns."""
-    packed = np.zeros((max_rank, order.size))
-    for k, block in enumerate(blocks):
-        packed[: len(block), order[labels[order] == k]] = block
-    return packed
+def packed(file: dict[str, np.ndarray], name: str, side: str) -> Tensor:
+    """The blocks `name` 0 to K of a file as one factor (ρ, size), or (size, ρ) for B's; padding is 0.
+
+    A file has no gradients for a block of rank 0.
+    """
+    labels, order, ranks = file[f"{side}_block"], file[f"{side}_order"], file["ranks"]
+    found = np.zeros((ranks.max(), order.size))
+    for k, rank in enumerate(ranks):
+        block = file.get(f"{name}{k}", np.zeros((0, 0)))
+        if block.size:
+            found[:rank, order[labels[order] == k]] = block if side == "col" else block.T
+    return torch.from_numpy(found if side == "col" else found.T)
 
 
 def load_vector(path: Path) -> Vector:
     """Read one file."""
-    with np.load(path, allow_pickle=False) as file:
-        stored = dict(file)
-    num_blocks = int(stored.pop("num_blocks"))
-    block_A = tuple(stored.pop(f"A{k}") for k in range(num_blocks))
-    block_B = tuple(stored.pop(f"B{k}") for k in range(num_blocks))
-    made = {key: stored.pop(key).item() for key in ("block_order", "granule", "block_seed") if key in stored}
-    # A file has no gradients for a block of rank 0; its empty factors have the right shape.
-    block_dA = tuple(stored.pop(f"dA{k}", block_A[k]) for k in range(num_blocks))
-    block_dB = tuple(stored.pop(f"dB{k}", block_B[k]) for k in range(num_blocks))
+    with np.load(path, allow_pickle=False) as stored:
+        file = dict(stored)
+    made = {name: file[name].item() for name in ("block_order", "granule", "block_seed") if name in file}
+    num_blocks, ranks = int(file["num_blocks"]), file["ranks"]
+    given = {name: torch.from_numpy(file[name]) for name in ("x", "weight", "bias", "dy")}
+    labels = (torch.from_numpy(file[f"{side}_block"]) for side in ("row", "col"))
+    problem = LinearProblem(
+        **given,
+        A=packed(file, "A", "col"),
+        B=packed(file, "B", "row"),
+        partition=BlockPartition.from_labels(*labels, num_blocks),
+        ranks=torch.from_numpy(ranks).int(),
+        scaling=float(file["alpha"]) / int(ranks.sum()),
+    )
+    results = [torch.from_numpy(file[name]) for name in ("delta_weight", "y", "dx")]
     return Vector(
-        name=path.stem,
-        alpha=float(stored.pop("alpha")),
-        num_blocks=num_blocks,
-        block_A=block_A,
-        block_B=block_B,
-        block_dA=block_dA,
-        block_dB=block_dB,
-        **made,
-        **stored,
+        path.stem,
+        BlockRule(num_blocks, **made),
+        problem,
+        (*results, packed(file, "dA", "col"), packed(file, "dB", "row")),
+        *(file[name] for name in ("row_score", "col_score", "row_order", "col_order")),
     )
 
 

@@ -1,4 +1,4 @@
-"""The Markdown page of a bring-up. Every figure is marked as goal, predicted or measured."""
+"""The Markdown page of a bring-up. Every figure is marked as predicted or measured."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import torch
 
 from smoa_kernels.kernels.table import Entry
 from smoa_kernels.tuning.gpus import GPUS, Gpu, Rates
-from smoa_kernels.tuning.plan import describe, describe_algorithms, describe_choice, job, winner
-from smoa_kernels.tuning.roofline import Estimate, parts
+from smoa_kernels.tuning.plan import describe, describe_choice, job, winner
+from smoa_kernels.tuning.roofline import Estimate, Problem, estimate, parts
 
 from .. import tables
-from ..providers import Case
+from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
 from ..results import Result
-from .goals import COLUMNS, GOALS, WAYS, Goal, Row
 from .state import State
+
+WAYS = {
+    FROZEN: "frozen",
+    LORA: "lora",
+    HIRA: "hira",
+    PAPER: "paper_dense",
+    f"{SMOA} merged": "merged",
+    f"{SMOA} split": "split",
+}
+"""Every provider that the roofline knows, and its name there."""
 
 
 def page(state: State) -> str:
@@ -31,19 +40,18 @@ def page(state: State) -> str:
         else "",
         "## Stages",
         _stages(state),
-        "## Goals",
-        f"bf16, r=16, dropout 0, T=8192. Predicted for {gpu.name}.",
-        _goals(state, gpu),
+        "## Forward and backward over the frozen layer",
+        _headline(state, gpu) or "Nothing was compared.",
         "## The layer against float64",
         "\n".join(f"- {name}: {words}" for name, words in state.findings.get("operator", {}).items())
         or "Not run.",
+        _launchers(state),
         "## Numerical tests",
         _tests(state),
         "## Tuning",
         _tuning(state),
-        "## Comparison, over frozen",
+        "## Every provider, over frozen" if layers else "",
         *(tables.ratios(run, layers, phase) for phase in ("both", "forward", "backward") if layers),
-        "" if layers else "Nothing was compared.",
         "## Memory of one training pass",
         tables.memory(run) or "Nothing was measured.",
         "## Measured against predicted",
@@ -68,26 +76,28 @@ def _stages(state: State) -> str:
     )
 
 
-def _goals(state: State, gpu: Gpu) -> str:
-    headings = [
-        "",
-        *(f"{name}: {kind}" for name, *_ in COLUMNS for kind in ("goal", "predicted", "measured")),
-    ]
+def _headline(state: State, gpu: Gpu) -> str:
+    """A row for each case: what was measured, with a mark where the machine was noisy, and the prediction."""
     rows = []
-    for goal in GOALS:
-        cells = [goal.text]
-        for column, limit in zip(COLUMNS, goal.limits, strict=True):
-            row = goal.row(column, limit, gpu, state)
-            cells += [f"≤ {limit:.2f}", f"{row.predicted:.2f}", _measured(goal, row)]
+    for result in state.run.select("layer"):
+        problem, cells = _problem(result), [tables.case_name(result)]
+        frozen = estimate(problem, gpu, "frozen").seconds()
+        for name, way in WAYS.items():
+            predicted, found = estimate(problem, gpu, way).seconds() / frozen, result.ratio("both", name)
+            cells.append(f"{'–' if found is None else found.short()} ({predicted:.2f})")
         rows.append(cells)
-    return tables.table(headings, rows)
+    return tables.table((f"{state.run.label} (predicted for {gpu.name})", *WAYS), rows)
 
 
-def _measured(goal: Goal, row: Row) -> str:
-    if row.measured is None:
-        return "not measured"
-    met = goal.met(row)
-    return f"{row.measured:.2f}, " + ("noisy, not judged" if met is None else "met" if met else "missed")
+def _launchers(state: State) -> str:
+    found = state.findings.get("launchers")
+    if found is None:
+        return ""
+    told = f" Ours is not used: {found['obstacle']}." if found["obstacle"] else ""
+    return (
+        f"The same pass launched our own way and Triton's gives the same bits, and takes the host {found['ours']:.0f} "
+        f"and {found['triton']:.0f} µs, {state.run.label}.{told}"
+    )
 
 
 def _tests(state: State) -> str:
@@ -125,8 +135,7 @@ def _tuning(state: State) -> str:
     told = f"{len(found['problems'])} keys are not done.\n\n" if found["problems"] else ""
     headings = ("problem", f"heuristic µs, {state.run.label}", f"fastest µs, {state.run.label}", "fastest")
     note = "The JSON file's `findings.tune.table` is the table itself; send it to us and it ships.\n\n"
-    compared = "\n".join(f"- {line}" for line in describe_algorithms(entries))
-    return f"{told}{note}{tables.table(headings, rows)}\n\nThe algorithms against each other:\n\n{compared}"
+    return f"{told}{note}{tables.table(headings, rows)}"
 
 
 def _predicted(state: State, gpu: Gpu) -> str:
@@ -136,7 +145,7 @@ def _predicted(state: State, gpu: Gpu) -> str:
         return "Not run."
     flops, bandwidth = found["flops_per_second"], found["bytes_per_second"]
     told = f"This device reached {flops / 1e12:.3g} TFLOP/s in a large GEMM and {bandwidth / 1e12:.3g} TB/s in a copy."
-    rates = Rates(flops, bandwidth, gpu.rates(torch.bfloat16, False).start_seconds)
+    rates = Rates(flops, bandwidth, gpu.rates("bf16").start_seconds)
     rows = [
         (tables.case_name(result), *(_over_predicted(result, name, rates) for name in WAYS))
         for result in state.run.select("layer")
@@ -148,10 +157,12 @@ def _predicted(state: State, gpu: Gpu) -> str:
 def _over_predicted(result: Result, name: str, rates: Rates) -> str:
     if name not in result.seconds["both"]:
         return "–"
-    case = Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])})
-    problem = case.problem()
-    predicted = Estimate(WAYS[name], parts(problem, WAYS[name]), rates).seconds()
+    predicted = Estimate(WAYS[name], parts(_problem(result), WAYS[name]), rates).seconds()
     return f"{result.comparison('both').time(name).median / predicted:.2f}"
+
+
+def _problem(result: Result) -> Problem:
+    return Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])}).problem()
 
 
 def _cell(text: str) -> str:

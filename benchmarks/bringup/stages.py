@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from smoa_kernels.kernels.architectures import architecture, multiprocessors
+from smoa_kernels.kernels.launch import short_way
 from smoa_kernels.kernels.table import SCHEMA, Choice, identity
 from smoa_kernels.tuning.measure import gpu_timer, keep, tune
 from smoa_kernels.tuning.plan import jobs
@@ -38,13 +40,12 @@ from ..results import Result
 from ..rotation import cache_bytes, rotated
 from ..test_layer import training_pass
 from ..theory import rates
-from .cases import GOAL_CASES, ORDERS, headline_cases, operator_cases, tuned_layers
+from .cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from .state import State
 
 SECONDS_PER_CASE = 1.2
 MOST_ROUNDS = 20
-# The float64 definition at 8192 tokens takes longer than all timings, so only the goals' cases are checked there.
-GATE_TOKENS = 256
+LAUNCHER_ROUNDS = 30
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,44 @@ def operator(job: Job) -> None:
         _, failed = _right(case, {SMOA: smoa("auto", "triton", order)})
         found[f"{case}, {order}"] = failed.get(SMOA, "right")
         job.save(job.state.with_finding("operator", found))
+    launchers = compare_launchers(*cases[1])
+    job.save(job.state.with_finding("operator", found).with_finding("launchers", launchers))
     if wrong := [f"{name}: {words}" for name, words in found.items() if words != "right"]:
         raise RuntimeError(f"{len(wrong)} of {len(cases)} problems are wrong, the first: {wrong[0]}")
 
 
+def compare_launchers(case: Case, order: str) -> dict[str, object]:
+    """Compare a layer's pass by our own way to launch kernels with Triton's `kernel[grid](...)`.
+
+    Returns:
+        The host's median microseconds of a forward and a backward by each, and what is wrong with ours.
+
+    Raises:
+        RuntimeError: their results differ by a bit.
+    """
+    layer, x, dy = smoa("split", "triton", order)(case), case.input(), case.output_gradient()
+    before, found, results = short_way.obstacle, dict[str, object](), list[list[Tensor]]()
+    for name, obstacle in (("ours", before), ("triton", "compared")):
+        short_way.obstacle, seconds = obstacle, []
+        try:
+            for _ in range(LAUNCHER_ROUNDS):
+                if DEVICE.type == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                y = layer(x)
+                gradients = torch.autograd.grad(y, (x, layer.smoa_A, layer.smoa_B), dy)
+                seconds.append(time.perf_counter() - start)
+        finally:
+            short_way.obstacle = before
+        found[name] = statistics.median(seconds) * 1e6
+        results.append([y, *gradients])
+    if not all(map(torch.equal, *results)):
+        raise RuntimeError("kernels that are launched our own way and Triton's give different results")
+    return {**found, "obstacle": before}
+
+
 def headline(job: Job) -> None:
-    """Measure this device's rates, then the time and memory of every provider, the goals' cases first.
+    """Measure this device's rates, then the time and memory of every provider, the checked cases first.
 
     If a case failed, wholly or for one provider, the next call compares it again with all providers, because only times
     that were taken in turns may be divided by each other.
@@ -148,7 +181,7 @@ def providers(case: Case) -> dict[str, Provider]:
 def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]:
     """The case's results, and why some providers are not in them."""
     layers, failed = _gated(replace(case, tokens=min(case.tokens, GATE_TOKENS)))
-    if case in GOAL_CASES:
+    if case in CHECKED_CASES:
         layers, more = _right(case, {name: _built(layer) for name, layer in layers.items()})
         failed = failed | more
     timed = _timed(case, layers, smoke)  # first, because it leaves nothing in memory
@@ -200,8 +233,8 @@ def tune_shapes(job: Job) -> None:
     timer = interpreter_timer if job.smoke else gpu_timer
     problems: dict[str, str] = {}
     try:
-        done = tune(planned, DEVICE, timer=timer, deadline=job.deadline - 5)
-        problems = {str(tuple(tuned.job.key)): tuned.problem for tuned in done if tuned.problem}
+        undone = tune(planned, DEVICE, timer=timer, deadline=job.deadline - 5)
+        problems = {str(tuple(key)): problem for key, problem in undone.items()}
     finally:  # also when the GPU is lost
         found = keep(identity(DEVICE)).entries
         entries = [found[one.key].to_json() for one in planned if one.key in found]

@@ -55,7 +55,7 @@ class LayerBlocks(NamedTuple):
         """One entry per matrix: this one."""
         return [self]
 
-    def facing(self, stored: Tensor) -> tuple[Tensor, float]:
+    def orient(self, stored: Tensor) -> tuple[Tensor, float]:
         """Turn a base's stored matrix into W0 (N, C), and return its distance from the W0 that was trained over.
 
         A Conv1D stores W0ᵀ, and so do some classes of experts. Of a square matrix only the sketch shows whether it is

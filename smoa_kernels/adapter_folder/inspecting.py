@@ -157,7 +157,7 @@ def _distances(name: str, experts: Sequence[LayerBlocks], bases: BaseModel, fuse
     if stored is None or stored.ndim != 2 + fused or (fused and len(stored) != len(experts)):
         return [float("inf")] * len(experts)
     weights = stored if fused else [stored]
-    return [one.facing(weight)[1] for one, weight in zip(experts, weights, strict=True)]
+    return [one.orient(weight)[1] for one, weight in zip(experts, weights, strict=True)]
 
 
 def _digits(sketch: Tensor) -> str:

@@ -23,17 +23,7 @@ from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
 from .format import LayerBlocks, StackBlocks
 from .naming import naming
-from .reading import (
-    HIRA,
-    METHOD,
-    PREFIX,
-    hira_layers,
-    read_adapter,
-    read_config,
-    read_json,
-    read_state,
-    weights_of,
-)
+from .reading import HIRA, METHOD, read_adapter, read_config, read_hira, read_json
 from .rounding import round_stochastically
 
 __all__ = ["ROUNDINGS", "FolderMerge", "merged_weights"]
@@ -290,11 +280,9 @@ def _read_changes(
             scaling = adapter.settings.for_layer(name).scaling
             changes[parameter] = _smoa_change(blocks, factors["smoa_A"], factors["smoa_B"], scaling)
         return changes
-    path = weights_of(folder)
-    state = read_state(path)
-    whole = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if ".hira_" not in key}
+    layers, whole = read_hira(folder)
     changes = {name: _whole(tensor) for name, tensor in whole.items()}
-    for name, (A, B) in hira_layers(path, state).items():
+    for name, (A, B) in layers.items():
         # fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
         swapped = base.stores_swapped(name, (B.shape[0], A.shape[1]))
         changes[f"{name}.weight"] = _hira_change(A, B, swapped=swapped, dtype=dtype, rounding=rounding)
@@ -320,7 +308,7 @@ def _smoa_change(blocks: LayerBlocks | StackBlocks, A: Tensor, B: Tensor, scalin
 
 def _merged(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, stored: Tensor) -> Tensor:
     """W_eff of one matrix, in its stored orientation, at least in float32."""
-    weight, distance = blocks.facing(stored)
+    weight, distance = blocks.orient(stored)
     if not distance <= TOLERANCE:
         raise ValueError(
             f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "

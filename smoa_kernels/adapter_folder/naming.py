@@ -13,14 +13,10 @@ __all__ = ["naming"]
 def naming(what: str | Path) -> Iterator[None]:
     """Put the name of a layer or file before the message of a TypeError or ValueError from the block.
 
-    A wrong value in a file, given as a Path, is always a ValueError. An error that names the file already stays.
+    A wrong value in a file, given as a Path, is always a ValueError.
     """
     try:
         yield
     except (TypeError, ValueError) as error:
-        is_file = isinstance(what, Path)
-        named = str(what) in str(error) if is_file else str(error).startswith(str(what))
-        if named and isinstance(error, ValueError):
-            raise
-        kind = TypeError if isinstance(error, TypeError) and not is_file else ValueError
+        kind = TypeError if isinstance(error, TypeError) and not isinstance(what, Path) else ValueError
         raise kind(f"{what}: {error}") from error

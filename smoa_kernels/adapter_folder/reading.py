@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,10 +29,10 @@ __all__ = [
     "WEIGHTS_NAME",
     "Adapter",
     "by_number",
-    "hira_layers",
     "opened",
     "read_adapter",
     "read_config",
+    "read_hira",
     "read_json",
     "read_state",
     "read_weights",
@@ -187,27 +187,37 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def hira_layers(path: Path, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Find A (r, C) and B (N, r) of each layer in the tensors of a HiRA adapter, by its path in the base model.
+def read_hira(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Read the folder of a HiRA adapter of linear layers, without PEFT.
+
+    Returns:
+        A (r, C) and B (N, r) of each layer by its path in the base model, and the other tensors by key without
+        `PREFIX`.
 
     Raises:
-        ValueError: naming the file: there is none, one is no linear layer, or its factors do not fit each other.
+        FileNotFoundError: a file is missing.
+        ValueError: naming the file: it is another method's or cannot be read, holds no layer or one that is not linear,
+            or factors do not fit each other.
     """
+    read_config(folder, (HIRA,))
+    path = weights_of(folder)
+    state = {key.removeprefix(PREFIX): tensor for key, tensor in read_state(path).items()}
     layers = {}
     for key, tensor in state.items():
-        name, _, kind = key.removeprefix(PREFIX).rpartition(".")
+        name, _, kind = key.rpartition(".")
         if kind.startswith("hira_embedding_"):
             raise ValueError(f"{path}: {name} is an embedding, and only linear layers are read")
         if kind.startswith("hira_") and tensor.ndim != 2:
             raise ValueError(f"{path}: {name} is a convolution, and only linear layers are read")
         if kind == "hira_A":
-            other = state.get(f"{PREFIX}{name}.hira_B")
+            other = state.get(f"{name}.hira_B")
             if other is None or other.ndim != 2 or other.shape[1] != tensor.shape[0]:
                 raise ValueError(f"{path}: {name} has no hira_B that fits its hira_A")
             layers[name] = tensor, other
     if not layers:
         raise ValueError(f"{path} holds no layer of a HiRA adapter")
-    return {name: layers[name] for name in sorted(layers, key=by_number)}
+    whole = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
+    return {name: layers[name] for name in sorted(layers, key=by_number)}, whole
 
 
 def by_number(name: str) -> list[tuple[int, str]]:

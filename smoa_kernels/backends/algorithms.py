@@ -27,6 +27,8 @@ GRAD_TILE = 128  # block_grad writes one rank-sized partial for each tile of thi
 GRAD_STEP = 64  # tokens in one step of its main loop
 # The backward gathers all tokens at once, or at least this many, so that a program's end takes a ninth of its time.
 GRAD_PART_TOKENS = 64 * GRAD_STEP
+# With more ranks the partials of a part are no longer small beside its copies: 16 and 64 MiB at 4096² in bf16 for 64.
+GRAD_PART_RANKS = 64
 # Fewest tiles of G for parts: as many as a large GPU has multiprocessors, so that each launch fills it.
 GRAD_PART_TILES = 128
 
@@ -108,41 +110,31 @@ def partial_bytes(features: tuple[int, int], num_blocks: int, rank: int) -> int:
     return 4 * partial_width(rank) * (N * col_tiles + C * row_tiles)
 
 
-def gradient_parts(
-    tokens: int, features: tuple[int, int], num_blocks: int, rank: int, itemsize: int
-) -> tuple[int, ...]:
-    """How many tokens the backward gathers at a time for dA and dB: all of them, or several parts in turn.
+def gradient_parts(tokens: int, features: tuple[int, int], num_blocks: int, rank: int) -> tuple[int, ...]:
+    """How many tokens the backward gathers at a time for dA and dB: all of them, or parts of `GRAD_PART_TOKENS`.
 
     dA and dB are sums over tokens, so they can be summed part by part, and the gathered copies of dY and x then take
-    less memory. The number of parts n is the least with which the copies need no more memory than dX and its W_eff need
-    afterwards, within three limits. n parts hold 1/n of the copies but n times the partials, so n ends where the sum of
-    both is least. A part has at least `GRAD_PART_TOKENS`, since each part runs the end of every program again. There is
-    one part if G has fewer than `GRAD_PART_TILES`.
+    the memory of a part. But each part writes partials of its own and runs the end of every program again. So there is
+    one part if G has fewer tiles than `GRAD_PART_TILES`, or if ρ is so large that partials take much more.
 
     Args:
         tokens: T.
         features: N and C.
         num_blocks: K.
         rank: ρ.
-        itemsize: bytes of an element of x and dY.
 
     Example:
-        >>> gradient_parts(8192, (4096, 4096), num_blocks=4, rank=4, itemsize=2)
+        >>> gradient_parts(8192, (4096, 4096), num_blocks=4, rank=4)
         (4096, 4096)
-        >>> gradient_parts(8192, (4096, 14336), num_blocks=4, rank=4, itemsize=2)  # dX alone is 224 MiB
-        (8192,)
+        >>> gradient_parts(8191, (4096, 4096), num_blocks=4, rank=4)
+        (8191,)
     """
-    N, C = features
     widths = [padded(n, num_blocks) for n in features]
     tiles = num_blocks * math.prod(math.ceil(width / num_blocks / GRAD_TILE) for width in widths)
     most = tokens // GRAD_PART_TOKENS
-    if most < 2 or tiles < GRAD_PART_TILES:
+    if most < 2 or tiles < GRAD_PART_TILES or rank > GRAD_PART_RANKS:
         return (tokens,)
-    copies = tokens * sum(widths)
-    wanted = math.ceil(copies / (N * C + tokens * C))
-    # The n at which copies / n + n · partials is least.
-    worth = math.isqrt(copies * itemsize // max(1, partial_bytes(features, num_blocks, rank)))
     # Whole steps, so that only the last part can end in a step that is not full.
-    each = math.ceil(tokens / max(1, min(wanted, most, worth)) / GRAD_STEP) * GRAD_STEP
+    each = math.ceil(tokens / most / GRAD_STEP) * GRAD_STEP
     whole, rest = divmod(tokens, each)
     return (each,) * whole + ((rest,) if rest else ())

@@ -130,7 +130,7 @@ def factor_gradients(
 @table.remembered
 def _gradient_parts(layout: Layout, tokens: int) -> tuple[int, ...]:
     """How many tokens the backward gathers at a time, without dropout."""
-    return gradient_parts(tokens, layout.features, layout.num_blocks, layout.rank, layout.dtype.itemsize)
+    return gradient_parts(tokens, layout.features, layout.num_blocks, layout.rank)
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:

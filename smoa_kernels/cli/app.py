@@ -104,7 +104,8 @@ def _message(error: Exception) -> str:
         ask = "smoa-kernels --help" if context is None else f"{context.command_path} --help"
         words = str(error.format_message()).rstrip(".")
         return f"{words}{'' if words.endswith('?') else '.'} See {ask}"
-    if isinstance(error, (ValueError, OSError)) and str(error):
+    extra_is_missing = isinstance(error, ImportError) and error.name is None
+    if (isinstance(error, (ValueError, OSError)) or extra_is_missing) and str(error):
         return str(error)
     return (
         f"{type(error).__name__}: {error} (unexpected; smoa-kernels --debug shows where, info what to report)"

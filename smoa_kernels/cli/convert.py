@@ -25,10 +25,8 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a HiRA adapter of PEFT into an SMoA adapter with one block, or the other way round."""
-    try:
-        from ..peft.folder.convert import convert_adapter
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    from ..peft.folder.convert import convert_adapter
+
     with progress_of("converting") as progress:
         method = convert_adapter(folder, out, base, progress)
     console().print(f"{out}: {method}, converted from {folder}.", highlight=False, soft_wrap=True)

@@ -76,13 +76,7 @@ def info(json: Annotated[Path | None, typer.Option(help="Write the same as JSON.
     for section, entries in found.items():
         for name, value in entries.items():
             table.add_row(section, escape(name), escape(value))
-    steps = Table.grid(padding=(0, 2))
-    for command, why in _next_steps(found):
-        steps.add_row(f"  [cyan]{escape(command)}[/]", why)
-    out = console()
-    out.print(table)
-    out.print("Try next:")
-    out.print(steps, highlight=False)
+    console().print(table)
     if json is not None:
         write_json(json, found)
 
@@ -105,23 +99,6 @@ def _collect() -> dict[str, dict[str, str]]:
         "folders": {"cache": str(cache_folder())},
         "environment": dict.fromkeys(_OURS, "not set") | _environment(),
     }
-
-
-def _next_steps(found: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
-    """Commands for the reader's next steps, the most useful first, with their purposes."""
-    steps = []
-    if found["versions"]["peft"] == "not installed":
-        steps.append(("pip install 'smoa-kernels[peft]'", "adapters for models of transformers"))
-    if torch.cuda.is_available():
-        steps.append(("smoa-kernels tune --from-model path/to/model", "measure what is fastest on this GPU"))
-    else:
-        steps.append(("smoa-kernels roofline --gpu h100", "predict a layer's time on a GPU"))
-    if found["backends"]["native"].startswith("no: it was not compiled"):
-        steps.append(
-            ("pip install --force-reinstall .", "in a checkout, with a C compiler: faster float32 on a CPU")
-        )
-    steps.append(("smoa-kernels", "list every command with an example"))
-    return steps
 
 
 def _environment() -> dict[str, str]:

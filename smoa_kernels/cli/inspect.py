@@ -29,16 +29,14 @@ def inspect(
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write every layer as JSON.")] = None,
 ) -> None:
     """Show an adapter's layers, ranks, blocks and parameters; with --full, the fingerprints of the base weights."""
-    try:
-        from ..adapter_folder.inspecting import inspect_adapter
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    from ..adapter_folder.inspecting import inspect_adapter
+
     with progress_of("comparing") as progress:
         report = inspect_adapter(folder, base, progress)
     if json is not None:
         write_json(json, _as_json(report))
     out = console()
-    out.print(_every_layer(report) if full else _kinds(report))
+    out.print(_table(report, full))
     out.print(_summary(folder, report), highlight=False, soft_wrap=True)
     if report.fits is not None:
         out.print(_verdict(report.layers, base), highlight=False, soft_wrap=True)
@@ -46,44 +44,29 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _every_layer(report: AdapterReport) -> Table:
-    table = _table("layer", "fingerprint", report)
+def _table(report: AdapterReport, full: bool) -> Table:
+    """One row per layer, or per group of layers whose names differ only in numbers."""
+    groups: dict[Any, list[LayerReport]] = defaultdict(list)
     for layer in report.layers:
-        _add_row(table, layer.name, layer, layer.parameters, layer.fingerprint, [layer])
-    return table
-
-
-def _kinds(report: AdapterReport) -> Table:
-    """One row per group of layers whose names differ only in numbers."""
-    kinds = defaultdict(list)
-    for layer in report.layers:
-        kinds[layer.kind, layer.shape, layer.ranks].append(layer)
-    table = _table("kind of layer", "layers", report)
-    for (kind, _, _), layers in kinds.items():
-        parameters = sum(layer.parameters for layer in layers)
-        _add_row(table, kind, layers[0], parameters, str(len(layers)), layers)
-    return table
-
-
-def _table(first: str, last: str, report: AdapterReport) -> Table:
+        groups[layer.name if full else (layer.kind, layer.shape, layer.ranks)].append(layer)
     table = Table(show_edge=False)
-    table.add_column(first, overflow="fold")
-    table.add_column("shape", justify="right")
-    table.add_column("K", justify="right")
-    table.add_column("ranks", justify="right", overflow="fold")
-    table.add_column("parameters", justify="right")
-    table.add_column(last, justify="right")
+    table.add_column("layer" if full else "kind of layer", overflow="fold")
+    for title in ("shape", "K", "ranks", "parameters", "fingerprint" if full else "layers"):
+        table.add_column(title, justify="right", overflow="fold" if title == "ranks" else "ellipsis")
     if report.fits is not None:
         table.add_column("base", overflow="fold")
+    for layers in groups.values():
+        like = layers[0]
+        table.add_row(
+            like.name if full else like.kind,
+            "×".join(map(str, like.shape)),
+            str(like.num_blocks),
+            " ".join(map(str, like.ranks)),
+            f"{sum(layer.parameters for layer in layers):,}",
+            like.fingerprint if full else str(len(layers)),
+            *([] if like.fits is None else [_fit(layers)]),
+        )
     return table
-
-
-def _add_row(
-    table: Table, name: str, like: LayerReport, parameters: int, last: str, layers: Sequence[LayerReport]
-) -> None:
-    shape, ranks = "×".join(map(str, like.shape)), " ".join(map(str, like.ranks))
-    fit = [] if like.fits is None else [_fit(layers)]
-    table.add_row(name, shape, str(like.num_blocks), ranks, f"{parameters:,}", last, *fit)
 
 
 def _fit(layers: Iterable[LayerReport]) -> str:
@@ -113,20 +96,9 @@ def _verdict(layers: Sequence[LayerReport], base: Path | None) -> str:
 
 
 def _as_json(report: AdapterReport) -> dict[str, Any]:
-    return {
-        "config": report.config,
-        "layers": [
-            {
-                **asdict(layer),
-                "num_blocks": layer.num_blocks,
-                # JSON has no infinity.
-                "base_distance": None if layer.base_distance == math.inf else layer.base_distance,
-                "fits": layer.fits,
-            }
-            for layer in report.layers
-        ],
-        "parameters": report.parameters,
-        "file_size": report.file_size,
-        "other_tensors": list(report.other_tensors),
-        "fits": report.fits,
-    }
+    def layer(one: LayerReport) -> dict[str, Any]:
+        distance = None if one.base_distance == math.inf else one.base_distance  # JSON has no infinity
+        return asdict(one) | {"base_distance": distance, "num_blocks": one.num_blocks, "fits": one.fits}
+
+    layers = [layer(one) for one in report.layers]
+    return asdict(report) | {"layers": layers, "parameters": report.parameters, "fits": report.fits}

@@ -37,10 +37,8 @@ def merge(
     """Merge an adapter into its base model: a plain model that any program serves, a shard at a time."""
     if dtype is not None:
         check_choice("--dtype", dtype, _DTYPES)
-    try:
-        from ..adapter_folder.merged_folder import merge_to_folder
-    except ImportError as error:
-        raise ValueError(str(error)) from error
+    from ..adapter_folder.merged_folder import merge_to_folder
+
     with progress_of("merging") as progress:
         report = merge_to_folder(
             base,

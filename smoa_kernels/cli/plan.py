@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -11,18 +10,8 @@ from rich.table import Table
 
 from ..checks import check_choice
 from ..tuning.gpus import GPUS
-from ..tuning.scaling import (
-    LARGE,
-    METHODS,
-    PARALLEL,
-    WHOLE,
-    Parallel,
-    Plan,
-    Scale,
-    predict,
-    tensor_parallel_size,
-)
-from .output import console, write_json
+from ..tuning.scaling import LARGE, METHODS, PARALLEL, WHOLE, Parallel, Plan, Scale, predict
+from .output import console
 
 __all__ = ["plan"]
 
@@ -38,7 +27,6 @@ def plan(
     rank: Annotated[int, typer.Option(min=1, max=10**9, help="Rank budget r, of LoRA and of SMoA.")] = 16,
     blocks: Annotated[int, typer.Option(min=1, help="Spectral blocks, K.")] = 4,
     markdown: Annotated[bool, typer.Option("--markdown", help="A table for a document.")] = False,
-    json: Annotated[Path | None, typer.Option(help="Write the same, part by part, as JSON.")] = None,
 ) -> None:
     """Predict each GPU's memory and communication for full fine-tuning, LoRA and SMoA. Nothing is measured."""
     check_choice("--model", model, WHOLE)
@@ -48,13 +36,8 @@ def plan(
     smallest = min(min(shape) for shape in scale.decoder.shapes)
     if blocks > smallest:
         raise ValueError(f"--blocks must be at most {smallest}, the narrowest layer of {model}, got {blocks}")
-    cut = tensor_parallel_size(scale) if parallel == "tp" else 1
-    if gpus % cut:
-        raise ValueError(f"--gpus must be a multiple of {cut}, which share each layer, got {gpus}")
     plans = [predict(scale, method, GPUS[gpu]) for method in METHODS]
-    how = parallel.upper() if parallel != "fsdp" else "FSDP2"
-    if parallel == "tp":
-        how = f"TP over {cut}, DDP over {gpus // cut}"
+    how = "FSDP2" if parallel == "fsdp" else "DDP"
     title = f"{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}"
     rows = [_row(found, GPUS[gpu].memory_gb) for found in plans]
     headings = [heading.strip() for heading in rows[0]]
@@ -71,8 +54,6 @@ def plan(
             table.add_row(*row.values())
         console().print(table)
         console().print("GB is 10⁹ bytes. Every number is predicted, none measured (docs/scaling.md).")
-    if json is not None:
-        write_json(json, _as_json(scale, gpu, plans))
 
 
 def _row(found: Plan, capacity: int) -> dict[str, str]:
@@ -99,21 +80,3 @@ def _gigabytes(size: float) -> str:
         return "-"
     value = size / 1e9
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.001 else f"{value:.4f}"
-
-
-def _as_json(scale: Scale, gpu: str, plans: list[Plan]) -> dict[str, Any]:
-    return {
-        "kind": "predicted",
-        **vars(scale),
-        "gpu": gpu,
-        "methods": {
-            p.method: {
-                "trained_parameters": p.trained_parameters,
-                "memory_bytes": {**p.memory, "total": p.total_memory},
-                "traffic_bytes": {**p.traffic, "total": p.total_traffic},
-                "compute_seconds": p.compute_seconds,
-                "traffic_seconds": p.traffic_seconds,
-            }
-            for p in plans
-        },
-    }

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -17,7 +16,7 @@ from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.precision import PRECISIONS
 from ..tuning.gpus import GPUS
 from ..tuning.roofline import PASSES, WAYS, Estimate, Pass, Problem, backward_workspace, estimate
-from .output import console, write_json
+from .output import console
 
 __all__ = ["roofline"]
 
@@ -52,16 +51,11 @@ def roofline(
     block_order: Annotated[str, typer.Option(help=f"One of {', '.join(BLOCK_ORDERS)}.")] = "spectral",
     granule: Annotated[int, typer.Option(min=1, help="Adjacent coordinates that stay together.")] = 1,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
-    dropout: Annotated[float, typer.Option(help="Dropout probability of the adapter.")] = 0.0,
-    json: Annotated[Path | None, typer.Option(help="Write the same, kernel by kernel, as JSON.")] = None,
 ) -> None:
     """Predict time and bytes of one layer for each way to run it. Nothing is measured."""
     check_choice("--gpu", gpu, GPUS)
     check_choice("--dtype", dtype, PRECISIONS)
     check_choice("--block-order", block_order, BLOCK_ORDERS)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"--dropout must lie in [0, 1), got {dropout}")
-    torch_dtype, ieee = PRECISIONS[dtype].dtype, PRECISIONS[dtype].ieee
     features = parse_shape(shape)
     if blocks > min(features):
         raise ValueError(f"--blocks must be at most {min(features)} for {shape}, got {blocks}")
@@ -69,11 +63,9 @@ def roofline(
     together = granule
     if block_order == "contiguous" and not any(size % (blocks * granule) for size in features):
         together = math.gcd(*(size // blocks for size in features))
-    problem = Problem(tokens, *features, blocks, rank, torch_dtype, dropout, together)
+    problem = Problem(tokens, *features, blocks, rank, dtype, together)
     chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
-    chosen = "split" if dropout else chosen
-    ways = [a for a in WAYS if not dropout or a not in ("merged", "fused")]
-    estimates = {a: estimate(problem, GPUS[gpu], a, ieee=ieee) for a in ways}
+    estimates = {way: estimate(problem, GPUS[gpu], way) for way in WAYS}
     workspace = max(backward_workspace(problem).values())
 
     out = console()
@@ -85,13 +77,6 @@ def roofline(
     out.print(
         f"Workspace of our backward: {workspace / 2**20:.0f} MiB. Every number is predicted, none measured."
     )
-    if dropout:
-        out.print("With dropout the adapter sees another x than the base, so SMoA can only run split.")
-    if json is not None:
-        inputs = vars(problem) | {"dtype": dtype, "gpu": gpu, "block_order": block_order, "granule": granule}
-        results = {"auto": chosen, "backward_workspace_bytes": workspace}
-        algorithms = {name: _as_json(found) for name, found in estimates.items()}
-        write_json(json, {"kind": "predicted", **inputs, **results, "algorithms": algorithms})
 
 
 def _table(estimates: dict[str, Estimate], chosen: str, title: str) -> Table:
@@ -114,17 +99,3 @@ def _table(estimates: dict[str, Estimate], chosen: str, title: str) -> Table:
             style="bold" if name == chosen else None,
         )
     return table
-
-
-def _as_json(found: Estimate) -> dict[str, Any]:
-    by_stage = {
-        name: {
-            "milliseconds": found.seconds(*stages) * 1e3,
-            "device_milliseconds": found.device_seconds(*stages) * 1e3,
-            "host_milliseconds": found.host_seconds(*stages) * 1e3,
-            "launches": found.launches(*stages),
-            "bytes": found.bytes(*stages),
-        }
-        for name, stages in STAGES.items()
-    }
-    return {**by_stage, "parts": [vars(part) for part in found.parts]}

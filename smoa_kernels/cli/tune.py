@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,6 @@ import typer
 from rich.table import Table
 
 from ..backends import triton_obstacle
-from ..backends.algorithms import admissible
 from ..checks import check_choice, check_choices
 from ..definition.precision import KERNEL_PRECISIONS
 from ..kernels.architectures import architecture, multiprocessors
@@ -23,14 +23,14 @@ from ..tuning.gpus import GPUS
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import (
     Job,
-    Layer,
+    check_layer,
     describe,
-    describe_algorithms,
     describe_choice,
     jobs,
     tunable,
     winner,
 )
+from ..tuning.roofline import Problem
 from .output import console, progress_bar
 from .roofline import parse_shape
 
@@ -98,11 +98,13 @@ def tune(
         decoders = [MODELS["llama-3-8b"]]
     sizes = [size for decoder in decoders for size in decoder.shapes] + [parse_shape(s) for s in shape or []]
     layers = [
-        Layer(n, c, t, name, rank, blocks, granule, experts, factors)
+        Problem(t, n, c, blocks, rank, name, granule, experts, factors)
         for n, c in dict.fromkeys(sizes)
         for t in tokens or [256, 2048, 8192]
         for name in dtype or ["bf16"]
     ]
+    for layer in layers:
+        check_layer(layer)
     if gpu is not None:
         check_choice("--gpu", gpu, GPUS)
         if not dry_run:
@@ -137,18 +139,13 @@ def _device_here() -> torch.device | None:
 
 
 def _list(planned: Sequence[Job], where: str) -> None:
-    out = console()
+    table = Table("problem", "without a table", "candidates", title=f"What would be timed on {where}")
     for job in planned:
-        table = Table(title=describe(job.key), title_justify="left", show_header=False)
-        for choice in job.candidates:
-            told = "timed" + (", runs without a table" if choice == job.default else "")
-            if isinstance(choice, str) and choice not in admissible(job.key.kernel, job.key.dtype):
-                told = "timed to compare, never chosen: a rounded W_eff loses a small update"
-            table.add_row(describe_choice(choice), told)
-        out.print(table)
+        table.add_row(describe(job.key), describe_choice(job.default), str(len(job.candidates)))
+    console().print(table)
     timed = sum(len(job.candidates) for job in planned)
-    words = f"{timed} would be timed for {len(planned)} problems on {where}. Nothing was measured."
-    out.print(words, highlight=False)
+    words = f"{timed} candidates of {len(planned)} problems. Nothing was measured."
+    console().print(words, highlight=False)
 
 
 def _measure(planned: Sequence[Job], device: torch.device, deadline: float | None) -> None:
@@ -161,22 +158,12 @@ def _measure(planned: Sequence[Job], device: torch.device, deadline: float | Non
         raise ValueError(f"the kernels cannot run here: {obstacle}; smoa-kernels info shows what can")
     now = identity(device)
     known = keep(now).entries  # fails before anything is compiled if the table cannot be written
-    todo = {job.key: left(job, known.get(job.key)) for job in planned}
-    unfinished = [key for key, candidates in todo.items() if candidates]
-
-    code, problems, stopped = 0, [], ""
+    code, problems, stopped = 0, dict[Key, str](), ""
     try:
         with progress_bar("measuring") as bar:
-            task = bar.add_task("", total=sum(map(len, todo.values())))
-
-            def progress(job: Job, entry: Entry) -> None:
-                bar.advance(task)
-                if not left(job, entry):
-                    words = f"{unfinished.index(job.key) + 1}/{len(unfinished)} {_best_words(entry)}"
-                    bar.console.print(words, markup=False, highlight=False, soft_wrap=True)
-
-            done = measure(planned, device, timer=gpu_timer, deadline=deadline, progress=progress)
-        problems = [tuned for tuned in done if tuned.problem]
+            task = bar.add_task("", total=sum(len(left(job, known.get(job.key))) for job in planned))
+            advance = partial(bar.advance, task)
+            problems = measure(planned, device, timer=gpu_timer, deadline=deadline, progress=advance)
     except KeyboardInterrupt:
         code, stopped = 130, "Interrupted: what was found is kept, the same command goes on from here."
     except DeviceLostError as error:
@@ -184,8 +171,8 @@ def _measure(planned: Sequence[Job], device: torch.device, deadline: float | Non
     found = keep(now).entries
     console().print(_result_table(planned, found))
     lines = [
-        *_told(planned, found),
-        *(f"not done: {describe(tuned.job.key)}: {tuned.problem}" for tuned in problems),
+        *_failures(planned, found),
+        *(f"not done: {describe(key)}: {problem}" for key, problem in problems.items()),
         f"Kept in {user_table(now.gpu)}",
     ]
     if stopped or problems:
@@ -194,14 +181,6 @@ def _measure(planned: Sequence[Job], device: torch.device, deadline: float | Non
         typer.echo(line)
     if code:
         raise typer.Exit(code)
-
-
-def _best_words(entry: Entry) -> str:
-    """The best of an entry in one line."""
-    best = winner(entry)
-    if best is None or best.seconds is None:
-        return f"{describe(entry.key)}: nothing yet"
-    return f"{describe(entry.key)}: {best.seconds * 1e6:.1f} µs, {describe_choice(best.choice)}"
 
 
 def _result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
@@ -229,11 +208,9 @@ def _result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
     return table
 
 
-def _told(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Iterator[str]:
-    """Lines for the algorithms' times, and for every candidate that was tried and not timed."""
-    entries = [found[job.key] for job in jobs if job.key in found]
-    yield from (f"compared: {line}" for line in describe_algorithms(entries))
-    for entry in entries:
+def _failures(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Iterator[str]:
+    """A line for every candidate that was tried and not timed."""
+    for entry in (found[job.key] for job in jobs if job.key in found):
         for trial in entry.trials:
             if trial.seconds is None and trial.reason != INTERRUPTED:
                 yield f"failed: {describe(entry.key)} at {describe_choice(trial.choice)}: {trial.reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def check_tensors(
     autocast: bool,
 ) -> None:
     """Check kinds, devices, shapes and dtypes of `smoa_linear`'s tensors; under autocast W0 and x are cast."""
-    _check_dense(x, ("x", "weight", "bias", "A", "B", "ranks"), (x, weight, bias, A, B, ranks))
+    _check_dense(x, weight=weight, bias=bias, A=A, B=B, ranks=ranks)
     if weight.ndim != 2:
         raise ValueError(f"weight must have shape (out_features, in_features), got {tuple(weight.shape)}")
     out_features, in_features = weight.shape
@@ -118,7 +119,7 @@ def check_dropout(
 
 def check_input(x: Tensor, weight: Tensor) -> None:
     """Check that `x Wᵀ` can be computed; outside autocast both must have one dtype."""
-    _check_dense(x, ("x", "weight"), (x, weight))
+    _check_dense(x, weight=weight)
     _check_features(x, weight)
     if not autocast_enabled(x):
         _check_dtype(x, "weight", weight)
@@ -154,14 +155,16 @@ def autocast_enabled(x: Tensor) -> bool:
     return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def _check_dense(x: Tensor, names: Sequence[str], values: Sequence[Tensor | None]) -> None:
+def _check_dense(x: Tensor, **others: Any) -> None:
     """Check that all (a bias may be None) are dense tensors on x's device, and all but ranks floating point."""
-    for name, value in zip(names, values, strict=True):
+    check_dense("x", x)
+    device = x.device
+    for name, value in others.items():
         if value is None and name == "bias":
             continue
         check_dense(name, value, integer=name == "ranks")
-        if isinstance(value, Tensor) and isinstance(x, Tensor) and value.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+        if value.device != device:
+            raise ValueError(f"{name} must be on x's device {device}, got {value.device}")
 
 
 def _check_features(x: Tensor, weight: Tensor) -> None:

@@ -58,7 +58,6 @@ class BlockRule(NamedTuple):
         Raises:
             TypeError, ValueError: as :meth:`check` and :meth:`BlockPartition.from_weight` do.
         """
-        self.check()
         if self.needs_weight:
             return BlockPartition.from_weight(weight, self.num_blocks, granule=self.granule)
         return self.of_shape(weight.shape, "cpu" if weight.is_meta else weight.device)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import reference
 from .packed import PackedAdapter
 from .partition import BlockPartition, label_dtype
-from .reference import reference_linear
 from .spectral_order import one_thread
 
 __all__ = ["ExpertBlocks", "ExpertsAdapter", "index_dtype", "reference_experts_linear"]
@@ -226,11 +226,6 @@ def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -
     y, start = [x.new_empty(0, adapter.weight.shape[1])], 0
     for one, end in zip(adapter.experts(range(len(adapter.weight))), ends.tolist(), strict=True):
         if end > start:
-            rows, partition = x[start:end], one.partition
-            y.append(
-                reference_linear(
-                    rows, one.weight, None, one.A, one.B, partition, one.ranks, scaling=one.scaling
-                )
-            )
+            y.append(reference.forward(x[start:end], None, one, "auto", None))
         start = end
     return torch.cat(y)

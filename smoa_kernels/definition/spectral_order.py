@@ -66,7 +66,7 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
                     one = one / scale  # energies are quadratic in W0 and would overflow or vanish
                 yield one.T if tall else one
 
-        short_energy, long_energy = _energies(next(wide())) if len(weights) == 1 else _summed_energies(wide)
+        short_energy, long_energy = _energies(wide)
         row_energy, col_energy = (long_energy, short_energy) if tall else (short_energy, long_energy)
         rows, cols = (
             torch.stack([torch.linalg.vector_norm(one, torch.inf, side) for one in weights]).amax(0)
@@ -75,31 +75,28 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
         return _centroid(row_energy, rows, granule), _centroid(col_energy, cols, granule)
 
 
-def _summed_energies(wide: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Sum `_energies` of several wide matrices, which are read twice; U is that of the sum of their Gram matrices."""
+def _energies(wide: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
+    """(U∘σ)² of shape (n, n) and (V∘σ)² of shape (m, n) for wide (n, m) matrices, summed over them, σ ascending.
+
+    The eigenvectors of the Gram matrix of the shorter side give U, and Wᵀ U = V∘σ gives the other side without V.
+
+    Args:
+        wide: gives the matrices. They are read twice, so that no more than one is held in float32.
+    """
     gram: Tensor | None = None
     for one in wide():
         gram = _lower_gram(one) if gram is None else gram.add_(_lower_gram(one))
-    squared, u = torch.linalg.eigh(gram)
+    try:
+        squared, u = torch.linalg.eigh(gram)
+    except RuntimeError:  # LinAlgError: eigh fails on some matrices that the SVD still takes
+        u, sigma, _ = torch.linalg.svd(torch.cat(list(wide()), 1), full_matrices=False)
+        squared, u = sigma.square().flip(0), u.flip(1)
     long_energy: Tensor | None = None
     for one in wide():
         energy = (one.T @ u).square_()
         long_energy = energy if long_energy is None else long_energy.add_(energy)
     assert long_energy is not None
     return u.square() * squared.clamp_min(0), long_energy
-
-
-def _energies(wide: Tensor) -> tuple[Tensor, Tensor]:
-    """(U∘σ)² of shape (n, n) and (V∘σ)² of shape (m, n) for a wide (n, m) matrix, σ ascending.
-
-    The eigenvectors of the smaller Gram matrix give U, and Wᵀ U = V∘σ gives the other side without V.
-    """
-    try:
-        squared, u = torch.linalg.eigh(_lower_gram(wide))
-    except RuntimeError:  # LinAlgError: eigh fails on some matrices that the SVD still takes
-        u, sigma, vh = torch.linalg.svd(wide, full_matrices=False)
-        return (u * sigma).square_().flip(1), (vh.T * sigma).square_().flip(1)
-    return u.square() * squared.clamp_min(0), (wide.T @ u).square_()
 
 
 def _lower_gram(wide: Tensor) -> Tensor:

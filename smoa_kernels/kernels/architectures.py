@@ -38,13 +38,6 @@ class Architecture:
         name: as the compiler spells it.
         tensor_core: mnemonic of the full-rate tensor-core instruction.
         shared_per_block: bytes of shared memory that one block may take.
-        shared_per_multiprocessor: bytes that its resident blocks share.
-        shared_reserved: bytes that the system takes from each resident block.
-        max_warps: resident warps (waves on AMD).
-        max_blocks: resident blocks.
-        registers: 32-bit registers per thread lane and scheduler, as `registers / lane registers = warps`.
-        schedulers: warp schedulers (SIMDs on AMD), each with its own register file.
-        register_granule: registers per thread are allocated in multiples of this.
         warp_size: threads per warp.
         fused_tokens: up to so many tokens of a half type the one-kernel form runs (`backends/algorithms.py`).
         async_copies: global loads can go to shared memory without passing registers.
@@ -54,13 +47,6 @@ class Architecture:
     name: str
     tensor_core: str
     shared_per_block: int
-    shared_per_multiprocessor: int
-    max_warps: int
-    max_blocks: int
-    shared_reserved: int = _KIB
-    registers: int = 512
-    schedulers: int = 4
-    register_granule: int = 8
     warp_size: int = 32
     fused_tokens: int = 64
     async_copies: bool = True
@@ -78,33 +64,13 @@ class Architecture:
 
 
 _ALL = (
-    Architecture("sm_80", "HMMA", 163 * _KIB, 164 * _KIB, max_warps=64, max_blocks=32),
-    Architecture("sm_86", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=16),
-    Architecture("sm_89", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24),
-    Architecture("sm_90", "HGMMA", 227 * _KIB, 228 * _KIB, max_warps=64, max_blocks=32),
-    Architecture(
-        "sm_100",
-        "UTCHMMA",
-        227 * _KIB,
-        228 * _KIB,
-        max_warps=64,
-        max_blocks=32,
-        fused_tokens=16,
-        same=("sm_103",),
-    ),
-    Architecture("sm_120", "HMMA", 99 * _KIB, 100 * _KIB, max_warps=48, max_blocks=24, same=("sm_121",)),
-    Architecture(
-        "gfx942",
-        "MFMA",
-        64 * _KIB,
-        64 * _KIB,
-        max_warps=32,
-        max_blocks=32,
-        shared_reserved=0,
-        warp_size=64,
-        async_copies=False,
-        same=("gfx950",),
-    ),
+    Architecture("sm_80", "HMMA", 163 * _KIB),
+    Architecture("sm_86", "HMMA", 99 * _KIB),
+    Architecture("sm_89", "HMMA", 99 * _KIB),
+    Architecture("sm_90", "HGMMA", 227 * _KIB),
+    Architecture("sm_100", "UTCHMMA", 227 * _KIB, fused_tokens=16, same=("sm_103",)),
+    Architecture("sm_120", "HMMA", 99 * _KIB, same=("sm_121",)),
+    Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, async_copies=False, same=("gfx950",)),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.name: arch for arch in _ALL})
@@ -112,7 +78,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.name: arch fo
 
 _FACTS = {name: arch for arch in _ALL for name in (arch.name, *arch.same)}
 # What any GPU offers.
-_UNKNOWN = Architecture("", "HMMA", 48 * _KIB, 48 * _KIB, max_warps=32, max_blocks=16)
+_UNKNOWN = Architecture("", "HMMA", 48 * _KIB)
 
 
 def facts(name: str) -> Architecture:

@@ -305,6 +305,7 @@ def _launch(
         padded_in=padded_cols,
         granule=layout.granule,
         factors=layout.factors,
+        dropout=dy_in_place and not x_in_place,
     )
     tiles_n, tiles_c = padded_rows // config.block_n, padded_cols // config.block_c
     programs = layout.num_blocks * tiles_n * tiles_c

@@ -179,6 +179,7 @@ def _launch(
         padded_in=padded_cols,
         transposed=transposed,
         granule=layout.granule,
+        dropout=layout.granule > 1 and not in_place,
     )
     if in_place:
         # Triton shares its stages out between loading the index and loading x, which needs it: with so many, x has as

@@ -31,7 +31,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from .architectures import Architecture
-from .common import dot, power_of_two, round_to, to_tf32
+from .common import OLD_TRITON, dot, power_of_two, round_to, to_tf32
 from .launch import Launch, Layout, described
 from .spec import Config, Kernel, Key, on_amd
 from .sum_partials import sum_partials
@@ -254,6 +254,8 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         shipped = tuple(replace(config, block_c=32) for config in shipped if config.block_t == 16)
     elif arch.name == "sm_90":
         shipped = tuple(replace(config, wgmma=True) for config in shipped)
+    elif OLD_TRITON and arch.name == "sm_120":  # with three stages ρ = 4 transposed spills 4 bytes
+        shipped = tuple(replace(config, num_stages=3 + (config.block_t == 16)) for config in shipped)
     return on_amd(shipped) if arch.is_amd else shipped
 
 

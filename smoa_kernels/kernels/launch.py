@@ -74,7 +74,7 @@ short_way = _ShortWay()
 
 
 def use_tritons_launcher(reason: str) -> None:
-    """Remember no compiled forms from now on: every launch is Triton's own. Warns once."""
+    """Use no remembered form from now on: every launch is Triton's own. Warns once."""
     if not short_way.obstacle:
         warnings.warn(
             f"kernels are launched by Triton's own launcher, which is slower: {reason}", stacklevel=3
@@ -178,14 +178,14 @@ def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers
     if isinstance(adapter, PackedAdapter):
         if not isinstance(adapter.layout, tuple):
             p = adapter.partition
-            pointers = {"row_block_ptr": p.row_block, "col_block_ptr": p.col_block}
-            adapter.layout = _described(adapter, p, granule_of(p.granularity, p.shape), (), pointers)
+            adapter.layout = _described(adapter, p, granule_of(p.granularity, p.shape), ())
+            adapter.layout[1].update(row_block_ptr=p.row_block, col_block_ptr=p.col_block)
         found: tuple[Layout, Pointers] = adapter.layout
         return found
     blocks = adapter.blocks
     tensors = [getattr(blocks, name) for name in _BLOCKS]
     apart = [0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors]
-    return _described(adapter, blocks, granule_of(blocks.granule, adapter.weight.shape[1:]), apart, {})
+    return _described(adapter, blocks, granule_of(blocks.granule, adapter.weight.shape[1:]), apart)
 
 
 def _described(
@@ -193,8 +193,7 @@ def _described(
     blocks: BlockPartition | ExpertBlocks,
     granule: int,
     apart: Sequence[int],
-    pointers: Pointers,
-) -> tuple[Layout, Pointers]:
+) -> tuple[Layout, dict[str, Tensor | None]]:
     w, a, b = adapter.weight, adapter.A, adapter.B
     *experts, N, C = w.shape
     if experts and a.stride(2) != 1:
@@ -211,8 +210,17 @@ def _described(
         precision_of(a.dtype, ieee=True).name,
         (*w.stride(), *a.stride(), *b.stride(), *apart),
     )
-    own = {"w_ptr": w, "a_ptr": a, "b_ptr": b, "ranks_ptr": adapter.ranks, "scaling_ptr": adapter.scaling}
-    return layout, {**pointers, **own, **{f"{name}_ptr": getattr(blocks, name) for name in _BLOCKS}}
+    return layout, {
+        "w_ptr": w,
+        "a_ptr": a,
+        "b_ptr": b,
+        "ranks_ptr": adapter.ranks,
+        "scaling_ptr": adapter.scaling,
+        "row_index_ptr": blocks.row_index,
+        "col_index_ptr": blocks.col_index,
+        "row_offsets_ptr": blocks.row_offsets,
+        "col_offsets_ptr": blocks.col_offsets,
+    }
 
 
 class Form(NamedTuple):
@@ -287,7 +295,7 @@ class Launch:
             else:
                 address |= tensor.data_ptr()
                 dtypes.append(tensor.dtype)
-        form = None if address & 15 else self._forms.get(tuple(dtypes))
+        form = None if address & 15 or short_way.obstacle else self._forms.get(tuple(dtypes))
         # Does someone listen to launches? A chain with calls does, or what was put in the place of Triton's chain.
         enter, leave, hear = _runtime.launch_enter_hook, _runtime.launch_exit_hook, _listener.hear
         unheard = hear is None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave)
@@ -306,7 +314,6 @@ class Launch:
                     *self._numbers,
                 )
             except Exception as error:  # Triton's launcher decides what becomes of it
-                self._forms.clear()
                 use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
             else:
                 return

@@ -168,6 +168,7 @@ def _launch(
         tokens=tokens,
         padded_in=width,
         granule=granule,
+        dropout=mask is not None,
     )
     column_offset, threshold, scale = mask or (0, 0, 1.0)
     return Launch(

@@ -60,6 +60,7 @@ class Key(NamedTuple):
         transposed: the kernel reads W0 or ΔW along the other side, as dX does.
         granule: from :func:`granule_of`; 1 where a kernel has no form for `GRANULE`.
         factors: dtype of A and B, as `dtype`; empty where a kernel does not see them.
+        dropout: the kernel takes another form under dropout: it draws the mask, or reads x gathered with it.
     """
 
     kernel: str
@@ -74,6 +75,7 @@ class Key(NamedTuple):
     transposed: bool = False
     granule: int = 1
     factors: str = ""
+    dropout: bool = False
 
 
 def bucket(tokens: int) -> int:
@@ -92,7 +94,8 @@ def partial_width(rank: int) -> int:
     return math.ceil(rank / PARTIAL_RANKS) * PARTIAL_RANKS
 
 
-def granule_of(granularity: int, shape: Sequence[int]) -> int:
+@functools.cache  # asked at every call of a layer
+def granule_of(granularity: int, shape: tuple[int, ...]) -> int:
     """Adjacent coordinates that kernels take as one: `GRANULE` where blocks and sides consist of so many, else 1."""
     return 1 if any(size % GRANULE for size in (granularity, *shape)) else GRANULE
 

@@ -25,11 +25,11 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 
 from .. import kernels
-from ..checks import check_choice, check_count, check_kind, shown
+from ..checks import check_choice, check_kind, shown
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, precision_of
 from ..files import cache_folder
 from .architectures import architecture, facts, gpu_properties, multiprocessors
-from .spec import ALGORITHM_KEYS, GRANULE, Config, Key, bucket
+from .spec import ALGORITHM_KEYS, Config, Key, bucket
 
 __all__ = [
     "INTERRUPTED",
@@ -262,7 +262,6 @@ class Entry:
             AttributeError, KeyError, TypeError, ValueError: what it lacks, or what is wrong.
         """
         key, identity = Key(**data["key"]), Identity(**data["identity"])
-        _check_key(key)
         trials = tuple(
             Trial(_choice(key, identity, t["choice"]), _seconds(t.get("seconds")), t.get("reason"))
             for t in data["trials"]
@@ -275,25 +274,10 @@ class Entry:
         return entry
 
 
-def _check_key(key: Key) -> None:
-    """Check that a choice can be kept for `key`.
-
-    Raises:
-        TypeError, ValueError: naming the field, what was given and what is allowed.
-    """
-    check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
-    check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
-    for name in ("rank", "blocks", "out_features", "in_features", "tokens", "padded_out", "padded_in"):
-        check_count(name, getattr(key, name), 0)
-    check_kind("transposed", key.transposed, bool)
-    check_count("granule", key.granule, 1)
-    check_choice("factors", key.factors, ("", "bf16", "fp16", "fp32"))
-    if key.granule not in (1, GRANULE):
-        raise ValueError(f"granule must be 1 or {GRANULE}, got {key.granule}")
-
-
 def _choice(key: Key, identity: Identity, data: Any) -> Choice:
     """A choice that may be launched: nothing but what ships, and divides the layout, can come from a table."""
+    check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
+    check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
     if key.kernel in ALGORITHM_KEYS:
         check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
         return str(data)

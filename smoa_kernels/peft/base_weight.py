@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -20,7 +19,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.shard import LayerShard
 from ..definition.sketch import sketch_distance, sketch_weight
-from .dequantize import dequantized, read_weight
+from .dequantize import read_weight
 from .offload import check_present, present
 from .quantized import requantize
 
@@ -61,7 +60,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     def base_weight(self) -> Tensor:
         """W0, never W_eff. A quantised one is dequantised anew; of a sharded one this is the process's part."""
         if self.quantization_backend is not None:
-            return read_weight(self.quantization_backend, self._quantized_base())
+            return self._dequantize()
         weight = self._stored_weight()
         check_present(weight)
         if self._stored_base is not None:
@@ -117,11 +116,9 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         weight = cast(Tensor, getattr(self.innermost(), self.parameter_name))
         return weight if self._shard is None else self._shard.weight(weight)
 
-    def _quantized_base(self) -> nn.Module:
-        return self._stored_layer[0] if self._stored_layer else self.innermost()
-
-    def _dequantized(self, dtype: torch.dtype) -> AbstractContextManager[Tensor]:
-        return dequantized(self.quantization_backend, self._quantized_base(), dtype)
+    def _dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        layer = self._stored_layer[0] if self._stored_layer else self.innermost()
+        return read_weight(self.quantization_backend, layer, dtype)
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
         """An adapter of each matrix of W0; linear layers have one, stacks of experts several."""
@@ -216,6 +213,13 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         adapters = (self._matrices(name, weight.detach()) for name in names)
         for base, *each in zip(self._each(weight.detach()), *adapters, strict=True):
             yield _sum(each).add_(base).to(base.dtype)
+
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        # float8 is for storing W0, not for training factors: they stay in float32.
+        return device, None if dtype is not None and dtype.itemsize < 2 else dtype
 
     def _each(self, weight: Tensor) -> Sequence[Tensor]:
         return weight.unbind() if self.stack else (weight,)

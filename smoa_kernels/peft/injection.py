@@ -19,6 +19,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter_folder.format import STATE_KEYS
 from ..adapter_folder.naming import naming
 from ..adapter_folder.settings import LayerSettings
 from ..definition.packed import PackedAdapter
@@ -27,7 +28,7 @@ from .combine import check_combination, combined_config
 from .config import SMoAConfig
 from .dequantize import keep_packing, quantization_of
 from .experts.experts import Experts
-from .experts.targets import ExpertsTarget, find_targets
+from .experts.targets import find_targets
 from .experts.weight import ExpertsWeight
 from .folder.loading import check_adapter
 from .layer import SMoALayer, layers_with
@@ -57,7 +58,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
-    _experts: Sequence[ExpertsTarget] = ()  # during an injection: the experts to adapt
+    _experts: Sequence[str] = ()  # during an injection: the fused weights to adapt
     _injected: dict[str, SMoALayer]  # during an injection: the layers adapted so far, by name
     snapshots: dict[str, Snapshot]  # of the model before each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -125,7 +126,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         # LoRA's; our names end with the adapter's.
         if adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default"):
             for layer in layers_with(model, "default").values():
-                layer.overwrite("ref", layer.state("default"))
+                layer.partition("default")  # its labels may be yet to be computed
+                state = {f"{key}.ref": getattr(layer, key)["default"] for key in STATE_KEYS}
+                layer.load_state_dict(state, strict=False)
 
     def _prepare_adapter_config(self, peft_config: SMoAConfig, model_config: dict[str, Any]) -> SMoAConfig:
         """As PEFT's: choose modules by the architecture, but choose none if `target_parameters` is given."""
@@ -137,18 +140,19 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         self, peft_config: SMoAConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Put an adapter into the fused weights of experts, and `Experts` around the modules that own them."""
-        for target in self._experts:
-            parent, module, name = _get_submodules(model, target.module_name)
+        for key in self._experts:
+            module_name, _, parameter_name = key.rpartition(".")
+            parent, module, name = _get_submodules(model, module_name)
             if not isinstance(module, Experts):
                 module = Experts(module)
                 setattr(parent, name, module)
-            weight = module.weight(target.parameter_name)
-            with naming(target.key), init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                weight.update_layer(adapter_name, peft_config.for_layer(target.key))
-            self._injected[target.key] = weight
+            weight = module.weight(parameter_name)
+            with naming(key), init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                weight.update_layer(adapter_name, peft_config.for_layer(key))
+            self._injected[key] = weight
             if adapter_name not in self.active_adapters:
                 weight.requires_grad_(False)
-        return [target.key for target in self._experts]
+        return list(self._experts)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's: set the active adapters.

@@ -117,10 +117,9 @@ class SMoALayer(BaseWeight):
             raise ValueError(
                 f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
             ) from error
-        ranks, num_blocks = settings.ranks, settings.rule.num_blocks
+        rho, num_blocks = max(settings.ranks), settings.rule.num_blocks
         self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, num_blocks
         self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
-        rho = max(ranks)
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
         size = blocks_size(self.out_features, self.in_features, num_blocks)
@@ -184,37 +183,29 @@ class SMoALayer(BaseWeight):
             adapter: the new factors, blocks and ranks. Its `weight` is not read: it may be quantised or offloaded.
             source: an adapter of this layer, whose sketch of W0 is copied.
         """
-        sketch = self._unpack(self.smoa_blocks[source]).sketch
+        sketch = unpack_blocks(self.smoa_blocks[source], self.out_features, self.in_features).sketch
         self.smoa_A[adapter_name] = nn.Parameter(adapter.A, requires_grad=False)
         self.smoa_B[adapter_name] = nn.Parameter(adapter.B, requires_grad=False)
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch)
 
     @torch.no_grad()
-    def overwrite(
-        self, adapter_name: str, given: Mapping[str, Tensor], settings: LayerSettings | None = None
-    ) -> None:
+    def overwrite(self, adapter_name: str, given: Mapping[str, Tensor], settings: LayerSettings) -> None:
         """Copy an adapter of the same shapes over one of this layer's, in place.
 
         Args:
             adapter_name: the adapter that is overwritten.
             given: the new tensors by `STATE_KEYS`.
-            settings: the new adapter's; the old one's when None.
+            settings: the new adapter's.
         """
         for key in STATE_KEYS:
             getattr(self, key)[adapter_name].copy_(given[key])
-        if settings is not None:
-            self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
+        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         # Labels were copied into the same object. They are unpacked now: the next forward may be compiled.
         before, now = self._prepared.pop(adapter_name, None), self._ready(adapter_name)
-        if settings is not None and before is not None and before.partition == now.partition:
+        if before is not None and before.partition == now.partition:
             # A CUDA graph that a user captured reads these tensors. `hotswap` has compared the ranks.
             self._prepared[adapter_name] = before
             before.scaling.copy_(now.scaling)
-
-    def state(self, adapter_name: str) -> dict[str, Tensor]:
-        """An adapter's tensors by `STATE_KEYS`; computes its blocks if none were loaded."""
-        self._ready(adapter_name)
-        return {key: getattr(self, key)[adapter_name] for key in STATE_KEYS}
 
     def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
         given, shape = (partition, ranks, sketch.cpu()), (self.out_features, self.in_features)
@@ -222,9 +213,6 @@ class SMoALayer(BaseWeight):
         packed = self.smoa_blocks[adapter_name]
         packed.copy_(torch.stack([pack_blocks(*each) for each in blocks.matrices()]).view_as(packed))
         self._prepare(adapter_name, partition, ranks)
-
-    def _unpack(self, packed: Tensor) -> LayerBlocks | StackBlocks:
-        return unpack_blocks(packed, self.out_features, self.in_features)
 
     @torch.no_grad()
     def reset_adapter(self, adapter_name: str) -> None:
@@ -311,7 +299,7 @@ class SMoALayer(BaseWeight):
             if self.awaits_blocks(adapter_name):
                 self.initialize(adapter_name)
                 return self._prepared[adapter_name]
-            blocks = self._unpack(packed)
+            blocks = unpack_blocks(packed, self.out_features, self.in_features)
             return self._prepare(adapter_name, blocks.partition, blocks.ranks)
 
     def _prepare(self, adapter_name: str, partition: Any, ranks: Tensor) -> Prepared:
@@ -328,6 +316,16 @@ class SMoALayer(BaseWeight):
         ready = Prepared(packed, partition, ranks, scaling, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
+
+    def extra_repr(self) -> str:
+        """Show the shape, and K and r of each adapter."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        experts = [f"experts={count}" for count in self.stack]
+        adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
+        return ", ".join([*experts, shape, *adapters])
+
+    def __repr__(self) -> str:
+        return f"smoa.{super().__repr__()}"
 
     def _cut(self, shard: LayerShard) -> None:
         """Compute from now on as one part of a layer whose parameters were sharded."""
@@ -354,13 +352,6 @@ class SMoALayer(BaseWeight):
     ) -> None:
         device = execution_device(self.innermost()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-
-    def _get_base_layer_device_and_dtype(
-        self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        # float8 is for storing W0, not for training factors: they stay in float32.
-        return device, None if dtype is not None and dtype.itemsize < 2 else dtype
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

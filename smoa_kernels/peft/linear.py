@@ -14,11 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter_folder.settings import LayerSettings
 from ..definition.packed import PackedAdapter
-from ..functional import smoa_linear
 from .combine import sum_adapters
 from .layer import SMoALayer
 from .offload import present
-from .quantized import dequantized_linear
+from .quantized import adapted_linear, dequantized_linear
 
 __all__ = ["Linear"]
 
@@ -111,43 +110,21 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
-        base, config = self.innermost(), self.settings[names[0]].config
+        base, config, shard = self.innermost(), self.settings[names[0]].config, self._shard
+        settings: dict[str, Any] = {
+            "dropout_p": dropout_p,
+            "algorithm": config.algorithm,
+            "backend": config.backend,
+        }
         if self.quantization_backend is not None:
-            return dequantized_linear(
-                x,
-                self._dequantized,
-                cast("Tensor | None", base.bias),
-                self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names),
-                compute_dtype=cast("torch.dtype | None", getattr(base, "compute_dtype", None)),
-                dropout_p=dropout_p,
-                algorithm=config.algorithm,
-                backend=config.backend,
-            )
-        weight, bias = self.base_weight(), cast("Tensor | None", base.bias)
-        adapter = self._summed(weight, names)
-        A, B = adapter.A, adapter.B
-        shard = self._shard
-        if shard is not None:
-            x, bias = shard.input(x), None if bias is None else shard.bias(bias)
-        if A.dtype not in (x.dtype, torch.float32):
-            A, B = A.to(x.dtype), B.to(x.dtype)
-        y = smoa_linear(
-            x,
-            weight,
-            bias,
-            A,
-            B,
-            adapter.partition,
-            adapter.ranks,
-            scaling=adapter.scaling,
-            dropout_p=dropout_p,
-            column_offset=0 if shard is None else shard.column_offset,
-            global_in_features=self.in_features,
-            block_ranks=adapter.block_ranks,
-            algorithm=config.algorithm,
-            backend=config.backend,
-        )
-        return y if shard is None else shard.output(y)
+            adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
+            return dequantized_linear(x, base, self._dequantize, adapter, **settings)
+        bias, adapter = cast("Tensor | None", base.bias), self._summed(self.base_weight(), names)
+        if shard is None:
+            return adapted_linear(x, bias, adapter, **settings)
+        part = {"column_offset": shard.column_offset, "global_in_features": self.in_features}
+        bias = None if bias is None else shard.bias(bias)
+        return shard.output(adapted_linear(shard.input(x), bias, adapter, **part, **settings))
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
         """Compute `dropout(x) ΔWᵀ` with a dense ΔW, to be added to the base layer's own output."""
@@ -203,12 +180,3 @@ class Linear(SMoALayer, nn.Module):
             adapter_name: any.
         """
         return True
-
-    def extra_repr(self) -> str:
-        """Show K and r of each adapter."""
-        shape = f"in_features={self.in_features}, out_features={self.out_features}"
-        adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
-        return ", ".join([shape, *adapters])
-
-    def __repr__(self) -> str:
-        return "smoa." + super().__repr__()

@@ -1,71 +1,80 @@
-"""Linear layers over a quantised base (QSMoA): W0 is dequantised for each product and freed after it.
+"""The product of an adapted linear layer, over a plain W0 or over a quantised one (QSMoA).
 
-Forward and backward each dequantise W0, so that only x, the factors and the seed are kept for backward, as for a plain
-base.
+A quantised W0 is dequantised for each product and freed after it: forward and backward each dequantise it, so that only
+x, the factors and the seed are kept for backward, as for a plain base.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..backends import resolve_backend
+from ..definition.arguments import autocast_enabled
 from ..definition.dropout import Dropout, draw_seed
 from ..definition.packed import PackedAdapter
 from ..definition.precision import without_autocast
 from ..functional import smoa_linear
 from ..operator import LinearCall, call_linear_backward
 
-__all__ = ["dequantized_linear", "requantize"]
+__all__ = ["adapted_linear", "dequantized_linear", "requantize"]
 
-# Gives W0 (N, C) in a dtype within a `with` block.
-Dequantized = Callable[[torch.dtype], AbstractContextManager[Tensor]]
+# Gives W0 (N, C), newly allocated, in a dtype.
+ReadWeight = Callable[[torch.dtype], Tensor]
+
+
+def adapted_linear(x: Tensor, bias: Tensor | None, adapter: PackedAdapter, **settings: Any) -> Tensor:
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` of a packed adapter; factors of another half type than x's are cast to x's.
+
+    Args:
+        x: (..., C).
+        bias: (N,) or None.
+        adapter: W0, the factors, their blocks and s.
+        settings: further arguments of :func:`smoa_kernels.smoa_linear`.
+    """
+    A, B = adapter.A, adapter.B
+    if A.dtype not in (x.dtype, torch.float32):
+        A, B = A.to(x.dtype), B.to(x.dtype)
+    given = x, adapter.weight, bias, A, B, adapter.partition, adapter.ranks
+    return smoa_linear(*given, scaling=adapter.scaling, block_ranks=adapter.block_ranks, **settings)
 
 
 def dequantized_linear(
     x: Tensor,
-    weight: Dequantized,
-    bias: Tensor | None,
+    base: Any,
+    read: ReadWeight,
     adapter: PackedAdapter,
     *,
-    compute_dtype: torch.dtype | None,
     dropout_p: float,
-    algorithm: str,
-    backend: str,
+    algorithm: str = "auto",
+    backend: str = "auto",
 ) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, differentiable in x, the bias and the factors.
+    """The same over a quantised layer, in its compute dtype if it has one; differentiable once.
 
     Args:
         x: (..., C).
-        weight: gives W0 (N, C) in a dtype, once in forward and once in backward.
-        bias: (N,) or None.
+        base: the layer.
+        read: gives its W0 in a dtype.
         adapter: the adapter; its `weight` is not used.
-        compute_dtype: the dtype to multiply in; autocast's, or x's, when None.
 
     Returns:
         (..., N) in x's dtype.
     """
-    device = x.device.type
-    if (
-        compute_dtype is None
-        and torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-    ):
-        compute_dtype = torch.get_autocast_dtype(device)
-    dtype = x.dtype if compute_dtype is None else compute_dtype
+    dtype = getattr(base, "compute_dtype", None)
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else x.dtype
     A, B = adapter.A, adapter.B
     if A.dtype not in (dtype, torch.float32):
         A, B = A.to(dtype), B.to(dtype)
+    bias = None if base.bias is None else base.bias.to(dtype)
     seed = draw_seed(x.device) if dropout_p > 0 else None
     settings = {"dropout_p": dropout_p, "algorithm": algorithm, "backend": backend}
-    bias = None if bias is None else bias.to(dtype)
     apply: Any = _DequantizedLinear.apply
-    return cast(Tensor, apply(x.to(dtype), bias, A, B, seed, weight, adapter, settings)).to(x.dtype)
+    return cast(Tensor, apply(x.to(dtype), bias, A, B, seed, read, adapter, settings)).to(x.dtype)
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -77,28 +86,19 @@ class _DequantizedLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         seed: Tensor | None,
-        weight: Dequantized,
+        read: ReadWeight,
         adapter: PackedAdapter,
         settings: dict[str, Any],
     ) -> Tensor:
         needs_factors = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_factors else None, A, B, seed, adapter.ranks, adapter.scaling)
-        ctx.weight, ctx.partition, ctx.settings = weight, adapter.partition, settings
+        ctx.read, ctx.partition, ctx.settings = read, adapter.partition, settings
         ctx.block_ranks = adapter.block_ranks
-        with without_autocast(x), weight(x.dtype) as W0:
-            return smoa_linear(
-                x,
-                W0,
-                bias,
-                A,
-                B,
-                adapter.partition,
-                adapter.ranks,
-                scaling=adapter.scaling,
-                block_ranks=adapter.block_ranks,
-                dropout_seed=seed,
-                **settings,
+        with without_autocast(x):
+            given = PackedAdapter(
+                read(x.dtype), A, B, adapter.partition, adapter.ranks, adapter.scaling, adapter.block_ranks
             )
+            return adapted_linear(x, bias, given, dropout_seed=seed, **settings)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,10 +111,11 @@ class _DequantizedLinear(torch.autograd.Function):
         x, A, B, seed, ranks, scaling = ctx.saved_tensors
         needs_x, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
         backend = resolve_backend(ctx.settings["backend"], dy.device, dy.dtype, A.shape[0])
-        with ctx.weight(dy.dtype) as W0:
-            adapter = PackedAdapter(W0, A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
-            dropout = None if seed is None else Dropout(seed, ctx.settings["dropout_p"], 0, W0.shape[1])
-            dx, dA, dB = call_linear_backward(dy, x, needs_x, LinearCall(adapter, dropout, backend))
+        adapter = PackedAdapter(ctx.read(dy.dtype), A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
+        dropout = None
+        if seed is not None:
+            dropout = Dropout(seed, ctx.settings["dropout_p"], 0, adapter.weight.shape[1])
+        dx, dA, dB = call_linear_backward(dy, x, needs_x, LinearCall(adapter, dropout, backend))
         dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
         gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
         return (*gradients, None, None, None, None)
@@ -123,29 +124,24 @@ class _DequantizedLinear(torch.autograd.Function):
 def requantize(layer: Any, weight: Tensor) -> nn.Module:
     """Quantise `weight` into a tuner layer's base layer as PEFT does; return a layer over the old quantised weight.
 
-    If this is interrupted, the base layer is restored: PEFT removes the old weight before it has the new one.
+    If this is interrupted, that layer becomes the base layer: PEFT removes the old weight before it has the new one.
     """
-    base, holder = layer.get_base_layer(), layer.base_layer
-    before, stored = twin(base), getattr(base, "weight", None)
+    base = layer.get_base_layer()
+    before, stored = _twin(base), getattr(base, "weight", None)
     attributes = dict(vars(stored)) if stored is not None else {}
     try:
         layer.quantization_backend.set_base_weight(layer, weight)
     except BaseException:
-        layer.base_layer = holder
-        _replace(vars(base), vars(before))
+        layer.base_layer = before
         raise
     finally:
-        if stored is not None:
-            _replace(vars(stored), attributes)  # PEFT marks the old parameter as not quantised
+        if stored is not None:  # PEFT marks the old parameter as not quantised
+            vars(stored).clear()
+            vars(stored).update(attributes)
     return before
 
 
-def _replace(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    found.clear()
-    found.update(wanted)
-
-
-def twin(layer: nn.Module) -> nn.Module:
+def _twin(layer: nn.Module) -> nn.Module:
     """Copy a layer without copying its quantised tensors; the copy keeps them when the original is requantised."""
     other = copy.copy(layer)
     other._parameters = layer._parameters.copy()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from ..adapter_folder.naming import naming
 from ..definition.block_rule import BlockRule
 from ..definition.partition import BlockPartition
 from ..definition.spectral_order import one_thread, order_source, spectral_orders
-from .base_weight import BlockSource
 from .layer import SMoALayer
 
 __all__ = ["initialize_all"]
@@ -27,7 +25,18 @@ MAX_AT_ONCE = 8
 # From this number on, decompositions of experts take minutes, and the user is warned before the first.
 MANY = 256
 
-_Wanted = tuple[SMoALayer, BlockRule]
+
+class _Weight(NamedTuple):
+    """A weight that is to be sorted, in the first layer that has it."""
+
+    name: str
+    layer: SMoALayer
+    rule: BlockRule
+
+    @property
+    def decompositions(self) -> int:
+        """The number of its decompositions."""
+        return self.layer.stack[0] if self.layer.stack and self.rule.block_order == "spectral" else 1
 
 
 def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
@@ -38,59 +47,58 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
     Raises:
         TypeError, ValueError: naming the layer, as :meth:`BlockRule.build` does.
     """
-    with _sorting([(layer, layer.settings[adapter_name].rule) for layer in layers.values()]) as blocks_of:
-        for name, layer in layers.items():
-            with naming(name):
-                layer.initialize(adapter_name, blocks_of)
-
-
-@contextmanager
-def _sorting(wanted: Sequence[_Wanted]) -> Iterator[BlockSource]:
-    """Give a function that computes a layer's blocks; those of later layers are computed meanwhile.
-
-    Labels must not depend on the number of threads, so each weight is sorted on one thread, and as many weights at once
-    as there are intra-op threads. Weights that are not in CPU memory are sorted when they are asked for.
-    """
-    spectral = [each for each in wanted if each[1].needs_weight and each[0].known_blocks(each[1]) is None]
+    rules = {layer: layer.settings[adapter_name].rule for layer in layers.values()}
     # The keys are made before any weight is loaded: an offloaded one is a new object each time it is loaded.
-    keys = {layer: _key(layer, rule) for layer, rule in wanted}
-    found: dict[Any, Any] = {}
-    begun: dict[Any, list[Future[BlockPartition]]] = {}
-    with ExitStack() as until_exit:
-        until_exit.callback(
-            begun.clear
-        )  # breaks a cycle: a future's error refers to this frame by its traceback
-        bar = until_exit.enter_context(_progress([each for each in spectral if each[0].stack]))
+    keys = {layer: _key(layer, rule) for layer, rule in rules.items()}
+    wanted: dict[Any, _Weight] = {}
+    for name, layer in layers.items():
+        if rules[layer].needs_weight and layer.known_blocks(rules[layer]) is None:
+            wanted.setdefault(keys[layer], _Weight(name, layer, rules[layer]))
+    _announce(weight for weight in wanted.values() if weight.layer.stack)
+    found = _sorted_at_once({key: each for key, each in wanted.items() if _is_at_hand(each.layer)})
 
-        def decompositions(layer: SMoALayer, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
-            each = layer.decompositions(rule)
-            return [_counted(one, bar) for one in each] if layer.stack else each
+    def blocks_of(layer: SMoALayer, rule: BlockRule) -> Any:
+        key = keys[layer]
+        if key not in found:
+            found[key] = layer.build_blocks(rule)
+        return found[key]
 
-        def blocks_of(layer: SMoALayer, rule: BlockRule) -> Any:
-            key = keys[layer]
-            if key not in found and not rule.needs_weight:
-                found[key] = layer.build_blocks(rule)
-            elif key not in found:
-                if key not in begun:
-                    begun[key] = [_done(each) for each in decompositions(layer, rule)]
-                # No local name for a future: its error's traceback refers to this frame, which would be a cycle.
-                found[key] = layer.joined(list(map(Future.result, begun.pop(key))))
-            return found[key]
+    for name, layer in layers.items():
+        with naming(name):
+            layer.initialize(adapter_name, blocks_of)
 
-        at_hand = [each for each in spectral if _is_at_hand(each[0])]
-        at_once = torch.get_num_threads()
-        if not all(layer.stack for layer, _ in spectral):
-            at_once = min(at_once, MAX_AT_ONCE)
-        # Within `shared_spectra` all processes must ask for one weight after another, in the same order.
-        if at_once > 1 and at_hand and order_source.get() is spectral_orders:
-            # New threads inherit this setting. If they set it themselves, it would outlast them.
-            until_exit.enter_context(one_thread())
-            pool = ThreadPoolExecutor(at_once, "smoa-sorting")
-            until_exit.callback(pool.shutdown, cancel_futures=True)
-            for layer, rule in at_hand:
-                if keys[layer] not in begun:
-                    begun[keys[layer]] = list(map(pool.submit, decompositions(layer, rule)))
-        yield blocks_of
+
+def _sorted_at_once(weights: Mapping[Any, _Weight]) -> dict[Any, Any]:
+    """Compute the spectral blocks of weights in CPU memory, each on one thread: labels must not depend on threads."""
+    # Within `shared_spectra` all processes must ask for one weight after another, in the same order.
+    if not weights or order_source.get() is not spectral_orders:
+        return {}
+    at_once = torch.get_num_threads()
+    if not all(weight.layer.stack for weight in weights.values()):
+        at_once = min(at_once, MAX_AT_ONCE)
+    total = sum(weight.decompositions for weight in weights.values())
+    # New threads inherit the setting of one thread. If they set it themselves, it would outlast them.
+    with one_thread(), tqdm(total=total, desc="sorting weights", disable=total < MANY) as bar:
+
+        def counted(compute: Callable[[], BlockPartition]) -> BlockPartition:
+            found = compute()
+            bar.update()
+            return found
+
+        begun: dict[Any, list[Future[BlockPartition]]] = {}
+        pool = ThreadPoolExecutor(at_once, "smoa-sorting")
+        try:
+            for key, (_, layer, rule) in weights.items():
+                begun[key] = [pool.submit(counted, each) for each in layer.decompositions(rule)]
+            found = {}
+            for key, (name, layer, _) in weights.items():
+                with naming(name):
+                    # No local name for a future: its error's traceback refers to this frame, which would be a cycle.
+                    found[key] = layer.joined(list(map(Future.result, begun.pop(key))))
+            return found
+        finally:
+            begun.clear()
+            pool.shutdown(cancel_futures=True)
 
 
 def _key(layer: SMoALayer, rule: BlockRule) -> Any:
@@ -109,28 +117,13 @@ def _is_at_hand(layer: SMoALayer) -> bool:
     return weight.device.type == "cpu" and not hasattr(weight, "ds_id")
 
 
-def _done(compute: Callable[[], BlockPartition]) -> Future[BlockPartition]:
-    done: Future[BlockPartition] = Future()
-    done.set_result(compute())
-    return done
-
-
-def _counted(compute: Callable[[], BlockPartition], bar: tqdm[Any]) -> Callable[[], BlockPartition]:
-    def counted() -> BlockPartition:
-        found = compute()
-        bar.update()
-        return found
-
-    return counted
-
-
-def _progress(stacks: Sequence[_Wanted]) -> tqdm[Any]:
-    """A bar for the decompositions of experts; if they take minutes, it is shown, after a warning."""
-    total = sum(len(layer.decompositions(rule)) for layer, rule in stacks)
+def _announce(stacks: Iterable[_Weight]) -> None:
+    """Warn before the decompositions of experts if they take minutes."""
+    stacks = list(stacks)
+    total = sum(weight.decompositions for weight in stacks)
     if total >= MANY:
-        rows, cols = max(
-            (sorted((layer.out_features, layer.in_features), reverse=True) for layer, _ in stacks), key=min
-        )
+        shapes = (sorted((each.layer.out_features, each.layer.in_features), reverse=True) for each in stacks)
+        rows, cols = max(shapes, key=min)
         warnings.warn(
             f"spectral blocks of these experts take {total:,} decompositions of weights of up to {rows}x{cols}, "
             "which may take tens of minutes; block_order='contiguous' takes none, and 'shared' one for each "
@@ -138,4 +131,3 @@ def _progress(stacks: Sequence[_Wanted]) -> tqdm[Any]:
             UserWarning,
             stacklevel=2,
         )
-    return tqdm(total=total, desc="sorting experts", disable=total < MANY)

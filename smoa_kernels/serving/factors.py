@@ -19,12 +19,11 @@ from ..adapter_folder.reading import (
     HIRA,
     METHOD,
     PREFIX,
-    hira_layers,
+    WEIGHTS_NAME,
     read_adapter,
     read_config,
+    read_hira,
     read_json,
-    read_state,
-    weights_of,
 )
 from ..definition.packed import PackedAdapter, scaling_tensor
 
@@ -108,15 +107,10 @@ def _smoa_layers(folder: Path) -> dict[str, LayerFactors]:
 
 
 def _hira_layers(folder: Path) -> dict[str, LayerFactors]:
-    path = weights_of(folder)
-    state = read_state(path)
-    for key in state:
-        if not key.rpartition(".")[2].startswith("hira_"):
-            raise _refusal(path, key)
-    return {
-        name: LayerFactors(A.float(), B.float(), (A.shape[0],), None)
-        for name, (A, B) in hira_layers(path, state).items()
-    }
+    layers, whole = read_hira(folder)
+    for key in whole:
+        raise _refusal(folder / WEIGHTS_NAME, key)
+    return {name: LayerFactors(A.float(), B.float(), (A.shape[0],), None) for name, (A, B) in layers.items()}
 
 
 def _refusal(path: Path, what: str) -> ValueError:

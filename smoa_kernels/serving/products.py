@@ -1,14 +1,15 @@
 """A layer's computation for the SMoA tokens of a batch, `y += x (W0 ∘ BA)ᵀ`, over a base layer that only multiplies.
 
 If W0 is at hand, our operator computes base and adapter at once, slot by slot: few tokens in one pass over W0, many by
-a GEMM. If it is not, or if many slots have a token or two each, rank t of a token becomes a row of the base layer's
-own product, whatever its quantisation:
+a GEMM. Slots with a token or two each share products with W0's diagonal blocks. If W0 is not at hand, rank t of a token
+becomes a row of the base layer's own product, whatever its quantisation:
 
     y += Σ_t B[:, t] ∘ base(A[t] ∘ x)
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -16,13 +17,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..backends import load_backend, resolve_backend
-from ..definition.packed import PackedAdapter, scaling_tensor
+from ..definition.packed import PackedAdapter, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sign_rows, sketch_distance, sketch_of_products
 
-__all__ = ["Group", "LayerSlots", "Slice", "packed_from_stacked", "read_weight"]
+__all__ = ["Group", "LayerSlots", "SharedBlocks", "Slice", "packed_from_stacked", "read_weight"]
 
 # Most rows of the base product in one call; it bounds their memory.
 MOST_ROWS = 2048
@@ -80,6 +82,64 @@ def read_weight(product: Product, in_features: int, like: Tensor) -> Tensor:
     return torch.cat([product(rows).T for rows in identity.split(MOST_ROWS)], 1)
 
 
+@dataclass(eq=False)
+class SharedBlocks:
+    """W0's diagonal blocks one after another, and the factors of the adapters that have these blocks.
+
+    Each block is padded to n rows and c columns, those of the largest. The padding of A is zero, that of W0 is not.
+    """
+
+    partition: BlockPartition
+    weight: Tensor  # (K, c, n), transposed; the only block is W0 (N, C) itself
+    cols: Tensor  # int64 (K c,): the column of W0 at each place
+    places: Tensor  # int64 (N,): where each row of W0 is among the K n
+    factors: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # A (ρ, K c), B (K, ρ, n), by slot
+
+    @classmethod
+    def of(cls, weight: Tensor, partition: BlockPartition) -> SharedBlocks:
+        """Copy the blocks of W0 (N, C)."""
+        rows = _by_block(partition.row_index, partition.row_sizes)
+        cols = _by_block(partition.col_index, partition.col_sizes)
+        places = torch.empty_like(partition.row_index)
+        within = torch.arange(rows.numel(), device=rows.device).view_as(rows)
+        for own, size, place in zip(rows, partition.row_sizes, within, strict=True):
+            places[own[:size]] = place[:size]
+        blocks = weight[rows[:, None], cols[:, :, None]] if partition.num_blocks > 1 else weight
+        return cls(partition, blocks, cols.flatten(), places)
+
+    def add(self, slot: int, adapter: PackedAdapter) -> bool:
+        """Take the factors of a slot's adapter. False if it has other blocks, or another ρ than those before it."""
+        own, p, rho = self.partition, adapter.partition, len(adapter.A)
+        if own.num_blocks != p.num_blocks or any(len(A) != rho for A, _ in self.factors.values()):
+            return False
+        # A coordinate whose factors are zero may be in any block.
+        rows, cols = own.row_block == p.row_block, own.col_block == p.col_block
+        if not ((rows | ~adapter.B.any(1)).all() and (cols | ~adapter.A.any(0)).all()):
+            return False
+        A_mask, B_mask = padding_masks(p, adapter.ranks, rho)
+        A = _by_block((adapter.A * A_mask).T[own.col_index], own.col_sizes).movedim(2, 0)
+        B = _by_block((adapter.B * B_mask).float()[own.row_index], own.row_sizes).mT
+        self.factors[slot] = A.flatten(1), B.contiguous()
+        return True
+
+    def update(self, x: Tensor, slots: Sequence[int]) -> Tensor:
+        """`x (W0 ∘ BA)ᵀ` (T, N), float32, with the adapter of each token's slot."""
+        A, B = (torch.stack(factors) for factors in zip(*map(self.factors.__getitem__, slots), strict=True))
+        blocks, rho, n = B.shape[1:]
+        rows = (x.index_select(1, self.cols)[:, None] * A).view(len(x) * rho, blocks, -1).transpose(0, 1)
+        # bmm is several times slower over a transposed weight.
+        products = torch.bmm(rows, self.weight) if blocks > 1 else F.linear(rows[0], self.weight)
+        update = (products.view(blocks, len(x), rho, n) * B.transpose(0, 1)).sum(2)
+        return update.transpose(0, 1).flatten(1).index_select(1, self.places)
+
+
+def _by_block(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Entries (N, …) in block order -> (K, most, …), each block padded with zeros."""
+    return pad_sequence(list(torch.split(tensor, list(sizes))), batch_first=True)
+
+
 @dataclass
 class LayerSlots:
     """The adapters that a layer has in the engine's slots.
@@ -100,6 +160,7 @@ class LayerSlots:
 
     def __post_init__(self) -> None:
         self.most = [0] * len(self.slices)  # the most ranks of any adapter, by slice
+        self.shared: list[list[SharedBlocks]] = [[] for _ in self.slices]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -110,6 +171,9 @@ class LayerSlots:
         """Record a slot's adapter: r_k of each slice, () of one without an adapter. No ranks at all: a LoRA adapter."""
         self.ranks.pop(slot, None)
         self.packed = {key: adapter for key, adapter in self.packed.items() if key[0] != slot}
+        for blocks in itertools.chain.from_iterable(self.shared):
+            blocks.factors.pop(slot, None)
+        self.shared = [[blocks for blocks in own if blocks.factors] for own in self.shared]
         if any(ranks):
             self.ranks[slot] = list(ranks)
         totals = [[sum(own) for own in adapter] for adapter in self.ranks.values()]
@@ -154,9 +218,13 @@ class LayerSlots:
                 few.append(group)
         if few:
             tokens = torch.cat([group.tokens for group in few])
-            slots = torch.cat([group.slots for group in few])
             own, others = x.index_select(0, tokens), y.index_select(0, tokens)
-            y.index_copy_(0, tokens, self._by_rows(own, others, bias, slots, self.most, weight))
+            if weight is not None and weight is self.weight:
+                update = self._by_blocks(own, [group.slot for group in few for _ in range(group.size)])
+            else:
+                slots = torch.cat([group.slots for group in few])
+                update = self._by_rows(own, slots, self.most, weight)
+            y.index_copy_(0, tokens, _added(update, own, others, bias, weight))
         return y
 
     def recorded_output(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
@@ -169,8 +237,8 @@ class LayerSlots:
             slots: int64 (T,), on the device: the slot of each of our tokens, -1 for others.
         """
         most = [part.A.shape[2] for part in self.slices]
-        ours = self._by_rows(x, y, bias, slots.clamp_min(0), most, self.weight)
-        return torch.where((slots >= 0)[:, None], ours, y)
+        update = self._by_rows(x, slots.clamp_min(0), most, self.weight)
+        return torch.where((slots >= 0)[:, None], _added(update, x, y, bias, self.weight), y)
 
     def _weight_for(self, groups: Sequence[Group], x: Tensor) -> Tensor | None:
         """W0 if it is at hand, may be kept, or takes fewer rows of the base product than the adapters; else None."""
@@ -184,30 +252,18 @@ class LayerSlots:
         self.weight = weight if self.keep else None
         return weight
 
-    def _by_rows(
-        self,
-        x: Tensor,
-        y: Tensor,
-        bias: Tensor | None,
-        slots: Tensor,
-        most: Sequence[int],
-        weight: Tensor | None,
-    ) -> Tensor:
-        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` plus the base's output, which is y if W0 is not at hand, (T, N).
+    def _by_rows(self, x: Tensor, slots: Tensor, most: Sequence[int], weight: Tensor | None) -> Tensor:
+        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` (T, N), float32.
 
         `most` are the ranks of each slice; `slots` (T,) is the slot of each token.
         """
         total = x.new_zeros(len(x), self.shape[0], dtype=torch.float32)
-        # In float32 the base is computed as one more rank, whose factors are ones.
-        base_is_rank = weight is not None and x.dtype == torch.float32
         for (start, stop, all_A, all_B), rank in zip(self.slices, most, strict=True):
-            step = max(1, MOST_ROWS // (rank + base_is_rank or 1))
-            for first in range(0, len(x) if rank or base_is_rank else 0, step):
+            step = max(1, MOST_ROWS // (rank or 1))
+            for first in range(0, len(x) if rank else 0, step):
                 own = slots[first : first + step]
                 A = all_A.index_select(0, own)[:, 0, :rank]
                 B = all_B.index_select(0, own)[:, 0, :, :rank].transpose(1, 2)
-                if base_is_rank:
-                    A, B = (F.pad(factor, (0, 0, 1, 0), value=1.0) for factor in (A, B))
                 rows = (x[first : first + step, None] * A).flatten(0, 1)
                 products = (
                     self.product(rows)[:, start:stop]
@@ -215,12 +271,39 @@ class LayerSlots:
                     else F.linear(rows, weight[start:stop])
                 )
                 total[first : first + step, start:stop] = (products.float().view_as(B) * B).sum(1)
-        if weight is None:
-            return (y + total).to(y.dtype)
-        if not base_is_rank:
-            # The update is added before the base product rounds; later, half precision would round it away.
-            total = total.to(x.dtype).addmm_(x, weight.T)
-        return total if bias is None else total.add_(bias)
+        return total
+
+    def _by_blocks(self, x: Tensor, slots: Sequence[int]) -> Tensor:
+        """The same by products with W0's blocks; `slots` has the slot of each token."""
+        updates = []
+        for at, part in enumerate(self.slices):
+            blocks = {slot: self._blocks(slot, at) for slot in set(slots) if self.ranks[slot][at]}
+            kinds = set(blocks.values())
+            if len(kinds) == 1 and len(blocks) == len(set(slots)):
+                updates.append(kinds.pop().update(x, slots))
+                continue
+            update = x.new_zeros(len(x), part.stop - part.start, dtype=torch.float32)
+            for kind in kinds:
+                own = [token for token, slot in enumerate(slots) if blocks.get(slot) is kind]
+                update[own] = kind.update(x[own], [slots[token] for token in own])
+            updates.append(update)
+        return updates[0] if len(updates) == 1 else torch.cat(updates, 1)
+
+    def _blocks(self, slot: int, at: int) -> SharedBlocks:
+        """W0's blocks of a slot's adapter, copied at its first token unless another adapter has the same."""
+        for blocks in self.shared[at]:
+            if slot in blocks.factors:
+                return blocks
+        assert self.weight is not None
+        weight = self.weight[self.slices[at].start : self.slices[at].stop]
+        adapter = self._adapter(slot, at, weight, kept=True)
+        for blocks in self.shared[at]:
+            if blocks.add(slot, adapter):
+                return blocks
+        blocks = SharedBlocks.of(weight, adapter.partition)
+        blocks.add(slot, adapter)
+        self.shared[at].append(blocks)
+        return blocks
 
     def _modulated(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
         """`x (W0 ∘ (1 + BA))ᵀ + b` (T, N) with the adapter of one slot, by our operator."""
@@ -247,3 +330,14 @@ class LayerSlots:
             self.packed[slot, at] = PackedAdapter(own, A, B, partition, sizes, s, ranks)
         adapter = self.packed[slot, at]
         return adapter if kept else replace(adapter, weight=weight)
+
+
+def _added(update: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
+    """The update plus the base's output: y, or if W0 is at hand `x W0ᵀ + b`.
+
+    The latter is rounded once, after the addition. In half precision y has already lost what a small update changes.
+    """
+    if weight is None:
+        return (y + update).to(y.dtype)
+    total = update.to(x.dtype).addmm_(x, weight.T)
+    return total if bias is None else total.add_(bias)

@@ -10,10 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
-
-from ..definition.precision import precision_of
-
 __all__ = ["GPUS", "Gpu", "Rates"]
 
 # A large bf16 GEMM on an H100 SXM reaches about 700 of its published 989 dense TFLOP/s. The same share of the
@@ -61,11 +57,11 @@ class Gpu:
     arch: str
     memory_gb: int
 
-    def rates(self, dtype: torch.dtype, ieee: bool) -> Rates:
-        """The rates that it achieves with operands of `dtype`; float32 multiplies in TF32 unless `ieee`."""
+    def rates(self, precision: str) -> Rates:
+        """The rates that it achieves in one of `precision.PRECISIONS`."""
         half, tf32, fp32, fp64 = self.tflops
         peaks = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
-        flops = _ACHIEVED_GEMM * peaks[precision_of(dtype, ieee).name] * 1e12
+        flops = _ACHIEVED_GEMM * peaks[precision] * 1e12
         return Rates(flops, _ACHIEVED_MEMORY * self.memory_tbps * 1e12, _START_SECONDS)
 
 

@@ -37,7 +37,6 @@ from .workloads import WORKLOADS, Operands
 __all__ = [
     "DeviceLostError",
     "Timer",
-    "Tuned",
     "Workload",
     "gpu_timer",
     "keep",
@@ -53,15 +52,6 @@ MOST_CHARACTERS = 400  # of a reason: a compiler's message may contain the whole
 
 Timer = Callable[[Choice, Callable[[], object]], float]
 """Median seconds of a launch with a choice."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """The result of one job: its entry, and why there is none or why candidates are left."""
-
-    job: Job
-    entry: Entry | None
-    problem: str | None = None
 
 
 class DeviceLostError(RuntimeError):
@@ -117,8 +107,8 @@ def tune(
     *,
     timer: Timer = gpu_timer,
     deadline: float | None = None,
-    progress: Callable[[Job, Entry], object] = lambda job, entry: None,
-) -> list[Tuned]:
+    progress: Callable[[], object] = lambda: None,
+) -> dict[Key, str]:
     """Tune jobs in order until the deadline; jobs that are done and not stale are skipped.
 
     Args:
@@ -126,7 +116,10 @@ def tune(
         device: where to run.
         timer: :func:`gpu_timer`, or a scripted one.
         deadline: by `time.monotonic()`; None for no end.
-        progress: called after each trial with the entry so far.
+        progress: called after each trial.
+
+    Returns:
+        Why a problem, or some of its candidates, was not tried; nothing for those that are done.
 
     Raises:
         OSError: the table cannot be written.
@@ -134,26 +127,25 @@ def tune(
         DeviceLostError: likewise; a second run skips the candidate.
     """
     now = identity(device)
-    known, done = keep(now).entries, []
+    known, problems = keep(now).entries, dict[Key, str]()
     for job in jobs:
         entry = known.get(job.key) or Entry(job.key, now)
-        problem = None
-        if left(job, entry):
-            if deadline is not None and time.monotonic() >= deadline:
-                problem = "no time was left"
-            else:
-                try:
-                    with on_device(device):
-                        entry = _tune_one(job, entry, workload(job.key, device), timer, deadline, progress)
-                    problem = "no time was left for all candidates" if left(job, entry) else None
-                except (DeviceLostError, KeyboardInterrupt):
-                    raise
-                except (
-                    Exception
-                ) as error:  # for example operands that do not fit in memory: go on with other jobs
-                    problem = _reason(error)
-        done.append(Tuned(job, entry if entry.trials else None, problem))
-    return done
+        if not left(job, entry):
+            continue
+        if deadline is not None and time.monotonic() >= deadline:
+            problems[job.key] = "no time was left"
+            continue
+        try:
+            with on_device(device):
+                entry = _tune_one(job, entry, workload(job.key, device), timer, deadline, progress)
+        except DeviceLostError:
+            raise
+        except Exception as error:  # for example operands that do not fit in memory: go on with other jobs
+            problems[job.key] = _reason(error)
+        else:
+            if left(job, entry):
+                problems[job.key] = "no time was left for all candidates"
+    return problems
 
 
 def left(job: Job, entry: Entry | None) -> list[Choice]:
@@ -167,7 +159,7 @@ def _tune_one(
     load: Workload,
     timer: Timer,
     deadline: float | None,
-    progress: Callable[[Job, Entry], object],
+    progress: Callable[[], object],
 ) -> Entry:
     with load.precision():
         load.prepare()
@@ -186,7 +178,7 @@ def _tune_one(
                 keep(entry.identity, job.key, trial)
             raise
         entry = entry.add(trial)
-        progress(job, entry)
+        progress()
         _check_device(job.key, choice)
     return entry
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .. import kernels
 from ..backends import MOST_TRITON_RANKS
-from ..backends.algorithms import admissible, choose_algorithm, gradient_parts, padded
-from ..checks import check_choice
+from ..backends.algorithms import admissible, choose_algorithm
+from ..checks import check_choice, check_count
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.architectures import facts
 from ..kernels.spec import ALGORITHM_KEYS, GRANULE, Key, bucket
 from ..kernels.table import Choice, Entry, Trial
+from .roofline import Problem, gradient_parts
 
 __all__ = [
     "Job",
-    "Layer",
+    "check_layer",
     "describe",
-    "describe_algorithms",
     "describe_choice",
     "job",
     "jobs",
@@ -31,83 +31,28 @@ __all__ = [
 MOST_FUSED_TOKENS = 1024
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One adapted layer and one batch.
-
-    Attributes:
-        out_features: N.
-        in_features: C.
-        tokens: T; for experts the pairs of token and expert, T · top-k.
-        dtype: one of `precision.KERNEL_PRECISIONS`.
-        rank: r, the budget of all blocks.
-        blocks: K.
-        granule: adjacent coordinates that blocks keep together.
-        experts: E; 0 for a layer of one weight.
-        factors: dtype of A and B, named like `dtype`. PEFT keeps them in float32.
-    """
-
-    out_features: int
-    in_features: int
-    tokens: int
-    dtype: str = "bf16"
-    rank: int = 16
-    blocks: int = 4
-    granule: int = 1
-    experts: int = 0
-    factors: str = "fp32"
-
-    def __post_init__(self) -> None:
-        for name in ("out_features", "in_features", "tokens", "rank", "blocks", "granule"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.experts < 0:
-            raise ValueError(f"experts must be at least 0, got {self.experts}")
-        check_choice("dtype", self.dtype, KERNEL_PRECISIONS)
-        check_choice("factors", self.factors, ("bf16", "fp16", "fp32"))
-        if self.blocks > min(self.out_features, self.in_features):
-            raise ValueError(
-                f"blocks must be at most {min(self.out_features, self.in_features)} for a layer of "
-                f"{self.out_features}x{self.in_features}, got {self.blocks}"
-            )
-        if self.max_rank > MOST_TRITON_RANKS:
-            raise ValueError(
-                f"rank must be at most {MOST_TRITON_RANKS * self.blocks} in {self.blocks} blocks, of which the "
-                f"kernels take {MOST_TRITON_RANKS} each, got {self.rank}"
-            )
-
-    @property
-    def max_rank(self) -> int:
-        """ρ."""
-        return -(-self.rank // self.blocks)
-
-    @property
-    def whole_granules(self) -> bool:
-        """Whether kernels take `GRANULE` coordinates as one, by the rule of `spec.granule_of`."""
-        together = self.blocks == 1 or self.granule % GRANULE == 0
-        return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
-
-
-def keys(layer: Layer) -> Iterator[Key]:
+def keys(layer: Problem) -> Iterator[Key]:
     """The keys that one training step of a layer looks up, with and without dropout."""
     return _experts_keys(layer) if layer.experts else _layer_keys(layer)
 
 
-def _layer_keys(layer: Layer) -> Iterator[Key]:
+def _layer_keys(layer: Problem) -> Iterator[Key]:
     n, c, t = layer.out_features, layer.in_features, bucket(layer.tokens)
-    rows, cols = (padded(features, layer.blocks) // layer.blocks for features in (n, c))
-    common = (layer.dtype, layer.max_rank, layer.blocks)
+    blocks, parts = layer.num_blocks, gradient_parts(layer)
+    rows, cols = (layer.padded(features) // blocks for features in (n, c))
+    common = (layer.precision, layer.max_rank, blocks)
     # Copying kernels distinguish dtypes, not how float32 is multiplied.
-    copied = "fp32" if layer.dtype == "tf32" else layer.dtype
-    granule, parts = (GRANULE, (layer.tokens,)) if layer.whole_granules else (1, _parts(layer))
+    copied = "fp32" if layer.precision == "tf32" else layer.precision
+    granule = GRANULE if layer.in_place else 1
     yield Key("modulated_weight", *common, n, c, factors=layer.factors)
     yield Key("modulated_blocks", *common, n, c, 0, rows, cols, granule=granule, factors=layer.factors)
-    yield Key("permute", copied, 0, layer.blocks, 0, c, t, 0, cols, granule=granule)
+    yield Key("permute", copied, 0, blocks, 0, c, t, 0, cols, granule=granule, dropout=True)
     if granule == 1:
-        yield Key("permute", copied, 0, layer.blocks, 0, n, t, 0, rows)
+        yield Key("permute", copied, 0, blocks, 0, c, t, 0, cols)
+        yield Key("permute", copied, 0, blocks, 0, n, t, 0, rows)
         for tokens in dict.fromkeys(map(bucket, parts)):
-            yield Key("permute", copied, 0, layer.blocks, 0, c, tokens, 0, cols)
-            yield Key("permute", copied, 0, layer.blocks, 0, n, tokens, 0, rows)
+            yield Key("permute", copied, 0, blocks, 0, c, tokens, 0, cols)
+            yield Key("permute", copied, 0, blocks, 0, n, tokens, 0, rows)
     yield Key("block_matmul", *common, n, c, t, rows, cols, granule=granule)
     yield Key("block_matmul", *common, c, n, t, cols, rows, True, granule=granule)
     if t <= MOST_FUSED_TOKENS:
@@ -117,33 +62,30 @@ def _layer_keys(layer: Layer) -> Iterator[Key]:
             yield Key("sum_partials", copied, out_features=features, tokens=t)
     for tokens in dict.fromkeys((t, bucket(parts[0]))):
         yield Key("block_grad", *common, n, c, tokens, rows, cols, granule=granule, factors=layer.factors)
+    if granule > 1:  # dropout makes a copy of x, which else is read in place
+        yield Key("block_matmul", *common, n, c, t, rows, cols, granule=granule, dropout=True)
+        factors = layer.factors
+        yield Key("block_grad", *common, n, c, t, rows, cols, granule=granule, factors=factors, dropout=True)
     for features in (n, c):
         yield Key("sum_partials", layer.factors, out_features=layer.max_rank, tokens=bucket(features))
     for stage in ALGORITHM_KEYS:
         yield Key(stage, *common, n, c, t, granule=granule, factors=layer.factors)
 
 
-def _parts(layer: Layer) -> tuple[int, ...]:
-    """Tokens of the parts in which the backward gathers a long batch; one part under dropout."""
-    itemsize = PRECISIONS[layer.dtype].dtype.itemsize
-    features = layer.out_features, layer.in_features
-    return gradient_parts(layer.tokens, features, layer.blocks, layer.max_rank, itemsize)
-
-
-def _experts_keys(layer: Layer) -> Iterator[Key]:
+def _experts_keys(layer: Problem) -> Iterator[Key]:
     """Keys of experts' kernels, with an expert's average pairs as tokens. Single coordinates take the gathered forms.
 
     W0 may be stored along either side: models store their experts as (E, N, C) or as (E, C, N).
     """
     n, c, each = layer.out_features, layer.in_features, bucket(-(-layer.tokens // layer.experts))
-    granule = GRANULE if layer.whole_granules else 1
+    granule = GRANULE if layer.in_place else 1
     products = ["grouped_linear"]
-    if granule == 1 and layer.blocks > 1:
+    if granule == 1 and layer.num_blocks > 1:
         products.append("grouped_linear_gathered")
     for transposed in (False, True):
 
         def key(kernel: str, rows: int, cols: int, turned: bool) -> Key:
-            common = layer.dtype, layer.max_rank, layer.blocks, rows, cols, each
+            common = layer.precision, layer.max_rank, layer.num_blocks, rows, cols, each
             return Key(kernel, *common, transposed=turned, granule=granule, factors=layer.factors)
 
         for kernel in products:
@@ -175,7 +117,7 @@ class Job:
         return self.candidates[0]
 
 
-def jobs(layers: Sequence[Layer], arch: str, multiprocessors: int, names: Sequence[str] = ()) -> list[Job]:
+def jobs(layers: Sequence[Problem], arch: str, multiprocessors: int, names: Sequence[str] = ()) -> list[Job]:
     """One job for each distinct key of the layers, kernels before the algorithms that use them.
 
     Args:
@@ -198,6 +140,23 @@ def jobs(layers: Sequence[Layer], arch: str, multiprocessors: int, names: Sequen
     return [job(key, arch, multiprocessors) for key in ordered]
 
 
+def check_layer(layer: Problem) -> None:
+    """Raise a ValueError if the kernels take no such layer."""
+    for name in ("out_features", "in_features", "tokens", "rank", "num_blocks", "granule"):
+        check_count(name, getattr(layer, name), 1)
+    check_count("experts", layer.experts, 0)
+    check_choice("precision", layer.precision, KERNEL_PRECISIONS)
+    check_choice("factors", layer.factors, ("bf16", "fp16", "fp32"))
+    (n, c), blocks = layer.features, layer.num_blocks
+    if blocks > min(n, c):
+        raise ValueError(f"blocks must be at most {min(n, c)} for a layer of {n}x{c}, got {blocks}")
+    if layer.max_rank > MOST_TRITON_RANKS:
+        raise ValueError(
+            f"rank must be at most {MOST_TRITON_RANKS * blocks} in {blocks} blocks, of which the kernels take "
+            f"{MOST_TRITON_RANKS} each, got {layer.rank}"
+        )
+
+
 def job(key: Key, arch: str, multiprocessors: int) -> Job:
     """The candidates of one key: every algorithm, or a kernel's shipped configurations that divide the layout."""
     if key.kernel in ALGORITHM_KEYS:
@@ -218,37 +177,18 @@ def describe(key: Key) -> str:
     sizes += "" if "x" in sizes else " columns"
     tokens = f" T≤{key.tokens}" if key.tokens else ""
     rank = f" ρ={key.rank}" if key.rank else ""
-    turned = " transposed" if key.transposed else ""
+    turned = " transposed" * key.transposed + " dropout" * key.dropout
     blocks = f" K={key.blocks}" if key.blocks else ""
     factors = f" {key.factors} factors" if key.factors not in ("", key.dtype) else ""
     return f"{key.kernel} {sizes}{tokens}{rank}{blocks} {key.dtype}{factors}{turned}"
 
 
-_GATHERED = {
-    "merged": "no gather",
-    "split": "gather before",
-    "fused": "one kernel, gather inside",
-    "block_grad": "gather before",
-    "eager": "torch's operators",
-}
-"""Where each algorithm brings x's columns together by block."""
-
-
 def describe_choice(choice: Choice) -> str:
-    """Name launch parameters, or an algorithm and where it gathers."""
+    """Name launch parameters, or an algorithm."""
     if isinstance(choice, str):
-        return f"{choice} ({_GATHERED[choice]})"
+        return choice
     fields = choice.to_json().items()
     return " ".join(f"{name.removeprefix('block_').removeprefix('num_')}={value}" for name, value in fields)
-
-
-def describe_algorithms(entries: Iterable[Entry]) -> Iterator[str]:
-    """Yield a line with all algorithms' times for each problem whose choice is an algorithm."""
-    for entry in entries:
-        if entry.key.kernel in ALGORITHM_KEYS:
-            timed = (trial for trial in entry.trials if trial.seconds is not None)
-            times = ", ".join(f"{describe_choice(t.choice)} {(t.seconds or 0.0) * 1e6:.1f} µs" for t in timed)
-            yield f"{describe(entry.key)}: {times or 'none was timed'}"
 
 
 def winner(entry: Entry) -> Trial | None:

@@ -12,8 +12,8 @@ A way to run the layer is a list of parts, one for each kernel that a GPU would 
 - Host and device work side by side: a pass that Python launches kernel by kernel takes as long as the slower of them.
   In a CUDA graph only the device's time counts.
 
-Not modelled: caches, the last wave of a kernel's programs, sums over tokens that programs share, and the slowdown of
-kernels that are bound by both arithmetic and memory.
+Not modelled: dropout, caches, the last wave of a kernel's programs, sums over tokens that programs share, and the
+slowdown of kernels that are bound by both arithmetic and memory.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from ..backends import algorithms
 from ..backends.algorithms import FUSED_MAX_RANK
+from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE
 from .gpus import Gpu, Rates
 
@@ -53,10 +52,11 @@ class Problem:
         in_features: C.
         num_blocks: K.
         rank: r, the budget of all blocks together.
-        dtype: of x, W0 and the factors.
-        dropout: probability, 0 if dropout is off or the layer is evaluating.
+        precision: of x and W0, one of `precision.PRECISIONS`.
         granule: adjacent coordinates that stay together, a partition's `granularity`: the size of contiguous blocks if
             all are equal. If they are not it is smaller, and the cost is overestimated.
+        experts: E, of a layer of experts, whose tokens are pairs of token and expert; 0 for one weight. The tuner's.
+        factors: precision of A and B, the tuner's too: PEFT keeps them in float32. Costs assume W0's.
     """
 
     tokens: int
@@ -64,9 +64,15 @@ class Problem:
     in_features: int
     num_blocks: int
     rank: int
-    dtype: torch.dtype = torch.bfloat16
-    dropout: float = 0.0
+    precision: str = "bf16"
     granule: int = 1
+    experts: int = 0
+    factors: str = "fp32"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number of x and W0."""
+        return PRECISIONS[self.precision].dtype.itemsize
 
     @property
     def features(self) -> tuple[int, int]:
@@ -94,7 +100,7 @@ class Problem:
         return algorithms.padded(features, self.num_blocks)
 
     def gathers(self, features: int) -> bool:
-        """Whether kernels read N or C coordinates from a copy in the padded block-major layout, without dropout."""
+        """Whether kernels read N or C coordinates from a copy in the padded block-major layout."""
         return not self.in_place and (self.num_blocks > 1 or self.padded(features) != features)
 
 
@@ -152,20 +158,13 @@ class Estimate:
         """Kernel launches."""
         return sum(part.launches for part in self._of(stages))
 
-    def bytes(self, *stages: Pass) -> float:
-        """Bytes to and from memory."""
-        return sum(part.bytes for part in self._of(stages))
-
     def _of(self, stages: tuple[Pass, ...]) -> tuple[Part, ...]:
         return tuple(part for part in self.parts if part.stage in (stages or PASSES))
 
 
-def estimate(problem: Problem, gpu: Gpu, way: str, *, ieee: bool = True) -> Estimate:
-    """Predict the cost of one of :data:`WAYS` on one GPU.
-
-    `ieee`: float32 multiplies in IEEE float32 rather than TF32; half types and float64 ignore it.
-    """
-    return Estimate(way, parts(problem, way), gpu.rates(problem.dtype, ieee))
+def estimate(problem: Problem, gpu: Gpu, way: str) -> Estimate:
+    """Predict the cost of one of :data:`WAYS` on one GPU."""
+    return Estimate(way, parts(problem, way), gpu.rates(problem.precision))
 
 
 def parts(problem: Problem, way: str) -> tuple[Part, ...]:
@@ -176,28 +175,22 @@ def parts(problem: Problem, way: str) -> tuple[Part, ...]:
 
 
 def gradient_parts(p: Problem) -> tuple[int, ...]:
-    """:func:`algorithms.gradient_parts`: one part under dropout, and where kernels read dY and x in place."""
-    if p.dropout or not any(map(p.gathers, p.features)):
+    """:func:`algorithms.gradient_parts`: one part where kernels read dY and x in place."""
+    if not any(map(p.gathers, p.features)):
         return (p.tokens,)
-    return algorithms.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank, p.dtype.itemsize)
+    return algorithms.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank)
 
 
 def backward_workspace(p: Problem) -> Mapping[str, int]:
     """Bytes that each of our backward's two stages holds beyond its inputs and results; never both at once.
 
     "factor gradients" holds dY and x of one part of the tokens, if they are gathered, and all partials. They are freed
-    before "input gradient", which holds W_eff. Under dropout the first always holds a copy of x, and the second the ΔW
-    blocks, dY gathered again, and the adapter's dX by block. A BLAS library's own memory is not counted.
+    before "input gradient", which holds W_eff. A BLAS library's own memory is not counted.
     """
-    size, tokens = p.dtype.itemsize, gradient_parts(p)
-    rows, cols = p.padded(p.out_features), p.padded(p.in_features)
-    dy = max(tokens) * rows * size * p.gathers(p.out_features)
-    x = max(tokens) * cols * size * (p.gathers(p.in_features) or p.dropout > 0)
-    dx = p.weight_elements * size
-    if p.dropout:  # the tokens are one part, so dy is all of dY
-        dx = rows * cols // p.num_blocks * size + dy + p.tokens * cols * size
+    size, tokens = p.itemsize, gradient_parts(p)
+    gathered = max(tokens) * sum(p.padded(n) for n in p.features if p.gathers(n)) * size
     partials = len(tokens) * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
-    return {"factor gradients": dy + x + partials, "input gradient": dx}
+    return {"factor gradients": gathered + partials, "input gradient": p.weight_elements * size}
 
 
 class _Count:
@@ -212,15 +205,14 @@ class _Count:
         self.block_w = self.w // p.num_blocks  # the diagonal blocks, and the elements that reading them moves
         self.read_w = self.block_w if p.in_place else self.w
         self.factors = p.max_rank * (p.out_features + p.in_features)
-        # Whether our products read a copy of x in block order.
-        self.copies_x = p.gathers(p.in_features) or p.dropout > 0
-        self.copies_dy = p.gathers(p.out_features)
-        self.x_blocks = p.tokens * p.padded(p.in_features) if self.copies_x else self.x
-        self.dy_blocks = p.tokens * p.padded(p.out_features) if self.copies_dy else self.y
+        # What our products read of x and dY: themselves, or copies in block order.
+        self.x_blocks, self.dy_blocks = (
+            p.tokens * (p.padded(n) if p.gathers(n) else n) for n in (p.in_features, p.out_features)
+        )
 
     def add(self, name: str, flops: float, elements: float, *, bytes: float = 0, launches: int = 1) -> None:
         """`elements` of the problem's dtype go to and from memory, and `bytes` of others."""
-        moved = elements * self.p.dtype.itemsize + bytes
+        moved = elements * self.p.itemsize + bytes
         self.parts.append(Part(name, self.stage, flops, moved, launches))
 
     def gemm(self, name: str, m: int, n: int, k: int) -> None:
@@ -228,11 +220,6 @@ class _Count:
 
     def elementwise(self, name: str, reads: float, writes: float) -> None:
         self.add(name, reads, reads + writes)
-
-    def dropout(self, name: str) -> None:
-        """A peer's dropout, which keeps a mask of one byte per element."""
-        if self.p.dropout:
-            self.add(name, self.x, 2 * self.x, bytes=self.x)
 
     def base_forward(self) -> None:
         self.gemm("base GEMM", self.p.tokens, self.p.out_features, self.p.in_features)
@@ -244,21 +231,9 @@ class _Count:
         """W_eff = W0 ∘ (1 + s·mask·BA): reads W0 once and writes W_eff once."""
         self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
 
-    def build_blocks(self) -> None:
-        moved = self.read_w + self.block_w + self.factors
-        self.add("build ΔW blocks", 2 * self.block_w * self.p.max_rank, moved)
-
-    def block_matmul(self, name: str, source: float, target: float) -> None:
-        # Blocks run side by side on the same tokens: memory moves x once, copied or not.
-        self.add(name, self.unit // self.p.num_blocks, source + self.block_w + target)
-
     def gather_x(self, launches: int = 1) -> None:
-        if self.copies_x:
+        if self.p.gathers(self.p.in_features):
             self.add("gather x", self.x, self.x + self.x_blocks, launches=launches)
-
-    def gather_dy(self, launches: int = 1) -> None:
-        if self.copies_dy:
-            self.add("gather dY", self.y, self.y + self.dy_blocks, launches=launches)
 
     def factor_gradients(self) -> None:
         """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials.
@@ -266,7 +241,8 @@ class _Count:
         Each part of the tokens reads W0's blocks and the factors again, and writes partials of its own.
         """
         p, launches = self.p, len(gradient_parts(self.p))
-        self.gather_dy(launches)
+        if p.gathers(p.out_features):
+            self.add("gather dY", self.y, self.y + self.dy_blocks, launches=launches)
         self.gather_x(launches)
         partials = launches * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
         flops = self.unit // p.num_blocks + launches * 4 * self.block_w * p.max_rank
@@ -286,10 +262,9 @@ def _frozen(c: _Count) -> None:
 
 
 def _lora(c: _Count) -> None:
-    """PEFT: `result = result + lora_B(lora_A(dropout(x))) * scaling`."""
+    """PEFT: `result = result + lora_B(lora_A(x)) * scaling`."""
     T, N, C, r = c.p.tokens, c.p.out_features, c.p.in_features, c.p.rank
     c.base_forward()
-    c.dropout("dropout")
     c.gemm("h = x·Aᵀ", T, r, C)
     c.gemm("h·Bᵀ", T, N, r)
     c.elementwise("scale", c.y, c.y)
@@ -300,13 +275,12 @@ def _lora(c: _Count) -> None:
     c.gemm("dh", T, r, N)
     c.gemm("dA", r, C, T)
     c.gemm("dh·A", T, C, r)
-    c.dropout("dropout backward")
     c.base_backward()
     c.elementwise("add to dX", 2 * c.x, c.x)
 
 
 def _hira(c: _Count) -> None:
-    """PEFT: `result + F.linear(dropout(x), W0 * (Aᵀ Bᵀ)ᵀ)`; always one block."""
+    """PEFT: `result + F.linear(x, W0 * (Aᵀ Bᵀ)ᵀ)`; always one block."""
     N, C, r = c.p.out_features, c.p.in_features, c.p.rank
     c.base_forward()
     c.gemm("BA", N, C, r)
@@ -330,21 +304,19 @@ def _paper_dense(c: _Count) -> None:
 
 
 def _dense_delta(c: _Count) -> None:
-    """y + dropout(x)·ΔWᵀ and its backward up to the dense G = dYᵀ·dropout(x), with ΔW in memory."""
+    """y + x·ΔWᵀ and its backward up to the dense G = dYᵀ·x, with ΔW in memory."""
     T, N, C = c.p.tokens, c.p.out_features, c.p.in_features
-    c.dropout("dropout")
     c.gemm("x·ΔWᵀ", T, N, C)
     c.elementwise("add to y", 2 * c.y, c.y)
     c.stage = "backward"
     c.base_backward()
     c.gemm("dY·ΔW", T, C, N)
-    c.dropout("dropout backward")
     c.elementwise("add to dX", 2 * c.x, c.x)
     c.gemm("G = dYᵀ·x", N, C, T)
 
 
 def _merged(c: _Count) -> None:
-    """One GEMM with W_eff, in forward and for dX. Dropout is ignored: it has no merged form."""
+    """One GEMM with W_eff, in forward and for dX."""
     c.build_weight()
     c.base_forward()
     c.stage = "backward"
@@ -354,22 +326,15 @@ def _merged(c: _Count) -> None:
 
 def _split(c: _Count) -> None:
     """The adapter first, block by block; then the base GEMM accumulates onto its result."""
-    c.build_blocks()
+    c.add("build ΔW blocks", 2 * c.block_w * c.p.max_rank, c.read_w + c.block_w + c.factors)
     c.gather_x()
-    c.block_matmul("block matmul", c.x_blocks, c.y)
+    # Blocks run side by side on the same tokens: memory moves x once, copied or not.
+    c.add("block matmul", c.unit // c.p.num_blocks, c.x_blocks + c.block_w + c.y)
     c.base_forward()
     c.add("y, read to accumulate", 0, c.y, launches=0)
     c.stage = "backward"
     c.factor_gradients()
-    if not c.p.dropout:
-        c.merged_dx()
-        return
-    c.gather_dy()
-    c.build_blocks()
-    c.block_matmul("block matmul of dX", c.dy_blocks, c.x_blocks)
-    c.add("scatter dX, dropout", c.x_blocks, c.x_blocks + c.x)
-    c.base_backward()
-    c.add("dX, read to accumulate", 0, c.x, launches=0)
+    c.merged_dx()
 
 
 def _fused(c: _Count) -> None:

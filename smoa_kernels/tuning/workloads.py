@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import triton as backend
+from ..backends.kernels_dropout import KernelsDropout
 from ..definition.dropout import Dropout
 from ..definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
 from ..definition.packed import PackedAdapter
@@ -172,9 +173,8 @@ def _permute(operands: Operands) -> Work:
     x = operands.tensor(key.tokens, key.in_features)
     blocked = operands.tensor(key.tokens, key.blocks, key.padded_in) if scatters else None
     p = operands.partition(key.in_features, key.in_features)
-    dropout = None
-    if "dropout" in operands.form:
-        dropout = Dropout(torch.zeros(1, dtype=torch.int64, device=operands.device), 0.1)
+    seed = torch.zeros(1, dtype=torch.int64, device=operands.device)
+    dropout = Dropout(seed, 0.1) if key.dropout else None
 
     def run(config: Any) -> list[Tensor]:
         if blocked is not None:
@@ -183,8 +183,10 @@ def _permute(operands: Operands) -> Work:
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
         gathered = x.new_zeros(key.tokens, key.blocks, key.padded_in, dtype=dtype)
+        kept = x.to(dtype)
+        kept = kept * KernelsDropout(seed, 0.1).multiplier(kept) if key.dropout else kept
         for k, size in enumerate(p.col_sizes):
-            gathered[:, k, :size] = x[:, p.cols(k)]
+            gathered[:, k, :size] = kept[:, p.cols(k)]
         return [gathered]
 
     return run, defined
@@ -193,7 +195,8 @@ def _permute(operands: Operands) -> Work:
 def _block_matmul(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     x = operands.tensor(key.tokens, key.in_features)
-    xg = x if key.granule > 1 else gather_columns(x, adapter.partition, key.padded_in)
+    in_place = key.granule > 1 and not key.dropout
+    xg = x if in_place else gather_columns(x, adapter.partition, key.padded_in)
     y = operands.tensor(key.tokens, key.out_features)
     if key.transposed:
         delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
@@ -221,7 +224,7 @@ def _block_grad(operands: Operands) -> Work:
     p = adapter.partition
     x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
     dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
-    xg = x if key.granule > 1 and "dropout" not in operands.form else gather_columns(x, p, key.padded_in)
+    xg = x if key.granule > 1 and not key.dropout else gather_columns(x, p, key.padded_in)
 
     def run(config: Any) -> tuple[Tensor, Tensor]:
         return block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32, config=config)

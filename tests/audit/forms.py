@@ -92,6 +92,8 @@ def representative(kernel: str, dtype: str, form: str) -> Key:
     named = re.search(r"\br(\d+)\b", form)
     rank, blocks, tokens = int(named[1]) if named else 16, 2, 512
     transposed, granule = "transposed" in form, GRANULE if "granules" in form else 1
+    dropout = "dropout" in form
     rows, cols = (2048, 1024) if transposed else (1024, 2048)
     padded = rows // blocks, cols // blocks
-    return Key(kernel, dtype, rank, blocks, rows, cols, tokens, *padded, transposed, granule)
+    sizes = rank, blocks, rows, cols, tokens, *padded
+    return Key(kernel, dtype, *sizes, transposed, granule, dropout=dropout)

@@ -8,7 +8,7 @@ from typing import Any
 
 from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
 
-__all__ = ["Record", "Traffic", "broken_rules", "occupancy"]
+__all__ = ["Record", "Traffic", "broken_rules"]
 
 WIDE_BITS = 128
 UNKNOWN = "?"
@@ -79,23 +79,11 @@ class Record:
         return f"{self.kernel} {self.form}, {self.arch} {self.dtype}, {config}"
 
 
-def occupancy(arch: Architecture, *, registers: int, shared: int, warps: int) -> int:
-    """Blocks that one multiprocessor holds at once; 0 if none fits.
-
-    `registers` is per thread, on AMD vector plus accumulation registers; `shared` is bytes per block.
-    """
-    granules = -(-max(registers, 1) // arch.register_granule)
-    warps_per_scheduler = arch.registers // (granules * arch.register_granule)
-    resident_warps = min(arch.max_warps, warps_per_scheduler * arch.schedulers)
-    by_shared = arch.shared_per_multiprocessor // max(shared + arch.shared_reserved, 1)
-    return min(arch.max_blocks, resident_warps // warps, by_shared)
-
-
 def broken_rules(record: Record) -> tuple[str, ...]:
     """The rules that a record breaks, as messages; empty if it may ship.
 
     1. It compiles; no spills, no stack, no local memory.
-    2. Shared memory within the architecture's limit, and at least one block fits a multiprocessor.
+    2. Shared memory within the architecture's limit. Compilers themselves keep registers within a block's.
     3. In matmul kernels the main loop multiplies on the architecture's full-rate tensor cores for bf16, fp16 and
        tf32, and its loads are 128 bits wide and, on NVIDIA, asynchronous. Loops in IEEE float32 have no tensor
        cores on NVIDIA; their loads obey the same rule.
@@ -117,8 +105,6 @@ def broken_rules(record: Record) -> tuple[str, ...]:
         broken.append(f"stack of {record.stack} bytes")
     if record.shared > arch.shared_per_block:
         broken.append(f"shared memory {record.shared} above {arch.shared_per_block} bytes")
-    elif not occupancy(arch, registers=record.registers, shared=record.shared, warps=max(record.warps, 1)):
-        broken.append("not one block fits a multiprocessor")
     if record.early_writes:
         broken.append(f"{record.early_writes} writes to a wgmma's left operand before its wait")
     if record.role == "copy":

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import triton
 
+from smoa_kernels.backends.algorithms import FUSED_MAX_RANK_IEEE
 from smoa_kernels.checks import check_choices
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.files import cache_folder, replace_file
@@ -29,7 +30,7 @@ from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
 from smoa_kernels.kernels.spec import Config, Kernel
 
 from .compile import Binary, Launch, compile_launch, representative_launch
-from .forms import AUDITED, LOOKED_UP
+from .forms import AUDITED, LOOKED_UP, representative
 from .pointers import pointers_at
 from .rules import UNKNOWN, Record, Traffic
 
@@ -98,7 +99,14 @@ def tasks(
         if dtype != "tf32" or _knows_tf32(kernel, ARCHITECTURES[arch])
         for place, index in enumerate(_distinct(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
         for form in _forms(kernel, extent, largest=place == 0)
+        if not _loads_nothing_ahead(kernel, form, dtype, ARCHITECTURES[arch])
     ]
+
+
+def _loads_nothing_ahead(kernel: Kernel, form: str, dtype: str, arch: Architecture) -> bool:
+    """Whether a form is slow by design: IEEE float32 at a rank at which "auto" takes another algorithm."""
+    many = representative(kernel.name, dtype, form).rank > FUSED_MAX_RANK_IEEE
+    return kernel.name == "fused_linear" and dtype == "fp32" and not arch.is_amd and many
 
 
 def _knows_tf32(kernel: Kernel, arch: Architecture) -> bool:

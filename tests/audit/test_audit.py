@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from smoa_kernels.kernels.architectures import ARCHITECTURES
-
 pytest.importorskip("triton", reason="there is no compiler")
 
 from .compile import exact_lines
 from .listing import parse_amdgcn, parse_sass
 from .pointers import pointers_by_line
-from .rules import Record, Traffic, broken_rules, occupancy
+from .rules import Record, Traffic, broken_rules
 
 HOPPER_LOOP = """
 	//## File "kernel.py", line 3
@@ -206,22 +204,6 @@ def kernel(x_ptr, index_ptr, out_ptr, n):
     assert (2, "load") not in lines
 
 
-@pytest.mark.parametrize(
-    ("arch", "registers", "shared", "warps", "blocks"),
-    [
-        ("sm_80", 128, 48 * 1024, 4, 3),  # shared memory: 164 / 49
-        ("sm_80", 255, 0, 8, 1),  # registers: 2 warps per scheduler
-        ("sm_90", 32, 0, 1, 32),  # the block limit
-        ("sm_86", 40, 0, 8, 6),  # 48 warps
-        ("gfx942", 128, 32 * 1024, 4, 2),
-        ("gfx942", 512, 0, 4, 1),
-    ],
-)
-def test_occupancy(arch, registers, shared, warps, blocks):
-    found = occupancy(ARCHITECTURES[arch], registers=registers, shared=shared, warps=warps)
-    assert found == blocks
-
-
 LOADS = Traffic("x_ptr", "load", 128, True, True, 8)
 GOOD = Record(
     *("block_matmul", "r16", "matmul", {"block_t": 128}, "sm_90", "bf16"),
@@ -246,7 +228,6 @@ def load(pointer: str, bits: int, asynchronous: bool) -> dict[str, object]:
         ({"spilled": 12}, "spills 12 bytes"),
         ({"stack": 16}, "stack of 16 bytes"),
         ({"shared": 227 * 1024 + 1}, "shared memory 232449 above 232448 bytes"),
-        ({"registers": 255, "warps": 16}, "not one block fits"),
         ({"tensor_cores": {}}, "no tensor cores in the main loop, not HGMMA"),
         ({"tensor_cores": {}, "dtype": "fp32"}, None),
         ({"tensor_cores": {}, "dtype": "fp32", "arch": "gfx942"}, "not MFMA"),

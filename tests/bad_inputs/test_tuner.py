@@ -26,25 +26,15 @@ CONFIGURATIONS: list[Change] = [
     ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
     ({"block_ranks": [3, 2, 3]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
     ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
-    ({"block_ranks": [1, 1]}, ValueError, "block_ranks must sum to r=8"),
     ({"smoa_dropout": 1.0}, ValueError, r"smoa_dropout must lie in \[0, 1\), got 1.0"),
-    ({"smoa_dropout": "0.1"}, TypeError, "smoa_dropout must be a number, got '0.1'"),
     ({"smoa_alpha": "1"}, TypeError, "smoa_alpha must be a number, got '1'"),
     ({"smoa_alpha": NAN}, ValueError, "smoa_alpha must be finite, got nan"),
     ({"rank_pattern": 4}, TypeError, "rank_pattern must be a dict"),
-    ({"rank_pattern": [1]}, TypeError, "rank_pattern must be a dict"),
     ({"rank_pattern": {"q": 0}}, ValueError, r"rank_pattern\['q'\] must be at least 1, got 0"),
-    (
-        {"rank_pattern": {"q": HUGE}},
-        ValueError,
-        r"rank_pattern\['q'\] must be at most 65536, got 1000000000000",
-    ),
     ({"rank_pattern": {5: 1}}, ValueError, "a key of rank_pattern must be a regular expression, got 5"),
     ({"rank_pattern": {"(": 3}}, ValueError, r"a key of rank_pattern must be a regular expression, got '\('"),
     ({"alpha_pattern": {"q": "x"}}, TypeError, r"alpha_pattern\['q'\] must be a number, got 'x'"),
-    ({"alpha_pattern": {"q": None}}, TypeError, r"alpha_pattern\['q'\] must be a number, got None"),
     ({"num_blocks_pattern": {"q": 1.5}}, TypeError, r"num_blocks_pattern\['q'\] must be an int"),
-    ({"num_blocks_pattern": {"q": HUGE}}, ValueError, r"num_blocks_pattern\['q'\] must be at most 65536"),
     (
         {"block_order": "sorted"},
         ValueError,
@@ -67,24 +57,12 @@ CONFIGURATIONS: list[Change] = [
         ValueError,
         r"block_order_pattern\['q'\] must be one of spectral",
     ),
-    ({"block_order_pattern": 4}, TypeError, "block_order_pattern must be a dict"),
     ({"granule_pattern": {"q": 0}}, ValueError, r"granule_pattern\['q'\] must be at least 1, got 0"),
     ({"target_modules": 5}, TypeError, "target_modules must be a list of names, or one, got 5"),
-    (
-        {"target_modules": ["q_proj", 5]},
-        TypeError,
-        r"target_modules must be a list of names, or one, got \['q_proj', 5",
-    ),
     ({"target_modules": "*_proj"}, ValueError, r"target_modules must be a regular expression, got '\*_proj'"),
     ({"exclude_modules": 5}, TypeError, "exclude_modules must be a list of names, or one, got 5"),
-    ({"exclude_modules": "["}, ValueError, r"exclude_modules must be a regular expression, got '\['"),
     ({"modules_to_save": "head"}, TypeError, "modules_to_save must be a list of names, got 'head'"),
     ({"modules_to_save": [""]}, ValueError, "modules_to_save must hold names of modules, got ''"),
-    (
-        {"modules_to_save": ["a\\x"]},
-        ValueError,
-        r"modules_to_save must be a regular expression, got 'a\\\\x'",
-    ),
     (
         {"layers_to_transform": "1"},
         TypeError,
@@ -113,7 +91,6 @@ CONFIGURATIONS: list[Change] = [
     ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out must be True or False, got None"),
     ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
     ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
-    ({"format_version": "2"}, TypeError, "format_version must be an int, got '2'"),
 ]
 
 
@@ -132,11 +109,6 @@ X = torch.ones(2, 8)
 COMBINE = {"adapters": ["default"], "weights": [1.0], "adapter_name": "new"}
 
 LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
-    (
-        lambda m: m.base_model.model[0](X, adapter_names=["default"]),
-        ValueError,
-        "Length of `adapter_names` should be the same as the number of inputs",
-    ),
     (
         lambda m: m.base_model.model[0].build_blocks(BlockRule(7)),
         ValueError,
@@ -161,11 +133,6 @@ LAYERS: list[tuple[Callable[[Any], object], type[Exception], str]] = [
         lambda m: m.base_model.add_weighted_adapter(**COMBINE | {"combination_type": ["cat"]}),
         ValueError,
         r"combination_type must be one of cat, linear, got \['cat'\]",
-    ),
-    (
-        lambda m: m.add_adapter("a.b", SMoAConfig(r=4, target_modules=["0"])),
-        ValueError,
-        "adapter_name must be a name without dots and slashes, got 'a.b'",
     ),
 ]
 

@@ -66,23 +66,6 @@ def test_traffic_is_the_bytes_of_the_factors(group: Processes) -> None:
     group.run(sends_the_factors)
 
 
-def draws_masks() -> list[Tensor]:
-    outputs = []
-    for _ in range(2):
-        model = build("fused", torch.float64, dropout=0.4)
-        parallel = DistributedDataParallel(model)
-        torch.manual_seed(100 + dist.get_rank())
-        outputs.append(parallel(batch(torch.float64)[0]).detach())
-    return outputs
-
-
-def test_dropout_differs_between_processes_and_is_reproducible(two: Processes) -> None:
-    (first, again), (other, other_again) = two.run(draws_masks)
-    assert torch.equal(first, again)
-    assert torch.equal(other, other_again)
-    assert not torch.equal(first, other)
-
-
 # Labels are agreed on once.
 
 
@@ -173,17 +156,11 @@ def test_without_processes_names_are_noted() -> None:
     assert not any(name.startswith("norm") for name in ignored)
 
 
-def compiles() -> None:
-    torch._dynamo.reset()
-    assert_as_one_process("fused", lambda m: torch.compile(wrapped(m), backend="aot_eager"), part)
-
-
 @pytest.mark.parametrize(
     "body",
     [
         shares_labels,
         shares_labels_of_peft,
-        compiles,
     ],
     ids=lambda body: body.__name__,
 )

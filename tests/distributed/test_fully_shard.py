@@ -82,23 +82,6 @@ def test_each_pass_gathers_a_block_once(group: Processes) -> None:
     group.run(gathers_once_per_pass)
 
 
-def keeps_the_root_whole() -> None:
-    """Parameters outside blocks are gathered once and stay until backward ends, as `smoa-kernels plan` counts."""
-    model = nn.Sequential(build("fused", torch.float32, depth=DEPTH), nn.Linear(IN, IN).requires_grad_(False))
-    for block in model[0]:
-        fully_shard(block, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    fully_shard(model)
-    x, target = part(batch(torch.float32))
-    x.requires_grad_()
-    with Traffic() as forward:
-        loss = nn.functional.mse_loss(model(x), target)
-    assert forward.calls == {"allgather_base": DEPTH + 1}
-    assert not isinstance(model[1].weight, DTensor)
-    with Traffic() as backward:
-        loss.backward()
-    assert backward.calls == {"allgather_base": DEPTH, "reduce_scatter_base": DEPTH}
-
-
 def keeps_factors_whole() -> None:
     truth = step(build("fused", torch.float64, depth=DEPTH), *batch(torch.float64))
     model = build("fused", torch.float64, depth=DEPTH)
@@ -127,20 +110,6 @@ def trains_in_half_precision() -> None:
         assert relative_error(whole(ours[name]), truth[name]) < 2 * relative_error(
             single[name], truth[name]
         ), name
-
-
-def trains_wide_factors_over_a_half_base() -> None:
-    def mixed() -> nn.Module:
-        model = build("fused", torch.float32, depth=DEPTH)
-        for parameter in model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-        return model
-
-    single = step(mixed(), *batch(torch.bfloat16))
-    ours = step(shard(mixed()), *part(batch(torch.bfloat16)))
-    assert_factors(ours, single, 2e-2)
-    assert all(ours[name].dtype == torch.float32 for name in ours if "smoa_" in name)
 
 
 def composes_with_tensor_parallelism(kind: str) -> None:
@@ -255,10 +224,8 @@ def test_checkpoints_fit_any_world_size(
 @pytest.mark.parametrize(
     "body",
     [
-        keeps_the_root_whole,
         keeps_factors_whole,
         trains_in_half_precision,
-        trains_wide_factors_over_a_half_base,
         merges_after_unshard,
     ],
     ids=lambda body: body.__name__,

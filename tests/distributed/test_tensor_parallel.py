@@ -11,7 +11,6 @@ import torch.distributed as dist
 from networks import (
     DOUBLE,
     HIDDEN,
-    IN,
     Traffic,
     assert_as_one_process,
     batch,
@@ -193,14 +192,6 @@ def test_the_order_is_computed_once(two: Processes) -> None:
     assert two.run(spectra_are_shared) == [4, 0]
 
 
-def labels_become_the_firsts() -> None:
-    rank = dist.get_rank()
-    model = build("fused", torch.float64, spectral=rank == 0)
-    parallelize(model)
-    x, _ = batch(torch.float64)
-    assert relative_error(model(x), build("fused", torch.float64)(x)) < DOUBLE
-
-
 def refuses() -> None:
     merged = build("fused", torch.float64)
     layers(merged)[0].merge()
@@ -280,15 +271,6 @@ def unloads() -> None:
         assert relative_error(cut.bias.full_tensor(), one.bias) == 0
 
 
-def falls_back() -> None:
-    model = nn.Sequential(nn.Linear(IN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, IN)).double()
-    x, _ = batch(torch.float64)
-    y = model(x)
-    mesh = init_device_mesh("cpu", (2,))
-    parallelize_module(model, mesh, {"0": ColwiseSMoAParallel(), "2": RowwiseSMoAParallel()})
-    assert relative_error(model(x), y) < DOUBLE
-
-
 def compiles() -> None:
     torch._dynamo.reset()
     assert_as_one_process(
@@ -302,12 +284,10 @@ def compiles() -> None:
     "body",
     [
         two_adapters,
-        labels_become_the_firsts,
         refuses,
         awaits_labels,
         several_dropouts,
         unloads,
-        falls_back,
         compiles,
     ],
     ids=lambda body: body.__name__,

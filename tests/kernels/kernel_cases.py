@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from problems import DEVICE, LinearProblem, error_over_budget, relative_error
+from problems import DEVICE, error_over_budget, relative_error
 from torch import Tensor
-from vectors import Vector
 
-from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.precision import KERNEL_DTYPES, KERNEL_PRECISIONS, PRECISIONS, Precision
-from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES, architecture, facts
 from smoa_kernels.kernels.spec import Config
 
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-
-
-def from_vector(vector: Vector) -> LinearProblem:
-    """A stored vector of the definition, in float64."""
-    return LinearProblem(
-        x=torch.from_numpy(vector.x),
-        weight=torch.from_numpy(vector.weight),
-        bias=torch.from_numpy(vector.bias),
-        A=torch.from_numpy(vector.A),
-        B=torch.from_numpy(vector.B),
-        partition=BlockPartition.from_labels(
-            torch.from_numpy(vector.row_block), torch.from_numpy(vector.col_block), vector.num_blocks
-        ),
-        ranks=torch.from_numpy(vector.ranks).int(),
-        dy=torch.from_numpy(vector.dy),
-        scaling=vector.scaling,
-    )
-
-
-def adapter_of(problem: LinearProblem, place: Callable[[Tensor], Tensor] = lambda t: t) -> PackedAdapter:
-    """The packed adapter of a problem, each floating tensor passed through `place` (strides, guards)."""
-    scaling = torch.tensor(problem.scaling, dtype=torch.float32, device=problem.weight.device)
-    return PackedAdapter(
-        place(problem.weight), place(problem.A), place(problem.B), problem.partition, problem.ranks, scaling
-    )
-
-
-def delta_weight(problem: LinearProblem) -> Tensor:
-    """ΔW by the definition, in the problem's dtype."""
-    p = problem
-    return reference_delta_weight(p.weight, p.A, p.B, p.partition, p.ranks, scaling=p.scaling)
-
-
-def linear(problem: LinearProblem) -> Tensor:
-    """y by the definition, in the problem's dtype."""
-    p = problem
-    return reference_linear(p.x, p.weight, p.bias, p.A, p.B, p.partition, p.ranks, scaling=p.scaling)
 
 
 def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:

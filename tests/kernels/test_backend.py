@@ -149,7 +149,7 @@ def test_many_tokens_of_one_batch_are_eagers(tokens: int, blocks: int, dtype: st
         assert algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90") != "eager"
         assert "eager" in algorithms.admissible(stage, dtype)
     precision = PRECISIONS[dtype]
-    rates = GPUS["h100"].rates(precision.dtype, precision.ieee)
+    rates = GPUS["h100"].rates(dtype)
     share = 4 * precision.dtype.itemsize / blocks / rates.bytes_per_second
     gemm = 2 * tokens / rates.flops_per_second + 2 * precision.dtype.itemsize / rates.bytes_per_second
     assert (share < 0.05 * gemm) == many

@@ -8,9 +8,7 @@ import pytest
 import torch
 from kernel_cases import (
     Guarded,
-    adapter_of,
     assert_within_budget,
-    delta_weight,
     each_dtype,
     far_apart,
 )
@@ -47,13 +45,13 @@ def in_one_part(dyg: Tensor, xg: Tensor, adapter: PackedAdapter, **settings: Any
 
 
 def gradients(problem: LinearProblem, config: Config = SMALL) -> tuple[Tensor, Tensor]:
-    return in_one_part(*gather(problem, config.block_c), adapter_of(problem), config=config)
+    return in_one_part(*gather(problem, config.block_c), problem.adapter(), config=config)
 
 
 def expected(problem: LinearProblem) -> tuple[Tensor, Tensor]:
     """dA and dB by autograd through the definition, in the problem's dtype."""
     A, B = (factor.detach().clone().requires_grad_() for factor in (problem.A, problem.B))
-    y = problem.x @ delta_weight(replace(problem, A=A, B=B)).T
+    y = problem.x @ replace(problem, A=A, B=B).delta_weight().T
     if y.requires_grad:
         y.backward(problem.dy)
     dA, dB = (torch.zeros_like(f) if f.grad is None else f.grad for f in (A, B))
@@ -99,7 +97,7 @@ def test_launches_in_parts_agree_with_one(
         return found
 
     config = replace(SMALL, split=split)
-    parts = block_grad(len(sizes), gathered, adapter_of(problem), config=config)
+    parts = block_grad(len(sizes), gathered, problem.adapter(), config=config)
     assert len(alive) == 2 * len(sizes)
     truth = expected(problem.to(torch.float64))
     for mine, theirs, true in zip(parts, expected(problem), truth, strict=True):
@@ -116,7 +114,7 @@ def test_no_gradient_crosses_into_padding_or_other_memory(guarded: Guarded, devi
     used_A, used_B = padding_masks(problem.partition, problem.ranks, 20)
     problem.A[~used_A] = float("nan")
     problem.B[~used_B] = float("nan")
-    adapter = adapter_of(problem, lambda tensor: guarded(tensor, row_padding=3))
+    adapter = problem.adapter(lambda tensor: guarded(tensor, row_padding=3))
     dyg, xg = (guarded(blocked, row_padding=16) for blocked in gather(problem))
     for mine, theirs in zip(in_one_part(dyg, xg, adapter), whole, strict=True):
         assert torch.equal(mine, theirs)
@@ -129,7 +127,7 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
     problem = make_problem(tokens=12).on(device).to(torch.bfloat16)
     dyg, xg = gather(problem)
     apart = far_apart(dyg, 2**31 // 8)
-    for mine, theirs in zip(in_one_part(apart, xg, adapter_of(problem)), gradients(problem), strict=True):
+    for mine, theirs in zip(in_one_part(apart, xg, problem.adapter()), gradients(problem), strict=True):
         assert torch.equal(mine, theirs)
 
 

@@ -4,9 +4,7 @@ import pytest
 import torch
 from kernel_cases import (
     Guarded,
-    adapter_of,
     assert_within_budget,
-    delta_weight,
     each_dtype,
     far_apart,
 )
@@ -38,7 +36,7 @@ def gather(x: Tensor, adapter: PackedAdapter, width: int) -> Tensor:
 
 def output(problem: LinearProblem) -> Tensor:
     """x ΔWᵀ, with the blocks of ΔW and of x from their own kernels."""
-    adapter = adapter_of(problem)
+    adapter = problem.adapter()
     delta = blocks(adapter)
     out = torch.empty_like(problem.dy)
     return block_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out, config=SMALL)
@@ -46,7 +44,7 @@ def output(problem: LinearProblem) -> Tensor:
 
 def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
     rounded = problem.to(dtype, factor_dtype)
-    delta, true_delta = delta_weight(rounded), delta_weight(rounded.to(torch.float64))
+    delta, true_delta = rounded.delta_weight(), rounded.to(torch.float64).delta_weight()
     same, truth = rounded.x @ delta.T, rounded.x.double() @ true_delta.T
     assert_within_budget(output(rounded), same, truth)
 
@@ -56,7 +54,7 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: torch.device) -> None:
     """dX of the adapter (dY ΔW, in block order), from its own blocks of ΔW or from the transposed adapter's."""
     problem = make_problem(tokens=19, random_labels=True).on(device).to(dtype)
-    adapter = adapter_of(problem)
+    adapter = problem.adapter()
     delta = blocks(adapter.T) if contiguous else blocks(adapter).transpose(1, 2)
     dyg = gather(problem.dy, adapter.T, delta.shape[2])
     dxg = torch.empty(19, 3, delta.shape[1], dtype=dtype, device=device)
@@ -66,8 +64,8 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
         assert not dxg[:, k, size:].any()  # padding is zero, so it is finite
     dx = torch.empty_like(problem.x)
     scatter_columns(dxg, partition, dx)
-    truth = problem.dy.double() @ delta_weight(problem.to(torch.float64))
-    assert_within_budget(dx, problem.dy @ delta_weight(problem), truth)
+    truth = problem.dy.double() @ problem.to(torch.float64).delta_weight()
+    assert_within_budget(dx, problem.dy @ problem.delta_weight(), truth)
     natural = torch.empty_like(dx)
     assert torch.equal(block_matmul(dyg, adapter.T, delta, out=natural, config=SMALL), dx)
 
@@ -75,7 +73,7 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
     """Padded rows of y, a transposed y and separate x blocks: nothing outside the tensors is touched."""
     problem = make_problem(tokens=21, random_labels=True).on(device).to(torch.float32)
-    adapter = adapter_of(problem, lambda tensor: guarded(tensor, row_padding=3))
+    adapter = problem.adapter(lambda tensor: guarded(tensor, row_padding=3))
     expected = output(problem)
     delta = guarded(blocks(adapter))
     xg = guarded(gather(problem.x, adapter, delta.shape[2]), row_padding=16)
@@ -92,7 +90,7 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
 def test_offsets_beyond_int32(device: torch.device) -> None:
     problem = make_problem(tokens=12, fill_padding=False).on(device).to(torch.bfloat16)
     out = far_apart(problem.dy, 2**31 // 8, filled=False)
-    adapter = adapter_of(problem)
+    adapter = problem.adapter()
     delta = blocks(adapter)
     block_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out, config=SMALL)
     assert torch.equal(out, output(problem))

@@ -16,7 +16,7 @@ import test_modulate
 import torch
 from audit.forms import AUDITED
 from draws import HealthCheck, given, settings, st
-from kernel_cases import assert_within_its_rounding, each_dtype, from_vector, shipped_here
+from kernel_cases import assert_within_its_rounding, each_dtype, shipped_here
 from problems import LinearProblem, make_problem
 from test_permute import gather, gathered_by_hand, random_partition, scatter
 from vectors import Vector, all_vectors
@@ -34,7 +34,7 @@ CHECKS = [test.check for test in (test_block_grad, test_block_matmul, test_fused
 
 # All block orders take the same path in the kernels, so the other orders run only in `make test-all`.
 VECTORS = [
-    pytest.param(v, id=v.name, marks=[pytest.mark.slow] if v.rule != BlockRule(v.num_blocks) else [])
+    pytest.param(v, id=v.name, marks=[pytest.mark.slow] if v.rule != BlockRule(v.rule.num_blocks) else [])
     for v in all_vectors()
 ]
 
@@ -56,7 +56,7 @@ each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__
 def test_vectors(
     check: Callable[..., None], vector: Vector, dtype: torch.dtype, device: torch.device
 ) -> None:
-    check(from_vector(vector).on(device), dtype)
+    check(vector.problem.on(device), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (65, 256))])

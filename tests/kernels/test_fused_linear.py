@@ -6,29 +6,31 @@ import pytest
 import torch
 from kernel_cases import (
     Guarded,
-    adapter_of,
     assert_within_budget,
-    delta_weight,
-    linear,
     shipped_here,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
 
+from smoa_kernels.definition.reference import reference_linear
 from smoa_kernels.kernels.fused_linear import fused_linear
 
 pytestmark = pytest.mark.numerical
 
 
 def dx(problem: LinearProblem) -> Tensor:
-    return problem.dy @ (problem.weight + delta_weight(problem))
+    return problem.dy @ (problem.weight + problem.delta_weight())
 
 
 def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
     rounded = problem.to(dtype, factor_dtype)
     truth, same = rounded.to(torch.float64), rounded.to(dtype)
-    adapter = adapter_of(rounded)
-    assert_within_budget(fused_linear(rounded.x, rounded.bias, adapter), linear(same), linear(truth))
+    adapter = rounded.adapter()
+    assert_within_budget(
+        fused_linear(rounded.x, rounded.bias, adapter),
+        same.forward(reference_linear),
+        truth.forward(reference_linear),
+    )
     assert_within_budget(fused_linear(rounded.dy, None, adapter.T), dx(same), dx(truth))
 
 
@@ -46,11 +48,11 @@ def test_strides_and_guards(
     def place(tensor: Tensor) -> Tensor:
         return guarded(tensor, row_padding=row_padding)
 
-    adapter = adapter_of(problem, place)
+    adapter = problem.adapter(place)
     truth = problem.to(torch.float64)
     for config, _ in shipped_here("fused_linear")[:2]:
         y = fused_linear(place(problem.x), guarded(problem.bias), adapter, config=config)
-        assert_within_budget(y, linear(problem), linear(truth))
+        assert_within_budget(y, problem.forward(reference_linear), truth.forward(reference_linear))
         assert_within_budget(
             fused_linear(place(problem.dy), None, adapter.T, config=config), dx(problem), dx(truth)
         )
@@ -58,12 +60,12 @@ def test_strides_and_guards(
 
 def test_no_tokens(device: torch.device) -> None:
     problem = make_problem(tokens=0, dtype=torch.float32).on(device)
-    assert fused_linear(problem.x, problem.bias, adapter_of(problem)).shape == (0, 33)
+    assert fused_linear(problem.x, problem.bias, problem.adapter()).shape == (0, 33)
 
 
 def test_a_shard_without_columns_gives_the_bias(device: torch.device) -> None:
     problem = make_problem(dtype=torch.float32).on(device)
-    adapter = adapter_of(problem)
+    adapter = problem.adapter()
     none = slice(0)
     shard = replace(
         adapter,

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kernel_cases import Guarded, adapter_of
+from kernel_cases import Guarded
 from problems import Case, LinearProblem, assert_within_budget, cases, make_problem
 from test_block_grad import SMALL as SMALL_GRAD
 from test_block_matmul import SMALL as SMALL_MATMUL
@@ -96,7 +96,7 @@ def test_factor_gradients(
 ) -> None:
     p = problem_of(name, dtype, device)
     dyg, xg = gathered(p)
-    adapter = adapter_of(p)
+    adapter = p.adapter()
     with coordinate_by_coordinate(monkeypatch):
         expected = block_grad(1, lambda part: (dyg, xg), adapter, config=SMALL_GRAD)
     for operands in ((p.dy, p.x), (p.dy, xg), (dyg, p.x), (dyg, xg)):
@@ -111,7 +111,7 @@ def test_the_adapters_output(
     """The output goes to its own rows; the transposed adapter's stays in block order."""
     p = problem_of(name, dtype, device)
     dyg, xg = gathered(p)
-    for side, adapter, here, blocked in ((p.dy, adapter_of(p), p.x, xg), (p.x, adapter_of(p).T, p.dy, dyg)):
+    for side, adapter, here, blocked in ((p.dy, p.adapter(), p.x, xg), (p.x, p.adapter().T, p.dy, dyg)):
         rows, cols = adapter.partition.row_sizes, adapter.partition.col_sizes
         widths = block_width(rows), block_width(cols)
         with coordinate_by_coordinate(monkeypatch):
@@ -147,9 +147,9 @@ def test_dropout(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
     """Padded rows and strided columns: nothing outside the tensors is touched."""
     p = problem_of("granules", torch.float32, device)
-    adapter = adapter_of(p)
+    adapter = p.adapter()
     expected = block_grad(1, lambda part: (p.dy, p.x), adapter, config=SMALL_GRAD)
-    near = adapter_of(p, lambda tensor: guarded(tensor, row_padding=3))
+    near = p.adapter(lambda tensor: guarded(tensor, row_padding=3))
     for dy, x in (
         (guarded(p.dy, row_padding=5), guarded(p.x, row_padding=8)),
         tuple(torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in (p.dy, p.x)),

@@ -71,6 +71,7 @@ def test_without_the_short_way_triton_launches() -> None:
     kernels = found["short"][0][0]
     words = {
         "short": "",
+        "refused": "wrong numbers",
         "raises": "TypeError: another signature",
         "missing": "has no attribute 'no_function'",
     }

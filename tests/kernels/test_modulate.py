@@ -6,9 +6,7 @@ import pytest
 import torch
 from kernel_cases import (
     Guarded,
-    adapter_of,
     assert_within_budget,
-    delta_weight,
     each_dtype,
 )
 from problems import LinearProblem, make_problem
@@ -17,13 +15,12 @@ from torch import Tensor
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
-from smoa_kernels.kernels.spec import Config
 
 pytestmark = pytest.mark.numerical
 
 
 def effective(problem: LinearProblem) -> Tensor:
-    return problem.weight + delta_weight(problem)
+    return problem.weight + problem.delta_weight()
 
 
 def padded(partition: BlockPartition, row_multiple: int = 16, col_multiple: int = 16) -> tuple[int, int]:
@@ -45,21 +42,12 @@ def from_blocks(blocks: Tensor, partition: BlockPartition) -> Tensor:
 def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
     rounded = problem.to(dtype, factor_dtype)
     truth, same = rounded.to(torch.float64), rounded.to(dtype)
-    adapter = adapter_of(rounded)
+    adapter = rounded.adapter()
     weight = modulated_weight(adapter)
     assert weight.stride() == rounded.weight.stride()
     assert_within_budget(weight, effective(same), effective(truth))
     blocks = modulated_blocks(adapter, padded(rounded.partition, 16, 32))
-    assert_within_budget(from_blocks(blocks, rounded.partition), delta_weight(same), delta_weight(truth))
-
-
-def test_a_tile_narrower_than_a_warp(device: torch.device) -> None:
-    """No such tile ships, but a tuning table may contain one."""
-    problem = make_problem(out_features=40, in_features=45, ranks=(5, 2)).on(device).to(torch.bfloat16)
-    config = Config(block_n=16, block_c=16, num_warps=4)
-    blocks = modulated_blocks(adapter_of(problem), padded(problem.partition), config=config)
-    truth = delta_weight(problem.to(torch.float64))
-    assert_within_budget(from_blocks(blocks, problem.partition), delta_weight(problem), truth)
+    assert_within_budget(from_blocks(blocks, rounded.partition), same.delta_weight(), truth.delta_weight())
 
 
 @pytest.mark.parametrize("row_padding", [0, 5])
@@ -72,7 +60,7 @@ def test_strides_and_guards(
     problem = problem.to(torch.float32)
     if transposed:
         problem.weight.set_(problem.weight.T.contiguous().T)
-    adapter = adapter_of(problem, lambda tensor: guarded(tensor, row_padding=row_padding))
+    adapter = problem.adapter(lambda tensor: guarded(tensor, row_padding=row_padding))
     expected, truth = effective(problem), effective(problem.to(torch.float64))
     weight = modulated_weight(adapter)
     assert (weight.stride(0) < weight.stride(1)) == transposed
@@ -84,14 +72,14 @@ def test_strides_and_guards(
     blocks = modulated_blocks(adapter, padded(problem.partition))
     assert_within_budget(
         from_blocks(blocks, problem.partition),
-        delta_weight(problem),
-        delta_weight(problem.to(torch.float64)),
+        problem.delta_weight(),
+        problem.to(torch.float64).delta_weight(),
     )
 
 
 @each_dtype
 def test_merges_in_place(dtype: torch.dtype, device: torch.device) -> None:
-    adapter = adapter_of(make_problem(dtype=dtype).on(device))
+    adapter = make_problem(dtype=dtype).on(device).adapter()
     expected = modulated_weight(adapter)
     modulated_weight(adapter, out=adapter.weight)
     assert torch.equal(adapter.weight, expected)
@@ -99,7 +87,7 @@ def test_merges_in_place(dtype: torch.dtype, device: torch.device) -> None:
 
 def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone(device: torch.device) -> None:
     problem = make_problem(ranks=(0, 4), dtype=torch.bfloat16).on(device)
-    weight, p = modulated_weight(adapter_of(problem)), problem.partition
+    weight, p = modulated_weight(problem.adapter()), problem.partition
     adapted = (p.row_block[:, None] == p.col_block) & (p.row_block[:, None] == 1)
     assert torch.equal(weight[~adapted], problem.weight[~adapted])
     assert not torch.equal(weight[adapted], problem.weight[adapted])
@@ -110,7 +98,7 @@ def test_empty_weights(shape: tuple[int, int], device: torch.device) -> None:
     problem = make_problem(out_features=5, in_features=5, ranks=(2, 1)).on(device)
     problem = problem.to(torch.float32)
     rows, cols = (slice(size) for size in shape)
-    adapter = adapter_of(problem)
+    adapter = problem.adapter()
     shard = replace(
         adapter,
         weight=adapter.weight[rows, cols],

@@ -21,9 +21,10 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
-from smoa_kernels.backends import eager, verified
+from smoa_kernels.backends import eager, experts, verified
 from smoa_kernels.backends.kernels_dropout import KernelsDropout
 from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels.launch import short_way
 
 pytestmark = [
@@ -271,6 +272,37 @@ def test_a_compiled_decode_step_is_captured_after_its_first_call(
         captured = decode(p.x)
     assert torch.equal(first, captured)
     assert "fused_linear_kernel" in launched
+
+
+@pytest.mark.parametrize("blocks", ["own", "contiguous"])
+def test_experts_that_were_not_verified_are_captured_without_waiting(
+    blocks: str, broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = broken("", nothing)
+    e = make_experts(dtype=torch.float32, pairs=(30, 0, 40, 7), blocks=blocks)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(experts, "spans", lambda ends: pytest.fail("the host waited"))
+    found: list[Any] = []
+    told = warned(lambda: found.append(e.operator("triton")))
+    e.assert_within_budget(found[0])
+    assert not launched
+    assert all("every expert multiplies all pairs" in message for message in told)
+    assert told
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_one_wrong_number_shows_among_millions(dtype: torch.dtype) -> None:
+    """Beside two right results of other rounding, from activations of which a few channels are large."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(512, 400, generator=generator), torch.randn(4096, 400, generator=generator)
+    x[:, :3] *= 100
+    allowed = verified._ALLOWED[precision_of(dtype, ieee=True).name]
+    exact = x.to(dtype).double() @ w.to(dtype).double().T
+    found, expected = exact.to(dtype), (x @ w.to(dtype).float().T).to(dtype)
+    assert verified._distance(found, expected, allowed) <= 1
+    usual = max(numbers.square().mean().sqrt() for numbers in (exact[300], exact[:, 2000]))
+    found[300, 2000] += 8 * allowed * usual
+    assert verified._distance(found, expected, allowed) > 1
 
 
 def test_it_can_be_turned_off(broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch) -> None:

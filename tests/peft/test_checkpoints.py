@@ -3,11 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 from adapted import CONFIG, WEIGHTS, adapt, contents, layers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 
 from smoa_kernels.peft import SMoAConfig
 
@@ -108,14 +106,6 @@ def test_a_pickle_is_neither_written_nor_read(make_model, folder):
             model.save_pretrained(place, safe_serialization=False)
     assert contents(folder) == before
     assert not (folder.parent / "new").exists()
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    PeftModel.from_pretrained(make_model(), folder)  # this folder has both
-    (folder / WEIGHTS).unlink()
-    refused = pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, and SMoA adapters are read")
-    with refused:
-        PeftModel.from_pretrained(make_model(), folder)
-    with refused:
-        model.load_adapter(folder, "second")
 
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

@@ -5,14 +5,13 @@ import torch
 from adapted import close, logits
 from adapted_experts import assert_within_budget
 from peft import PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from tiny_experts import BOTH, KINDS, adapt, config, tiny_experts, weights
 
 from smoa_kernels.definition.reference import reference_delta_weight
-from smoa_kernels.peft import Experts, ExpertsWeight, SMoAConfig
+from smoa_kernels.peft import Experts, SMoAConfig
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
-each_order = pytest.mark.parametrize("order", ["contiguous", "spectral", "random", "shared"])
 
 
 @pytest.fixture
@@ -72,47 +71,6 @@ def test_keys_are_the_parameters_paths_and_do_not_depend_on_the_order():
     assert len(states[0]) == 2 * 2 * 3
 
 
-@each_order
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_round_trip(kind, order, tokens, tmp_path):
-    model = adapt(tiny_experts(kind), block_order=order, granule=2, num_blocks=2)
-    expected = logits(model, tokens)
-    model.save_pretrained(tmp_path)
-    for cheap in (False, True):
-        loaded = PeftModel.from_pretrained(tiny_experts(kind), tmp_path, low_cpu_mem_usage=cheap).eval()
-        assert torch.equal(logits(loaded, tokens), expected)
-    again = adapt(tiny_experts(kind, seed=0), block_order=order, granule=2, num_blocks=2)
-    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
-    assert torch.equal(logits(again, tokens), expected)
-    for (name, one), other in zip(weights(model).items(), weights(loaded).values(), strict=True):
-        blocks, found = one.partition("default"), other.partition("default")
-        shared = 6 if order == "spectral" else 1
-        assert blocks.row_index is None or len(blocks.row_index) == shared, name
-        for field in ("row_offsets", "col_offsets", "row_index", "col_index"):
-            left, right = getattr(blocks, field), getattr(found, field)
-            assert left is right is None or torch.equal(left, right)
-
-
-@each_kind
-def test_merging_and_unmerging(kind, tokens):
-    model = adapt(tiny_experts(kind))
-    expected = logits(model, tokens)
-    before = {name: w._stored_weight().clone() for name, w in weights(model).items()}
-    model.merge_adapter(safe_merge=True)
-    close(logits(model, tokens), expected)
-    model.unmerge_adapter()
-    for name, weight in weights(model).items():
-        assert torch.equal(weight._stored_weight(), before[name])
-    assert torch.equal(logits(model, tokens), expected)
-    model.merge_adapter()
-    with torch.no_grad(), model.disable_adapter():  # this unmerges
-        assert torch.equal(logits(model, tokens), logits(tiny_experts(kind), tokens))
-    plain = model.merge_and_unload()
-    assert type(plain) is type(tiny_experts(kind))
-    assert not any(isinstance(module, (Experts, ExpertsWeight)) for module in plain.modules())
-    close(logits(plain, tokens), expected)
-
-
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_merging_rounds_once(kind):
     """In bfloat16: two roundings would lose most of an update."""
@@ -132,13 +90,6 @@ def test_merging_rounds_once(kind):
         error, rounding = ((found.double() - exact).abs() for found in (merged, exact.bfloat16()))
         in_float32 = 2**-20 * (adapter.weight.abs() + torch.stack(deltas).abs())
         assert (error <= rounding + in_float32).all()
-
-
-def test_unloading_a_merged_model_leaves_experts_merged_as_it_does_linear_layers(tokens):
-    model = adapt(tiny_experts(), target_modules=["q_proj"])
-    expected = logits(model, tokens)
-    model.merge_adapter()
-    close(logits(model.unload(), tokens), expected)
 
 
 def test_a_weight_that_would_get_no_gradient_is_refused(tokens):
@@ -168,14 +119,6 @@ def test_two_adapters_of_different_weights(tokens, tmp_path):
     loaded.delete_adapter("up")
     loaded.set_adapter("down")
     assert torch.equal(logits(loaded, tokens), outputs["down"])
-
-
-def test_trls_reference_is_a_copy(tokens):
-    model = adapt(tiny_experts())
-    expected = logits(model, tokens)
-    model.add_adapter("ref", model.peft_config["default"])
-    model.set_adapter("ref")
-    assert torch.equal(logits(model, tokens), expected)
 
 
 def test_beside_adapted_linear_layers_and_modules_that_are_saved(tokens, tmp_path):
@@ -244,25 +187,6 @@ def test_patterns_that_match_nothing_are_named():
 
 
 # Training
-
-
-def test_checkpointing_and_autocast(tokens):
-    model = adapt(tiny_experts()).train()
-
-    def gradients():
-        model.zero_grad()
-        logits(model, tokens).square().mean().backward()
-        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
-
-    plain = gradients()
-    model.enable_input_require_grads()
-    model.gradient_checkpointing_enable()
-    for one, other in zip(plain, gradients(), strict=True):
-        close(other, one)
-    model.gradient_checkpointing_disable()
-    with torch.autocast("cpu", torch.bfloat16):
-        for one, other in zip(plain, gradients(), strict=True):
-            close(other, one, 0.1)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])

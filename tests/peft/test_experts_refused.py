@@ -144,7 +144,7 @@ def test_a_weight_takes_one_active_adapter():
     assert torch.equal(logits(model, tokens), expected)
 
 
-def test_a_failed_second_adapter_leaves_the_first(monkeypatch):
+def test_a_failed_second_adapter_leaves_the_first():
     model = adapt(tiny_experts(), target_parameters=["experts.down_proj"])
     before = snapshot(model)[0]
     with pytest.raises(ValueError, match="num_blocks must be at most"):

@@ -1,9 +1,8 @@
-"""Randomly damaged adapter folders: either an error that names the file, or the file's contents, correctly loaded.
+"""Randomly damaged weights of an adapter: an error that names the file, or the file's contents, correctly loaded.
 
     make nightly     # 10,000 folders instead of 300
 
-Nothing is half-loaded, and nothing outside the folder is written. If the configuration does not name this
-method, PEFT's own error is accepted.
+Nothing is half-loaded, and nothing outside the folder is written.
 """
 
 import json
@@ -99,14 +98,7 @@ PATHS = [
     "x" * 5000,
 ]
 INTS = [0, -1, 1, 2, 5, 2**16, 2**31, 2**32, 2**63, 2**64, 10**30, -(2**63)]
-FLOATS = [0.5, 1e308, float("nan"), float("inf")]
-known = st.none() | st.booleans() | st.sampled_from([*INTS, *FLOATS, *PATHS])
-scalars = known | st.integers() | st.text(max_size=8)
-anything = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
+SCALARS = st.none() | st.sampled_from([*INTS, *PATHS, True, 0.5, float("nan")]) | st.text(max_size=8)
 
 
 @st.composite
@@ -121,33 +113,18 @@ def other_header(draw):
     elif what == "drop":
         del header[key]
     elif what == "entry":
-        header[key] = draw(anything)
+        header[key] = draw(SCALARS)
     elif what == "dtype":
         header[key]["dtype"] = draw(
             st.sampled_from(["F64", "F16", "BF16", "I8", "I64", "U8", "BOOL", "F8_E4M3", "X"])
         )
     else:
-        header[key][what] = draw(st.lists(st.sampled_from(INTS), max_size=4) | anything)
+        header[key][what] = draw(st.lists(st.sampled_from(INTS), max_size=4))
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + GOOD_WEIGHTS[8 + HEADER :]
 
 
-@st.composite
-def other_config(draw):
-    """The configuration with a changed value, or with added or removed keys."""
-    config = json.loads(GOOD_CONFIG)
-    for _ in range(draw(st.integers(1, 2))):
-        key = draw(st.sampled_from(sorted(set(config) - {"peft_type"})) | st.text(max_size=6))
-        if draw(st.integers(0, 4)) == 0:
-            config.pop(key, None)
-        else:
-            config[key] = draw(anything)
-    config["peft_type"] = "SMOA"
-    return json.dumps(config).encode()
-
-
 weights = flipped(GOOD_WEIGHTS) | cut_or_stuffed(GOOD_WEIGHTS) | other_header()
-configs = flipped(GOOD_CONFIG) | cut_or_stuffed(GOOD_CONFIG) | other_config()
 
 
 # Accepted outcomes
@@ -158,14 +135,10 @@ def folder(tmp_path_factory):
     """A folder to write damaged adapters to."""
     folder = tmp_path_factory.mktemp("fuzz") / "adapter"
     folder.mkdir()
-    write(folder, GOOD_WEIGHTS, GOOD_CONFIG)
+    (folder / WEIGHTS).write_bytes(GOOD_WEIGHTS)
+    (folder / CONFIG).write_bytes(GOOD_CONFIG)
     assert isinstance(attempt(make_model(), folder), PeftModel)
     return folder
-
-
-def write(folder, weights, config):
-    (folder / WEIGHTS).write_bytes(weights)
-    (folder / CONFIG).write_bytes(config)
 
 
 def attempt(model, folder):
@@ -185,50 +158,25 @@ def inspected(folder):
         return error
 
 
-def belongs_to_smoa(config):
-    """Whether PEFT can tell that the configuration names this method."""
-    try:
-        return json.loads(config)["peft_type"] == "SMOA"
-    except (KeyError, TypeError, ValueError):
-        return False
-
-
-def names_a_file(outcome):
-    return isinstance(outcome, Exception) and (WEIGHTS in str(outcome) or CONFIG in str(outcome))
-
-
-def check(folder, weights, config):
-    write(folder, weights, config)
-    report = inspected(folder)
-    assert not isinstance(report, ValueError) or names_a_file(report)
-    if belongs_to_smoa(config):
-        before, model = make_model().state_dict(), make_model()
-        outcome = attempt(model, folder)
-        if isinstance(outcome, Exception):
-            # An undamaged folder may still belong to another model.
-            assert names_a_file(outcome) or not isinstance(report, ValueError)
-            assert not any(isinstance(module, SMoALayer) for module in model.modules())
-        else:
-            assert not isinstance(report, ValueError)
-            loaded = outcome.state_dict()
-            for key, tensor in load_file(folder / WEIGHTS).items():
-                torch.testing.assert_close(
-                    loaded[f"{key}.default"], tensor, rtol=0, atol=0, equal_nan=True, check_dtype=False
-                )
-        state = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
-        assert all(torch.equal(state[name], value) for name, value in before.items())
-    else:
-        assert names_a_file(report)
-    assert sorted(path.name for path in folder.parent.rglob("*")) == ["adapter", CONFIG, WEIGHTS]
-
-
-@share(0.7)
+@share(1.0)
 @given(damaged=weights)
 def test_damaged_weights(folder, damaged):
-    check(folder, damaged, GOOD_CONFIG)
-
-
-@share(0.3)
-@given(damaged=configs)
-def test_damaged_configurations(folder, damaged):
-    check(folder, GOOD_WEIGHTS, damaged)
+    (folder / WEIGHTS).write_bytes(damaged)
+    report = inspected(folder)
+    assert not isinstance(report, ValueError) or WEIGHTS in str(report)
+    before, model = make_model().state_dict(), make_model()
+    outcome = attempt(model, folder)
+    if isinstance(outcome, Exception):
+        # An undamaged folder may still belong to another model.
+        assert WEIGHTS in str(outcome) or not isinstance(report, ValueError)
+        assert not any(isinstance(module, SMoALayer) for module in model.modules())
+    else:
+        assert not isinstance(report, ValueError)
+        loaded = outcome.state_dict()
+        for key, tensor in load_file(folder / WEIGHTS).items():
+            torch.testing.assert_close(
+                loaded[f"{key}.default"], tensor, rtol=0, atol=0, equal_nan=True, check_dtype=False
+            )
+    state = {name.replace("base_layer.", ""): value for name, value in model.state_dict().items()}
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    assert sorted(path.name for path in folder.parent.rglob("*")) == ["adapter", CONFIG, WEIGHTS]

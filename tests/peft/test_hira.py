@@ -59,9 +59,9 @@ def single(base=None, **settings):
 def counted(monkeypatch):
     """Counts the calls of our operator."""
     calls = []
-    operator = module.smoa_linear
+    operator = module.adapted_linear
     with monkeypatch.context() as patch:
-        patch.setattr(module, "smoa_linear", lambda *a, **k: calls.append(a) or operator(*a, **k))
+        patch.setattr(module, "adapted_linear", lambda *a, **k: calls.append(a) or operator(*a, **k))
         yield calls
 
 
@@ -69,63 +69,83 @@ def close(actual, expected, tolerance=1e-9):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_training_gives_the_losses_and_gradients_of_peft(make_model, tokens, monkeypatch):
-    plain, fast = adapt(make_model()), adapt(make_model())
-    layers = accelerate_hira(fast).taken
-    runs = []
-    for model in (plain, fast):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        steps = []
-        with counted(monkeypatch) as calls:
-            for _ in range(20):
-                optimizer.zero_grad()
-                loss = model(tokens, labels=tokens).loss
-                loss.backward()
-                gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-                steps.append((loss.detach(), gradients))
-                optimizer.step()
-        assert len(calls) == (20 * len(layers) if model is fast else 0)
-        runs.append(steps)
-    assert runs[0][0][0] > runs[0][-1][0]
-    for expected, actual in zip(*runs, strict=True):
-        close(actual[0], expected[0])
-        assert actual[1].keys() == expected[1].keys()
-        for name, gradient in expected[1].items():
-            close(actual[1][name], gradient)
+def step(model, tokens):
+    """The loss and all gradients."""
+    model.zero_grad()
+    torch.manual_seed(2)
+    loss = model(tokens, labels=tokens).loss
+    if loss.requires_grad:
+        loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def test_parameters_and_state_are_pefts(make_model):
-    model = adapt(make_model())
-    parameters, state = dict(model.named_parameters()), model.state_dict()
-    buffers, trained = dict(model.named_buffers()), [p.requires_grad for p in model.parameters()]
+def with_second(*active, training=False):
+    """A second adapter, of another rank; some of the adapters are active."""
+
+    def prepare(model):
+        dropout = model.peft_config["default"].hira_dropout
+        model.add_adapter("second", config(model.get_base_model(), r=7, hira_dropout=dropout))
+        shrink(model.double())
+        model.base_model.set_adapter(list(active))
+        model.train(training)
+
+    return prepare
+
+
+def of_each_layer(change):
+    return lambda model: [change(layer) for layer in hira_layers(model)] and model.train()
+
+
+# Settings, what is done to the model, and how many products each accelerated layer computes.
+CASES = {
+    "one adapter": ({}, lambda model: model.train(), 1),
+    "the second": ({}, with_second("second"), 1),
+    "their sum": ({}, with_second("default", "second"), 1),
+    "two masks, which PEFT draws": (
+        {"hira_dropout": 0.5},
+        with_second("default", "second", training=True),
+        0,
+    ),
+    "two masks in evaluation": ({"hira_dropout": 0.5}, with_second("default", "second"), 1),
+    "disabled": ({}, lambda model: model.base_model.disable_adapter_layers(), 0),
+    "merged": ({}, lambda model: model.merge_adapter(), 0),
+    "trained base": ({}, of_each_layer(lambda layer: layer.get_base_layer().weight.requires_grad_()), 0),
+    "hook": (
+        {},
+        of_each_layer(lambda layer: layer.get_base_layer().register_forward_hook(lambda *_: None)),
+        0,
+    ),
+    "other dropout": (
+        {},
+        of_each_layer(lambda layer: layer.hira_dropout.update({"default": nn.Dropout1d(0.3)})),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_results_are_pefts_and_it_can_be_undone(case, make_model, tokens, monkeypatch):
+    settings, prepare, products = CASES[case]
+    model = adapt(make_model(), **settings)
+    prepare(model)
+    before = {name: vars(layer).keys() for name, layer in model.named_modules()}
+    state = {key: value.data_ptr() for key, value in model.state_dict().items()}
+    expected = step(model, tokens)
     report = accelerate_hira(model)
+    assert accelerate_hira(model) == report  # calling it twice changes nothing
     assert len(report.taken) == len(hira_layers(model))
     assert report.left == {}
-    assert all(p is parameters[name] for name, p in model.named_parameters())
-    assert [p.requires_grad for p in model.parameters()] == trained
-    assert dict(model.named_buffers()).keys() == buffers.keys()
-    assert {key: value.data_ptr() for key, value in model.state_dict().items()} == {
-        key: value.data_ptr() for key, value in state.items()
-    }
-
-
-def test_undone_it_is_pefts_layer_again(make_model, tokens, monkeypatch):
-    model = adapt(make_model())
-    before = {name: dict(vars(layer)) for name, layer in model.named_modules()}
-    expected = model(tokens).logits
-    for _ in range(2):  # calling it twice changes nothing
-        first = accelerate_hira(model)
-        assert accelerate_hira(model) == first
-    assert all(type(layer) is AcceleratedLinear for layer in hira_layers(model))
+    assert {key: value.data_ptr() for key, value in model.state_dict().items()} == state
+    with counted(monkeypatch) as calls:
+        found = step(model, tokens)
+    assert len(calls) == products * len(report.taken)
+    for actual, wanted in zip(found, expected, strict=True):
+        close(actual, wanted)
     for _ in range(2):
         decelerate_hira(model)
     assert all(type(layer) is theirs.Linear for layer in hira_layers(model))
-    assert {name: dict(vars(layer)).keys() for name, layer in model.named_modules()} == {
-        name: values.keys() for name, values in before.items()
-    }
-    with counted(monkeypatch) as calls:
-        assert torch.equal(model(tokens).logits, expected)
-    assert not calls
+    assert {name: vars(layer).keys() for name, layer in model.named_modules()} == before
+    assert all(map(torch.equal, step(model, tokens), expected))
 
 
 def test_what_one_saves_the_other_loads(make_model, tokens, tmp_path):
@@ -147,54 +167,6 @@ def test_what_one_saves_the_other_loads(make_model, tokens, tmp_path):
         assert torch.equal(loaded(tokens).logits, computed)
 
 
-def test_several_adapters_are_one_product(make_model, tokens, monkeypatch):
-    model = adapt(make_model())
-    model.add_adapter("second", config(model.get_base_model(), r=7))
-    model.double()
-    shrink(model)
-    settings = (["default"], ["second"], ["default", "second"])
-    expected = []
-    for names in settings:
-        model.base_model.set_adapter(names)
-        loss = model(tokens, labels=tokens).loss
-        model.zero_grad()
-        loss.backward()
-        expected.append((loss, [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-    layers = accelerate_hira(model).taken
-    for names, (loss, gradients) in zip(settings, expected, strict=True):
-        model.base_model.set_adapter(names)
-        with counted(monkeypatch) as calls:
-            actual = model(tokens, labels=tokens).loss
-        assert len(calls) == len(layers)
-        model.zero_grad()
-        actual.backward()
-        close(actual, loss)
-        found = [p.grad for p in model.parameters() if p.grad is not None]
-        for gradient, wanted in zip(found, gradients, strict=True):
-            close(gradient, wanted)
-
-
-def test_merged_and_disabled_layers_are_pefts(make_model, tokens, monkeypatch):
-    model = adapt(make_model())
-    base = make_model().double()(tokens).logits
-    adapted = model(tokens).logits
-    accelerate_hira(model)
-    weights = [layer.get_base_layer().weight.clone() for layer in hira_layers(model)]
-    with counted(monkeypatch) as calls:
-        with model.disable_adapter():
-            assert torch.equal(model(tokens).logits, base)
-        model.merge_adapter()
-        close(model(tokens).logits, adapted)
-        model.unmerge_adapter()
-    assert not calls
-    for layer, weight in zip(hira_layers(model), weights, strict=True):
-        assert torch.equal(layer.get_base_layer().weight, weight)
-    close(model(tokens).logits, adapted)
-    merged = model.merge_and_unload()
-    assert not hira_layers(merged)
-    close(merged(tokens).logits, adapted)
-
-
 def test_dropout_drops_the_adapters_input_only():
     model = single(hira_dropout=0.5)
     accelerate_hira(model)
@@ -209,23 +181,6 @@ def test_dropout_drops_the_adapters_input_only():
         kept = update.abs().amax(1) > 1e-9
         assert (0 < int(kept.sum()) < 12) == training
         close(update, delta * (2 * kept[:, None] if training else 1))
-
-
-def test_two_masks_are_drawn_by_peft(monkeypatch):
-    model = single(hira_dropout=0.5)
-    model.add_adapter("second", HiraConfig(r=2, target_modules=["0"], init_weights=False, hira_dropout=0.5))
-    model.double().base_model.set_adapter(["default", "second"])
-    x = torch.randn(5, 12).double()
-    found = []
-    for change in (decelerate_hira, accelerate_hira):
-        change(model)
-        torch.manual_seed(1)
-        found.append(model(x))
-    assert torch.equal(*found)
-    model.eval()
-    with counted(monkeypatch) as calls:
-        model(x)
-    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -317,32 +272,6 @@ def test_layers_that_are_left_are_named_with_the_reason(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.get_base_layer().weight.requires_grad_(),
-        lambda layer: layer.get_base_layer().register_forward_hook(lambda *_: None),
-        lambda layer: layer.hira_dropout.update({"default": nn.Dropout1d(0.3)}),
-    ],
-    ids=["trained base", "hook", "other dropout"],
-)
-def test_peft_computes_what_the_operator_does_not(change, monkeypatch):
-    model = single()
-    change(layer_of(model))
-    x = torch.randn(5, 12).double()
-    results = []
-    for switch in (decelerate_hira, accelerate_hira):
-        switch(model)
-        model.zero_grad()
-        torch.manual_seed(2)
-        with counted(monkeypatch) as calls:
-            y = model(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
-        assert not calls
-    assert all(map(torch.equal, *results))
-
-
 def test_copies_and_pickles_stay_accelerated(make_model, tokens, monkeypatch):
     model = adapt(make_model())
     accelerate_hira(model)
@@ -353,20 +282,6 @@ def test_copies_and_pickles_stay_accelerated(make_model, tokens, monkeypatch):
         assert calls
         decelerate_hira(other)
     assert all(type(layer) is AcceleratedLinear for layer in hira_layers(model))
-
-
-def test_gradient_checkpointing_draws_the_same_mask_again(llama, tokens):
-    model = adapt(llama(), hira_dropout=0.3).train()
-    accelerate_hira(model)
-    gradients = []
-    for _ in range(2):
-        model.zero_grad()
-        torch.manual_seed(4)
-        model(tokens, labels=tokens).loss.backward()
-        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-        model.gradient_checkpointing_enable()
-    for one, other in zip(*gradients, strict=True):
-        close(one, other, 1e-12)
 
 
 def test_a_compiled_layer_is_one_operator(make_model, tokens):
@@ -461,13 +376,3 @@ def dequantized_weight(layer):
 
     base = layer.get_base_layer()
     return resolve_quantization_backend(base).get_base_weight(base)
-
-
-def test_a_quantised_base_keeps_no_dequantised_weight(quantized):
-    accelerate_hira(quantized)
-    layer = layer_of(quantized)
-    kept = []
-    x = torch.randn(6, 64).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer.train()(x)
-    assert max(t.numel() for t in kept) <= max(x.numel(), 4 * 64)

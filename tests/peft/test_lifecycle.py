@@ -6,6 +6,7 @@ from adapted import close, gentle, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.peft import SMoAConfig
 
 # Configuration by layer
@@ -23,6 +24,10 @@ def test_patterns_scaling_and_layers(llama):
         rank_pattern={"v_proj": 4},
         alpha_pattern={"layers.1.self_attn.v_proj": 1},
         num_blocks_pattern={"up_proj": 2},
+        block_order="contiguous",
+        granule=2,
+        block_order_pattern={"up_proj": "spectral"},
+        granule_pattern={"v_proj": 4},
     )
     model = get_peft_model(llama(), config)
     found = {name.removeprefix("base_model.model.model."): layer for name, layer in layers(model).items()}
@@ -35,6 +40,13 @@ def test_patterns_scaling_and_layers(llama):
     assert found["layers.0.self_attn.v_proj"].scaling["default"] == 8.0
     assert found["layers.1.self_attn.v_proj"].scaling["default"] == 0.5
     assert found["layers.1.mlp.up_proj"].ranks("default").tolist() == [4, 4]
+    for name, rule in {
+        "layers.0.self_attn.q_proj": BlockRule(4, "contiguous", 2),
+        "layers.0.self_attn.v_proj": BlockRule(4, "contiguous", 4),
+        "layers.1.mlp.up_proj": BlockRule(2, "spectral", 2),
+    }.items():
+        assert found[name].settings["default"].rule == rule
+        assert found[name].partition("default") == rule.build(found[name].base_weight())
     chosen = get_peft_model(llama(), SMoAConfig(target_modules=["q_proj"], layers_to_transform=[1]))
     assert [name.split(".")[4] for name in layers(chosen)] == ["1"]
     default = get_peft_model(llama(), SMoAConfig())

@@ -4,15 +4,14 @@ import json
 
 import pytest
 import torch
-from adapted import CONFIG, adapt, close, config, edit_config, layers, logits, nudge
+from adapted import CONFIG, adapt, config, edit_config, layers, logits, nudge
 from peft import LoraConfig, PeftModel, get_peft_model
-from quantized_bases import EACH, KINDS, load
 from tiny_experts import tiny_experts
 from tiny_models import tiny_llama
 from torch import nn
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.peft import SMoAConfig, convert_adapter, hotswap, merge_to_folder
+from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.experts.weight import ExpertsWeight
 
 
@@ -106,13 +105,6 @@ def test_it_follows_lora_to_a_smaller_weight_and_a_larger_input(smoa):
 
 
 @pytest.mark.numerical
-def test_a_constant_scale_does_not_follow():
-    assert curve(True, 0.125, 4.0, lora_rate=False) == pytest.approx(
-        curve(True, 1.0, 4.0, lora_rate=False), rel=1e-3
-    )
-
-
-@pytest.mark.numerical
 def test_the_folder_holds_numbers(make_model, tokens, tmp_path):
     """The numbers are exact, and a later change of W0 does not alter them."""
     given = config(use_lora_rate=True, fan_in_fan_out=make_model().config.model_type == "gpt2")
@@ -149,44 +141,6 @@ def test_a_layer_whose_name_ends_anothers_has_its_own():
     assert len(set(found.values())) == 2
 
 
-@pytest.mark.numerical
-def test_beside_other_adapters(llama, tokens, tmp_path):
-    """Active together, combined, merged, and hot-swapped."""
-    model = adapt(llama(), use_lora_rate=True)
-    model.add_adapter("plain", config())
-    model.add_adapter("again", config(use_lora_rate=True))
-    assert set(scales(model, "plain").values()) == {1.0}
-    assert scales(model, "again") == scales(model)
-    nudge(model, 0.01)
-    model.base_model.set_adapter(["default", "plain"])
-    together = logits(model, tokens)
-    model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "sum")
-    model.set_adapter("sum")
-    close(logits(model, tokens), together, 1e-4)
-    model.set_adapter("default")
-    alone = logits(model, tokens)
-    model.save_pretrained(tmp_path, selected_adapters=["default", "plain"])
-    other = PeftModel.from_pretrained(llama(), tmp_path / "plain").eval()
-    hotswap(other, tmp_path)
-    assert scales(other) == scales(model)
-    assert torch.equal(logits(other, tokens), alone)
-    close(logits(model.merge_and_unload(), tokens), alone, 1e-4)
-
-
-@pytest.mark.numerical
-def test_merged_and_converted_folders_have_the_scale(llama, tokens, tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    model = adapt(llama(), r=4, num_blocks=1, use_lora_rate=True)
-    nudge(model, 0.01)
-    model.save_pretrained(tmp_path / "adapter")
-    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
-    merged = type(llama()).from_pretrained(tmp_path / "merged").eval()
-    close(logits(merged, tokens), logits(model, tokens), 1e-4)
-    assert convert_adapter(tmp_path / "adapter", tmp_path / "hira") == "HiRA"
-    hira = PeftModel.from_pretrained(llama(), tmp_path / "hira").eval()
-    close(logits(hira, tokens), logits(model, tokens), 1e-4)
-
-
 def test_refused_where_there_is_no_weight_to_measure(llama, tmp_path):
     model = adapt(llama())
     with pytest.raises(ValueError, match="use_lora_rate reads W0 when an adapter is added"):
@@ -220,9 +174,3 @@ def test_a_single_layer():
         FusedSMoALinear.from_linear(nn.Linear(8, 6, device="meta"), r=4, use_lora_rate=True)
     with pytest.raises(TypeError, match="use_lora_rate must be a bool"):
         FusedSMoALinear.from_linear(nn.Linear(8, 6), r=4, use_lora_rate="lora")
-
-
-@pytest.mark.parametrize("kind", EACH)
-def test_a_quantised_weight_counts_as_it_is_dequantised(kind, quantizable):
-    model = get_peft_model(load(quantizable, KINDS[kind]), config(use_lora_rate=True))
-    assert scales(model) == expected(model, 1.0, 3)

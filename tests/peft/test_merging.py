@@ -5,7 +5,7 @@ import json
 import pytest
 import tiny_experts
 import torch
-from adapted import WEIGHTS, close, edit_weights, logits
+from adapted import WEIGHTS, close, logits
 from merge_models import hira, loaded, smoa, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -13,8 +13,6 @@ from tiny_models import tiny_gpt2, tiny_llama
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MixtralConfig,
-    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -150,30 +148,23 @@ def tiny_llava():
     ).eval()
 
 
-def tiny_mixtral():
-    torch.manual_seed(0)
-    config = tiny_llama().config
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    sizes = {name: getattr(config, name) for name in names}
-    return MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)).eval()
-
-
-@pytest.mark.parametrize("make", [tiny_llava, tiny_mixtral])
-def test_names_that_transformers_changes(make, tmp_path):
-    """Llava's stored names differ from the model's; Mixtral's experts are stored one by one."""
+def test_names_that_transformers_changes(tmp_path):
+    """Llava's stored names differ from the model's."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    make().save_pretrained(base)
+    tiny_llava().save_pretrained(base)
     targets = r".*(language_model|self_attn).*\.(q_proj|v_proj)"
-    trained(make(), smoa(target_modules=targets), adapter)
-    expected = PeftModel.from_pretrained(make(), adapter).merge_and_unload().state_dict()
+    trained(tiny_llava(), smoa(target_modules=targets), adapter)
+    expected = PeftModel.from_pretrained(tiny_llava(), adapter).merge_and_unload().state_dict()
     merge_to_folder(base, adapter, tmp_path / "out")
     assert (
         load_file(tmp_path / "out" / "model.safetensors").keys()
         == load_file(base / "model.safetensors").keys()
     )
-    found = type(make()).from_pretrained(tmp_path / "out").state_dict()
+    found = type(tiny_llava()).from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    changed = [name for name, tensor in make().state_dict().items() if not torch.equal(found[name], tensor)]
+    changed = [
+        name for name, tensor in tiny_llava().state_dict().items() if not torch.equal(found[name], tensor)
+    ]
     assert len(changed) >= 4
 
 
@@ -217,34 +208,6 @@ def test_stochastic_rounding(folders, tmp_path):
     merge_to_folder(base, adapter, tmp_path / "out", max_shard_size="10KB", **settings)
     found = loaded(tmp_path / "out").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in drawn.items())
-
-
-@pytest.mark.parametrize("method", ["smoa", "hira"])
-def test_stochastic_rounding_keeps_small_updates(method, tmp_path):
-    """Rounding to nearest loses most of an update of 1/1000 of the bfloat16 weights; stochastic only adds noise."""
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    tiny_llama(hidden_size=128).bfloat16().save_pretrained(base)
-    config = smoa(num_blocks=1) if method == "smoa" else hira(target_modules=["q_proj"])
-    trained(loaded(base), config, adapter)
-    name = "model.layers.0.self_attn.q_proj.weight"
-    weight = load_file(base / "model.safetensors")[name].double()
-
-    def small(state):
-        for key in state:
-            if key.endswith("_B"):
-                A = state[key[:-1] + "A"]
-                state[key] *= 1e-3 / (state[key] @ A).square().mean().sqrt()
-
-    edit_weights(adapter, small)
-    exact = dict(merged_weights(base, adapter, dtype=torch.float64))[name] - weight
-
-    def survival(rounding):
-        change = dict(merged_weights(base, adapter, rounding=rounding))[name].double() - weight
-        return float((change * exact).sum() / exact.square().sum())
-
-    assert survival("nearest") < 0.6
-    # The noise is about √(last bit / update) ≈ 2 per element; over 128² elements it averages to 0.02.
-    assert abs(survival("stochastic") - 1) < 0.1
 
 
 def test_ties_that_cannot_be_cut_are_refused(tmp_path):

@@ -10,7 +10,6 @@ from accelerate import cpu_offload, disk_offload
 from adapted import layer_list
 from peft import PeftModel, get_peft_model
 from tiny_models import tiny_gpt2, tiny_llama
-from transformers import AutoModelForCausalLM
 
 from smoa_kernels.peft import SMoAConfig
 
@@ -90,19 +89,6 @@ def test_offloading_an_adapted_model(offload, tokens, expected, tmp_path):
     offload(trained.base_model.model)
     with pytest.raises(RuntimeError, match="the adapter's weights are offloaded and cannot be trained"):
         trained(tokens)
-
-
-def test_device_map_of_transformers(tokens, expected, tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    parts = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
-    device_map = {**dict.fromkeys(parts, "cpu"), "model.layers.1": "disk"}
-    base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.float32
-    )
-    assert any(parameter.is_meta for parameter in base.parameters())
-    model = adapt(base)
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits, expected)
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from adapted import WEIGHTS, adapt, config, edit_weights, layers, logits, snapshot
+from adapted import adapt, config, layers, logits, snapshot
 from peft import PeftModel, get_peft_model
 
-from smoa_kernels.adapter_folder.format import STATE_KEYS, pack_blocks, unpack_blocks
 from smoa_kernels.peft import SMoALayer
 
 
@@ -97,112 +96,6 @@ def test_weight_with_nan_is_named_and_nothing_is_wrapped(llama):
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: weight must be finite"):
         get_peft_model(model, config())
     assert not layers(model)
-
-
-SPOILED = {
-    "empty": lambda data: b"",
-    "cut in its header": lambda data: data[:100],
-    "cut in its tensors": lambda data: data[:-1],
-    "longer": lambda data: data + b"x",
-    "immense header": lambda data: b"\xff" * 8 + data[8:],
-}
-
-
-@pytest.mark.parametrize("case", SPOILED)
-def test_truncated_or_corrupt_file(folder, make_model, case):
-    path, _ = folder
-    file = path / WEIGHTS
-    file.write_bytes(SPOILED[case](file.read_bytes()))
-    model = make_model()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=f"{WEIGHTS} is truncated or corrupt"):
-        PeftModel.from_pretrained(model, path)
-    assert_unchanged(model, before)
-
-
-def edit_one_layer(path, edit):
-    """Change the first layer's tensors in a saved adapter; returns the layer's name."""
-    names = []
-
-    def first(state):
-        names.append(sorted(key for key in state if key.endswith(".smoa_A"))[0].removesuffix("smoa_A"))
-        edit(state, names[0])
-
-    edit_weights(path, first)
-    return names[0].removesuffix(".").removeprefix("base_model.model.")
-
-
-def repacked(edit):
-    """Edit a layer's unpacked labels and ranks, and correct the checksum."""
-
-    def apply(state, prefix):
-        key = prefix + "smoa_blocks"
-        shape = state[prefix + "smoa_B"].shape[0], state[prefix + "smoa_A"].shape[1]
-        blocks = unpack_blocks(state[key], *shape)
-        edit(blocks)
-        state[key] = pack_blocks(*blocks)
-
-    return apply
-
-
-BROKEN = {
-    "missing": (lambda s, p: s.pop(p + "smoa_blocks"), "the adapter lacks smoa_blocks"),
-    "corrupt": (lambda s, p: s[p + "smoa_blocks"][-1:].bitwise_xor_(1), "smoa_blocks is corrupt"),
-    "zero": (lambda s, p: s[p + "smoa_blocks"].zero_(), "bytes that say num_blocks=0"),
-    "range": (
-        repacked(lambda b: b.partition.col_block.__setitem__(2, 3)),
-        "must have labels below num_blocks=3",
-    ),
-    "rank": (repacked(lambda b: b.ranks.__setitem__(0, -1)), "ranks must sum to r=5"),
-    "sum": (repacked(lambda b: b.ranks.__setitem__(2, 0)), "ranks must sum to r=5"),
-    "dtype": (
-        lambda s, p: s.update({p + "smoa_blocks": s[p + "smoa_blocks"].float()}),
-        "smoa_blocks must be a vector of uint8",
-    ),
-    "layer": (
-        lambda s, p: [s.pop(p + key) for key in STATE_KEYS],
-        "the adapter lacks smoa_A, smoa_B, smoa_blocks",
-    ),
-    "unknown": (lambda s, p: s.update({p + "smoa_C": torch.ones(2)}), "the model has no place for 1 tensors"),
-    "other layer": (
-        lambda s, p: s.update({p.replace("0", "9") + key: s[p + key].clone() for key in STATE_KEYS}),
-        "the model has no place for 3 tensors",
-    ),
-    "integers": (
-        lambda s, p: s.update({p + "smoa_B": s[p + "smoa_B"].int()}),
-        "smoa_B must be a matrix of floating-point numbers, got torch.int32",
-    ),
-    "shape": (
-        lambda s, p: s.update({p + "smoa_A": s[p + "smoa_A"][:, 1:].contiguous()}),
-        "size mismatch for .*smoa_A|smoa_blocks must hold the block labels",
-    ),
-}
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_adapter_is_named_and_nothing_is_half_loaded(
-    folder, make_model, tokens, case, low_cpu_mem_usage
-):
-    path, expected = folder
-    edit, message = BROKEN[case]
-    good = PeftModel.from_pretrained(make_model(), path).eval()
-    layer = edit_one_layer(path, edit)
-    layer = layer.replace("0", "9") if case == "other layer" else layer
-    model = make_model()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message) as error:
-        PeftModel.from_pretrained(model, path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert layer in str(error.value)
-    assert_unchanged(model, before)
-    # Not as a second adapter, and not over an existing one.
-    with pytest.raises(ValueError, match=message):
-        good.load_adapter(path, "other", low_cpu_mem_usage=low_cpu_mem_usage)
-    assert "other" not in good.peft_config
-    assert all(set(layer.smoa_A) == {"default"} for layer in layers(good).values())
-    with pytest.raises(ValueError, match=message):
-        good.load_adapter(path, "default")
-    assert torch.equal(logits(good, tokens), expected)
 
 
 def test_a_base_with_fewer_or_more_layers_is_refused(llama, tmp_path):

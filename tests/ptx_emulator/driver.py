@@ -15,9 +15,9 @@ import torch
 import triton
 from triton.backends import backends
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 
+from benchmarks.fake_gpu import FakeDriver, FakeGpu
 from smoa_kernels.kernels.architectures import facts
 
 __all__ = ["Argument", "Kernel", "install"]
@@ -39,7 +39,6 @@ class Kernel:
     name: str
     ptx: str
     num_warps: int
-    num_stages: int
     shared: int
     arch: int
 
@@ -78,16 +77,17 @@ def _launcher(launch: Launch) -> type:
                 if kind != "constexpr"
             ]
             m = self.metadata
-            kernel = Kernel(self.name, ptx, m.num_warps, m.num_stages, m.shared, m.target.arch)
+            kernel = Kernel(self.name, ptx, m.num_warps, m.shared, m.target.arch)
             launch(kernel, (x, y, z), arguments)
 
     return Launcher
 
 
-class EmulatorDriver(DriverBase):  # type: ignore[misc]
-    """A driver with one device of one architecture."""
+class EmulatorDriver(FakeDriver):
+    """A driver with one device of one architecture, whose memory is the CPU's."""
 
     def __init__(self, arch: int, launch: Launch) -> None:
+        super().__init__(FakeGpu(devices=1))
         self.arch = arch
         shared = facts(f"sm_{arch}").shared_per_block
         self.launcher_cls = _launcher(launch)
@@ -98,30 +98,11 @@ class EmulatorDriver(DriverBase):  # type: ignore[misc]
             unload_module=lambda module: None,
         )
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise NotImplementedError("the emulator has no launcher in C")
-
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch, 32)
 
-    def get_current_device(self) -> int:
-        return 0
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
-
-    def get_benchmarker(self) -> Any:
-        raise NotImplementedError("nothing is timed here")
 
 
 def install(arch: int, launch: Launch) -> None:

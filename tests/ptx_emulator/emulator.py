@@ -22,7 +22,7 @@ from .driver import Argument, Kernel
 from .findings import Finding
 from .library import Job, Region, Report, Stat, library
 
-__all__ = ["EmulationError", "Launch", "Options", "activate", "launch", "launches", "options", "program_of"]
+__all__ = ["EmulationError", "Launch", "activate", "launch", "launches", "program_of"]
 
 REPORTS = 4096
 PAGE = 4096
@@ -31,17 +31,6 @@ NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which not every supported Python n
 
 class EmulationError(Exception):
     """The machine stopped: the kernel did something undefined."""
-
-
-@dataclass
-class Options:
-    """Options of the machine.
-
-    Attributes:
-        round_tf32: round TF32 operands to nearest, where tensor cores truncate them; shows what truncation costs.
-    """
-
-    round_tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,12 +57,7 @@ class Launch:
     def errors(self) -> list[Finding]:
         return [finding for finding in self.findings if finding.is_error]
 
-    @property
-    def warps(self) -> int:
-        return int(np.prod(self.grid)) * self.kernel.num_warps
 
-
-options = Options()
 launches: list[Launch] = []
 """All launches so far; the reader clears the list."""
 
@@ -123,7 +107,6 @@ def launch(kernel: Kernel, grid: tuple[int, int, int], arguments: list[Argument]
         regions=ctypes.addressof(memory.regions),
         region_count=len(memory.names),
         hopper=kernel.arch == 90,
-        round_tf32=options.round_tf32,
         wgmma=program.has_wgmma,
         stats=stats.ctypes.data,
         reports=ctypes.addressof(reports),

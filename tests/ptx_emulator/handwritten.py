@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -13,7 +12,7 @@ from . import ARCH, emulator
 from .driver import Argument, Kernel
 from .emulator import Launch
 
-__all__ = ["Change", "found", "found_when_broken", "run_ptx", "without"]
+__all__ = ["Change", "found", "found_when_broken", "run_ptx"]
 
 Change: TypeAlias = Callable[[str], str]
 
@@ -42,7 +41,7 @@ def run_ptx(body: str, *tensors: Tensor, threads: int = 32, shared: int = 65536)
     """Run instructions. The parameters p0, p1, ... are the tensors, %r1 is the thread, and %r2 is shared memory."""
     parameters = ",".join(f".param .u64 p{i}" for i in range(len(tensors) + 2))
     text = MODULE.format(arch=ARCH, parameters=parameters, threads=threads, body=body)
-    kernel = Kernel("handwritten", text, threads // 32, 1, shared, ARCH)
+    kernel = Kernel("handwritten", text, threads // 32, shared, ARCH)
     arguments = [Argument(f"p{i}", "*fp32", tensor) for i, tensor in enumerate(tensors)]
     emulator.launch(kernel, (1, 1, 1), arguments)
     return emulator.launches.pop()
@@ -68,8 +67,3 @@ def found_when_broken(run: Callable[[], object], change: Change) -> set[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulator, "program_of", broken)
         return found(run)
-
-
-def without(pattern: str) -> Change:
-    """A change that deletes all matches."""
-    return lambda text: re.sub(pattern, "", text)

@@ -1,9 +1,10 @@
-"""Translates PTX statements to the machine's instructions, with one function per family."""
+"""Translates PTX statements to the machine's instructions: a table of forms, and functions for what takes more."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from .assembler import SIZES, Assembler, Statement, UnsupportedError, literal, vector
 
@@ -12,51 +13,85 @@ __all__ = ["translate"]
 WGMMA_KINDS = ("f16", "bf16", "tf32")
 
 
+class Form(NamedTuple):
+    """Statements that become one instruction of the machine.
+
+    Attributes:
+        pattern: of the whole operation.
+        name: of the machine's operation; it may have the pattern's groups.
+        operands: what each operand is. "4" is a source of 4 bytes, "t" one of the operation's last type, "p" a
+            predicate; a ">" before it makes it a destination. "#" is a number, "0" and "-1" are that number and no
+            other, "." may be anything. Registers of 4 bytes may come as vectors, and a ">4|p" may have a predicate.
+    """
+
+    pattern: str
+    name: str
+    operands: str = ""
+
+
+FORMS = (
+    Form(r"ret|exit", "ret"),
+    Form(r"(bar|barrier)\.sync(\.aligned)?", "bar.sync", "0"),  # neither named barriers nor some of the warps
+    Form(r"bar\.warp\.sync", "bar.warp.sync", "-1"),
+    Form(r"fence\.proxy\.async(\.shared::(cta|cluster))?", "fence.proxy.async"),
+    # The order of memory accesses within a program is not modelled.
+    Form(r"fence(\.(?!proxy|mbarrier_init)[\w:]+)*", "nop"),
+    Form(r"membar\.\w+", "nop"),
+    Form(r"(prefetch|setmaxnreg)\..*", "nop", "."),
+    Form(r"cp\.async\.(commit_group|wait_all)", r"cp.async.\1"),
+    Form(r"cp\.async\.wait_group", "cp.async.wait_group", "#"),
+    Form(r"mma\.sync\.aligned\.(m16n8k\d+)\.row\.col\.f32\.(\w+)\.\2\.f32", r"mma.\1.\2", ">4 4 4 4"),
+    Form(r"wgmma\.(fence|commit_group)\.sync\.aligned", r"wgmma.\1"),
+    Form(r"wgmma\.wait_group\.sync\.aligned", "wgmma.wait_group", "#"),
+    Form(r"shfl\.sync\.(\w+)\.b32", r"shfl.\1", ">4|p 4 4 4 4"),
+    Form(r"redux\.sync\.add\.[su]32", "redux.add", ">4 4 4"),
+    Form(r"vote\.sync\.(ballot)\.b32", r"vote.\1", ">4 p ."),
+    Form(r"vote\.sync\.(\w+)\.pred", r"vote.\1", ">p p ."),
+    Form(r"setp\.(\w+)(\.ftz)?\.(\w+)", r"setp.\1.\3", ">p t t"),
+    Form(r"selp\.[a-z]+(\d+)", r"selp.b\1", ">t t t p"),
+    Form(r"(not|mov)\.pred", r"\1.pred", ">p p"),
+    Form(r"(and|or|xor)\.pred", r"\1.pred", ">p p p"),
+)
+UNSUPPORTED = frozenset(["mbarrier", "elect", "tcgen05", "atom", "red"])
+
+
 def translate(a: Assembler, s: Statement) -> None:
     """Append the instructions of a statement."""
-    family = s.parts[0]
-    if s.parts[-1] == "pred" and family not in FAMILIES:
-        a.emit(s, s.operation, [a.predicate(s.arguments[0])], [a.predicate(p) for p in s.arguments[1:]])
-    else:
-        FAMILIES.get(family, _arithmetic)(a, s)
+    for form in FORMS:
+        if match := re.fullmatch(form.pattern, s.operation):
+            _translate(a, s, match.expand(form.name), form.operands.split())
+            return
+    if s.parts[0] in UNSUPPORTED:
+        raise UnsupportedError(s.text)
+    FAMILIES.get(s.parts[0], _arithmetic)(a, s)
 
 
-def _unsupported(a: Assembler, s: Statement) -> None:
-    raise UnsupportedError(s.text)
-
-
-# Control
+def _translate(a: Assembler, s: Statement, name: str, operands: list[str]) -> None:
+    to: list[int] = []
+    sources: list[int] = []
+    immediate = 0
+    for kind, text in zip(operands, s.arguments, strict=True):
+        width = SIZES[s.parts[-1]] if kind[-1] == "t" else 4
+        if kind == ".":
+            continue
+        if kind in ("#", "0", "-1"):
+            immediate = literal(text) or 0
+            if kind != "#" and immediate not in (int(kind), int(kind) % (1 << 32)):
+                raise UnsupportedError(s.text)
+        elif kind == ">4|p":
+            value, *inside = text.split("|")
+            to += [a.destination(s, value, 4), *map(a.predicate, inside)]
+        elif kind[-1] == "p":
+            (to if kind[0] == ">" else sources).append(a.predicate(text))
+        elif kind[0] == ">":
+            to += a.destinations(s, text, width)
+        else:
+            sources += a.sources(s, [text], width)
+    a.emit(s, name, to, sources, immediate=immediate)
 
 
 def _branch(a: Assembler, s: Statement) -> None:
     a.jump(s, s.arguments[0])
-
-
-def _end(a: Assembler, s: Statement) -> None:
-    a.emit(s, "ret")
-
-
-def _barrier(a: Assembler, s: Statement) -> None:
-    if s.operation == "bar.warp.sync" and literal(s.arguments[0]) in (-1, 0xFFFFFFFF):
-        a.emit(s, "bar.warp.sync")
-    elif re.fullmatch(r"(bar|barrier)\.sync(\.aligned)?", s.operation) and s.arguments == ["0"]:
-        a.emit(s, "bar.sync")
-    else:  # named barriers, and barriers of some of the warps
-        raise UnsupportedError(s.text)
-
-
-def _fence(a: Assembler, s: Statement) -> None:
-    if re.fullmatch(r"fence\.proxy\.async(\.shared::(cta|cluster))?", s.operation):
-        a.emit(s, "fence.proxy.async")
-    elif "proxy" in s.parts or "mbarrier_init" in s.parts:
-        raise UnsupportedError(s.text)
-    else:
-        _nothing(a, s)
-
-
-def _nothing(a: Assembler, s: Statement) -> None:
-    """Memory ordering within a program is not modelled."""
-    a.emit(s, "nop")
 
 
 # Memory
@@ -129,19 +164,14 @@ def _store(a: Assembler, s: Statement) -> None:
 
 def _copy(a: Assembler, s: Statement) -> None:
     """cp.async; the bulk copies of TMA are not known."""
-    if s.operation in ("cp.async.commit_group", "cp.async.wait_all"):
-        a.emit(s, s.operation)
-    elif s.operation == "cp.async.wait_group":
-        a.emit(s, s.operation, immediate=literal(s.arguments[0]) or 0)
-    elif re.fullmatch(r"cp\.async\.c[ag]\.shared\.global(\.L2::\w+)*", s.operation):
-        (to, to_offset), (source, offset) = _address(s.arguments[0]), _address(s.arguments[1])
-        size, *rest = s.arguments[2:]
-        if "cache_hint" in s.operation:
-            rest = rest[:-1]
-        sources = [a.source(s, to, 4), a.source(s, source, 8), *(a.source(s, n, 4) for n in rest[:1])]
-        a.emit(s, "cp.async", (), sources, immediate=to_offset, aux=(literal(size) or 0, offset))
-    else:
+    if not re.fullmatch(r"cp\.async\.c[ag]\.shared\.global(\.L2::\w+)*", s.operation):
         raise UnsupportedError(s.text)
+    (to, to_offset), (source, offset) = _address(s.arguments[0]), _address(s.arguments[1])
+    size, *rest = s.arguments[2:]
+    if "cache_hint" in s.operation:
+        rest = rest[:-1]
+    sources = [a.source(s, to, 4), a.source(s, source, 8), *(a.source(s, n, 4) for n in rest[:1])]
+    a.emit(s, "cp.async", (), sources, immediate=to_offset, aux=(literal(size) or 0, offset))
 
 
 def _matrix(a: Assembler, s: Statement) -> None:
@@ -163,22 +193,7 @@ def _matrix(a: Assembler, s: Statement) -> None:
 # Products
 
 
-def _mma(a: Assembler, s: Statement) -> None:
-    pattern = r"mma\.sync\.aligned\.(m16n8k\d+)\.row\.col\.f32\.(\w+)\.(\w+)\.f32"
-    match = re.fullmatch(pattern, s.operation)
-    if not match or match[2] != match[3]:
-        raise UnsupportedError(s.text)
-    results = a.destinations(s, s.arguments[0], 4)
-    a.emit(s, f"mma.{match[1]}.{match[2]}", results, a.sources(s, s.arguments[1:], 4))
-
-
 def _wgmma(a: Assembler, s: Statement) -> None:
-    if s.operation in ("wgmma.fence.sync.aligned", "wgmma.commit_group.sync.aligned"):
-        a.emit(s, f"wgmma.{s.parts[1]}")
-        return
-    if s.operation == "wgmma.wait_group.sync.aligned":
-        a.emit(s, "wgmma.wait_group", immediate=literal(s.arguments[0]) or 0)
-        return
     match = re.fullmatch(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.f32\.(\w+)\.(\w+)", s.operation)
     if not match or match[3] != match[4] or match[3] not in WGMMA_KINDS:
         raise UnsupportedError(s.text)
@@ -216,52 +231,11 @@ def _flags(s: Statement, texts: list[str]) -> list[int]:
     return [value for value in values if value is not None]
 
 
-# Between lanes
-
-
-def _shuffle(a: Assembler, s: Statement) -> None:
-    if s.parts[1] != "sync" or s.parts[-1] != "b32":
-        raise UnsupportedError(s.text)
-    value, *inside = s.arguments[0].split("|")
-    destinations = [a.destination(s, value, 4), *map(a.predicate, inside)]
-    a.emit(s, f"shfl.{s.parts[2]}", destinations, a.sources(s, s.arguments[1:], 4))
-
-
-def _sum_lanes(a: Assembler, s: Statement) -> None:
-    if s.operation not in ("redux.sync.add.s32", "redux.sync.add.u32"):
-        raise UnsupportedError(s.text)
-    a.emit(s, "redux.add", [a.destination(s, s.arguments[0], 4)], a.sources(s, s.arguments[1:], 4))
-
-
-def _vote(a: Assembler, s: Statement) -> None:
-    to, asked = s.arguments[0], a.predicate(s.arguments[1])
-    into = a.destination(s, to, 4) if s.parts[2] == "ballot" else a.predicate(to)
-    a.emit(s, f"vote.{s.parts[2]}", [into], [asked])
-
-
-# Moves, comparisons, conversions
-
-
-def _compare(a: Assembler, s: Statement) -> None:
-    parts = [part for part in s.parts if part != "ftz"]
-    if len(parts) != 3 or "|" in s.arguments[0]:
-        raise UnsupportedError(s.text)
-    operands = a.sources(s, s.arguments[1:], SIZES[parts[2]])
-    a.emit(s, ".".join(parts), [a.predicate(s.arguments[0])], operands)
-
-
-def _select(a: Assembler, s: Statement) -> None:
-    width = SIZES[s.parts[1]]
-    to, first, second, which = s.arguments
-    sources = [*a.sources(s, [first, second], width), a.predicate(which)]
-    a.emit(s, f"selp.b{8 * width}", [a.destination(s, to, width)], sources)
+# Moves, conversions
 
 
 def _move(a: Assembler, s: Statement) -> None:
     to, source = s.arguments
-    if s.parts[1] == "pred":
-        a.emit(s, s.operation, [a.predicate(to)], [a.predicate(source)])
-        return
     width = SIZES[s.parts[1]]
     if to.startswith("{"):
         rows = [(-1, 4) if name == "_" else a.row(name) for name in vector(to)]
@@ -349,31 +323,12 @@ def _float_name(s: Statement) -> str:
 
 FAMILIES: Mapping[str, Callable[[Assembler, Statement], None]] = {
     "bra": _branch,
-    "ret": _end,
-    "exit": _end,
-    "bar": _barrier,
-    "barrier": _barrier,
-    "fence": _fence,
-    "membar": _nothing,
-    "prefetch": _nothing,
-    "setmaxnreg": _nothing,
-    "mbarrier": _unsupported,
-    "elect": _unsupported,
-    "tcgen05": _unsupported,
-    "atom": _unsupported,
-    "red": _unsupported,
     "ld": _load,
     "st": _store,
     "cp": _copy,
     "ldmatrix": _matrix,
     "stmatrix": _matrix,
-    "mma": _mma,
     "wgmma": _wgmma,
-    "shfl": _shuffle,
-    "redux": _sum_lanes,
-    "vote": _vote,
-    "setp": _compare,
-    "selp": _select,
     "mov": _move,
     "cvt": _convert,
 }

@@ -83,7 +83,6 @@ class Job(ctypes.Structure):
         ("regions", _pointer),
         ("region_count", _u32),
         ("hopper", _u32),
-        ("round_tf32", _u32),
         ("wgmma", _u32),
         ("stats", _pointer),
         ("reports", _pointer),

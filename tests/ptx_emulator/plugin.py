@@ -1,7 +1,7 @@
 """Runs a pytest session's kernels in the emulator; tests/conftest.py loads it where PTX_EMULATOR names an architecture.
 
 Any test can run this way, also those of tests/kernels. A test fails if the emulator's checks find an error. The summary
-counts launches, and lists the largest shares of error budgets and every finding with the first test that saw it.
+counts launches, and lists every finding with the first test that saw it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import Any
 
 import pytest
 
+from benchmarks.fake_gpu import pretend_cpu
+from smoa_kernels.tuning.gpus import GPUS
+
 from . import ARCH, emulator
 from .findings import Finding
-from .gpu import pretend
 from .library import obstacle
 
 if (REASON := obstacle()) is None:
-    pretend(ARCH)
+    emulator.activate(ARCH)
+    pretend_cpu(f"sm_{ARCH}", next(g.multiprocessors for g in GPUS.values() if g.arch == f"sm_{ARCH}"))
 
-FINDINGS, LAUNCHES, SHARE = "emulator's findings", "emulator's launches", "share of the error budget"
-"""Names of a test report's properties. A test records `SHARE` itself: (what, share)."""
+FINDINGS, LAUNCHES = "emulator's findings", "emulator's launches"
+"""Names of a test report's properties."""
 
 _reports: list[pytest.TestReport] = []
 
@@ -60,19 +63,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     total, seconds = sum(n for n, _ in counts), sum(s for _, s in counts)
     say = terminalreporter.write_line
     say(f"emulated, sm_{ARCH}: {total} launches in {len(_reports)} tests, {seconds:.0f} s in the machine")
-    worst: dict[str, tuple[float, str]] = {}
     first: dict[tuple[str, str, str], tuple[Finding, str, int]] = {}
     for test, of_test in properties:
-        what, share = of_test.get(SHARE, ("", 0.0))
-        if what and not share <= worst.get(what, (-1.0, ""))[0]:
-            worst[what] = share, test
         for fields in of_test.get(FINDINGS, ()):
             finding = Finding(**fields)
             key = finding.kind, finding.kernel, finding.line
             seen = first.get(key, (finding, test, 0))
             first[key] = (*seen[:2], seen[2] + finding.count)
-    for what, (share, test) in worst.items():
-        say(f"  {share:6.3f} of the error budget at most: {what} ({test})")
     for finding, test, count in sorted(first.values(), key=lambda seen: (not seen[0].is_error, seen[0].kind)):
         grade = "ERROR" if finding.is_error else "note"
         say(f"  {grade} {finding.kind} ×{count}, {finding.kernel} at {finding.line}, first in {test}")

@@ -1,10 +1,16 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators
-"""Kernels with known results, some of them broken on purpose, and handwritten PTX."""
+"""Kernels with known results, some of them broken on purpose, and the calls of their products."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+Tile = tuple[int, int, int]
 
 
 @triton.jit
@@ -142,3 +148,54 @@ def randoms(seed, out, BLOCK: tl.constexpr):
     tl.store(out + BLOCK + i, b)
     tl.store(out + 2 * BLOCK + i, c)
     tl.store(out + 3 * BLOCK + i, d)
+
+
+def cut_off(t: Tensor) -> Tensor:
+    """float32 without the 13 bits that a TF32 product ignores; other dtypes unchanged."""
+    return (t.contiguous().view(torch.int32) & -8192).view(torch.float32) if t.dtype == torch.float32 else t
+
+
+@dataclass
+class Product:
+    """Random operands of `a b` (M, K) and (K, N), each stored row-major ("n") or column-major ("t"), and its result.
+
+    Attributes:
+        precision: "ieee", or "tf32" for TF32 operands.
+    """
+
+    a: Tensor
+    b: Tensor
+    precision: str = "ieee"
+
+    @classmethod
+    def random(
+        cls, dtype: torch.dtype, M: int, N: int, K: int, *, layout: str = "nn", precision: str = "ieee"
+    ) -> Product:
+        a, b = torch.randn(M, K).to(dtype), torch.randn(K, N).to(dtype)
+        a, b = (t.T.contiguous().T if how == "t" else t for t, how in zip((a, b), layout, strict=True))
+        return cls(a, b, precision)
+
+    def run(self, tile: Tile = (64, 64, 32), *, warps: int = 4, stages: int = 3) -> Tensor:
+        """The product in float32, in a loop with asynchronous copies if it has several stages."""
+        (M, K), N = self.a.shape, self.b.shape[1]
+        c = torch.empty(M, N)
+        grid = (triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1]),)
+        sizes = M, N, K, *self.a.stride(), *self.b.stride(), *c.stride(), *tile
+        matmul[grid](self.a, self.b, c, *sizes, self.precision, 2, num_warps=warps, num_stages=stages)
+        return c
+
+    def run_computed(self, *, warps: int = 4, stages: int = 3, scale: float = 0.7) -> Tensor:
+        """The product of the scaled `a`, which is computed in registers."""
+        (M, K), N = self.a.shape, self.b.shape[1]
+        c = torch.empty(M, N)
+        sizes = *self.a.stride(), *self.b.stride(), scale, N, K, 16 * warps, 32
+        grid = (M // (16 * warps),)
+        matmul_computed[grid](self.a, self.b, c, *sizes, self.precision, num_warps=warps, num_stages=stages)
+        return c
+
+    def error(self, found: Tensor, scale: float = 1.0) -> float:
+        """The relative error of a result."""
+        left = self.a if scale == 1 else (self.a.float() * torch.tensor(scale)).to(self.a.dtype)
+        cut = cut_off if self.precision == "tf32" else lambda t: t
+        truth = cut(left).double() @ cut(self.b).double()
+        return float((found - truth).norm() / truth.norm())

@@ -7,13 +7,9 @@ import torch
 from torch import Tensor
 
 from . import ARCH
+from .samples import cut_off
 
-__all__ = ["cut_off", "tensor_core_sums"]
-
-
-def cut_off(t: Tensor) -> Tensor:
-    """float32 without the 13 bits that a TF32 product ignores; other dtypes unchanged."""
-    return (t.contiguous().view(torch.int32) & -8192).view(torch.float32) if t.dtype == torch.float32 else t
+__all__ = ["tensor_core_sums"]
 
 
 def tensor_core_sums(a: Tensor, b: Tensor) -> Tensor:

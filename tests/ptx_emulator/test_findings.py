@@ -6,152 +6,207 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from . import emulator
+from . import ARCH, emulator
 from .assembler import UnsupportedError
 from .emulator import EmulationError
-from .handwritten import Change, found, found_when_broken, run_ptx, without
-from .samples import add, add_unmasked, matmul, neighbours, overlapping, reduce_rows
+from .handwritten import Change, found, found_when_broken, run_ptx
+from .samples import Product, add, add_unmasked, neighbours, overlapping, reduce_rows
 
 pytestmark = pytest.mark.smoke
 
+
+def unmasked(y: torch.Tensor) -> None:
+    add_unmasked[(4,)](torch.randn(1024), y, torch.empty(1000), 1000, BLOCK=256)
+
+
+def added(y: torch.Tensor) -> None:
+    add[(4,)](torch.randn(1000), y, torch.empty(1000), 1000, BLOCK=256)
+
+
+GLOBAL: dict[str, tuple[set[str], Callable[[], object]]] = {
+    "past the end": ({"outside_storage"}, lambda: unmasked(torch.randn(1000))),
+    "past the view": ({"outside_view"}, lambda: unmasked(torch.randn(2, 1024)[0, :1000])),
+    "two programs write a place": (
+        {"cta_write_write"},
+        lambda: overlapping[(4,)](torch.zeros(2048, dtype=torch.int32), BLOCK=256),
+    ),
+    "a program reads what another writes": (
+        {"cta_read_after_write", "cta_write_after_read"},
+        lambda: neighbours[(4,)](torch.zeros(1024), BLOCK=256),
+    ),
+    "unwritten memory": ({"poison_read"}, lambda: added(torch.empty(1000))),
+    "nothing": (set(), lambda: added(torch.randn(1000))),
+}
+
+
+@pytest.mark.parametrize("what", GLOBAL)
+def test_global_memory(what: str) -> None:
+    expected, run = GLOBAL[what]
+    kinds = found(run)
+    assert expected <= kinds
+    assert bool(kinds) == bool(expected)
+
+
+# Triton's kernels, with instructions dropped or changed
+
+
+def replaced(pattern: str, new: str | Callable[[re.Match[str]], str] = "", count: int = 0) -> Change:
+    return lambda text: re.sub(pattern, new, text, count=count)
+
+
+def product(stages: int = 3) -> Callable[[], object]:
+    p = Product.random(torch.float16, 128, 128, 192)
+    return lambda: p.run(stages=stages)
+
+
+def computed() -> object:
+    return Product.random(torch.float16, 128, 128, 192).run_computed()
+
+
+def reduced() -> None:
+    reduce_rows[(1,)](torch.randn(64, 64), torch.empty(2, 64), 64, BLOCK=64)
+
+
+def vectors() -> None:
+    add[(4,)](torch.randn(1024), torch.randn(1024), torch.empty(1024), 1024, BLOCK=512)
+
+
 BARRIER, WAIT = r"bar\.sync\s+0;", r"cp\.async\.wait_group\s+(\d+);"
+FENCE, COMMIT = r"wgmma\.fence\.sync\.aligned;", r"wgmma\.commit_group\.sync\.aligned;"
+PROXY, WGMMA_WAIT = r"fence\.proxy\.async\.shared::cta;", r"(wgmma\.wait_group\.sync\.aligned)\s+{};"
+RACES = {"race_read_after_write", "race_write_after_read", "warp_unsynced"}
+BROKEN: dict[str, tuple[set[str], Callable[[], object], Change]] = {
+    "a shifted vector": (
+        {"misaligned"},
+        vectors,
+        replaced(r"(ld\.global\.v4\.b32 \{[^}]*\}, \[ %rd\d+ \+) 0", r"\1 4", count=1),
+    ),
+    "a wait two short": (
+        {"shared_in_flight"},
+        product(),
+        replaced(WAIT, lambda m: f"cp.async.wait_group {int(m[1]) + 2};"),
+    ),
+    "no waits for copies": ({"shared_in_flight"}, product(), replaced(WAIT, "cp.async.wait_group 9;")),
+    "no barriers": (RACES, product(), replaced(BARRIER)),
+    "no barriers, one stage": (RACES, product(1), replaced(BARRIER)),
+    "one barrier fewer": (RACES, product(), replaced(BARRIER, count=1)),
+    "no barriers in a reduction": ({"race_read_after_write", "shared_uninit"}, reduced, replaced(BARRIER)),
+}
+if ARCH == 90:
+    BROKEN |= {
+        "no waits": ({"wgmma_register"}, product(), replaced(WGMMA_WAIT.format(r"\d+"))),
+        "no fences": ({"wgmma_unfenced"}, product(), replaced(FENCE)),
+        "no commits": ({"wgmma_register"}, product(), replaced(COMMIT)),
+        "no proxy fences after copies": ({"wgmma_proxy_copy"}, product(), replaced(PROXY)),
+        "no proxy fences after stores": ({"wgmma_proxy"}, product(1), replaced(PROXY)),
+        "the last wait one short": (
+            {"wgmma_register"},
+            product(),
+            replaced(WGMMA_WAIT.format(0), r"\1 1;"),
+        ),
+        "the loop's wait one short": (
+            {"wgmma_overwrite"},
+            product(),
+            replaced(WGMMA_WAIT.format(1), r"\1 2;"),
+        ),
+        "no waits, a computed operand": (
+            {"wgmma_register"},
+            computed,
+            replaced(WGMMA_WAIT.format(r"\d+")),
+        ),
+        "no fences, a computed operand": ({"wgmma_unfenced"}, computed, replaced(FENCE)),
+    }
 
 
-def longer_wait(by: int) -> Change:
-    return lambda text: re.sub(WAIT, lambda m: f"cp.async.wait_group {int(m[1]) + by};", text)
+@pytest.mark.parametrize("run", [vectors, product(), product(1), computed, reduced])
+def test_nothing_in_a_correct_kernel(run: Callable[[], object]) -> None:
+    assert not found(run)
 
 
-def product() -> None:
-    a, b, c = torch.randn(128, 128).half(), torch.randn(128, 128).half(), torch.empty(128, 128)
-    sizes = 128, 128, 128, *a.stride(), *b.stride(), *c.stride(), 64, 64, 32
-    matmul[(4,)](a, b, c, *sizes, "tf32", 2, num_warps=4, num_stages=3)
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken(what: str) -> None:
+    expected, run, change = BROKEN[what]
+    assert expected & found_when_broken(run, change)
 
 
-class TestGlobalMemory:
-    def test_past_the_end(self) -> None:
-        x, y, out = torch.randn(1024), torch.randn(1000), torch.empty(1000)
-        assert "outside_storage" in found(lambda: add_unmasked[(4,)](x, y, out, 1000, BLOCK=256))
+def shifted(by: int, operand: int) -> Change:
+    """Shifts the descriptor of an operand of a wgmma in the middle of a kernel."""
 
-    def test_past_the_view(self) -> None:
-        x, rows, out = torch.randn(1024), torch.randn(2, 1024), torch.empty(1000)
-        assert "outside_view" in found(lambda: add_unmasked[(4,)](x, rows[0, :1000], out, 1000, BLOCK=256))
+    def change(text: str) -> str:
+        hits = list(re.finditer(r"wgmma\.mma_async[^;]*", text))
+        m = hits[len(hits) // 2]
+        register = re.findall(r"%rd\d+", m[0])[operand]
+        moved = f".reg .b64 %shifted;\n\tadd.s64 %shifted, {register}, {by};\n\t"
+        return text[: m.start()] + moved + m[0].replace(register, "%shifted") + text[m.end() :]
 
-    def test_no_argument(self) -> None:
-        launch = run_ptx("mov.b64 %rd1, 64;\nld.global.b32 %r5, [%rd1];", torch.zeros(8))
-        assert "not_an_argument" in {finding.kind for finding in launch.errors}
-
-    def test_two_programs_write_a_place(self) -> None:
-        out = torch.zeros(2048, dtype=torch.int32)
-        assert "cta_write_write" in found(lambda: overlapping[(4,)](out, BLOCK=256))
-
-    def test_a_program_reads_what_another_writes(self) -> None:
-        kinds = found(lambda: neighbours[(4,)](torch.zeros(1024), BLOCK=256))
-        assert {"cta_read_after_write", "cta_write_after_read"} <= kinds
-
-    def test_unwritten_memory(self) -> None:
-        x, unwritten, out = torch.randn(1000), torch.empty(1000), torch.empty(1000)
-        assert found(lambda: add[(4,)](x, unwritten, out, 1000, BLOCK=256)) == {"poison_read"}
-        assert not found(lambda: add[(4,)](x, x, out, 1000, BLOCK=256))
-
-    def test_misaligned_vector(self) -> None:
-        shifted: Change = lambda text: re.sub(  # noqa: E731
-            r"(ld\.global\.v4\.b32 \{[^}]*\}, \[ %rd\d+ \+) 0", r"\1 4", text, count=1
-        )
-        x, y, out = torch.randn(1024), torch.randn(1024), torch.empty(1024)
-        assert "misaligned" in found_when_broken(lambda: add[(4,)](x, y, out, 1024, BLOCK=512), shifted)
+    return change
 
 
-class TestSharedMemory:
-    def test_nothing_in_a_correct_product(self) -> None:
-        assert not found(product)
+@pytest.mark.skipif(ARCH != 90, reason="only sm_90 has wgmma")
+@pytest.mark.parametrize("operand", [0, 1], ids=["left", "right"])
+@pytest.mark.parametrize("by", [1, 2, -64, 1 << 32, 1 << 62])
+def test_shifted_descriptor(by: int, operand: int) -> None:
+    """By 16 bytes, 32 bytes, 1 KiB or a stride, or to another swizzle; either a finding or a wrong result shows it."""
+    p, results = Product.random(torch.float16, 128, 128, 192), []
+    kinds = found_when_broken(lambda: results.append(p.run()), shifted(by, operand))
+    assert kinds or not p.error(results[0]) < 1e-3
 
-    @pytest.mark.parametrize("by", [2, 9])
-    def test_a_wait_that_is_too_short(self, by: int) -> None:
-        assert "shared_in_flight" in found_when_broken(product, longer_wait(by))
 
-    @pytest.mark.parametrize("change", [without(BARRIER), lambda text: re.sub(BARRIER, "", text, count=1)])
-    def test_missing_barriers(self, change: Change) -> None:
-        kinds = found_when_broken(product, change)
-        assert {"race_read_after_write", "race_write_after_read", "warp_unsynced"} & kinds
-
-    def test_missing_barriers_in_a_reduction(self) -> None:
-        def run() -> None:
-            reduce_rows[(1,)](torch.randn(64, 64), torch.empty(2, 64), 64, BLOCK=64)
-
-        assert {"race_read_after_write", "shared_uninit"} & found_when_broken(run, without(BARRIER))
-
+# Handwritten PTX
 
 STORE = "mul.lo.s32 %r3, %r1, 4;\nadd.s32 %r4, %r2, %r3;\nst.shared.b32 [%r4], %r1;\n"
+PLACE = "ld.param.b64 %rd1, [p0];\n"
+NEXT_WARPS = "xor.b32 %r5, %r4, 128;\nld.shared.b32 %r6, [%r5];"
 
 
 @pytest.mark.parametrize(
-    ("kind", "body"),
+    ("warps", "kinds", "body"),
     [
-        ("shared_uninit", "ld.shared.b32 %r5, [%r2];"),
-        ("shared_outside", "ld.shared.b32 %r5, [%r2+65536];"),
-        ("shared_misaligned", "ld.shared.b32 %r5, [%r2+2];"),
-        ("lanes_write_write", "st.shared.b32 [%r2], %r1;"),
-        ("warp_unsynced", STORE + "ld.shared.b32 %r5, [%r2];"),
-        ("lanes_global_write_write", "ld.param.b64 %rd1, [p0];\nst.global.b32 [%rd1], %r1;"),
-    ],
-)
-def test_one_warp(kind: str, body: str) -> None:
-    launch = run_ptx(body, torch.zeros(64))
-    assert {finding.kind for finding in launch.errors} == {kind}
-
-
-@pytest.mark.parametrize(
-    ("kind", "body"),
-    [
-        ("race_write_write", "st.shared.b32 [%r2], %r1;"),
+        (1, {"not_an_argument"}, "mov.b64 %rd1, 64;\nld.global.b32 %r5, [%rd1];"),
+        (1, {"shared_uninit"}, "ld.shared.b32 %r5, [%r2];"),
+        (1, {"shared_outside"}, "ld.shared.b32 %r5, [%r2+65536];"),
+        (1, {"shared_misaligned"}, "ld.shared.b32 %r5, [%r2+2];"),
+        (1, {"lanes_write_write"}, "st.shared.b32 [%r2], %r1;"),
+        (1, {"warp_unsynced"}, STORE + "ld.shared.b32 %r5, [%r2];"),
+        # A place that is written twice is noted; it is an error if the values differ.
+        (1, {"duplicate_store"}, PLACE + "st.global.b32 [%rd1], 7;"),
+        (1, {"duplicate_store", "lanes_global_write_write"}, PLACE + "st.global.b32 [%rd1], %r1;"),
+        (2, {"race_write_write", "lanes_write_write"}, "st.shared.b32 [%r2], %r1;"),
         (
-            "race_write_after_read",
+            2,
+            {"race_write_after_read"},
             STORE + "bar.sync 0;\nld.shared.b32 %r5, [%r2];\nst.shared.b32 [%r2], %r5;",
         ),
-        ("race_read_after_write", STORE + "xor.b32 %r5, %r4, 128;\nld.shared.b32 %r6, [%r5];"),
+        (2, {"race_read_after_write"}, STORE + NEXT_WARPS),
+        (2, set(), STORE + "bar.sync 0;\n" + NEXT_WARPS),
     ],
 )
-def test_two_warps(kind: str, body: str) -> None:
-    launch = run_ptx(body, torch.zeros(64), threads=64)
-    assert kind in {finding.kind for finding in launch.errors}
-
-
-def test_a_barrier_between_warps() -> None:
-    body = STORE + "bar.sync 0;\nxor.b32 %r5, %r4, 128;\nld.shared.b32 %r6, [%r5];"
-    assert not run_ptx(body, torch.zeros(64), threads=64).errors
+def test_accesses(warps: int, kinds: set[str], body: str) -> None:
+    launch = run_ptx(body, torch.zeros(64), threads=32 * warps)
+    noticed = {finding.kind for finding in launch.findings}
+    assert kinds <= noticed if warps > 1 and kinds else kinds == noticed
+    assert {finding.kind for finding in launch.errors} == noticed - {
+        "duplicate_store",
+        "same_value_write_write",
+    }
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "error", "said"),
     [
-        "setp.lt.s32 %p1, %r1, 16;\n@%p1 bra $L__a;\nbar.sync 0;\n$L__a:\nmov.b32 %r3, 0;",
-        "setp.lt.s32 %p1, %r1, 16;\n@%p1 cp.async.commit_group;",
+        (
+            "setp.lt.s32 %p1, %r1, 16;\n@%p1 bra $L__a;\nbar.sync 0;\n$L__a:\nmov.b32 %r3, 0;",
+            EmulationError,
+            "divergent_sync",
+        ),
+        ("setp.lt.s32 %p1, %r1, 16;\n@%p1 cp.async.commit_group;", EmulationError, "divergent_sync"),
+        ("atom.global.add.f32 %r5, [%rd1], %r6;", UnsupportedError, "atom"),
+        ("bar.sync 1, 64;", UnsupportedError, "bar"),
+        ("mbarrier.init.shared::cta.b64 [%r2], 1;", UnsupportedError, "mbarrier"),
+        ("frob.b32 %r1;", UnsupportedError, "frob"),
     ],
-    ids=["barrier", "commit_group"],
 )
-def test_half_a_warp(body: str) -> None:
-    with pytest.raises(EmulationError, match="divergent_sync"):
+def test_what_is_undefined_or_unknown_is_refused(body: str, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
         run_ptx(body, threads=64)
     emulator.launches.clear()
-
-
-def test_notes() -> None:
-    """Writing one value twice is reported, but not as an error."""
-    run: Callable[[str], set[str]] = lambda body: {  # noqa: E731
-        finding.kind for finding in run_ptx(body, torch.zeros(64)).findings if not finding.is_error
-    }
-    assert run("ld.param.b64 %rd1, [p0];\nst.global.b32 [%rd1], 7;") == {"duplicate_store"}
-
-
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "atom.global.add.f32 %r5, [%rd1], %r6",
-        "bar.sync 1, 64",
-        "mbarrier.init.shared::cta.b64 [%r2], 1",
-        "frob.b32 %r1",
-    ],
-)
-def test_unknown_instructions_are_refused(statement: str) -> None:
-    with pytest.raises(UnsupportedError):
-        run_ptx(f"{statement};")

@@ -1,14 +1,15 @@
 """The machine against known results: arithmetic, reductions, products, random numbers, divergence."""
 
+import re
+
 import pytest
 import torch
 import triton
-from torch import Tensor
 
 from . import ARCH, emulator
 from .handwritten import run_ptx
-from .samples import add, matmul, randoms, reduce_rows, softmax
-from .sums import cut_off, tensor_core_sums
+from .samples import Product, Tile, add, matmul_chained, randoms, reduce_rows, softmax
+from .sums import tensor_core_sums
 
 
 @pytest.mark.parametrize("n", [1, 1000, 4099])
@@ -50,69 +51,90 @@ def test_random_numbers() -> None:
     assert torch.equal(out.long() & 0xFFFFFFFF, truth)
 
 
-TILES = ((4, (64, 64, 32)), (8, (128, 64, 32)), (1, (16, 16, 32)), (2, (32, 64, 16)))
-PRODUCTS = [
-    pytest.param(
-        dtype,
-        precision,
-        stages,
-        warps,
-        tile,
-        layout,
-        id=f"{name}-{stages}-{warps}-{'x'.join(map(str, tile))}-{layout}",
-        marks=[pytest.mark.smoke] if (stages, warps, layout) == (3, 4, "tt") else [],
-    )
-    for name, dtype, precision in (
-        ("fp16", torch.float16, "ieee"),
-        ("bf16", torch.bfloat16, "ieee"),
-        ("tf32", torch.float32, "tf32"),
-        ("fp32", torch.float32, "ieee"),
-    )
-    for stages in (1, 3, 4)
-    for warps, tile in TILES
-    for layout in ("nn", "tt")
-    if name != "fp32" or tile[0] * tile[1] <= 4096
-]
+# Products: mma.sync, or wgmma where the architecture has it and a tile has 64 rows for each four warps
+
+KINDS = {
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+TENSOR_CORES = list(KINDS)[:3]
+SMALL = [(4, (64, 64, 32)), (8, (128, 64, 32)), (1, (16, 16, 32)), (2, (32, 64, 16))]
+WGMMA = [(8, (128, 128, 32)), (4, (64, 256, 32)), (8, (128, 64, 64)), (4, (128, 16, 64)), (4, (64, 32, 16))]
+WAYS = [(stages, layout) for stages in (1, 3, 4) for layout in ("nn", "tt")]
 
 
-def stored(t: Tensor, transposed: bool) -> Tensor:
-    return t.T.contiguous().T if transposed else t
+def products() -> list[object]:
+    found = [(kind, *tile, *way) for kind in KINDS for tile in SMALL for way in WAYS]
+    if ARCH == 90:
+        found += [(kind, *tile, *way) for kind in TENSOR_CORES for tile in WGMMA for way in WAYS]
+        found += [(kind, *SMALL[0], 3, layout) for kind in TENSOR_CORES for layout in ("nt", "tn")]
+    return [
+        pytest.param(*case, marks=[pytest.mark.smoke] if case[1] == 4 and case[3:] == (3, "tt") else [])
+        for case in found
+        if case[0] != "fp32" or case[2][0] * case[2][1] <= 4096
+    ]
 
 
-@pytest.mark.parametrize(("dtype", "precision", "stages", "warps", "tile", "layout"), PRODUCTS)
-def test_products(
-    dtype: torch.dtype, precision: str, stages: int, warps: int, tile: tuple[int, int, int], layout: str
-) -> None:
-    """Loops with asynchronous copies, on sizes that are no multiple of a tile."""
-    M, N, K = 130, 150, 170
-    a = stored(torch.randn(M, K).to(dtype), layout[0] == "t")
-    b = stored(torch.randn(K, N).to(dtype), layout[1] == "t")
-    c = torch.empty(M, N)
-    grid = (triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1]),)
-    sizes = M, N, K, *a.stride(), *b.stride(), *c.stride(), *tile
-    matmul[grid](a, b, c, *sizes, precision, 2, num_warps=warps, num_stages=stages)
-    if precision == "tf32":
-        a, b = cut_off(a), cut_off(b)
-    truth = a.double() @ b.double()
-    assert float((c - truth).norm() / truth.norm()) < 1e-6
+@pytest.mark.parametrize(("kind", "warps", "tile", "stages", "layout"), products())
+def test_products(kind: str, warps: int, tile: Tile, stages: int, layout: str) -> None:
+    """Sizes that are no multiple of a tile; the second triple allows asynchronous copies of the operands."""
+    dtype, precision = KINDS[kind]
+    for sizes in ((130, 150, 170), (136, 264, 192))[: 1 if stages == 1 else 2]:
+        p = Product.random(dtype, *sizes, layout=layout, precision=precision)
+        assert p.error(p.run(tile, warps=warps, stages=stages)) < 1e-6
+        check_wgmma(kind != "fp32" and warps >= 4)
 
 
-@pytest.mark.parametrize("warps", [1, 4])  # mma.sync; wgmma if the architecture has it
-@pytest.mark.parametrize(
-    ("dtype", "precision"),
-    [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32")],
-    ids=str,
-)
-def test_last_bit_of_a_product(dtype: torch.dtype, precision: str, warps: int) -> None:
+def check_wgmma(used: bool) -> None:
+    """Check that Triton used wgmmas of a single shape, or none, and that nothing was found."""
+    launch = emulator.launches[-1]
+    shapes = {re.search(r"m64n\d+k\d+", text)[0] for text in launch.program.texts if "wgmma.mma" in text}
+    assert len(shapes) == (used and ARCH == 90)
+    assert not launch.findings
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("kind", TENSOR_CORES)
+def test_last_bit_of_a_product(kind: str, warps: int) -> None:
     """Sums as in published measurements of the tensor cores."""
+    dtype, precision = KINDS[kind]
     scale = torch.exp2(torch.randint(-8, 4, (64, 128)))
     a, b = (torch.randn(64, 128) * scale).to(dtype), torch.randn(128, 16).to(dtype)
-    c = torch.empty(64, 16)
-    sizes = 64, 16, 128, *a.stride(), *b.stride(), *c.stride(), 64, 16, 32
-    matmul[(1,)](a, b, c, *sizes, precision, 2, num_warps=warps)
+    c = Product(a, b, precision).run((64, 16, 32), warps=warps)
     assert torch.equal(c, tensor_core_sums(a, b))
-    uses_wgmma = any("wgmma.mma" in text for text in emulator.launches[-1].program.texts)
-    assert uses_wgmma == (ARCH == 90 and warps == 4)
+    check_wgmma(warps == 4)
+
+
+@pytest.mark.parametrize("kind", TENSOR_CORES)
+@pytest.mark.parametrize(
+    ("warps", "stages", "n", "layout"),
+    [
+        (4, 1, 64, "nn"),
+        (4, 3, 64, "nt"),
+        (8, 3, 128, "nn"),
+        (8, 4, 128, "nt"),
+        (4, 3, 256, "nn"),
+        (4, 1, 256, "nt"),
+    ],
+)
+def test_computed_operand(kind: str, warps: int, stages: int, n: int, layout: str) -> None:
+    """With a left operand in registers."""
+    dtype, precision = KINDS[kind]
+    p = Product.random(dtype, 128, n, 128, layout=layout, precision=precision)
+    assert p.error(p.run_computed(warps=warps, stages=stages), scale=0.7) < 1e-6
+    check_wgmma(True)
+
+
+@pytest.mark.parametrize("kind", TENSOR_CORES)
+def test_chained_products(kind: str) -> None:
+    dtype, precision = KINDS[kind]
+    a, b, c = torch.randn(64, 32).to(dtype), torch.randn(32, 64).to(dtype), torch.randn(64, 32).to(dtype)
+    out = torch.empty(64, 32)
+    matmul_chained[(1,)](a, b, c, out, 64, 64, 32, precision, num_warps=4)
+    first = tensor_core_sums(a, b).to(dtype)
+    assert torch.equal(out, tensor_core_sums(first, c))
 
 
 DIVERGENT = """

@@ -1,96 +1,15 @@
-"""Warpgroup products: Triton's kernels against float64, and single instructions in every form against exact sums."""
-
-import re
+"""Single wgmmas in every form against exact sums, and broken on purpose: dropped fences, waits, commits, barriers."""
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from . import ARCH, emulator
+from .assembler import UnsupportedError
+from .handwritten import Change
 from .handwritten_wgmma import KINDS, Operand, run_wgmma
-from .samples import matmul, matmul_chained, matmul_computed
-from .sums import cut_off
 
 pytestmark = pytest.mark.skipif(ARCH != 90, reason="only sm_90 has wgmma")
-
-DTYPES = [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32")]
-each_dtype = pytest.mark.parametrize(("dtype", "precision"), DTYPES, ids=["fp16", "bf16", "tf32"])
-TILES = [
-    (4, (64, 64, 32)),
-    (8, (128, 128, 32)),
-    (4, (64, 256, 32)),
-    (8, (128, 64, 64)),
-    (4, (128, 16, 64)),
-    (4, (64, 32, 16)),
-]
-
-
-def error_of(found: Tensor, truth: Tensor) -> float:
-    """Relative error; also checks that Triton used wgmmas of a single shape and that nothing was found."""
-    launch = emulator.launches[-1]
-    shapes = {re.search(r"m64n\d+k\d+", text) for text in launch.program.texts if "wgmma.mma" in text}
-    assert len({match and match[0] for match in shapes}) == 1
-    assert not launch.findings
-    return float((found - truth).norm() / truth.norm())
-
-
-def stored(t: Tensor, transposed: bool) -> Tensor:
-    return t.T.contiguous().T if transposed else t
-
-
-@each_dtype
-@pytest.mark.parametrize(("warps", "tile"), TILES)
-@pytest.mark.parametrize(
-    ("stages", "layout"),
-    [(1, "nn"), (1, "tt"), (3, "nn"), (3, "tt"), (3, "nt"), (3, "tn"), (4, "nn"), (4, "tt")],
-)
-def test_products(
-    dtype: torch.dtype, precision: str, warps: int, tile: tuple[int, int, int], stages: int, layout: str
-) -> None:
-    # Sizes that are no multiple of a tile; the second triple allows asynchronous copies of the operands.
-    M, N, K = (130, 150, 170) if stages == 1 else (136, 264, 192)
-    a = stored(torch.randn(M, K).to(dtype), layout[0] == "t")
-    b = stored(torch.randn(K, N).to(dtype), layout[1] == "t")
-    c = torch.empty(M, N)
-    grid = (triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1]),)
-    sizes = M, N, K, *a.stride(), *b.stride(), *c.stride(), *tile
-    matmul[grid](a, b, c, *sizes, precision, 2, num_warps=warps, num_stages=stages)
-    assert error_of(c, cut_off(a).double() @ cut_off(b).double()) < 1e-6
-
-
-@each_dtype
-@pytest.mark.parametrize(
-    ("warps", "stages", "n", "layout"),
-    [
-        (4, 1, 64, "n"),
-        (4, 3, 64, "t"),
-        (8, 3, 128, "n"),
-        (8, 4, 128, "t"),
-        (4, 3, 256, "n"),
-        (4, 1, 256, "t"),
-    ],
-)
-def test_computed_operand(
-    dtype: torch.dtype, precision: str, warps: int, stages: int, n: int, layout: str
-) -> None:
-    """With a left operand in registers."""
-    a, b = torch.randn(128, 128).to(dtype), stored(torch.randn(128, n).to(dtype), layout == "t")
-    c = torch.empty(128, n)
-    sizes = *a.stride(), *b.stride(), 0.7, n, 128, 16 * warps, 32
-    matmul_computed[(128 // (16 * warps),)](a, b, c, *sizes, precision, num_warps=warps, num_stages=stages)
-    left = (a.float() * torch.tensor(0.7)).to(dtype)
-    assert error_of(c, cut_off(left).double() @ cut_off(b).double()) < 1e-6
-
-
-@each_dtype
-def test_chained_products(dtype: torch.dtype, precision: str) -> None:
-    a, b, c = torch.randn(64, 32).to(dtype), torch.randn(32, 64).to(dtype), torch.randn(64, 32).to(dtype)
-    out = torch.empty(64, 32)
-    matmul_chained[(1,)](a, b, c, out, 64, 64, 32, precision, num_warps=4)
-    first = cut_off((cut_off(a).double() @ cut_off(b).double()).to(dtype))
-    truth = first.double() @ cut_off(c).double()
-    assert float((out - truth).norm() / truth.norm()) < (1e-5 if dtype == torch.float32 else 2e-3)
 
 
 def integers(*shape: int) -> Tensor:
@@ -120,15 +39,131 @@ def test_every_form(kind: str, n: int, left: Operand | None, right: Operand) -> 
     assert not launch.findings
 
 
-@pytest.mark.parametrize(("scale_d", "added"), [("%p2", 3.0), ("0", 0.0)])
-def test_accumulators(scale_d: str, added: float) -> None:
+@pytest.mark.parametrize(
+    ("options", "sign", "added"),
+    [
+        ({"scale_d": "%p2", "start": 3.0}, 1, 3.0),
+        ({"scale_d": "0", "start": 3.0}, 1, 0.0),
+        ({"signs": (-1, 1)}, -1, 0.0),
+        ({"signs": (1, -1)}, -1, 0.0),
+        ({"signs": (-1, -1)}, 1, 0.0),
+    ],
+    ids=str,
+)
+def test_accumulators_and_signs(options: dict[str, object], sign: int, added: float) -> None:
     a, b = integers(64, 16), integers(16, 32)
-    out, _ = run_wgmma("f16", a, b, scale_d=scale_d, start=3.0)
-    assert torch.equal(out, a @ b + added)
+    out, _ = run_wgmma("bf16", a, b, **options)  # type: ignore[arg-type]
+    assert torch.equal(out, sign * (a @ b) + added)
 
 
-@pytest.mark.parametrize("signs", [(-1, 1), (1, -1), (-1, -1)])
-def test_signs(signs: tuple[int, int]) -> None:
-    a, b = integers(64, 16), integers(16, 32)
-    out, _ = run_wgmma("bf16", a, b, signs=signs)
-    assert torch.equal(out, a @ b * signs[0] * signs[1])
+# Broken on purpose
+
+FENCE, COMMIT = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;"
+WAIT = "wgmma.wait_group.sync.aligned 0;"
+PROXY = "fence.proxy.async.shared::cta;"
+
+
+def product(columns: int) -> str:
+    """Another product of the same operands, added to the first accumulators."""
+    accumulators = ",".join(f"%acc{i}" for i in range(columns // 2))
+    shape = f"m64n{columns}k16.f32.f16.f16"
+    return (
+        f"\twgmma.mma_async.sync.aligned.{shape} {{{accumulators}}}, %rd5, %rd6, 1, 1, 1, 0, 0;\n\t{COMMIT}"
+    )
+
+
+def replaced(old: str, new: str = "") -> dict[str, Change]:
+    return {"change": lambda ptx: ptx.replace(old, new)}
+
+
+def before_fence(text: str) -> dict[str, Change]:
+    return replaced(f"\t{FENCE}", f"{text}\n\t{FENCE}")
+
+
+def between(text: str) -> dict[str, str]:
+    """PTX between the product and the wait for it."""
+    return {"between": text}
+
+
+def findings(*, registers: bool = False, **options: object) -> set[str]:
+    """The kinds of findings, notes too; `registers` holds the left operand."""
+    left = {"left": None} if registers else {}
+    _, launch = run_wgmma("f16", integers(64, 16), integers(16, 32), **left, **options)  # type: ignore[arg-type]
+    return {finding.kind for finding in launch.findings}
+
+
+IN_REGISTERS = {"registers": True}
+ANOTHER_WARPS_STORE = """
+	bar.sync 0;
+	setp.eq.s32 %p3, %r1, 100;
+	@%p3 st.shared.b32 [%r2+32768], %r1;
+	bar.sync 0;
+"""
+BY_WARP = "\tshr.u32 %r9, %r1, 5;\n\tcvt.u64.u32 %rd11, %r9;\n\tadd.s64 %rd6, %rd6, %rd11;"
+BY_LANE = "\tcvt.u64.u32 %rd11, %r1;\n\tadd.s64 %rd6, %rd6, %rd11;"
+BROKEN: dict[str, tuple[str, dict[str, object]]] = {
+    "another shape on accumulators under way": ("wgmma_register", between(product(16))),
+    "an accumulator read": ("wgmma_register", between("\tadd.s32 %r9, %acc3, 1;")),
+    "an accumulator written": ("wgmma_register", between("\tmov.b32 %acc3, 0;")),
+    "a left operand written": ("wgmma_register", IN_REGISTERS | between("\tmov.b32 %r21, 0;")),
+    "a left operand read": ("wgmma_operand_read", IN_REGISTERS | between("\tadd.s32 %r9, %r21, 0;")),
+    "a store over an operand": ("wgmma_overwrite", between("\tst.shared.b32 [%r2+32768], %r1;")),
+    "another warp's store, behind a barrier": ("wgmma_overwrite", between(ANOTHER_WARPS_STORE)),
+    "the start of a copy over an operand": (
+        "wgmma_overwrite",
+        between("\tcp.async.cg.shared.global [%r2+32768], [%rd1], 16;"),
+    ),
+    "no wait: a register": ("wgmma_register", replaced(WAIT)),
+    "no wait": ("wgmma_not_waited", replaced(WAIT)),
+    "a wait one short": ("wgmma_register", replaced(WAIT, WAIT.replace("0", "1"))),
+    "no commit": ("wgmma_register", replaced(COMMIT)),
+    "no fence": ("wgmma_unfenced", replaced(FENCE)),
+    "a register written after the fence": (
+        "wgmma_unfenced",
+        replaced(FENCE, f"{FENCE}\n\tmov.b32 %acc3, 0;"),
+    ),
+    "a left operand written after the fence": (
+        "wgmma_unfenced",
+        IN_REGISTERS | replaced(FENCE, f"{FENCE}\n\tmov.b32 %r21, 0;"),
+    ),
+    "no proxy fence": ("wgmma_proxy", replaced(PROXY)),
+    "no barrier": ("race_read_after_write", replaced("bar.sync 0;")),
+    "warps with different descriptors": ("wgmma_divergent", before_fence(BY_WARP)),
+    "lanes with different descriptors": ("wgmma_divergent", before_fence(BY_LANE)),
+    "past the end": ("shared_outside", before_fence("\tadd.s64 %rd6, %rd6, 2040;")),
+    "reserved bits": ("wgmma_descriptor", before_fence("\tadd.s64 %rd6, %rd6, 16384;")),
+}
+ALLOWED: dict[str, dict[str, object]] = {
+    "a product on the same accumulators": between(product(32)),
+    "a proxy fence after the barrier": replaced(
+        f"{PROXY}\n\tbar.sync 0;", "bar.sync 0;\n\tfence.proxy.async;"
+    ),
+    "a store elsewhere": between("\tst.shared.b32 [%r2+60000], %r1;"),
+}
+TMA = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+REFUSED: dict[str, dict[str, object]] = {
+    "a part of a warp": replaced("\twgmma.mma_async", "\tsetp.lt.s32 %p3, %r1, 40;\n\t@%p3 wgmma.mma_async"),
+    "TMA": before_fence(f"\t{TMA} [%r2], [%rd1, {{%r1, %r1}}], [%r3];"),
+    "fp8": replaced("m64n32k16.f32.f16.f16", "m64n32k32.f32.e4m3.e4m3"),
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken(what: str) -> None:
+    kind, options = BROKEN[what]
+    assert kind in findings(**options)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("what", ALLOWED)
+def test_allowed(what: str) -> None:
+    assert not findings(**ALLOWED[what]) - {"lanes_write_write", "race_write_write"}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    with pytest.raises((emulator.EmulationError, UnsupportedError)):
+        findings(**REFUSED[what])
+    emulator.launches.clear()

@@ -175,6 +175,24 @@ def test_a_slot_that_is_filled_anew_forgets_the_old_adapter():
     assert layer.slots.output(x, None, [Group.of(1, torch.tensor([0]))], lambda: "base") == "base"
 
 
+def test_adapters_with_the_same_blocks_share_one_copy_of_them():
+    """A coordinate whose factors are zero belongs to any block. The last adapter leaves, and the copy goes."""
+    layer = Layer(weight=True)
+    part = layer.slots.slices[0]
+    part.A[2], part.B[2] = part.A[1] * 2, part.B[1] * 3
+    part.A[2, 0, :, 5], part.B[2, 0, 7] = 0, 0
+    layer.modulation[2, : SIZES[0]] = part.B[2, 0] @ part.A[2, 0]
+    layer.slots.fill(2, [Layer.RANKS[1][0], (1, 2)])
+    x, slot_of = torch.randn(3, C), [0, 1, 2]
+    torch.testing.assert_close(
+        layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4
+    )
+    assert [sorted(blocks.factors) for blocks in layer.slots.shared[0]] == [[0], [1, 2]]
+    for slot in (1, 2):
+        layer.slots.fill(slot, [])
+    assert [sorted(blocks.factors) for blocks in layer.slots.shared[0]] == [[0]]
+
+
 @pytest.mark.parametrize("ranks", [(4,), (3, 0, 5), (1, 1, 1)])
 def test_shards_have_the_products_of_the_whole(ranks):
     A, B, modulation = adapter_of(SIZES[0], ranks, seed=3)

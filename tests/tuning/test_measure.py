@@ -29,7 +29,8 @@ from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import INTERRUPTED, UNFINISHED, Choice, Trial, identity
 from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.measure import MOST_CHARACTERS, DeviceLostError, Workload, keep, tune, workload
-from smoa_kernels.tuning.plan import Layer, jobs, keys
+from smoa_kernels.tuning.plan import jobs, keys
+from smoa_kernels.tuning.roofline import Problem
 
 pytestmark = needs_interpreter
 
@@ -52,27 +53,28 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, change: Callable[[Workload, Choice]
 
 
 def test_the_fastest_wins_every_time_is_kept_and_a_rerun_repeats_nothing() -> None:
-    (tuned,) = tune([permute_job()], CPU, timer=scripted(SCRIPT))
-    assert tuned.problem is None
-    assert tuned.entry == kept()[PERMUTE]
-    assert tuned.entry.best().choice == SECOND  # type: ignore[union-attr]
-    assert {t.choice: t.seconds for t in tuned.entry.trials} == SPEED
+    assert tune([permute_job()], CPU, timer=scripted(SCRIPT)) == {}
+    found = kept()[PERMUTE]
+    assert found.best().choice == SECOND  # type: ignore[union-attr]
+    assert {t.choice: t.seconds for t in found.trials} == SPEED
     timed: list[Choice] = []
-    assert tune([permute_job()], CPU, timer=scripted(SCRIPT, timed)) == [tuned]
+    assert tune([permute_job()], CPU, timer=scripted(SCRIPT, timed)) == {}
+    assert kept()[PERMUTE] == found
     assert timed == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "layer", [Layer(70, 90, 17, "bf16", 5, 2), Layer(48, 40, 33, "fp32", 4, 2, 8, experts=3)]
+    "layer", [Problem(17, 70, 90, 2, 5), Problem(33, 48, 40, 2, 4, "fp32", 8, experts=3)]
 )
-def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Layer) -> None:
+def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Problem) -> None:
     """Real operands and real kernels, in the interpreter: each result matches the definition."""
     planned = [replace(job, candidates=job.candidates[:2]) for job in jobs([layer], "cpu", 1)]
     assert {job.key for job in planned} == set(keys(layer))
-    for tuned in tune(planned, CPU, timer=scripted(lambda choice: 1.0)):
-        assert tuned.entry is not None, tuned
-        assert [t.reason for t in tuned.entry.trials] == [None] * len(tuned.job.candidates), tuned.job.key
+    assert tune(planned, CPU, timer=scripted(lambda choice: 1.0)) == {}
+    found = kept()
+    for job in planned:
+        assert [t.reason for t in found[job.key].trials] == [None] * len(job.candidates), job.key
 
 
 def test_what_is_stale_is_measured_again_and_what_is_left_too() -> None:
@@ -96,11 +98,10 @@ def test_a_choice_that_fails_is_recorded_and_skipped(monkeypatch: pytest.MonkeyP
         return 2.0
 
     spoiled(monkeypatch, run)
-    (tuned,) = tune([permute_job()], CPU, timer=timer)
+    assert tune([permute_job()], CPU, timer=timer) == {}
     first, second = "RuntimeError: out of resource: shared memory", f"ValueError: {'x' * MOST_CHARACTERS}"
     assert reasons() == {FIRST: first, SECOND: second, THIRD: None}
-    assert tuned.entry is not None
-    assert tuned.entry.best().choice == THIRD  # type: ignore[union-attr]
+    assert kept()[PERMUTE].best().choice == THIRD  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
@@ -123,10 +124,10 @@ def test_the_budget_ends_a_run_and_the_rest_is_told(monkeypatch: pytest.MonkeyPa
         return SPEED[choice]
 
     other = permute_job(PERMUTE._replace(tokens=16))
-    first, second = tune([permute_job(), other], CPU, timer=scripted(seconds), deadline=15.0)
-    assert first.problem == "no time was left for all candidates"
+    told = tune([permute_job(), other], CPU, timer=scripted(seconds), deadline=15.0)
+    assert told == {PERMUTE: "no time was left for all candidates", other.key: "no time was left"}
     assert list(reasons()) == [FIRST, SECOND]
-    assert (second.entry, second.problem) == (None, "no time was left")
+    assert other.key not in kept()
 
 
 @pytest.mark.parametrize("where", ["operands", "truth"])
@@ -144,10 +145,9 @@ def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(
 
     monkeypatch.setattr(measure, "workload", load)
     large = permute_job(PERMUTE._replace(tokens=16))
-    failed, small = tune([large, permute_job()], CPU, timer=scripted(SCRIPT))
+    told = tune([large, permute_job()], CPU, timer=scripted(SCRIPT))
     reason = {"truth": "OutOfMemoryError: out of memory", "operands": "ZeroDivisionError: division by zero"}
-    assert (failed.entry, failed.problem) == (None, reason[where])
-    assert small.problem is None
+    assert told == {large.key: reason[where]}
     assert set(kept()) == {PERMUTE}
 
 

@@ -14,7 +14,8 @@ from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
-from smoa_kernels.tuning.plan import Layer, job, jobs, keys
+from smoa_kernels.tuning.plan import check_layer, job, jobs, keys
+from smoa_kernels.tuning.roofline import Problem
 from smoa_kernels.tuning.workloads import Operands
 
 
@@ -42,7 +43,7 @@ def test_every_answer_ships(arch: str, dtype: str) -> None:
         ((4096, 14336), (576, 1536), (320, 320)),
         (0, 8),
     ):
-        for key in keys(Layer(n, c, tokens, dtype, rank * blocks, blocks, experts=experts)):
+        for key in keys(Problem(tokens, n, c, blocks, rank * blocks, dtype, experts=experts)):
             if key.kernel in KERNELS:
                 kernel = KERNELS[key.kernel]
                 config = kernel.default(key, arch, processors)
@@ -54,7 +55,7 @@ def test_every_answer_ships(arch: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("arch", ["cpu", "sm_87", "sm_103", "sm_121", "gfx950"])
 def test_architectures_that_nobody_audited_get_an_answer(arch: str) -> None:
-    for key in keys(Layer(4096, 4096, 2048)):
+    for key in keys(Problem(2048, 4096, 4096, 4, 16)):
         if key.kernel in KERNELS:
             kernel = KERNELS[key.kernel]
             assert isinstance(kernel.default(key, arch, 100), Config)
@@ -84,7 +85,7 @@ def test_what_is_tried_is_what_ships_and_divides_the_layout_the_default_first() 
 
 
 def test_algorithms_come_after_the_kernels_they_are_made_of() -> None:
-    kinds = [one.key.kernel in ALGORITHM_KEYS for one in jobs([Layer(70, 90, 17)], "sm_90", 132)]
+    kinds = [one.key.kernel in ALGORITHM_KEYS for one in jobs([Problem(17, 70, 90, 4, 16)], "sm_90", 132)]
     assert kinds == sorted(kinds)
     assert kinds[-1]
 
@@ -94,7 +95,7 @@ def test_a_kernel_that_no_layer_asks_for_is_an_error(names: list[str]) -> None:
     with pytest.raises(
         ValueError, match=f"no layer asks for {names[-1]}: grouped kernels are those of layers"
     ):
-        jobs([Layer(4096, 4096, 8192)], "sm_90", 132, names)
+        jobs([Problem(8192, 4096, 4096, 4, 16)], "sm_90", 132, names)
 
 
 def asked_for(monkeypatch: pytest.MonkeyPatch) -> set[Key]:
@@ -127,7 +128,7 @@ def test_a_training_step_asks_for_what_the_plan_holds(
         layer.algorithm, layer.dropout = algorithm, dropout
         table.forget()
         layer(torch.randn(tokens, c, requires_grad=True)).sum().backward()
-    planned = {key for key in keys(Layer(n, c, tokens, "fp32", 5, 2, granule)) if key.kernel in KERNELS}
+    planned = {key for key in keys(Problem(tokens, n, c, 2, 5, "fp32", granule)) if key.kernel in KERNELS}
     asked = {key for key in asked if key.kernel in KERNELS}
     assert asked <= planned
     left = set() if tokens == 19 else {"fused_linear", "sum_partials"}
@@ -141,7 +142,7 @@ def test_a_step_of_experts_asks_for_what_the_plan_holds(
     blocks: int, granule: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = asked_for(monkeypatch)
-    layer = Layer(48, 40, 4 * 19, "fp32", 3 * blocks, blocks, granule, experts=4)
+    layer = Problem(4 * 19, 48, 40, blocks, 3 * blocks, "fp32", granule, experts=4)
     key = next(keys(layer))
     adapter, ends, x, dy = Operands(key._replace(tokens=19), "", torch.device("cpu")).experts()
     experts_triton.experts_product(ends, adapter)(x)
@@ -153,13 +154,13 @@ def test_a_step_of_experts_asks_for_what_the_plan_holds(
 
 
 def test_a_layer_that_cannot_be_is_refused() -> None:
-    good = Layer(64, 48, 8)
+    good = Problem(8, 64, 48, 4, 16)
     for change, words in (
         ({"tokens": 0}, "tokens must be at least 1, got 0"),
         ({"experts": -1}, "experts must be at least 0, got -1"),
-        ({"dtype": "fp64"}, "dtype must be one of bf16"),
-        ({"blocks": 49}, "blocks must be at most 48 for a layer of 64x48, got 49"),
+        ({"precision": "fp64"}, "precision must be one of bf16"),
+        ({"num_blocks": 49}, "blocks must be at most 48 for a layer of 64x48, got 49"),
         ({"rank": 1025}, "rank must be at most 1024 in 4 blocks"),
     ):
         with pytest.raises(ValueError, match=words):
-            replace(good, **change)  # type: ignore[arg-type]
+            check_layer(replace(good, **change))  # type: ignore[arg-type]

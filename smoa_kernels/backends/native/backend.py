@@ -22,7 +22,17 @@ from ..eager import ALGORITHMS, modulated_weight
 from ..pages import in_large_pages
 from .library import KINDS, Algorithm, Call, drawn, has, lies_along_memory, obstacle
 
-__all__ = ["ALGORITHMS", "ROUTES", "Path", "Route", "backward", "forward", "modulated_weight", "route"]
+__all__ = [
+    "ALGORITHMS",
+    "ROUTES",
+    "Path",
+    "Route",
+    "backward",
+    "forward",
+    "gradient_path",
+    "modulated_weight",
+    "route",
+]
 
 
 class Path(IntEnum):
@@ -105,7 +115,7 @@ def forward(
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
     path = Path.EAGER
     if _fits(adapter, x, None, bias):
-        path = route(x, adapter.weight, len(adapter.A), algorithm if dropout is None else "dropout")
+        path = route(x, adapter.weight, adapter.A.shape[0], algorithm if dropout is None else "dropout")
     if path == Path.EAGER:
         return eager.forward(x, bias, adapter, algorithm, dropout)
     mask = None if dropout is None else drawn(dropout, x, x.shape[1])
@@ -126,7 +136,7 @@ def backward(
     """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`; one mask serves them all."""
     path, algorithm = Path.EAGER, "auto" if dropout is None else "dropout"
     if _fits(adapter, x, dy, None):
-        path = route(dy, adapter.weight, len(adapter.A), algorithm, transposed=True)
+        path = route(dy, adapter.weight, adapter.A.shape[0], algorithm, transposed=True)
     if path == Path.EAGER:
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
@@ -152,10 +162,14 @@ def factor_gradients(
     dA, dB = adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
     if call is None:
         return dA.zero_(), dB.zero_()
-    tiles = route(dy, adapter.weight, len(adapter.A), "dropout") == Path.TILES
-    call.plan(Path.TILES if tiles else Path.FLOAT, Algorithm.SPLIT)
+    call.plan(gradient_path(dy, adapter.weight, adapter.A.shape[0]), Algorithm.SPLIT)
     call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
     return dA, dB
+
+
+def gradient_path(dy: Tensor, weight: Tensor, rank: int) -> Path:
+    """The path for dA and dB, which is never for few tokens."""
+    return Path.TILES if route(dy, weight, rank, "dropout") == Path.TILES else Path.FLOAT
 
 
 def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Tensor | None) -> bool:

@@ -6,21 +6,54 @@
 #include "few_tokens.h"
 #include "gradient.h"
 
+/* One expert's index as i64. */
+static const i64 *index_of(const void *all, i64 bytes, i64 first, i64 count, i64 *to) {
+    for (i64 i = 0; i < count && to; i++)
+        to[i] = !all ? i : bytes == 2 ? ((const int16_t *)all)[first + i] : ((const int32_t *)all)[first + i];
+    return to;
+}
+
+/* Calls `function` for the layer, or for each expert that has pairs. y has `cols` columns. */
+static i64 for_each(const call *c, i64 (*function)(const call *), i64 cols) {
+    if (!c->experts) return function(c);
+    arena a = workspace_of(c->workspace);
+    i64 *row_index = take(&a, c->layer.rows * 8), *col_index = take(&a, c->layer.cols * 8), most = 0, first = 0;
+    for (i64 e = 0; e < c->experts; first = c->ends[e++]) {
+        call one = *c;
+        layer *l = &one.layer;
+        one.tokens = c->ends[e] - first, one.path = c->paths[e], one.updates = c->updates ? c->updates + e : NULL;
+        if (!one.tokens || (c->updates && !c->updates[e])) continue;
+        one.workspace = a.base ? (float *)(a.base + a.bytes) : NULL;
+        l->row_index = index_of(c->row_index, c->row_bytes, e * c->row_step, l->rows, row_index);
+        l->col_index = index_of(c->col_index, c->col_bytes, e * c->col_step, l->cols, col_index);
+        l->row_offsets += e * c->row_offsets_step, l->col_offsets += e * c->col_offsets_step;
+        l->weight = element(l->weight, e * c->weight_step, l->dtype);
+        l->A = element(l->A, e * c->A_step, l->factor_dtype), l->B = element(l->B, e * c->B_step, l->factor_dtype);
+        one.x = element(c->x, first * c->x_stride, c->dtype), one.dy = element(c->dy, first * c->dy_stride, c->dtype);
+        one.y = (char *)c->y + first * cols * bytes_of(c->dtype);
+        one.dA = (char *)c->dA + e * l->rank * l->cols * bytes_of(l->factor_dtype);
+        one.dB = (char *)c->dB + e * l->rank * l->rows * bytes_of(l->factor_dtype);
+        most = greatest(most, function(&one));
+    }
+    return c->workspace ? most : most + floats_of(&a);
+}
+
 static product product_of(const call *c, layer l) {
     return (product){.l = l, .algorithm = c->algorithm, .tokens = c->tokens, .total = c->tokens, .threads = c->threads, .dtype = (int)c->dtype,
                      .tiles = c->path == TILES_PATH, .bias = c->bias, .y = c->y, .workspace = workspace_of(c->workspace)};
 }
 
-/* y (tokens, rows) = x W0ᵀ + dropout(x) ΔWᵀ + b. No dimension is 0, here and below. */
-i64 smoa_forward(const call *c) {
+static i64 forward(const call *c) {
     product p = product_of(c, c->layer);
     p.x = c->x, p.x_stride = c->x_stride, p.x_keep = c->keep;
     if (c->path == FEW_TOKENS) return few_product(p);
     return p.tiles ? rows_by_tokens(p) : blocked_product(p);
 }
 
-/* y (tokens, cols) = dX = dY W_eff; under dropout dY W0 plus the masked dY ΔW. */
-i64 smoa_input(const call *c) {
+/* y (tokens, rows) = x W0ᵀ + dropout(x) ΔWᵀ + b. No dimension is 0, here and below. */
+i64 smoa_forward(const call *c) { return for_each(c, forward, c->layer.rows); }
+
+static i64 input(const call *c) {
     product p = product_of(c, transposed(c->layer));
     p.x = c->dy, p.x_stride = c->dy_stride, p.y_keep = c->keep;
     if (c->path == FEW_TOKENS) return few_product(p);
@@ -30,8 +63,11 @@ i64 smoa_input(const call *c) {
     return greatest(floats, blocked_product(p));
 }
 
+/* y (tokens, cols) = dX = dY W_eff; under dropout dY W0 plus the masked dY ΔW. */
+i64 smoa_input(const call *c) { return for_each(c, input, c->layer.cols); }
+
 /* dA (rank, cols) and dB (rows, rank), dense, in the dtype of A and B, from dY (tokens, rows) and x (tokens, cols). */
-i64 smoa_gradient(const call *c) { return factor_gradients(c, c->path == TILES_PATH); }
+i64 smoa_gradient(const call *c) { return for_each(c, factor_gradients, 0); }
 
 /* Whether indices and offsets give each of `count` coordinates to exactly one block; `seen` has one byte per coordinate. */
 static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 blocks, uint8_t *seen) {
@@ -45,20 +81,28 @@ static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 b
     return right;
 }
 
-/* 0 unless each row and each column of the layer is in exactly one block; else 1 if s B, and so ΔW, is zero; else 2. The workspace must
- * have one byte per coordinate of the longer side. */
-i64 smoa_check(const call *c) {
+/* Whether s B, and so ΔW, has a number that is not 0. */
+static int has_update(const layer *l) {
+    for (i64 k = 0; k < l->blocks && l->scaling != 0; k++)
+        for (i64 i = l->row_offsets[k]; i < l->row_offsets[k + 1]; i++)
+            for (i64 t = 0; t < rank_of(l, k); t++)
+                if (value_at(l->B, l->row_index[i] * l->B_row + t * l->B_rank, (int)l->factor_dtype) != 0) return 1;
+    return 0;
+}
+
+static i64 misfit(const call *c) {
     const layer *l = &c->layer;
     uint8_t *seen = (uint8_t *)c->workspace;
     if (!shared_out(l->row_index, l->row_offsets, l->rows, l->blocks, seen) ||
         !shared_out(l->col_index, l->col_offsets, l->cols, l->blocks, seen))
-        return 0;
-    for (i64 k = 0; k < l->blocks && l->scaling != 0; k++)
-        for (i64 i = l->row_offsets[k]; i < l->row_offsets[k + 1]; i++)
-            for (i64 t = 0; t < rank_of(l, k); t++)
-                if (value_at(l->B, l->row_index[i] * l->B_row + t * l->B_rank, (int)l->factor_dtype) != 0) return 2;
-    return 1;
+        return 1;
+    if (c->updates) *c->updates = has_update(l);
+    return 0;
 }
+
+/* 0 if each row and each column of the layer is in exactly one block, else 1. `updates` of experts becomes 0 where ΔW is zero. The
+ * workspace must have one byte per coordinate of the longer side. */
+i64 smoa_check(const call *c) { return for_each(c, misfit, 0); }
 
 /* Dropout's masks, a bit per element, from the numbers that torch's generator draws on a CPU (definition/dropout.py): the Mersenne Twister
  * MT19937 (Matsumoto and Nishimura 1998), a whole state at a time, in loops that compilers vectorise. */

@@ -1,16 +1,17 @@
-"""Experts in compiled code: the pairs (token, expert) of each expert are one call of a layer, in every dtype."""
+"""Experts in compiled code: a loop in C over experts, each of which is a layer whose tokens are its pairs."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...definition.experts import ExpertsAdapter
-from .. import Gradients, eager, experts
-from .backend import Path, route
-from .library import KINDS, Algorithm, Call, Layer, along_memory, dense, obstacle
+from .. import Gradients, experts
+from .backend import Path, gradient_path, route
+from .library import KINDS, Algorithm, Call, along_memory, dense, obstacle
 
 __all__ = ["experts_backward", "experts_product"]
 
@@ -18,28 +19,21 @@ __all__ = ["experts_backward", "experts_product"]
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
     """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
 
-    If B is zero, torch computes the base's part, so that y equals that of the model without an adapter. In float32
-    torch computes it for all but few pairs, and the adapter's part is added.
+    torch computes for an expert whose ΔW is zero, so that y equals that of the model without an adapter.
     """
     weight, plain = adapter.weight, experts.experts_product(ends, adapter)
     if not _fits(adapter, ends):
         return plain
-    calls = _Calls(ends, adapter)
+    every = _EveryExpert(ends, adapter, find_updates=True)
 
     def product(x: Tensor) -> Tensor:
-        if not _takes(weight, x, weight.shape[2]):
+        if not _takes(weight, x, weight.shape[2]) or not every.choose_paths(x, transposed=False):
             return plain(x)
-        y = x.new_empty(calls.check_pairs(x), weight.shape[1])
-        for e, pairs in calls.spans:
-            updates, call, path = calls.turn_to(e), calls.call, calls.route(x[pairs], "auto")
-            added = x.dtype == torch.float32 and path != Path.FEW
-            if added or not updates:
-                experts.base_output(x[pairs], weight[e], out=y[pairs])
-            if updates and path == Path.EAGER:
-                y[pairs] = eager.forward(x[pairs], None, adapter.experts([e])[0], "auto", None)
-            elif updates:
-                call.plan(path, Algorithm.UPDATE if added else Algorithm.MERGED)
-                call.run("smoa_forward", x=x[pairs], y=y[pairs])
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for e, start, end in every.spans:
+            if not every.updates[e]:
+                experts.base_output(x[start:end], weight[e], out=y[start:end])
+        every.call.run("smoa_forward", x=x, y=y)
         return y
 
     return product
@@ -52,90 +46,85 @@ def experts_backward(
 
     dA and dB of an expert without pairs are zero.
     """
-    weight = adapter.weight
+    weight, A, B = adapter.weight, adapter.A, adapter.B
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
-    fits = fits and (x is None or (_takes(weight, x, weight.shape[2]) and len(x) == len(dy)))
-    if not fits:
+    fits = fits and (x is None or (_takes(weight, x, weight.shape[2]) and x.shape[0] == dy.shape[0]))
+    every = _EveryExpert(ends, adapter, find_updates=False) if fits else None
+    if every is None or not every.choose_paths(dy, transposed=True):
         return experts.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
-    calls = _Calls(ends, adapter)
-    dx = dy.new_empty(calls.check_pairs(dy), weight.shape[2]) if needs_x else None
-    dA, dB = (
-        (None, None) if x is None else (torch.zeros_like(one.contiguous()) for one in (adapter.A, adapter.B))
-    )
-    for e, pairs in calls.spans:
-        path = calls.route(dy[pairs], "auto", transposed=True)
-        if path == Path.EAGER:
-            given, layer = None if x is None else x[pairs], adapter.experts([e])[0]
-            dx_e, dA_e, dB_e = eager.backward(dy[pairs], given, layer, None, needs_x=needs_x)
-            if dx is not None and dx_e is not None:
-                dx[pairs] = dx_e
-            if dA is not None and dA_e is not None and dB is not None and dB_e is not None:
-                dA[e], dB[e] = dA_e, dB_e
-            continue
-        calls.turn_to(e)
-        if dx is not None:
-            calls.call.plan(path, Algorithm.MERGED).run("smoa_input", dy=dy[pairs], y=dx[pairs])
-        if x is not None and dA is not None and dB is not None:
-            tiles = calls.route(dy[pairs], "dropout") == Path.TILES
-            calls.call.plan(Path.TILES if tiles else Path.FLOAT, Algorithm.SPLIT)
-            calls.call.run("smoa_gradient", dy=dy[pairs], x=x[pairs], dA=dA[e], dB=dB[e])
+    dx, dA, dB = None, None, None
+    if needs_x:
+        dx = dy.new_empty(dy.shape[0], weight.shape[2])
+        every.call.run("smoa_input", dy=dy, y=dx)
+    if x is not None:
+        dA, dB = A.new_zeros(A.shape), B.new_zeros(B.shape)
+        every.paths[:] = [gradient_path(dy, weight[0], A.shape[1])] * weight.shape[0]
+        every.call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
     return dx, dA, dB
 
 
-class _Calls:
-    """One call that is pointed at one expert after another.
+class _EveryExpert:
+    """A call for all experts.
 
     Attributes:
         call: the arguments of the compiled functions.
-        spans: each expert that has pairs, with its pairs.
+        spans: each expert that has pairs: its number, its first pair and where its pairs end.
+        paths: of each expert.
+        updates: of each expert, 0 if its ΔW was looked at and is zero.
+
+    Raises:
+        ValueError: pairs, indices or offsets of the blocks do not fit the weight or the pairs.
     """
 
-    def __init__(self, ends: Tensor, adapter: ExpertsAdapter) -> None:
-        blocks, weight, (A, B) = adapter.blocks, adapter.weight, (adapter.A, adapter.B)
-        weight, ranks, (_, rows, cols) = along_memory(weight), dense(adapter.ranks, torch.int32), weight.shape
-        sides = [
-            torch.arange(size)[None] if index is None else dense(index, torch.int64)
-            for size, index in ((rows, blocks.row_index), (cols, blocks.col_index))
-        ] + [dense(offsets, torch.int32) for offsets in (blocks.row_offsets, blocks.col_offsets)]
-        self._operands = weight, A, B, ranks, sides
-        self.spans = [(e, slice(start, end)) for e, start, end in experts.spans(ends)]
-        last = ends.tolist()
-        self._pairs = (last or [0])[-1] if last == sorted(last) else -1
-        self.call = Call()
-        self.call.layer = Layer(
-            rows, cols, KINDS[weight.dtype], *weight.stride()[1:], None,
-            A.shape[1], KINDS[A.dtype], *A.stride()[1:], *B.stride()[1:], None, None,
-            blocks.num_blocks, blocks.is_contiguous, ranks.data_ptr(), None, None, None, None,
-            adapter.scaling.item(),
-        )  # fmt: skip
-
-    def check_pairs(self, given: Tensor) -> int:
-        """Return the number of pairs; checks that all are given."""
-        if self._pairs != len(given):
+    def __init__(self, ends: Tensor, adapter: ExpertsAdapter, *, find_updates: bool) -> None:
+        weight, A, B, blocks = along_memory(adapter.weight), adapter.A, adapter.B, adapter.blocks
+        last, count = ends.tolist(), weight.shape[0]
+        if last != sorted(last):
             raise ValueError(_MISFIT)
-        return self._pairs
-
-    def route(self, given: Tensor, algorithm: str, *, transposed: bool = False) -> Path:
-        """The path for some pairs of one expert."""
-        weight, A, *_ = self._operands
-        return route(given, weight[0], A.shape[1], algorithm, transposed=transposed)
-
-    def turn_to(self, e: int) -> bool:
-        """Point the call at an expert; returns whether its ΔW may be nonzero.
-
-        Raises:
-            ValueError: its blocks do not fit the weight.
-        """
-        weight, A, B, _, sides = self._operands
-        layer = self.call.layer
-        layer.weight, layer.A, layer.B = (each[e].data_ptr() for each in (weight, A, B))
-        layer.row_index, layer.col_index, layer.row_offsets, layer.col_offsets = (
-            side[e % len(side)].data_ptr() for side in sides
+        self._weight, self._rank, self._pairs = weight[0], A.shape[1], last[-1]
+        self.spans, self.paths = experts.spans(ends), (ctypes.c_int64 * count)()
+        self.updates = (ctypes.c_int64 * count)(*[1] * count)
+        offsets = [dense(one, torch.int32) for one in (blocks.row_offsets, blocks.col_offsets)]
+        ends, ranks = dense(ends, torch.int32), dense(adapter.ranks, torch.int32)
+        index = [
+            dense(one, torch.int16 if one.dtype == torch.int16 else torch.int32)
+            for one in (blocks.row_index, blocks.col_index)
+            if one is not None
+        ]
+        self._kept = ends, index
+        self.call = call = Call(algorithm=Algorithm.MERGED, experts=count, ends=ends.data_ptr())
+        call.describe(
+            weight, A, B, ranks, [None, None], offsets, blocks.is_contiguous, adapter.scaling.item()
         )
-        return self.call.check(_MISFIT, weight[e])
+        call.weight_step, call.A_step, call.B_step = (one.stride(0) for one in (weight, A, B))
+        call.row_offsets_step, call.col_offsets_step = map(_step, offsets)
+        for side, one in zip(("row", "col"), index, strict=False):
+            for field, value in (("index", one.data_ptr()), ("bytes", one.itemsize), ("step", _step(one))):
+                setattr(call, f"{side}_{field}", value)
+        call.paths = ctypes.addressof(self.paths)
+        call.updates = ctypes.addressof(self.updates) if find_updates else None
+        if call.misfits(weight[0]):
+            raise ValueError(_MISFIT)
+
+    def choose_paths(self, given: Tensor, *, transposed: bool) -> bool:
+        """Set each expert's path for x, or if `transposed` for dX; returns whether compiled code takes all."""
+        if self._pairs != given.shape[0]:
+            raise ValueError(_MISFIT)
+        path: dict[int, Path] = {}
+        for e, start, end in self.spans:
+            count = end - start
+            if count not in path:
+                path[count] = route(given[:count], self._weight, self._rank, "auto", transposed=transposed)
+            self.paths[e] = path[count]
+        return Path.EAGER not in path.values()
 
 
 _MISFIT = "ends must count x's pairs up, and blocks must have each row and column of a weight in one block"
+
+
+def _step(one: Tensor) -> int:
+    """Elements from one expert's part to the next one's; 0 if all share one."""
+    return one.stride(0) if one.shape[0] > 1 else 0
 
 
 def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
@@ -149,8 +138,8 @@ def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
         (blocks.row_offsets, blocks.row_index, rows),
         (blocks.col_offsets, blocks.col_index, cols),
     ):
-        fits = fits and len(offsets) in (1, count) and offsets.shape[1] == blocks.num_blocks + 1
-        fits = fits and (index is None or (len(index) in (1, count) and index.shape[1] == size))
+        fits = fits and offsets.shape[0] in (1, count) and offsets.shape[1] == blocks.num_blocks + 1
+        fits = fits and (index is None or (index.shape[0] in (1, count) and index.shape[1] == size))
     return fits and weight.dtype in KINDS and weight.is_cpu and weight.numel() > 0 and obstacle() is None
 
 

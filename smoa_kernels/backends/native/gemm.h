@@ -8,7 +8,7 @@
  *   microkernel.h  multiplies panels by FMA, vdpbf16ps or AMX;
  *   epilogue.h     finishes a piece of C: adds a bias and rounds once, permutes, or contracts it with A and B.
  *
- * Two files call it: product.h (y and dX) and gradient.h (dA and dB).
+ * Two files call it: product.h (y and dX) and gradient.h (dA and dB). calls.c exports the functions; its `for_each` loops over experts.
  *
  * Example: a bfloat16 backward on AMX is two calls. `blocked_product` computes dX = dY W_eff: `tile_rows` packs dY in left tiles;
  * `weight_tiles` reads columns of W0, modulates them and packs them in right tiles that stay in the L2 cache; `pairs_panel` multiplies

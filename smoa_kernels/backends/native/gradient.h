@@ -9,7 +9,7 @@
 
 enum {
     SLAB = 512, /* most rows of G that are held at a time */
-    ROWS_AHEAD = 16, /* rows ahead that W0 is prefetched in a contiguous block */
+    ROWS_AHEAD = 16, /* rows ahead that W0 is prefetched in contiguous blocks; others, which take longer to read, one row ahead */
 };
 
 typedef struct {
@@ -44,7 +44,7 @@ TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const 
                                   half *lines, half *to) {
     i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
     for (i64 c = 0; c < width; c += TERMS) {
-        pair_terms(o, first, tokens - first, c, width - c, 4 * TERMS, lines + c * TERMS);
+        pair_terms(o, first, tokens - first, c, width - c, lines + c * TERMS);
         turn_tiles(2, lines + c * TERMS);
     }
     to += step * STEP;
@@ -79,19 +79,16 @@ static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 
     i64 row = padded_before(l->row_offsets, k) + top;
     int dtype = l->contiguous ? (int)l->dtype : FLOAT32;
     const i64 *rows = l->row_index + l->row_offsets[k] + top;
+    i64 start = l->contiguous ? l->col_offsets[k] : 0, end = l->contiguous ? start + width : l->cols; /* columns of W0 that are read */
     memset(r->dA, 0, (size_t)(l->rank * padded) * sizeof *r->dA);
     memset(r->G + count * padded, 0, (size_t)((round_up(count, GROUP) - count) * padded) * sizeof *r->G);
     for (i64 n = 0; n < count; n += GROUP) {
         for (i64 i = n; i < least(count, n + GROUP); i++) {
             const void *W0 = element(l->weight, rows[i] * l->row_stride, l->dtype);
-            if (l->contiguous) {
-                i64 ahead = i + ROWS_AHEAD < count ? ROWS_AHEAD * l->row_stride : 0;
-                W0 = element(W0, l->col_offsets[k], dtype);
-                for (i64 c = 0; c < width; c += 64 / bytes_of(dtype)) __builtin_prefetch(element(W0, ahead + c, dtype));
-            } else {
-                gather(W0, (int)l->dtype, l->col_index + l->col_offsets[k], width, NULL, r->line);
-                W0 = r->line;
-            }
+            const void *later = element(l->weight, rows[least(i + (l->contiguous ? ROWS_AHEAD : 1), count - 1)] * l->row_stride, l->dtype);
+            for (i64 c = start; c < end; c += 64 / bytes_of(l->dtype)) __builtin_prefetch(element(later, c, l->dtype));
+            if (!l->contiguous) gather(W0, (int)l->dtype, l->col_index + l->col_offsets[k], width, NULL, r->line);
+            W0 = l->contiguous ? element(W0, start, dtype) : r->line;
             make_H(r->G + i * padded, W0, dtype, (float)l->scaling, width);
         }
         contract(rank_of(l, k), r->G + n * padded, padded, f->A + before, f->A_stride, f->B + row + n, f->B_stride, r->dA, padded,
@@ -136,19 +133,26 @@ static void write_gradient(const layer *l, const float *sums, i64 stride, i64 th
         for (i64 t = 0; t < l->rank; t++)
             for (i64 c = 0; c < width_of(l, k); c += LANES) {
                 const float *from = sums + t * stride + padded_before(l->col_offsets, k) + c;
-                char line[VECTOR_BYTES];
+                union {
+                    float floats[LANES];
+                    half halves[2 * LANES];
+                } line;
                 vf sum = {0};
                 for (i64 thread = 0; thread < threads && t < rank_of(l, k); thread++) sum += load(from + thread * l->rank * stride);
-                narrow_all(line, sum, dtype);
+                narrow_all(&line, sum, dtype);
                 for (i64 i = 0; i < least(LANES, width_of(l, k) - c); i++) {
                     i64 at = t * rank_step + l->col_index[l->col_offsets[k] + c + i] * col_step;
-                    memcpy((char *)dA + at * bytes_of(dtype), line + i * bytes_of(dtype), (size_t)bytes_of(dtype));
+                    if (dtype == FLOAT32)
+                        ((float *)dA)[at] = line.floats[i];
+                    else
+                        ((half *)dA)[at] = line.halves[i];
                 }
             }
 }
 
 /* Dense dA and dB. W0's rows or its columns are contiguous; for tiles its rows. */
-static i64 factor_gradients(const call *c, int tiles) {
+static i64 factor_gradients(const call *c) {
+    int tiles = c->path == TILES_PATH;
     operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride, c->layer.rows, NULL);
     operand x = operand_of(c->x, c->dtype, 1, c->x_stride, c->layer.cols, c->keep);
     int swapped = c->layer.col_stride != 1;

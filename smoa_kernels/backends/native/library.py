@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from pathlib import Path
@@ -51,6 +52,10 @@ def _integers(names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_int64) for name in names.split()]
 
 
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def _pointers(names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_void_p) for name in names.split()]
 
@@ -86,7 +91,10 @@ class Call(ctypes.Structure):
         *_pointers("x dy"),
         *_integers("x_stride dy_stride"),
         *_pointers("keep bias y dA dB workspace"),
-        *_integers("threads"),
+        *_integers("threads experts"),
+        *_pointers("ends paths updates row_index col_index"),
+        *_integers("row_bytes col_bytes row_step col_step row_offsets_step col_offsets_step"),
+        *_integers("weight_step A_step B_step"),
     ]
 
     @classmethod
@@ -96,62 +104,78 @@ class Call(ctypes.Structure):
         Raises:
             ValueError: indices or offsets of the blocks do not fit the weight.
         """
-        p, weight, A, B = adapter.partition, along_memory(adapter.weight), adapter.A, adapter.B
+        p, weight = adapter.partition, along_memory(adapter.weight)
         index = [dense(one, torch.int64) for one in (p.row_index, p.col_index)]
         offsets = [dense(one, torch.int32) for one in (p.row_offsets, p.col_offsets)]
-        ranks = dense(adapter.ranks, torch.int32)
-        scale = 1.0 if mask is None else mask.scale
+        ranks, scaling = dense(adapter.ranks, torch.int32), adapter.scaling.item()
         call = cls()
-        call.layer = Layer(
-            *weight.shape, KINDS[weight.dtype], *weight.stride(), weight.data_ptr(),
-            A.shape[0], KINDS[A.dtype], *A.stride(), *B.stride(), A.data_ptr(), B.data_ptr(),
-            len(ranks), p.is_contiguous, ranks.data_ptr(), *(one.data_ptr() for one in (*index, *offsets)),
-            scale * adapter.scaling.item(),
-        )  # fmt: skip
-        call._kept = [weight, A, B, ranks, index, offsets, mask]
+        call.describe(weight, adapter.A, adapter.B, ranks, index, offsets, p.is_contiguous, scaling)
         if mask is not None:
-            call.keep = mask.kept.data_ptr()
-        misfit = (
-            f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {p.num_blocks} blocks, "
-            "got indices or offsets that do not"
-        )
+            call.layer.scaling *= mask.scale
+            call.keep, call._mask = mask.kept.data_ptr(), mask
         sizes = [*weight.shape, p.num_blocks + 1, p.num_blocks + 1, p.num_blocks]
-        if [one.numel() for one in (*index, *offsets, ranks)] != sizes:
-            raise ValueError(misfit)
-        call.check(misfit, weight)
+        if [one.numel() for one in (*index, *offsets, ranks)] != sizes or call.misfits(weight):
+            raise ValueError(
+                f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {p.num_blocks} "
+                "blocks, got indices or offsets that do not"
+            )
         return call
 
-    def check(self, misfit: str, weight: Tensor) -> bool:
-        """Raise if an index is out of range, which compiled code does not check.
+    def describe(
+        self,
+        weight: Tensor,
+        A: Tensor,
+        B: Tensor,
+        ranks: Tensor,
+        index: Sequence[Tensor | None],
+        offsets: Sequence[Tensor],
+        contiguous: bool,
+        scaling: float,
+    ) -> None:
+        """Set the layer, or of stacked operands the first one."""
+        self.layer = Layer(
+            *weight.shape[-2:], KINDS[weight.dtype], *weight.stride()[-2:], weight.data_ptr(),
+            A.shape[-2], KINDS[A.dtype], *A.stride()[-2:], *B.stride()[-2:], A.data_ptr(), B.data_ptr(),
+            ranks.shape[0], contiguous, *map(_address, (ranks, *index, *offsets)), scaling,
+        )  # fmt: skip
+        self._kept = [weight, A, B, ranks, index, offsets]
 
-        Returns whether ΔW may be nonzero.
-        """
-        room = workspace(weight, max(weight.shape) // 4 + 1)
+    def misfits(self, weight: Tensor) -> bool:
+        """Whether an index is out of range, which compiled code does not check; finds the experts with an update."""
+        room = workspace(weight, 3 * sum(weight.shape) + 64)
         self.workspace = room.data_ptr()
         found: int = library().smoa_check(ctypes.byref(self))
-        if not found:
-            raise ValueError(misfit)
-        return found > 1
+        return found != 0
 
     def plan(self, path: int, algorithm: Algorithm) -> Call:
         """Set the path (`backend.Path`) and the algorithm; returns itself."""
         self.path, self.algorithm = path, algorithm
         return self
 
-    def run(self, name: str, **given: Tensor | None) -> None:
-        """Call one of `FUNCTIONS`, under its name in a profile, with operands by the name of their field and with the
-        workspace that it asks for. Rows of x, or dY, need not be adjacent.
+    def run(
+        self,
+        name: str,
+        *,
+        x: Tensor | None = None,
+        dy: Tensor | None = None,
+        bias: Tensor | None = None,
+        **results: Tensor,
+    ) -> None:
+        """Call one of `FUNCTIONS`, under its name in a profile, with the workspace that it asks for.
+
+        Rows of x, or dY, need not be adjacent. `results` are contiguous, each by the name of its field.
         """
-        kept: dict[str, Tensor | None] = dict.fromkeys(("x", "dy", "workspace"))
-        for field, tensor in given.items():
-            if tensor is not None and field in ("x", "dy"):
-                kept[field] = tokens = with_rows(tensor)
+        kept = [bias if bias is None else bias.contiguous()]
+        for field, given in (("x", x), ("dy", dy)):
+            if given is not None:
+                kept.append(tokens := with_rows(given))
+                setattr(self, field, tokens.data_ptr())
                 setattr(self, f"{field}_stride", tokens.stride(0))
-            else:
-                kept[field] = tensor if tensor is None else tensor.contiguous()
-        for field, tensor in kept.items():
-            setattr(self, field, None if tensor is None else tensor.data_ptr())
-        self.tokens, self.dtype, self.threads = len(tokens), KINDS[tokens.dtype], torch.get_num_threads()
+        self.tokens, self.dtype, self.threads = tokens.shape[0], KINDS[tokens.dtype], torch.get_num_threads()
+        self.bias = _address(kept[0])
+        for field, result in results.items():
+            setattr(self, field, result.data_ptr())
+        self.workspace = 0
         function = getattr(library(), name)
         room = workspace(tokens, function(ctypes.byref(self)))
         self.workspace = room.data_ptr()

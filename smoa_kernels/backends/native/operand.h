@@ -77,6 +77,15 @@ typedef struct {
     void *y, *dA, *dB;
     float *workspace; /* NULL: only return how many floats it must have */
     i64 threads;
+    /* Layers of one shape, whose tokens are pairs of a token and an expert. `layer`, x, dy and results are the first one's; those of the
+     * others lie so many elements further on. */
+    i64 experts;              /* 0: one layer, and nothing below is read */
+    const int32_t *ends;      /* where each expert's pairs end */
+    const i64 *paths;
+    i64 *updates;             /* or NULL; experts with a 0 are left out */
+    const void *row_index, *col_index; /* in place of the layer's; NULL: contiguous blocks */
+    i64 row_bytes, col_bytes; /* of a number in these: 2 or 4 */
+    i64 row_step, col_step, row_offsets_step, col_offsets_step, weight_step, A_step, B_step;
 } call;
 
 enum { FEW_TOKENS, FLOAT, TILES_PATH };
@@ -236,7 +245,8 @@ static void widen_row(const void *from, int dtype, i64 at, i64 count, const uint
 /* The same for elements at `count` coordinates. */
 static void gather(const void *from, int dtype, const i64 *index, i64 count, const uint16_t *keep, float *to) {
 #pragma GCC unroll 8
-    for (i64 i = 0; i < count; i++) to[i] = value_at(from, index[i], dtype) * (keep ? kept(keep, index[i]) : 1);
+    for (i64 i = 0; i < count; i++) to[i] = value_at(from, index[i], dtype);
+    for (i64 i = 0; i < count && keep; i++) to[i] *= kept(keep, index[i]);
 }
 
 /* The reverse: elements of `to` = from, times their mask. */

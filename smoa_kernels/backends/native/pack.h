@@ -164,8 +164,10 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
                 memcpy(panel, column + top, NR * 4);
             else if (valid == MR)
                 memcpy(panel, column + top, MR * 4);
-            else
+            else {
                 memcpy(panel, column + top, (size_t)valid * 4);
+                memset(panel + valid, 0, (size_t)(height - valid) * 4);
+            }
         }
     }
 }
@@ -173,8 +175,8 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
 /* Whether the terms of a row are contiguous; otherwise the rows of a term are. */
 static inline int has_rows(const operand *o) { return o->col_stride == 1 && (o->cols || !o->rows); }
 
-/* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). A last panel may contain garbage below the last row:
- * it is multiplied, but its product is not stored. */
+/* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). Below the last row are others or zeros: they are
+ * multiplied, but their products are not stored. (What was in memory might be denormal numbers, which are slow.) */
 static void pack_floats(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     (has_rows(o) ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
 }

@@ -156,16 +156,15 @@ INLINE __m512i paired(const half *two, i64 apart) {
 }
 
 /* Packs up to SIDE rows with contiguous terms, masked by `keep`, in left or right tiles a step apart; missing rows and terms become 0.
- * Prefetches the rows `next`. */
-INLINE void tile_group(int as_left, const half *const *row, const half *const *next, i64 count, i64 width, const uint16_t *keep,
-                       i64 keep_words, half *to) {
+ * Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher follows. */
+INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width, const uint16_t *keep, i64 keep_words, half *to) {
     for (i64 c = 0; c < width; c += TERMS, to += STEP) {
         __m512i r[SIDE];
 #pragma GCC unroll 16
         for (int i = 0; i < SIDE; i++) {
             r[i] = _mm512_setzero_si512();
             if (i >= count) continue;
-            __builtin_prefetch(next[i] + c);
+            __builtin_prefetch(row[i] + c + 4 * TERMS);
             r[i] = _mm512_maskz_loadu_epi16(first_halves(width - c), row[i] + c);
             if (keep) r[i] = drop(r[i], keep + i * keep_words, c);
         }
@@ -187,15 +186,20 @@ INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
     return _mm512_permutex2var_epi16(_mm512_load_si512(tiles + line_of(one)), order, _mm512_load_si512(tiles + line_of(other)));
 }
 
-/* Permutes terms of right tiles by `index` to right tiles; both lie a step apart. */
-static void pick_terms(const half *tiles, const i64 *index, i64 count, half *to) {
-    for (i64 c = 0; c < round_up(count, TERMS); c += 2) {
-        __m512i line = _mm512_setzero_si512();
-        if (__builtin_expect(c + 1 < count, 1))
-            line = pick_pair(tiles, index[c], index[c + 1]);
-        else if (c < count)
-            line = _mm512_maskz_mov_epi16(0x55555555, pick_pair(tiles, index[c], index[c]));
-        _mm512_store_si512(to + line_of(c), line);
+/* Permutes terms of right tiles by `index` to right tiles, or to left ones; all lie a step apart. */
+INLINE void pick_terms(int as_left, const half *tiles, const i64 *index, i64 count, half *to) {
+    for (i64 c = 0; c < count; to += STEP) {
+        __m512i r[SIDE];
+#pragma GCC unroll 16
+        for (int i = 0; i < SIDE; i++, c += 2) {
+            r[i] = _mm512_setzero_si512();
+            if (__builtin_expect(c + 1 < count, 1))
+                r[i] = pick_pair(tiles, index[c], index[c + 1]);
+            else if (c < count)
+                r[i] = _mm512_maskz_mov_epi16(0x55555555, pick_pair(tiles, index[c], index[c]));
+        }
+        if (as_left) transpose_lines(r);
+        store_lines(r, to);
     }
 }
 
@@ -204,26 +208,23 @@ static void pick_terms(const half *tiles, const i64 *index, i64 count, half *to)
 static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_left, half *scratch, half *to) {
     i64 deep = round_up(depth, TERMS);
     for (i64 i = 0; i < count; i += SIDE) {
-        const half *row[SIDE], *next[SIDE];
+        const half *row[SIDE];
         half *tiles = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
         for (i64 r = 0; r < least(SIDE, count - i); r++) {
-            i64 at = first + i + r, later = first + least(i + r + SIDE, count - 1);
+            i64 at = first + i + r;
             row[r] = (const half *)o->data + (o->rows ? o->rows[at] : at) * o->row_stride;
-            next[r] = (const half *)o->data + (o->rows ? o->rows[later] : later) * o->row_stride;
         }
         if (as_left && !o->cols)
-            tile_group(1, row, next, count - i, depth, NULL, 0, tiles);
+            tile_group(1, row, count - i, depth, NULL, 0, tiles);
         else
-            tile_group(0, row, next, count - i, o->cols ? o->width : depth, keep_of(o, first + i), words(o->width),
-                       o->cols ? scratch : tiles);
-        if (o->cols) pick_terms(scratch, o->cols, depth, tiles);
-        for (i64 c = 0; c < deep && as_left && o->cols; c += TERMS) turn_tiles(1, tiles + c / TERMS * STEP);
+            tile_group(0, row, count - i, o->cols ? o->width : depth, keep_of(o, first + i), words(o->width), o->cols ? scratch : tiles);
+        if (o->cols) as_left ? pick_terms(1, scratch, o->cols, depth, tiles) : pick_terms(0, scratch, o->cols, depth, tiles);
     }
 }
 
 /* Packs one step of a right panel from contiguous rows: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
- * Prefetches `ahead` elements further on. */
-INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, i64 ahead, half *to) {
+ * Prefetches the next panel, since rows are too far apart for the hardware prefetcher. */
+INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, half *to) {
     const half *from = (const half *)o->data + first * o->col_stride + c;
     __mmask32 inside = first_halves(count);
     for (i64 t = 0; t < TERMS; t += 2, to += TERMS) {
@@ -231,7 +232,7 @@ INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count,
 #pragma GCC unroll 2
         for (int i = 0; i < 2; i++) {
             two[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
-            __builtin_prefetch(from + (t + i) * o->col_stride + ahead); /* too far apart for the hardware prefetcher */
+            __builtin_prefetch(from + (t + i) * o->col_stride + PANEL);
             if (o->keep && t + i < valid) two[i] = drop(two[i], keep_of(o, first + t + i), c);
         }
         _mm512_store_si512(to, pairs_in(two[0], two[1], 0));
@@ -331,12 +332,14 @@ INLINE void modulate(int format, const adapter *m, i64 first, i64 count, i64 k, 
 }
 
 #if HAS_TILES
-/* Packs all terms of contiguous rows of a weight in right panels, and modulates them if `m` is given. */
+/* Packs all terms of contiguous rows of a weight in right panels, and modulates each step while it is in the L1 cache if `m` is given. */
 TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 first, i64 count, i64 depth, half *to) {
     for (i64 n = 0; n < depth; n += TERMS)
-        for (i64 c = 0; c < count; c += PANEL)
-            pair_terms(o, n, depth - n, first + c, count - c, TERMS * o->col_stride, to + c * round_up(depth, TERMS) + n * PANEL);
-    if (m) modulate(PAIRS, m, first, count, 0, depth, (float *)to);
+        for (i64 c = 0; c < count; c += PANEL) {
+            half *step = to + c * round_up(depth, TERMS) + n * PANEL;
+            pair_terms(o, n, depth - n, first + c, count - c, step);
+            if (m) modulate(PAIRS, m, first + c, least(PANEL, count - c), n, least(TERMS, depth - n), (float *)step);
+        }
 }
 #else
 #define weight_tiles(o, m, first, count, depth, to) ((void)(to))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
@@ -15,28 +15,14 @@ from ..config import SMoAConfig
 from ..offload import execution_device
 from .experts import Experts
 
-__all__ = ["ExpertsTarget", "find_targets"]
+__all__ = ["find_targets"]
 
 # Attributes that transformers' decorator sets on a class.
 FACTS = ("has_gate", "has_bias", "is_transposed")
 
 
-class ExpertsTarget(NamedTuple):
-    """A fused weight that is to be adapted.
-
-    Attributes:
-        key: its path in the model.
-        module_name: the path of the module that owns it, or of the `Experts` around that.
-        parameter_name: its name in the module.
-    """
-
-    key: str
-    module_name: str
-    parameter_name: str
-
-
-def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[ExpertsTarget], int]:
-    """List the parameters that `target_parameters` names, in the model's order, and count those that were excluded.
+def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[str], int]:
+    """List the paths of the parameters that `target_parameters` names, in the model's order; count those excluded.
 
     `exclude_modules` (by the path of the parameter or of its module) and `layers_to_transform` apply as for modules.
 
@@ -68,7 +54,7 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[ExpertsTarg
                 )
                 if obstacle is not None:
                     raise ValueError(f"{key} of {type(owner).__name__} cannot be adapted: {obstacle}")
-                found.append(ExpertsTarget(key, name, parameter_name))
+                found.append(key)
     missed = [each for each in wanted if not any(key.endswith(f".{each}") for key in named)]
     if missed:
         raise ValueError(f"target_parameters={missed} match no parameter of the model{_hint(model)}")

@@ -127,12 +127,3 @@ class ExpertsWeight(SMoALayer, nn.Module):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         weight = self._stored_weight()
         return weight.device, weight.dtype
-
-    def extra_repr(self) -> str:
-        """Show the shape, and K and r of each adapter."""
-        shape = f"experts={self.stack[0]}, in_features={self.in_features}, out_features={self.out_features}"
-        adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
-        return ", ".join([shape, *adapters])
-
-    def __repr__(self) -> str:
-        return "smoa." + super().__repr__()

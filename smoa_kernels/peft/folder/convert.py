@@ -25,11 +25,9 @@ from ...adapter_folder.reading import (
     METHOD,
     PREFIX,
     WEIGHTS_NAME,
-    hira_layers,
     read_adapter,
     read_config,
-    read_state,
-    weights_of,
+    read_hira,
 )
 from ...adapter_folder.settings import whole_name
 from ...adapter_folder.writing import replacing, seal
@@ -104,12 +102,9 @@ def hira_to_smoa(
             counterpart of (embeddings, convolutions), or the base lacks a layer. Nothing was written.
     """
     source, target = _places(folder, out)
-    read_config(source, (HIRA,))
+    layers, whole = read_hira(source)
     with naming(source / CONFIG_NAME):
         config = HiraConfig.from_pretrained(os.fspath(source))
-    path = weights_of(source)
-    state = read_state(path)
-    layers = hira_layers(path, state)
     bases = BaseModel(_base_folder(base, config))
     ranks = {name: A.shape[0] for name, (A, _) in layers.items()}
     settings = {
@@ -121,7 +116,7 @@ def hira_to_smoa(
         # Ranks are those in the file: PEFT 0.21.2 gives every plain layer r and ignores rank_pattern.
         "rank_pattern": {whole_name(name): r for name, r in ranks.items() if r != config.r},
     }
-    result = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
+    result = {f"{PREFIX}{key}": tensor for key, tensor in whole.items()}
     for done, (name, (A, B)) in enumerate(layers.items()):
         progress(done, len(layers))
         blocks = pack_blocks(

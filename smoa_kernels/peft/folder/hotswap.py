@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from ...adapter_folder.format import STATE_KEYS, LayerBlocks
+from ...adapter_folder.format import LayerBlocks
 from ...adapter_folder.reading import PREFIX, Adapter, read_adapter
-from ...adapter_folder.settings import LayerSettings
 from ...checks import check_path, shown
 from ..config import SMoAConfig
 from ..layer import SMoALayer, layers_with
@@ -59,23 +58,26 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
         )
     # For the model's name of each layer, its path in the base model, as in the file.
     paths = {name: name.replace(_COMPILED, "").removeprefix(PREFIX) for name in layers}
-    found = _exchangeable(adapter, set(paths.values()))
+    names = {path: name for name, path in paths.items()}
+    # Keyed as the model's state dict is; a layer that the model has not keeps its path.
+    state = {
+        f"{names.get(path, path)}.{key}.{adapter_name}": tensor
+        for path in adapter.layers
+        for key, tensor in adapter.of_layer(path).items()
+    }
+    check_adapter(model, adapter_name, state, strict_base=True)
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter_name, adapter, paths[name])
     for kept in ("algorithm", "backend", "inference_mode") if held is not None else ():
         setattr(config, kept, getattr(held, kept))
-    settings = {name: config.for_layer(path) for name, path in paths.items()}
-    given = {name: adapter.of_layer(path) for name, path in paths.items()}
     for name, layer in layers.items():
-        _check_layer(name, layer, adapter_name, settings[name], found[paths[name]], given[name])
-    as_model = {f"{name}.{key}.{adapter_name}": given[name][key] for name in layers for key in STATE_KEYS}
-    check_adapter(model, adapter_name, as_model, strict_base=True)
-    for name, layer in layers.items():
-        layer.overwrite(adapter_name, given[name], settings[name])
+        layer.overwrite(adapter_name, adapter.of_layer(paths[name]), config.for_layer(paths[name]))
     if held is not None:
         configs[adapter_name] = config
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
-    """The model's layers that hold the adapter; none may be merged or sharded."""
+    """The model's layers that hold the adapter; none may be merged, sharded or of experts."""
     layers = layers_with(model, adapter_name)
     if not layers:
         raise ValueError(f"adapter_name must name an SMoA adapter of the model, got {shown(adapter_name)}")
@@ -84,44 +86,23 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
             raise ValueError(f"{name}: the adapter is merged: unmerge it first")
         if layer._shard is not None:
             raise ValueError(f"{name} is sharded: exchange its adapter before parallelize_module")
+        if layer.stack:
+            raise ValueError(f"{name}: an adapter of experts cannot be exchanged in place: use load_adapter")
     return layers
 
 
-def _exchangeable(adapter: Adapter, held: set[str]) -> dict[str, LayerBlocks]:
-    """The folder's layers, after checking that they are those of the model's adapter."""
-    found = {}
-    for name, blocks in adapter.layers.items():
-        if not isinstance(blocks, LayerBlocks):
-            raise ValueError(f"{name}: an adapter of experts cannot be exchanged in place: use load_adapter")
-        found[name] = blocks
-    if held != found.keys():
-        name = min(held ^ found.keys())
-        which = "the model's adapter only" if name in held else "the file only"
-        raise ValueError(
-            f"target_modules: {adapter.path} has another set of layers than the model's adapter ({len(found)} and "
-            f"{len(held)}); {name}, for one, is in {which}"
-        )
-    return found
-
-
-def _check_layer(
-    name: str,
-    layer: SMoALayer,
-    adapter_name: str,
-    settings: LayerSettings,
-    blocks: LayerBlocks,
-    given: dict[str, Any],
-) -> None:
-    """Raise unless a layer's new adapter agrees with the old one in all that a compiled graph has baked in."""
-    own, new = layer.partition(adapter_name), blocks.partition
+def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapter, path: str) -> None:
+    """Raise unless a layer's new adapter, of the same shapes, agrees with the old one in what a graph has baked in."""
+    new, factors = adapter.layers[path], adapter.of_layer(path)
     A, B = layer.smoa_A[adapter_name], layer.smoa_B[adapter_name]
     for what, held, found in (
-        ("(out_features, in_features)", own.shape, new.shape),
-        ("r", layer.r[adapter_name], settings.r),
-        ("num_blocks", own.num_blocks, new.num_blocks),
-        ("block_ranks", layer.ranks(adapter_name).tolist(), blocks.ranks.tolist()),
-        ("dtype", (A.dtype, B.dtype), (given["smoa_A"].dtype, given["smoa_B"].dtype)),
-        ("block sizes, granularity and contiguity", own.sizes(), new.sizes()),
+        ("block_ranks", layer.ranks(adapter_name).tolist(), new.ranks.tolist()),
+        ("dtype", (A.dtype, B.dtype), (factors["smoa_A"].dtype, factors["smoa_B"].dtype)),
+        (
+            "block sizes, granularity and contiguity",
+            layer.partition(adapter_name).sizes(),
+            cast(LayerBlocks, new).partition.sizes(),
+        ),
     ):
         if held != found:
             raise ValueError(

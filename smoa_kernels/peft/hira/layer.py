@@ -22,9 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...definition.arguments import autocast_enabled
 from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
-from ...functional import smoa_linear
-from ..dequantize import dequantized, keep_packing
-from ..quantized import dequantized_linear
+from ..dequantize import keep_packing, read_weight
+from ..quantized import adapted_linear, dequantized_linear
 
 __all__ = ["Accelerated", "AcceleratedLinear", "accelerated_class"]
 
@@ -101,30 +100,14 @@ class Accelerated(nn.Module):
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dropout_p: float) -> Tensor:
         base, (partition, scaling), r = self.base_layer, cast(Any, self._block), A.shape[0]
         ranks = self._ranks[r] if r in self._ranks else _rank(r, A.device)  # newly made for a sum of several
-        if self.is_quantized:
-            weight = x.new_empty(()).expand(partition.shape)  # only its shape is used
-            return dequantized_linear(
-                x,
-                functools.partial(dequantized, resolve_quantization_backend(base), base),
-                base.bias,
-                PackedAdapter(weight, A, B, partition, ranks, scaling, [r]),
-                compute_dtype=getattr(base, "compute_dtype", None),
-                dropout_p=dropout_p,
-                algorithm="auto",
-                backend="auto",
-            )
-        return smoa_linear(
-            x,
-            base.weight.T if self.fan_in_fan_out else base.weight,
-            base.bias,
-            A,
-            B,
-            partition,
-            ranks,
-            scaling=scaling,
-            dropout_p=dropout_p,
-            block_ranks=[r],
-        )
+        if not self.is_quantized:
+            weight = base.weight.T if self.fan_in_fan_out else base.weight
+            adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, [r])
+            return adapted_linear(x, base.bias, adapter, dropout_p=dropout_p)
+        weight = x.new_empty(()).expand(partition.shape)  # only its shape is used
+        adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, [r])
+        read = functools.partial(read_weight, resolve_quantization_backend(base), base)
+        return dequantized_linear(x, base, read, adapter, dropout_p=dropout_p)
 
     def make_ready(self) -> None:
         """Make the tensors that forward needs beside the layer's own: now, because forward may be compiled."""

@@ -60,7 +60,7 @@ struct Job {
   const u8* parameters;
   Region* regions;
   u32 region_count;
-  u32 hopper, round_tf32, wgmma;
+  u32 hopper, wgmma;
   Stat* stats;  // per instruction
   Report* reports;
   u32 most_reports, report_count;

@@ -15,9 +15,9 @@ static Sums sums_of(const Job& job, int type) {
   return {type == TF32 ? 4 : 8, 24};
 }
 static inline float from_half(u32 bits, int type) { return type == BF16 ? from_bf16((u16)bits) : from_f16((u16)bits); }
-// TF32 operands lose their last 13 bits, as in hardware, or are rounded.
-static inline float from_tf32(u32 bits, const Job& job) {
-  return bit_cast<float>((job.round_tf32 ? round_tf32(bits) : bits) & 0xffffe000);
+// TF32 operands lose their last 13 bits, as in hardware.
+static inline float from_tf32(u32 bits) {
+  return bit_cast<float>(bits & 0xffffe000);
 }
 
 static const int NONE = -100000;  // the exponent of zero
@@ -84,7 +84,7 @@ static void unpack_left(Warp& w, const s32* rows, float* A) {
       const u32 bits = w.row<u32>(rows[i])[l];
       float* row = A + (l / 4 + i % 2 * 8) * K;
       if (T == TF32) {
-        row[l % 4 + i / 2 * 4] = from_tf32(bits, w.m->job);
+        row[l % 4 + i / 2 * 4] = from_tf32(bits);
       } else {
         row[l % 4 * 2 + i / 2 * 8] = from_half(bits, T);
         row[l % 4 * 2 + i / 2 * 8 + 1] = from_half(bits >> 16, T);
@@ -104,7 +104,7 @@ void mma(Warp& w, const Instruction& I, u32 lanes) {  // sources: A, B (K × 8),
     for (int i = 0; i < right; i++) {
       const u32 bits = w.row<u32>(I.s[left + i])[l];
       if (T == TF32) {
-        B[(l % 4 + i * 4) * 8 + l / 4] = from_tf32(bits, w.m->job);
+        B[(l % 4 + i * 4) * 8 + l / 4] = from_tf32(bits);
       } else {
         B[(l % 4 * 2 + i * 8) * 8 + l / 4] = from_half(bits, T);
         B[(l % 4 * 2 + i * 8 + 1) * 8 + l / 4] = from_half(bits >> 16, T);

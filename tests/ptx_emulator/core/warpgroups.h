@@ -150,7 +150,7 @@ static void read_matrix(Warp& w, const Matrix& m, int extent, float* out, int ro
       u32 words[4];
       read_piece(w, piece(m, i, j), (u8*)words, product);
       for (int e = 0; e < per; e++) {
-        const float value = T == TF32 ? from_tf32(words[e], w.m->job) : from_half(words[e / 2] >> 16 * (e % 2), T);
+        const float value = T == TF32 ? from_tf32(words[e]) : from_half(words[e / 2] >> 16 * (e % 2), T);
         const int along = j * per + e;
         out[m.major ? along * row + i * column : i * row + along * column] = value;
       }

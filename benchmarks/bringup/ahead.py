@@ -1,0 +1,176 @@
+"""Compiles what a stage compiles, in parallel and before it runs. Without a GPU it tells how long that takes.
+
+    python -m benchmarks.bringup.ahead              # every stage for an H100, in two processes; `make gpu-dry-run`
+    python -m benchmarks.bringup.ahead headline     # what a stage does first on a GPU: Triton's cache keeps the result
+
+A stage's launches come from the backend on a pretended GPU (benchmarks/fake_gpu.py). The tests are left out: pytest's
+workers compile side by side what their tests need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from smoa_kernels.backends import triton as backend
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.kernels import KERNELS, table
+from smoa_kernels.kernels.spec import ALGORITHM_KEYS, GRANULE
+from smoa_kernels.tuning.plan import jobs
+from smoa_kernels.tuning.workloads import WORKLOADS, Operands
+
+from ..fake_gpu import H100, adapter, install
+from ..providers import Case
+from .cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
+
+CORES = 16  # of a machine with a GPU, about
+
+Form: TypeAlias = tuple[JITFunction, tuple[Any, ...]]
+"""A kernel, and its signature, constants, attributes and options."""
+
+
+@contextmanager
+def collected() -> Iterator[list[Form]]:
+    """Collect the forms that Triton would compile meanwhile, each once; nothing is compiled."""
+    found: list[Form] = []
+    table.forget()
+    for kernel in KERNELS.values():
+        kernel.fn.device_caches.clear()
+    compile_nothing = JITFunction._do_compile
+
+    def noted(
+        self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, *rest: Any
+    ) -> Any:
+        found.append((self, (signature, constexprs, rest[0], options)))
+        return compile_nothing(self, key, signature, device, constexprs, options, *rest)
+
+    JITFunction._do_compile = noted
+    try:
+        yield found
+    finally:
+        JITFunction._do_compile = compile_nothing
+
+
+def stage_forms(stage: str, properties: SimpleNamespace) -> list[Form]:
+    """The forms that a stage compiles on a GPU of these properties, which is installed as the pretended one."""
+    with collected() as found:
+        if stage == "tune":
+            _tuned(properties)
+        else:
+            with FakeTensorMode():
+                for call in _operator() if stage == "operator" else _headline():
+                    call()
+    return found
+
+
+def _operator() -> Iterator[Callable[[], object]]:
+    for case, order in operator_cases(smoke=False):
+        yield from _pass(_layer(case, order), case.tokens, "auto")
+
+
+def _headline() -> Iterator[Callable[[], object]]:
+    for case in headline_cases(smoke=False):
+        for order in ORDERS:
+            layer = _layer(case, order)
+            for tokens in {case.tokens, min(case.tokens, GATE_TOKENS)}:
+                for algorithm in ("auto", "merged", "split"):
+                    yield from _pass(layer, tokens, algorithm)
+
+
+def _tuned(properties: SimpleNamespace) -> None:
+    """Launch every candidate of every kernel, on operands without data."""
+    arch = f"sm_{properties.major}{properties.minor}"
+    for job in jobs(tuned_layers(smoke=False), arch, properties.multi_processor_count):
+        if job.key.kernel not in ALGORITHM_KEYS:  # algorithms compile nothing more
+            form = "contiguous" if job.key.granule > 1 else ""
+            run, _ = WORKLOADS[job.key.kernel](Operands(job.key, form, torch.device("cpu"), filled=False))
+            for config in job.candidates:
+                run(config)
+
+
+def _layer(case: Case, order: str) -> PackedAdapter:
+    granule = GRANULE if order == "contiguous" else 1
+    features = case.out_features, case.in_features
+    return adapter(*features, "cuda:0", case.dtype, granule, case.dtype, case.num_blocks)
+
+
+def _pass(layer: PackedAdapter, tokens: int, algorithm: str) -> Iterator[Callable[[], object]]:
+    def activations(features: int) -> Tensor:
+        return layer.weight.new_empty(tokens, features)
+
+    N, C = layer.weight.shape
+    yield lambda: backend.forward(activations(C), None, layer, algorithm, None)
+    yield lambda: backend.backward(activations(N), activations(C), layer, None, needs_x=True)
+
+
+def compile_all(forms: Sequence[Form], processes: int) -> Iterator[tuple[str, float]]:
+    """Compile forms in forked processes; yield each kernel's name and seconds of CPU time, the assembler's included.
+
+    Processes get numbers, because forms cannot be pickled.
+    """
+    _waiting[:] = forms
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap_unordered(_compile, range(len(forms)))
+
+
+def _compile(number: int) -> tuple[str, float]:
+    kernel, (signature, constexprs, attributes, options) = _waiting[number]
+    start = sum(os.times()[:4])
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    try:
+        triton.compile(source, target=driver.active.get_current_target(), options=dict(vars(options)))
+    except Exception as error:  # the stage meets it again, and says so
+        print(f"{kernel.__name__}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
+    return kernel.__name__, sum(os.times()[:4]) - start
+
+
+_waiting: list[Form] = []
+
+
+def main() -> None:
+    """Compile one stage into Triton's cache, or all of them into one that is thrown away."""
+    parser = argparse.ArgumentParser("python -m benchmarks.bringup.ahead", description=(__doc__ or "")[:70])
+    parser.add_argument("stage", nargs="?", choices=("operator", "headline", "tune"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    for name in ("major", "minor", "multi_processor_count"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(H100, name))
+    given = parser.parse_args()
+    properties = SimpleNamespace(
+        **{**vars(H100), **{n: v for n, v in vars(given).items() if n in vars(H100)}}
+    )
+    install(properties=properties)
+    if given.stage is not None:
+        for _ in compile_all(stage_forms(given.stage, properties), given.jobs):
+            pass
+        return
+    from .__main__ import SECONDS
+
+    for stage in ("operator", "headline", "tune"):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["TRITON_CACHE_DIR"] = folder
+            forms, start = stage_forms(stage, properties), time.perf_counter()
+            seconds = sum(each for _, each in compile_all(forms, given.jobs))
+        print(
+            f"{stage}: {len(forms)} forms, {seconds:.0f} s of CPU, {seconds / CORES:.0f} s on {CORES} cores of the "
+            f"stage's {SECONDS[stage]:.0f} (compiled; {time.perf_counter() - start:.0f} s here)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

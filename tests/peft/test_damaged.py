@@ -1,0 +1,165 @@
+"""Damaged adapter folders at every door: the error names the file or the layer, and nothing has changed."""
+
+import pytest
+import torch
+from adapted import CONFIG, WEIGHTS, adapt, edit_config, edit_weights, logits, nudge, snapshot
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny_models import tiny_llama
+
+from smoa_kernels.adapter_folder.format import STATE_KEYS, pack_blocks, unpack_blocks
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
+from smoa_kernels.peft import hotswap
+
+pytestmark = pytest.mark.usefixtures("transformers_adapters")
+
+LAYER = "model.layers.0.mlp.down_proj"
+PREFIX = f"base_model.model.{LAYER}."
+
+
+def base():
+    return tiny_llama(num_hidden_layers=1)
+
+
+def weights(edit):
+    """A damage of the file of weights, as bytes."""
+    return lambda folder: (folder / WEIGHTS).write_bytes(edit((folder / WEIGHTS).read_bytes()))
+
+
+def tensors(edit):
+    """A damage of the tensors of one layer, given the state and the layer's prefix."""
+    return lambda folder: edit_weights(folder, lambda state: edit(state, PREFIX))
+
+
+def repacked(edit):
+    """A damage of a layer's unpacked labels and ranks; the checksum is correct."""
+
+    def apply(state, prefix):
+        shape = state[prefix + "smoa_B"].shape[0], state[prefix + "smoa_A"].shape[1]
+        blocks = unpack_blocks(state[prefix + "smoa_blocks"], *shape)
+        edit(blocks)
+        state[prefix + "smoa_blocks"] = pack_blocks(*blocks)
+
+    return tensors(apply)
+
+
+def to_pickle(folder):
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def only_x(state, _):
+    state.clear()
+    state["x"] = torch.ones(1)
+
+
+def of_lora(folder):
+    get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+
+
+# How a folder is spoilt, and the words of the error.
+OF_FILES = {
+    "empty": (weights(lambda data: b""), "is truncated or corrupt"),
+    "cut in its header": (weights(lambda data: data[:100]), "is truncated or corrupt"),
+    "cut in its tensors": (weights(lambda data: data[:-1]), "is truncated or corrupt"),
+    "longer": (weights(lambda data: data + b"x"), "is truncated or corrupt"),
+    "immense header": (weights(lambda data: b"\xff" * 8 + data[8:]), "is truncated or corrupt"),
+    "pickle": (to_pickle, r"adapter_model\.bin is a pickle, and SMoA adapters are read"),
+    "no json": (lambda f: (f / CONFIG).write_text("{"), "Expecting property name"),
+    "wrong value": (lambda f: edit_config(f, num_blocks="three"), "num_blocks must be an int, got 'three'"),
+    "future": (lambda f: edit_config(f, format_version=9), "format_version 9 of the adapter is newer"),
+    "other rank": (lambda f: edit_config(f, r=6), "ranks must sum to r=6"),
+    "no layers": (tensors(only_x), "holds no layer of an SMoA adapter|the adapter lacks"),
+    "no folder": (
+        lambda f: f.rename(f.parent / "elsewhere"),
+        "there is no adapter_config.json in|Can't find",
+    ),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), f"there is no {WEIGHTS} in"),
+    "other method": (of_lora, "an adapter of the method 'LORA', not SMOA"),
+    "task": (lambda f: edit_config(f, task_type="7"), f"{CONFIG}: Invalid task type"),
+}
+OF_LAYERS = {
+    "missing": (tensors(lambda s, p: s.pop(p + "smoa_blocks")), "the adapter lacks smoa_blocks"),
+    "corrupt": (tensors(lambda s, p: s[p + "smoa_blocks"][-1:].bitwise_xor_(1)), "smoa_blocks is corrupt"),
+    "zero": (tensors(lambda s, p: s[p + "smoa_blocks"].zero_()), "bytes that say num_blocks=0"),
+    "range": (
+        repacked(lambda b: b.partition.col_block.__setitem__(2, 3)),
+        "must have labels below num_blocks=3",
+    ),
+    "rank": (repacked(lambda b: b.ranks.__setitem__(0, -1)), "ranks must sum to r=5"),
+    "sum": (repacked(lambda b: b.ranks.__setitem__(2, 0)), "ranks must sum to r=5"),
+    "dtype": (
+        tensors(lambda s, p: s.update({p + "smoa_blocks": s[p + "smoa_blocks"].float()})),
+        "smoa_blocks must be a vector of uint8",
+    ),
+    "layer": (
+        tensors(lambda s, p: [s.pop(p + key) for key in STATE_KEYS]),
+        "the adapter lacks smoa_A, smoa_B, smoa_blocks",
+    ),
+    "unknown": (
+        tensors(lambda s, p: s.update({p + "smoa_C": torch.ones(2)})),
+        "the model has no place for 1 tensors",
+    ),
+    "other layer": (
+        tensors(lambda s, p: s.update({p.replace("0", "9") + k: s[p + k].clone() for k in STATE_KEYS})),
+        "the model has no place for 3 tensors",
+    ),
+    "integers": (
+        tensors(lambda s, p: s.update({p + "smoa_B": s[p + "smoa_B"].int()})),
+        "smoa_B must be a matrix of floating-point numbers, got torch.int32",
+    ),
+    "vector": (
+        tensors(lambda s, p: s.update({p + "smoa_A": torch.ones(5)})),
+        "smoa_A must be a matrix of floating-point numbers, got torch.float32|size mismatch for .*smoa_A",
+    ),
+    "shape": (
+        tensors(lambda s, p: s.update({p + "smoa_A": s[p + "smoa_A"][:, 4:].contiguous()})),
+        "smoa_blocks must hold the block labels|size mismatch for .*smoa_A",
+    ),
+}
+DOORS = {
+    "from_pretrained": (False, PeftModel.from_pretrained),
+    "low_cpu_mem_usage": (False, lambda m, f: PeftModel.from_pretrained(m, f, low_cpu_mem_usage=True)),
+    "another adapter": (True, lambda m, f: m.load_adapter(f, "other")),
+    "another, low": (True, lambda m, f: m.load_adapter(f, "other", low_cpu_mem_usage=True)),
+    "over an adapter": (True, lambda m, f: m.load_adapter(f, "default")),
+    "transformers": (False, lambda m, f: m.load_adapter(f)),
+    "hotswap": (True, hotswap),
+    "inspect": (False, lambda _, f: inspect_adapter(f)),
+}
+# What a door need not see: the file fits itself, or PEFT and transformers refuse in their own words.
+PASSES = {
+    "inspect": {"layer", "unknown", "other layer", "task"},
+    "hotswap": {"unknown"},
+    "over an adapter": OF_FILES,  # only the tensors are read again
+    "transformers": {"no folder", "no weights", "other method", "task"},
+}
+PEFTS_OWN = {"no folder", "no weights", "other method"}
+ROWS = [
+    (door, damage)
+    for door in DOORS
+    for damage in OF_FILES | OF_LAYERS
+    if damage not in PASSES.get(door, PEFTS_OWN)
+]
+
+
+@pytest.mark.parametrize(("door", "damage"), ROWS)
+def test_a_damaged_folder(door, damage, tokens, tmp_path):
+    saved = adapt(base())
+    nudge(saved)
+    saved.save_pretrained(tmp_path / "adapter")
+    is_adapted, load = DOORS[door]
+    model = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval() if is_adapted else base()
+    names, state = snapshot(model)
+    configs = {name: held.to_dict() for name, held in getattr(model, "peft_config", {}).items()}
+    expected = logits(model, tokens)
+    spoil, message = (OF_FILES | OF_LAYERS)[damage]
+    spoil(tmp_path / "adapter")
+    with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message) as error:
+        load(model, tmp_path / "adapter")
+    layer = LAYER.replace("0", "9") if damage == "other layer" else LAYER
+    assert damage not in OF_LAYERS or layer in str(error.value)
+    assert snapshot(model)[0] == names
+    assert all(torch.equal(value, state[key]) for key, value in snapshot(model)[1].items())
+    assert {name: held.to_dict() for name, held in getattr(model, "peft_config", {}).items()} == configs
+    assert torch.equal(logits(model, tokens), expected)

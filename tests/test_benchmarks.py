@@ -1,0 +1,328 @@
+"""The benchmarks: ratios of pairs, gates, exact memory, comparisons, and published pages against the kept runs.
+
+`make bench-smoke` runs every benchmark on tiny sizes and writes its report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from torch import nn
+
+from benchmarks import machine, readme
+from benchmarks.compare import main as compare
+from benchmarks.gate import RedGateError, check_layers
+from benchmarks.goals import GOALS
+from benchmarks.machine import LIMIT, cpu_name
+from benchmarks.memory import allocated, footprint
+from benchmarks.models import adapter_configs
+from benchmarks.protocol import DEVICE, Comparison, Quartiles, Turns
+from benchmarks.providers import (
+    CONTIGUOUS,
+    FROZEN,
+    HIRA,
+    LORA,
+    SMOA,
+    Case,
+    few_token_algorithms,
+    frozen,
+    layer_providers,
+    lora,
+    smoa,
+)
+from benchmarks.readme import README, RESULTS, section, with_section
+from benchmarks.report import main, page
+from benchmarks.results import Result, Run, compact, read_all
+from benchmarks.test_layer import training_pass
+from benchmarks.test_model_step import adapted, check_gradients
+from benchmarks.test_setup import centroids, check
+from smoa_kernels import BlockPartition
+
+pytestmark = pytest.mark.slow
+
+NAP = 0.5  # seconds; everything else here is short beside it, even on a busy machine
+CASE = Case(24, 96, 80, 4, 16)
+
+# The protocol
+
+
+def test_a_ratio_is_taken_within_its_round() -> None:
+    # The machine slows down fivefold: the ratio of medians would be 2·4/2 = 4, but each round's is 2.
+    drifting = Comparison(
+        "base", {"base": [1.0, 2.0, 5.0], "ours": [2.0, 4.0, 10.0], "lora": [1.0, 4.0, 5.0]}
+    )
+    assert drifting.ratio("ours") == Quartiles(2.0, 2.0, 2.0)
+    assert drifting.ratio("ours", "lora").median == 2.0
+    assert drifting.spread == pytest.approx((3.5 - 1.5) / 2.0)
+    # The quartiles of [1, 1, 1, h, h] are 1 and h; the median is 1.
+    for high, doubt in ((1.14, ""), (1.16, "noisy")):
+        assert Comparison("base", {"base": [1.0, 1.0, 1.0, high, high]}).doubt == doubt
+
+
+def test_providers_take_turns_in_an_order_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.protocol.SHORT", 0.0)
+    calls: list[str] = []
+
+    def run(name: str) -> dict[str, float]:
+        calls.append(name)
+        return {"forward": float(len(calls))}
+
+    turns = Turns({name: lambda name=name: run(name) for name in "abc"}, "a")
+    turns.warm_up(2)
+    assert calls == list("abcabc")
+    calls.clear()
+    for _ in range(20):
+        turns.round()
+    rounds = ["".join(calls[i : i + 3]) for i in range(0, 60, 3)]
+    # Each provider runs once a round, and directly after each other one in some round.
+    assert all(sorted(each) == ["a", "b", "c"] for each in rounds)
+    pairs = {pair for each in rounds for pair in (each[:2], each[1:])}
+    assert pairs == {a + b for a in "abc" for b in "abc" if a != b}
+    found = turns.comparisons()["forward"].seconds
+    assert found["b"] == [3 * i + each.index("b") + 1 for i, each in enumerate(rounds)]
+
+
+def test_what_is_short_has_several_turns_in_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.protocol.SHORT", 2 * NAP)
+    calls: list[str] = []
+
+    def run(name: str) -> dict[str, float]:
+        time.sleep(NAP if name == "long" else 0)
+        calls.append(name)
+        return {"forward": float(len(calls))}
+
+    turns = Turns({name: lambda name=name: run(name) for name in ("short", "long")}, "short")
+    assert NAP <= turns.warm_up(1) < 2 * NAP
+    calls.clear()
+    turns.round()
+    assert sorted(calls) == ["long", *["short"] * 10]
+    at = calls.index("long") + 1
+    assert turns.comparisons()["forward"].seconds == {"short": [(66 - at) / 10], "long": [at]}
+
+
+def test_a_backward_is_timed_without_its_forward() -> None:
+    class SlowForward(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(NAP)
+            return super().forward(x)
+
+    found = training_pass(SlowForward(80, 96, device=DEVICE).requires_grad_(False), CASE)()
+    assert found["forward"] >= NAP > found["backward"]
+    assert found["both"] == found["forward"] + found["backward"]
+
+
+# Gates
+
+
+@pytest.mark.parametrize(
+    "case",
+    [CASE, replace(CASE, dtype=torch.bfloat16), replace(CASE, dropout=0.05), replace(CASE, num_blocks=1)],
+    ids=str,
+)
+def test_every_provider_passes_its_gate(case: Case) -> None:
+    algorithms = ("auto", "split") if case.dropout else few_token_algorithms()
+    check_layers(case, {name: build(case) for name, build in layer_providers(case, algorithms).items()})
+
+
+def red(case: Case, layer: nn.Module, said: str) -> None:
+    with pytest.raises(RedGateError, match=said):
+        check_layers(case, {"wrong": layer})
+
+
+@pytest.mark.parametrize(
+    "build", [frozen, lora, smoa(), smoa(block_order="contiguous")], ids=[FROZEN, LORA, SMOA, CONTIGUOUS]
+)
+def test_a_wrong_output_turns_the_gate_red(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build(CASE)
+    right = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: right(x) * 1.001)
+    red(CASE, layer, r"T=24 96x80 .*: y of wrong errs by")
+
+
+def test_a_wrong_gradient_or_mask_turns_the_gate_red() -> None:
+    layer, dropped = smoa()(CASE), replace(CASE, dropout=0.05)
+    layer.smoa_B.register_hook(lambda gradient: gradient * 1.001)
+    red(CASE, layer, "dB of wrong")
+    red(dropped, smoa(backend="eager")(replace(CASE, dropout=0.5)), "y of wrong")
+
+
+@pytest.mark.parametrize(("provider", "factor_name"), [(SMOA, "smoa_B"), (LORA, "lora_B"), (HIRA, "hira_B")])
+def test_a_models_wrong_gradient_turns_the_gate_red(provider: str, factor_name: str) -> None:
+    models = {name: adapted(config, smoke=True) for name, config in adapter_configs(2).items()}
+    tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    check_gradients(models, tokens)
+    factor = next(p for n, p in models[provider].named_parameters() if factor_name in n)
+    factor.register_hook(lambda gradient: gradient * 1.01 if gradient.dtype == torch.float32 else gradient)
+    with pytest.raises(RedGateError, match=f"gradients of {provider} err by"):
+        check_gradients(models, tokens)
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_what_stands_in_the_wrong_block_turns_the_partitions_gate_red(side: str) -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    partition = BlockPartition.from_weight(weight, 4)
+    exact = torch.linalg.svd(weight.double(), full_matrices=False)
+    check(partition, *exact)
+    labels = {"rows": partition.row_block.clone(), "columns": partition.col_block.clone()}
+    score = centroids(exact.U if side == "rows" else exact.Vh.T, exact.S)
+    ends = torch.stack([score.argmin(), score.argmax()])
+    labels[side][ends] = labels[side][ends.flip(0)]
+    with pytest.raises(RedGateError, match=f"2 {side} are in another block"):
+        check(BlockPartition.from_labels(labels["rows"], labels["columns"], 4), *exact)
+
+
+def test_allocations_are_counted_to_the_byte() -> None:
+    kept = []
+
+    def allocate() -> None:
+        kept.append(torch.empty(3 << 20, dtype=torch.uint8, device=DEVICE))
+        torch.empty(2 << 20, dtype=torch.uint8, device=DEVICE)
+        kept.append(torch.empty(1 << 20, dtype=torch.uint8, device=DEVICE))
+
+    assert allocated(allocate) == (5 << 20, 4 << 20)
+    kept_bytes = sum(t.nbytes for t in kept)
+    assert allocated(kept.clear) == (0, -kept_bytes)
+    found = footprint(frozen(CASE), CASE)
+    assert (found.saved, found.peak) == (0, 4 * 24 * 96 + 4 * 24 * 80)  # y and dX
+    assert (found.forward_workspace, found.backward_workspace) == (0, 0)
+
+
+# Pages and comparisons
+
+LAYER = {"tokens": 2048, "out_features": 2048, "in_features": 2048, "num_blocks": 4, "rank": 16}
+TITLE = "layer: T=2048 2048x2048 K=4 r=16 float32"
+
+
+def layer(
+    frozen: tuple[float, ...] = (1.0, 1.01, 0.99), title: str = TITLE, **ratios: list[float] | float
+) -> Result:
+    """A layer with LoRA at 1.1 of frozen, contiguous blocks at 1.2, and SMoA at 1.3 or at each round's ratio."""
+    ways = {"frozen": 1.0, "PEFT LoRA": 1.1, "SMoA": 1.3, "SMoA, contiguous": 1.2, **ratios}
+    seconds = {
+        name: [(r[i] if isinstance(r, list) else r) * s for i, s in enumerate(frozen)]
+        for name, r in ways.items()
+    }
+    phases = dict.fromkeys(("forward", "backward", "both"), seconds)
+    params = LAYER | {"dtype": "float32", "dropout": 0.0}
+    return Result("layer", title, params, "frozen", [1.0, 1.0], phases)
+
+
+def make_run(*results: Result, device: str = "AMD EPYC", smoke: bool = False) -> Run:
+    known = {"device": device, "measured_on": "CPU", "cpu": "AMD EPYC", "cores": 2, "threads": 1}
+    known |= {"smoke": smoke, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13.0"}}
+    return Run(known, "abcdef0123", "2026-01-02", results)
+
+
+def test_readme_and_results_are_what_the_kept_runs_say() -> None:
+    runs = read_all(RESULTS)
+    text = README.read_text(encoding="utf-8")
+    assert text == with_section(text, section(runs)), "run `python -m benchmarks.report`"
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(runs), "the same"
+    assert not [goal.text for goal in GOALS if not any(goal.measure(run) for run in runs)]
+
+
+def test_a_goal_is_met_or_missed_by_how_much() -> None:
+    over_frozen, over_lora = GOALS[0], next(g for g in GOALS if g.text.startswith("over PEFT LoRA"))
+    run = make_run(layer())
+    assert over_frozen.verdict(run) == "missed by 0.10 (8%): forward 1.30, backward 1.30"
+    assert over_frozen.verdict(make_run(layer(SMoA=1.2))) == "met"
+    assert over_frozen.verdict(make_run()) == "not measured"
+    for seconds, doubt in (((1.0, 2.0, 3.0), "noisy"), ((1.0,), "one round")):
+        doubtful = make_run(layer(seconds), device="AMD EPYC, family 26, model 2")
+        assert over_frozen.verdict(doubtful) == f"{doubt}, not judged"
+        assert f"the others are not to be quoted: {TITLE} ({doubt})" in page([doubtful])
+        assert f"| 1.30, {doubt}, not judged | " in section([doubtful])
+    found = over_lora.measure(run)
+    assert found is not None
+    assert found[0].median == pytest.approx(1.3 / 1.1)  # ratios of pairs in the same rounds
+    worst = next(goal for goal in GOALS if "*" in goal.title)
+    wide = layer(title=TITLE.replace("K=4", "K=8"), SMoA=1.1)
+    assert worst.verdict(make_run(layer(), wide)).startswith("missed by 0.09 (9%)")
+
+
+def test_a_smoke_run_is_not_kept_among_the_results(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(compact(make_run(smoke=True)))
+    with pytest.raises(typer.BadParameter, match="a --smoke run measures nothing"):
+        main([tmp_path / "run.json"])
+    (tmp_path / "run.json").write_text('{"benchmarks": []}')
+    with pytest.raises(ValueError, match=r"run\.json is not a run of this benchmark suite"):
+        main([tmp_path / "run.json"])
+
+
+@pytest.mark.parametrize(
+    ("status", "options", "words"),
+    [
+        ("interrupted", {}, "its status is 'interrupted'"),
+        ("complete", {"lr": 0.1}, "not run as `make finetune` runs it"),
+    ],
+)
+def test_only_a_finished_job_at_the_defaults_is_kept(
+    status: str, options: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readme, "MAIN_JOB", tmp_path / "kept")
+    summary = json.loads((RESULTS / "main-job" / "smoa.json").read_text(encoding="utf-8"))["summary"]
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(summary | {"status": status, "options": summary["options"] | options}))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        main([path], out=tmp_path)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_commit_says_whether_code_was_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger results do not count as a change of code."""
+    code, results = tmp_path / "benchmarks" / "code.py", tmp_path / "benchmarks" / "results" / "runs.jsonl"
+    results.parent.mkdir(parents=True)
+    for path in (code, results):
+        path.write_text("1\n")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -q -m c"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(machine, "__file__", str(code))
+    commit = machine.commit()
+    results.write_text("2\n")
+    assert machine.commit() == commit
+    code.write_text("2\n")
+    assert machine.commit() == commit + machine.EDITED
+
+
+def test_a_processor_is_named_with_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual machines call different processors "AMD EPYC", and one is twice as fast as another."""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2\nstepping\t: 1\n")
+    monkeypatch.setenv(LIMIT, "AVX2")
+    assert cpu_name(cpuinfo) == "AMD EPYC, family 26, model 2, ONEDNN_MAX_CPU_ISA=AVX2"
+
+
+@pytest.mark.parametrize(
+    ("new", "frozen", "said"),
+    [
+        ([1.05, 1.06, 1.07], (3.0, 3.01, 2.99), "0 slower, 0 faster"),  # no overlap, but only 4 %
+        ([0.90, 1.12, 1.14], (3.0, 3.01, 2.99), "0 slower, 0 faster"),  # 10 %, but the ranges overlap
+        ([1.11, 1.12, 1.13], (3.0, 3.01, 2.99), "3 slower, 0 faster"),
+        ([0.90, 0.91, 0.92], (3.0, 3.01, 2.99), "0 slower, 3 faster"),
+        ([0.90, 0.91, 0.92], (1.0, 2.0, 3.0), "0 slower, 0 faster"),  # in doubt
+    ],
+)
+def test_a_ratio_changed_where_ranges_are_apart_and_medians_more_than_five_percent(
+    new: list[float], frozen: tuple[float, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"old": {"saved": 1000, "peak": 1000}, "new": {"saved": 1010, "peak": 1011}}
+    before = replace(layer(SMoA=[1.00, 1.02, 1.04]), bytes={"SMoA": sizes["old"]})
+    after = replace(layer(frozen, SMoA=new), bytes={"SMoA": sizes["new"]})
+    for name, results in (("old", [before, layer(title="layer: gone")]), ("new", [after])):
+        (tmp_path / f"{name}.json").write_text(compact(make_run(*results)))
+    compare(tmp_path / "old.json", tmp_path / "new.json")
+    found = capsys.readouterr().out
+    assert f"Changed: {said}, 1 sizes." in found  # forward, backward and both
+    assert f"| {TITLE} | peak | SMoA |" in found
+    assert "Only in one of the runs: layer: gone." in found

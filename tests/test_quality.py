@@ -1,0 +1,311 @@
+"""The quality study: its statistics, its cut models, runs that are not repeated, and the page against the kept records.
+
+`make quality-smoke` runs a slice from the command line and writes its report.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import minilm
+import pytest
+import smollm2
+import torch
+from questions import Encoder, Question, Splits, same_text
+from torch import nn
+from training import next_token_scores
+from transformers.modeling_outputs import BaseModelOutput
+from typer.testing import CliRunner
+
+from benchmarks import quality_moe
+from benchmarks.quality import data, store
+from benchmarks.quality.__main__ import RECORDS
+from benchmarks.quality.analysis import Study, differences, mean_of, t_quantile
+from benchmarks.quality.data import Choice
+from benchmarks.quality.methods import ALL, BY_NAME, LADDER, LEARNING_RATES, METHODS, MODULES, shuffled
+from benchmarks.quality.models import (
+    ChoiceModel,
+    ChoiceUpper,
+    CutModel,
+    Upper,
+    answer_tokens,
+    cut_minilm,
+    cut_smollm2,
+    rows_of,
+    vocabulary,
+)
+from benchmarks.quality.report import EQUALS, LORA, page
+from benchmarks.quality.study import Slice, best_rate, rate_beyond, train_and_judge
+from benchmarks.quality.tasks import TASKS, Task
+from smoa_kernels import BlockPartition
+
+pytestmark = pytest.mark.slow
+
+# Published figures
+
+
+def test_the_results_page_is_what_the_records_say() -> None:
+    written = (RECORDS.parent / "quality.md").read_text("utf-8")
+    assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"
+
+
+def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:
+    """The README claims it."""
+    study = Study(store.read(RECORDS))
+    for ours in EQUALS:
+        difference = study.difference(ours, LORA, study.tasks)
+        assert difference is not None
+        assert difference.low < 0 < difference.high
+
+
+def test_the_kept_records_are_of_the_study_as_it_is() -> None:
+    """A resumed slice finds the records only if they agree."""
+    records = store.read(RECORDS)
+    assert len(records) == len(RECORDS.read_text().splitlines())
+    store.check_one_setting(records)
+    assert len(records) == len({str(store.key_of(record)) for record in records})
+    for kept in records:
+        task, method = vars(TASKS[kept["task"]]), BY_NAME[kept["method"]]
+        of_method = dict(vars(method), r=kept["r"] if method.as_large else method.r)
+        for names, wanted in ((store.OF_A_TASK, task), (store.OF_A_METHOD, of_method)):
+            assert all(kept[name] == wanted[name] for name in names if name not in ("dtype", "data"))
+
+
+def test_an_interval_against_tables_and_a_worked_example() -> None:
+    """Differences 1, 2, 3, 4, 5: mean 3, standard error √(2.5 / 5), times 2.7764."""
+    for freedom, expected in ((1, 12.7062), (4, 2.7764), (9, 2.2622), (30, 2.0423)):
+        assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=5e-5)
+    theirs = {seed: float(10 * seed) for seed in range(5)}
+    mean = mean_of(differences({seed: theirs[seed] + seed + 1 for seed in range(5)} | {9: 0.0}, theirs))
+    assert (mean.seeds, mean.value) == (5, pytest.approx(3.0))
+    assert mean.half_width == pytest.approx(2.77645 * math.sqrt(0.5), rel=1e-5)
+    # Two groups: pooled variance 2, two means of two values each: √(2 (1/2 + 1/2)) / 2.
+    assert mean_of([0.0, 2.0], [10.0, 12.0]).standard_error == pytest.approx(math.sqrt(2.0) / 2)
+
+
+def test_the_best_rate_is_chosen_on_validation() -> None:
+    def record(stage: str, lr: float, accuracy: float, loss: float = 1.0) -> dict[str, Any]:
+        found = {"task": "trec50", "method": "LoRA", "stage": stage, "lr": lr, "seed": 0}
+        return found | {"accuracy": accuracy, "evaluation_loss": loss}
+
+    runs = [
+        record("search", 5e-3, 0.8),
+        record("search", 1e-2, 0.8, loss=0.5),
+        record("search", 2e-2, 0.7),
+        record("search", 0.123, 0.9),  # not on the ladder of rates
+        record("final", 2e-2, 0.99),
+    ]
+    assert best_rate(runs, "trec50", "LoRA") == 1e-2
+    assert best_rate(runs, "films", "LoRA") is None
+    assert Study(runs).plateau("trec50", "LoRA") == (5e-3, 1e-2)
+    assert Study(runs).accuracies("trec50", "LoRA") == {}  # the final run had another rate
+    # A search goes on while the best rate is at an end.
+    assert rate_beyond([5e-3, 1e-2, 2e-2], 1e-2) is None
+    assert rate_beyond([5e-3, 1e-2, 2e-2], 5e-3) == 2e-3
+    assert rate_beyond(LADDER, LADDER[-1]) is None
+
+
+# Questions and models
+
+
+@pytest.mark.parametrize("name", ["trec50", "films", "opinions", "trec6"])
+def test_splits_are_disjoint(name: str) -> None:
+    splits = data.prepare(TASKS[name].read(), TASKS[name].held_out)
+    prompts = [{same_text(question.prompt) for question in part} for part in splits]
+    assert all(map(len, prompts))
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    assert {q.answer for q in splits.test} <= {q.answer for q in splits.train}
+
+
+def test_commonsense_questions_are_read_once_with_all_of_their_answers(tmp_path: Path) -> None:
+    rows = [("Where?\nAnswer:", ["here", " there"], 1)] * 2 + [("Who?\nAnswer:", ["he", "he"], 0)]
+    with gzip.open(tmp_path / "requests.jsonl.gz", "wt") as file:
+        for query, choices, gold in rows:
+            file.write(json.dumps({"doc": {"query": query, "choices": choices, "gold": gold}}) + "\n")
+    found = data.read_choices(tmp_path / "requests.jsonl.gz")
+    assert found == [Choice("Where?\nAnswer:", "there", ("here", "there"))]
+
+
+@pytest.mark.parametrize("cut", [cut_minilm, cut_smollm2])
+def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    ours = cut(["blue", "green", "white"], 2)
+    questions = [Question("What colour is grass?", "green"), Question("And snow, on a clear day?", "white")]
+    batch = ours.batch(questions)
+    folder = minilm.locate() if cut is cut_minilm else smollm2.cached_model()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        scores = ours.upper(batch.hidden, batch.layout)
+        if cut is cut_minilm:
+            rows = tokenizer([q.prompt for q in questions], return_tensors="pt", padding=True)
+            states = AutoModel.from_pretrained(folder, dtype=torch.float32)(**rows).last_hidden_state
+            mask = rows["attention_mask"][..., None]
+            expected = ours.upper.head((states * mask).sum(1) / mask.sum(1))
+        else:
+            encoder = Encoder(tokenizer, set(ours.classes), 100)
+            whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            asked = encoder.batch(questions)
+            expected = next_token_scores(whole, asked.input_ids, asked.attention_mask)
+            expected = expected[:, encoder.answer_tokens]
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    assert [ours.classes[i] for i in batch.labels] == ["green", "white"]
+
+
+def letters(texts: Any, **_: Any) -> Any:
+    """A tokenizer of one text or several, with one token per letter."""
+    ids = [ord(c) for c in texts] if isinstance(texts, str) else [[ord(c) for c in text] for text in texts]
+    return type("Encoding", (), {"input_ids": ids})
+
+
+def test_answers_in_one_row_score_as_they_do_alone() -> None:
+    from tiny_models import tiny_llama
+
+    whole = tiny_llama(vocab_size=128).model
+    lower, body = copy.deepcopy(whole), copy.deepcopy(whole)
+    lower.layers, lower.norm = lower.layers[:1], nn.Identity()  # type: ignore[assignment]
+    lower.config.num_hidden_layers = 1
+    body.layers, body.embed_tokens = body.layers[1:], nn.Identity()  # type: ignore[assignment]
+    questions = [
+        Choice("Where is it?", "at sea", ("home", "at sea", "up")),
+        Choice("Why not?", "so it is", ("a cat", "so it is")),
+    ]
+    classes = sorted({answer for question in questions for answer in question.choices})
+    tokenizer: Any = letters
+    tokens = vocabulary(answer_tokens(tokenizer, classes))
+    upper = ChoiceUpper(body, rows_of(whole.embed_tokens.weight, tokens), causal=True)
+    batch = ChoiceModel(lower, upper, tokenizer, classes, {}).batch(questions)
+    with torch.no_grad():
+        scores = upper(batch.hidden, batch.layout)
+        for question, row in zip(questions, scores, strict=True):
+            for answer, score in zip(question.choices, row, strict=False):
+                text = torch.tensor([[ord(c) for c in f"{question.prompt} {answer}"]])
+                states = whole(input_ids=text).last_hidden_state[0]
+                said = upper.head(states).log_softmax(-1)[len(question.prompt) - 1 : -1]
+                expected = [said[at, tokens.index(ord(c))] for at, c in enumerate(f" {answer}")]
+                torch.testing.assert_close(score, torch.stack(expected).mean())
+    assert scores[1, 2] == -torch.inf
+    assert batch.labels.tolist() == [1, 1]
+
+
+# Runs, on a tiny model
+
+
+class Body(nn.Module):
+    """Two linear layers in place of a model's upper layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return BaseModelOutput(self.second(torch.relu(self.first(inputs_embeds))))
+
+
+class Words(nn.Module):
+    """Embeddings, in place of everything below the upper layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(128, 16)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return BaseModelOutput(self.words(input_ids))
+
+
+FIRST, SECOND = r".*\.first", r".*\.second"
+TARGETS = {ALL: r".*\.(first|second)", "query and value": FIRST, "attention": FIRST, "MLP": SECOND}
+COLOURS = [
+    Question(f"what colour is {thing} number {i}", colour)
+    for i in range(8)
+    for thing, colour in (("grass", "green"), ("sky", "blue"), ("snow", "white"))
+]
+SPLITS = Splits(COLOURS[:12], COLOURS[12:18], COLOURS[18:])
+
+
+def tiny(classes: Any, layers: int = 2) -> CutModel:
+    torch.manual_seed(0)
+    upper, tokenizer = Upper(Body(), nn.Linear(16, len(classes)), causal=False), letters
+    return CutModel(Words(), upper, tokenizer, classes, TARGETS, new_head=True)  # type: ignore[arg-type]
+
+
+TINY = replace(TASKS["trec50"], read=lambda: COLOURS, cut=tiny, steps=4, batch_size=4)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 8])
+def test_random_blocks_keep_their_sizes(blocks: int) -> None:
+    spectral = BlockPartition.from_weight(torch.randn(37, 20), blocks)
+    random, again, other = (shuffled(spectral, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert random == again
+    assert random not in (spectral, other)
+    assert (random.row_sizes, random.col_sizes) == (spectral.row_sizes, spectral.col_sizes)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_each_method_trains_its_own_parameters_only(method: Any) -> None:
+    cut = tiny(["blue", "green", "white"])
+    before = {name: value.clone() for name, value in cut.upper.state_dict().items()}
+    result = train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test)
+    after = cut.upper.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert result["parameters"] == 2 * (16 + 24) * method.r // method.num_blocks
+    assert result["steps_done"] == 4
+    assert (result["rank"] > 0) == (method.kind != "none")
+    again = train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test)
+    assert result == again | {name: result[name] for name in ("seconds", "step_seconds")}
+
+
+@pytest.mark.parametrize("method", MODULES, ids=lambda method: method.name)
+def test_modules_are_adapted_at_the_budget_that_is_said(method: Any) -> None:
+    cut = tiny(["a", "b"])
+    base = cut.fresh(0)
+    sized = method.sized(base, cut.targets)
+    trained = [(n, p) for n, p in sized.adapt(base, cut.targets, 0).named_parameters() if p.requires_grad]
+    assert all(f".{'second' if method.modules == 'MLP' else 'first'}." in name for name, _ in trained)
+    # Both layers are 16 by 24 or 24 by 16, so training one of them halves the parameters at the same rank.
+    assert sized.r == (16 if method.as_large else 8)
+    assert sum(p.numel() for _, p in trained) == sized.r * 40 // method.num_blocks
+
+
+def test_runs_that_are_there_are_skipped_unless_their_settings_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, told = tmp_path / "runs.jsonl", []
+
+    def go(seeds: int = 1, task: Task = TINY, splits: Splits = SPLITS, **fields: Any) -> int:
+        method = replace(BY_NAME["LoRA"], **fields)
+        monkeypatch.setitem(BY_NAME, "LoRA", method)
+        part = Slice(task, path, told.append, splits, LEARNING_RATES[:2], further=False)
+        part.run(seeds, [method])
+        return len(told)
+
+    assert (go(), go()) == (3, 3)
+    with path.open("a") as file:
+        file.write('{"task": "trec50", "meth')  # a crash leaves half a line
+    assert go(seeds=2) == len(store.read(path)) == 4
+    assert (go(r=2), go(r=8)) == (7, 7)
+    assert go(splits=SPLITS._replace(train=SPLITS.train[1:])) == 10
+    assert go(task=replace(TINY, head_lr=0.5)) == 13
+    with pytest.raises(ValueError, match="a report is of one setting"):
+        store.check_one_setting(store.read(path))
+
+
+def test_a_slice_on_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps per run; finished runs are not repeated, and the table has every method."""
+    written = tmp_path / "experts.md"
+    written.write_text(f"before\n{quality_moe.START}\n<!-- :written -->\nafter\n")
+    settings = {"RECORDS": tmp_path / "runs.jsonl", "PAGE": written, "STEPS": 2, "SEEDS": 2}
+    for name, value in (settings | {"LADDER": quality_moe.FIRST}).items():
+        monkeypatch.setattr(quality_moe, name, value)
+    first = CliRunner().invoke(quality_moe.app, ["--method", quality_moe.LORA])
+    assert first.exit_code == 0, first.output
+    second = CliRunner().invoke(quality_moe.app)
+    assert second.exit_code == 0, second.output
+    assert quality_moe.LORA not in second.output
+    assert all(f"| {name} |" in written.read_text() for name in quality_moe.METHODS)
