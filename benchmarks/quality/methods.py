@@ -203,6 +203,8 @@ def update_spectrum(model: nn.Module) -> dict[str, float]:
             update = adapter.get_delta_weight("default").float()
             if isinstance(layer, HiraLayer):  # PEFT returns the factor that multiplies W0
                 update = update * adapter.base_layer.weight
+            if not update.isfinite().all():
+                continue  # the run diverged
             values = torch.linalg.svdvals(update)
             noise = values[0] * max(update.shape) * torch.finfo(values.dtype).eps
             energies = values.double().square()
