@@ -156,8 +156,8 @@ def machines(study: Study) -> str:
     clean = {(run["task"], run["data"]) for run in study.records if not run["commit"].endswith(EDITED)}
     same = sum((run["task"], run["data"]) in clean for run in dirty)
     uncommitted = (
-        f" {len(dirty)} of {len(study.records)} runs were made while something was not committed ({EDITED} behind "
-        f"the commit); {same} of these had, by its digest, the same data as committed runs of their task."
+        f" {len(dirty)} of {len(study.records)} runs were made with uncommitted changes ({EDITED} behind the commit); "
+        f"{same} of them had, by digest, the data of their task's committed runs."
     )
     said = f"**Measured on CPU**: {'; '.join(used)}; {versions}; commits {', '.join(commits)}."
     return said + (uncommitted if dirty else "")
