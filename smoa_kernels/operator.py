@@ -171,9 +171,9 @@ def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tenso
             "under dropout backend 'triton' has a gradient and nothing further (its mask is drawn inside the kernels): "
             "no second derivative, forward mode or batch; use backend='eager' or no dropout"
         )
-    adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
-    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
-        adapter.ranks = torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype)
+    numbers = adapter.block_ranks  # a batch of models has a batch of ranks, all equal
+    ranks = adapter.ranks if numbers is None else torch.tensor(numbers, dtype=adapter.ranks.dtype)
+    adapter = replace(adapter, weight=adapter.weight.to(x.dtype), ranks=ranks)
     bias = None if bias is None else bias.to(x.dtype)
     y = reference.forward(_as_matrix(x), bias, adapter, "auto", dropout)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -345,7 +345,7 @@ def register(
         return below_autograd(operator, *args)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return operator(*args)
         if not torch._C._are_functorch_transforms_active():
             return recorded(*args)

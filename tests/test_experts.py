@@ -54,8 +54,10 @@ def test_results_are_within_their_budget(
 def test_pairs_that_no_expert_counts_are_refused(backend: str) -> None:
     """No expert would compute their rows, which would keep stale memory."""
     p = make_problem(dtype=torch.float32)
-    with pytest.raises(ValueError, match="ends must count x's"):
-        experts_linear(torch.cat([p.x, p.x[:1]]), p.ends, p.adapter, backend)
+    below = torch.cat([p.ends.new_full((1,), -1), p.ends[1:]])
+    for x, ends in ((torch.cat([p.x, p.x[:1]]), p.ends), (p.x, below)):
+        with pytest.raises(ValueError, match="ends must count x's"):
+            experts_linear(x, ends, p.adapter, backend)
 
 
 SHAPES: list[dict[str, object]] = [

@@ -151,6 +151,14 @@ def test_exports_an_inference_graph(ahead_of_time: bool, tmp_path: Path) -> None
             torch.testing.assert_close(run(x), block(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_trace_holds_the_operator(tmp_path: Path) -> None:
+    """A call of an autograd function in its place could not be saved."""
+    layer, x = FusedSMoALinear.from_linear(nn.Linear(8, 6), r=4, num_blocks=2), torch.randn(3, 8)
+    torch.jit.save(torch.jit.trace(layer, x), str(tmp_path / "layer.pt"))
+    assert torch.equal(torch.jit.load(str(tmp_path / "layer.pt"))(x), layer(x))
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_library)])
 def test_where_compiling_gives_up_the_kernels_are_not_traced(backend: str) -> None:
     layer = FusedSMoALinear(64, 48, backend=backend)

@@ -71,8 +71,8 @@ def spans(ends: Tensor) -> list[tuple[int, int, int]]:
 
 def _active(total: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[tuple[int, slice, PackedAdapter]]:
     """Each expert that has pairs: its number, its pairs and its adapter."""
-    found = spans(ends)
-    if (found[-1][2] if found else 0) != total:
-        raise ValueError(f"ends must count x's {total} pairs up, got {ends.tolist()}")
+    found, last = spans(ends), ends.tolist()
+    if last != sorted(last) or last[0] < 0 or last[-1] != total:
+        raise ValueError(f"ends must count x's {total} pairs up, got {last}")
     for (e, start, end), layer in zip(found, adapter.experts([e for e, _, _ in found]), strict=True):
         yield e, slice(start, end), layer

@@ -1,8 +1,8 @@
 """A layer's computation for the SMoA tokens of a batch, `y += x (W0 ∘ BA)ᵀ`, over a base layer that only multiplies.
 
 If W0 is at hand, our operator computes base and adapter at once, slot by slot: few tokens in one pass over W0, many by
-a GEMM. Slots with a token or two each share products with W0's diagonal blocks. If W0 is not at hand, rank t of a token
-becomes a row of the base layer's own product, whatever its quantisation:
+a GEMM. Slots with a token or two each share products with W0's diagonal blocks where these may be copied. Else rank t of
+a token becomes a row of the base layer's own product, whatever its quantisation:
 
     y += Σ_t B[:, t] ∘ base(A[t] ∘ x)
 """
@@ -95,7 +95,7 @@ class SharedBlocks:
     places: Tensor  # int64 (N,): where each row of W0 is among the K n
     factors: dict[int, tuple[Tensor, Tensor]] = field(
         default_factory=dict
-    )  # A (ρ, K c), B (K, ρ, n), by slot
+    )  # A (ρ, K c), B (ρ, K, n), by slot
 
     @classmethod
     def of(cls, weight: Tensor, partition: BlockPartition) -> SharedBlocks:
@@ -110,28 +110,34 @@ class SharedBlocks:
         return cls(partition, blocks, cols.flatten(), places)
 
     def add(self, slot: int, adapter: PackedAdapter) -> bool:
-        """Take the factors of a slot's adapter. False if it has other blocks, or another ρ than those before it."""
-        own, p, rho = self.partition, adapter.partition, len(adapter.A)
-        if own.num_blocks != p.num_blocks or any(len(A) != rho for A, _ in self.factors.values()):
+        """Take the factors of a slot's adapter. False if it has other blocks."""
+        own, p = self.partition, adapter.partition
+        if own.num_blocks != p.num_blocks:
             return False
         # A coordinate whose factors are zero may be in any block.
         rows, cols = own.row_block == p.row_block, own.col_block == p.col_block
         if not ((rows | ~adapter.B.any(1)).all() and (cols | ~adapter.A.any(0)).all()):
             return False
-        A_mask, B_mask = padding_masks(p, adapter.ranks, rho)
+        A_mask, B_mask = padding_masks(p, adapter.ranks, len(adapter.A))
         A = _by_block((adapter.A * A_mask).T[own.col_index], own.col_sizes).movedim(2, 0)
-        B = _by_block((adapter.B * B_mask).float()[own.row_index], own.row_sizes).mT
+        B = _by_block((adapter.B * B_mask).float()[own.row_index], own.row_sizes).movedim(2, 0)
         self.factors[slot] = A.flatten(1), B.contiguous()
         return True
 
     def update(self, x: Tensor, slots: Sequence[int]) -> Tensor:
         """`x (W0 ∘ BA)ᵀ` (T, N), float32, with the adapter of each token's slot."""
-        A, B = (torch.stack(factors) for factors in zip(*map(self.factors.__getitem__, slots), strict=True))
-        blocks, rho, n = B.shape[1:]
+        factors = [self.factors[slot] for slot in slots]
+        step = max(1, MOST_ROWS // max(len(A) for A, _ in factors))
+        parts = [self._part(x[i : i + step], factors[i : i + step]) for i in range(0, len(x), step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _part(self, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        A, B = (pad_sequence(side, batch_first=True) for side in map(list, zip(*factors, strict=True)))
+        rho, blocks, n = B.shape[1:]
         rows = (x.index_select(1, self.cols)[:, None] * A).view(len(x) * rho, blocks, -1).transpose(0, 1)
         # bmm is several times slower over a transposed weight.
         products = torch.bmm(rows, self.weight) if blocks > 1 else F.linear(rows[0], self.weight)
-        update = (products.view(blocks, len(x), rho, n) * B.transpose(0, 1)).sum(2)
+        update = (products.view(blocks, len(x), rho, n) * B.permute(2, 0, 1, 3)).sum(2)
         return update.transpose(0, 1).flatten(1).index_select(1, self.places)
 
 
@@ -161,6 +167,8 @@ class LayerSlots:
     def __post_init__(self) -> None:
         self.most = [0] * len(self.slices)  # the most ranks of any adapter, by slice
         self.shared: list[list[SharedBlocks]] = [[] for _ in self.slices]
+        # W0 that lies in the engine may change, and copies would take memory that the engine has planned.
+        self._copies = self.keep and self.weight is None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -218,12 +226,13 @@ class LayerSlots:
                 few.append(group)
         if few:
             tokens = torch.cat([group.tokens for group in few])
-            own, others = x.index_select(0, tokens), y.index_select(0, tokens)
-            if weight is not None and weight is self.weight:
+            own = x.index_select(0, tokens)
+            if self._copies and weight is not None:
                 update = self._by_blocks(own, [group.slot for group in few for _ in range(group.size)])
             else:
                 slots = torch.cat([group.slots for group in few])
                 update = self._by_rows(own, slots, self.most, weight)
+            others = y if weight is not None else y.index_select(0, tokens)
             y.index_copy_(0, tokens, _added(update, own, others, bias, weight))
         return y
 
@@ -277,7 +286,8 @@ class LayerSlots:
         """The same by products with W0's blocks; `slots` has the slot of each token."""
         updates = []
         for at, part in enumerate(self.slices):
-            blocks = {slot: self._blocks(slot, at) for slot in set(slots) if self.ranks[slot][at]}
+            found = ((slot, self._blocks(slot, at)) for slot in set(slots) if self.ranks[slot][at])
+            blocks = {slot: own for slot, own in found if own is not None}
             kinds = set(blocks.values())
             if len(kinds) == 1 and len(blocks) == len(set(slots)):
                 updates.append(kinds.pop().update(x, slots))
@@ -289,14 +299,19 @@ class LayerSlots:
             updates.append(update)
         return updates[0] if len(updates) == 1 else torch.cat(updates, 1)
 
-    def _blocks(self, slot: int, at: int) -> SharedBlocks:
-        """W0's blocks of a slot's adapter, copied at its first token unless another adapter has the same."""
+    def _blocks(self, slot: int, at: int) -> SharedBlocks | None:
+        """W0's blocks of a slot's adapter, copied at its first token unless another adapter has the same.
+
+        None if B is zero, as before training: then nothing tells which rows are in which block.
+        """
         for blocks in self.shared[at]:
             if slot in blocks.factors:
                 return blocks
         assert self.weight is not None
         weight = self.weight[self.slices[at].start : self.slices[at].stop]
         adapter = self._adapter(slot, at, weight, kept=True)
+        if not adapter.B.any():
+            return None
         for blocks in self.shared[at]:
             if blocks.add(slot, adapter):
                 return blocks

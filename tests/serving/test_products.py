@@ -145,7 +145,7 @@ def test_w0_is_read_exactly(monkeypatch):
 @pytest.mark.parametrize("slot_of", [[1] * 64, [0, 1] * 3], ids=["one slot", "few tokens each"])
 def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of, recorded):
     """Adding an update of 1e-3 of W0 to an already rounded output would lose half of it (DESIGN.md, 2)."""
-    layer = Layer(torch.bfloat16, weight=True, size=2e-4)
+    layer = Layer(torch.bfloat16, weight=recorded, keep=not recorded, size=2e-4)
     kept = []
     for seed in range(60):
         x = torch.randn(len(slot_of), C, generator=torch.Generator().manual_seed(seed)).bfloat16()
@@ -175,15 +175,19 @@ def test_a_slot_that_is_filled_anew_forgets_the_old_adapter():
     assert layer.slots.output(x, None, [Group.of(1, torch.tensor([0]))], lambda: "base") == "base"
 
 
-def test_adapters_with_the_same_blocks_share_one_copy_of_them():
-    """A coordinate whose factors are zero belongs to any block. The last adapter leaves, and the copy goes."""
-    layer = Layer(weight=True)
+def test_adapters_with_the_same_blocks_share_one_copy_of_them(monkeypatch):
+    """Whatever their ranks. A coordinate whose factors are zero is in any block. The last adapter takes the copy."""
+    monkeypatch.setattr(products, "MOST_ROWS", 12)
+    layer = Layer(keep=True)
     part = layer.slots.slices[0]
-    part.A[2], part.B[2] = part.A[1] * 2, part.B[1] * 3
+    A, B, _ = adapter_of(SIZES[0], (1, 0, 2), seed=7)  # the blocks of slot 1
+    part.A[2, 0, :3], part.B[2, 0, :, :3] = A, B
     part.A[2, 0, :, 5], part.B[2, 0, 7] = 0, 0
     layer.modulation[2, : SIZES[0]] = part.B[2, 0] @ part.A[2, 0]
-    layer.slots.fill(2, [Layer.RANKS[1][0], (1, 2)])
-    x, slot_of = torch.randn(3, C), [0, 1, 2]
+    layer.slots.fill(2, [(1, 0, 2), (1, 2)])
+    part.B[3] = 0
+    layer.slots.fill(3, [(1, 0, 2), ()])  # not trained yet
+    x, slot_of = torch.randn(7, C), [0, 1, 2, 3, 2, 1, 1]
     torch.testing.assert_close(
         layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4
     )
@@ -191,6 +195,12 @@ def test_adapters_with_the_same_blocks_share_one_copy_of_them():
     for slot in (1, 2):
         layer.slots.fill(slot, [])
     assert [sorted(blocks.factors) for blocks in layer.slots.shared[0]] == [[0]]
+
+
+def test_w0_in_the_engine_is_not_copied():
+    layer = Layer(weight=True, keep=True)
+    layer.output(torch.randn(2, C), [0, 1])
+    assert layer.slots.shared == [[], []]
 
 
 @pytest.mark.parametrize("ranks", [(4,), (3, 0, 5), (1, 1, 1)])

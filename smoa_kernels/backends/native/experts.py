@@ -79,7 +79,7 @@ class _EveryExpert:
     def __init__(self, ends: Tensor, adapter: ExpertsAdapter, *, find_updates: bool) -> None:
         weight, A, B, blocks = along_memory(adapter.weight), adapter.A, adapter.B, adapter.blocks
         last, count = ends.tolist(), weight.shape[0]
-        if last != sorted(last):
+        if last != sorted(last) or last[0] < 0:
             raise ValueError(_MISFIT)
         self._weight, self._rank, self._pairs = weight[0], A.shape[1], last[-1]
         self.spans, self.paths = experts.spans(ends), (ctypes.c_int64 * count)()

@@ -77,8 +77,8 @@ typedef struct {
     void *y, *dA, *dB;
     float *workspace; /* NULL: only return how many floats it must have */
     i64 threads;
-    /* Layers of one shape, whose tokens are pairs of a token and an expert. `layer`, x, dy and results are the first one's; those of the
-     * others lie so many elements further on. */
+    /* Layers of one shape, whose tokens are pairs of a token and an expert. `layer`, x, dy and results are the first one's; the
+     * steps say how many elements further on those of the next one are. */
     i64 experts;              /* 0: one layer, and nothing below is read */
     const int32_t *ends;      /* where each expert's pairs end */
     const i64 *paths;

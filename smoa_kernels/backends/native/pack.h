@@ -175,7 +175,7 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
 /* Whether the terms of a row are contiguous; otherwise the rows of a term are. */
 static inline int has_rows(const operand *o) { return o->col_stride == 1 && (o->cols || !o->rows); }
 
-/* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). Below the last row are others or zeros: they are
+/* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). After the last row come other rows or zeros: they are
  * multiplied, but their products are not stored. (What was in memory might be denormal numbers, which are slow.) */
 static void pack_floats(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     (has_rows(o) ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
