@@ -345,7 +345,7 @@ def register(
         return below_autograd(operator, *args)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
             return operator(*args)
         if not torch._C._are_functorch_transforms_active():
             return recorded(*args)

@@ -1,7 +1,7 @@
 """A layer's computation for the SMoA tokens of a batch, `y += x (W0 ∘ BA)ᵀ`, over a base layer that only multiplies.
 
 If W0 is at hand, our operator computes base and adapter at once, slot by slot: few tokens in one pass over W0, many by
-a GEMM. Slots with a token or two each share products with W0's diagonal blocks where these may be copied. Else rank t of
+a GEMM. Slots with a token or two each share products with W0's diagonal blocks, if these may be copied. Else rank t of
 a token becomes a row of the base layer's own product, whatever its quantisation:
 
     y += Σ_t B[:, t] ∘ base(A[t] ∘ x)
