@@ -107,7 +107,7 @@ def check_kind(name: str, value: object, kind: type) -> None:
     """`value` must be an instance of `kind`."""
     if not isinstance(value, kind):
         wanted = f"torch.{kind.__name__}" if kind.__module__ == "torch" else kind.__name__
-        article = "an" if wanted[0] in "AEIOU" else "a"
+        article = "an" if wanted[0].lower() in "aeiou" else "a"
         raise TypeError(f"{name} must be {article} {wanted}, got {type(value).__name__}")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, Case
 from benchmarks.report import page as report_page
 from benchmarks.results import Result, Run, read
 from benchmarks.rotation import rotated
+from smoa_kernels.kernels.launch import short_way
 
 pytestmark = pytest.mark.slow
 
@@ -202,11 +204,39 @@ def test_comparing_keeps_what_it_has_and_repeats_what_failed(monkeypatch: pytest
     assert len(asked) == 4  # nothing is left to do
 
 
-def test_both_launchers_are_compared() -> None:
+def test_both_launchers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_way, "obstacle", "")
+    build = stages.smoa("split", "triton", "random")
+
+    def fails(case: Case) -> torch.nn.Module:
+        """A layer in whose first pass our launcher fails."""
+        layer = build(case)
+        layer.register_forward_hook(
+            lambda *_: setattr(short_way, "obstacle", short_way.obstacle or "TypeError: no")
+        )
+        return layer
+
+    monkeypatch.setattr(stages, "smoa", lambda *_: fails)
     found = stages.compare_launchers(*operator_cases(True)[1])
-    text = page(NOTHING.with_finding("launchers", found | {"obstacle": "TypeError: no"}))
+    assert short_way.obstacle == "TypeError: no"
+    text = page(NOTHING.with_finding("launchers", found))
     assert "gives the same bits, and takes the host" in text
     assert "Ours is not used: TypeError: no." in text
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="only for NVIDIA's GPUs")
+def test_compiling_ahead_takes_half_of_the_time_and_stops_no_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def no_process(*_: object, timeout: float, **__: object) -> None:
+        limits.append(timeout)
+        raise OSError("no process")
+
+    gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(bringup.subprocess, "run", no_process)
+    bringup._compile_ahead("operator", time.monotonic() + 60)
+    assert limits == [pytest.approx(30, abs=1)]
 
 
 def test_a_provider_that_crashes_is_named_and_the_others_are_compared(

@@ -144,7 +144,9 @@ _waiting: list[Form] = []
 
 def main() -> None:
     """Compile one stage into Triton's cache, or all of them into one that is thrown away."""
-    parser = argparse.ArgumentParser("python -m benchmarks.bringup.ahead", description=(__doc__ or "")[:70])
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.bringup.ahead", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("stage", nargs="?", choices=("operator", "headline", "tune"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     for name in ("major", "minor", "multi_processor_count"):

@@ -105,24 +105,27 @@ def compare_launchers(case: Case, order: str) -> dict[str, object]:
         RuntimeError: their results differ by a bit.
     """
     layer, x, dy = smoa("split", "triton", order)(case), case.input(), case.output_gradient()
-    before, found, results = short_way.obstacle, dict[str, object](), list[list[Tensor]]()
-    for name, obstacle in (("ours", before), ("triton", "compared")):
-        short_way.obstacle, seconds = obstacle, []
-        try:
-            for _ in range(LAUNCHER_ROUNDS):
-                if DEVICE.type == "cuda":
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                y = layer(x)
-                gradients = torch.autograd.grad(y, (x, layer.smoa_A, layer.smoa_B), dy)
-                seconds.append(time.perf_counter() - start)
-        finally:
-            short_way.obstacle = before
-        found[name] = statistics.median(seconds) * 1e6
-        results.append([y, *gradients])
-    if not all(map(torch.equal, *results)):
+
+    def rounds() -> tuple[float, list[Tensor]]:
+        seconds = []
+        for _ in range(LAUNCHER_ROUNDS):
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            y = layer(x)
+            gradients = torch.autograd.grad(y, (x, layer.smoa_A, layer.smoa_B), dy)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds) * 1e6, [y, *gradients]
+
+    ours, found = rounds()
+    obstacle, short_way.obstacle = short_way.obstacle, "compared"
+    try:
+        tritons, expected = rounds()
+    finally:
+        short_way.obstacle = obstacle
+    if not all(map(torch.equal, found, expected)):
         raise RuntimeError("kernels that are launched our own way and Triton's give different results")
-    return {**found, "obstacle": before}
+    return {"ours": ours, "triton": tritons, "obstacle": obstacle}
 
 
 def headline(job: Job) -> None:

@@ -27,7 +27,8 @@ GRAD_TILE = 128  # block_grad writes one rank-sized partial for each tile of thi
 GRAD_STEP = 64  # tokens in one step of its main loop
 # The backward gathers all tokens at once, or at least this many, so that a program's end takes a ninth of its time.
 GRAD_PART_TOKENS = 64 * GRAD_STEP
-# With more ranks the partials of a part are no longer small beside its copies: 16 and 64 MiB at 4096² in bf16 for 64.
+# With more ranks the partials of a part are no longer small beside its copies of dY and x. At 4096², K = 4, ρ = 64 in
+# bf16 the partials take 16 MiB and the copies 64 MiB.
 GRAD_PART_RANKS = 64
 # Fewest tiles of G for parts: as many as a large GPU has multiprocessors, so that each launch fills it.
 GRAD_PART_TILES = 128

@@ -15,6 +15,8 @@ from torch import Tensor
 from ..definition.experts import ExpertsAdapter
 from ..definition.precision import accumulate
 from . import Gradients
+from .algorithms import GRAD_PART_TOKENS
+from .block_order import row_panels
 
 __all__ = ["experts_backward", "experts_product"]
 
@@ -62,10 +64,19 @@ def experts_backward(
         if dx is not None:
             dx = torch.where(one.pairs, dy @ (one.weight + one.modulation * one.weight).to(dy.dtype), dx)
         if x is not None and dA is not None and dB is not None:
-            G = torch.where(one.pairs, dy, 0).T @ torch.where(one.pairs, x, 0)
-            H = torch.where(one.same, G * one.weight.to(one.A.dtype) * adapter.scaling, 0)
+            G = _sums(dy, x, one)
+            H = torch.where(one.same, G * one.weight.to(G.dtype) * adapter.scaling, 0)
             dA[e], dB[e] = one.B.T @ H, H @ one.A.T
     return dx, dA, dB
+
+
+def _sums(dy: Tensor, x: Tensor, one: _Expert) -> Tensor:
+    """`G = Σ_p dy_pᵀ x_p` (N, C) over an expert's pairs, summed in A's dtype; only a panel's copies are as wide."""
+    G = one.A.new_zeros(one.weight.shape)
+    for panel in zip(*(row_panels(each, GRAD_PART_TOKENS) for each in (dy, x, one.pairs)), strict=True):
+        dy_part, x_part, pairs = panel
+        G.addmm_(torch.where(pairs, dy_part, 0).to(G.dtype).T, torch.where(pairs, x_part, 0).to(G.dtype))
+    return G
 
 
 def _experts(pairs: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[_Expert]:

@@ -153,9 +153,10 @@ def _run(
     theirs = backends[1]
     if theirs is experts and torch.cuda.is_current_stream_capturing():
         theirs = experts_masked
+        refused = "are refused: every expert multiplies all pairs"
+        unknown = "are not verified: every expert multiplies all pairs; run a step of these sizes before the capture"
         warnings.warn(
-            "a CUDA graph of experts is captured whose kernels are not verified: every expert multiplies all pairs; "
-            "run a step of these sizes before the capture",
+            f"a CUDA graph of experts is captured whose kernels {unknown if sound is None else refused}",
             stacklevel=2,
         )
     return run(theirs, adapter, _in_torch(dropout))
@@ -174,8 +175,9 @@ def _in_torch(dropout: Dropout | None) -> Dropout | None:
 # numbers; in TF32 more, since cuBLAS may truncate operands; in float32 long sums have different orders.
 _ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
 _FEWEST = 32  # numbers of a row or column that is compared by itself
-# One number may lie apart by the same share of itself plus this many root mean squares of its row or column. Rounding
-# the terms of a sum moves it by a seventh of the share on average, so two results differ by a fifth: 4 is 20 times it.
+# Each number must satisfy |ours - eager's| <= share * (|eager's| + _OUTLIER * r). r is the root mean square of its row
+# or column, whichever is larger. Rounding the terms of a sum moves a number by share * r / 7 on average, so two
+# right results differ by share * r / 5. 4 * share * r is 20 times that.
 _OUTLIER = 4
 LAUNCHER = "the short way to launch"
 """This launcher gets a verdict like a form (`kernels.launch.use_tritons_launcher`)."""

@@ -178,8 +178,9 @@ def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers
     if isinstance(adapter, PackedAdapter):
         if not isinstance(adapter.layout, tuple):
             p = adapter.partition
-            adapter.layout = _described(adapter, p, granule_of(p.granularity, p.shape), ())
-            adapter.layout[1].update(row_block_ptr=p.row_block, col_block_ptr=p.col_block)
+            layout, pointers = _described(adapter, p, granule_of(p.granularity, p.shape), ())
+            pointers |= {"row_block_ptr": p.row_block, "col_block_ptr": p.col_block}
+            adapter.layout = layout, pointers  # whole, because another thread may read it at once
         found: tuple[Layout, Pointers] = adapter.layout
         return found
     blocks = adapter.blocks

@@ -262,6 +262,10 @@ class Entry:
             AttributeError, KeyError, TypeError, ValueError: what it lacks, or what is wrong.
         """
         key, identity = Key(**data["key"]), Identity(**data["identity"])
+        check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
+        check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
+        for name, default in Key._field_defaults.items():
+            check_kind(name, getattr(key, name), type(default))
         trials = tuple(
             Trial(_choice(key, identity, t["choice"]), _seconds(t.get("seconds")), t.get("reason"))
             for t in data["trials"]
@@ -276,8 +280,6 @@ class Entry:
 
 def _choice(key: Key, identity: Identity, data: Any) -> Choice:
     """A choice that may be launched: nothing but what ships, and divides the layout, can come from a table."""
-    check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
-    check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
     if key.kernel in ALGORITHM_KEYS:
         check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
         return str(data)
@@ -360,15 +362,14 @@ def parse(path: Path, now: Identity) -> Table:
     table = Table()
     for number, raw in enumerate(data["entries"], start=1):
         try:
-            entry = Entry.from_json(raw) if raw["identity"] == asdict(now) else None
+            if raw["identity"] == asdict(now):
+                entry = Entry.from_json(raw)
+                older = table.entries.get(entry.key)
+                table.entries[entry.key] = entry if older is None else older.add(*entry.trials)
+            else:
+                table.stale.append(raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             # Cut, for a value that an error shows may be as long as the file.
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             table.skipped.append((f"entry {number}: {why}"[:300], raw))
-        else:
-            if entry is None:
-                table.stale.append(raw)
-            else:
-                older = table.entries.get(entry.key)
-                table.entries[entry.key] = entry if older is None else older.add(*entry.trials)
     return table
