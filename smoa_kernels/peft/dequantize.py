@@ -104,7 +104,7 @@ def _float8(base: Any, dtype: torch.dtype) -> Tensor:
     def rows(first: int, last: int) -> Tensor:
         blocks = torch.arange(first, last, device=weight.device) // height
         of_columns = scales[blocks].repeat_interleave(width, dim=1)[:, : weight.shape[1]]
-        return of_columns.mul_(weight[first:last].float())
+        return cast(Tensor, of_columns.mul_(weight[first:last].float()))
 
     return _filled(torch.empty(weight.shape, dtype=dtype, device=weight.device), rows)
 
