@@ -1,23 +1,25 @@
-"""Writes a merged model's folder, a shard at a time; it becomes a model only when it is complete."""
+"""Writes a merged model's folder, a shard at a time; the folder appears only when it is complete."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checks import check_path, shown
 from .merging import FolderMerge
-from .writing import SCRATCH, replacing
 
 __all__ = ["MergeReport", "merge_to_folder"]
 
@@ -62,9 +64,9 @@ def merge_to_folder(
 ) -> MergeReport:
     """Write a base model with an adapter merged into it: weights, configuration and tokenizer, as a plain model.
 
-    One file of weights and one layer are in memory at a time. All is written into a hidden folder in `out` and moved
-    into `out` when it is complete, the configuration last: whatever interrupts this, `out` holds a whole model or none.
-    Of a tokenizer, the one beside the adapter wins.
+    One file of weights and one layer are in memory at a time. All is written into a hidden folder beside `out`, its
+    configuration last, and renamed: whatever interrupts this, `out` is whole or is not there. Of a tokenizer, the one
+    beside the adapter wins.
 
     Args:
         base, adapter, dtype, rounding, seed: see :func:`merged_weights`.
@@ -92,7 +94,7 @@ def merge_to_folder(
     target = _new_folder(out)
     merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
     split = _split(merge, max_shard_size)
-    with replacing(target) as scratch:
+    with _renamed_when_whole(target) as scratch:
         done = 0
         for file, names in split.filename_to_tensors.items():
             shard: dict[str, Tensor] = {}
@@ -102,7 +104,7 @@ def merge_to_folder(
                 done += 1
             save_file(shard, scratch / file, metadata={"format": "pt"})
             # safetensors' files are their owner's alone
-            os.chmod(scratch / file, 0o666 & target.stat().st_mode)
+            os.chmod(scratch / file, 0o666 & scratch.stat().st_mode)
             del shard  # free it before the next one is made
         progress(done, len(merge.plan))
         _write_beside_weights(merge, split, scratch)
@@ -113,11 +115,14 @@ def merge_to_folder(
 
 def _new_folder(out: str | os.PathLike[str]) -> Path:
     check_path("out", out)
-    target = Path(out)
-    if target.exists() and (
-        not target.is_dir() or any(not path.name.startswith(SCRATCH) for path in target.iterdir())
-    ):
+    target = Path(out).resolve()  # a link is followed, and "." has a name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"out must be a new or an empty folder, got {target}")
+    # No folder can be renamed to these; checked before the merge.
+    if target.is_mount() or target == Path.cwd():
+        raise ValueError(
+            f"out must not be a mount point or the working folder, name a folder in it: got {target}"
+        )
     return target
 
 
@@ -146,6 +151,27 @@ def _write_beside_weights(merge: FolderMerge, split: StateDictSplit, scratch: Pa
         found = (path for pattern in (*_TOKENIZER, *_TEMPLATES) for path in merge.adapter.glob(pattern))
         _copy(merge.adapter, scratch, found)
     _write_json(scratch / "config.json", _configuration(merge))
+
+
+@contextmanager
+def _renamed_when_whole(target: Path) -> Iterator[Path]:
+    scratch = target.parent / f".{target.name}.merging-{uuid.uuid4().hex[:8]}"
+    try:
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch
+            for file in scratch.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as stream:
+                        os.fsync(stream.fileno())
+            if target.is_dir():
+                target.rmdir()
+            scratch.rename(target)
+        except (OSError, SafetensorError) as error:  # a full disk's error names the hidden folder, or nothing
+            raise OSError(f"cannot merge into {target}, which was not written: {error}") from error
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
 def _beside_weights(base: Path) -> Iterator[Path]:

@@ -13,10 +13,12 @@ __all__ = ["naming"]
 def naming(what: str | Path) -> Iterator[None]:
     """Put the name of a layer or file before the message of a TypeError or ValueError from the block.
 
-    A wrong value in a file, given as a Path, is always a ValueError.
+    A wrong value in a file, given as a Path, is always a ValueError. A ValueError that begins with the name stays.
     """
     try:
         yield
     except (TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(what)):
+            raise
         kind = TypeError if isinstance(error, TypeError) and not isinstance(what, Path) else ValueError
         raise kind(f"{what}: {error}") from error

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = ["CONFIG_NAME", "METHOD", "SCRATCH", "WEIGHTS_NAME", "check_seal", "replacing", "seal"]
+__all__ = ["CONFIG_NAME", "METHOD", "WEIGHTS_NAME", "check_seal", "replacing", "seal"]
 
 # The files of an adapter's folder, as PEFT names them.
 CONFIG_NAME = "adapter_config.json"
@@ -22,8 +22,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 METHOD = "SMOA"
 
 # Prefix of the hidden folder that a save writes to.
-SCRATCH = ".saving-"
-_LAST = (CONFIG_NAME, "config.json")
+_SCRATCH = ".saving-"
 
 
 @contextmanager
@@ -31,8 +30,8 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a new folder to write to, whose files move into `folder` when the block ends without an exception.
 
     All files are on the disk before the first one moves, and configurations move last. Where an exception ends the
-    block, `folder` stays as it was. A kill between two moves leaves a folder without a configuration, or files of both
-    saves, which :func:`check_seal` notices.
+    block, `folder` stays as it was. A kill between two moves leaves files of both saves, which :func:`check_seal`
+    notices.
 
     Raises:
         OSError: the files could not be written; the message names `folder`.
@@ -41,7 +40,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as name:
+        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as name:
             scratch = Path(name)
             try:
                 yield scratch
@@ -55,7 +54,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
                 if getattr(error, "errno", 0) is None:  # of the hub's client, or of a block inside this one
                     raise
                 raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
-            for file in sorted(files, key=lambda file: file.name in _LAST):
+            for file in sorted(files, key=lambda file: file.name == CONFIG_NAME):
                 os.replace(file, folder / file.relative_to(scratch))
     except BaseException:
         if is_new:
@@ -93,7 +92,7 @@ def check_seal(folder: Path, expected: str | None) -> None:
     message = f"{weights} is not the file that {CONFIG_NAME} beside it was saved with: its SHA-256 is another"
     # An adapter that is not named "default" has a subfolder of its own.
     for place in (weights.parent, weights.parent.parent):
-        for path in place.glob(f"{SCRATCH}*/**/{CONFIG_NAME}"):
+        for path in place.glob(f"{_SCRATCH}*/**/{CONFIG_NAME}"):
             if found in path.read_text(encoding="utf-8", errors="replace"):
                 raise ValueError(
                     f"{message}. A save was killed; what it wrote is whole once {path} is moved here"

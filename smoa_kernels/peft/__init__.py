@@ -25,7 +25,7 @@ from .experts.experts import Experts
 from .experts.weight import ExpertsWeight
 from .folder.convert import convert_adapter, hira_to_smoa, smoa_to_hira
 from .folder.hotswap import hotswap
-from .folder.loading import install_checked_load
+from .folder.loading import install_checked_load, install_named_read
 from .folder.saving import install_atomic_save
 from .hira.accelerate import HiraReport, accelerate_hira, decelerate_hira
 from .injection import SMoAModel
@@ -54,5 +54,6 @@ __all__ = [
 
 install_atomic_save()
 install_checked_load()
+install_named_read()
 if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="smoa", config_cls=SMoAConfig, model_cls=SMoAModel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import copy
@@ -14,6 +15,7 @@ from peft.config import PeftConfig
 from ..adapter_folder.naming import naming
 from ..adapter_folder.reading import CONFIG_NAME, Adapter, read_weights
 from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, LayerSettings, check_bool, whole_name
+from ..adapter_folder.writing import replacing
 from ..checks import check_path
 from .peft_type import PEFT_TYPE
 
@@ -101,6 +103,21 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         config.use_lora_rate = False
         config.alpha_pattern = {whole_name(name): settings.alpha for name, settings in layers.items()}
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; an interrupted save leaves the old one.
+
+        Args:
+            save_directory: a folder, made where there is none.
+
+        Raises:
+            TypeError, ValueError: `save_directory` is not a path, or is a file.
+        """
+        check_path("save_directory", save_directory)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory must be a folder, got the file {save_directory}")
+        with replacing(save_directory) as scratch:
+            super().save_pretrained(str(scratch), **kwargs)
 
     @classmethod
     def from_pretrained(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from ..definition.precision import without_autocast
 
 __all__ = ["keep_packing", "quantization_of", "read_weight"]
 
-# bitsandbytes dequantises int8 through two float32 tensors. For this many elements at a time they fit a core's cache.
+# Weights are read through float32 tensors of a few rows. Those of this many elements fit a core's cache.
 _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}
 
 
@@ -32,12 +33,7 @@ class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PE
 
     def get_base_weight(self, base_layer: Any) -> Tensor:
         """W0 (N, C) in float32, as `FineGrainedFP8Config(dequantize=True)` loads it before it rounds."""
-        weight, scales = base_layer.weight.data, base_layer.weight_scale_inv.data.float()
-        height, width = base_layer.block_size or weight.shape
-        scales = scales.reshape(-(-weight.shape[0] // height), -1)
-        of_rows = scales.repeat_interleave(height, dim=0)[: weight.shape[0]]
-        scale = of_rows.repeat_interleave(width, dim=1)[:, : weight.shape[1]]
-        return cast(Tensor, scale.mul_(weight.float()))
+        return _float8(base_layer, torch.float32)
 
     def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
         """Refuse: only the model's loader can choose scales."""
@@ -81,28 +77,58 @@ def read_weight(backend: QuantizationBackend, base: Any, dtype: torch.dtype | No
     """
     if isinstance(backend, Bnb8bitBackend):
         return _int8(base, dtype or torch.float32)
+    if isinstance(backend, Float8Backend):
+        return _float8(base, dtype or torch.float32)
     try:
         weight = cast(Tensor, backend.get_base_weight(base))
     except NotImplementedError:
-        # torchao's packings for 4-bit kernels can multiply but cannot be dequantised. W0 is then read as its product
-        # with the identity, which is exact.
-        one = torch.eye(base.weight.shape[1], dtype=base.weight.dtype, device=base.weight.device)
-        with without_autocast(base.weight):
-            weight = F.linear(one, base.weight).T
+        return _through_products(base.weight, dtype or base.weight.dtype)
     return weight if dtype is None else weight.to(dtype)
 
 
 def _int8(base: Any, dtype: torch.dtype) -> Tensor:
-    """bitsandbytes' int8, with one scale per row, a few rows at a time."""
+    """bitsandbytes' int8: one scale per row."""
     numbers, scales = base.weight.data, base.state.SCB
     scales = (base.weight.SCB if scales is None else scales).to(numbers.device)
     dequantize = importlib.import_module("bitsandbytes.functional").int8_vectorwise_dequant
-    weight = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
-    rows = max(1, _PANEL_ELEMENTS["cpu" if numbers.device.type == "cpu" else "gpu"] // numbers.shape[1])
-    for panel in zip(weight.split(rows), numbers.split(rows), scales.split(rows), strict=True):
-        out, *quantized = panel
-        out.copy_(dequantize(*quantized))
-    return weight
+    out = torch.empty(numbers.shape, dtype=dtype, device=numbers.device)
+    return _filled(out, lambda first, last: dequantize(numbers[first:last], scales[first:last]))
+
+
+def _float8(base: Any, dtype: torch.dtype) -> Tensor:
+    """FP8Linear: one scale per block of `block_size` rows and columns; multiplied in float32 and rounded once."""
+    weight, scales = base.weight.data, base.weight_scale_inv.data.float()
+    height, width = base.block_size or weight.shape
+    scales = scales.reshape(-(-weight.shape[0] // height), -1)
+
+    def rows(first: int, last: int) -> Tensor:
+        blocks = torch.arange(first, last, device=weight.device) // height
+        of_columns = scales[blocks].repeat_interleave(width, dim=1)[:, : weight.shape[1]]
+        return cast(Tensor, of_columns.mul_(weight[first:last].float()))
+
+    return _filled(torch.empty(weight.shape, dtype=dtype, device=weight.device), rows)
+
+
+def _through_products(weight: Any, dtype: torch.dtype) -> Tensor:
+    """torchao's packings for 4-bit kernels, which can multiply only; the product with the identity is exact."""
+
+    def columns(first: int, last: int) -> Tensor:
+        one = torch.zeros(last - first, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        one.diagonal(first).fill_(1)
+        return F.linear(one, weight)
+
+    with without_autocast(weight):
+        return _filled(torch.empty(weight.shape[::-1], dtype=dtype, device=weight.device), columns).T
+
+
+def _filled(out: Tensor, rows: Callable[[int, int], Tensor]) -> Tensor:
+    """Fill a matrix with the rows first..last-1 that `rows` gives, a few at a time (all where it is compiled)."""
+    elements = _PANEL_ELEMENTS["cpu" if out.device.type == "cpu" else "gpu"]
+    step = len(out) if torch.compiler.is_compiling() else max(1, elements // out.shape[1])
+    for first in range(0, len(out), step):
+        last = min(first + step, len(out))
+        out[first:last] = rows(first, last)
+    return out
 
 
 def keep_packing(base: Any) -> None:

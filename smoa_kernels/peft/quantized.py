@@ -124,21 +124,26 @@ class _DequantizedLinear(torch.autograd.Function):
 def requantize(layer: Any, weight: Tensor) -> nn.Module:
     """Quantise `weight` into a tuner layer's base layer as PEFT does; return a layer over the old quantised weight.
 
-    If this is interrupted, that layer becomes the base layer: PEFT removes the old weight before it has the new one.
+    If this is interrupted, the base layer is restored: PEFT removes the old weight before it has the new one.
     """
-    base = layer.get_base_layer()
+    base, holder = layer.get_base_layer(), layer.base_layer
     before, stored = _twin(base), getattr(base, "weight", None)
     attributes = dict(vars(stored)) if stored is not None else {}
     try:
         layer.quantization_backend.set_base_weight(layer, weight)
     except BaseException:
-        layer.base_layer = before
+        layer.base_layer = holder
+        _replace(vars(base), vars(before))
         raise
     finally:
         if stored is not None:  # PEFT marks the old parameter as not quantised
-            vars(stored).clear()
-            vars(stored).update(attributes)
+            _replace(vars(stored), attributes)
     return before
+
+
+def _replace(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found.clear()
+    found.update(wanted)
 
 
 def _twin(layer: nn.Module) -> nn.Module:

@@ -55,20 +55,23 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
         if rules[layer].needs_weight and layer.known_blocks(rules[layer]) is None:
             wanted.setdefault(keys[layer], _Weight(name, layer, rules[layer]))
     _announce(weight for weight in wanted.values() if weight.layer.stack)
-    found = _sorted_at_once({key: each for key, each in wanted.items() if _is_at_hand(each.layer)})
+    total = sum(weight.decompositions for weight in wanted.values())
+    with tqdm(total=total, desc="sorting weights", disable=total < MANY) as bar:
+        found = _sorted_at_once({key: each for key, each in wanted.items() if _is_at_hand(each.layer)}, bar)
 
-    def blocks_of(layer: SMoALayer, rule: BlockRule) -> Any:
-        key = keys[layer]
-        if key not in found:
-            found[key] = layer.build_blocks(rule)
-        return found[key]
+        def blocks_of(layer: SMoALayer, rule: BlockRule) -> Any:
+            key = keys[layer]
+            if key not in found:
+                found[key] = layer.build_blocks(rule)
+                bar.update(wanted[key].decompositions if key in wanted else 0)
+            return found[key]
 
-    for name, layer in layers.items():
-        with naming(name):
-            layer.initialize(adapter_name, blocks_of)
+        for name, layer in layers.items():
+            with naming(name):
+                layer.initialize(adapter_name, blocks_of)
 
 
-def _sorted_at_once(weights: Mapping[Any, _Weight]) -> dict[Any, Any]:
+def _sorted_at_once(weights: Mapping[Any, _Weight], bar: tqdm[Any]) -> dict[Any, Any]:
     """Compute the spectral blocks of weights in CPU memory, each on one thread: labels must not depend on threads."""
     # Within `shared_spectra` all processes must ask for one weight after another, in the same order.
     if not weights or order_source.get() is not spectral_orders:
@@ -76,9 +79,8 @@ def _sorted_at_once(weights: Mapping[Any, _Weight]) -> dict[Any, Any]:
     at_once = torch.get_num_threads()
     if not all(weight.layer.stack for weight in weights.values()):
         at_once = min(at_once, MAX_AT_ONCE)
-    total = sum(weight.decompositions for weight in weights.values())
     # New threads inherit the setting of one thread. If they set it themselves, it would outlast them.
-    with one_thread(), tqdm(total=total, desc="sorting weights", disable=total < MANY) as bar:
+    with one_thread():
 
         def counted(compute: Callable[[], BlockPartition]) -> BlockPartition:
             found = compute()

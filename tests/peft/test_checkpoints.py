@@ -78,6 +78,17 @@ def test_a_save_that_is_interrupted_leaves_the_old_adapter(
     assert SMoAConfig.from_pretrained(tmp_path).r == 8
 
 
+def test_a_configuration_alone_is_replaced_whole(tmp_path, monkeypatch):
+    SMoAConfig(r=4).save_pretrained(tmp_path)
+    before = contents(tmp_path)
+    with monkeypatch.context() as writing:
+        # PEFT has opened the file by then.
+        writing.setattr("json.dumps", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            SMoAConfig(r=8).save_pretrained(tmp_path)
+    assert contents(tmp_path) == before
+
+
 def test_a_save_keeps_what_else_is_in_the_folder(llama, tmp_path):
     model = adapt(llama())
     model.add_adapter("other", SMoAConfig(r=4))

@@ -1,7 +1,7 @@
 """`smoa-kernels merge` and `merge_to_folder`: options, refusals, interruptions, files, and peak memory."""
 
 import json
-import os
+import signal
 import subprocess
 import sys
 
@@ -114,13 +114,27 @@ def test_interrupted(at, folders, tmp_path):
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_configuration_moves_last(folders, tmp_path, monkeypatch):
-    """Whoever kills a merge leaves a folder that is no model."""
-    moved, replace = [], os.replace
-    monkeypatch.setattr("os.replace", lambda file, place: moved.append(place.name) or replace(file, place))
-    merge_to_folder(*folders, tmp_path / "out", max_shard_size="10KB")
-    assert len(moved) > 3
-    assert moved.index("config.json") == len(moved) - 1
+KILLED = """
+import os, signal, sys
+from smoa_kernels.peft import merge_to_folder
+base, adapter, out = sys.argv[1:]
+kill = lambda done, total: done == 15 and os.kill(os.getpid(), signal.SIGKILL)
+merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
+"""
+
+
+@pytest.mark.slow
+def test_killed(folders, tmp_path):
+    """A killed merge leaves only a hidden folder, which is no model; the next merge ignores it."""
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*folders, out))], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (path for path in tmp_path.iterdir() if path.name not in ("base", "adapter"))
+    assert left.name.startswith(".out.merging-")
+    assert list(left.glob("*.safetensors"))
+    assert not (left / "config.json").exists()
+    merge_to_folder(*folders, out)
+    assert loaded(out)
 
 
 def test_a_failed_write_names_the_place(folders, tmp_path, monkeypatch):
@@ -128,7 +142,7 @@ def test_a_failed_write_names_the_place(folders, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("smoa_kernels.adapter_folder.merged_folder.save_file", full)
-    with pytest.raises(OSError, match=r"cannot save to .*out, which is as it was: .*No space left"):
+    with pytest.raises(OSError, match=r"cannot merge into .*out, which was not written: .*No space left"):
         merge_to_folder(*folders, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
@@ -203,3 +217,18 @@ def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
     # Per layer: W0 as stored, W0 and W_eff in float32, W_eff rounded, and the product for the sketch.
     print("peak over a shard:", int(done.stdout) / (8 * layer))
     assert int(done.stdout) < 8 * layer + 10 * layer + 48 * 2**20
+
+
+def test_places_that_cannot_be_renamed_to_are_refused_before_the_work(folders, tmp_path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "link").symlink_to(empty)
+    merge_to_folder(*folders, tmp_path / "link")
+    assert (empty / "config.json").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    monkeypatch.chdir(other)
+    for refused in (".", other):
+        with pytest.raises(ValueError, match="mount point or the working folder"):
+            merge_to_folder(*folders, refused)
+    assert not list(other.iterdir())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from adapted import layer_list
+from largest import Largest
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.quantization_utils import Bnb8bitBackend
@@ -14,7 +15,7 @@ from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 
 from smoa_kernels import smoa_linear
 from smoa_kernels.definition.block_rule import BlockRule
-from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft import SMoAConfig, dequantize
 
 
 @pytest.fixture
@@ -202,12 +203,27 @@ def test_float8_blocks_are_read_as_they_were_scaled(block):
     assert layer.smoa_A["default"].dtype == torch.float32
 
 
-def test_int8_is_read_a_few_rows_at_a_time(quantizable, monkeypatch):
-    monkeypatch.setattr("smoa_kernels.peft.dequantize._PANEL_ELEMENTS", {"cpu": 700})
-    for layer in layer_list(adapt(load(quantizable, KINDS["int8"]))):
-        expected = Bnb8bitBackend().get_base_weight(layer.base_layer)
+@pytest.mark.parametrize("kind", ["int8", "fp8", "torchao int4"])
+def test_a_weight_is_read_a_few_rows_at_a_time(quantizable, kind, monkeypatch):
+    layers, most, fill = layer_list(adapt(load(quantizable, KINDS[kind]))), [], dequantize._filled
+    whole = [layer.base_weight() for layer in layers]
+    panel = 700
+    monkeypatch.setattr(dequantize, "_PANEL_ELEMENTS", {"cpu": panel})
+
+    def watched(out, rows):
+        with Largest(out.data_ptr()) as largest:
+            found = fill(out, rows)
+        most.append(largest.elements)
+        return found
+
+    monkeypatch.setattr(dequantize, "_filled", watched)
+    for layer, expected in zip(layers, whole, strict=True):
         assert torch.equal(layer.base_weight(), expected)
         assert torch.equal(layer._dequantize(torch.bfloat16), expected.bfloat16())
+        if kind == "int8":
+            assert torch.equal(expected, Bnb8bitBackend().get_base_weight(layer.base_layer))
+    assert len(most) == 2 * len(layers)
+    assert 0 < max(most) <= 2 * panel  # of the packing, as many rows of the identity
 
 
 def test_float8_takes_no_merged_weight(quantizable):
@@ -256,10 +272,11 @@ def test_a_merge_that_is_interrupted_anywhere(quantizable, kind):
     assert calls > 5
     for first, wanted in ((["default"], expected), (["other"], merged)):
         for n in range(1, calls + 1):
-            whole = anatomy(layer.base_layer)
+            base, whole = layer.base_layer, anatomy(layer.base_layer)
             with pytest.raises(KeyboardInterrupt), FailingAt(n, KeyboardInterrupt):
                 layer.merge(adapter_names=first)
-            assert anatomy(layer.base_layer) == whole
+            assert layer.base_layer is base  # which others may refer to, and which may have hooks
+            assert anatomy(base) == whole
             assert torch.equal(layer(x), wanted), n
             assert layer.merged == (first == ["other"])
         if first == ["default"]:

@@ -1,17 +1,20 @@
 """Checks an adapter that PEFT or transformers loads, and removes it again if it does not fit.
 
-PEFT's loading calls the configuration and the tuner, which check before the first tensor is copied. transformers' own
-`load_adapter` calls neither, so the folder is checked before it runs and the adapter once it is in the model.
+PEFT's loading calls the configuration and the tuner, which check before the first tensor is copied. If PEFT itself
+cannot read a configuration, the error names the file. transformers' own `load_adapter` calls neither, so the folder is
+checked before it runs and the adapter once it is in the model.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft.config import PeftConfig
 from torch import Tensor, nn
 
 from ...adapter_folder.format import STATE_KEYS
@@ -22,7 +25,7 @@ from ..layer import layers_with
 from ..offload import gathered, present
 from ..snapshot import PARAMETER_PREFIX, Snapshot
 
-__all__ = ["check_adapter", "install_checked_load"]
+__all__ = ["check_adapter", "install_checked_load", "install_named_read"]
 
 
 def check_adapter(
@@ -65,6 +68,19 @@ def check_adapter(
         if strict_base:
             raise ValueError(f"{message}; strict_base=True refuses it")
         warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def install_named_read() -> None:
+    """Wrap PEFT's reader of configurations: it has no hook and reads the file before it knows the method."""
+    read = PeftConfig.from_json_file.__func__
+
+    @functools.wraps(read)
+    def from_json_file(cls: type[PeftConfig], path_json_file: Any, **kwargs: Any) -> Any:
+        if isinstance(path_json_file, (str, os.PathLike)):  # a descriptor can be read once only
+            read_json(path_json_file)  # its error names the file and the fault
+        return read(cls, path_json_file, **kwargs)
+
+    PeftConfig.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
 
 
 def install_checked_load() -> None:
