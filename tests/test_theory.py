@@ -120,7 +120,7 @@ def test_permuting_the_coordinates_permutes_blocks_update_and_outputs(
     partition = BlockPartition.from_weight(p.weight, num_blocks)
     A, B = randn(2, p.weight.shape[1], generator=generator), randn(p.weight.shape[0], 2, generator=generator)
     ranks = torch.full((num_blocks,), 2, dtype=torch.int32, device=DEVICE)
-    first = replace(p, A=A, B=B, partition=partition, ranks=ranks)
+    first = replace(p, bias=None, A=A, B=B, partition=partition, ranks=ranks)
     weight = p.weight[rows][:, cols]
     permuted = BlockPartition.from_weight(weight, num_blocks)
     assert torch.equal(permuted.row_block, partition.row_block[rows])
