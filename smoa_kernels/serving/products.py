@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -132,7 +133,11 @@ class SharedBlocks:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _part(self, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        A, B = (pad_sequence(side, batch_first=True) for side in map(list, zip(*factors, strict=True)))
+        # Slower than stacking, but ranks may differ.
+        join = (
+            partial(pad_sequence, batch_first=True) if len({len(A) for A, _ in factors}) > 1 else torch.stack
+        )
+        A, B = (join(side) for side in map(list, zip(*factors, strict=True)))
         rho, blocks, n = B.shape[1:]
         rows = (x.index_select(1, self.cols)[:, None] * A).view(len(x) * rho, blocks, -1).transpose(0, 1)
         # bmm is several times slower over a transposed weight.
