@@ -292,12 +292,8 @@ _SHIPPED_IEEE = (
 )
 # Of what is read one number at a time, addresses take registers: shorter steps.
 _GATHERED = (Config(block_t=16, block_n=64, block_c=64, block_d=16, group_t=8, num_warps=4, num_stages=3),)
-# By Triton 3.6 the one above spills 4 to 16 bytes there.
-_GATHERED_OLD = {
-    "sm_80": (replace(_GATHERED[0], block_d=32),),
-    "sm_86": (replace(_GATHERED[0], num_warps=8, num_stages=2),),
-    "sm_89": (replace(_GATHERED[0], num_warps=8, num_stages=2),),
-}
+# By Triton 3.6 the one above spills 4 to 16 bytes on sm_80 to sm_89 and sm_120. Of nine tried, only this spills on none.
+_GATHERED_OLD = (replace(_GATHERED[0], block_n=32, block_d=32),)
 _GATHERED_TF32 = (
     Config(block_t=64, block_n=64, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
 )
@@ -325,7 +321,7 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32
     if arch.name == "sm_100":  # with four warps its registers spill
         return (replace(_GATHERED[0], num_warps=8),)
-    return _GATHERED_OLD.get(arch.name, _GATHERED) if OLD_TRITON else _GATHERED
+    return _GATHERED_OLD if OLD_TRITON and not arch.has_wide_tensor_cores else _GATHERED
 
 
 def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
