@@ -15,8 +15,6 @@ from .definition.experts import ExpertBlocks, ExpertsAdapter
 from .definition.precision import without_autocast
 from .operator import Gradients, backward_fake, below_autograd, or_empty, register
 
-__all__ = ["ExpertsCall", "experts_linear"]
-
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ends, Tensor ranks, Tensor scaling, Tensor row_offsets, "
     "Tensor col_offsets, Tensor? row_index, Tensor? col_index, int granule, str backend"

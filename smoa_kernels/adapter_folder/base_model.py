@@ -15,8 +15,6 @@ from .reading import opened, read_json
 if TYPE_CHECKING:
     from .architecture import Architecture
 
-__all__ = ["BaseModel"]
-
 
 class BaseModel:
     """A base model's folder. Most parameters are stored under the model's names; `architecture` knows the others.

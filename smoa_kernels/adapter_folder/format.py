@@ -22,24 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checks import MOST_BLOCKS, layout_of
+from ..checks import MOST_BLOCKS, layout_of, naming
 from ..definition.experts import ExpertBlocks
 from ..definition.partition import BlockPartition
 from ..definition.sketch import SKETCH_SIZE, sketch_distance, sketch_weight
-from .naming import naming
 
-__all__ = [
-    "STATE_KEYS",
-    "LayerBlocks",
-    "StackBlocks",
-    "blocks_size",
-    "check_shapes",
-    "pack_blocks",
-    "read_blocks",
-    "unpack_blocks",
-]
-
-
+# The files of an adapter's folder, as PEFT names them, and the prefix of every key in its weights.
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# The methods' names in a configuration.
+METHOD, HIRA = "SMOA", "HIRA"
 # The tensors of a layer's adapter.
 STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
 

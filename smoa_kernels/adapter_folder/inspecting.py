@@ -14,10 +14,8 @@ from ..checks import check_path
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
-from .format import LayerBlocks, StackBlocks
-from .reading import PREFIX, read_adapter
-
-__all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
+from .format import PREFIX, LayerBlocks, StackBlocks
+from .reading import read_adapter
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,14 @@ import torch
 from torch import Tensor
 
 from ..backends import eager
-from ..checks import check_choice, check_path
+from ..checks import check_choice, check_path, naming
 from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
-from .format import LayerBlocks, StackBlocks
-from .naming import naming
-from .reading import HIRA, METHOD, read_adapter, read_config, read_hira, read_json
+from .format import HIRA, METHOD, LayerBlocks, StackBlocks
+from .reading import read_adapter, read_config, read_hira, read_json
 from .rounding import round_stochastically
-
-__all__ = ["ROUNDINGS", "FolderMerge", "merged_weights"]
 
 ROUNDINGS = ("nearest", "stochastic")
 

@@ -14,36 +14,20 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checks import shown
-from .format import STATE_KEYS, LayerBlocks, StackBlocks, read_blocks
-from .naming import naming
+from ..checks import naming, shown
+from .format import (
+    CONFIG_NAME,
+    HIRA,
+    METHOD,
+    PREFIX,
+    STATE_KEYS,
+    WEIGHTS_NAME,
+    LayerBlocks,
+    StackBlocks,
+    read_blocks,
+)
 from .settings import AdapterSettings
-from .writing import CONFIG_NAME, METHOD, WEIGHTS_NAME, check_seal
-
-__all__ = [
-    "CONFIG_NAME",
-    "HIRA",
-    "METHOD",
-    "MOST_JSON_BYTES",
-    "PREFIX",
-    "WEIGHTS_NAME",
-    "Adapter",
-    "by_number",
-    "opened",
-    "read_adapter",
-    "read_config",
-    "read_hira",
-    "read_json",
-    "read_state",
-    "read_weights",
-    "weights_of",
-]
-
-# PEFT's prefix of every key in an adapter's file.
-PREFIX = "base_model.model."
-
-# PEFT's HiRA in a configuration.
-HIRA = "HIRA"
+from .writing import check_seal
 
 # Larger JSON files are not read. The index of a model with hundreds of experts per layer has some 20 MB.
 MOST_JSON_BYTES = 64 * 2**20

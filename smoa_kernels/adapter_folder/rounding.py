@@ -8,8 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["round_stochastically"]
-
 # Elements rounded at a time, an even number: temporaries stay in a processor's cache.
 _PANEL = 2**18
 

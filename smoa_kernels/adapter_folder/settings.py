@@ -24,10 +24,7 @@ from ..checks import (
     shown,
 )
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
-from ..definition.lora_rate import alpha_for_lora_rate
-from ..definition.ranks import resolve_ranks
-
-__all__ = ["FORMAT_VERSION", "AdapterSettings", "LayerSettings", "check_bool", "whole_name"]
+from ..definition.ranks import alpha_for_lora_rate, resolve_ranks
 
 # Version of the adapter folder's format, raised when older releases cannot read what newer ones write. Version 1 was
 # never released.

@@ -11,8 +11,6 @@ from torch import Tensor
 from ..checks import check_blocks, check_choice, check_count, check_granule
 from .partition import BlockPartition
 
-__all__ = ["BLOCK_ORDERS", "BlockRule"]
-
 BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
 
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Dropout", "draw_seed"]
-
 WIDEST = 2**31 - 1
 """The most columns of a layer: they are counted in 32 bits."""
 

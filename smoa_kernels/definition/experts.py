@@ -22,8 +22,6 @@ from .packed import PackedAdapter
 from .partition import BlockPartition, label_dtype
 from .spectral_order import one_thread
 
-__all__ = ["ExpertBlocks", "ExpertsAdapter", "index_dtype", "reference_experts_linear"]
-
 
 @dataclass(frozen=True)
 class ExpertBlocks:

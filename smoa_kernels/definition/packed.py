@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .partition import BlockPartition
 
-__all__ = ["PackedAdapter", "draw_A", "padding_masks", "scaling_tensor"]
-
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes three times as long, twice per call of a layer
 class PackedAdapter:

@@ -14,8 +14,6 @@ if (
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["LayerShard"]
-
 
 class LayerShard:
     """A contiguous part of W0's rows or columns, cut as `torch.chunk` cuts over a one-dimensional mesh.

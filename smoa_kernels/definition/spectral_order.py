@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .precision import without_autocast
 
-__all__ = ["spectral_centroids", "spectral_orders"]
-
 
 def whole(weight: Tensor) -> Tensor:
     """Gather a sharded weight (`DTensor`) on every process; return any other weight as it is."""

@@ -23,9 +23,6 @@ from .dequantize import read_weight
 from .offload import check_present, present
 from .quantized import requantize
 
-__all__ = ["BaseWeight", "BlockSource"]
-
-
 # Computes the blocks of a layer's W0: `BlockPartition`, or `ExpertBlocks` of a stack.
 BlockSource = Callable[[Any, BlockRule], Any]
 

@@ -22,15 +22,6 @@ from ..definition.packed import PackedAdapter, padding_masks
 from ..definition.partition import BlockPartition
 from .config import SMoAConfig
 
-__all__ = [
-    "check_combination",
-    "combined_config",
-    "concatenate_adapters",
-    "interpolate_factors",
-    "single_block",
-    "sum_adapters",
-]
-
 
 def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = None) -> PackedAdapter:
     """The adapter whose ΔW is the sum of `parts`'; differentiable in their factors.

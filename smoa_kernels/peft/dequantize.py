@@ -19,8 +19,6 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from ..definition.precision import without_autocast
 
-__all__ = ["keep_packing", "quantization_of", "read_weight"]
-
 # Weights are read through float32 tensors of a few rows. Those of this many elements fit a core's cache.
 _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}
 

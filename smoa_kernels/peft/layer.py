@@ -31,8 +31,6 @@ from .base_weight import BaseWeight, BlockSource
 from .combine import single_block
 from .offload import execution_device, gathered, present
 
-__all__ = ["Prepared", "SMoALayer", "layers_with"]
-
 
 class SMoALayer(BaseWeight):
     """A layer's adapters by name: all of :class:`smoa_kernels.peft.Linear` except its forward.

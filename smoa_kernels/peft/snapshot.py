@@ -11,8 +11,6 @@ from torch import nn
 from .experts.experts import Experts
 from .layer import SMoALayer
 
-__all__ = ["PARAMETER_PREFIX", "Snapshot"]
-
 # Prefix of the names of an adapter's parameters.
 PARAMETER_PREFIX = "smoa_"
 

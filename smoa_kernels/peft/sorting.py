@@ -11,13 +11,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..adapter_folder.naming import naming
+from ..checks import naming
 from ..definition.block_rule import BlockRule
 from ..definition.partition import BlockPartition
 from ..definition.spectral_order import one_thread, order_source, spectral_orders
 from .layer import SMoALayer
-
-__all__ = ["initialize_all"]
 
 # Sorting a square weight takes five to seven times its bytes in float32; a wide one takes less. Experts are small, so
 # as many are sorted at once as there are threads.

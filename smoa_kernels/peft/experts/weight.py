@@ -15,8 +15,6 @@ from ...definition.partition import BlockPartition
 from ...experts import experts_linear
 from ..layer import SMoALayer
 
-__all__ = ["ExpertsWeight"]
-
 
 class ExpertsWeight(SMoALayer, nn.Module):
     """The adapters of one parameter (E, N, C) of a module of experts, or (E, C, N) if it is stored transposed.

@@ -8,14 +8,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from ...adapter_folder.format import LayerBlocks
-from ...adapter_folder.reading import PREFIX, Adapter, read_adapter
+from ...adapter_folder.format import PREFIX, LayerBlocks
+from ...adapter_folder.reading import Adapter, read_adapter
 from ...checks import check_path, shown
 from ..config import SMoAConfig
 from ..layer import SMoALayer, layers_with
 from .loading import check_adapter
-
-__all__ = ["hotswap"]
 
 # Part of the names of a compiled model's modules.
 _COMPILED = "_orig_mod."
