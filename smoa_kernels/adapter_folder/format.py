@@ -100,10 +100,6 @@ def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Ten
 def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks | StackBlocks:
     """Unpack `smoa_blocks` of a layer of this shape, on the same device; the rows of all experts, maybe thousands,
     at once.
-
-    Raises:
-        ValueError: `packed` has another dtype or size than such a layer's, a wrong checksum or labels out of range; or
-            experts differ in K or ranks.
     """
     if packed.dtype != torch.uint8 or packed.ndim not in (1, 2):
         raise ValueError(
@@ -167,10 +163,6 @@ def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks | St
         name: the layer's name, for messages.
         given: tensors by `STATE_KEYS`, None for one that is missing.
         r: the rank budget.
-
-    Raises:
-        ValueError: naming the layer: a tensor is missing, factors are no matrices of floating-point numbers (or no
-            stacks of them), :func:`unpack_blocks` finds a fault, or the ranks do not fit.
     """
     _check_complete(name, given)
     A, B, packed = (given[key] for key in STATE_KEYS)

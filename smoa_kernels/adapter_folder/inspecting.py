@@ -98,21 +98,6 @@ def inspect_adapter(
         folder: the adapter, as `save_pretrained` wrote it.
         base: folder of a base model in safetensors files, sharded or not.
         progress: called with the number of finished layers, and of all layers.
-
-    Raises:
-        TypeError: `folder` or `base` is not a path.
-        ValueError, FileNotFoundError: a file is missing or cannot be read, the adapter is another method's,
-            its configuration has a value that is not allowed, or labels or ranks are missing or out of range.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from smoa_kernels.peft import SMoAConfig
-        >>> from torch import nn
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
-        >>> model.save_pretrained("adapter")
-        >>> report = inspect_adapter("adapter")
-        >>> report.parameters, report.layers[0].ranks, report.fits
-        (28, (2, 2), None)
     """
     check_path("folder", folder)
     if base is not None:

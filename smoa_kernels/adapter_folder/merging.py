@@ -158,11 +158,7 @@ class FolderMerge:
             yield name, self.tensor(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Make one tensor of the merged model, in memory of its own.
-
-        Raises:
-            ValueError: naming it: the base's is another than the adapter was trained over, or the result is not finite.
-        """
+        """Make one tensor of the merged model, in memory of its own."""
         planned = self.plan[name]
         if planned.parameter is None:
             value = self._model.read(planned.stored)
@@ -261,9 +257,6 @@ def _read_changes(
         base: the base model.
         dtype: of the merged model; its own where None.
         rounding: how W_eff will be rounded to it, "nearest" or "stochastic".
-
-    Raises:
-        ValueError, FileNotFoundError: a file is missing or cannot be read, or holds no adapted layer.
     """
     if read_config(folder, (METHOD, HIRA))["peft_type"] == METHOD:
         adapter = read_adapter(folder)

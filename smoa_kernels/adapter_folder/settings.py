@@ -76,9 +76,6 @@ class LayerSettings(NamedTuple):
         Args:
             sketch: that of the layer's W0.
             elements: how many elements each matrix of W0 has.
-
-        Raises:
-            ValueError: W0 has no numbers yet, is zero, or is not finite.
         """
         alpha = alpha_for_lora_rate(self.alpha, self.rule.num_blocks, sketch, elements)
         config = copy(self.config)
@@ -88,11 +85,7 @@ class LayerSettings(NamedTuple):
 
 @dataclass
 class AdapterSettings:
-    """The fields that SMoA adds to a configuration of PEFT; `smoa_kernels.peft.SMoAConfig` says what each means.
-
-    Raises:
-        TypeError, ValueError: a field has a value that is not allowed; the message names both.
-    """
+    """The fields that SMoA adds to a configuration of PEFT; `smoa_kernels.peft.SMoAConfig` says what each means."""
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None
@@ -156,10 +149,6 @@ class AdapterSettings:
 
         Args:
             name: path of the layer in the base model.
-
-        Example:
-            >>> AdapterSettings(r=8, rank_pattern={"q_proj": 4}).for_layer("layers.0.q_proj").r
-            4
         """
         r = _matching(self.rank_pattern, name, self.r)
         rule = BlockRule(

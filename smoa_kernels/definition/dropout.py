@@ -41,11 +41,6 @@ class Dropout:
         p: probability in [0, 1) of dropping an element; rounded to a multiple of 2⁻¹⁶.
         column_offset: global index of the first column.
         width: global number of columns; None stands for the tensor's own. The kernels do not need it.
-
-    Example:
-        >>> mask = Dropout(torch.tensor(7), p=0.5).multiplier(torch.ones(64, 64))
-        >>> sorted(set(mask.flatten().tolist()))
-        [0.0, 2.0]
     """
 
     seed: Tensor
@@ -143,10 +138,5 @@ def draw_seed(device: torch.device) -> Tensor:
 
     The seed is drawn outside the operator. Drawn inside, it would change when a forward is recomputed, and gradients
     would silently belong to another mask.
-
-    Example:
-        >>> seed = draw_seed(torch.device("cpu"))
-        >>> seed.dtype, seed.shape
-        (torch.int64, torch.Size([]))
     """
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)

@@ -38,11 +38,6 @@ class ExpertBlocks:
         col_index: (E or 1, C), the same for columns; None where `row_index` is.
         granule: every block consists of whole aligned groups of so many adjacent rows, or columns: a partition's
             `granularity`. Kernels read 8 and more as vectors; 1 always holds.
-
-    Example:
-        >>> blocks = ExpertBlocks.from_labels(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1]]), num_blocks=2)
-        >>> blocks.is_contiguous, blocks.row_offsets.tolist()
-        (True, [[0, 2, 3]])
     """
 
     row_offsets: Tensor
@@ -213,13 +208,6 @@ def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -
 
     Returns:
         y (P, N) in x's dtype.
-
-    Example:
-        >>> blocks = ExpertBlocks(*(torch.tensor([[0, 2, 4]], dtype=torch.int32),) * 2)
-        >>> weight, A, B = torch.ones(2, 4, 4), torch.ones(2, 1, 4), torch.ones(2, 4, 1)
-        >>> adapter = ExpertsAdapter(weight, A, B, blocks, torch.tensor([1, 1]).int(), torch.tensor(0.5))
-        >>> reference_experts_linear(torch.ones(3, 4), torch.tensor([3, 3]), adapter)[0].tolist()
-        [5.0, 5.0, 5.0, 5.0]
     """
     y, start = [x.new_empty(0, adapter.weight.shape[1])], 0
     for one, end in zip(adapter.experts(range(len(adapter.weight))), ends.tolist(), strict=True):

@@ -15,22 +15,12 @@ _KAPPA = 3.0
 
 
 def split_rank(r: int, num_blocks: int) -> list[int]:
-    """Share a rank budget evenly: block k gets `r // K + (k < r % K)` (docs/definition.md).
-
-    Example:
-        >>> split_rank(8, 3)
-        [3, 3, 2]
-    """
+    """Share a rank budget evenly: block k gets `r // K + (k < r % K)` (docs/definition.md)."""
     return [r // num_blocks + (k < r % num_blocks) for k in range(num_blocks)]
 
 
 def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the rank of each block: `block_ranks` after checking it, or an even split of r where it is None.
-
-    Example:
-        >>> resolve_ranks(8, 3), resolve_ranks(8, 3, [6, 2, 0])
-        ((3, 3, 2), (6, 2, 0))
-    """
+    """Return the rank of each block: `block_ranks` after checking it, or an even split of r where it is None."""
     check_count("r", r, most=MOST_RANKS)
     check_blocks(num_blocks)
     if block_ranks is None:
@@ -67,9 +57,6 @@ def alpha_for_lora_rate(alpha: float, num_blocks: int, sketch: Tensor, elements:
         num_blocks: K.
         sketch: that of W0, float32 (33,), or of each matrix of a stack (E, 33): it holds the norm.
         elements: how many elements each matrix has.
-
-    Raises:
-        ValueError: W0 has no numbers yet, is zero, or is not finite.
     """
     if sketch.is_meta:
         raise ValueError("use_lora_rate reads the base weight, which is on the meta device: load it first")

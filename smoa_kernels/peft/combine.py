@@ -98,11 +98,7 @@ def check_combination(
     adapter_name: str,
     combination_type: str,
 ) -> Callable[[Sequence[PackedAdapter], Sequence[float]], PackedAdapter]:
-    """Choose the function that combines, after checking that `configs` (by adapter) allow it.
-
-    Raises:
-        ValueError: as `SMoAModel.add_weighted_adapter` says.
-    """
+    """Choose the function that combines, after checking that `configs` (by adapter) allow it."""
     if adapter_name in configs:
         raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which exists")
     for name in adapters:
