@@ -38,15 +38,23 @@ STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
 
 
 class LayerBlocks(NamedTuple):
-    """The data of a layer in an adapter's file, except its factors."""
+    """The data of a layer in an adapter's file, except its factors; of experts, of all of them."""
 
-    partition: BlockPartition
-    ranks: Tensor  # int32 (K,)
-    sketch: Tensor  # float32 (33,), of W0
+    partition: Any  # `BlockPartition`; `ExpertBlocks` of experts
+    ranks: Tensor  # int32 (K,), of every expert
+    sketch: Tensor  # float32 (33,), of W0; (E, 33) of experts
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether these are the blocks of a fused weight of experts."""
+        return self.sketch.ndim == 2
 
     def matrices(self) -> list[LayerBlocks]:
-        """One entry per matrix: this one."""
-        return [self]
+        """One entry per matrix: this one, or one per expert."""
+        if not self.of_experts:
+            return [self]
+        partitions = self.partition.partitions(range(len(self.sketch)))
+        return [LayerBlocks(p, self.ranks, sketch) for p, sketch in zip(partitions, self.sketch, strict=True)]
 
     def orient(self, stored: Tensor) -> tuple[Tensor, float]:
         """Turn a base's stored matrix into W0 (N, C), and return its distance from the W0 that was trained over.
@@ -60,21 +68,6 @@ class LayerBlocks(NamedTuple):
         distances = [sketch_distance(self.sketch, sketch_weight(way)) for way in ways]
         nearest = min(distances)
         return ways[distances.index(nearest)], nearest
-
-
-class StackBlocks(NamedTuple):
-    """The same for a fused weight of experts."""
-
-    partition: ExpertBlocks
-    ranks: Tensor  # int32 (K,), of every expert
-    sketch: Tensor  # float32 (E, 33)
-    shape: tuple[int, int]  # (N, C)
-
-    def matrices(self) -> list[LayerBlocks]:
-        """One entry per expert."""
-        partitions = self.partition.partitions(range(len(self.sketch)), self.shape)
-        each = zip(partitions, self.sketch, strict=True)
-        return [LayerBlocks(partition, self.ranks, sketch) for partition, sketch in each]
 
 
 def blocks_size(out_features: int, in_features: int, num_blocks: int) -> int:
@@ -97,7 +90,7 @@ def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Ten
     return torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
 
 
-def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks | StackBlocks:
+def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks:
     """Unpack `smoa_blocks` of a layer of this shape, on the same device; the rows of all experts, maybe thousands,
     at once.
     """
@@ -141,7 +134,7 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
     if len(other):
         raise ValueError(f"{name[int(other[0])]} has other ranks than those of expert 0")
     blocks = ExpertBlocks.from_labels(rows, cols, num_blocks)
-    return StackBlocks(blocks, rank[0], sketch, (out_features, in_features))
+    return LayerBlocks(blocks, rank[0], sketch)
 
 
 def _unpack_labels(bits: NDArray[np.uint8], num_blocks: int, count: int) -> NDArray[Any]:
@@ -156,7 +149,7 @@ def _unpack_labels(bits: NDArray[np.uint8], num_blocks: int, count: int) -> NDAr
     return labels
 
 
-def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks | StackBlocks:
+def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks:
     """Read blocks, ranks and sketch out of the tensors of one layer, after checking these against each other.
 
     Args:

@@ -14,7 +14,7 @@ from ..checks import check_path
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
-from .format import PREFIX, LayerBlocks, StackBlocks
+from .format import PREFIX, LayerBlocks
 from .reading import read_adapter
 
 
@@ -117,9 +117,9 @@ def inspect_adapter(
     )
 
 
-def _layer(name: str, blocks: LayerBlocks | StackBlocks, bases: BaseModel | None) -> LayerReport:
+def _layer(name: str, blocks: LayerBlocks, bases: BaseModel | None) -> LayerReport:
     experts = blocks.matrices()
-    stack = () if isinstance(blocks, LayerBlocks) else (len(experts),)
+    stack = (len(experts),) if blocks.of_experts else ()
     ranks = experts[0].ranks.tolist()
     distances = None if bases is None else _distances(name, experts, bases, fused=bool(stack))
     worst = None if not stack or distances is None else max(range(len(distances)), key=distances.__getitem__)

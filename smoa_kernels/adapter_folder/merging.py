@@ -21,7 +21,7 @@ from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
-from .format import HIRA, METHOD, LayerBlocks, StackBlocks
+from .format import HIRA, METHOD, LayerBlocks
 from .reading import read_adapter, read_config, read_hira, read_json
 from .rounding import round_stochastically
 
@@ -265,7 +265,7 @@ def _read_changes(
         }
         for name, blocks in adapter.layers.items():
             # For experts the file names the parameter itself.
-            parameter = name if isinstance(blocks, StackBlocks) else f"{name}.weight"
+            parameter = name if blocks.of_experts else f"{name}.weight"
             factors = adapter.of_layer(name)
             scaling = adapter.settings.for_layer(name).scaling
             changes[parameter] = _smoa_change(blocks, factors["smoa_A"], factors["smoa_B"], scaling)
@@ -283,7 +283,7 @@ def _whole(tensor: Tensor) -> Change:
     return Change((tuple(tensor.shape),), lambda stored: tensor, is_whole=True)
 
 
-def _smoa_change(blocks: LayerBlocks | StackBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
+def _smoa_change(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
     stack, matrices = A.shape[:-2], blocks.matrices()
     shape = matrices[0].partition.shape
     each = [*zip(matrices, A.view(-1, *A.shape[-2:]), B.view(-1, *B.shape[-2:]), strict=True)]

@@ -23,7 +23,6 @@ from .format import (
     STATE_KEYS,
     WEIGHTS_NAME,
     LayerBlocks,
-    StackBlocks,
     read_blocks,
 )
 from .settings import AdapterSettings
@@ -50,7 +49,7 @@ class Adapter:
     settings: AdapterSettings
     path: Path
     tensors: dict[str, Tensor]
-    layers: dict[str, LayerBlocks | StackBlocks]
+    layers: dict[str, LayerBlocks]
 
     def of_layer(self, name: str) -> dict[str, Tensor]:
         """A layer's tensors by `STATE_KEYS`."""
@@ -89,9 +88,7 @@ def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def read_weights(
-    folder: Path, settings: AdapterSettings
-) -> tuple[dict[str, Tensor], dict[str, LayerBlocks | StackBlocks]]:
+def read_weights(folder: Path, settings: AdapterSettings) -> tuple[dict[str, Tensor], dict[str, LayerBlocks]]:
     """Read an adapter's tensors and layers, as `Adapter` holds them; empty if there are no weights, or on a hub."""
     path, pickled = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
     if not path.is_file():

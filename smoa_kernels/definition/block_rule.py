@@ -43,7 +43,7 @@ class BlockRule(NamedTuple):
         check_count("block_seed", self.block_seed, 0, 2**63 - 1)
 
     def build(self, weight: Tensor) -> BlockPartition:
-        """Compute the blocks of a weight on its device; on the CPU for a meta weight, of which only the shape is read."""
+        """Compute the blocks of a weight, on its device; of a meta weight only the shape is read."""
         if self.needs_weight:
             return BlockPartition.from_weight(weight, self.num_blocks, granule=self.granule)
         return self.of_shape(weight.shape, "cpu" if weight.is_meta else weight.device)

@@ -89,10 +89,10 @@ class ExpertBlocks:
         """The blocks of the transposed weights."""
         return ExpertBlocks(self.col_offsets, self.row_offsets, self.col_index, self.row_index, self.granule)
 
-    def partitions(self, experts: Sequence[int], shape: Sequence[int]) -> list[BlockPartition]:
-        """Make the partitions of some experts' weights of shape (N, C); experts with shared blocks share one."""
-        rows = _sides(self.row_offsets, self.row_index, experts, shape[0])
-        cols = _sides(self.col_offsets, self.col_index, experts, shape[1])
+    def partitions(self, experts: Sequence[int]) -> list[BlockPartition]:
+        """Make the partitions of some experts' weights; experts with shared blocks share one."""
+        rows = _sides(self.row_offsets, self.row_index, experts)
+        cols = _sides(self.col_offsets, self.col_index, experts)
         if len(rows) == len(cols) == 1:
             return [self._partition(rows[0], cols[0])] * len(experts)
         return [self._partition(rows[e % len(rows)], cols[e % len(cols)]) for e in range(len(experts))]
@@ -132,18 +132,18 @@ class _Side(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def _sides(offsets: Tensor, index: Tensor | None, experts: Sequence[int], size: int) -> list[_Side]:
+def _sides(offsets: Tensor, index: Tensor | None, experts: Sequence[int]) -> list[_Side]:
     """Rows, or columns, of some experts' partitions, made all at once; a single one if the experts share it."""
+    size = int(offsets[0, -1])
     places = torch.arange(size, device=offsets.device)[None] if index is None else index
     offsets, places = (each if len(each) == 1 else each[list(experts)] for each in (offsets, places))
     places, sizes = places.long(), offsets.diff()
-    num_blocks = sizes.shape[1]
+    known, num_blocks = sizes.tolist(), sizes.shape[1]
     blocks = torch.arange(num_blocks, device=offsets.device).to(label_dtype(num_blocks))
     runs = blocks.repeat(len(sizes)).repeat_interleave(sizes.flatten()).view(len(sizes), size)
     count = max(len(offsets), len(places))
     labels = runs.new_empty(count, size)
     labels.scatter_(1, places.expand(count, -1), runs.expand(count, -1))
-    known = sizes.tolist()
     return [
         _Side(labels[e], places[e % len(places)], offsets[e % len(offsets)], tuple(known[e % len(known)]))
         for e in range(count)
@@ -187,9 +187,7 @@ class ExpertsAdapter:
         ranks = self.ranks.clamp(0, self.A.shape[1]).tolist()
         return [
             PackedAdapter(self.weight[e], self.A[e], self.B[e], partition, self.ranks, self.scaling, ranks)
-            for e, partition in zip(
-                experts, self.blocks.partitions(experts, self.weight.shape[1:]), strict=True
-            )
+            for e, partition in zip(experts, self.blocks.partitions(experts), strict=True)
         ]
 
 

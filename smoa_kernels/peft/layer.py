@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..adapter_folder.format import (
     STATE_KEYS,
     LayerBlocks,
-    StackBlocks,
     blocks_size,
     check_shapes,
     pack_blocks,
@@ -206,10 +205,11 @@ class SMoALayer(BaseWeight):
             before.scaling.copy_(now.scaling)
 
     def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
-        given, shape = (partition, ranks, sketch.cpu()), (self.out_features, self.in_features)
-        blocks = StackBlocks(*given, shape) if self.stack else LayerBlocks(*given)
-        packed = self.smoa_blocks[adapter_name]
-        packed.copy_(torch.stack([pack_blocks(*each) for each in blocks.matrices()]).view_as(packed))
+        matrices, packed = (
+            LayerBlocks(partition, ranks, sketch.cpu()).matrices(),
+            self.smoa_blocks[adapter_name],
+        )
+        packed.copy_(torch.stack([pack_blocks(*each) for each in matrices]).view_as(packed))
         self._prepare(adapter_name, partition, ranks)
 
     @torch.no_grad()

@@ -119,8 +119,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
         return self.packed(adapter_name, weight).experts(range(self.stack[0]))
 
     def _partitions(self, adapter_name: str) -> list[BlockPartition]:
-        shape = self.out_features, self.in_features
-        return self.partition(adapter_name).partitions(range(self.stack[0]), shape)
+        return self.partition(adapter_name).partitions(range(self.stack[0]))
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         weight = self._stored_weight()

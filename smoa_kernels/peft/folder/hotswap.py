@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from ...adapter_folder.format import PREFIX, LayerBlocks
+from ...adapter_folder.format import PREFIX
 from ...adapter_folder.reading import Adapter, read_adapter
 from ...checks import check_path, shown
 from ..config import SMoAConfig
@@ -99,7 +99,7 @@ def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapte
         (
             "block sizes, granularity and contiguity",
             layer.partition(adapter_name).sizes(),
-            cast(LayerBlocks, new).partition.sizes(),
+            new.partition.sizes(),
         ),
     ):
         if held != found:
