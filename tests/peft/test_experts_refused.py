@@ -65,14 +65,8 @@ CHANGED = {
 DO_NOT_FIT = [
     ({"target_parameters": ["mlp.gate.weight"]}, "mlp.gate.weight of Qwen3MoeTopKRouter .*modules_to_save"),
     ({"target_parameters": ["q_proj.weight"]}, "q_proj.weight of Linear .* it is a matrix"),
-    (
-        {"target_parameters": ["experts.no_proj"]},
-        r"\['experts.no_proj'\] match no parameter.*experts.down_proj",
-    ),
-    (
-        {"target_parameters": [*BOTH, "experts.dwon_proj"]},
-        r"\['experts.dwon_proj'\] match no parameter.*experts.down_proj",
-    ),
+    ({"target_parameters": ["e.no_proj"]}, r"\['e.no_proj'\] match no parameter.*experts.down_proj"),
+    ({"target_parameters": [*BOTH, "dwon_proj"]}, r"\['dwon_proj'\] match no parameter.*experts.down_proj"),
     ({"num_blocks": 33, "r": 64}, "mlp.experts.gate_up_proj: num_blocks must be at most"),
     ({"target_modules": ["experts"]}, "is not supported"),
 ]
