@@ -31,10 +31,6 @@ from transformers.pytorch_utils import Conv1D
 class Architecture:
     """The class of a model, from the configuration in its folder; everything is empty if transformers lacks it.
 
-    Args:
-        folder: the model's folder.
-        stored: names of the stored tensors.
-
     Attributes:
         is_known: whether transformers has the class.
         renamed: stored name of each renamed parameter.

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 class BaseModel:
     """A base model's folder. Most parameters are stored under the model's names; `architecture` knows the others.
 
-    Args:
-        folder: the folder.
-
     Attributes:
         files: the file of each tensor, by stored name.
     """

@@ -250,14 +250,7 @@ def _read_plain_config(base: Path) -> dict[str, Any]:
 def _read_changes(
     folder: Path, base: BaseModel, dtype: torch.dtype | None, rounding: str
 ) -> dict[str, Change]:
-    """Read how an SMoA or HiRA adapter changes parameters, by the base model's names.
-
-    Args:
-        folder: the adapter.
-        base: the base model.
-        dtype: of the merged model; its own where None.
-        rounding: how W_eff will be rounded to it, "nearest" or "stochastic".
-    """
+    """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
     if read_config(folder, (METHOD, HIRA))["peft_type"] == METHOD:
         adapter = read_adapter(folder)
         changes = {

@@ -71,12 +71,7 @@ class LayerSettings(NamedTuple):
         return self.alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
     def at_lora_rate(self, sketch: Tensor, elements: int) -> LayerSettings:
-        """The same with the alpha for LoRA's learning rate, as a number.
-
-        Args:
-            sketch: that of the layer's W0.
-            elements: how many elements each matrix of W0 has.
-        """
+        """The same with the alpha for LoRA's learning rate, as a number; see :func:`alpha_for_lora_rate`."""
         alpha = alpha_for_lora_rate(self.alpha, self.rule.num_blocks, sketch, elements)
         config = copy(self.config)
         config.use_lora_rate = False
@@ -145,11 +140,7 @@ class AdapterSettings:
         return self.format_version is not None
 
     def for_layer(self, name: str) -> LayerSettings:
-        """The settings of one layer.
-
-        Args:
-            name: path of the layer in the base model.
-        """
+        """The settings of one layer, by its path in the base model."""
         r = _matching(self.rank_pattern, name, self.r)
         rule = BlockRule(
             _matching(self.num_blocks_pattern, name, self.num_blocks),

@@ -68,11 +68,7 @@ class Dropout:
         return self.stream(x.shape[1])(x.new_empty(x.shape))
 
     def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
-        """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens.
-
-        Args:
-            columns: how many, from column_offset on.
-        """
+        """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens."""
         levels = self.levels(columns)
 
         def fill(out: Tensor) -> Tensor:
@@ -87,9 +83,6 @@ class Dropout:
 
         An element is kept if its level is at least `least_kept`. On the CPU a call takes at most `MASK_ROWS` tokens;
         the next call overwrites its result.
-
-        Args:
-            columns: how many, from column_offset on.
         """
         words = (drawn_words if draws(self.seed.device) else hashed_words)(
             self.seed, self.words_per_token(columns)

@@ -26,7 +26,7 @@ from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_te
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
-from .base_weight import BaseWeight, BlockSource
+from .base_weight import BaseWeight
 from .combine import single_block
 from .offload import execution_device, gathered, present
 
@@ -126,7 +126,7 @@ class SMoALayer(BaseWeight):
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
-    def initialize(self, adapter_name: str, blocks_of: BlockSource | None = None) -> None:
+    def initialize(self, adapter_name: str, partition: Any = None) -> None:
         """Compute the blocks of an adapter, from W0's spectrum if its rule says so, and draw its weights.
 
         Called when blocks are first needed and no weights were loaded. Adapters of this layer with the same rule share
@@ -134,7 +134,7 @@ class SMoALayer(BaseWeight):
 
         Args:
             adapter_name: the adapter.
-            blocks_of: computes the blocks in place of :meth:`build_blocks`.
+            partition: the blocks, where they are known; else those of another adapter with the same rule, or computed.
 
         Raises:
             RuntimeError: the adapter has weights already, so its labels should have come with them, or the layer is
@@ -153,9 +153,8 @@ class SMoALayer(BaseWeight):
             )
         settings = self.settings[adapter_name]
         with gathered(self.innermost()), present(self, self.innermost()):
-            partition = self.known_blocks(settings.rule)
-            if partition is None:
-                partition = (blocks_of or type(self).build_blocks)(self, settings.rule)
+            known = self.known_blocks(settings.rule) if partition is None else partition
+            partition = self.build_blocks(settings.rule) if known is None else known
             sketch = self.base_sketch()
         if settings.config.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)

@@ -19,11 +19,7 @@ _PUT_IN = (SMoALayer, Experts, AuxiliaryTrainingWrapper)
 
 
 class Snapshot:
-    """The parts of a model that an injection changes.
-
-    Args:
-        model: the base model, or PEFT's model around it.
-    """
+    """The parts of a model, the base or PEFT's around it, that an injection changes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

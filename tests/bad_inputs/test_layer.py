@@ -106,15 +106,6 @@ def test_state_dict(
     check(world, lambda w: w.layer.load_state_dict(state), error, words)
 
 
-def test_a_sketch_of_nan_is_no_likeness(world: World) -> None:
-    state = world.layer.state_dict() | {"smoa_sketch": torch.full((33,), torch.nan)}
-    with pytest.warns(UserWarning, match="trained over another base weight"):
-        world.layer.load_state_dict(state)
-    world.layer.strict_base = True
-    with pytest.raises(ValueError, match="strict_base=True refuses it"):
-        world.layer.load_state_dict(state)
-
-
 def without_weight(linear: nn.Linear) -> None:
     del linear.weight
 
