@@ -13,7 +13,7 @@ from typing import Any, cast
 from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from ..adapter_folder.format import CONFIG_NAME
+from ..adapter_folder.format import CONFIG_NAME, METHOD
 from ..adapter_folder.reading import Adapter, read_weights
 from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, LayerSettings, check_bool, whole_name
 from ..adapter_folder.writing import replacing
@@ -33,7 +33,7 @@ def _enum_member(enum: Any, name: str) -> Any:
     return enum.__members__[name]
 
 
-PEFT_TYPE = _enum_member(PeftType, "SMOA")
+PEFT_TYPE = _enum_member(PeftType, METHOD)
 
 
 @dataclass

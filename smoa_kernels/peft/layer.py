@@ -204,10 +204,8 @@ class SMoALayer(BaseWeight):
             before.scaling.copy_(now.scaling)
 
     def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
-        matrices, packed = (
-            LayerBlocks(partition, ranks, sketch.cpu()).matrices(),
-            self.smoa_blocks[adapter_name],
-        )
+        matrices = LayerBlocks(partition, ranks, sketch.cpu()).matrices()
+        packed = self.smoa_blocks[adapter_name]
         packed.copy_(torch.stack([pack_blocks(*each) for each in matrices]).view_as(packed))
         self._prepare(adapter_name, partition, ranks)
 
