@@ -109,7 +109,7 @@ def test_a_tied_weight(tokens, tmp_path):
     def base():
         return tiny_llama(tie_word_embeddings=True)
 
-    model = adapt(base(), target_modules=["lm_head", "q_proj"], granule=8)
+    model = adapt(base(), "llama", target_modules=["lm_head", "q_proj"], granule=8)
     embedding, head = model.get_input_embeddings(), model.base_model.model.lm_head
     assert head.base_layer.weight is embedding.weight
     before, expected = embedding.weight.clone(), logits(model, tokens)
