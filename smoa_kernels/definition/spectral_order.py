@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .precision import without_autocast
 
-__all__ = ["spectral_centroids", "spectral_orders"]
-
 
 def whole(weight: Tensor) -> Tensor:
     """Gather a sharded weight (`DTensor`) on every process; return any other weight as it is."""
@@ -48,10 +46,6 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
     Args:
         weight: (N, C), or (E, N, C) of several; floating point, finite, not empty. Half types are computed in float32.
         granule: g, rows or columns that stay together; the last granule may be short.
-
-    Example:
-        >>> [scores.tolist() for scores in spectral_centroids(torch.diag(torch.tensor([1.0, 3.0, 2.0])))]
-        [[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
     """
     with one_thread(), without_autocast(weight):
         weights = weight if weight.ndim == 3 else weight[None]
