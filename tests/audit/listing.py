@@ -66,21 +66,16 @@ class Listing:
     labels: dict[str, int] = field(default_factory=dict)
     amd: bool = False
 
-    def loops(self) -> list[list[int]]:
-        """Outermost loops: sets of instructions that can reach each other, in order of their first address.
-
-        By control flow, not by addresses: compilers put waits past the program's end and jump back from there.
-        """
-        count = len(self.instructions)
-        flow = networkx.DiGraph((i, target) for i in range(count) for target in self._successors(i))
-        return sorted(sorted(c) for c in networkx.strongly_connected_components(flow) if len(c) > 1)
-
     def main_loop(self) -> list[int]:
         """Indices of the first outermost loop that multiplies; empty if there is none.
 
-        A loop multiplies if it has a tensor-core instruction or more than 32 fused multiply-adds.
+        A loop is what can reach each other, not what lies between two addresses: compilers put waits past the program's
+        end and jump back from there. It multiplies if it has a tensor-core instruction or more than 32 fused
+        multiply-adds.
         """
-        for loop in self.loops():
+        count = len(self.instructions)
+        flow = networkx.DiGraph((i, target) for i in range(count) for target in self._successors(i))
+        for loop in sorted(sorted(c) for c in networkx.strongly_connected_components(flow) if len(c) > 1):
             body = [self.instructions[i] for i in loop]
             if any(map(self.tensor_core, body)) or sum(map(self._multiply_add, body)) > 32:
                 return loop
@@ -109,12 +104,12 @@ class Listing:
             spilled.update((base, offset + byte) for byte in range(_sass_bits(instruction.opcode) // 8))
         return len(spilled)
 
-    def early_writes(self) -> list[tuple[str, str]]:
-        """Hopper products with a left operand in registers, each with a write to one of these before its wait.
+    def early_writes(self) -> int:
+        """Count writes to registers of a Hopper product's left operand before its wait.
 
         The tensor core may not have read it yet. Assemblers before 13.3 did this (triton-lang/triton#9433, #11781).
         """
-        found = []
+        found = 0
         for index, product in enumerate(self.instructions):
             left = re.match(r"R\d+, R(\d+)\S*, gdesc", product.operands)
             if left is None or not product.opcode.startswith("HGMMA"):
@@ -128,8 +123,7 @@ class Listing:
                     continue
                 seen.add(place)
                 ahead += self._successors(place)
-                if set(read) & set(_written(after)):
-                    found.append((f"{product.opcode} {product.operands}", f"{after.opcode} {after.operands}"))
+                found += bool(set(read) & set(_written(after)))
         return found
 
     def _multiply_add(self, instruction: Instruction) -> bool:
@@ -237,23 +231,11 @@ def parse_amdgcn(text: str) -> Listing:
     return listing
 
 
-_AMD_WIDTHS = {
-    "dwordx4": 128,
-    "dwordx3": 96,
-    "dwordx2": 64,
-    "dword": 32,
-    "ushort": 16,
-    "sshort": 16,
-    "short": 16,
-    "ubyte": 8,
-    "sbyte": 8,
-    "byte": 8,
-}
-
-
 def _amd_access(instruction: Instruction) -> Access | None:
-    code = re.fullmatch(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?([a-z0-9]+)\w*", instruction.opcode)
+    width = r"(?:[us]?(dword|short|byte)(?:x(\d))?)?"
+    code = re.match(rf"(?:global|buffer|flat)_(load|store)_(?:lds_)?{width}", instruction.opcode)
     if code is None:
         return None
+    bits = {"short": 16, "byte": 8}.get(code[2], 32) * int(code[3] or 1)
     to_lds = "_lds_" in instruction.opcode or instruction.operands.endswith(" lds")
-    return Access(code[1], _AMD_WIDTHS.get(code[2], 32), to_lds, instruction.location)
+    return Access(code[1], bits, to_lds, instruction.location)
