@@ -15,6 +15,9 @@ import sys
 import time
 from pathlib import Path
 
+from smoa_kernels.checks import check_choices
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS
+
 from . import passed
 from .rules import broken_rules
 from .run import KERNELS, prepare, run_audit, sample, tasks
@@ -41,21 +44,24 @@ def main() -> int:
     parser.add_argument("--passed", type=Path, default=passed.FOLDER, help=argparse.SUPPRESS)
     given = parser.parse_args()
     try:
-        work = tasks(given.arch, given.kernel, given.dtype, registry=given.registry)
+        check_choices("--dtype", given.dtype, KERNEL_PRECISIONS)
+        work = tasks(given.arch, given.kernel, given.registry)
     except ValueError as error:
         parser.error(str(error))
     start, listed = time.monotonic(), passed.read(given.passed)
     blanks = {task: prepare(task)[2] for task in work}
     lines = passed.lines_of(blanks.values())
-    new = {name for name, line in lines.items() if given.all or listed.get(name) != line}
+    new = {name for name, line in lines.items() if listed.get(name) != line}
     print(f"Triton {passed.VERSION}, not listed as passed: {', '.join(sorted(new)) or 'nothing'}", flush=True)
     if given.check:
         return bool(new)
     stale = False
     for version in sorted({path.stem for path in given.passed.glob("*.txt")} - {passed.VERSION}):
         stale |= bool(subprocess.call([sys.executable, "-c", PRETENDED, version, *sys.argv[1:], "--check"]))
-    again = sample(work)
-    work = again + [task for task in work if blanks[task].group in new and task not in again]
+    again, names = sample(work), lines if given.all else new
+    asked = [task for task in work if blanks[task].group in names and task not in again]
+    work = again + [task for task in asked if not given.dtype or task.dtype in given.dtype]
+    print(f"Compiling {len(work)} of {len(blanks)} forms, {len(again)} of them a sample.", flush=True)
     records, broken = [], {}
     try:
         for record in run_audit(work, given.jobs):
@@ -66,8 +72,7 @@ def main() -> int:
             if sys.stderr.isatty():
                 print(f"\rcompiling {len(records)}/{len(work)}", end="", file=sys.stderr, flush=True)
     finally:  # Ctrl-C keeps what is complete
-        if not given.dtype:
-            passed.update(given.passed, lines, records)
+        passed.update(given.passed, lines, records)
     seconds = time.monotonic() - start
     print(f"{len(records)} forms in {seconds:.0f} s, {len(broken)} break a rule.")
     if given.json is not None:

@@ -60,9 +60,8 @@ def representative_launch(
             launches.append(dict(zip(launched.arg_names, args, strict=False)) | kwargs)
 
     operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
-    run, _ = WORKLOADS[kernel.name](operands)
-    with patch.object(JITFunction, "run", record):
-        run(config)
+    with patch.object(JITFunction, "run", record):  # preparing launches, too
+        WORKLOADS[kernel.name](operands)[0](config)
     bound, names = launches[0], {p.name: p.is_constexpr for p in kernel.fn.params}
     # AMD multiplies float32 in IEEE; the launch may have chosen TF32.
     constexprs = {n: "ieee" if arch.is_amd and v == "tf32" else v for n, v in bound.items() if names.get(n)}

@@ -114,17 +114,22 @@ class Listing:
             left = re.match(r"R\d+, R(\d+)\S*, gdesc", product.operands)
             if left is None or not product.opcode.startswith("HGMMA"):
                 continue
-            read, seen, ahead = range(int(left[1]), int(left[1]) + 4), set(), self._successors(index)
+            read, seen = set(range(int(left[1]), int(left[1]) + 4)), set()
+            ahead = [(place, self._commits(product)) for place in self._successors(index)]
             while ahead:
-                place = ahead.pop()
+                place, groups = ahead.pop()  # groups of products that are complete, its own the first
                 after = self.instructions[place]
-                waits = after.opcode.startswith("WARPGROUP.DEPBAR") and after.operands.endswith("0x0")
-                if place in seen or waits:
+                wait = re.fullmatch(r"gsb0, 0x(\d)", after.operands)  # until so many groups are under way
+                if (place, groups) in seen or (wait and (wait[1] == "0" or groups > int(wait[1]))):
                     continue
-                seen.add(place)
-                ahead += self._successors(place)
-                found += bool(set(read) & set(_written(after)))
+                found += place not in {known for known, _ in seen} and bool(read & set(_written(after)))
+                seen.add((place, groups))
+                groups = min(groups + self._commits(after), 9)
+                ahead += [(following, groups) for following in self._successors(place)]
         return found
+
+    def _commits(self, instruction: Instruction) -> int:
+        return instruction.opcode.startswith("HGMMA") and instruction.operands.endswith("gsb0")
 
     def _multiply_add(self, instruction: Instruction) -> bool:
         stems = ("v_fma", "v_pk_fma", "v_fmac", "v_mac") if self.amd else ("FFMA", "DFMA", "HFMA2")

@@ -63,31 +63,23 @@ def _load(registry: str) -> Mapping[str, Kernel]:
     return known
 
 
-def tasks(
-    archs: Sequence[str] = (),
-    kernels: Sequence[str] = (),
-    dtypes: Sequence[str] = (),
-    *,
-    registry: str = KERNELS,
-) -> list[Task]:
+def tasks(archs: Sequence[str] = (), kernels: Sequence[str] = (), registry: str = KERNELS) -> list[Task]:
     """The largest tile in every form, the others in the first; in the order of `archs`. An empty argument means all.
 
     Args:
         archs: names of `ARCHITECTURES`.
         kernels: names in the registry.
-        dtypes: of `KERNEL_PRECISIONS`.
         registry: where kernels are.
     """
     known = _load(registry)
     check_choices("--arch", archs, ARCHITECTURES)
-    check_choices("--dtype", dtypes, KERNEL_PRECISIONS)
     check_choices("--kernel", kernels, known)
     return [
         Task(kernel.name, form, index, arch, dtype, registry)
         for arch in archs or ARCHITECTURES
         for kernel in known.values()
         if not kernels or kernel.name in kernels
-        for dtype in dtypes or KERNEL_PRECISIONS
+        for dtype in KERNEL_PRECISIONS
         for place, index in enumerate(_distinct(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
         for form in AUDITED[kernel.name].forms[: 1 if place else None]
         if _is_worth_it(kernel, form, dtype, ARCHITECTURES[arch])

@@ -78,7 +78,7 @@ TOYS = {
     for kernel in (
         toy("toy_matmul", toy_matmul, matmul_work, 64, Audited("matmul", ("aligned",))),
         toy("toy_misaligned", toy_matmul, matmul_work, 64, Audited("matmul", ("misaligned",))),
-        toy("toy_copy", toy_copy, partial(copy_work, toy_copy), 1024, STRIDED),
-        toy("toy_crashing", crashing, partial(copy_work, crashing), 1024, STRIDED),
+        toy("toy_copy", toy_copy, partial(copy_work, toy_copy), 2048, STRIDED),
+        toy("toy_crashing", crashing, partial(copy_work, crashing), 2048, STRIDED),
     )
 }
