@@ -114,7 +114,7 @@ class Listing:
             left = re.match(r"R\d+, R(\d+)\S*, gdesc", product.operands)
             if left is None or not product.opcode.startswith("HGMMA"):
                 continue
-            read, seen = set(range(int(left[1]), int(left[1]) + 4)), set()
+            read, seen, early = set(range(int(left[1]), int(left[1]) + 4)), set(), set()
             ahead = [(place, self._commits(product)) for place in self._successors(index)]
             while ahead:
                 place, groups = ahead.pop()  # groups of products that are complete, its own the first
@@ -122,10 +122,12 @@ class Listing:
                 wait = re.fullmatch(r"gsb0, 0x(\d)", after.operands)  # until so many groups are under way
                 if (place, groups) in seen or (wait and (wait[1] == "0" or groups > int(wait[1]))):
                     continue
-                found += place not in {known for known, _ in seen} and bool(read & set(_written(after)))
                 seen.add((place, groups))
+                if read & set(_written(after)):
+                    early.add(place)
                 groups = min(groups + self._commits(after), 9)
                 ahead += [(following, groups) for following in self._successors(place)]
+            found += len(early)
         return found
 
     def _commits(self, instruction: Instruction) -> int:
