@@ -121,6 +121,7 @@ def _granule_sums(values: Tensor, granule: int) -> Tensor:
 
 
 _SETTING = threading.RLock()
+_within = threading.local()
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def one_thread() -> Iterator[None]:
     torch keeps the setting for the process and for each thread. A Python thread that starts while another is in this
     block starts with one intra-op thread; it has no other setting to restore, and changes nothing.
     """
-    if torch.get_num_threads() == 1:
+    if torch.get_num_threads() == 1 or hasattr(_within, "maker"):
         yield
         return
     with _SETTING:
@@ -140,3 +141,11 @@ def one_thread() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
+
+
+def within_one_thread() -> None:
+    """Let this thread, made by one that is within `one_thread`, enter it without waiting for its maker.
+
+    It mostly has one intra-op thread already, but vLLM turns `torch.set_num_threads` into a function without effect.
+    """
+    _within.maker = True

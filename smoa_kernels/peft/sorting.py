@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..checks import naming
 from ..definition.block_rule import BlockRule
 from ..definition.partition import BlockPartition
-from ..definition.spectral_order import one_thread, order_source, spectral_orders
+from ..definition.spectral_order import one_thread, order_source, spectral_orders, within_one_thread
 from .layer import SMoALayer
 
 # Sorting a square weight takes five to seven times its bytes in float32; a wide one takes less. Experts are small, so
@@ -72,7 +72,6 @@ def _sorted_at_once(weights: Mapping[Any, _Weight], bar: tqdm[Any]) -> dict[Any,
     at_once = torch.get_num_threads()
     if not all(weight.layer.stack for weight in weights.values()):
         at_once = min(at_once, MAX_AT_ONCE)
-    # New threads inherit the setting of one thread. If they set it themselves, it would outlast them.
     with one_thread():
 
         def counted(compute: Callable[[], BlockPartition]) -> BlockPartition:
@@ -81,7 +80,7 @@ def _sorted_at_once(weights: Mapping[Any, _Weight], bar: tqdm[Any]) -> dict[Any,
             return found
 
         begun: dict[Any, list[Future[BlockPartition]]] = {}
-        pool = ThreadPoolExecutor(at_once, "smoa-sorting")
+        pool = ThreadPoolExecutor(at_once, "smoa-sorting", initializer=within_one_thread)
         try:
             for key, (_, layer, rule) in weights.items():
                 begun[key] = [pool.submit(counted, each) for each in layer.decompositions(rule)]

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +78,15 @@ def test_the_adapter_is_the_one_that_one_by_one_gives(make_model, threads, sorte
     assert len(set(sorted_in)) == 1  # one thread, with one intra-op thread
     assert several.keys() == single.keys()
     assert all(torch.equal(value, single[key]) for key, value in several.items())
+
+
+def test_sorting_threads_do_not_wait_for_their_maker(make_model, threads, monkeypatch):
+    """vLLM makes `torch.set_num_threads` do nothing, so all threads keep their setting."""
+    expected = adapter(make_model)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(adapter, make_model).result(timeout=120)
+    assert found.keys() == expected.keys()
 
 
 def test_a_shared_weight_is_sorted_once(llama, threads, sorted_in):
