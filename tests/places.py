@@ -23,16 +23,17 @@ FullDisk = tuple[Path, Callable[[], AbstractContextManager[None]]]
 """A folder, and a context in which nothing of more than a few kilobytes can be written there."""
 
 
-def python(program: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
-    """Starts Python with the paths of these tests."""
+def started(*command: object, **environment: str) -> "subprocess.Popen[str]":
+    """Starts a command with the paths of these tests, on one thread: tests share the machine."""
     path = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
-    )
+    pipe = subprocess.PIPE
+    given = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([*map(str, command)], stdout=pipe, stderr=pipe, text=True, env=given)
+
+
+def python(program: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
+    """Starts a Python program."""
+    return started(sys.executable, "-c", program, *arguments, **environment)
 
 
 def kill_at(process: "subprocess.Popen[str]", line: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapted import layer_list
-from largest import Largest
+from torch_calls import Largest
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.quantization_utils import Bnb8bitBackend

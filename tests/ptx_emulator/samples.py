@@ -38,15 +38,6 @@ def neighbours(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def softmax(x, out, n, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    v = tl.load(x + row * n + i, i < n, other=-float("inf"))
-    e = tl.exp(v - tl.max(v, 0))
-    tl.store(out + row * n + i, e / tl.sum(e, 0), i < n)
-
-
-@triton.jit
 def matmul(
     a,
     b,
