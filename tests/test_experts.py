@@ -65,7 +65,6 @@ SHAPES: list[dict[str, object]] = [
     {"pairs": (40, 0, 130), "ranks": (1, 3), "rows": 300, "cols": 290},  # several panels
     {"pairs": (5, 9), "ranks": (4,), "rows": 64, "cols": 31},  # K = 1
     {"pairs": (20, 20), "ranks": (2, 2, 2, 2), "rows": 40, "cols": 40},
-    {"pairs": (0, 0), "ranks": (3, 0, 2)},  # no token at all
 ]
 FEW: list[dict[str, object]] = [
     {"pairs": pairs, "blocks": blocks, "ranks": ranks, "rows": 70, "cols": 90}
@@ -89,6 +88,16 @@ def test_results_of_every_shape(
     p.assert_within_budget(found)
     idle = p.ends.diff(prepend=p.ends.new_zeros(1)) == 0
     assert not any(gradient[idle].any() for gradient in found[2:])
+
+
+@numerical
+@each_backend
+def test_no_token_at_all(backend: str) -> None:
+    p = make_problem(pairs=(0, 0), dtype=torch.float32)
+    y, dx, dA, dB = p.operator(backend)
+    assert (y.shape, dx.shape) == (p.dy.shape, p.x.shape)
+    assert not dA.any()
+    assert not dB.any()
 
 
 @numerical
