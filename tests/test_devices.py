@@ -1,6 +1,5 @@
 """GPUs that this machine lacks: real code, with made-up answers from the driver."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest

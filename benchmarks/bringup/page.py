@@ -6,7 +6,7 @@ import torch
 
 from smoa_kernels.kernels.table import Entry
 from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.plan import describe, describe_choice, job, winner
+from smoa_kernels.tuning.plan import describe, describe_choice, winner
 from smoa_kernels.tuning.roofline import Problem, estimate
 
 from .. import tables
@@ -110,26 +110,13 @@ def _tuning(run: Run) -> str:
     if found is None:
         return "Not run."
     entries = [Entry.from_json(entry) for entry in found["table"]["entries"]]
-    rows = []
-    for entry in entries:
-        now = entry.identity
-        best, default = (
-            winner(entry),
-            entry.trial(job(entry.key, now.capability, now.multiprocessors).default),
-        )
-        if best is None or best.seconds is None:
-            continue
-        before = None if default is None else default.seconds
-        rows.append(
-            (
-                describe(entry.key),
-                "–" if before is None else f"{before * 1e6:.1f}",
-                f"{best.seconds * 1e6:.1f}",
-                describe_choice(best.choice),
-            )
-        )
+    rows = [
+        (describe(entry.key), describe_choice(best.choice), f"{best.seconds * 1e6:.1f}")
+        for entry in entries
+        if (best := winner(entry)) is not None and best.seconds is not None
+    ]
     told = f"{len(found['problems'])} keys are not done.\n\n" if found["problems"] else ""
-    headings = ("problem", f"heuristic µs, {run.label}", f"fastest µs, {run.label}", "fastest")
+    headings = ("problem", "fastest", f"µs, {run.label}")
     note = "The JSON file's `findings.tune.table` is the table itself; send it to us and it ships.\n\n"
     return f"{told}{note}{tables.table(headings, rows)}"
 
