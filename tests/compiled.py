@@ -10,7 +10,6 @@ from problems import HALF, NAMES, Case, LinearProblem, assert_within_budget, mak
 
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.backends.native import library
-from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(
@@ -32,10 +31,6 @@ each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[
 
 def on_cpu(dtype: torch.dtype = torch.float32, **options: object) -> LinearProblem:
     return make_problem(dtype=dtype, **options).on(CPU)  # type: ignore[arg-type]
-
-
-def adapter_of(p: LinearProblem) -> PackedAdapter:
-    return PackedAdapter(p.weight, p.A, p.B, p.partition, p.ranks, scaling_tensor(p.scaling, CPU))
 
 
 def each_shape(shapes: Sequence[tuple[int, int, int, tuple[int, ...]]]) -> pytest.MarkDecorator:

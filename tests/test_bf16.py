@@ -16,7 +16,7 @@ from typing import Any
 import compiled
 import pytest
 import torch
-from compiled import adapter_of, assert_threads_agree, each_shape, needs_bf16
+from compiled import assert_threads_agree, each_shape, needs_bf16
 from problems import Case, assert_within_budget, relative_error
 
 from smoa_kernels import BlockPartition
@@ -153,12 +153,12 @@ def test_a_bias_is_added_before_the_one_rounding(tokens: int, order: str, only_c
 def test_one_row_for_all_tokens(tokens: int) -> None:
     p = on_cpu(tokens=tokens, out_features=64, in_features=96, ranks=(2, 3))
     x, dy = (rows[:1].expand_as(rows) for rows in (p.x, p.dy))
-    found = backend.backward(dy, x, adapter_of(p), None, needs_x=True)
-    copied = backend.backward(dy.clone(), x.clone(), adapter_of(p), None, needs_x=True)
+    found = backend.backward(dy, x, p.adapter(), None, needs_x=True)
+    copied = backend.backward(dy.clone(), x.clone(), p.adapter(), None, needs_x=True)
     assert all(map(torch.equal, found, copied))
     assert torch.equal(
-        backend.forward(x, None, adapter_of(p), "split", None),
-        backend.forward(x.clone(), None, adapter_of(p), "split", None),
+        backend.forward(x, None, p.adapter(), "split", None),
+        backend.forward(x.clone(), None, p.adapter(), "split", None),
     )
 
 

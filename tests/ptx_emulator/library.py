@@ -15,7 +15,7 @@ from typing import Any
 
 from smoa_kernels.files import cache_folder
 
-from .assembler import INSTRUCTION
+from .assembler import Instruction
 from .findings import ERRORS, NOTES
 
 __all__ = ["Job", "Library", "Region", "Report", "Stat", "library", "obstacle"]
@@ -131,7 +131,7 @@ def library() -> Library:
         getattr(loaded, name).restype = ctypes.c_char_p
     kinds = tuple(loaded.emu_kind_name(i).decode().lower() for i in range(loaded.emu_kinds()))
     assert set(kinds) == {*ERRORS, *NOTES}
-    assert loaded.emu_instruction_size() == INSTRUCTION.itemsize
+    assert loaded.emu_instruction_size() == ctypes.sizeof(Instruction)
     assert loaded.emu_job_size() == ctypes.sizeof(Job)
     operations = {loaded.emu_operation_name(i).decode(): i for i in range(loaded.emu_operations())}
     return Library(loaded.emu_launch, operations, kinds, loaded.emu_shared_base())
