@@ -58,6 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "uneven, one of rank 0": {"random_labels": True},
     "one block": {"ranks": (4,), "bias": False},  # K = 1 is HiRA
     "primes": {"tokens": 13, "out_features": 31, "in_features": 29, "ranks": (2, 1)},
+    "one input": {"tokens": 40, "in_features": 1, "ranks": (2,)},
     "one token": {"tokens": 1, "ranks": (0, 0, 1)},
     "one of everything": {"tokens": 1, "out_features": 1, "in_features": 1, "ranks": (1,)},
     "no rank": {"ranks": (0, 0)},
