@@ -22,8 +22,6 @@ from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .operator import LinearCall, call_linear
 
-__all__ = ["smoa_linear"]
-
 
 def smoa_linear(
     x: Tensor,

@@ -26,8 +26,6 @@ from .layer_checks import (
     partition_in,
 )
 
-__all__ = ["AdapterState"]
-
 # The buffers that hold the partition, in the order of `BlockPartition.tensors`.
 _PARTITION = tuple(
     f"smoa_{name}"

@@ -27,8 +27,6 @@ from ..checks import (
 )
 from .spectral_order import order_source, whole
 
-__all__ = ["BlockPartition"]
-
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class BlockPartition:

@@ -16,8 +16,6 @@ from ..checks import check_kind
 from ..definition.shard import LayerShard
 from .data_parallel import agree_on_buffers
 
-__all__ = ["ColwiseSMoAParallel", "RowwiseSMoAParallel"]
-
 
 class _SMoAParallel:
     """Cuts dimension `dim` of W0, and all tensors along it.

@@ -1,10 +1,10 @@
-"""The table of measured choices: which launch parameters and algorithms are in force, and how they are kept on disk.
+"""The tuning table: the launch parameters and algorithms that were measured fastest, on disk and in force.
 
 There is one JSON file per GPU: the user's in the cache folder, which comes first, and one that may ship with the
-package. Where neither has measured a problem, the heuristic answers. An entry that was measured on something else, by
-its `Identity`, stays in the file and is not used.
+package. If neither has measured a problem, the heuristic answers. An entry with another `Identity`, such as another
+GPU, stays in the file and is not used.
 
-A table never stops a run. A bad entry is skipped, and the others stay in force. A file that is no table is not used,
+A table never stops a run. A bad entry is skipped, and the others stay in force. A file that is not a table is ignored,
 and the next writer sets it aside (`tuning/measure.py`). Both are named in a warning and in `smoa-kernels info`.
 """
 
@@ -61,34 +61,34 @@ Choice: TypeAlias = Config | str
 INTERRUPTED = "interrupted"
 """The reason of a trial that Ctrl-C ended: it is tried again."""
 UNFINISHED = "did not finish: the process ended while it ran"
-"""The reason of a trial while it runs, and for ever if it ends the process: it is not tried again."""
+"""The reason of a trial while it runs. If it ends the process, the reason stays, and it is not tried again."""
 
 
 # Which choice is in force
 
 MOST_ANSWERS = 4096
-"""To one function under :func:`remembered`: a training may see any number of token counts."""
+"""Most answers that one function under :func:`remembered` keeps: a training may see many token counts."""
 
 _remembered: list[Any] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def forget() -> None:
-    """Read the tables anew, and ask anew what depends on them."""
+    """Forget the tables, and every answer that depends on them."""
     _tables.cache_clear()
     for answers in _remembered:
         answers.cache_clear()
 
 
 def remembered(find: F) -> F:
-    """Ask a function once for each of its questions, until the table changes.
+    """Cache the results of a function until the table changes.
 
-    A launch asks for its plan, and a pass for its algorithm, at every call of a layer. Of more questions than are kept
-    the one that was not asked for longest is forgotten.
+    A launch asks for its plan, and a pass for its algorithm, at every call of a layer. If there are too many results,
+    the one that was not used for longest is forgotten.
 
     Args:
-        find: answers by its arguments, which are plain values, and by the table: a tensor's address, say, is none of
-            its business. It takes its arguments by position.
+        find: a function whose result depends only on its arguments, which are plain values, and on the table. It takes
+            its arguments by position.
     """
     answers = lru_cache(MOST_ANSWERS)(find)
     _remembered.append(answers)
@@ -107,11 +107,11 @@ def select(
     """Return the launch parameters of `kernel`: those measured fastest for its problem, else the heuristic's.
 
     Args:
-        kernel: one of `KERNELS`; the answer is of its configuration class.
+        kernel: one of `KERNELS`.
         device: of the operands.
         dtype: of the operands that the kernel multiplies or copies.
         precision: how float32 products round, "tf32" or "ieee".
-        tokens: not yet bucketed; None where the kernel sees none.
+        tokens: not yet bucketed; None if the kernel's choice does not depend on them.
         sizes: the other fields of `Key`.
     """
     seen = 0 if tokens is None else bucket(tokens)
@@ -126,14 +126,14 @@ def _selected(key: Key, device: torch.device) -> Choice:
 
 
 def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> str | None:
-    """Return the algorithm measured fastest among `allowed`; None where none was measured. Nothing is kept.
+    """Return the algorithm measured fastest among `allowed`; None if none was measured. The result is not cached.
 
     Args:
         key: the problem; its `kernel` is one of `spec.ALGORITHM_KEYS`.
         device: of the operands.
-        allowed: whose rounding the caller accepts, the same at every call with this key.
+        allowed: the algorithms whose rounding the caller accepts.
     """
-    return _fastest(key, device, allowed)  # type: ignore[return-value]  # whose choices are algorithms
+    return _fastest(key, device, allowed)  # type: ignore[return-value]  # choices of such a key are algorithms
 
 
 def _fastest(key: Key, device: torch.device, allowed: Sequence[str] | None = None) -> Choice | None:
@@ -155,18 +155,18 @@ def _tables(device: torch.device) -> tuple[Table, ...]:
     return tables
 
 
-# What a choice was measured on
+# Identity
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What a choice was measured on: on anything else it is stale.
+    """The GPU and the software that a choice was measured on. Elsewhere the choice is stale.
 
     Attributes:
         gpu: as the driver names it; "cpu" for Triton's interpreter.
         capability: architecture as the compiler spells it, "sm_90" or "gfx942".
         multiprocessors: a slice of a GPU has fewer than its name promises.
-        triton: version, but for its patches.
+        triton: its major and minor version.
         source: hash of the kernels' source.
     """
 
@@ -179,8 +179,8 @@ class Identity:
 
 @cache
 def identity(device: torch.device) -> Identity:
-    """Return what would be measured on here and now."""
-    import triton  # tables can be read without
+    """Return the identity of this process's GPU and software."""
+    import triton  # here, because tables can be read without Triton
 
     return Identity(
         "cpu" if device.type == "cpu" else gpu_properties(device).name,
@@ -193,7 +193,7 @@ def identity(device: torch.device) -> Identity:
 
 @cache
 def source_hash() -> str:
-    """Hash every file that may decide the speed of a kernel or an algorithm."""
+    """Hash every file that may change the speed of a kernel or an algorithm."""
     folder = Path(__file__).resolve().parent
     digest = hashlib.sha256()
     for path in (*sorted(folder.glob("*.py")), folder.parent / "backends" / "triton.py"):
@@ -201,12 +201,12 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-# What a table holds
+# Entries
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate: the median seconds it took, or the reason why it has none."""
+    """One candidate: its median seconds, or the reason why it has none."""
 
     choice: Choice
     seconds: float | None = None
@@ -215,12 +215,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was found for one problem on one machine.
+    """The trials of one problem on one machine.
 
     Attributes:
         key: the problem.
-        identity: what it was measured on.
-        trials: everything that was tried.
+        identity: the GPU and software of the trials.
+        trials: all candidates that were tried.
     """
 
     key: Key
@@ -228,16 +228,16 @@ class Entry:
     trials: tuple[Trial, ...] = ()
 
     def best(self, allowed: Sequence[Choice] | None = None) -> Trial | None:
-        """Return the fastest trial, among `allowed` choices where given; None where nothing was timed."""
+        """Return the fastest trial, among `allowed` choices if given; None if nothing was timed."""
         timed = [t for t in self.trials if t.seconds is not None and (allowed is None or t.choice in allowed)]
         return min(timed, key=lambda trial: trial.seconds or 0.0, default=None)
 
     def trial(self, choice: Choice) -> Trial | None:
-        """Return what became of a choice; None where it is still to be tried."""
+        """Return the trial of a choice; None if it is still to be tried."""
         return next((t for t in self.trials if t.choice == choice and t.reason != INTERRUPTED), None)
 
     def add(self, *trials: Trial) -> Entry:
-        """Return the entry with more trials: the newer of two of one choice, but a time outlives a reason."""
+        """Return the entry with more trials. Of two trials of a choice the newer stays, but a time beats a reason."""
         found = {trial.choice: trial for trial in self.trials}
         for trial in trials:
             older = found.get(trial.choice)
@@ -256,10 +256,10 @@ class Entry:
 
     @classmethod
     def from_json(cls, data: Any) -> Entry:
-        """Make an entry of plain data that anybody may have written.
+        """Make an entry of plain data from a file, which may hold anything.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: what it lacks, or what is wrong.
+            AttributeError, KeyError, TypeError, ValueError: a field is missing or wrong.
         """
         key, identity = Key(**data["key"]), Identity(**data["identity"])
         check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
@@ -279,7 +279,7 @@ class Entry:
 
 
 def _choice(key: Key, identity: Identity, data: Any) -> Choice:
-    """A choice that may be launched: nothing but what ships, and divides the layout, can come from a table."""
+    """Check a choice: only an algorithm, or a configuration that ships and divides the layout, may be launched."""
     if key.kernel in ALGORITHM_KEYS:
         check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
         return str(data)
@@ -299,13 +299,13 @@ def _seconds(value: Any) -> float | None:
 
 @dataclass
 class Table:
-    """What a file holds.
+    """The contents of a table's file.
 
     Attributes:
-        entries: by problem, those that are in force.
-        stale: what was measured on something else, as it was read: it stays in the file.
-        skipped: why an entry was skipped, and the entry as it was read: likewise.
-        broken: why the file is no table; empty where it is one.
+        entries: the entries in force, by problem.
+        stale: entries with another identity, as they were read. They stay in the file.
+        skipped: for each bad entry the reason, and the entry as it was read. They stay in the file too.
+        broken: why the file is not a table; empty if it is one.
     """
 
     entries: dict[Key, Entry] = field(default_factory=dict)
@@ -314,7 +314,7 @@ class Table:
     broken: str = ""
 
     def reasons(self) -> str:
-        """Why entries were skipped: five of the reasons, and how many more there are."""
+        """Say why entries were skipped: the first five reasons, and the number of the others."""
         more = f"; and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
         return f"{len(self.skipped)} skipped: {'; '.join(reason for reason, _ in self.skipped[:5])}{more}"
 
@@ -323,17 +323,17 @@ class Table:
 
 
 def user_table(gpu: str) -> Path:
-    """Return the place of the user's table of a GPU, by the driver's name for it."""
+    """Return the path of the user's table for a GPU with this driver's name."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return cache_folder() / "tuning" / f"{name}.json"
 
 
 def read(path: Path, now: Identity) -> Table:
-    """Read a table; an empty one where there is no file. What cannot be used is named in what is returned.
+    """Read a table; an empty one if there is no file. Its attributes name all that cannot be used.
 
     Args:
         path: of the file.
-        now: what entries must have been measured on to be in force.
+        now: the identity that entries must have to be in force.
     """
     try:
         return parse(path, now)
@@ -342,13 +342,13 @@ def read(path: Path, now: Identity) -> Table:
 
 
 def parse(path: Path, now: Identity) -> Table:
-    """Read a table as :func:`read` does; raise an OSError where the file cannot be read."""
+    """Read a table as :func:`read` does; raise an OSError if the file cannot be read."""
     try:
         found = path.stat()
     except FileNotFoundError:
         return Table()
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{path} is not a file")  # a pipe would be waited for
+        raise OSError(f"{path} is not a file")  # reading a pipe would wait for its writer
     if found.st_size > MOST_BYTES:
         return Table(broken=f"holds {found.st_size} bytes, more than any table ({MOST_BYTES})")
     try:
@@ -369,7 +369,7 @@ def parse(path: Path, now: Identity) -> Table:
             else:
                 table.stale.append(raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            # Cut, for a value that an error shows may be as long as the file.
+            # Shortened: the error shows a value, which may be as long as the file.
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             table.skipped.append((f"entry {number}: {why}"[:300], raw))
     return table

@@ -11,15 +11,29 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
 
-from ..adapter_folder.naming import naming
-from ..adapter_folder.reading import CONFIG_NAME, Adapter, read_weights
+from ..adapter_folder.format import CONFIG_NAME, METHOD
+from ..adapter_folder.reading import Adapter, read_weights
 from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, LayerSettings, check_bool, whole_name
 from ..adapter_folder.writing import replacing
-from ..checks import check_path
-from .peft_type import PEFT_TYPE
+from ..checks import check_path, naming
 
-__all__ = ["SMoAConfig"]
+
+def _enum_member(enum: Any, name: str) -> Any:
+    """Return the member `name` of `PeftType`, by which PEFT finds methods; add it if it is missing."""
+    if name not in enum.__members__:
+        member = str.__new__(enum, name)
+        member._name_ = member._value_ = name
+        member._sort_order_ = len(enum.__members__)
+        setattr(enum, name, member)  # before the maps: the metaclass refuses to rebind a known member
+        enum._member_names_.append(name)
+        enum._member_map_[name] = member
+        enum._value2member_map_[name] = member
+    return enum.__members__[name]
+
+
+PEFT_TYPE = _enum_member(PeftType, METHOD)
 
 
 @dataclass

@@ -19,8 +19,6 @@ from .layer import SMoALayer
 from .offload import present
 from .quantized import adapted_linear, dequantized_linear
 
-__all__ = ["Linear"]
-
 
 class Linear(SMoALayer, nn.Module):
     """Linear layer `y = x W0ᵀ + b + Σ dropout(x) ΔWᵀ` over its active adapters; W0 and b stay the base layer's.

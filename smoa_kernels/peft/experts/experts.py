@@ -11,8 +11,6 @@ from transformers.integrations import moe
 
 from .weight import ExpertsWeight
 
-__all__ = ["Experts"]
-
 
 class Experts(nn.Module):
     """A module of experts with adapters of its fused weights; the weights stay the base module's.

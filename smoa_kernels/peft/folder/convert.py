@@ -17,26 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...adapter_folder.base_model import BaseModel
-from ...adapter_folder.format import StackBlocks, pack_blocks
-from ...adapter_folder.naming import naming
-from ...adapter_folder.reading import (
-    CONFIG_NAME,
-    HIRA,
-    METHOD,
-    PREFIX,
-    WEIGHTS_NAME,
-    read_adapter,
-    read_config,
-    read_hira,
-)
+from ...adapter_folder.format import CONFIG_NAME, HIRA, METHOD, PREFIX, WEIGHTS_NAME, pack_blocks
+from ...adapter_folder.reading import read_adapter, read_config, read_hira
 from ...adapter_folder.settings import whole_name
 from ...adapter_folder.writing import replacing, seal
-from ...checks import check_path
+from ...checks import check_path, naming
 from ...definition.partition import BlockPartition
 from ...definition.sketch import sketch_weight
 from ..config import SMoAConfig
-
-__all__ = ["convert_adapter", "hira_to_smoa", "smoa_to_hira"]
 
 # Fields that mean the same in both configurations.
 _SHARED = (
@@ -149,7 +137,7 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     if config.bias != "none":
         raise ValueError(f"{source}: bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
     for name, blocks in adapter.layers.items():
-        if isinstance(blocks, StackBlocks):
+        if blocks.of_experts:
             raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
         rank = int(blocks.ranks.sum())
         if blocks.partition.num_blocks != 1:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from ...adapter_folder.format import LayerBlocks
-from ...adapter_folder.reading import PREFIX, Adapter, read_adapter
+from ...adapter_folder.format import PREFIX
+from ...adapter_folder.reading import Adapter, read_adapter
 from ...checks import check_path, shown
 from ..config import SMoAConfig
 from ..layer import SMoALayer, layers_with
 from .loading import check_adapter
-
-__all__ = ["hotswap"]
 
 # Part of the names of a compiled model's modules.
 _COMPILED = "_orig_mod."
@@ -101,7 +99,7 @@ def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapte
         (
             "block sizes, granularity and contiguity",
             layer.partition(adapter_name).sizes(),
-            cast(LayerBlocks, new).partition.sizes(),
+            new.partition.sizes(),
         ),
     ):
         if held != found:
