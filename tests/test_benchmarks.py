@@ -21,7 +21,6 @@ from benchmarks import machine
 from benchmarks.compare import main as compare
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.goals import GOALS
-from benchmarks.machine import LIMIT, cpu_name
 from benchmarks.memory import allocated, footprint
 from benchmarks.models import adapter_configs
 from benchmarks.protocol import DEVICE, Comparison, Figure, Turns
@@ -238,14 +237,6 @@ def test_a_commit_says_whether_code_was_not_committed(
     assert machine.commit() == commit
     code.write_text("2\n")
     assert machine.commit() == commit + machine.EDITED
-
-
-def test_a_processor_is_named_with_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Virtual machines call different processors "AMD EPYC", and one is twice as fast as another."""
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2\nstepping\t: 1\n")
-    monkeypatch.setenv(LIMIT, "AVX2")
-    assert cpu_name(cpuinfo) == "AMD EPYC, family 26, model 2, ONEDNN_MAX_CPU_ISA=AVX2"
 
 
 @pytest.mark.parametrize(

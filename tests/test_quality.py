@@ -111,7 +111,7 @@ def test_the_best_rate_is_chosen_on_validation() -> None:
 # Questions and models
 
 
-@pytest.mark.parametrize("name", ["trec50", "films", "opinions", "trec6"])
+@pytest.mark.parametrize("name", ["trec50", "films", "opinions"])
 def test_splits_are_disjoint(name: str) -> None:
     splits = data.prepare(TASKS[name].read(), TASKS[name].held_out)
     prompts = [{same_text(question.prompt) for question in part} for part in splits]
