@@ -1,22 +1,20 @@
-"""Options, the pinned threads, and the file of a run."""
+"""Options, the pinned threads, and the JSON's contents."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from . import results
-from .machine import commit, describe, load
+from .machine import describe, load
 from .protocol import Run, Turns
 from .results import Result
 
 _BEGIN = time.monotonic()
-_RESULTS: list[Result] = []
 
 Measure = Callable[..., None]
 
@@ -24,29 +22,23 @@ Measure = Callable[..., None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smoa-kernels")
     group.addoption("--smoke", action="store_true", help="tiny sizes: does every benchmark pass its gate")
-    group.addoption("--json", type=Path, help="write the run to this file")
     group.addoption("--threads", type=int, default=1, help="intra-op threads (default 1)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The tests' default is not to time, but benchmarks/ is run for times. pytest-benchmark's own table is left out: a
+    # row would be one round over all providers, which says nothing.
+    config.option.benchmark_disable = False
+    config.option.benchmark_enable = True
+    config.option.benchmark_quiet = True
     torch.set_num_threads(config.option.threads)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the run, also of a session that failed or was interrupted."""
-    options = session.config.option
-    if options.json is not None:
-        # Gates and warm-ups count: this is what `make bench` limits.
-        machine = {**describe(options.smoke), "suite_seconds": round(time.monotonic() - _BEGIN)}
-        date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
-        run = results.Run(machine, commit(), date, tuple(_RESULTS))
-        results.write(options.json, results.compact(run))
-
-
-@pytest.fixture
-def record() -> Callable[[Result], None]:
-    """Keep a result for the run's file."""
-    return _RESULTS.append
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()
+    machine_info.update(describe(config.option.smoke))
+    # At the end, when the JSON is written, so that gates and warm-ups count: this is what `make bench` limits.
+    machine_info["suite_seconds"] = round(time.monotonic() - _BEGIN)
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +48,12 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def measure(record: Callable[[Result], None], smoke: bool) -> Measure:
-    """Time providers in turns by the protocol and keep the seconds.
+def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
+    """Time providers in turns by the protocol and keep the seconds for the JSON.
 
-    There are as many rounds as fit into a budget of seconds, but at least `least`. `verify` is a gate that checks
-    results of the timed calls; it runs before anything is recorded.
+    A round of pytest-benchmark is one round over all providers. There are as many rounds as fit into a budget of
+    seconds, but at least `least`. `verify` is a gate that checks results of the timed calls; it runs before anything is
+    recorded.
     """
 
     def run(
@@ -79,10 +72,11 @@ def measure(record: Callable[[Result], None], smoke: bool) -> Measure:
         turns = Turns(variants, baseline)
         before = load()
         one = turns.warm_up(1 if smoke else warmup)
-        for _ in range(2 if smoke else max(least, min(40, int(budget / one) if one else least))):
-            turns.round()
+        rounds = 2 if smoke else max(least, min(40, int(budget / one) if one else least))
+        benchmark.pedantic(turns.round, rounds=rounds)
         verify()
         seconds = {phase: dict(comparison.seconds) for phase, comparison in turns.comparisons().items()}
-        record(Result(kind, title, dict(params), baseline, [before, load()], seconds, bytes or {}))
+        result = Result(kind, title, dict(params), baseline, [before, load()], seconds, bytes or {})
+        benchmark.extra_info.update(vars(result))
 
     return run

@@ -3,7 +3,7 @@
     python -m benchmarks.report RUN.json …     # adds runs, then writes everything
     python -m benchmarks.report                # writes everything from the runs that are kept
 
-A run is what `make bench` writes (pytest benchmarks --json), kept under the name of its device, or the
+A run is what `make bench` writes (pytest --benchmark-json), kept as compact JSON named after its device, or the
 summary.json of a run of `make finetune`, kept by its method: the next one takes the place of the one before.
 """
 

@@ -1,4 +1,4 @@
-"""Reads and writes runs: JSON, one result a line."""
+"""Reads and writes runs: pytest-benchmark's JSON, or its compact form, which is committed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from smoa_kernels.files import replace_file
 
+from .machine import EDITED
 from .protocol import Comparison, Figure
 
 DIGITS = 5  # of each second that is kept
@@ -107,10 +108,17 @@ def read(path: Path) -> Run:
     """Read a run.
 
     Raises:
-        ValueError: the file is not a run.
+        ValueError: the file is neither pytest-benchmark's JSON of this suite nor its compact form.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if "benchmarks" in data:
+            return Run(
+                machine=data["machine_info"],
+                commit=_commit(data["commit_info"]),
+                date=data["datetime"][:16].replace("T", " "),
+                results=tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
+            )
         kept = {name: data.get(name, {}) for name in ("stages", "findings")}
         return Run(
             data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])), **kept
@@ -150,6 +158,10 @@ def _result(found: Mapping[str, Any]) -> Result:
     """A result without further fields of older runs."""
     known = {field.name for field in fields(Result)}
     return Result(**{name: value for name, value in found.items() if name in known})
+
+
+def _commit(info: Mapping[str, Any]) -> str:
+    return str(info.get("id", "unknown"))[:10] + (EDITED if info.get("dirty") else "")
 
 
 def _rounded(value: Any) -> Any:
