@@ -139,6 +139,19 @@ def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_co
 
 
 @needs_bf16
+def test_one_gradient_alone() -> None:
+    p = on_cpu(tokens=40, ranks=(2, 3))
+    adapter = p.adapter()
+    dx, dA, dB = backend.backward(p.dy, p.x, adapter, None, needs_x=True)
+    assert backend.backward(p.dy, p.x, adapter, None, needs_x=False)[0] is None
+    alone = backend.backward(p.dy, None, adapter, None, needs_x=True)
+    assert alone[1:] == (None, None)
+    assert torch.equal(alone[0], dx)
+    assert dA.shape == p.A.shape
+    assert dB.shape == p.B.shape
+
+
+@needs_bf16
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])  # columns of y are written at other places
 @pytest.mark.parametrize("tokens", [1, 40])  # the form for few tokens, and split
 def test_a_bias_is_added_before_the_one_rounding(tokens: int, order: str, only_compiled: None) -> None:
