@@ -162,8 +162,8 @@ class AdapterState(nn.Linear):
     def _check_values(self) -> None:
         if self.smoa_A.is_meta:
             raise RuntimeError(
-                "the layer is on the meta device: call to_empty(device=...), then load_state_dict() or "
-                "reset_parameters()"
+                "the layer is on the meta device: call to_empty(device=...), then load_state_dict(), or "
+                "reset_parameters(), which draws a new base weight too"
             )
 
     def _cut(self, shard: LayerShard) -> None:

@@ -79,6 +79,8 @@ class BlockPartition:
     def from_weight(cls, weight: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:
         """Compute the spectral order of `weight` and cut it into `num_blocks` aligned blocks.
 
+        The order is that of SMoA (arXiv 2605.21147), by the centroids of equation (1) of docs/definition.md.
+
         Args:
             weight: (N, C) floating point, any device. Half types are computed in float32.
             num_blocks: K, from 1 to min(N, C).

@@ -34,7 +34,8 @@ from .offload import execution_device, gathered, present
 class SMoALayer(BaseWeight):
     """A layer's adapters by name: all of :class:`smoa_kernels.peft.Linear` except its forward.
 
-    In its methods `adapter_name` names an adapter of this layer.
+    N and C are the outputs and inputs of the layer, ρ is the largest rank of an adapter's blocks. In the methods
+    `adapter_name` names an adapter of this layer.
 
     Args:
         base_layer: the layer that owns W0 (N, C), or another tuner's around it.

@@ -56,7 +56,7 @@ class Experts(nn.Module):
         """Compute Σ over a token's experts of routing weight · expert(token).
 
         Args:
-            hidden_states: (T, H).
+            hidden_states: (T, H), T tokens of hidden size H.
             top_k_index: integers (T, top_k), each token's experts.
             top_k_weights: (T, top_k), factors of their outputs.
 

@@ -19,6 +19,7 @@ from ..layer import SMoALayer
 class ExpertsWeight(SMoALayer, nn.Module):
     """The adapters of one parameter (E, N, C) of a module of experts, or (E, C, N) if it is stored transposed.
 
+    E is the number of experts, N and C are the outputs and inputs of one, and ρ is the largest rank of a block.
     It owns no weight and is no layer of the model: :class:`smoa_kernels.peft.Experts` calls it.
 
     Args:

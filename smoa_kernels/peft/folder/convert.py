@@ -75,7 +75,7 @@ def hira_to_smoa(
     base: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write a HiRA adapter as an SMoA adapter with one block and s = 1; its factors stay, bit for bit.
+    """Write a HiRA adapter as an SMoA adapter with one block and scale 1; its factors stay, bit for bit.
 
     Args:
         folder: the HiRA adapter.
@@ -119,8 +119,8 @@ def hira_to_smoa(
 def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Write an SMoA adapter with one block as a HiRA adapter.
 
-    If s is 1 its factors stay, bit for bit; HiRA has no other s, so it is multiplied into B. Settings that change no
-    result (`algorithm`, `backend`, `strict_base`) and the sketch of W0 are left out.
+    If the scale s is 1, the factors stay, bit for bit. HiRA has no other scale, so s is multiplied into B. Settings
+    that change no result (`algorithm`, `backend`, `strict_base`) and the sketch of W0 are left out.
 
     Args:
         folder: the SMoA adapter.
