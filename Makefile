@@ -33,7 +33,7 @@ emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/p
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
-        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-smoke emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
+        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-oldest emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -242,11 +242,11 @@ gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's inte
 gpu-dry-run: $(BIN)/.dev ## how many kernels each stage of `make gpu` compiles, and how long; needs no GPU
 	$(BIN)/python -W ignore -m benchmarks.bringup.ahead $(ARGS)
 
-audit: $(BIN)/.dev ## compile every kernel at every shipped configuration; needs no GPU
+audit: $(BIN)/.dev ## compile every kernel that changed since it passed, and a sample (1 min); ARGS=--all: an hour of a core; needs no GPU
 	PYTHONPATH=tests $(BIN)/python -m audit $(ARGS)
 
-audit-smoke: $(BIN)/.dev ## one form of each kernel for three architectures
-	PYTHONPATH=tests $(BIN)/python -m audit --extent smoke $(ARGS)
+audit-oldest: $(OLDEST)/.installed ## the same by the oldest supported Triton
+	PYTHONPATH=tests $(OLDEST)/bin/python -m audit $(ARGS)
 
 # Left out are tests whose kernels run in processes of their own, outside the emulator. The second run is the contract of every backend.
 emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++

@@ -292,12 +292,8 @@ _SHIPPED_IEEE = (
 )
 # Of what is read one number at a time, addresses take registers: shorter steps.
 _GATHERED = (Config(block_t=16, block_n=64, block_c=64, block_d=16, group_t=8, num_warps=4, num_stages=3),)
-# By Triton 3.6 the one above spills 4 to 16 bytes there.
-_GATHERED_OLD = {
-    "sm_80": (replace(_GATHERED[0], block_d=32),),
-    "sm_86": (replace(_GATHERED[0], num_warps=8, num_stages=2),),
-    "sm_89": (replace(_GATHERED[0], num_warps=8, num_stages=2),),
-}
+# By Triton 3.6 the one above spills 4 to 16 bytes on sm_80 to sm_89 and sm_120. Of nine tried, this alone does not.
+_GATHERED_OLD = (replace(_GATHERED[0], block_n=32, block_d=32),)
 _GATHERED_TF32 = (
     Config(block_t=64, block_n=64, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
 )
@@ -312,7 +308,8 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if precision.dtype == torch.float32:
         if precision.ieee:
             return _SHIPPED_IEEE
-        return _GATHERED_TF32 if OLD_TRITON and not arch.has_wide_tensor_cores else _SHIPPED_TF32
+        spills = not arch.has_wide_tensor_cores if OLD_TRITON else arch.name == "sm_100"  # 12 bytes
+        return _GATHERED_TF32 if spills else _SHIPPED_TF32
     if arch.name == "sm_90":
         return _SHIPPED_SM_90[1:] if OLD_TRITON else _SHIPPED_SM_90  # it spills the widest
     return _SHIPPED_OLD if OLD_TRITON and arch.name == "sm_80" else _SHIPPED
@@ -322,10 +319,13 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if arch.is_amd:
         return on_amd(_GATHERED)
     if precision.dtype == torch.float32:
-        return _GATHERED_IEEE if precision.ieee else _GATHERED_TF32
+        if precision.ieee:
+            return _GATHERED_IEEE
+        spills = arch.name == "sm_100" and not OLD_TRITON  # 76 bytes
+        return _SHIPPED_TF32 if spills else _GATHERED_TF32
     if arch.name == "sm_100":  # with four warps its registers spill
         return (replace(_GATHERED[0], num_warps=8),)
-    return _GATHERED_OLD.get(arch.name, _GATHERED) if OLD_TRITON else _GATHERED
+    return _GATHERED_OLD if OLD_TRITON and not arch.has_wide_tensor_cores else _GATHERED
 
 
 def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:

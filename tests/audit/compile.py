@@ -7,15 +7,15 @@ Imports Triton; the process must not interpret (`TRITON_INTERPRET`).
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -31,7 +31,7 @@ from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 from .forms import representative
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
 
-__all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
+__all__ = ["Launch", "compile_launch", "representative_launch"]
 
 
 @dataclass(frozen=True)
@@ -49,71 +49,27 @@ class Launch:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Binary:
-    """A compiled kernel: its resources and its machine code.
-
-    Attributes:
-        registers: per thread; on AMD vector and accumulation registers together.
-        spilled: bytes of registers spilled to memory, per thread.
-        stack: bytes of stack per thread, spills included.
-        shared: bytes of shared memory per block.
-        warps: per block.
-        listing: the machine code.
-    """
-
-    registers: int
-    spilled: int
-    stack: int
-    shared: int
-    warps: int
-    listing: Listing
-
-
-def capture(kernel: Any, launcher: Callable[[], object]) -> Launch:
-    """The launch of `kernel` that `launcher()` makes; LookupError if there is none. No kernel runs."""
-    launches: list[Launch] = []
-
-    def record(launched: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
-        if launched is not kernel:
-            return
-        bound = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        names = {p.name: p.is_constexpr for p in kernel.params}
-        launches.append(
-            Launch(
-                {n: _argument(v) for n, v in bound.items() if n in names and not names[n]},
-                {n: v for n, v in bound.items() if names.get(n)},
-                {n: v for n, v in bound.items() if n not in names},
-            )
-        )
-
-    run = JITFunction.run
-    try:
-        JITFunction.run = record
-        launcher()
-    finally:
-        JITFunction.run = run
-    if not launches:
-        raise LookupError(f"{kernel.__name__} was not launched")
-    return launches[0]
-
-
 def representative_launch(
     kernel: Kernel, config: Config, dtype: str, form: str, arch: Architecture
 ) -> Launch:
-    """A launch of one of the kernel's forms, ready to compile."""
+    """A launch of one of the kernel's forms, ready to compile. No kernel runs."""
+    launches: list[dict[str, Any]] = []
 
-    def launcher() -> object:
-        operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
-        run, _ = WORKLOADS[kernel.name](operands)
-        return run(config)
+    def record(launched: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        if launched is kernel.fn:
+            launches.append(dict(zip(launched.arg_names, args, strict=False)) | kwargs)
 
-    launch = capture(kernel.fn, launcher)
-    if not arch.is_amd:
-        return launch
-    # AMD multiplies float32 in IEEE; the captured launch may have chosen TF32.
-    constexprs = {name: "ieee" if value == "tf32" else value for name, value in launch.constexprs.items()}
-    return replace(launch, constexprs=constexprs)
+    operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
+    with patch.object(JITFunction, "run", record):  # preparing launches, too
+        WORKLOADS[kernel.name](operands)[0](config)
+    bound, names = launches[0], {p.name: p.is_constexpr for p in kernel.fn.params}
+    # AMD multiplies float32 in IEEE; the launch may have chosen TF32.
+    constexprs = {n: "ieee" if arch.is_amd and v == "tf32" else v for n, v in bound.items() if names.get(n)}
+    return Launch(
+        {n: _argument(v) for n, v in bound.items() if n in names and not names[n]},
+        constexprs,
+        {n: v for n, v in bound.items() if n not in names},
+    )
 
 
 def _argument(value: Any) -> str | int | float | None:
@@ -125,55 +81,38 @@ def _argument(value: Any) -> str | int | float | None:
     return value  # type: ignore[no-any-return]
 
 
-def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> Binary:
-    """Compile a launch, captured or written by hand."""
+def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> tuple[dict[str, int], Listing]:
+    """Compile a launch, captured or written by hand: its resources, as `Record` names them, and its machine code."""
     signature, constants, attributes = _specialise(kernel, launch, arch)
-    target = GPUTarget("hip" if arch.is_amd else "cuda", _target_arch(arch), arch.warp_size)
+    name = arch.name if arch.is_amd else int(arch.name.removeprefix("sm_"))
+    target = GPUTarget("hip" if arch.is_amd else "cuda", name, arch.warp_size)
     source = ASTSource(kernel, signature, constants, attributes)
-    with _exact_lines(kernel):
+    with _exact_lines():
         compiled = triton.compile(source, target=target, options=dict(launch.options))
-    warps = int(compiled.metadata.num_warps)
-    shared = int(compiled.metadata.shared)
-    if arch.is_amd:
-        return _read_amd(compiled.asm["amdgcn"], shared, warps)
-    # Warp-specialised kernels run more warps than num_warps; the true number is in the PTX.
-    threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", compiled.asm["ptx"])
-    warps = int(threads[1]) // 32 if threads else warps
-    return _read_nvidia(compiled.asm["cubin"], shared, warps)
+    asm, shared = compiled.asm, int(compiled.metadata.shared)
+    figures, listing = _read_amd(asm["amdgcn"]) if arch.is_amd else _read_nvidia(asm["cubin"])
+    return {"shared": shared, **figures}, listing
 
 
 @contextmanager
-def _exact_lines(kernel: Any) -> Iterator[None]:
-    """Keep source lines correct through PTX and through Triton's cache.
+def _exact_lines() -> Iterator[None]:
+    """Keep source lines correct through PTX, and keep out of Triton's cache.
 
-    Triton's cache identifies a kernel by its text, but its lines name a file. After a compile in another checkout that
-    is the other checkout's file, which may be gone.
+    It identifies a kernel by its text, but its lines name a file. After a compile in another checkout that is the other
+    checkout's file, which may be gone.
     """
-    file = kernel.fn.__code__.co_filename
 
-    def hook(
-        backend: Any = None,
-        stages: Any = None,
-        options: Any = None,
-        language: Any = None,
-        capability: Any = None,
-    ) -> tuple[str, str]:
-        if stages is not None and "ptx" in stages:
+    def hook(backend: Any = None, stages: Any = (), *others: Any) -> tuple[str, str]:
+        if "ptx" in stages:
             make_ptx = stages["ptx"]
             stages["ptx"] = lambda source, metadata: exact_lines(make_ptx(source, metadata))
         return "lines of files", "lines of files"
 
     knobs = triton.knobs
-    previous = knobs.runtime.add_stages_inspection_hook
-    knobs.runtime.add_stages_inspection_hook = hook
-    try:
-        with knobs.cache.scope():
-            # A separate folder: Triton 3.6 does not include the hook's result in the cache key.
-            name = hashlib.sha256(f"lines of files of {file}".encode()).hexdigest()[:16]
-            knobs.cache.dir = str(Path(knobs.cache.dir) / name)
-            yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook = previous
+    watched = patch.object(knobs.runtime, "add_stages_inspection_hook", hook)
+    with watched, knobs.cache.scope(), tempfile.TemporaryDirectory() as folder:
+        knobs.cache.dir = folder
+        yield
 
 
 _LOCATION = re.compile(r"((?:\.loc|inlined_at)\s+(\d+)\s+)([1-9]\d*)")
@@ -200,10 +139,6 @@ def exact_lines(ptx: str) -> str:
                 continue
         kept.append(_LOCATION.sub(lambda at: f"{at[1]}{int(at[2]) * LINES + int(at[3])}", line))
     return "\n".join(kept) + "\n"
-
-
-def _target_arch(arch: Architecture) -> str | int:
-    return arch.name if arch.is_amd else int(arch.name.removeprefix("sm_"))
 
 
 _Path = tuple[int, ...]
@@ -248,25 +183,27 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_nvidia(cubin: bytes, shared: int, warps: int) -> Binary:
+def _read_nvidia(cubin: bytes) -> tuple[dict[str, int], Listing]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _output(_tool("cuobjdump"), "--dump-resource-usage", str(path))
         listing = parse_sass(_output(_tool("nvdisasm"), "-g", "-c", str(path)))
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
-    return Binary(registers, listing.local_bytes(), stack, shared, warps, listing)
+    return {"registers": registers, "spilled": listing.local_bytes(), "stack": stack}, listing
 
 
-def _read_amd(text: str, shared: int, warps: int) -> Binary:
+def _read_amd(text: str) -> tuple[dict[str, int], Listing]:
     count = {
         key: int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1])
         for key in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     }
-    # vgpr_count covers the unified register file, accumulation registers included.
-    spilled = 4 * count["vgpr_spill_count"]  # scalar registers spill into vector lanes, not to memory
-    stack = count["private_segment_fixed_size"]
-    return Binary(count["vgpr_count"], spilled, stack, shared, warps, parse_amdgcn(text))
+    figures = {
+        "registers": count["vgpr_count"],  # of the unified file, accumulation registers included
+        "spilled": 4 * count["vgpr_spill_count"],  # scalar registers spill into vector lanes, not to memory
+        "stack": count["private_segment_fixed_size"],
+    }
+    return figures, parse_amdgcn(text)
 
 
 def _output(*command: str) -> str:

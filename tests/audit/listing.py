@@ -66,21 +66,16 @@ class Listing:
     labels: dict[str, int] = field(default_factory=dict)
     amd: bool = False
 
-    def loops(self) -> list[list[int]]:
-        """Outermost loops: sets of instructions that can reach each other, in order of their first address.
-
-        By control flow, not by addresses: compilers put waits past the program's end and jump back from there.
-        """
-        count = len(self.instructions)
-        flow = networkx.DiGraph((i, target) for i in range(count) for target in self._successors(i))
-        return sorted(sorted(c) for c in networkx.strongly_connected_components(flow) if len(c) > 1)
-
     def main_loop(self) -> list[int]:
         """Indices of the first outermost loop that multiplies; empty if there is none.
 
-        A loop multiplies if it has a tensor-core instruction or more than 32 fused multiply-adds.
+        A loop is what can reach each other, not what lies between two addresses: compilers put waits past the program's
+        end and jump back from there. It multiplies if it has a tensor-core instruction or more than 32 fused
+        multiply-adds.
         """
-        for loop in self.loops():
+        count = len(self.instructions)
+        flow = networkx.DiGraph((i, target) for i in range(count) for target in self._successors(i))
+        for loop in sorted(sorted(c) for c in networkx.strongly_connected_components(flow) if len(c) > 1):
             body = [self.instructions[i] for i in loop]
             if any(map(self.tensor_core, body)) or sum(map(self._multiply_add, body)) > 32:
                 return loop
@@ -109,28 +104,32 @@ class Listing:
             spilled.update((base, offset + byte) for byte in range(_sass_bits(instruction.opcode) // 8))
         return len(spilled)
 
-    def early_writes(self) -> list[tuple[str, str]]:
-        """Hopper products with a left operand in registers, each with a write to one of these before its wait.
+    def early_writes(self) -> int:
+        """Count writes to registers of a Hopper product's left operand before its wait.
 
         The tensor core may not have read it yet. Assemblers before 13.3 did this (triton-lang/triton#9433, #11781).
         """
-        found = []
+        found = 0
         for index, product in enumerate(self.instructions):
             left = re.match(r"R\d+, R(\d+)\S*, gdesc", product.operands)
             if left is None or not product.opcode.startswith("HGMMA"):
                 continue
-            read, seen, ahead = range(int(left[1]), int(left[1]) + 4), set(), self._successors(index)
+            read, seen = set(range(int(left[1]), int(left[1]) + 4)), set()
+            ahead = [(place, self._commits(product)) for place in self._successors(index)]
             while ahead:
-                place = ahead.pop()
+                place, groups = ahead.pop()  # groups of products that are complete, its own the first
                 after = self.instructions[place]
-                waits = after.opcode.startswith("WARPGROUP.DEPBAR") and after.operands.endswith("0x0")
-                if place in seen or waits:
+                wait = re.fullmatch(r"gsb0, 0x(\d)", after.operands)  # until so many groups are under way
+                if (place, groups) in seen or (wait and (wait[1] == "0" or groups > int(wait[1]))):
                     continue
-                seen.add(place)
-                ahead += self._successors(place)
-                if set(read) & set(_written(after)):
-                    found.append((f"{product.opcode} {product.operands}", f"{after.opcode} {after.operands}"))
+                found += place not in {known for known, _ in seen} and bool(read & set(_written(after)))
+                seen.add((place, groups))
+                groups = min(groups + self._commits(after), 9)
+                ahead += [(following, groups) for following in self._successors(place)]
         return found
+
+    def _commits(self, instruction: Instruction) -> int:
+        return instruction.opcode.startswith("HGMMA") and instruction.operands.endswith("gsb0")
 
     def _multiply_add(self, instruction: Instruction) -> bool:
         stems = ("v_fma", "v_pk_fma", "v_fmac", "v_mac") if self.amd else ("FFMA", "DFMA", "HFMA2")
@@ -237,23 +236,11 @@ def parse_amdgcn(text: str) -> Listing:
     return listing
 
 
-_AMD_WIDTHS = {
-    "dwordx4": 128,
-    "dwordx3": 96,
-    "dwordx2": 64,
-    "dword": 32,
-    "ushort": 16,
-    "sshort": 16,
-    "short": 16,
-    "ubyte": 8,
-    "sbyte": 8,
-    "byte": 8,
-}
-
-
 def _amd_access(instruction: Instruction) -> Access | None:
-    code = re.fullmatch(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?([a-z0-9]+)\w*", instruction.opcode)
+    width = r"(?:[us]?(dword|short|byte)(?:x(\d))?)?"
+    code = re.match(rf"(?:global|buffer|flat)_(load|store)_(?:lds_)?{width}", instruction.opcode)
     if code is None:
         return None
+    bits = {"short": 16, "byte": 8}.get(code[2], 32) * int(code[3] or 1)
     to_lds = "_lds_" in instruction.opcode or instruction.operands.endswith(" lds")
-    return Access(code[1], _AMD_WIDTHS.get(code[2], 32), to_lds, instruction.location)
+    return Access(code[1], bits, to_lds, instruction.location)

@@ -40,8 +40,9 @@ class Traffic:
 class Record:
     """The result of compiling one kernel at one configuration for one architecture.
 
-    Registers, spills and stack are per thread, shared memory per block. `early_writes` counts writes to a wgmma's left
-    operand before its wait. If there is an `error`, the other fields mean nothing.
+    Registers (on AMD vector and accumulation registers together) and bytes of spills and stack (spills included) are
+    per thread, bytes of shared memory per block. `early_writes` counts writes to a wgmma's left operand before its
+    wait, `key` is a hash of what all this follows from. If there is an `error`, the other fields mean nothing.
     """
 
     kernel: str
@@ -54,11 +55,11 @@ class Record:
     spilled: int = 0
     stack: int = 0
     shared: int = 0
-    warps: int = 0
     tensor_cores: Mapping[str, int] = field(default_factory=dict)  # in the main loop
     traffic: tuple[Traffic, ...] = ()
     narrow: Mapping[str, str] = field(default_factory=dict)
     early_writes: int = 0
+    key: str = ""
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +70,11 @@ class Record:
     def from_json(cls, data: Mapping[str, Any]) -> Record:
         """Rebuild from :meth:`to_json`."""
         return cls(**{**data, "traffic": tuple(Traffic(**entry) for entry in data["traffic"])})
+
+    @property
+    def group(self) -> str:
+        """The kernel and architecture."""
+        return f"{self.kernel} {self.arch}"
 
     @property
     def name(self) -> str:

@@ -1,44 +1,40 @@
 """Compiles every kernel at every shipped configuration for every architecture, in separate processes.
 
-No GPU is needed. Results are cached under a hash of all inputs.
+No GPU is needed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 import multiprocessing
-import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.pool import ThreadPool
+from typing import Any
 
-import triton
+import torch
 
 from smoa_kernels.backends.algorithms import FUSED_MAX_RANK_IEEE
 from smoa_kernels.checks import check_choices
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
-from smoa_kernels.files import cache_folder, replace_file
 from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
 from smoa_kernels.kernels.spec import Config, Kernel
 
-from .compile import Binary, Launch, compile_launch, representative_launch
+from .compile import Launch, compile_launch, representative_launch
 from .forms import AUDITED, LOOKED_UP, representative
+from .listing import Listing
+from .passed import key_of
 from .pointers import pointers_at
 from .rules import UNKNOWN, Record, Traffic
 
-__all__ = ["Task", "run_audit", "run_task", "tasks"]
+__all__ = ["KERNELS", "Task", "prepare", "run_audit", "run_task", "sample", "tasks"]
 
-SMOKE = ("sm_80", "sm_90", "sm_100")
 KERNELS = "smoa_kernels.kernels:KERNELS"
-_CACHE_SCHEMA = 7  # raised when a record gains a field or a parser reads something new
 
 
 @dataclass(frozen=True)
@@ -67,60 +63,48 @@ def _load(registry: str) -> Mapping[str, Kernel]:
     return known
 
 
-def tasks(
-    archs: Sequence[str] = (),
-    kernels: Sequence[str] = (),
-    dtypes: Sequence[str] = (),
-    *,
-    extent: str = "shipped",
-    registry: str = KERNELS,
-) -> list[Task]:
-    """All requested compilations, in the order of `archs`; an empty argument means all.
+def tasks(archs: Sequence[str] = (), kernels: Sequence[str] = (), registry: str = KERNELS) -> list[Task]:
+    """The largest tile in every form, the others in the first; in the order of `archs`. An empty argument means all.
 
     Args:
         archs: names of `ARCHITECTURES`.
         kernels: names in the registry.
-        dtypes: of `KERNEL_PRECISIONS`.
-        extent: "shipped": the largest tile in every form, the others in the first; "every": all in every form; "smoke":
-            the largest in its first form, on three architectures.
         registry: where kernels are.
     """
     known = _load(registry)
     check_choices("--arch", archs, ARCHITECTURES)
-    check_choices("--dtype", dtypes, KERNEL_PRECISIONS)
     check_choices("--kernel", kernels, known)
-    smoke = extent == "smoke"
     return [
         Task(kernel.name, form, index, arch, dtype, registry)
-        for arch in archs or (SMOKE if smoke else ARCHITECTURES)
+        for arch in archs or ARCHITECTURES
         for kernel in known.values()
         if not kernels or kernel.name in kernels
-        for dtype in dtypes or (("bf16",) if smoke else KERNEL_PRECISIONS)
-        if dtype != "tf32" or _knows_tf32(kernel, ARCHITECTURES[arch])
+        for dtype in KERNEL_PRECISIONS
         for place, index in enumerate(_distinct(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
-        for form in _forms(kernel, extent, largest=place == 0)
-        if not _loads_nothing_ahead(kernel, form, dtype, ARCHITECTURES[arch])
+        for form in AUDITED[kernel.name].forms[: 1 if place else None]
+        if _is_worth_it(kernel, form, dtype, ARCHITECTURES[arch])
     ]
 
 
-def _loads_nothing_ahead(kernel: Kernel, form: str, dtype: str, arch: Architecture) -> bool:
-    """Whether a form is slow by design: IEEE float32 at a rank at which "auto" takes another algorithm."""
-    many = representative(kernel.name, dtype, form).rank > FUSED_MAX_RANK_IEEE
-    return kernel.name == "fused_linear" and dtype == "fp32" and not arch.is_amd and many
+def sample(work: Sequence[Task]) -> list[Task]:
+    """A form of each kernel for three architectures, in bfloat16."""
+    first: dict[tuple[str, str], Task] = {}
+    for task in work:
+        if task.arch in ("sm_80", "sm_90", "sm_100") and task.dtype == "bf16":
+            first.setdefault((task.kernel, task.arch), task)
+    return list(first.values())
 
 
-def _knows_tf32(kernel: Kernel, arch: Architecture) -> bool:
-    """Whether TF32 differs from IEEE in the compiled code: not on AMD, nor in kernels that only copy."""
-    return not arch.is_amd and (
-        AUDITED[kernel.name].role != "copy" or "INPUT_PRECISION" in kernel.fn.arg_names
-    )
+def _is_worth_it(kernel: Kernel, form: str, dtype: str, arch: Architecture) -> bool:
+    """Whether a form is worth compiling. TF32 is IEEE on AMD and in kernels that only copy.
 
-
-def _forms(kernel: Kernel, extent: str, *, largest: bool) -> tuple[str, ...]:
-    forms = AUDITED[kernel.name].forms
-    if extent == "every" or (extent == "shipped" and largest):
-        return forms
-    return forms[:1] if extent == "shipped" or largest else ()
+    IEEE float32 is slow by design at a rank at which "auto" takes another algorithm.
+    """
+    if dtype == "tf32":
+        multiplies = AUDITED[kernel.name].role != "copy" or "INPUT_PRECISION" in kernel.fn.arg_names
+        return multiplies and not arch.is_amd
+    fused = kernel.name == "fused_linear" and dtype == "fp32" and not arch.is_amd
+    return not fused or representative(kernel.name, dtype, form).rank <= FUSED_MAX_RANK_IEEE
 
 
 def _distinct(configs: Sequence[Config]) -> list[int]:
@@ -130,49 +114,53 @@ def _distinct(configs: Sequence[Config]) -> list[int]:
 
 
 def run_audit(work: Sequence[Task], jobs: int) -> Iterator[Record]:
-    """Each task's record as it finishes. A compiler crash ends its process and breaks the whole pool."""
-    waiting = dict.fromkeys(work)
-    while waiting:
-        # Runs until a compiler crashes; the pool does not say which task it was.
-        with _workers(jobs) as pool, suppress(BrokenProcessPool):
-            pending = {pool.submit(run_task, task): task for task in waiting}
-            for future in as_completed(pending):
-                record = future.result()
-                del waiting[pending[future]]
-                yield record
-        # Tasks start in order, so it is a running one (one per worker) or a queued one (one more than that).
-        for task in list(waiting)[: 2 * jobs + 1]:
-            del waiting[task]
-            try:
-                with _workers(1) as pool:
-                    yield pool.submit(run_task, task).result()
-            except BrokenProcessPool:
-                yield replace(task.find()[2], error="the compiler ended its process")
+    """Each task's record as it finishes, each compiled in a process of its own: a compiler may crash."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ThreadPool(jobs) as pool:
+        yield from pool.imap_unordered(partial(_run_apart, context), work)
+
+
+def _run_apart(context: BaseContext, task: Task) -> Record:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, task))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        return replace(task.find()[2], error="the compiler ended its process")
+    finally:
+        process.join()
+
+
+def _answer(sender: Connection, task: Task) -> None:
+    torch.set_num_threads(1)
+    sender.send(run_task(task))
+
+
+def prepare(task: Task) -> tuple[Kernel, Launch, Record]:
+    """What to compile, and its record with what is known before that, its key too."""
+    kernel, config, blank = task.find()
+    launch = representative_launch(kernel, config, task.dtype, task.form, ARCHITECTURES[task.arch])
+    return kernel, launch, replace(blank, key=key_of(kernel.fn, launch, blank))
 
 
 def run_task(task: Task) -> Record:
-    """Compile one configuration, or take it from the cache."""
-    kernel, config, blank = task.find()
-    arch = ARCHITECTURES[task.arch]
+    """Compile one configuration."""
     try:
-        launch = representative_launch(kernel, config, task.dtype, task.form, arch)
-        path = cache_folder() / "audit" / f"{_key(kernel, launch, blank)}.json"
-        if (cached := _read(path)) is not None:
-            return cached
+        kernel, launch, blank = prepare(task)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Triton's deprecation warnings
-            record = _record(blank, compile_launch(kernel.fn, launch, arch))
+            figures, listing = compile_launch(kernel.fn, launch, ARCHITECTURES[task.arch])
+        return replace(blank, **figures, **_judged(listing))
     except Exception as error:  # any error of a compiler is a finding about this configuration
         last = (str(error).strip().splitlines() or [""])[-1].strip()
-        return replace(blank, error=f"{type(error).__name__}: {last}")
-    with suppress(OSError):  # a full disk only loses the cache
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(record.to_json()).encode())
-    return record
+        return replace(task.find()[2], error=f"{type(error).__name__}: {last}")
 
 
-def _record(blank: Record, binary: Binary) -> Record:
-    listing = binary.listing
+def _judged(listing: Listing) -> dict[str, Any]:
+    """What of the machine code the rules judge, as `Record` names it."""
     main_loop = set(listing.main_loop())
     tensor_cores: Counter[str] = Counter()
     traffic: Counter[tuple[str, str, int, bool, bool]] = Counter()
@@ -184,46 +172,8 @@ def _record(blank: Record, binary: Binary) -> Record:
             pointers = pointers_at(*access.location, access.kind) if access.location else frozenset()
             name = "|".join(sorted(pointers)) or UNKNOWN
             traffic[name, access.kind, access.bits, access.asynchronous, inside] += 1
-    return replace(
-        blank,
-        registers=binary.registers,
-        spilled=binary.spilled,
-        stack=binary.stack,
-        shared=binary.shared,
-        warps=binary.warps,
-        tensor_cores=dict(tensor_cores),
-        early_writes=len(listing.early_writes()),
-        traffic=tuple(Traffic(*key, count) for key, count in sorted(traffic.items())),
-    )
-
-
-def _key(kernel: Kernel, launch: Launch, blank: Record) -> str:
-    """Hash of all that decides a record: source, launch, architecture, dtype, Triton, and this schema."""
-    decides = [_CACHE_SCHEMA, triton.__version__, kernel.fn.cache_key, blank.to_json(), asdict(launch)]
-    return hashlib.sha256(json.dumps(decides, default=str, sort_keys=True).encode()).hexdigest()
-
-
-def _read(path: Path) -> Record | None:
-    try:
-        return Record.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # missing, truncated or invalid: compile again and overwrite
-
-
-@contextmanager
-def _workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    """Spawned processes that compile, each with its own Triton cache."""
-    with tempfile.TemporaryDirectory(prefix="smoa-audit-") as folder:
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_start_worker, initargs=(folder,))
-        try:
-            yield pool
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker(triton_cache: str) -> None:
-    os.environ["TRITON_CACHE_DIR"] = triton_cache
-    import torch
-
-    torch.set_num_threads(1)
+    return {
+        "tensor_cores": dict(tensor_cores),
+        "early_writes": listing.early_writes(),
+        "traffic": tuple(Traffic(*key, count) for key, count in sorted(traffic.items())),
+    }

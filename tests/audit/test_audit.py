@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="there is no compiler")
 
 from .compile import exact_lines
 from .listing import parse_amdgcn, parse_sass
+from .passed import sources
 from .pointers import pointers_by_line
 from .rules import Record, Traffic, broken_rules
 
@@ -161,7 +163,7 @@ REGISTER_OPERAND = """
 )
 def test_a_register_operand_is_written_only_after_the_wait(old, new, early):
     """On every path from the product, also around its loop."""
-    assert len(parse_sass(REGISTER_OPERAND.replace(old, new)).early_writes()) == early
+    assert parse_sass(REGISTER_OPERAND.replace(old, new)).early_writes() == early
 
 
 def test_amdgcn():
@@ -209,7 +211,6 @@ GOOD = Record(
     *("block_matmul", "r16", "matmul", {"block_t": 128}, "sm_90", "bf16"),
     registers=168,
     shared=60_000,
-    warps=8,
     tensor_cores={"HGMMA": 8},
     traffic=(LOADS, Traffic("index_ptr", "load", 32, False, True, 1), Traffic("y_ptr", "store", 16, False, False, 64)),
     narrow={"index_ptr": "one per column"},
@@ -252,29 +253,59 @@ def test_rules(change, rule):
     assert broken == () if rule is None else any(rule in one for one in broken), broken
 
 
-def test_a_record_survives_json():
-    assert Record.from_json(json.loads(json.dumps(GOOD.to_json()))) == GOOD
+MODULE = """
+import triton.language as tl
+from triton.runtime.jit import JITFunction as jit
+WIDTH = tl.constexpr(8)
+@jit
+def helper(x):
+    return x + WIDTH
+@jit
+def kernel(x_ptr):
+    tl.store(x_ptr, helper(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("    return x", '    """What it does."""\n    return x', True),
+        ("import triton.language", "\n# a line\nimport triton.language", True),
+        ("return x + WIDTH", "return (x+WIDTH)  # a word", True),
+        ("return x + WIDTH", "return x - WIDTH", False),
+        ("constexpr(8)", "constexpr(4)", False),
+        ("helper(1)", "helper(2)", False),
+    ],
+)
+def test_what_a_kernel_compiles_from(tmp_path, old, new, same):
+    """Its code, that of what it calls and the constants that these read; not how they are written."""
+
+    def found(name: str, text: str) -> list[str]:
+        path = tmp_path / name
+        path.write_text(text)
+        return sources(runpy.run_path(str(path))["kernel"])
+
+    assert (found("a.py", MODULE) == found("b.py", MODULE.replace(old, new))) == same
 
 
 @pytest.fixture
-def audit(tmp_path: Path) -> Callable[..., tuple[int, str, dict[object, Record]]]:
-    """Audits toy kernels (toys.py) in a compiling process; returns exit code, output and records by kernel or block."""
+def audit(tmp_path: Path) -> Callable[..., tuple[int, str, dict[str, Record]]]:
+    """Audits toy kernels (toys.py) in a compiling process; returns exit code, output and records by kernel."""
 
-    def run(*options: str, registry: str = "TOYS") -> tuple[int, str, dict[object, Record]]:
-        command = [sys.executable, "-m", "audit", "--dtype", "bf16", "--jobs", "2", "--json", "out.json"]
+    def run(*options: str) -> tuple[int, str, dict[str, Record]]:
         tests = Path(__file__).resolve().parents[1]
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment |= {"PYTHONPATH": f"{tests}:{tests.parent}", "SMOA_CACHE": str(tmp_path)}
-        command += ["--registry", f"audit.toys:{registry}", *options]
+        environment["PYTHONPATH"] = f"{tests}:{tests.parent}"
+        command = [sys.executable, "-m", "audit", "--json", "out.json", "--passed", ".", *options]
+        command += ["--registry", "audit.toys:TOYS"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
         assert done.returncode in (0, 1), done.stderr
         found = json.loads((tmp_path / "out.json").read_text())
         assert [bool(entry.pop("broken_rules")) for entry in found].count(True) == done.stdout.count("BROKEN")
-        records = map(Record.from_json, found)
         return (
             done.returncode,
             done.stdout,
-            {r.config["block"] if registry != "TOYS" else r.kernel: r for r in records},
+            {record.kernel: record for record in map(Record.from_json, found)},
         )
 
     return run
@@ -282,9 +313,11 @@ def audit(tmp_path: Path) -> Callable[..., tuple[int, str, dict[object, Record]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "core"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "MFMA")])
-def test_good_and_bad_kernels(audit, tmp_path, arch, core):
-    code, out, records = audit("--arch", arch)
-    good, bad, copy = (records[name] for name in ("toy_matmul", "toy_misaligned", "toy_copy"))
+def test_good_and_bad_kernels(audit, arch, core):
+    code, out, records = audit("--arch", arch, "--dtype", "bf16")
+    good, bad, copy, crashed = (
+        records[f"toy_{name}"] for name in ("matmul", "misaligned", "copy", "crashing")
+    )
     assert (code, out.count("BROKEN toy_misaligned")) == (1, 1)
     assert broken_rules(good) == ()
     assert good.tensor_cores[core] > 0
@@ -292,19 +325,26 @@ def test_good_and_bad_kernels(audit, tmp_path, arch, core):
     assert any("loads of 16 bits through x_ptr" in rule for rule in broken_rules(bad))
     assert not any("x_ptr" in rule for rule in broken_rules(copy))  # declared narrow, and it is narrow
     assert any("through x_ptr" in rule for rule in broken_rules(replace(copy, narrow={})))
-    cached = sorted((tmp_path / "audit").iterdir())
-    spoiled = next(path for path in cached if "toy_copy" in path.read_text())
-    spoiled.write_text(spoiled.read_text()[:40])  # like a crash during a non-atomic write
-    assert audit("--arch", arch)[2] == records
-    assert sorted((tmp_path / "audit").iterdir()) == cached
+    assert broken_rules(crashed) == ("does not compile: the compiler ended its process",)
 
 
 @pytest.mark.slow
-@pytest.mark.long
-def test_a_compiler_that_crashes_is_a_finding(audit):
-    """Such a task is recorded as crashed; one that crashed only once gets its normal record."""
-    code, _, records = audit("--arch", "sm_80", registry="CRASHES")
-    assert code == 1
-    assert set(records) == {256, 128, 64, 512, 1024, 2048}
-    assert records.pop(64).error == "the compiler ended its process"
-    assert all(record.error is None for record in records.values())
+def test_what_passed_is_compiled_again_only_after_a_change(audit, tmp_path):
+    """For another Triton is told what has changed since it passed."""
+    copy, both = ("--kernel", "toy_copy"), ("--kernel", "toy_copy", "--kernel", "toy_misaligned")
+    assert audit("--arch", "gfx942", *both)[0] == 1
+    (listed,) = tmp_path.glob("*.txt")
+    now = listed.read_text()
+    assert now.startswith("toy_copy gfx942: 3 forms, ")
+    assert now.count("\n") == 1  # what broke a rule is not listed
+    other, changed = tmp_path / "3.6.txt", now.replace("forms, ", "forms, 0")
+    other.write_text(now)
+    assert audit("--arch", "gfx942", *copy)[::2] == (0, {})
+    assert list(audit("--arch", "gfx942", *both)[2]) == ["toy_misaligned"]
+    assert list(audit("--arch", "sm_80", *copy, "--dtype", "bf16")[2]) == ["toy_copy"]
+    listed.write_text(changed)
+    other.write_text(changed)
+    code, out, records = audit("--arch", "gfx942", *copy)
+    assert (code, list(records)) == (1, ["toy_copy"])
+    assert "Triton 3.6, not listed as passed: toy_copy gfx942\n" in out
+    assert (listed.read_text(), other.read_text()) == (now, changed)

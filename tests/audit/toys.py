@@ -6,8 +6,8 @@ Only audit workers import this file, since they compile with Triton.
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -33,10 +33,14 @@ def toy_matmul(x_ptr, w_ptr, y_ptr, C, stride_x, stride_w, stride_y, BLOCK: tl.c
     tl.store(y_ptr + rows[:, None] * stride_y + cols[None, :], acc.to(y_ptr.dtype.element_ty))
 
 
-@triton.jit
 def toy_copy(x_ptr, y_ptr, stride_x, BLOCK: tl.constexpr):
     slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + slots, tl.load(x_ptr + slots * stride_x))
+
+
+# The compiler of the second crashes.
+toy_copy, crashing = triton.JITFunction(toy_copy), triton.JITFunction(toy_copy)
+crashing.get_capture_scope = lambda: os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def matmul_work(operands: Operands) -> Work:
@@ -52,62 +56,29 @@ def matmul_work(operands: Operands) -> Work:
     return run, lambda dtype: []
 
 
-def copy_work(operands: Operands) -> Work:
+def copy_work(fn: Any, operands: Operands) -> Work:
     x = y = operands.tensor(64)
 
     def run(config: Any) -> list[torch.Tensor]:
-        toy_copy[(1,)](x, y, 3, BLOCK=config.block, num_warps=config.num_warps)
+        fn[(1,)](x, y, 3, BLOCK=config.block, num_warps=config.num_warps)
         return [y]
 
     return run, lambda dtype: []
 
 
-def crashing_work(operands: Operands) -> Work:
-    """Simulates a crashing compiler: always at block 64, once at block 256."""
-    run, truth = copy_work(operands)
-    first = Path(os.environ["SMOA_CACHE"]) / "crashed"
-
-    def crash(config: Any) -> Any:
-        if config.block == 64 or (config.block == 256 and not first.exists()):
-            first.touch()
-            os.kill(os.getpid(), signal.SIGSEGV)
-        return run(config)
-
-    return crash, truth
-
-
-def toy(
-    name: str,
-    fn: Any,
-    role: Literal["matmul", "copy"],
-    form: str,
-    work: Callable[[Operands], Work],
-    *blocks: int,
-    **narrow: str,
-) -> Kernel:
-    configs = tuple(Config(block=block) for block in blocks)
+def toy(name: str, fn: Any, work: Callable[[Operands], Work], block: int, audited: Audited) -> Kernel:
     WORKLOADS[name] = work
-    AUDITED[name] = Audited(role, (form,), narrow)
-    return Kernel(name, fn, lambda arch, precision: configs)
+    AUDITED[name] = audited
+    return Kernel(name, fn, lambda arch, precision: (Config(block=block),))
 
 
-REASON = "strided on purpose"
+STRIDED = Audited("copy", ("strided",), {"x_ptr": "strided on purpose"})
 TOYS = {
     kernel.name: kernel
     for kernel in (
-        toy("toy_matmul", toy_matmul, "matmul", "aligned", matmul_work, 64),
-        toy("toy_misaligned", toy_matmul, "matmul", "misaligned", matmul_work, 64),
-        toy("toy_copy", toy_copy, "copy", "strided", copy_work, 1024, x_ptr=REASON),
-    )
-}
-CRASHES = {
-    "toy_crashing": toy(
-        "toy_crashing",
-        toy_copy,
-        "copy",
-        "strided",
-        crashing_work,
-        *(256, 128, 64, 512, 1024, 2048),
-        x_ptr=REASON,
+        toy("toy_matmul", toy_matmul, matmul_work, 64, Audited("matmul", ("aligned",))),
+        toy("toy_misaligned", toy_matmul, matmul_work, 64, Audited("matmul", ("misaligned",))),
+        toy("toy_copy", toy_copy, partial(copy_work, toy_copy), 2048, STRIDED),
+        toy("toy_crashing", crashing, partial(copy_work, crashing), 2048, STRIDED),
     )
 }

@@ -30,8 +30,8 @@ narrow_rank = [Task("block_grad", "r4", 0, arch, "bf16") for arch in ("sm_90", "
 narrow_rank += [Task("sum_partials", "r4 transposed", 0, "sm_90", "bf16")]
 weight, hopper = KERNELS["modulated_weight"], ARCHITECTURES["sm_90"]
 config = weight.shipped(hopper, PRECISIONS["bf16"])[-1]
-binary = compile_launch(weight.fn, representative_launch(weight, config, "bf16", "r16", hopper), hopper)
-arithmetic = [i.opcode.split(".")[0] for i in binary.listing.instructions]
+_, listing = compile_launch(weight.fn, representative_launch(weight, config, "bf16", "r16", hopper), hopper)
+arithmetic = [i.opcode.split(".")[0] for i in listing.instructions]
 print(json.dumps({
     "narrow rank": [run_task(task).to_json() for task in narrow_rank],
     "fused and not": [arithmetic.count(opcode) for opcode in ("FFMA", "FADD")],

@@ -1,0 +1,99 @@
+"""What passed the audit by each version of Triton: `passed/3.9.txt`. `make audit` writes it, and it is committed.
+
+So an audit compiles only what a change touched. A line is one kernel on one architecture: how many forms passed, and a
+digest of their keys.
+
+A form's key is a hash of what its result follows from but for the compiler. It is the same on every machine and by
+every Python and Triton; comments, docstrings and layout do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+from .compile import Launch
+from .rules import Record, broken_rules
+
+__all__ = ["FOLDER", "VERSION", "code_of", "key_of", "lines_of", "read", "sources", "update"]
+
+FOLDER = Path(__file__).parent / "passed"
+VERSION = ".".join(triton.__version__.split(".")[:2])
+_SCHEMA = 8  # raised when the audit reads or asks something new: then nothing is listed any more
+
+
+def code_of(source: str) -> str:
+    """Python source without comments, docstrings and layout."""
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if documented and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.unparse(tree)
+
+
+@cache
+def sources(kernel: JITFunction) -> list[str]:
+    """The code of a kernel and of all functions that it calls, and the constants that they read."""
+    found: set[str] = set()
+    ahead = [kernel]
+    while ahead:
+        function = ahead.pop()
+        code = code_of("".join(function.raw_src))
+        if code in found:
+            continue
+        found.add(code)
+        for name in {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}:
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, JITFunction):
+                ahead.append(value)
+            elif isinstance(value, tl.constexpr):
+                found.add(f"{name} = {value.value!r}")
+    return sorted(found)
+
+
+def key_of(kernel: JITFunction, launch: Launch, blank: Record) -> str:
+    """Hash of a launch, and of what is known of its record before compiling."""
+    known = blank.kernel, blank.form, blank.role, blank.arch, blank.dtype, sorted(blank.narrow)
+    return _digest([_SCHEMA, sources(kernel), asdict(launch), known])
+
+
+def lines_of(records: Iterable[Record]) -> dict[str, str]:
+    """The line of each kernel on each architecture. `records` have a key and are all of their kernel's forms there."""
+    keys = defaultdict(list)
+    for record in records:
+        keys[record.group].append(record.key)
+    return {name: f"{len(found)} forms, {_digest(sorted(found))[:16]}" for name, found in keys.items()}
+
+
+def read(folder: Path) -> dict[str, str]:
+    """The lines of what passed by this version of Triton."""
+    path = folder / f"{VERSION}.txt"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return dict(line.split(": ") for line in text.splitlines())
+
+
+def update(folder: Path, lines: Mapping[str, str], records: Sequence[Record]) -> None:
+    """List what passed in all its forms, and forget what is broken or was listed before a change."""
+    counts = Counter(record.group for record in records)
+    broken = {record.group for record in records if broken_rules(record)}
+    kept = {name: line for name, line in read(folder).items() if lines.get(name, line) == line}
+    whole = {name: line for name, line in lines.items() if line.startswith(f"{counts[name]} forms,")}
+    listed = sorted(f"{name}: {line}\n" for name, line in {**kept, **whole}.items() if name not in broken)
+    folder.mkdir(exist_ok=True)
+    (folder / f"{VERSION}.txt").write_text("".join(listed), encoding="utf-8")
+
+
+def _digest(decides: object) -> str:
+    return hashlib.sha256(json.dumps(decides, default=str, sort_keys=True).encode()).hexdigest()
