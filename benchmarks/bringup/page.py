@@ -10,7 +10,7 @@ from smoa_kernels.tuning.plan import describe, describe_choice, job, winner
 from smoa_kernels.tuning.roofline import Estimate, Problem, estimate, parts
 
 from .. import tables
-from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
+from ..providers import FROZEN, HIRA, LORA, SMOA, Case
 from ..results import Result
 from .state import State
 
@@ -18,7 +18,6 @@ WAYS = {
     FROZEN: "frozen",
     LORA: "lora",
     HIRA: "hira",
-    PAPER: "paper_dense",
     f"{SMOA} merged": "merged",
     f"{SMOA} split": "split",
 }

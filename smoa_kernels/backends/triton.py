@@ -186,7 +186,7 @@ def _choose(stage: str, layout: Layout, tokens: int, allow_tf32: bool, batch: in
     name = precision_of(layout.dtype, ieee=not allow_tf32).name
     sizes = layout.rank, layout.num_blocks, *layout.features, tokens
     key = Key(stage, name, *sizes, granule=layout.granule, factors=layout.factors)
-    measured = table.tuned_algorithm(key, layout.device, admissible(stage, name))
-    if measured is not None:
+    measured = table.fastest(key, layout.device, admissible(stage, name))
+    if isinstance(measured, str):
         return measured
     return choose_algorithm(stage, tokens, layout.rank, name, architecture(layout.device), batch)

@@ -1,33 +1,34 @@
-"""The table of measured choices: which launch parameters and algorithms are in force, and how they are kept on disk.
+"""What is known of the kernels on one GPU, kept on disk: measured choices, and verdicts on forms (`backends/verified`).
 
 There is one JSON file per GPU: the user's in the cache folder, which comes first, and one that may ship with the
-package. Where neither has measured a problem, the heuristic answers. An entry that was measured on something else, by
-its `Identity`, stays in the file and is not used.
+package. Where neither has measured a problem, the heuristic answers. What was measured on another `Identity` stays in
+the file and is not used.
 
-A table never stops a run. A bad entry is skipped, and the others stay in force. A file that is no table is not used,
-and the next writer sets it aside (`tuning/measure.py`). Both are named in a warning and in `smoa-kernels info`.
+A table never stops a run. A bad entry is skipped. A file that is no table is not used, and the next writer sets it
+aside. Both are named in a warning and in `smoa-kernels info`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import stat
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
+from filelock import FileLock
 
 from .. import kernels
 from ..checks import check_choice, check_kind, shown
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, precision_of
-from ..files import cache_folder
+from ..files import cache_folder, replace_file
 from .architectures import architecture, facts, gpu_properties, multiprocessors
 from .spec import ALGORITHM_KEYS, Config, Key, bucket
 
@@ -41,19 +42,18 @@ __all__ = [
     "Identity",
     "Table",
     "Trial",
+    "fastest",
     "forget",
     "identity",
-    "parse",
+    "keep",
     "read",
     "remembered",
     "select",
-    "tuned_algorithm",
     "user_table",
 ]
 
 SCHEMA = 2
 SHIPPED = Path(__file__).resolve().parent / "tables"
-MOST_BYTES = 16 * 2**20  # thousands of entries
 
 Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm."""
@@ -122,22 +122,14 @@ def select(
 @remembered
 def _selected(key: Key, device: torch.device) -> Choice:
     default = kernels.KERNELS[key.kernel].default
-    return _fastest(key, device) or default(key, architecture(device), multiprocessors(device))
+    return fastest(key, device) or default(key, architecture(device), multiprocessors(device))
 
 
-def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> str | None:
-    """Return the algorithm measured fastest among `allowed`; None where none was measured. Nothing is kept.
+def fastest(key: Key, device: torch.device, allowed: Sequence[Choice] | None = None) -> Choice | None:
+    """Return the fastest choice, among `allowed` where given; None where none of them was measured.
 
-    Args:
-        key: the problem; its `kernel` is one of `spec.ALGORITHM_KEYS`.
-        device: of the operands.
-        allowed: whose rounding the caller accepts, the same at every call with this key.
+    It is that of the first entry which timed one, the user's before the shipped one. Nothing is remembered.
     """
-    return _fastest(key, device, allowed)  # type: ignore[return-value]  # whose choices are algorithms
-
-
-def _fastest(key: Key, device: torch.device, allowed: Sequence[str] | None = None) -> Choice | None:
-    """The fastest choice of the first entry that timed something allowed, the user's before the shipped one."""
     best = (table.entries[key].best(allowed) for table in _tables(device) if key in table.entries)
     return next((trial.choice for trial in best if trial is not None), None)
 
@@ -267,11 +259,13 @@ class Entry:
         for name, default in Key._field_defaults.items():
             check_kind(name, getattr(key, name), type(default))
         trials = tuple(
-            Trial(_choice(key, identity, t["choice"]), _seconds(t.get("seconds")), t.get("reason"))
+            Trial(_choice(key, identity, t["choice"]), t.get("seconds"), t.get("reason"))
             for t in data["trials"]
         )
         for trial in trials:
             check_kind("reason", trial.reason, str if trial.seconds is None else type(None))
+            if trial.seconds is not None and not 0 < trial.seconds <= sys.float_info.max:
+                raise ValueError(f"seconds must be positive and finite, got {shown(trial.seconds)}")
         entry = cls(key, identity, trials)
         if entry.to_json() != data:
             raise ValueError("a field is unknown, or of another type")
@@ -290,13 +284,6 @@ def _choice(key: Key, identity: Identity, data: Any) -> Choice:
     raise ValueError(f"choice must be a configuration that ships and divides the layout, got {shown(data)}")
 
 
-def _seconds(value: Any) -> float | None:
-    if value is not None and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
-        raise ValueError(f"seconds must be positive and finite, got {shown(value)}")
-    seconds: float | None = value
-    return seconds
-
-
 @dataclass
 class Table:
     """What a file holds.
@@ -305,10 +292,12 @@ class Table:
         entries: by problem, those that are in force.
         stale: what was measured on something else, as it was read: it stays in the file.
         skipped: why an entry was skipped, and the entry as it was read: likewise.
+        verdicts: on the kernels' forms, by the versions that they were found with: why a form is refused, or "".
         broken: why the file is no table; empty where it is one.
     """
 
     entries: dict[Key, Entry] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
     stale: list[Any] = field(default_factory=list)
     skipped: list[tuple[str, Any]] = field(default_factory=list)
     broken: str = ""
@@ -336,30 +325,20 @@ def read(path: Path, now: Identity) -> Table:
         now: what entries must have been measured on to be in force.
     """
     try:
-        return parse(path, now)
-    except OSError as error:
-        return Table(broken=f"cannot be read: {error}")
-
-
-def parse(path: Path, now: Identity) -> Table:
-    """Read a table as :func:`read` does; raise an OSError where the file cannot be read."""
-    try:
-        found = path.stat()
+        data = json.loads(path.read_bytes())
     except FileNotFoundError:
         return Table()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{path} is not a file")  # a pipe would be waited for
-    if found.st_size > MOST_BYTES:
-        return Table(broken=f"holds {found.st_size} bytes, more than any table ({MOST_BYTES})")
-    try:
-        data = json.loads(path.read_bytes())
+    except OSError as error:
+        return Table(broken=f"cannot be read: {error}")
     except (ValueError, RecursionError) as error:
         return Table(broken=f"is not JSON ({error})")
     if not isinstance(data, dict) or not isinstance(data.get("entries"), list):
         return Table(broken="is not a table of smoa-kernels")
     if data.get("schema") != SCHEMA:
         return Table(broken=f"has schema {shown(data.get('schema'))}, this version knows {SCHEMA}")
-    table = Table()
+    table = Table(verdicts=data.get("verdicts", {}))
+    if not isinstance(table.verdicts, dict) or not all(isinstance(f, dict) for f in table.verdicts.values()):
+        return Table(broken="holds no verdicts by versions")
     for number, raw in enumerate(data["entries"], start=1):
         try:
             if raw["identity"] == asdict(now):
@@ -373,3 +352,50 @@ def parse(path: Path, now: Identity) -> Table:
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             table.skipped.append((f"entry {number}: {why}"[:300], raw))
     return table
+
+
+def keep(
+    now: Identity,
+    key: Key | None = None,
+    *trials: Trial,
+    verdicts: Mapping[str, dict[str, str]] | None = None,
+) -> Table:
+    """Add to the user's table; return the table.
+
+    Writers hold a lock, read the file again, add their results and replace it in one step: two of them lose nothing,
+    and a reader never sees half a file. Entries that are skipped stay in the file, because another version may know
+    them. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
+
+    Args:
+        now: the identity of GPU and software of the trials.
+        key: the problem of the trials, which are in force from now on; None adds none.
+        trials: see :meth:`Entry.add`.
+        verdicts: see :class:`Table`.
+
+    Raises:
+        OSError: the folder cannot be written to, or another process holds the lock for a minute.
+    """
+    path = user_table(now.gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
+        found = read(path, now)
+        if found.broken.startswith("cannot be read"):
+            raise OSError(found.broken)
+        if found.broken:
+            number = 1
+            while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
+                number += 1
+            os.replace(path, aside)
+            warnings.warn(f"tuning table {path} {found.broken}; set aside as {aside.name}", stacklevel=2)
+            found = Table()
+        if key is not None:
+            found.entries[key] = found.entries.get(key, Entry(key, now)).add(*trials)
+        for versions, forms in (verdicts or {}).items():
+            found.verdicts[versions] = found.verdicts.get(versions, {}) | forms
+        entries = [entry.to_json() for entry in found.entries.values()]
+        entries += found.stale + [raw for _, raw in found.skipped]
+        data = {"schema": SCHEMA, "entries": entries, "verdicts": found.verdicts}
+        replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
+    if verdicts is None:
+        forget()
+    return found

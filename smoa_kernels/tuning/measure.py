@@ -7,13 +7,11 @@ tried again: it is saved as unfinished before it runs, and its result replaces t
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,16 +19,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from ..checks import first_line
 from ..definition.precision import PRECISIONS
-from ..files import replace_file
-from ..kernels import table
 from ..kernels.launch import on_device
 from ..kernels.spec import Key
-from ..kernels.table import INTERRUPTED, SCHEMA, UNFINISHED, Choice, Entry, Identity, Table, Trial, identity
+from ..kernels.table import INTERRUPTED, UNFINISHED, Choice, Entry, Trial, identity, keep
 from .plan import Job
 from .workloads import WORKLOADS, Operands
 
@@ -39,7 +34,6 @@ __all__ = [
     "Timer",
     "Workload",
     "gpu_timer",
-    "keep",
     "left",
     "tune",
     "workload",
@@ -271,41 +265,3 @@ def workload(key: Key, device: torch.device) -> Workload:
     """The workload of a key on `device`, the same at each call."""
     form = "contiguous" if key.granule > 1 else ""  # blocks of granules mostly are contiguous
     return Workload(key, *WORKLOADS[key.kernel](Operands(key, form, device)))
-
-
-# Storing
-
-
-def keep(now: Identity, key: Key | None = None, *trials: Trial) -> Table:
-    """Add trials of a problem to the user's table, in force from now on; return the table.
-
-    Writers hold a lock, read the file again, add their results and replace it in one step: two of them lose nothing,
-    and a reader never sees half a file. Entries that are skipped stay in the file, because another version may know
-    them. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
-
-    Args:
-        now: the identity of GPU and software of the trials.
-        key: the problem; None adds nothing.
-        trials: see :meth:`Entry.add`.
-
-    Raises:
-        OSError: the folder cannot be written to, or another process holds the lock for a minute.
-    """
-    path = table.user_table(now.gpu)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
-        found = table.parse(path, now)
-        if found.broken:
-            number = 1
-            while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
-                number += 1
-            os.replace(path, aside)
-            warnings.warn(f"tuning table {path} {found.broken}; set aside as {aside.name}", stacklevel=2)
-            found = Table()
-        if key is not None:
-            found.entries[key] = found.entries.get(key, Entry(key, now)).add(*trials)
-        entries = [entry.to_json() for entry in found.entries.values()]
-        entries += found.stale + [raw for _, raw in found.skipped]
-        replace_file(path, f"{json.dumps({'schema': SCHEMA, 'entries': entries}, indent=1)}\n".encode())
-    table.forget()
-    return found

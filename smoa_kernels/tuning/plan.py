@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .. import kernels
 from ..backends import MOST_TRITON_RANKS
-from ..backends.algorithms import admissible, choose_algorithm
+from ..backends.algorithms import admissible, choose_algorithm, padded
 from ..checks import check_choice, check_count
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.architectures import facts
@@ -39,7 +39,7 @@ def keys(layer: Problem) -> Iterator[Key]:
 def _layer_keys(layer: Problem) -> Iterator[Key]:
     n, c, t = layer.out_features, layer.in_features, bucket(layer.tokens)
     blocks, parts = layer.num_blocks, gradient_parts(layer)
-    rows, cols = (layer.padded(features) // blocks for features in (n, c))
+    rows, cols = (padded(features, blocks) // blocks for features in (n, c))
     common = (layer.precision, layer.max_rank, blocks)
     # Copying kernels distinguish dtypes, not how float32 is multiplied.
     copied = "fp32" if layer.precision == "tf32" else layer.precision

@@ -26,9 +26,9 @@ from tuning_cases import (
 )
 
 from smoa_kernels.kernels.spec import Key
-from smoa_kernels.kernels.table import INTERRUPTED, UNFINISHED, Choice, Trial, identity
+from smoa_kernels.kernels.table import INTERRUPTED, UNFINISHED, Choice, Trial, identity, keep
 from smoa_kernels.tuning import measure
-from smoa_kernels.tuning.measure import MOST_CHARACTERS, DeviceLostError, Workload, keep, tune, workload
+from smoa_kernels.tuning.measure import MOST_CHARACTERS, DeviceLostError, Workload, tune, workload
 from smoa_kernels.tuning.plan import jobs, keys
 from smoa_kernels.tuning.roofline import Problem
 

@@ -12,8 +12,7 @@ from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.architectures import facts
 from smoa_kernels.kernels.spec import Config, Key
-from smoa_kernels.kernels.table import SCHEMA, Choice, Entry, Trial, identity, read, select, user_table
-from smoa_kernels.tuning.measure import keep
+from smoa_kernels.kernels.table import SCHEMA, Choice, Entry, Trial, identity, keep, read, select, user_table
 from smoa_kernels.tuning.plan import Job
 
 CPU = torch.device("cpu")
