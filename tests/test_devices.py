@@ -107,7 +107,8 @@ def test_info_judges_a_table_for_each_of_two_gpus_of_one_name(
     pytest.importorskip("typer", reason="needs the cli extra")
     pytest.importorskip("triton", reason="needs triton")
     from smoa_kernels.cli import info
-    from smoa_kernels.kernels.table import Identity, Table
+    from smoa_kernels.kernels.architectures import Identity
+    from smoa_kernels.kernels.table import Table
 
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     (tmp_path / "tuning").mkdir()

@@ -6,7 +6,7 @@ import torch
 
 from smoa_kernels.kernels.table import Entry
 from smoa_kernels.tuning.gpus import GPUS, Gpu, Rates
-from smoa_kernels.tuning.plan import describe, describe_choice, job, winner
+from smoa_kernels.tuning.plan import candidates, describe, describe_choice, winner
 from smoa_kernels.tuning.roofline import Estimate, Problem, estimate, parts
 
 from .. import tables
@@ -116,10 +116,8 @@ def _tuning(state: State) -> str:
     rows = []
     for entry in entries:
         now = entry.identity
-        best, default = (
-            winner(entry),
-            entry.trial(job(entry.key, now.capability, now.multiprocessors).default),
-        )
+        best = winner(entry)
+        default = entry.trial(candidates(entry.key, now.capability, now.multiprocessors)[0])
         if best is None or best.seconds is None:
             continue
         before = None if default is None else default.seconds

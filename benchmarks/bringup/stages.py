@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from smoa_kernels.kernels.architectures import architecture, multiprocessors
+from smoa_kernels.kernels.architectures import architecture, identity, multiprocessors
 from smoa_kernels.kernels.launch import short_way
-from smoa_kernels.kernels.table import SCHEMA, Choice, identity, keep
+from smoa_kernels.kernels.table import SCHEMA, Choice, keep
 from smoa_kernels.tuning.measure import gpu_timer, tune
 from smoa_kernels.tuning.plan import jobs
 

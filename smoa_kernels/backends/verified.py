@@ -1,7 +1,7 @@
 """Backend "triton" as the package uses it: torch's operators replace a kernel that is wrong or does not run.
 
 Triton has compiled correct kernels wrongly before, and no version is known to be free of that. So when an operation
-first launches a form of a kernel on a GPU (`kernels.launch.heard_by` defines a form), the kernels and the eager backend
+first launches a form of a kernel on a GPU (`kernels.launch.Launch.form`), the kernels and the eager backend
 both compute it, from the user's own x, dY and W0. If they agree within rounding, the kernels compute it from then on,
 which costs one look-up per call. If they do not, or if a launch raises, one warning says so and eager computes.
 Dropout's mask is the same in both.
@@ -35,10 +35,10 @@ from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import gemm_is_ieee, precision_of
-from ..kernels.architectures import architecture, assembler
-from ..kernels.launch import Layout, heard_by, short_way, use_tritons_launcher
+from ..kernels.architectures import architecture, assembler, identity
+from ..kernels.launch import Launch, Layout, Pointers, heard_by, short_way, use_tritons_launcher
 from ..kernels.spec import bucket
-from ..kernels.table import identity, keep, read, user_table
+from ..kernels.table import keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, experts_triton, triton
 from .kernels_dropout import KernelsDropout
 
@@ -202,9 +202,9 @@ def _verify(
     (ours, theirs), known, probe = backends, verdicts(x.device), _with_random_factors(adapter)
     heard: list[str] = []
 
-    def hear(form: str) -> None:
-        heard.append(form)
-        if reason := known.forms.get(form):
+    def hear(launch: Launch, pointers: Pointers) -> None:
+        heard.append(launch.form(pointers))
+        if reason := known.forms.get(heard[-1]):
             raise _RefusedError(reason)
 
     def new() -> list[str]:

@@ -25,8 +25,8 @@ from ..backends.native.library import has
 from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
 from ..kernels import table
-from ..kernels.architectures import assembler
-from ..kernels.table import SHIPPED, identity, read, user_table
+from ..kernels.architectures import assembler, identity
+from ..kernels.table import SHIPPED, read, user_table
 from .output import console, write_json
 
 __all__ = ["backends", "info"]

@@ -15,9 +15,9 @@ import typer
 from ..backends import triton_obstacle
 from ..checks import check_choice, check_choices
 from ..definition.precision import KERNEL_PRECISIONS
-from ..kernels.architectures import architecture, multiprocessors
+from ..kernels.architectures import architecture, identity, multiprocessors
 from ..kernels.spec import Key
-from ..kernels.table import INTERRUPTED, Entry, identity, keep, user_table
+from ..kernels.table import INTERRUPTED, Entry, keep, user_table
 from ..tuning.gpus import GPUS
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import (
@@ -139,7 +139,9 @@ def _device_here() -> torch.device | None:
 
 def _list(planned: Sequence[Job], where: str) -> None:
     headings = "problem", "without a table", "candidates"
-    cells = ((describe(job.key), describe_choice(job.default), str(len(job.candidates))) for job in planned)
+    cells = (
+        (describe(job.key), describe_choice(job.candidates[0]), str(len(job.candidates))) for job in planned
+    )
     rows = [dict(zip(headings, row, strict=True)) for row in cells]
     console().print(table_of(rows, title=f"What would be timed on {where}"))
     timed = sum(len(job.candidates) for job in planned)
@@ -185,7 +187,7 @@ def _measure(planned: Sequence[Job], device: torch.device, deadline: float | Non
 
 def _row(job: Job, entry: Entry) -> dict[str, str]:
     """The heuristic's and the tuned time of a problem, in microseconds."""
-    trials = entry.trial(job.default), winner(entry)
+    trials = entry.trial(job.candidates[0]), winner(entry)
     before, after = (trial.seconds if trial else None for trial in trials)
     return {
         "problem": describe(job.key),

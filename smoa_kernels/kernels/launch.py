@@ -36,25 +36,33 @@ from .common import input_precision
 from .spec import Config, granule_of
 from .table import select
 
-__all__ = ["Launch", "Layout", "described", "heard_by", "on_device", "short_way", "use_tritons_launcher"]
+__all__ = [
+    "Launch",
+    "Layout",
+    "Pointers",
+    "described",
+    "heard_by",
+    "on_device",
+    "short_way",
+    "use_tritons_launcher",
+]
 
 _STAY: AbstractContextManager[None] = nullcontext()
 _runtime: Any = knobs.runtime  # which holds the hooks on launches
 
 
 class _Listener(threading.local):
-    hear: Callable[[str], object] | None = None
+    hear: Callable[[Launch, Pointers], object] | None = None
 
 
 _listener = _Listener()
 
 
 @contextmanager
-def heard_by(hear: Callable[[str], object]) -> Iterator[None]:
-    """Tell `hear` of each launch of this thread before it happens, by its form; all go Triton's own way meanwhile.
+def heard_by(hear: Callable[[Launch, Pointers], object]) -> Iterator[None]:
+    """Tell `hear` of each launch of this thread and its pointers, before it happens; all go Triton's own way meanwhile.
 
-    A form is a kernel, its compile-time arguments and options, and the dtypes of its pointers. What `hear` raises ends
-    the launch.
+    Where it returns something true, or raises, nothing is launched.
     """
     _listener.hear = hear
     try:
@@ -268,7 +276,7 @@ class Launch:
         numbers: the kernel's other arguments; they come before those of `layout` and `config`.
     """
 
-    __slots__ = ("_forms", "_grid", "_kernel", "_numbers", "_pointers", "config")
+    __slots__ = ("_forms", "_grid", "_numbers", "_pointers", "config", "kernel")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], config: Config, layout: Layout | None = None, **numbers: Any
@@ -278,7 +286,7 @@ class Launch:
         names = kernel.arg_names
         self._pointers = tuple(name for name in names if name.endswith("_ptr"))
         self._numbers = tuple(known[name] for name in names[len(self._pointers) :])
-        self._kernel, self._grid, self.config = kernel, (*grid, 1, 1)[:3], config
+        self.kernel, self._grid, self.config = kernel, (*grid, 1, 1)[:3], config
         self._forms: dict[tuple[object, ...], Form] = {}
 
     def __call__(self, **pointers: Tensor | None) -> None:
@@ -318,9 +326,9 @@ class Launch:
                 use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
             else:
                 return
-        if hear is not None:
-            hear(self._form(dtypes))
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self.config.options)
+        if hear is not None and hear(self, pointers):
+            return
+        compiled = self.kernel[self._grid](*tensors, *self._numbers, **self.config.options)
         # The interpreter compiles nothing.
         if not address & 15 and isinstance(compiled, CompiledKernel) and not short_way.obstacle:
             try:
@@ -328,11 +336,12 @@ class Launch:
             except AttributeError as error:
                 use_tritons_launcher(f"this Triton has another launcher ({error})")
 
-    def _form(self, dtypes: Sequence[torch.dtype | None]) -> str:
-        """The launch's form in words: what the compiler is told, but for what it makes of single numbers."""
-        numbers = zip(self._kernel.arg_names[len(self._pointers) :], self._numbers, strict=True)
+    def form(self, pointers: Pointers) -> str:
+        """A launch's form: a kernel, the dtypes of its pointers, and its compile-time arguments and options."""
+        numbers = zip(self.kernel.arg_names[len(self._pointers) :], self._numbers, strict=True)
         constants = {name: value for name, value in numbers if name.isupper() and len(name) > 1}  # not sizes
         constants |= self.config.options
-        pointers = ",".join("none" if dtype is None else str(dtype)[6:] for dtype in dtypes)
+        tensors = (pointers[name] for name in self._pointers)
+        dtypes = ",".join("none" if tensor is None else str(tensor.dtype)[6:] for tensor in tensors)
         told = " ".join(f"{name}={value}" for name, value in constants.items())
-        return f"{self._kernel.__name__} {pointers} {told}"
+        return f"{self.kernel.__name__} {dtypes} {told}"

@@ -10,13 +10,13 @@ aside. Both are named in a warning and in `smoa-kernels info`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from .. import kernels
 from ..checks import check_choice, check_kind, shown
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, precision_of
 from ..files import cache_folder, replace_file
-from .architectures import architecture, facts, gpu_properties, multiprocessors
+from .architectures import Identity, architecture, facts, identity, multiprocessors
 from .spec import ALGORITHM_KEYS, Config, Key, bucket
 
 __all__ = [
@@ -39,12 +39,11 @@ __all__ = [
     "UNFINISHED",
     "Choice",
     "Entry",
-    "Identity",
     "Table",
     "Trial",
+    "answered",
     "fastest",
     "forget",
-    "identity",
     "keep",
     "read",
     "remembered",
@@ -119,6 +118,22 @@ def select(
     return _selected(Key(kernel, name, tokens=seen, **sizes), device)
 
 
+@contextmanager
+def answered(answer: Callable[[Key], Choice | None]) -> Iterator[None]:
+    """Ask `answer` for each choice meanwhile; where it gives None, the tables and the heuristic answer."""
+    global _answer
+    before, _answer = _answer, answer
+    forget()
+    try:
+        yield
+    finally:
+        _answer = before
+        forget()
+
+
+_answer: Callable[[Key], Choice | None] | None = None
+
+
 @remembered
 def _selected(key: Key, device: torch.device) -> Choice:
     default = kernels.KERNELS[key.kernel].default
@@ -130,6 +145,8 @@ def fastest(key: Key, device: torch.device, allowed: Sequence[Choice] | None = N
 
     It is that of the first entry which timed one, the user's before the shipped one. Nothing is remembered.
     """
+    if _answer is not None and (answer := _answer(key)) is not None:
+        return answer
     best = (table.entries[key].best(allowed) for table in _tables(device) if key in table.entries)
     return next((trial.choice for trial in best if trial is not None), None)
 
@@ -145,52 +162,6 @@ def _tables(device: torch.device) -> tuple[Table, ...]:
         elif table.skipped:
             warnings.warn(f"tuning table {path}: {table.reasons()}; the others are in force", stacklevel=2)
     return tables
-
-
-# What a choice was measured on
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a choice was measured on: on anything else it is stale.
-
-    Attributes:
-        gpu: as the driver names it; "cpu" for Triton's interpreter.
-        capability: architecture as the compiler spells it, "sm_90" or "gfx942".
-        multiprocessors: a slice of a GPU has fewer than its name promises.
-        triton: version, but for its patches.
-        source: hash of the kernels' source.
-    """
-
-    gpu: str
-    capability: str
-    multiprocessors: int
-    triton: str
-    source: str
-
-
-@cache
-def identity(device: torch.device) -> Identity:
-    """Return what would be measured on here and now."""
-    import triton  # tables can be read without
-
-    return Identity(
-        "cpu" if device.type == "cpu" else gpu_properties(device).name,
-        architecture(device),
-        multiprocessors(device),
-        ".".join(triton.__version__.split(".")[:2]),
-        source_hash(),
-    )
-
-
-@cache
-def source_hash() -> str:
-    """Hash every file that may decide the speed of a kernel or an algorithm."""
-    folder = Path(__file__).resolve().parent
-    digest = hashlib.sha256()
-    for path in (*sorted(folder.glob("*.py")), folder.parent / "backends" / "triton.py"):
-        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()[:16]
 
 
 # What a table holds

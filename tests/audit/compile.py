@@ -26,10 +26,10 @@ from triton.runtime.jit import JITFunction
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels.architectures import Architecture
 from smoa_kernels.kernels.spec import Config, Kernel
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from .forms import representative
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
+from .workloads import WORKLOADS, Operands
 
 __all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
 

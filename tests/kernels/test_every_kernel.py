@@ -15,6 +15,7 @@ import test_fused_linear
 import test_modulate
 import torch
 from audit.forms import AUDITED
+from audit.workloads import WORKLOADS, Operands
 from draws import HealthCheck, given, settings, st
 from kernel_cases import assert_within_its_rounding, each_dtype, shipped_here
 from problems import LinearProblem, make_problem
@@ -26,7 +27,6 @@ from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 pytestmark = pytest.mark.numerical
 

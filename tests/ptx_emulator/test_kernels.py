@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from audit.forms import AUDITED
+from audit.workloads import WORKLOADS, Operands
 from problems import relative_error
 
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import facts
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from . import ARCH, emulator
 from .counts import accesses

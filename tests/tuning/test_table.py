@@ -30,11 +30,12 @@ from tuning_cases import (
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.cli import info
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels import table
+from smoa_kernels.kernels import architectures, table
+from smoa_kernels.kernels.architectures import identity
 from smoa_kernels.kernels.launch import Launch
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.spec import Key
-from smoa_kernels.kernels.table import SCHEMA, Trial, fastest, identity, keep, user_table
+from smoa_kernels.kernels.table import SCHEMA, Trial, fastest, keep, user_table
 
 pytestmark = needs_interpreter
 
@@ -114,16 +115,16 @@ def test_a_stale_entry_is_not_used_and_stays(
 def test_an_edit_of_any_source_makes_entries_stale(
     file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = Path(table.__file__).resolve().parents[1]
+    package = Path(architectures.__file__).resolve().parents[1]
     for one in (*(package / "kernels").glob("*.py"), package / "backends" / "triton.py"):
         copy = tmp_path / one.relative_to(package)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(one.read_bytes())
-    monkeypatch.setattr(table, "__file__", str(tmp_path / "kernels" / "table.py"))
-    before = table.source_hash.__wrapped__()
+    monkeypatch.setattr(architectures, "__file__", str(tmp_path / "kernels" / "architectures.py"))
+    before = architectures.source_hash.__wrapped__()
     with (tmp_path / "kernels" / file).open("a") as stream:
         stream.write("# edited\n")
-    assert table.source_hash.__wrapped__() != before
+    assert architectures.source_hash.__wrapped__() != before
 
 
 def test_a_launch_uses_what_was_tuned_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:

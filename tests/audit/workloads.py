@@ -1,133 +1,35 @@
-"""Every kernel and algorithm on operands of a key's sizes, for the tuner, the audit and the tests."""
+"""Every kernel by itself on operands of a key's sizes, for the audit, the emulator and the tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..backends import triton as backend
-from ..backends.kernels_dropout import KernelsDropout
-from ..definition.dropout import Dropout
-from ..definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
-from ..definition.packed import PackedAdapter
-from ..definition.partition import BlockPartition
-from ..definition.precision import PRECISIONS
-from ..definition.reference import factor_gradients, input_gradient, reference_delta_weight
-from ..definition.reference import forward as reference_forward
-from ..kernels.block_grad import block_grad
-from ..kernels.block_matmul import block_matmul
-from ..kernels.fused_linear import fused_linear
-from ..kernels.grouped_grad import grouped_grad
-from ..kernels.grouped_linear import grouped_linear
-from ..kernels.modulate import modulated_blocks, modulated_weight
-from ..kernels.permute import gather_columns, scatter_columns
-from ..kernels.spec import Key, partial_width
-from ..kernels.sum_partials import sum_partials
+from smoa_kernels.backends.kernels_dropout import KernelsDropout
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.experts import reference_experts_linear
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.reference import factor_gradients, reference_delta_weight
+from smoa_kernels.definition.reference import forward as reference_forward
+from smoa_kernels.kernels.block_grad import block_grad
+from smoa_kernels.kernels.block_matmul import block_matmul
+from smoa_kernels.kernels.fused_linear import fused_linear
+from smoa_kernels.kernels.grouped_grad import grouped_grad
+from smoa_kernels.kernels.grouped_linear import grouped_linear
+from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
+from smoa_kernels.kernels.permute import gather_columns, scatter_columns
+from smoa_kernels.kernels.spec import partial_width
+from smoa_kernels.kernels.sum_partials import sum_partials
+from smoa_kernels.tuning.passes import Operands, in_dtype
 
 __all__ = ["WORKLOADS", "Operands", "Work"]
 
 Work: TypeAlias = tuple[Callable[[Any], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
 """Two functions: one launches with a choice and returns the results, the other computes them by the definition."""
-
-
-class Operands:
-    """A layer of a key's sizes, its blocks cut evenly from granules in random order, and activations.
-
-    Args:
-        key: the sizes.
-        form: the kernel's form that a launch should take.
-        device: of the tensors.
-        filled: whether to fill them with random numbers, the same at each call; False is for launches that are only
-            captured.
-    """
-
-    def __init__(self, key: Key, form: str, device: torch.device, *, filled: bool = True) -> None:
-        self.key, self.form, self.device, self.filled = key, form, device, filled
-        self.dtype, self.allow_tf32 = PRECISIONS[key.dtype].dtype, key.dtype == "tf32"
-        factors = "fp32" if "fp32 factors" in form else key.factors or key.dtype
-        self.factor_dtype = PRECISIONS[factors].dtype
-        self._generator = torch.Generator(device).manual_seed(0)
-
-    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Standard normal numbers in the key's dtype, or another."""
-        dtype = dtype or self.dtype
-        if not self.filled:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        return torch.randn(shape, generator=self._generator, device=self.device).to(dtype)
-
-    def labels(self, features: int) -> Tensor:
-        """A block for each of `features` coordinates."""
-        granules = features // self.key.granule
-        even = torch.arange(granules, device=self.device) * self.key.blocks // granules
-        order = torch.randperm(granules, generator=self._generator, device=self.device)
-        return even[order].repeat_interleave(self.key.granule)
-
-    def partition(self, rows: int, cols: int) -> BlockPartition:
-        """A partition of a weight of this shape into the key's blocks."""
-        return BlockPartition.from_labels(self.labels(rows), self.labels(cols), self.key.blocks)
-
-    def ranks(self) -> Tensor:
-        """The rank of each block: all have the key's."""
-        return torch.full((self.key.blocks,), self.key.rank, dtype=torch.int32, device=self.device)
-
-    def adapter(self) -> PackedAdapter:
-        """The adapter; for a transposed key the transposed adapter of the layer whose dX is computed."""
-        key = self.key
-        rows, cols = key.out_features, key.in_features
-        if key.transposed:
-            rows, cols = cols, rows
-        adapter = PackedAdapter(
-            weight=self.tensor(rows, cols) / cols**0.5,
-            A=self.tensor(key.rank, cols, dtype=self.factor_dtype),
-            B=self.tensor(rows, key.rank, dtype=self.factor_dtype) / key.rank**0.5,
-            partition=self.partition(rows, cols),
-            ranks=self.ranks(),
-            scaling=torch.ones((), device=self.device),
-        )
-        return adapter.T if key.transposed else adapter
-
-    def experts(self) -> tuple[ExpertsAdapter, Tensor, Tensor, Tensor]:
-        """An adapter of four experts, the ends of their pairs, x and dY, with `tokens` pairs per expert on average.
-
-        Blocks are contiguous if the form says so; otherwise each expert has its own order.
-        """
-        key, device, experts = self.key, self.device, 4
-        rows, cols = key.out_features, key.in_features
-        if key.transposed:
-            rows, cols = cols, rows
-        row_block, col_block = (
-            torch.stack([self.labels(size) for _ in range(experts)]) for size in (rows, cols)
-        )
-        if "contiguous" in self.form:
-            row_block, col_block = row_block.sort(1).values, col_block.sort(1).values
-        blocks = ExpertBlocks.from_labels(row_block, col_block, key.blocks)
-        adapter = ExpertsAdapter(
-            weight=self.tensor(experts, rows, cols) / cols**0.5,
-            A=self.tensor(experts, key.rank, cols, dtype=self.factor_dtype),
-            B=self.tensor(experts, rows, key.rank, dtype=self.factor_dtype) / key.rank**0.5,
-            blocks=blocks,
-            ranks=self.ranks(),
-            scaling=torch.ones((), device=device),
-        )
-        if key.transposed:
-            adapter = adapter.T
-        # The split is uneven: one expert gets nearly all pairs that another lacks.
-        pairs = experts * key.tokens
-        ends = torch.tensor([key.tokens, 2 * key.tokens + key.tokens // 2, 3 * key.tokens, pairs]).int()
-        x, dy = self.tensor(pairs, key.in_features), self.tensor(pairs, key.out_features)
-        return adapter, ends.to(device), x, dy
-
-
-AnAdapter = TypeVar("AnAdapter", PackedAdapter, ExpertsAdapter)
-
-
-def in_dtype(adapter: AnAdapter, dtype: torch.dtype) -> AnAdapter:
-    """The adapter with its weight and factors in `dtype`."""
-    return replace(adapter, weight=adapter.weight.to(dtype), A=adapter.A.to(dtype), B=adapter.B.to(dtype))
 
 
 def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
@@ -280,36 +182,6 @@ def _sum_partials(operands: Operands) -> Work:
     return run, defined
 
 
-def _forward(operands: Operands) -> Work:
-    adapter = operands.adapter()
-    x = operands.tensor(operands.key.tokens, operands.key.in_features)
-
-    def run(algorithm: Any) -> list[Tensor]:
-        return [backend.forward(x, None, adapter, algorithm, None)]
-
-    return run, lambda dtype: [forward(x, adapter, dtype)]
-
-
-def _input_gradient(operands: Operands) -> Work:
-    adapter = operands.adapter()
-    dy = operands.tensor(operands.key.tokens, operands.key.out_features)
-
-    def run(algorithm: Any) -> list[Tensor]:
-        return [backend.input_gradient(dy, adapter, algorithm, None)]
-
-    return run, lambda dtype: [input_gradient(dy.to(dtype), in_dtype(adapter, dtype), None)]
-
-
-def _factor_gradients(operands: Operands) -> Work:
-    adapter, key = operands.adapter(), operands.key
-    x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-
-    def run(algorithm: Any) -> Sequence[Tensor]:
-        return backend.factor_gradients(dy, x, adapter, algorithm, None)
-
-    return run, lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None)
-
-
 WORKLOADS: dict[str, Callable[[Operands], Work]] = {
     "modulated_weight": _modulated_weight,
     "modulated_blocks": _modulated_blocks,
@@ -322,8 +194,5 @@ WORKLOADS: dict[str, Callable[[Operands], Work]] = {
     "grouped_grad": _grouped_grad,
     "grouped_grad_gathered": _grouped_grad,
     "sum_partials": _sum_partials,
-    "forward": _forward,
-    "input_gradient": _input_gradient,
-    "factor_gradients": _factor_gradients,
 }
-"""By the name of a kernel or an algorithm's key."""
+"""By the kernel's name."""
