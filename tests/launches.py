@@ -38,7 +38,7 @@ from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import short_way, use_tritons_launcher
 from smoa_kernels.kernels.modulate import modulated_weight
-from smoa_kernels.kernels.table import Table
+from smoa_kernels.kernels.table import Table, answered
 from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.plan import jobs
 from smoa_kernels.tuning.roofline import Problem
@@ -114,7 +114,8 @@ def tune() -> None:
 
     def run(choice: Any) -> tuple[list[Tensor], Callable[[], object]]:
         def again() -> Tensor:
-            return modulated_weight(weight, config=choice)
+            with answered(lambda key: choice):
+                return modulated_weight(weight)
 
         return [again()], again
 

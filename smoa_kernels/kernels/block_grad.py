@@ -232,7 +232,6 @@ def block_grad(
     adapter: PackedAdapter,
     *,
     allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
@@ -247,7 +246,6 @@ def block_grad(
         adapter: weight, factors, partition, ranks and scaling.
         allow_tf32: let float32 products round their operands to TF32. Under a half weight float32 factors are
             contracted in bfloat16 parts instead, half factors in TF32, in which they are exact.
-        config: launch parameters; the tile must divide P_n and P_c.
     """
     A, B, partition = adapter.A, adapter.B, adapter.partition
     dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # numbers are parsed in half the time of a size
@@ -266,7 +264,7 @@ def block_grad(
             block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
         )
         strides = dyg.stride(), xg.stride()
-        launch, slots = _launch(layout, tokens, dyg.shape[0], widths, *strides, allow_tf32, config)
+        launch, slots = _launch(layout, tokens, dyg.shape[0], widths, *strides, allow_tf32)
         if part == 0:
             width = partial_width(layout.rank)
             (slots_a, slots_b), (N, C) = slots, layout.features
@@ -291,14 +289,12 @@ def _launch(
     dy_stride: Sequence[int],
     x_stride: Sequence[int],
     allow_tf32: bool,
-    config: Config | None,
 ) -> tuple[Launch, tuple[int, int]]:
     """A part's launch, and how many partials of dA and of dB it writes: the first part, of `tokens`, decides that."""
     padded_rows, padded_cols = widths
     dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
     config, precision = layout.choose(
         "block_grad",
-        config,
         allow_tf32,
         tokens=tokens,
         padded_out=padded_rows,

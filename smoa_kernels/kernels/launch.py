@@ -144,21 +144,18 @@ class Layout(NamedTuple):
         """Whether W0 is read along the other side than it is stored."""
         return self.strides[2 if self.experts else 1] != 1
 
-    def choose(self, kernel: str, config: Config | None, allow_tf32: bool, **sizes: Any) -> tuple[Any, str]:
-        """Launch parameters, those of :func:`table.select` where none are given, and how float32 products round.
+    def choose(self, kernel: str, allow_tf32: bool, **sizes: Any) -> tuple[Any, str]:
+        """Launch parameters by :func:`table.select`, and how float32 products round.
 
         Args:
             kernel: one of `KERNELS`.
-            config: launch parameters that are given.
             allow_tf32: let products of a float32 weight round their operands to TF32.
             sizes: what the choice depends on besides the adapter.
         """
         precision = input_precision(self.dtype, allow_tf32=allow_tf32)
-        if config is None:
-            N, C = self.features
-            sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
-            config = select(kernel, self.device, self.dtype, precision, **sizes)
-        return config, precision
+        N, C = self.features
+        sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
+        return select(kernel, self.device, self.dtype, precision, **sizes), precision
 
     def experts_sizes(self, pairs: int) -> dict[str, Any]:
         """What a choice depends on besides an adapter of experts. `tokens` are the pairs that one has on average."""

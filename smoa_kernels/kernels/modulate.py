@@ -106,7 +106,6 @@ def modulated_weight(
     *,
     out: Tensor | None = None,
     allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> Tensor:
     """W_eff (N, C) in W0's dtype and, where it is allocated here, in W0's stride order.
 
@@ -115,28 +114,29 @@ def modulated_weight(
         out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
         allow_tf32: let a float32 weight's rank product round its operands to TF32. Under a half weight float32
             factors always may: that is as fine as float16, and eight times finer than bfloat16.
-        config: launch parameters.
     """
     # The tile's last dimension is W0's contiguous one.
     if adapter.weight.stride(0) < adapter.weight.stride(1):
         turned = None if out is None else out.T
-        found = modulated_weight(adapter.T, out=turned, allow_tf32=allow_tf32, config=config)
+        found = modulated_weight(adapter.T, out=turned, allow_tf32=allow_tf32)
         return found.T if out is None else out
     if out is None:
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
     layout, pointers = described(adapter)
-    _weight_launch(layout, out.stride(), allow_tf32, config)(out_ptr=out, **pointers)
+    _weight_launch(layout, out.stride(), allow_tf32)(out_ptr=out, **pointers)
     return out
 
 
 @remembered
 def _weight_launch(
-    layout: Layout, out_stride: Sequence[int], allow_tf32: bool, config: Config | None
+    layout: Layout,
+    out_stride: Sequence[int],
+    allow_tf32: bool,
 ) -> Launch:
     N, C = layout.features
-    config, precision = layout.choose("modulated_weight", config, allow_tf32, factors=layout.factors)
+    config, precision = layout.choose("modulated_weight", allow_tf32, factors=layout.factors)
     return Launch(
         modulated_weight_kernel,
         (-(-N // config.block_n) * -(-C // config.block_c),),
@@ -239,7 +239,6 @@ def modulated_blocks(
     widths: tuple[int, int],
     *,
     allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> Tensor:
     """ΔW in block order, (K, P_n, P_c) in W0's dtype, zero in padding and in blocks of rank 0.
 
@@ -247,23 +246,19 @@ def modulated_blocks(
         adapter: weight and factors on one device, ranks and scaling too.
         widths: P_n and P_c, from :func:`padded_width`.
         allow_tf32: as in :func:`modulated_weight`.
-        config: launch parameters.
     """
     layout, pointers = described(adapter)
     out = adapter.weight.new_empty(layout.num_blocks, *widths)
     if out.numel():
-        _blocks_launch(layout, widths, allow_tf32, config)(out_ptr=out, **pointers)
+        _blocks_launch(layout, widths, allow_tf32)(out_ptr=out, **pointers)
     return out
 
 
 @remembered
-def _blocks_launch(
-    layout: Layout, widths: tuple[int, int], allow_tf32: bool, config: Config | None
-) -> Launch:
+def _blocks_launch(layout: Layout, widths: tuple[int, int], allow_tf32: bool) -> Launch:
     padded_rows, padded_cols = widths
     config, precision = layout.choose(
         "modulated_blocks",
-        config,
         allow_tf32,
         padded_out=padded_rows,
         padded_in=padded_cols,

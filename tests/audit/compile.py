@@ -29,7 +29,7 @@ from smoa_kernels.kernels.spec import Config, Kernel
 
 from .forms import representative
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
-from .workloads import WORKLOADS, Operands
+from .workloads import WORKLOADS, Operands, configured
 
 __all__ = ["Binary", "Launch", "capture", "compile_launch", "representative_launch"]
 
@@ -106,7 +106,8 @@ def representative_launch(
     def launcher() -> object:
         operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
         run, _ = WORKLOADS[kernel.name](operands)
-        return run(config)
+        with configured(kernel.name, config):
+            return run()
 
     launch = capture(kernel.fn, launcher)
     if not arch.is_amd:

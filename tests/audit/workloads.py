@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,14 +23,23 @@ from smoa_kernels.kernels.grouped_grad import grouped_grad
 from smoa_kernels.kernels.grouped_linear import grouped_linear
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
-from smoa_kernels.kernels.spec import partial_width
+from smoa_kernels.kernels.spec import Config, partial_width
 from smoa_kernels.kernels.sum_partials import sum_partials
+from smoa_kernels.kernels.table import answered
 from smoa_kernels.tuning.passes import Operands, in_dtype
 
-__all__ = ["WORKLOADS", "Operands", "Work"]
+__all__ = ["WORKLOADS", "Operands", "Work", "configured"]
 
-Work: TypeAlias = tuple[Callable[[Any], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
-"""Two functions: one launches with a choice and returns the results, the other computes them by the definition."""
+Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
+"""Two functions: one launches and returns the results, the other computes them by the definition."""
+
+
+@contextmanager
+def configured(kernel: str, config: Config) -> Iterator[None]:
+    """Launch a kernel with these parameters meanwhile, by whichever of its names it is asked for."""
+    family = kernel.removesuffix("_gathered")
+    with answered(lambda key: config if key.kernel.removesuffix("_gathered") == family else None):
+        yield
 
 
 def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
@@ -45,11 +55,10 @@ def forward(x: Tensor, adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
 
 def _modulated_weight(operands: Operands) -> Work:
     adapter = operands.adapter()
-
-    def run(config: Any) -> list[Tensor]:
-        return [modulated_weight(adapter, allow_tf32=operands.allow_tf32, config=config)]
-
-    return run, lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)]
+    return (
+        lambda: [modulated_weight(adapter, allow_tf32=operands.allow_tf32)],
+        lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)],
+    )
 
 
 def _modulated_blocks(operands: Operands) -> Work:
@@ -57,8 +66,8 @@ def _modulated_blocks(operands: Operands) -> Work:
     p = adapter.partition
     widths = key.padded_out, key.padded_in
 
-    def run(config: Any) -> list[Tensor]:
-        return [modulated_blocks(adapter, widths, allow_tf32=operands.allow_tf32, config=config)]
+    def run() -> list[Tensor]:
+        return [modulated_blocks(adapter, widths, allow_tf32=operands.allow_tf32)]
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
         delta = delta_weight(adapter, dtype)
@@ -78,10 +87,10 @@ def _permute(operands: Operands) -> Work:
     seed = torch.zeros(1, dtype=torch.int64, device=operands.device)
     dropout = Dropout(seed, 0.1) if key.dropout else None
 
-    def run(config: Any) -> list[Tensor]:
+    def run() -> list[Tensor]:
         if blocked is not None:
-            return [scatter_columns(blocked, p, x, dropout=dropout, config=config)]
-        return [gather_columns(x, p, key.padded_in, dropout=dropout, config=config)]
+            return [scatter_columns(blocked, p, x, dropout=dropout)]
+        return [gather_columns(x, p, key.padded_in, dropout=dropout)]
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
         gathered = x.new_zeros(key.tokens, key.blocks, key.padded_in, dtype=dtype)
@@ -104,21 +113,19 @@ def _block_matmul(operands: Operands) -> Work:
         delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
     else:
         delta = modulated_blocks(adapter, (key.padded_out, key.padded_in))
-
-    def run(config: Any) -> list[Tensor]:
-        return [block_matmul(xg, adapter, delta, out=y, allow_tf32=operands.allow_tf32, config=config)]
-
-    return run, lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T]
+    return (
+        lambda: [block_matmul(xg, adapter, delta, out=y, allow_tf32=operands.allow_tf32)],
+        lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T],
+    )
 
 
 def _fused_linear(operands: Operands) -> Work:
     adapter = operands.adapter()
     x = operands.tensor(operands.key.tokens, operands.key.in_features)
-
-    def run(config: Any) -> list[Tensor]:
-        return [fused_linear(x, None, adapter, allow_tf32=operands.allow_tf32, config=config)]
-
-    return run, lambda dtype: [forward(x, adapter, dtype)]
+    return (
+        lambda: [fused_linear(x, None, adapter, allow_tf32=operands.allow_tf32)],
+        lambda dtype: [forward(x, adapter, dtype)],
+    )
 
 
 def _block_grad(operands: Operands) -> Work:
@@ -127,27 +134,25 @@ def _block_grad(operands: Operands) -> Work:
     x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
     dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
     xg = x if key.granule > 1 and not key.dropout else gather_columns(x, p, key.padded_in)
-
-    def run(config: Any) -> tuple[Tensor, Tensor]:
-        return block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32, config=config)
-
-    return run, lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None)
+    return (
+        lambda: block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32),
+        lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None),
+    )
 
 
 def _grouped_linear(operands: Operands) -> Work:
     adapter, ends, x, _ = operands.experts()
-
-    def run(config: Any) -> list[Tensor]:
-        return [grouped_linear(x, ends, adapter, allow_tf32=operands.allow_tf32, config=config)]
-
-    return run, lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))]
+    return (
+        lambda: [grouped_linear(x, ends, adapter, allow_tf32=operands.allow_tf32)],
+        lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))],
+    )
 
 
 def _grouped_grad(operands: Operands) -> Work:
     adapter, ends, x, dy = operands.experts()
 
-    def run(config: Any) -> tuple[Tensor, Tensor]:
-        return grouped_grad(dy, x, ends, adapter, allow_tf32=operands.allow_tf32, config=config)
+    def run() -> tuple[Tensor, Tensor]:
+        return grouped_grad(dy, x, ends, adapter, allow_tf32=operands.allow_tf32)
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
         of_dtype = in_dtype(adapter, dtype)
@@ -170,8 +175,8 @@ def _sum_partials(operands: Operands) -> Work:
     out = operands.tensor(*((N, key.tokens) if transposed else (key.tokens, N)))
     bias = operands.tensor(N) if operands.form == "bias" else None
 
-    def run(config: Any) -> list[Tensor]:
-        sum_partials(partials, out, bias=bias, transposed=transposed, config=config)
+    def run() -> list[Tensor]:
+        sum_partials(partials, out, bias=bias, transposed=transposed)
         return [out]
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
