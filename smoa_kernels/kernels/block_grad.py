@@ -230,8 +230,6 @@ def block_grad(
     parts: int,
     gathered: Callable[[int], tuple[Tensor, Tensor]],
     adapter: PackedAdapter,
-    *,
-    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
@@ -244,8 +242,6 @@ def block_grad(
             by columns, its dropout mask applied. Where blocks consist of granules (`spec.granule_of`), each may be as
             it lies, (T_part, N) and (T_part, C). The part before is freed by then. No T_part is larger than the first.
         adapter: weight, factors, partition, ranks and scaling.
-        allow_tf32: let float32 products round their operands to TF32. Under a half weight float32 factors are
-            contracted in bfloat16 parts instead, half factors in TF32, in which they are exact.
     """
     A, B, partition = adapter.A, adapter.B, adapter.partition
     dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # numbers are parsed in half the time of a size
@@ -264,7 +260,7 @@ def block_grad(
             block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
         )
         strides = dyg.stride(), xg.stride()
-        launch, slots = _launch(layout, tokens, dyg.shape[0], widths, *strides, allow_tf32)
+        launch, slots = _launch(layout, tokens, dyg.shape[0], widths, *strides)
         if part == 0:
             width = partial_width(layout.rank)
             (slots_a, slots_b), (N, C) = slots, layout.features
@@ -288,14 +284,12 @@ def _launch(
     widths: tuple[int, int],
     dy_stride: Sequence[int],
     x_stride: Sequence[int],
-    allow_tf32: bool,
 ) -> tuple[Launch, tuple[int, int]]:
     """A part's launch, and how many partials of dA and of dB it writes: the first part, of `tokens`, decides that."""
     padded_rows, padded_cols = widths
     dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
     config, precision = layout.choose(
         "block_grad",
-        allow_tf32,
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,

@@ -163,8 +163,6 @@ def grouped_grad(
     x: Tensor,
     ends: Tensor,
     adapter: ExpertsAdapter,
-    *,
-    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """dA (E, ρ, C) and dB (E, N, ρ) in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
@@ -173,7 +171,6 @@ def grouped_grad(
         x: (P, C), likewise.
         ends: int32 (E,), where the pairs of each expert end; the last is P.
         adapter: of the experts, on x's device.
-        allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction always may.
     """
     A, B = adapter.A, adapter.B
     if A.numel() == 0 or B.numel() == 0:
@@ -183,7 +180,7 @@ def grouped_grad(
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     strides = dy.stride(0), x.stride(0)
-    for experts, parts, launch in _launches(layout, dy.shape[0], strides, allow_tf32):
+    for experts, parts, launch in _launches(layout, dy.shape[0], strides):
         some = dA[experts]
         partial_a = dy.new_zeros((len(some), parts, *some.shape[1:]), dtype=torch.float32)
         launch(dy_ptr=dy, x_ptr=x, ends_ptr=ends, partial_a_ptr=partial_a, db_ptr=dB, **pointers)
@@ -196,7 +193,6 @@ def _launches(
     layout: Layout,
     pairs: int,
     strides: tuple[int, int],
-    allow_tf32: bool,
 ) -> tuple[tuple[slice, int, Launch], ...]:
     """Launches, one for so many experts that their partial results of dA take no more than an eighth of W0.
 
@@ -205,7 +201,6 @@ def _launches(
     N, experts = layout.features[0], layout.experts
     config, precision = layout.choose(
         "grouped_grad" if layout.granule > 1 else "grouped_grad_gathered",
-        allow_tf32,
         **layout.experts_sizes(pairs),
     )
     tiles_n = tiles_of_segments(N, layout.num_blocks, config.block_n)

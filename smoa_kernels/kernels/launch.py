@@ -31,7 +31,7 @@ from ..checks import first_line
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import precision_of
+from ..definition.precision import PRECISIONS, gemm_is_ieee, precision_of
 from .common import input_precision
 from .spec import Config, granule_of
 from .table import select
@@ -112,7 +112,7 @@ class Layout(NamedTuple):
 
     Attributes:
         device: of all its tensors.
-        dtype: W0's, and the activations'.
+        precision: name of W0's and the activations' in `PRECISIONS`; torch's setting decides between TF32 and IEEE.
         experts: E; 0 for the adapter of one weight.
         features: N and C.
         rank: ρ.
@@ -124,7 +124,7 @@ class Layout(NamedTuple):
     """
 
     device: torch.device
-    dtype: torch.dtype
+    precision: str
     experts: int
     features: tuple[int, int]
     rank: int
@@ -144,15 +144,19 @@ class Layout(NamedTuple):
         """Whether W0 is read along the other side than it is stored."""
         return self.strides[2 if self.experts else 1] != 1
 
-    def choose(self, kernel: str, allow_tf32: bool, **sizes: Any) -> tuple[Any, str]:
+    @property
+    def dtype(self) -> torch.dtype:
+        """W0's, and the activations'."""
+        return PRECISIONS[self.precision].dtype
+
+    def choose(self, kernel: str, **sizes: Any) -> tuple[Any, str]:
         """Launch parameters by :func:`table.select`, and how float32 products round.
 
         Args:
             kernel: one of `KERNELS`.
-            allow_tf32: let products of a float32 weight round their operands to TF32.
             sizes: what the choice depends on besides the adapter.
         """
-        precision = input_precision(self.dtype, allow_tf32=allow_tf32)
+        precision = input_precision(self.dtype, allow_tf32=self.precision == "tf32")
         N, C = self.features
         sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
         return select(kernel, self.device, self.dtype, precision, **sizes), precision
@@ -206,7 +210,7 @@ def _described(
         a = a.contiguous()
     layout = Layout(
         w.device,
-        w.dtype,
+        precision_of(w.dtype, ieee=gemm_is_ieee(w.dtype, "cuda")).name,
         experts[0] if experts else 0,
         (N, C),
         a.shape[-2],

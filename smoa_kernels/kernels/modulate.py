@@ -105,27 +105,28 @@ def modulated_weight(
     adapter: PackedAdapter,
     *,
     out: Tensor | None = None,
-    allow_tf32: bool = False,
+    ieee: bool = False,
 ) -> Tensor:
     """W_eff (N, C) in W0's dtype and, where it is allocated here, in W0's stride order.
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
         out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
-        allow_tf32: let a float32 weight's rank product round its operands to TF32. Under a half weight float32
-            factors always may: that is as fine as float16, and eight times finer than bfloat16.
+        ieee: multiply the factors under a float32 weight in IEEE, even if torch multiplies in TF32. Under a half weight
+            float32 factors are rounded to TF32: that is as fine as float16, and eight times finer than bfloat16.
     """
     # The tile's last dimension is W0's contiguous one.
     if adapter.weight.stride(0) < adapter.weight.stride(1):
         turned = None if out is None else out.T
-        found = modulated_weight(adapter.T, out=turned, allow_tf32=allow_tf32)
+        found = modulated_weight(adapter.T, out=turned, ieee=ieee)
         return found.T if out is None else out
     if out is None:
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
     layout, pointers = described(adapter)
-    _weight_launch(layout, out.stride(), allow_tf32)(out_ptr=out, **pointers)
+    layout = layout._replace(precision="fp32") if ieee and layout.precision == "tf32" else layout
+    _weight_launch(layout, out.stride())(out_ptr=out, **pointers)
     return out
 
 
@@ -133,10 +134,9 @@ def modulated_weight(
 def _weight_launch(
     layout: Layout,
     out_stride: Sequence[int],
-    allow_tf32: bool,
 ) -> Launch:
     N, C = layout.features
-    config, precision = layout.choose("modulated_weight", allow_tf32, factors=layout.factors)
+    config, precision = layout.choose("modulated_weight", factors=layout.factors)
     return Launch(
         modulated_weight_kernel,
         (-(-N // config.block_n) * -(-C // config.block_c),),
@@ -237,29 +237,25 @@ def modulated_blocks_kernel(
 def modulated_blocks(
     adapter: PackedAdapter,
     widths: tuple[int, int],
-    *,
-    allow_tf32: bool = False,
 ) -> Tensor:
     """ΔW in block order, (K, P_n, P_c) in W0's dtype, zero in padding and in blocks of rank 0.
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
         widths: P_n and P_c, from :func:`padded_width`.
-        allow_tf32: as in :func:`modulated_weight`.
     """
     layout, pointers = described(adapter)
     out = adapter.weight.new_empty(layout.num_blocks, *widths)
     if out.numel():
-        _blocks_launch(layout, widths, allow_tf32)(out_ptr=out, **pointers)
+        _blocks_launch(layout, widths)(out_ptr=out, **pointers)
     return out
 
 
 @remembered
-def _blocks_launch(layout: Layout, widths: tuple[int, int], allow_tf32: bool) -> Launch:
+def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> Launch:
     padded_rows, padded_cols = widths
     config, precision = layout.choose(
         "modulated_blocks",
-        allow_tf32,
         padded_out=padded_rows,
         padded_in=padded_cols,
         granule=layout.granule,

@@ -39,7 +39,7 @@ class Operands:
 
     def __init__(self, key: Key, form: str, device: torch.device, *, filled: bool = True) -> None:
         self.key, self.form, self.device, self.filled = key, form, device, filled
-        self.dtype, self.allow_tf32 = PRECISIONS[key.dtype].dtype, key.dtype == "tf32"
+        self.dtype = PRECISIONS[key.dtype].dtype
         factors = "fp32" if "fp32 factors" in form else key.factors or key.dtype
         self.factor_dtype = PRECISIONS[factors].dtype
         self._order = torch.Generator().manual_seed(0)

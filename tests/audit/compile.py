@@ -106,7 +106,7 @@ def representative_launch(
     def launcher() -> object:
         operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
         run, _ = WORKLOADS[kernel.name](operands)
-        with configured(kernel.name, config):
+        with configured(kernel.name, config, dtype):
             return run()
 
     launch = capture(kernel.fn, launcher)

@@ -27,6 +27,7 @@ from smoa_kernels.kernels.spec import Config, partial_width
 from smoa_kernels.kernels.sum_partials import sum_partials
 from smoa_kernels.kernels.table import answered
 from smoa_kernels.tuning.passes import Operands, in_dtype
+from smoa_kernels.tuning.plan import multiplied_in
 
 __all__ = ["WORKLOADS", "Operands", "Work", "configured"]
 
@@ -35,10 +36,11 @@ Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], 
 
 
 @contextmanager
-def configured(kernel: str, config: Config) -> Iterator[None]:
-    """Launch a kernel with these parameters meanwhile, by whichever of its names it is asked for."""
+def configured(kernel: str, config: Config, precision: str = "fp32") -> Iterator[None]:
+    """Launch a kernel with these parameters meanwhile, whichever of its names it has, and multiply in a precision."""
     family = kernel.removesuffix("_gathered")
-    with answered(lambda key: config if key.kernel.removesuffix("_gathered") == family else None):
+    of_family = answered(lambda key: config if key.kernel.removesuffix("_gathered") == family else None)
+    with multiplied_in(precision), of_family:
         yield
 
 
@@ -56,7 +58,7 @@ def forward(x: Tensor, adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
 def _modulated_weight(operands: Operands) -> Work:
     adapter = operands.adapter()
     return (
-        lambda: [modulated_weight(adapter, allow_tf32=operands.allow_tf32)],
+        lambda: [modulated_weight(adapter)],
         lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)],
     )
 
@@ -67,7 +69,7 @@ def _modulated_blocks(operands: Operands) -> Work:
     widths = key.padded_out, key.padded_in
 
     def run() -> list[Tensor]:
-        return [modulated_blocks(adapter, widths, allow_tf32=operands.allow_tf32)]
+        return [modulated_blocks(adapter, widths)]
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
         delta = delta_weight(adapter, dtype)
@@ -111,10 +113,10 @@ def _block_matmul(operands: Operands) -> Work:
     y = operands.tensor(key.tokens, key.out_features)
     if key.transposed:
         delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
-    else:
-        delta = modulated_blocks(adapter, (key.padded_out, key.padded_in))
+    else:  # an adapter remembers its precision, which may be another when this kernel runs
+        delta = modulated_blocks(replace(adapter), (key.padded_out, key.padded_in))
     return (
-        lambda: [block_matmul(xg, adapter, delta, out=y, allow_tf32=operands.allow_tf32)],
+        lambda: [block_matmul(xg, adapter, delta, out=y)],
         lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T],
     )
 
@@ -123,7 +125,7 @@ def _fused_linear(operands: Operands) -> Work:
     adapter = operands.adapter()
     x = operands.tensor(operands.key.tokens, operands.key.in_features)
     return (
-        lambda: [fused_linear(x, None, adapter, allow_tf32=operands.allow_tf32)],
+        lambda: [fused_linear(x, None, adapter)],
         lambda dtype: [forward(x, adapter, dtype)],
     )
 
@@ -135,7 +137,7 @@ def _block_grad(operands: Operands) -> Work:
     dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
     xg = x if key.granule > 1 and not key.dropout else gather_columns(x, p, key.padded_in)
     return (
-        lambda: block_grad(1, lambda _: (dyg, xg), adapter, allow_tf32=operands.allow_tf32),
+        lambda: block_grad(1, lambda _: (dyg, xg), adapter),
         lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None),
     )
 
@@ -143,7 +145,7 @@ def _block_grad(operands: Operands) -> Work:
 def _grouped_linear(operands: Operands) -> Work:
     adapter, ends, x, _ = operands.experts()
     return (
-        lambda: [grouped_linear(x, ends, adapter, allow_tf32=operands.allow_tf32)],
+        lambda: [grouped_linear(x, ends, adapter)],
         lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))],
     )
 
@@ -152,7 +154,7 @@ def _grouped_grad(operands: Operands) -> Work:
     adapter, ends, x, dy = operands.experts()
 
     def run() -> tuple[Tensor, Tensor]:
-        return grouped_grad(dy, x, ends, adapter, allow_tf32=operands.allow_tf32)
+        return grouped_grad(dy, x, ends, adapter)
 
     def defined(dtype: torch.dtype) -> list[Tensor]:
         of_dtype = in_dtype(adapter, dtype)

@@ -85,7 +85,7 @@ def test_every_shipped_configuration(
     tokens, *features, granule = (21, 136, 72, GRANULE) if "granules" in form else (70, 130, 70, 1)
     key = Key(kernel, precision.name, 5, 2, *features, tokens, 128, 128, granule=granule)
     run, defined = WORKLOADS[kernel](Operands(key, form, device))
-    with configured(kernel, config):
+    with configured(kernel, config, precision.name):
         found = run()
     for ours, theirs, truth in zip(found, defined(precision.dtype), defined(torch.float64), strict=True):
         assert_within_its_rounding(precision, ours, theirs, truth)

@@ -52,7 +52,7 @@ def test_shipped(kernel: str, dtype: str, config: Config, form: str) -> None:
     key = key_of(kernel, dtype, form)
     assert KERNELS[kernel].fits(config, key)
     run, defined = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
-    with configured(kernel, config):
+    with configured(kernel, config, dtype):
         found = run()
     if not is_defined(kernel, form):
         return  # only the memory checks apply here; tests/kernels compares these numbers
