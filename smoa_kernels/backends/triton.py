@@ -38,6 +38,7 @@ from .block_order import is_batch
 __all__ = [
     "ALGORITHMS",
     "backward",
+    "factor_gradients",
     "forward",
     "input_gradient",
     "modulated_weight",
@@ -83,9 +84,9 @@ def backward(
     with on_device(dy.device):
         # dA and dB come first, so that their gathered copies are freed before dX takes its workspace.
         if x is not None:
-            dA, dB = factor_gradients(dy, x, adapter, "auto", dropout)
+            dA, dB = factor_gradients(dy, x, adapter, dropout)
         if needs_x:
-            dx = _input_gradient(dy, adapter, "auto", dropout)
+            dx = input_gradient(dy, adapter, dropout)
     return dx, dA, dB
 
 
@@ -96,15 +97,10 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
 
 
 def factor_gradients(
-    dy: Tensor, x: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) by "auto", "block_grad" (the kernels; they gather a long batch in parts) or "eager".
-
-    Under dropout the kernels compute them.
-    """
-    if algorithm == "auto" and dropout is None:
-        algorithm = _chosen("factor_gradients", dy, adapter)
-    if algorithm == "eager":
+    """(dA, dB) by the kernels, which gather a long batch in parts, or by torch's operators. On the current device."""
+    if dropout is None and _chosen("factor_gradients", dy, adapter) == "eager":
         return eager.factor_gradients(dy, x, adapter)
     partition, layout = adapter.partition, Layout.of(adapter)
     pieces = [(dy, x)]
@@ -128,16 +124,10 @@ def _gradient_parts(layout: Layout, tokens: int) -> tuple[int, ...]:
     return gradient_parts(tokens, layout.features, layout.num_blocks, layout.rank)
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
-    """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C); "auto", "merged" or "fused", split under dropout."""
-    with on_device(dy.device):
-        return _input_gradient(dy, adapter, algorithm, dropout)
-
-
-def _input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
+def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
+    """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C), split under dropout. On the current device."""
     if dropout is None:
-        if algorithm == "auto":
-            algorithm = _chosen("input_gradient", dy, adapter)
+        algorithm = _chosen("input_gradient", dy, adapter)
         if algorithm == "eager":
             return eager.input_gradient(dy, adapter)
         if algorithm == "fused":
@@ -176,8 +166,7 @@ def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
 @table.remembered
 def _choose(stage: str, layout: Layout, tokens: int, batch: int) -> str:
     """Choose by the tuning table for `tokens`, a power of two, else by the rule of `algorithms.py`."""
-    name = layout.precision
-    sizes = layout.rank, layout.num_blocks, *layout.features, tokens
+    name, sizes = layout.precision, (layout.rank, layout.num_blocks, *layout.features, tokens)
     key = Key(stage, name, *sizes, granule=layout.granule, factors=layout.factors)
     measured = table.fastest(key, layout.device, admissible(stage, name))
     if isinstance(measured, str):

@@ -172,11 +172,11 @@ def _layer(
             lambda dtype: [reference.forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", mask)],
         ),
         "input_gradient": Pass(
-            lambda: [triton.input_gradient(dy, adapter, "auto", dropout)],
+            lambda: [triton.input_gradient(dy, adapter, dropout)],
             lambda dtype: [reference.input_gradient(dy.to(dtype), in_dtype(adapter, dtype), mask)],
         ),
         "factor_gradients": Pass(
-            lambda: triton.factor_gradients(dy, x, adapter, "auto", dropout),
+            lambda: triton.factor_gradients(dy, x, adapter, dropout),
             lambda dtype: reference.factor_gradients(
                 dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), mask
             ),
