@@ -120,7 +120,7 @@ def tune() -> None:
         return [again()], again
 
     (job,) = jobs([layer], "sm_90", 132, ["modulated_weight"])
-    load = SimpleNamespace(key=job.key, run=run, prepare=lambda: None, check=lambda results: None)
+    load = SimpleNamespace(precision="bf16", run=run, prepare=lambda: None, check=lambda results: None)
     measure.workload = lambda job, device: load  # type: ignore[assignment,return-value]
     measure.keep = lambda *found: Table()  # type: ignore[assignment]
     measure.tune([job], device, timer=lambda choice, again: again() and 1.0)

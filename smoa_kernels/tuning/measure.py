@@ -156,7 +156,7 @@ def _tune_one(
     deadline: float | None,
     progress: Callable[[], object],
 ) -> Entry:
-    with multiplied_in(job.key.dtype):
+    with multiplied_in(load.precision):
         load.prepare()
     for choice in left(job, entry):
         if deadline is not None and time.monotonic() >= deadline:
@@ -180,7 +180,7 @@ def _tune_one(
 
 def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
     try:
-        with multiplied_in(load.key.dtype), ended_if_it_hangs(choice, HANGS_SECONDS):
+        with multiplied_in(load.precision), ended_if_it_hangs(choice, HANGS_SECONDS):
             results, again = load.run(choice)
             load.check(results)
             return Trial(choice, seconds=timer(choice, again))
@@ -213,12 +213,12 @@ class Workload:
     """One key's operands and the computations on them.
 
     Attributes:
-        key: the problem.
+        precision: of the operands, one of `precision.KERNEL_PRECISIONS`.
         run: runs with a choice; returns the results, and what is timed.
         defined: the results by the definition, with the operands in a dtype.
     """
 
-    key: Key
+    precision: str
     run: Callable[[Choice], tuple[Sequence[Tensor], Callable[[], object]]]
     defined: Callable[[torch.dtype], Sequence[Tensor]]
 
@@ -240,7 +240,7 @@ class Workload:
     @cached_property
     def _expected(self) -> tuple[Sequence[Tensor], Sequence[float]]:
         exact = self.defined(torch.float64)
-        precision = PRECISIONS[self.key.dtype]
+        precision = PRECISIONS[self.precision]
         same = self.defined(precision.dtype)
         budgets = [2 * _relative(s.double(), t) + precision.floor for s, t in zip(same, exact, strict=True)]
         return exact, budgets
@@ -278,4 +278,4 @@ def workload(job: Job, device: torch.device) -> Workload:
         again = partial(run, choice) if whole else lambda: [launch() for launch in launches]
         return results, again
 
-    return Workload(job.key, run, operation.defined)
+    return Workload(job.layer.precision, run, operation.defined)
