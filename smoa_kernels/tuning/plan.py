@@ -73,7 +73,9 @@ def jobs(layers: Sequence[Problem], arch: str, multiprocessors: int, names: Sequ
     found: dict[Key, Job] = {}
     for layer in layers:
         most = bucket(layer.tokens)
-        for tokens in dict.fromkeys((most, most // 2 + 1)):  # of all batches that share the choice
+        for tokens in dict.fromkeys(
+            (most, layer.tokens, most // 2 + 1)
+        ):  # batches of other lengths are cut otherwise
             for job in _asked(replace(layer, tokens=tokens), arch, multiprocessors):
                 found.setdefault(job.key, job)
     asked = [job for key, job in found.items() if not names or key.kernel in names]
