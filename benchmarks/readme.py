@@ -79,6 +79,8 @@ def section(runs: list[Run]) -> str:
     on_cpu = sorted((run for run in runs if not run.on_gpu), key=lambda run: run.machine["device"] != own)
     rows += [row for run in on_cpu for row in _rows(run)]
     rows.append(_serving_row())
+    processors = [row[0].partition(",")[0] for row in rows]  # those of one processor together
+    rows.sort(key=lambda row: processors.index(row[0].partition(",")[0]))
     parts = [
         table(("Measured on CPU", "", "SMoA", "LoRA", "HiRA"), rows),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
@@ -134,8 +136,8 @@ def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
     return (
         f"First four rows: `make main-job`, SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, K=2, "
         f"{options['dtype']}, one seed; {before['questions']} test questions, untrained {_percent(before)}; ± is one "
-        "standard error. The others: `make bench`, K=4; the layer has 2048 tokens, 2048×2048 and r=16. Last row: "
-        "[eight sequences](docs/serving.md#what-it-costs). "
+        "standard error. The others: `make bench`, K=4; the layer has 2048 tokens, 2048×2048 and r=16; vLLM's "
+        "row [eight sequences](docs/serving.md#what-it-costs). "
         f"All tables: {pages}."
     )
 

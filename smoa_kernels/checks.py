@@ -5,33 +5,12 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
-
-__all__ = [
-    "MOST_BLOCKS",
-    "MOST_COORDINATES",
-    "MOST_RANKS",
-    "check_blocks",
-    "check_choice",
-    "check_choices",
-    "check_count",
-    "check_dense",
-    "check_device",
-    "check_finite",
-    "check_granule",
-    "check_kind",
-    "check_number",
-    "check_path",
-    "check_probability",
-    "check_weight",
-    "first_line",
-    "granules",
-    "layout_of",
-    "shown",
-]
 
 # The most blocks and ranks: far more than anyone needs, far fewer than would fill the memory with bookkeeping alone.
 MOST_BLOCKS = MOST_RANKS = 2**16
@@ -188,3 +167,18 @@ def check_path(name: str, value: object) -> None:
     """`value` must be the path of a file or folder."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{name} must be a path, got {shown(value)}")
+
+
+@contextmanager
+def naming(what: str | Path) -> Iterator[None]:
+    """Put the name of a layer or file before the message of a TypeError or ValueError from the block.
+
+    A wrong value in a file, given as a Path, is always a ValueError. A ValueError that begins with the name stays.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ValueError) and str(error).startswith(str(what)):
+            raise
+        kind = TypeError if isinstance(error, TypeError) and not isinstance(what, Path) else ValueError
+        raise kind(f"{what}: {error}") from error

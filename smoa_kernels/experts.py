@@ -15,8 +15,6 @@ from .definition.experts import ExpertBlocks, ExpertsAdapter
 from .definition.precision import without_autocast
 from .operator import Gradients, backward_fake, below_autograd, or_empty, register
 
-__all__ = ["ExpertsCall", "experts_linear"]
-
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ends, Tensor ranks, Tensor scaling, Tensor row_offsets, "
     "Tensor col_offsets, Tensor? row_index, Tensor? col_index, int granule, str backend"
@@ -67,16 +65,6 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
 
     Returns:
         y (P, N) in x's dtype.
-
-    Raises:
-        RuntimeError: a second or a forward-mode derivative is asked for.
-
-    Example:
-        >>> blocks = ExpertBlocks.from_labels(torch.tensor([[0, 1]]), torch.tensor([[0, 0, 1]]), num_blocks=2)
-        >>> weight, A, B = torch.ones(4, 2, 3), torch.ones(4, 1, 3), torch.ones(4, 2, 1)
-        >>> adapter = ExpertsAdapter(weight, A, B, blocks, torch.tensor([1, 1]).int(), torch.tensor(0.5))
-        >>> experts_linear(torch.ones(2, 3), torch.tensor([0, 1, 1, 2]).int(), adapter, "eager").tolist()
-        [[4.0, 3.5], [4.0, 3.5]]
     """
     y: Tensor = _experts(x, *ExpertsCall(ends, adapter, backend).flatten())
     return y

@@ -22,8 +22,6 @@ from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .operator import LinearCall, call_linear
 
-__all__ = ["smoa_linear"]
-
 
 def smoa_linear(
     x: Tensor,
@@ -43,10 +41,11 @@ def smoa_linear(
     algorithm: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` with `ΔW = s·mask·(BA) ∘ W0` (docs/definition.md).
+    """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` with `ΔW = s · mask ∘ (B A) ∘ W0`.
 
-    W0 has N rows (outputs) and C columns (inputs), cut into K blocks; block k has rank r_k, and ρ is the largest. The
-    mask is 1 inside the blocks and 0 elsewhere.
+    This is SMoA (arXiv 2605.21147), equations (2) and (3) of docs/definition.md. W0 has N rows (outputs) and C columns
+    (inputs), cut into K blocks; block k has rank r_k, and ρ is the largest. The mask is 1 inside the blocks and 0
+    elsewhere. s is the scale.
 
     Differentiable in x, A, B and bias. Saves x, the factors and the seed for backward; W0, the ranks and the
     partition's tensors are referenced. Works under `torch.func`. A batch over the factors, second derivatives and

@@ -31,18 +31,6 @@ from .definition.precision import DTYPES
 from .definition.ranks import resolve_ranks
 from .definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 
-__all__ = [
-    "LABELS",
-    "Settings",
-    "check_base",
-    "check_fit",
-    "check_keys",
-    "check_linear",
-    "check_tensors",
-    "linear_parameters",
-    "partition_in",
-]
-
 LABELS = ("smoa_row_block", "smoa_col_block", "smoa_ranks")
 
 

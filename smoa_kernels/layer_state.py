@@ -26,8 +26,6 @@ from .layer_checks import (
     partition_in,
 )
 
-__all__ = ["AdapterState"]
-
 # The buffers that hold the partition, in the order of `BlockPartition.tensors`.
 _PARTITION = tuple(
     f"smoa_{name}"
@@ -164,8 +162,8 @@ class AdapterState(nn.Linear):
     def _check_values(self) -> None:
         if self.smoa_A.is_meta:
             raise RuntimeError(
-                "the layer is on the meta device: call to_empty(device=...), then load_state_dict() or "
-                "reset_parameters()"
+                "the layer is on the meta device: call to_empty(device=...), then load_state_dict(), or "
+                "reset_parameters(), which draws a new base weight too"
             )
 
     def _cut(self, shard: LayerShard) -> None:

@@ -15,24 +15,22 @@ from .backends import eager, load_backend, resolve_backend
 from .checks import check_kind
 from .definition.arguments import check_input
 from .definition.block_rule import BlockRule
-from .definition.lora_rate import alpha_for_lora_rate
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
-from .definition.ranks import trainable_parameters
+from .definition.ranks import alpha_for_lora_rate, trainable_parameters
 from .definition.sketch import sketch_weight
 from .functional import smoa_linear
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters
 from .layer_state import AdapterState
 
-__all__ = ["FusedSMoALinear"]
-
 
 class FusedSMoALinear(AdapterState):
     """A linear layer with an SMoA adapter: `y = x W0ᵀ + b + dropout(x) ΔWᵀ`.
 
-    W0 (N, C) = (out_features, in_features) and b are frozen. The rows and columns of W0 are cut into K blocks, and
-    `ΔW = s · mask ∘ (B A) ∘ W0` with a mask that is 1 inside the blocks and a scale s = alpha / r. The factors
-    `smoa_A` (ρ, C) and `smoa_B` (N, ρ) train; ρ is the largest rank of a block.
+    This is SMoA (arXiv 2605.21147), equations (2) and (3) of docs/definition.md. W0 (N, C) = (out_features,
+    in_features) and b are frozen. The rows and columns of W0 are cut into K blocks, and `ΔW = s · mask ∘ (B A) ∘ W0`
+    with a mask that is 1 inside the blocks and a scale s = alpha / r. r is the sum of the blocks' ranks, ρ the largest
+    of them. The factors `smoa_A` (ρ, C) and `smoa_B` (N, ρ) train.
 
     The state dict also holds the block labels, the ranks and a sketch of W0. Loading it therefore computes no spectrum,
     and warns if the adapter was trained over another base weight. The state dict of a plain `nn.Linear` has no labels:
@@ -153,7 +151,7 @@ class FusedSMoALinear(AdapterState):
 
     @property
     def num_adapter_parameters(self) -> int:
-        """The number of trainable parameters, `Σ r_k (N_k + C_k)`. Padding is not counted.
+        """The number of trainable parameters: `Σ r_k (N_k + C_k)` for blocks of N_k rows, C_k columns and rank r_k.
 
         Raises:
             RuntimeError: the layer has no blocks yet.

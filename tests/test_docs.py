@@ -28,6 +28,17 @@ CODE = re.compile(r"`([^`\n]+)`")
 FENCED = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # A command in an indented block or between backticks; a comment after # is not part of it.
 COMMAND = re.compile(r"(?:^ {4}|`)((?:make|smoa-kernels) [^`\n#]*)", re.MULTILINE)
+# A script with its options, in a command or between backticks.
+SCRIPT = re.compile(
+    r"(?:python|-per-node 2|launch --multi_gpu --num_processes 2) (?:-m )?([\w/.]+)((?: [^`\n#]*)?)"
+)
+# Characters of a line of code that the site shows on a window of 1280 pixels.
+WIDEST_CODE = 88
+# The one rule for K and the order of blocks: the same words wherever it is given.
+RULE = (
+    "spectral blocks, K=2, r=8. If speed or memory matters more, take contiguous blocks, K=4, r=32",
+    ("README.md", "docs/choosing.md", "docs/experts.md"),
+)
 SUFFIXES = (".py", ".c", ".h", ".md", ".svg")
 # Names that the reader will create.
 TO_BE_MADE = {"kernels/name.py", "tests/kernels/test_name.py"}
@@ -146,6 +157,34 @@ def test_commands_exist(page: Path) -> None:
             commands.commands[name].make_context(name, arguments)  # raises for an unknown option
 
 
+@every_page
+def test_scripts_exist(page: Path) -> None:
+    """Scripts that commands name exist, and have the options that pages mention."""
+    for script, options in SCRIPT.findall(page.read_text(encoding="utf-8")):
+        paths = [ROOT / script, ROOT / f"{script.replace('.', '/')}.py", ROOT / script.replace(".", "/")]
+        if not script.startswith(("examples/", "benchmarks.")):
+            continue
+        path = next((path for path in paths if path.exists()), None)
+        assert path is not None, script
+        files = [path] if path.is_file() else sorted(path.glob("*.py"))
+        source = "".join(file.read_text(encoding="utf-8") for file in files)
+        for option in re.findall(r"--([a-z][\w-]*)", options):
+            assert re.search(rf"\b{re.sub('-', '[-_]', option)}\b", source), f"{script} --{option}"
+
+
+@every_page
+def test_code_fits_the_site(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for fenced, indented in re.findall(r"^```\w*\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n)+)", text, re.M | re.S):
+        for line in fenced.splitlines() + [line[4:] for line in indented.splitlines()]:
+            assert len(line) <= WIDEST_CODE, line
+
+
+@pytest.mark.parametrize("page", RULE[1])
+def test_one_rule_for_blocks_in_the_same_words(page: str) -> None:
+    assert RULE[0] in " ".join((ROOT / page).read_text(encoding="utf-8").split())
+
+
 # Examples on pages
 
 
@@ -177,8 +216,8 @@ def first_adapter(*codes: str) -> None:
             assert Path("adapter/adapter_model.safetensors").exists()
 
 
-def several_adapters(train: str, several: str, four_bit: str) -> None:
-    run(several, **run(train))
+def several_adapters(train: str, several: str, swap: str, four_bit: str) -> None:
+    run(swap, **run(several, **run(train)))
     pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
     assert adapts(run(four_bit)["model"])
 
@@ -194,6 +233,19 @@ def hira(code: str) -> None:
     from smoa_kernels.peft.hira.layer import AcceleratedLinear
 
     assert isinstance(run(code)["model"].get_submodule("base_model.model.0"), AcceleratedLinear)
+
+
+def merge(code: str) -> None:
+    import peft
+    from tiny_models import tiny_llama
+
+    from smoa_kernels.peft import SMoAConfig
+
+    base = tiny_llama()
+    base.save_pretrained("base")
+    peft.get_peft_model(base, SMoAConfig(target_modules="all-linear")).save_pretrained("adapter")
+    run(code)
+    assert Path("merged/config.json").exists()
 
 
 def several_devices(spectra: str, ddp: str, sharded: str, tensor: str) -> None:
@@ -229,6 +281,7 @@ EXAMPLES: dict[str, Callable[..., object]] = {
     "docs/experts.md": experts,
     "docs/hira.md": hira,
     "docs/index.md": first_adapter,
+    "docs/merging.md": merge,
     "docs/peft.md": several_adapters,
     "docs/tour.md": run,
 }

@@ -1,6 +1,8 @@
 """An adapter's folder on disk: its format, reading, inspecting, and merging it into a base model's folder.
 
-Nothing here imports PEFT, which takes seconds; transformers is imported only if a base model's class must be known.
+What reads files raises FileNotFoundError where one is missing, and a ValueError that names the file or the layer where
+one cannot be read, is another method's, or holds what is not allowed. Nothing here imports PEFT, which takes seconds;
+transformers is imported only if a base model's class must be known.
 """
 
 try:

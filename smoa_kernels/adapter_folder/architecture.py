@@ -27,15 +27,9 @@ from transformers.core_model_loading import (
 )
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["Architecture"]
-
 
 class Architecture:
     """The class of a model, from the configuration in its folder; everything is empty if transformers lacks it.
-
-    Args:
-        folder: the model's folder.
-        stored: names of the stored tensors.
 
     Attributes:
         is_known: whether transformers has the class.

@@ -15,20 +15,12 @@ from .reading import opened, read_json
 if TYPE_CHECKING:
     from .architecture import Architecture
 
-__all__ = ["BaseModel"]
-
 
 class BaseModel:
     """A base model's folder. Most parameters are stored under the model's names; `architecture` knows the others.
 
-    Args:
-        folder: the folder.
-
     Attributes:
         files: the file of each tensor, by stored name.
-
-    Raises:
-        ValueError, FileNotFoundError: the folder has no safetensors files, or they cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,11 +81,7 @@ class BaseModel:
                     yield name, file.get_tensor(name)
 
     def stores_swapped(self, name: str, shape: tuple[int, int]) -> bool:
-        """Whether W0 of `shape` (N, C) is stored (C, N): decided by the stored shape, or by the layer's class if N = C.
-
-        Raises:
-            ValueError: the weight is square, and transformers does not know the model's configuration.
-        """
+        """Whether W0 of `shape` (N, C) is stored (C, N), by the stored shape, or by the layer's class if N = C."""
         stored = self._same_name(f"{name}.weight")
         if stored is None:
             return False

@@ -22,38 +22,39 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checks import MOST_BLOCKS, layout_of
+from ..checks import MOST_BLOCKS, layout_of, naming
 from ..definition.experts import ExpertBlocks
 from ..definition.partition import BlockPartition
 from ..definition.sketch import SKETCH_SIZE, sketch_distance, sketch_weight
-from .naming import naming
 
-__all__ = [
-    "STATE_KEYS",
-    "LayerBlocks",
-    "StackBlocks",
-    "blocks_size",
-    "check_shapes",
-    "pack_blocks",
-    "read_blocks",
-    "unpack_blocks",
-]
-
-
+# The files of an adapter's folder, as PEFT names them, and the prefix of every key in its weights.
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# The methods' names in a configuration.
+METHOD, HIRA = "SMOA", "HIRA"
 # The tensors of a layer's adapter.
 STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
 
 
 class LayerBlocks(NamedTuple):
-    """The data of a layer in an adapter's file, except its factors."""
+    """The data of a layer in an adapter's file, except its factors; of experts, of all of them."""
 
-    partition: BlockPartition
-    ranks: Tensor  # int32 (K,)
-    sketch: Tensor  # float32 (33,), of W0
+    partition: Any  # `BlockPartition`; `ExpertBlocks` of experts
+    ranks: Tensor  # int32 (K,), of every expert
+    sketch: Tensor  # float32 (33,), of W0; (E, 33) of experts
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether these are the blocks of a fused weight of experts."""
+        return self.sketch.ndim == 2
 
     def matrices(self) -> list[LayerBlocks]:
-        """One entry per matrix: this one."""
-        return [self]
+        """One entry per matrix: this one, or one per expert."""
+        if not self.of_experts:
+            return [self]
+        partitions = self.partition.partitions(range(len(self.sketch)))
+        return [LayerBlocks(p, self.ranks, sketch) for p, sketch in zip(partitions, self.sketch, strict=True)]
 
     def orient(self, stored: Tensor) -> tuple[Tensor, float]:
         """Turn a base's stored matrix into W0 (N, C), and return its distance from the W0 that was trained over.
@@ -67,21 +68,6 @@ class LayerBlocks(NamedTuple):
         distances = [sketch_distance(self.sketch, sketch_weight(way)) for way in ways]
         nearest = min(distances)
         return ways[distances.index(nearest)], nearest
-
-
-class StackBlocks(NamedTuple):
-    """The same for a fused weight of experts."""
-
-    partition: ExpertBlocks
-    ranks: Tensor  # int32 (K,), of every expert
-    sketch: Tensor  # float32 (E, 33)
-    shape: tuple[int, int]  # (N, C)
-
-    def matrices(self) -> list[LayerBlocks]:
-        """One entry per expert."""
-        partitions = self.partition.partitions(range(len(self.sketch)), self.shape)
-        each = zip(partitions, self.sketch, strict=True)
-        return [LayerBlocks(partition, self.ranks, sketch) for partition, sketch in each]
 
 
 def blocks_size(out_features: int, in_features: int, num_blocks: int) -> int:
@@ -104,13 +90,9 @@ def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Ten
     return torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
 
 
-def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks | StackBlocks:
+def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks:
     """Unpack `smoa_blocks` of a layer of this shape, on the same device; the rows of all experts, maybe thousands,
     at once.
-
-    Raises:
-        ValueError: `packed` has another dtype or size than such a layer's, a wrong checksum or labels out of range; or
-            experts differ in K or ranks.
     """
     if packed.dtype != torch.uint8 or packed.ndim not in (1, 2):
         raise ValueError(
@@ -152,7 +134,7 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
     if len(other):
         raise ValueError(f"{name[int(other[0])]} has other ranks than those of expert 0")
     blocks = ExpertBlocks.from_labels(rows, cols, num_blocks)
-    return StackBlocks(blocks, rank[0], sketch, (out_features, in_features))
+    return LayerBlocks(blocks, rank[0], sketch)
 
 
 def _unpack_labels(bits: NDArray[np.uint8], num_blocks: int, count: int) -> NDArray[Any]:
@@ -167,17 +149,13 @@ def _unpack_labels(bits: NDArray[np.uint8], num_blocks: int, count: int) -> NDAr
     return labels
 
 
-def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks | StackBlocks:
+def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks:
     """Read blocks, ranks and sketch out of the tensors of one layer, after checking these against each other.
 
     Args:
         name: the layer's name, for messages.
         given: tensors by `STATE_KEYS`, None for one that is missing.
         r: the rank budget.
-
-    Raises:
-        ValueError: naming the layer: a tensor is missing, factors are no matrices of floating-point numbers (or no
-            stacks of them), :func:`unpack_blocks` finds a fault, or the ranks do not fit.
     """
     _check_complete(name, given)
     A, B, packed = (given[key] for key in STATE_KEYS)

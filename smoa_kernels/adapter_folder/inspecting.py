@@ -14,10 +14,8 @@ from ..checks import check_path
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
-from .format import LayerBlocks, StackBlocks
-from .reading import PREFIX, read_adapter
-
-__all__ = ["AdapterReport", "LayerReport", "inspect_adapter"]
+from .format import PREFIX, LayerBlocks
+from .reading import read_adapter
 
 
 @dataclass(frozen=True)
@@ -100,21 +98,6 @@ def inspect_adapter(
         folder: the adapter, as `save_pretrained` wrote it.
         base: folder of a base model in safetensors files, sharded or not.
         progress: called with the number of finished layers, and of all layers.
-
-    Raises:
-        TypeError: `folder` or `base` is not a path.
-        ValueError, FileNotFoundError: a file is missing or cannot be read, the adapter is another method's,
-            its configuration has a value that is not allowed, or labels or ranks are missing or out of range.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from smoa_kernels.peft import SMoAConfig
-        >>> from torch import nn
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
-        >>> model.save_pretrained("adapter")
-        >>> report = inspect_adapter("adapter")
-        >>> report.parameters, report.layers[0].ranks, report.fits
-        (28, (2, 2), None)
     """
     check_path("folder", folder)
     if base is not None:
@@ -134,9 +117,9 @@ def inspect_adapter(
     )
 
 
-def _layer(name: str, blocks: LayerBlocks | StackBlocks, bases: BaseModel | None) -> LayerReport:
+def _layer(name: str, blocks: LayerBlocks, bases: BaseModel | None) -> LayerReport:
     experts = blocks.matrices()
-    stack = () if isinstance(blocks, LayerBlocks) else (len(experts),)
+    stack = (len(experts),) if blocks.of_experts else ()
     ranks = experts[0].ranks.tolist()
     distances = None if bases is None else _distances(name, experts, bases, fused=bool(stack))
     worst = None if not stack or distances is None else max(range(len(distances)), key=distances.__getitem__)

@@ -21,8 +21,6 @@ from torch import Tensor
 from ..checks import check_path, shown
 from .merging import FolderMerge
 
-__all__ = ["MergeReport", "merge_to_folder"]
-
 # Weights in other formats; a copy would hold the base's values.
 _OTHER_FORMATS = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx", "onnx_data", "ot")
 # Written anew, or valid for the base only.

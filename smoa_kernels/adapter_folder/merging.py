@@ -16,17 +16,14 @@ import torch
 from torch import Tensor
 
 from ..backends import eager
-from ..checks import check_choice, check_path
+from ..checks import check_choice, check_path, naming
 from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
-from .format import LayerBlocks, StackBlocks
-from .naming import naming
-from .reading import HIRA, METHOD, read_adapter, read_config, read_hira, read_json
+from .format import HIRA, METHOD, LayerBlocks
+from .reading import read_adapter, read_config, read_hira, read_json
 from .rounding import round_stochastically
-
-__all__ = ["ROUNDINGS", "FolderMerge", "merged_weights"]
 
 ROUNDINGS = ("nearest", "stochastic")
 
@@ -161,11 +158,7 @@ class FolderMerge:
             yield name, self.tensor(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Make one tensor of the merged model, in memory of its own.
-
-        Raises:
-            ValueError: naming it: the base's is another than the adapter was trained over, or the result is not finite.
-        """
+        """Make one tensor of the merged model, in memory of its own."""
         planned = self.plan[name]
         if planned.parameter is None:
             value = self._model.read(planned.stored)
@@ -257,17 +250,7 @@ def _read_plain_config(base: Path) -> dict[str, Any]:
 def _read_changes(
     folder: Path, base: BaseModel, dtype: torch.dtype | None, rounding: str
 ) -> dict[str, Change]:
-    """Read how an SMoA or HiRA adapter changes parameters, by the base model's names.
-
-    Args:
-        folder: the adapter.
-        base: the base model.
-        dtype: of the merged model; its own where None.
-        rounding: how W_eff will be rounded to it, "nearest" or "stochastic".
-
-    Raises:
-        ValueError, FileNotFoundError: a file is missing or cannot be read, or holds no adapted layer.
-    """
+    """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
     if read_config(folder, (METHOD, HIRA))["peft_type"] == METHOD:
         adapter = read_adapter(folder)
         changes = {
@@ -275,7 +258,7 @@ def _read_changes(
         }
         for name, blocks in adapter.layers.items():
             # For experts the file names the parameter itself.
-            parameter = name if isinstance(blocks, StackBlocks) else f"{name}.weight"
+            parameter = name if blocks.of_experts else f"{name}.weight"
             factors = adapter.of_layer(name)
             scaling = adapter.settings.for_layer(name).scaling
             changes[parameter] = _smoa_change(blocks, factors["smoa_A"], factors["smoa_B"], scaling)
@@ -293,7 +276,7 @@ def _whole(tensor: Tensor) -> Change:
     return Change((tuple(tensor.shape),), lambda stored: tensor, is_whole=True)
 
 
-def _smoa_change(blocks: LayerBlocks | StackBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
+def _smoa_change(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
     stack, matrices = A.shape[:-2], blocks.matrices()
     shape = matrices[0].partition.shape
     each = [*zip(matrices, A.view(-1, *A.shape[-2:]), B.view(-1, *B.shape[-2:]), strict=True)]

@@ -14,36 +14,19 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checks import shown
-from .format import STATE_KEYS, LayerBlocks, StackBlocks, read_blocks
-from .naming import naming
+from ..checks import naming, shown
+from .format import (
+    CONFIG_NAME,
+    HIRA,
+    METHOD,
+    PREFIX,
+    STATE_KEYS,
+    WEIGHTS_NAME,
+    LayerBlocks,
+    read_blocks,
+)
 from .settings import AdapterSettings
-from .writing import CONFIG_NAME, METHOD, WEIGHTS_NAME, check_seal
-
-__all__ = [
-    "CONFIG_NAME",
-    "HIRA",
-    "METHOD",
-    "MOST_JSON_BYTES",
-    "PREFIX",
-    "WEIGHTS_NAME",
-    "Adapter",
-    "by_number",
-    "opened",
-    "read_adapter",
-    "read_config",
-    "read_hira",
-    "read_json",
-    "read_state",
-    "read_weights",
-    "weights_of",
-]
-
-# PEFT's prefix of every key in an adapter's file.
-PREFIX = "base_model.model."
-
-# PEFT's HiRA in a configuration.
-HIRA = "HIRA"
+from .writing import check_seal
 
 # Larger JSON files are not read. The index of a model with hundreds of experts per layer has some 20 MB.
 MOST_JSON_BYTES = 64 * 2**20
@@ -66,7 +49,7 @@ class Adapter:
     settings: AdapterSettings
     path: Path
     tensors: dict[str, Tensor]
-    layers: dict[str, LayerBlocks | StackBlocks]
+    layers: dict[str, LayerBlocks]
 
     def of_layer(self, name: str) -> dict[str, Tensor]:
         """A layer's tensors by `STATE_KEYS`."""
@@ -79,13 +62,7 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read the folder of an SMoA adapter, without PEFT.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: it is another method's, or a file cannot be read or holds what is not allowed. The message names
-            the file.
-    """
+    """Read the folder of an SMoA adapter, without PEFT."""
     config = read_config(folder, (METHOD,))
     known = {field.name for field in fields(AdapterSettings)}
     with naming(folder / CONFIG_NAME):
@@ -98,12 +75,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
-    """Read the configuration of an adapter of one of `methods` (PEFT's names).
-
-    Raises:
-        FileNotFoundError: the folder has no configuration.
-        ValueError: it is another method's, or no JSON. The message names the file.
-    """
+    """Read the configuration of an adapter of one of `methods` (PEFT's names)."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}: give the folder of a saved adapter")
@@ -116,15 +88,8 @@ def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def read_weights(
-    folder: Path, settings: AdapterSettings
-) -> tuple[dict[str, Tensor], dict[str, LayerBlocks | StackBlocks]]:
-    """Read an adapter's tensors and layers, as `Adapter` holds them; empty if there are no weights, or on a hub.
-
-    Raises:
-        ValueError: the weights are a pickle, truncated, corrupt, of other ranks than the configuration's, or left by a
-            save that was killed. The message names the file and the layer.
-    """
+def read_weights(folder: Path, settings: AdapterSettings) -> tuple[dict[str, Tensor], dict[str, LayerBlocks]]:
+    """Read an adapter's tensors and layers, as `Adapter` holds them; empty if there are no weights, or on a hub."""
     path, pickled = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
     if not path.is_file():
         if pickled.is_file():
@@ -157,11 +122,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """Open a safetensors file; safetensors checks its header against its length.
-
-    Raises:
-        ValueError: the file is truncated, corrupt or cannot be read.
-    """
+    """Open a safetensors file; safetensors checks its header against its length."""
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -170,11 +131,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the object in a JSON file.
-
-    Raises:
-        ValueError: the file is larger than `MOST_JSON_BYTES` (it is not read then), or holds something else.
-    """
+    """Read the object in a JSON file."""
     size = Path(path).stat().st_size
     if size > MOST_JSON_BYTES:
         raise ValueError(f"{path} has {size} bytes; at most {MOST_JSON_BYTES} are read")
@@ -193,11 +150,6 @@ def read_hira(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str,
     Returns:
         A (r, C) and B (N, r) of each layer by its path in the base model, and the other tensors by key without
         `PREFIX`.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: naming the file: it is another method's or cannot be read, holds no layer or one that is not linear,
-            or factors do not fit each other.
     """
     read_config(folder, (HIRA,))
     path = weights_of(folder)

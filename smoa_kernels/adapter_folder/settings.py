@@ -24,10 +24,7 @@ from ..checks import (
     shown,
 )
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
-from ..definition.lora_rate import alpha_for_lora_rate
-from ..definition.ranks import resolve_ranks
-
-__all__ = ["FORMAT_VERSION", "AdapterSettings", "LayerSettings", "check_bool", "whole_name"]
+from ..definition.ranks import alpha_for_lora_rate, resolve_ranks
 
 # Version of the adapter folder's format, raised when older releases cannot read what newer ones write. Version 1 was
 # never released.
@@ -74,15 +71,7 @@ class LayerSettings(NamedTuple):
         return self.alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
     def at_lora_rate(self, sketch: Tensor, elements: int) -> LayerSettings:
-        """The same with the alpha for LoRA's learning rate, as a number.
-
-        Args:
-            sketch: that of the layer's W0.
-            elements: how many elements each matrix of W0 has.
-
-        Raises:
-            ValueError: W0 has no numbers yet, is zero, or is not finite.
-        """
+        """The same with the alpha for LoRA's learning rate, as a number; see :func:`alpha_for_lora_rate`."""
         alpha = alpha_for_lora_rate(self.alpha, self.rule.num_blocks, sketch, elements)
         config = copy(self.config)
         config.use_lora_rate = False
@@ -91,11 +80,7 @@ class LayerSettings(NamedTuple):
 
 @dataclass
 class AdapterSettings:
-    """The fields that SMoA adds to a configuration of PEFT; `smoa_kernels.peft.SMoAConfig` says what each means.
-
-    Raises:
-        TypeError, ValueError: a field has a value that is not allowed; the message names both.
-    """
+    """The fields that SMoA adds to a configuration of PEFT; `smoa_kernels.peft.SMoAConfig` says what each means."""
 
     r: int = 8
     target_modules: list[str] | set[str] | str | None = None
@@ -155,15 +140,7 @@ class AdapterSettings:
         return self.format_version is not None
 
     def for_layer(self, name: str) -> LayerSettings:
-        """The settings of one layer.
-
-        Args:
-            name: path of the layer in the base model.
-
-        Example:
-            >>> AdapterSettings(r=8, rank_pattern={"q_proj": 4}).for_layer("layers.0.q_proj").r
-            4
-        """
+        """The settings of one layer, by its path in the base model."""
         r = _matching(self.rank_pattern, name, self.r)
         rule = BlockRule(
             _matching(self.num_blocks_pattern, name, self.num_blocks),

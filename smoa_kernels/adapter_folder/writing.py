@@ -13,13 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = ["CONFIG_NAME", "METHOD", "WEIGHTS_NAME", "check_seal", "replacing", "seal"]
-
-# The files of an adapter's folder, as PEFT names them.
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-# The method's name in a configuration.
-METHOD = "SMOA"
+from .format import CONFIG_NAME, METHOD, WEIGHTS_NAME
 
 # Prefix of the hidden folder that a save writes to.
 _SCRATCH = ".saving-"

@@ -27,10 +27,10 @@ class _Expert(NamedTuple):
     Attributes:
         weight: W0 (N, C).
         A: (ρ, C), at least float32; its padding is zero.
-        B: (N, ρ), likewise.
+        B: (N, ρ), the same.
         same: (N, C), where a row's and a column's blocks are equal.
         modulation: s·BA, zero elsewhere.
-        pairs: (P, 1), which are its own.
+        pairs: (P, 1), whether a pair is this expert's.
     """
 
     weight: Tensor

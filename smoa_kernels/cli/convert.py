@@ -13,14 +13,12 @@ __all__ = ["convert"]
 
 
 def convert(
-    folder: Annotated[
-        Path, typer.Argument(help="A HiRA or SMoA adapter, as PEFT's save_pretrained left it.")
-    ],
-    out: Annotated[Path, typer.Argument(help="Folder to write the other kind to.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a HiRA or SMoA adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the converted adapter.")],
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the base model, of which an SMoA adapter holds sketches; else the one HiRA's names."
+            help="Folder of the base model, to sketch its weights; if absent, the one that HiRA's folder names."
         ),
     ] = None,
 ) -> None:

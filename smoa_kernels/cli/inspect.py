@@ -21,9 +21,9 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="An SMoA adapter, as PEFT's save_pretrained left it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of an SMoA adapter.")],
     base: Annotated[
-        Path | None, typer.Option(help="Folder of a base model: does the adapter fit it? Exits 1 if not.")
+        Path | None, typer.Option(help="Folder of a base model to compare with; exit code 1 if it differs.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="A row for every layer.")] = False,
     json: Annotated[Path | None, typer.Option(dir_okay=False, help="Write every layer as JSON.")] = None,

@@ -18,21 +18,21 @@ _DTYPES = {dtype_names([dtype]): dtype for dtype in DTYPES}
 
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of a base model in safetensors files, not quantised.")],
-    adapter: Annotated[Path, typer.Argument(help="An SMoA or HiRA adapter, as save_pretrained left it.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the merged model to: new, or empty.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of an SMoA or HiRA adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the merged model: new, or empty.")],
     dtype: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(_DTYPES)}; each tensor's own if absent.")
+        str | None, typer.Option(help=f"One of {', '.join(_DTYPES)}; each tensor keeps its own if absent.")
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option(help="Of one file of weights, and of the memory needed.")
+        str, typer.Option(help="Largest file of weights; about as much memory is needed.")
     ] = "5GB",
     rounding: Annotated[
         str,
         typer.Option(
-            help="To bfloat16 and float16: nearest, or stochastic, which keeps small updates on average."
+            help="Rounding to half types: nearest, or stochastic, which keeps small updates on average."
         ),
     ] = "nearest",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the stochastic rounding.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the stochastic rounding.")] = 0,
 ) -> None:
     """Merge an adapter into its base model: a plain model that any program serves, a shard at a time."""
     if dtype is not None:

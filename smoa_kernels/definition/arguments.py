@@ -12,17 +12,6 @@ from ..checks import check_dense, check_kind, check_number, check_probability, l
 from .dropout import WIDEST
 from .partition import BlockPartition
 
-__all__ = [
-    "autocast_enabled",
-    "check_block_ranks",
-    "check_dropout",
-    "check_input",
-    "check_partition",
-    "check_ranks",
-    "check_scaling",
-    "check_tensors",
-]
-
 
 def check_tensors(
     x: Tensor,

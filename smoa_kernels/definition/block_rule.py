@@ -11,8 +11,6 @@ from torch import Tensor
 from ..checks import check_blocks, check_choice, check_count, check_granule
 from .partition import BlockPartition
 
-__all__ = ["BLOCK_ORDERS", "BlockRule"]
-
 BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
 
 
@@ -25,10 +23,6 @@ class BlockRule(NamedTuple):
             experts of a fused weight; of a single weight it is that weight's own.
         granule: g, adjacent rows or columns that stay together.
         block_seed: of the draw, if the order is "random". Weights of one shape get the same blocks.
-
-    Example:
-        >>> BlockRule(2, "contiguous").build(torch.empty(4, 6, device="meta")).row_sizes
-        (2, 2)
     """
 
     num_blocks: int
@@ -42,32 +36,20 @@ class BlockRule(NamedTuple):
         return self.block_order in ("spectral", "shared")
 
     def check(self, shape: Sequence[int] | None = None, name: str = "a weight") -> None:
-        """Check all attributes and, if a shape is given, that `name` can be cut into such blocks.
-
-        Raises:
-            TypeError, ValueError: naming the attribute.
-        """
+        """Check all attributes and, if a shape is given, that `name` can be cut into such blocks."""
         check_blocks(self.num_blocks, shape, name)
         check_choice("block_order", self.block_order, BLOCK_ORDERS)
         check_granule(self.granule, self.num_blocks, shape, name)
         check_count("block_seed", self.block_seed, 0, 2**63 - 1)
 
     def build(self, weight: Tensor) -> BlockPartition:
-        """Compute the blocks of a weight, on its device (the CPU for a meta weight, of which only the shape is read).
-
-        Raises:
-            TypeError, ValueError: as :meth:`check` and :meth:`BlockPartition.from_weight` do.
-        """
+        """Compute the blocks of a weight, on its device; of a meta weight only the shape is read."""
         if self.needs_weight:
             return BlockPartition.from_weight(weight, self.num_blocks, granule=self.granule)
         return self.of_shape(weight.shape, "cpu" if weight.is_meta else weight.device)
 
     def of_shape(self, shape: Sequence[int], device: torch.device | str) -> BlockPartition:
-        """Compute the blocks of any weight of a shape; for orders that need no weight.
-
-        Raises:
-            TypeError, ValueError: as :meth:`check` does.
-        """
+        """Compute the blocks of any weight of a shape; for orders that need no weight."""
         self.check(shape)
         if self.block_order == "random":
             return BlockPartition.random(

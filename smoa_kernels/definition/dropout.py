@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Dropout", "draw_seed"]
-
 WIDEST = 2**31 - 1
 """The most columns of a layer: they are counted in 32 bits."""
 
@@ -43,11 +41,6 @@ class Dropout:
         p: probability in [0, 1) of dropping an element; rounded to a multiple of 2⁻¹⁶.
         column_offset: global index of the first column.
         width: global number of columns; None stands for the tensor's own. The kernels do not need it.
-
-    Example:
-        >>> mask = Dropout(torch.tensor(7), p=0.5).multiplier(torch.ones(64, 64))
-        >>> sorted(set(mask.flatten().tolist()))
-        [0.0, 2.0]
     """
 
     seed: Tensor
@@ -75,11 +68,7 @@ class Dropout:
         return self.stream(x.shape[1])(x.new_empty(x.shape))
 
     def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
-        """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens.
-
-        Args:
-            columns: how many, from column_offset on.
-        """
+        """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens."""
         levels = self.levels(columns)
 
         def fill(out: Tensor) -> Tensor:
@@ -94,9 +83,6 @@ class Dropout:
 
         An element is kept if its level is at least `least_kept`. On the CPU a call takes at most `MASK_ROWS` tokens;
         the next call overwrites its result.
-
-        Args:
-            columns: how many, from column_offset on.
         """
         words = (drawn_words if draws(self.seed.device) else hashed_words)(
             self.seed, self.words_per_token(columns)
@@ -145,10 +131,5 @@ def draw_seed(device: torch.device) -> Tensor:
 
     The seed is drawn outside the operator. Drawn inside, it would change when a forward is recomputed, and gradients
     would silently belong to another mask.
-
-    Example:
-        >>> seed = draw_seed(torch.device("cpu"))
-        >>> seed.dtype, seed.shape
-        (torch.int64, torch.Size([]))
     """
     return torch.randint(torch.iinfo(torch.int64).max, (), dtype=torch.int64, device=device)

@@ -22,8 +22,6 @@ from .packed import PackedAdapter
 from .partition import BlockPartition, label_dtype
 from .spectral_order import one_thread
 
-__all__ = ["ExpertBlocks", "ExpertsAdapter", "index_dtype", "reference_experts_linear"]
-
 
 @dataclass(frozen=True)
 class ExpertBlocks:
@@ -40,11 +38,6 @@ class ExpertBlocks:
         col_index: (E or 1, C), the same for columns; None where `row_index` is.
         granule: every block consists of whole aligned groups of so many adjacent rows, or columns: a partition's
             `granularity`. Kernels read 8 and more as vectors; 1 always holds.
-
-    Example:
-        >>> blocks = ExpertBlocks.from_labels(torch.tensor([[0, 0, 1]]), torch.tensor([[0, 1]]), num_blocks=2)
-        >>> blocks.is_contiguous, blocks.row_offsets.tolist()
-        (True, [[0, 2, 3]])
     """
 
     row_offsets: Tensor
@@ -96,10 +89,10 @@ class ExpertBlocks:
         """The blocks of the transposed weights."""
         return ExpertBlocks(self.col_offsets, self.row_offsets, self.col_index, self.row_index, self.granule)
 
-    def partitions(self, experts: Sequence[int], shape: Sequence[int]) -> list[BlockPartition]:
-        """Make the partitions of some experts' weights of shape (N, C); experts with shared blocks share one."""
-        rows = _sides(self.row_offsets, self.row_index, experts, shape[0])
-        cols = _sides(self.col_offsets, self.col_index, experts, shape[1])
+    def partitions(self, experts: Sequence[int]) -> list[BlockPartition]:
+        """Make the partitions of some experts' weights; experts with shared blocks share one."""
+        rows = _sides(self.row_offsets, self.row_index, experts)
+        cols = _sides(self.col_offsets, self.col_index, experts)
         if len(rows) == len(cols) == 1:
             return [self._partition(rows[0], cols[0])] * len(experts)
         return [self._partition(rows[e % len(rows)], cols[e % len(cols)]) for e in range(len(experts))]
@@ -139,18 +132,18 @@ class _Side(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def _sides(offsets: Tensor, index: Tensor | None, experts: Sequence[int], size: int) -> list[_Side]:
+def _sides(offsets: Tensor, index: Tensor | None, experts: Sequence[int]) -> list[_Side]:
     """Rows, or columns, of some experts' partitions, made all at once; a single one if the experts share it."""
+    size = int(offsets[0, -1])
     places = torch.arange(size, device=offsets.device)[None] if index is None else index
     offsets, places = (each if len(each) == 1 else each[list(experts)] for each in (offsets, places))
     places, sizes = places.long(), offsets.diff()
-    num_blocks = sizes.shape[1]
+    known, num_blocks = sizes.tolist(), sizes.shape[1]
     blocks = torch.arange(num_blocks, device=offsets.device).to(label_dtype(num_blocks))
     runs = blocks.repeat(len(sizes)).repeat_interleave(sizes.flatten()).view(len(sizes), size)
     count = max(len(offsets), len(places))
     labels = runs.new_empty(count, size)
     labels.scatter_(1, places.expand(count, -1), runs.expand(count, -1))
-    known = sizes.tolist()
     return [
         _Side(labels[e], places[e % len(places)], offsets[e % len(offsets)], tuple(known[e % len(known)]))
         for e in range(count)
@@ -194,9 +187,7 @@ class ExpertsAdapter:
         ranks = self.ranks.clamp(0, self.A.shape[1]).tolist()
         return [
             PackedAdapter(self.weight[e], self.A[e], self.B[e], partition, self.ranks, self.scaling, ranks)
-            for e, partition in zip(
-                experts, self.blocks.partitions(experts, self.weight.shape[1:]), strict=True
-            )
+            for e, partition in zip(experts, self.blocks.partitions(experts), strict=True)
         ]
 
 
@@ -215,13 +206,6 @@ def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -
 
     Returns:
         y (P, N) in x's dtype.
-
-    Example:
-        >>> blocks = ExpertBlocks(*(torch.tensor([[0, 2, 4]], dtype=torch.int32),) * 2)
-        >>> weight, A, B = torch.ones(2, 4, 4), torch.ones(2, 1, 4), torch.ones(2, 4, 1)
-        >>> adapter = ExpertsAdapter(weight, A, B, blocks, torch.tensor([1, 1]).int(), torch.tensor(0.5))
-        >>> reference_experts_linear(torch.ones(3, 4), torch.tensor([3, 3]), adapter)[0].tolist()
-        [5.0, 5.0, 5.0, 5.0]
     """
     y, start = [x.new_empty(0, adapter.weight.shape[1])], 0
     for one, end in zip(adapter.experts(range(len(adapter.weight))), ends.tolist(), strict=True):

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .partition import BlockPartition
 
-__all__ = ["PackedAdapter", "draw_A", "padding_masks", "scaling_tensor"]
-
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes three times as long, twice per call of a layer
 class PackedAdapter:
@@ -33,14 +31,6 @@ class PackedAdapter:
         scaling: 0-d tensor, s.
         block_ranks: the numbers in `ranks`, where the host has them.
         layout: a backend's cached form of these tensors for its calls (`kernels.launch.described`, `Call`), or None.
-
-    Example:
-        >>> halves = torch.tensor([0, 0, 1, 1])
-        >>> partition, ranks = BlockPartition.from_labels(halves, halves, 2), torch.tensor([1, 1], dtype=torch.int32)
-        >>> weight, A, B = torch.ones(4, 4), torch.ones(1, 4), torch.ones(4, 1)
-        >>> A, B = PackedAdapter(weight, A, B, partition, ranks, torch.tensor(0.5)).expanded_factors(torch.float32)
-        >>> (B @ A).tolist()[0]  # s·mask·(BA): nothing outside the block
-        [0.5, 0.5, 0.0, 0.0]
     """
 
     weight: Tensor

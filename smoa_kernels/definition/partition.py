@@ -27,8 +27,6 @@ from ..checks import (
 )
 from .spectral_order import order_source, whole
 
-__all__ = ["BlockPartition"]
-
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class BlockPartition:
@@ -80,6 +78,8 @@ class BlockPartition:
     @classmethod
     def from_weight(cls, weight: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:
         """Compute the spectral order of `weight` and cut it into `num_blocks` aligned blocks.
+
+        The order is that of SMoA (arXiv 2605.21147), by the centroids of equation (1) of docs/definition.md.
 
         Args:
             weight: (N, C) floating point, any device. Half types are computed in float32.

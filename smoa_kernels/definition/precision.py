@@ -13,20 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "DTYPES",
-    "KERNEL_DTYPES",
-    "KERNEL_PRECISIONS",
-    "PRECISIONS",
-    "Precision",
-    "accumulate",
-    "dtype_names",
-    "gemm_is_ieee",
-    "has_gemm",
-    "precision_of",
-    "without_autocast",
-]
-
 
 @dataclass(frozen=True)
 class Precision:

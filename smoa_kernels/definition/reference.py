@@ -14,8 +14,6 @@ from .dropout import Dropout
 from .packed import PackedAdapter
 from .partition import BlockPartition
 
-__all__ = ["reference_delta_weight", "reference_linear"]
-
 
 def reference_delta_weight(
     weight: Tensor, A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor, *, scaling: float | Tensor

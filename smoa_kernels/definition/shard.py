@@ -14,8 +14,6 @@ if (
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
-__all__ = ["LayerShard"]
-
 
 class LayerShard:
     """A contiguous part of W0's rows or columns, cut as `torch.chunk` cuts over a one-dimensional mesh.
@@ -60,11 +58,7 @@ class LayerShard:
         return DTensor.from_local(y, self._mesh, (placement,), run_check=False, shape=shape, stride=stride)
 
     def weight(self, weight: Tensor) -> Tensor:
-        """This process's part of W0, sharing its storage.
-
-        Raises:
-            RuntimeError: `fully_shard` has sharded it too, and it is not gathered now.
-        """
+        """This process's part of W0, sharing its storage."""
         mine = _local(weight)
         expected = tuple(
             full if part == slice(None) else part.stop - part.start

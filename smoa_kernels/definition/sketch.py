@@ -17,8 +17,6 @@ from torch import Tensor
 from .precision import without_autocast
 from .spectral_order import one_thread, whole
 
-__all__ = ["sign_rows", "sketch_distance", "sketch_of_products", "sketch_weight"]
-
 PROJECTIONS = 32
 SKETCH_SIZE = PROJECTIONS + 1
 # NF4 and int4 move the sketch by about 0.1, an unrelated weight by 1.4.

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .precision import without_autocast
 
-__all__ = ["spectral_centroids", "spectral_orders"]
-
 
 def whole(weight: Tensor) -> Tensor:
     """Gather a sharded weight (`DTensor`) on every process; return any other weight as it is."""
@@ -48,10 +46,6 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
     Args:
         weight: (N, C), or (E, N, C) of several; floating point, finite, not empty. Half types are computed in float32.
         granule: g, rows or columns that stay together; the last granule may be short.
-
-    Example:
-        >>> [scores.tolist() for scores in spectral_centroids(torch.diag(torch.tensor([1.0, 3.0, 2.0])))]
-        [[2.0, 0.0, 1.0], [2.0, 0.0, 1.0]]
     """
     with one_thread(), without_autocast(weight):
         weights = weight if weight.ndim == 3 else weight[None]
@@ -127,6 +121,7 @@ def _granule_sums(values: Tensor, granule: int) -> Tensor:
 
 
 _SETTING = threading.RLock()
+_within = threading.local()
 
 
 @contextmanager
@@ -136,7 +131,7 @@ def one_thread() -> Iterator[None]:
     torch keeps the setting for the process and for each thread. A Python thread that starts while another is in this
     block starts with one intra-op thread; it has no other setting to restore, and changes nothing.
     """
-    if torch.get_num_threads() == 1:
+    if torch.get_num_threads() == 1 or hasattr(_within, "maker"):
         yield
         return
     with _SETTING:
@@ -146,3 +141,11 @@ def one_thread() -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
+
+
+def within_one_thread() -> None:
+    """Let this thread, made by one that is within `one_thread`, enter it without waiting for its maker.
+
+    It mostly has one intra-op thread already, but vLLM turns `torch.set_num_threads` into a function without effect.
+    """
+    _within.maker = True

@@ -4,9 +4,9 @@ from .data_parallel import (
     agree_on_buffers,
     average_gradients,
     ignore_buffers,
+    shared_spectra,
     smoa_buffers,
 )
-from .shared_sorting import shared_spectra
 from .tensor_parallel import ColwiseSMoAParallel, RowwiseSMoAParallel
 
 __all__ = [

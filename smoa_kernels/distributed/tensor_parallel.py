@@ -16,8 +16,6 @@ from ..checks import check_kind
 from ..definition.shard import LayerShard
 from .data_parallel import agree_on_buffers
 
-__all__ = ["ColwiseSMoAParallel", "RowwiseSMoAParallel"]
-
 
 class _SMoAParallel:
     """Cuts dimension `dim` of W0, and all tensors along it.
@@ -70,12 +68,13 @@ class _SMoAParallel:
 
 
 class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
-    """Cut W0's rows (the output's columns), B and the row labels; every process holds A whole.
+    """Cut W0's rows (the output's columns), the factor B (N, ρ) and the row labels; each process holds A (ρ, C) whole.
 
     It replaces torch's `ColwiseParallel`: same arguments, same layouts of input (replicated) and output (sharded by
-    its last dimension), same behaviour for modules without an adapter. Outputs, gradients, dropout masks and merged
-    weights are those of one process. Parallelize after adapters are injected or loaded and before the optimiser is
-    made; then use `fully_shard` over another dimension of the mesh, if at all.
+    its last dimension), same behaviour for modules without an adapter. C and N are the layer's inputs and outputs, ρ is
+    the largest rank of its blocks. Outputs, gradients, dropout masks and merged weights are those of one process.
+    Parallelize after adapters are injected or loaded and before the optimiser is made; then use `fully_shard` over
+    another dimension of the mesh, if at all.
 
     With dropout, all processes of the mesh must be seeded alike, since each of them draws the masks.
 
@@ -99,7 +98,7 @@ class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
 
 
 class RowwiseSMoAParallel(_SMoAParallel, RowwiseParallel):
-    """Cut W0's columns (the input's), A and the column labels; every process holds B whole.
+    """Cut W0's columns (the input's), the factor A (ρ, C) and the column labels; each process holds B (N, ρ) whole.
 
     It replaces torch's `RowwiseParallel`: the input is sharded by its last dimension, the output is replicated, or
     sharded by `output_layouts`. All else is as for :class:`ColwiseSMoAParallel`.

@@ -1,4 +1,4 @@
-"""One table of GPU architectures: their published limits, which one a device has, and what identifies a device.
+"""One table of GPU architectures with their published limits; the architecture of a device, and its identity.
 
 Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide.
 """
@@ -36,16 +36,16 @@ _KIB = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    """What one multiprocessor (or compute unit) offers.
+    """The limits of one multiprocessor (or compute unit).
 
     Attributes:
         name: as the compiler spells it.
         tensor_core: mnemonic of the full-rate tensor-core instruction.
         shared_per_block: bytes of shared memory that one block may take.
         warp_size: threads per warp.
-        fused_tokens: up to so many tokens of a half type the one-kernel form runs (`backends/algorithms.py`).
+        fused_tokens: the most tokens of a half type for which `fused_linear` runs (`backends/algorithms.py`).
         async_copies: global loads can go to shared memory without passing registers.
-        same: names of architectures that nobody audits and that have at least these limits.
+        same: names of architectures that are not audited and have at least these limits.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Architecture:
 
     @property
     def has_wide_tensor_cores(self) -> bool:
-        """A tensor-core instruction takes 64 rows or more, so larger tiles pay."""
+        """Whether a tensor-core instruction multiplies 64 rows or more, so that larger tiles pay."""
         return self.tensor_core in ("HGMMA", "UTCHMMA")
 
     @property
     def is_amd(self) -> bool:
-        """Compiled for HIP rather than CUDA."""
+        """Whether kernels are compiled for HIP, not for CUDA."""
         return self.name.startswith("gfx")
 
 
@@ -81,12 +81,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.name: arch fo
 """Every audited architecture by name."""
 
 _FACTS = {name: arch for arch in _ALL for name in (arch.name, *arch.same)}
-# What any GPU offers.
+# The limits of any GPU.
 _UNKNOWN = Architecture("", "HMMA", 48 * _KIB)
 
 
 def facts(name: str) -> Architecture:
-    """The row of an architecture; for one that nobody knows, the least that any offers."""
+    """The row of an architecture; for an unknown one, limits that every GPU has."""
     return _FACTS.get(name) or replace(_UNKNOWN, name=name)
 
 
@@ -109,10 +109,10 @@ def multiprocessors(device: torch.device) -> int:
 
 @cache
 def assembler(arch: str) -> str:
-    """Name the assembler that Triton takes for an architecture, "ptxas 12.8.93"; "no ptxas" beside NVIDIA's."""
+    """Name the assembler that Triton takes for an architecture, "ptxas 12.8.93"; "no ptxas" if not NVIDIA's."""
     if not arch.startswith("sm_"):
         return "no ptxas"
-    with suppress(Exception):  # no Triton, no ptxas, or a Triton that asks it otherwise
+    with suppress(Exception):  # no Triton, no ptxas, or another function in this Triton
         from triton.backends.nvidia.compiler import get_ptxas_version
 
         if found := re.search(r"\bV([\d.]+)", get_ptxas_version(int(arch.removeprefix("sm_")))):
@@ -122,13 +122,13 @@ def assembler(arch: str) -> str:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a choice was measured on: on anything else it is stale.
+    """The GPU and the software that a choice was measured on. Elsewhere the choice is stale.
 
     Attributes:
         gpu: as the driver names it; "cpu" for Triton's interpreter.
         capability: architecture as the compiler spells it, "sm_90" or "gfx942".
         multiprocessors: a slice of a GPU has fewer than its name promises.
-        triton: version, but for its patches.
+        triton: its major and minor version.
         source: hash of the kernels' source.
     """
 
@@ -141,8 +141,8 @@ class Identity:
 
 @cache
 def identity(device: torch.device) -> Identity:
-    """Return what would be measured on here and now."""
-    import triton  # tables can be read without
+    """Return the identity of this process's GPU and software."""
+    import triton  # here, because tables can be read without Triton
 
     return Identity(
         "cpu" if device.type == "cpu" else gpu_properties(device).name,
@@ -155,7 +155,7 @@ def identity(device: torch.device) -> Identity:
 
 @cache
 def source_hash() -> str:
-    """Hash every file that may decide the speed of a kernel or an algorithm."""
+    """Hash every file that may change the speed of a kernel or an algorithm."""
     folder = Path(__file__).resolve().parent
     digest = hashlib.sha256()
     for path in (*sorted(folder.glob("*.py")), folder.parent / "backends" / "triton.py"):

@@ -3,16 +3,16 @@
 
     G_k = dyg_kᵀ · xg_k,   H_k = s · G_k ∘ W0_k,   dB_k = H_k · A_kᵀ,   dA_k = B_kᵀ · H_k
 
-G never exists in memory. One program accumulates one tile of G_k over its tokens in registers, multiplies it by
-the tile of W0 and contracts it with the tile's rows of B and columns of A: what it writes is rank-sized. A second
-kernel, `sum_partials.py`, adds these partials in a fixed order: no atomics, and two runs agree bit for bit. The
-contraction is linear in G, so the tokens can be split among programs too, and among launches.
+G is never in memory. One program accumulates one tile of G_k over its tokens in registers, multiplies it by the tile
+of W0 and contracts it with the tile's rows of B and columns of A. It writes only these small partial results. A second
+kernel, `sum_partials.py`, adds them in a fixed order, without atomics, so two runs agree bit for bit. The contraction
+is linear in G, so the tokens can be split among programs and among launches.
 
-Layout of the pointers: dy (T, K, P_n) and x (T, K, P_c) padded block-major with zeros in padding, any strides but
-the last, 1, or, where blocks consist of granules, dy (T, N) and x (T, C), read where they lie; weight (N, C), a (ρ, C),
-b (N, ρ) in the layer's own coordinates, any strides, reached through row_index (N), col_index (C) int64 and
-row_offsets, col_offsets (K + 1) int32; ranks (K) int32; scaling one element; partial_b (splits · column tiles, N, R)
-and partial_a (splits · row tiles, C, R) float32, contiguous, those of one launch after the other's.
+Layout of the pointers: dy (T, K, P_n) and x (T, K, P_c) padded block-major with zeros in padding, last stride 1; or,
+if blocks consist of granules, dy (T, N) and x (T, C) in the layer's own order; weight (N, C), a (ρ, C), b (N, ρ) in the
+layer's own coordinates, any strides, read through row_index (N), col_index (C) int64 and row_offsets, col_offsets
+(K + 1) int32; ranks (K) int32; scaling one element; partial_b (splits · column tiles, N, R) and partial_a
+(splits · row tiles, C, R) float32, contiguous, one launch's after the other's.
 
 R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of 128 bits, one store.
 """
@@ -37,11 +37,11 @@ from .table import remembered
 
 __all__ = ["BLOCK_GRAD", "block_grad", "token_splits"]
 
-# Ranks that the contraction takes at a time: the least that `tl.dot` takes, for the tile of G stays in registers.
+# Ranks that the contraction takes at a time: as few as `tl.dot` allows, because the tile of G stays in registers.
 RANK_CHUNK = 16
-# Ranks of a group: float32 of 128 bits. The kernel is given groups, so that the compiler sees how a row is aligned.
+# Ranks of a group: 128 bits of float32. The kernel gets the number of groups, so the compiler knows the alignment.
 GROUP = tl.constexpr(PARTIAL_RANKS)
-EPILOGUE_STEPS = 11  # what the end of a program costs, in steps of its main loop: an assumption
+EPILOGUE_STEPS = 11  # cost of the end of a program, in steps of its main loop: an assumption
 
 
 @triton.jit(do_not_specialize=["T", "tiles_n", "tiles_c", "rank", "rank_groups"])
@@ -236,15 +236,15 @@ def block_grad(
     The tokens come a part at a time, and their partials stay float32 until the parts are summed.
 
     Args:
-        parts: how many, at least 1.
-        gathered: from a part's number to its dyg and xg, from `permute.gather_columns`: dY
-            (T_part, K, P_n) in W0's dtype, gathered by rows of W0, and the adapter's input (T_part, K, P_c), gathered
-            by columns, its dropout mask applied. Where blocks consist of granules (`spec.granule_of`), each may be as
-            it lies, (T_part, N) and (T_part, C). The part before is freed by then. No T_part is larger than the first.
+        parts: number of parts, at least 1.
+        gathered: gives dyg and xg of a part, from `permute.gather_columns`: dY (T_part, K, P_n) in W0's dtype,
+            gathered by rows of W0, and the adapter's input (T_part, K, P_c), gathered by columns and masked by dropout.
+            If blocks consist of granules (`spec.granule_of`), they may be in their own order, (T_part, N) and
+            (T_part, C). The last part is freed before the next is asked for. No T_part is larger than the first.
         adapter: weight, factors, partition, ranks and scaling.
     """
     A, B, partition = adapter.A, adapter.B, adapter.partition
-    dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # numbers are parsed in half the time of a size
+    dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # torch parses numbers faster than a size
     if dA.numel() == 0 or dB.numel() == 0:
         return dA, dB
     layout, pointers = described(adapter)
@@ -254,7 +254,7 @@ def block_grad(
         tokens = tokens or dyg.shape[0]
         dyg = dyg if dyg.stride(-1) == 1 else dyg.contiguous()
         xg = xg if xg.stride(-1) == 1 else xg.contiguous()
-        # As wide as gathered blocks would be, where they are not: what of a tile lies past a block's end is masked.
+        # Ungathered operands are tiled as if they were gathered; the kernel masks a tile beyond its block's end.
         widths = (
             block_width(partition.row_sizes) if dyg.ndim == 2 else dyg.shape[2],
             block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
@@ -266,7 +266,7 @@ def block_grad(
             (slots_a, slots_b), (N, C) = slots, layout.features
             partial_a = dyg.new_empty(parts * slots_a, C, width, dtype=torch.float32)
             partial_b = dyg.new_empty(parts * slots_b, N, width, dtype=torch.float32)
-        # Views take time too, and mostly there is one part.
+        # With one part, which is usual, no views are made: they take time.
         here_a = partial_a if parts == 1 else partial_a.narrow(0, part * slots_a, slots_a)
         here_b = partial_b if parts == 1 else partial_b.narrow(0, part * slots_b, slots_b)
         launch(dy_ptr=dyg, x_ptr=xg, partial_a_ptr=here_a, partial_b_ptr=here_b, **pointers)
@@ -285,7 +285,7 @@ def _launch(
     dy_stride: Sequence[int],
     x_stride: Sequence[int],
 ) -> tuple[Launch, tuple[int, int]]:
-    """A part's launch, and how many partials of dA and of dB it writes: the first part, of `tokens`, decides that."""
+    """A part's launch, and its numbers of partials of dA and of dB, which depend on the first part's `tokens`."""
     padded_rows, padded_cols = widths
     dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
     config, precision = layout.choose(
@@ -323,7 +323,7 @@ def _launch(
 
 
 def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> int:
-    """Among how many programs block_grad splits the tokens of a tile so that it fills a GPU; 1 where the tiles do.
+    """Choose among how many programs the tokens of a tile are split to fill a GPU; 1 if there are tiles enough.
 
     A split keeps at least as many steps of the main loop as a program's end costs.
 
@@ -340,7 +340,7 @@ def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> i
     return max(1, min(-(-processors // programs), tokens // (EPILOGUE_STEPS * block_t)))
 
 
-# Bytes of shared memory that the first needs on NVIDIA, for H transposed; AMD's compiler makes do with what there is.
+# Bytes of shared memory that the first configuration needs on NVIDIA, for H transposed. AMD's compiler needs fewer.
 _LARGEST_NEEDS = 138 * 1024
 _SHIPPED = (
     Config(block_n=128, block_c=128, block_t=64, num_warps=8, num_stages=3),
@@ -354,7 +354,7 @@ _SHIPPED_FP32 = (
     Config(block_n=128, block_c=64, block_t=32, num_warps=8, num_stages=3),
     Config(block_n=64, block_c=64, block_t=32, num_warps=8, num_stages=2),
 )
-# IEEE float32 without tensor cores: on NVIDIA.
+# For IEEE float32 on NVIDIA, which has no tensor cores for it.
 _SHIPPED_IEEE = (
     Config(block_n=64, block_c=64, block_t=32, num_warps=8, num_stages=3),
     Config(block_n=64, block_c=64, block_t=16, num_warps=8, num_stages=3),

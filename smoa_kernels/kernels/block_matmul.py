@@ -1,15 +1,15 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""The adapter's output: all spectral blocks in one launch, written straight to where their rows stand in y.
+"""The adapter's output: all spectral blocks in one launch, each written directly to its columns of y.
 
     y[:, rows_k] = xg_k · ΔW_kᵀ for every block k;  rows of blocks without rank or columns get 0      (T, N)
 
-ΔW is the left operand, so a tile of yᵀ is what accumulates, in float32. The transposed product, dX under dropout, is
-the same kernel: dxg_k = dyg_k · ΔW_k is `adapter.T` with ΔWᵀ.
+ΔW is the left operand, so a program accumulates a tile of yᵀ, in float32. The same kernel computes the transposed
+product, dX under dropout: dxg_k = dyg_k · ΔW_k is `adapter.T` with ΔWᵀ.
 
 Layout of the pointers, every block padded with zeros to one width P_n or P_c, a multiple of the tile, so that
 only tokens need a mask: x (T, K, P_c), last stride 1; delta, ΔW in block order, (K, P_n, P_c), any strides; out (T, N)
 or padded (T, K, P_n), any strides; row_index (N), col_index (C) int64, row_offsets and col_offsets (K + 1) int32,
-ranks (K) int32. Where blocks consist of granules, x may be (T, C): it is then read where it lies, a vector at a time.
+ranks (K) int32. If blocks consist of granules, x may be (T, C), in its own order; it is read a vector at a time.
 """
 
 from __future__ import annotations
@@ -136,9 +136,9 @@ def block_matmul(
     """Write `y[:, rows_k] = xg_k ΔW_kᵀ` of all blocks into `out`, every element once. Returns `out`.
 
     Args:
-        xg: (T, K, P_c) in W0's dtype, columns in block order, zero in padding: `permute.gather_columns`. Where blocks
-            consist of granules (`spec.granule_of`), x itself, (T, C), will do.
-        adapter: whose ΔW; `adapter.T` with dY gathered by rows computes dY ΔW.
+        xg: (T, K, P_c) in W0's dtype, columns in block order, zero in padding, from `permute.gather_columns`; if
+            blocks consist of granules (`spec.granule_of`), x itself, (T, C), is allowed.
+        adapter: the adapter of ΔW; `adapter.T` with dY gathered by rows computes dY ΔW.
         delta: ΔW (K, P_n, P_c) in W0's dtype, zero in padding: `modulate.modulated_blocks`, or that of the
             transposed adapter with its last two dimensions swapped.
         out: (T, N) for y in the layer's own order, or (T, K, P_n) for block order with zeros in padding; any
@@ -174,8 +174,8 @@ def _launch(
         dropout=layout.granule > 1 and not in_place,
     )
     if in_place:
-        # Triton shares its stages out between loading the index and loading x, which needs it: with so many, x has as
-        # many buffers as where it is gathered.
+        # Triton divides its stages between loading the index and loading x, which needs the index. With this many, x
+        # has as many buffers as a gathered x.
         config = replace(config, num_stages=2 * config.num_stages - 1)
     return Launch(
         block_matmul_kernel,
@@ -208,7 +208,7 @@ _SHIPPED = (
     Config(block_t=64, block_n=64, block_c=64, group_t=8, num_warps=4, num_stages=3),
     Config(block_t=32, block_n=64, block_c=64, group_t=8, num_warps=4, num_stages=3),
 )
-# IEEE float32 has no tensor cores on NVIDIA: smaller tiles, for each thread holds its operands in registers.
+# NVIDIA has no tensor cores for IEEE float32, and a thread holds its operands in registers: smaller tiles.
 _SHIPPED_IEEE = (
     Config(block_t=64, block_n=64, block_c=16, group_t=8, num_warps=8, num_stages=3),
     Config(block_t=64, block_n=32, block_c=32, group_t=8, num_warps=4, num_stages=3),
@@ -230,7 +230,7 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
 
 
 def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
-    """The largest tile that still fills the device, else the smallest."""
+    """Choose the largest tile of which there are enough to fill the device, else the smallest."""
 
     def tiles(config: Config) -> int:
         return -(-key.tokens // config.block_t) * key.blocks * (key.padded_out // config.block_n)

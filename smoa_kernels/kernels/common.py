@@ -1,19 +1,19 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""What the kernels share: the padded block-major layout, the rank product, the dot, the dropout mask, sums of parts.
+"""Shared by the kernels: the padded block-major layout, the rank product, the dot, the dropout mask, segments.
 
 **Layout.** Coordinates of one side of W0 (rows or columns) are grouped by block and every block is padded to
 one width P, a multiple of the tile, so that tiles never straddle blocks and their loads are 128 bits wide:
 
     slot (k, p) holds coordinate index[offsets[k] + p], valid where p < offsets[k + 1] - offsets[k]
 
-`index` (int64) and `offsets` (int32, K + 1) are the partition's own tensors: P is known on the host
-(`padded_width`), the rest is read inside the kernels, so a launch never waits for the device.
+`index` (int64) and `offsets` (int32, K + 1) are the partition's own tensors. The host knows P (`padded_width`), and
+kernels read the tensors, so a launch never waits for the device.
 
-**Offsets.** Whatever is multiplied by a stride is int64 first: T·N and T·C pass 2³¹ in practice.
+**Offsets.** A number is made int64 before it is multiplied by a stride: T·N and T·C exceed 2³¹ in practice.
 
 **Segments.** Pairs of a token and an expert are sorted by expert, and each expert's blocks of rows follow one another.
-Where they end, a tensor on the device says. A launch must not wait for it, so the grid has as many tiles as there could
-be, and each program finds its own segment from the ends. Programs beyond the last tile return.
+A tensor on the device holds their ends. A launch must not wait for it, so the grid has as many tiles as there could be,
+and each program finds its own segment from the ends. Programs beyond the last tile return.
 
 **Signatures.** Pointers, then sizes, then strides, then runtime scalars, then constexprs in capitals. Scaling
 and seed are read through pointers: they are tensors on the device.
@@ -55,7 +55,7 @@ __all__ = [
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-"""Whether large tiles do not ship that Triton 3.6 spills and 3.9 does not. Between them nobody has looked."""
+"""Triton 3.6 spills large tiles that 3.9 does not; before 3.9 they do not ship. 3.7 and 3.8 were not tried."""
 
 # The largest float32 that rounds to a finite TF32 is just below this: 0x7F7FF000.
 LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
@@ -72,7 +72,7 @@ def padded_width(sizes: tuple[int, ...], multiple: int) -> int:
 
 @functools.cache
 def block_width(sizes: tuple[int, ...]) -> int:
-    """P of the backend's layout: what blocks of these sizes are padded to."""
+    """P of the backend's layout: blocks of these sizes are padded to this width."""
     return padded_width(sizes, padding_multiple(sizes))
 
 
@@ -82,11 +82,11 @@ def power_of_two(count: int, least: int = 1) -> int:
 
 
 def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:
-    """How `dot` may round float32 operands where W0 has `dtype`; half operands are never rounded.
+    """How `dot` may round float32 operands if W0 has `dtype`; half operands are never rounded.
 
-    float32 factors over a half weight take TF32, a tensor-core product: to nearest it is as fine as float16 and eight
-    times finer than bfloat16, so the operands go through `to_tf32`.
-    AMD multiplies float32 in IEEE at full tensor-core width, and most of its targets know nothing else.
+    float32 factors over a half weight are multiplied in TF32 by tensor cores. `to_tf32` rounds them to nearest, which
+    is as fine as float16 and eight times finer than bfloat16.
+    AMD's matrix cores multiply IEEE float32, and most of them have no TF32.
     """
     if torch.version.hip is not None:
         return "ieee"
@@ -234,7 +234,7 @@ def segment_of(ends_ptr, segments, tile, BLOCK: tl.constexpr, SEGMENTS: tl.const
 
 
 def tiles_of_segments(length: int, segments: int, block: int) -> int:
-    """The most tiles that so many segments of `length` in all can have: each but one ends in a tile of one."""
+    """The most tiles that `segments` of a total `length` can have: all but one of them have a last tile of one."""
     most = min(length, segments)
     return (length - most) // block + most
 

@@ -4,14 +4,14 @@
     y[t, i] = Σ_j x[t, j] · W0[i, j]  +  Σ_j x[t, j] · ΔW[i, j]  +  bias[i]                      (T, N)
     ΔW[i, j] = s · [b(i) = c(j)] · W0[i, j] · Σ_r B[i, r] A[r, j], made in registers, never in memory
 
-Both products add to one float32 sum, rounded once: a ΔW added to W0 before the product would be lost in W0's rounding,
-and an adapter's output added to a rounded y in y's (docs/numerics.md). W0 is the left operand of the products: with
-yᵀ = W0 xᵀ it is N, not the few tokens, that lies along the tensor cores' long side, and ΔW goes into its product from
+Both products add to one float32 sum, which is rounded once. A small ΔW added to W0 first would be lost in W0's
+rounding, and a small output added to a rounded y in y's rounding (docs/numerics.md). W0 is the left operand,
+yᵀ = W0 xᵀ: so N, not the few tokens, lies along the long side of the tensor cores, and ΔW enters its product from
 registers.
 
-Where y has few tiles, `split` programs share the sum over C. The parts are float32 sums that `sum_partials.py` adds in
-a fixed order. A rank too large for one product is taken in chunks, in a loop inside the one over C: then nothing of the
-next step is loaded ahead.
+If y has few tiles, `split` programs share the sum over C. The parts are float32 sums that `sum_partials.py` adds in
+a fixed order. A rank too large for one product is taken in chunks, in a loop inside the one over C; the next step's
+operands are then not loaded ahead.
 
 Layout of the pointers: x (T, C), w (N, C), a (ρ, C), b (N, ρ) with any strides; bias (N) contiguous; row_block (N)
 and col_block (C) labels, uint8 or int32; ranks (K) int32; scaling one element; out contiguous, y (T, N) in x's
@@ -202,7 +202,7 @@ def _launch(
         transposed=layout.transposed,
         factors=layout.factors,
     )
-    chunk = min(config.block_r, power_of_two(rank, 16))  # `tl.dot` takes no fewer
+    chunk = min(config.block_r, power_of_two(rank, 16))  # the least that `tl.dot` takes
     tiles = -(-tokens // config.block_t) * -(-layout.features[0] // config.block_n)
     return Launch(
         fused_linear_kernel,
@@ -226,12 +226,12 @@ def _split(config: Config) -> tuple[Config, ...]:
     return tuple(replace(config, split=split) for split in (4, 2, 1))
 
 
-# More ranks or tokens than these and the registers spill.
+# With more ranks or tokens registers spill.
 _SHIPPED = (
     *_split(Config(block_t=16, block_n=64, block_c=64, block_r=64, split=4, num_warps=4, num_stages=3)),
     Config(block_t=32, block_n=64, block_c=64, block_r=64, split=1, num_warps=4, num_stages=3),
 )
-# No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
+# NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
 _SHIPPED_IEEE = _split(
     Config(block_t=16, block_n=16, block_c=32, block_r=16, split=4, num_warps=2, num_stages=3)
 )
@@ -245,13 +245,13 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         shipped = tuple(replace(config, block_c=32) for config in shipped if config.block_t == 16)
     elif arch.name == "sm_90":
         shipped = tuple(replace(config, wgmma=True) for config in shipped)
-    elif OLD_TRITON and arch.name == "sm_120":  # with three stages ρ = 4 transposed spills 4 bytes
+    elif OLD_TRITON and arch.name == "sm_120":  # with three stages ρ = 4 spills 4 bytes, transposed
         shipped = tuple(replace(config, num_stages=3 + (config.block_t == 16)) for config in shipped)
     return on_amd(shipped) if arch.is_amd else shipped
 
 
 def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
-    """The narrowest tile that takes all tokens, its sum over C split where y has few tiles."""
+    """Choose the narrowest tile that holds all tokens; split its sum over C if y has few tiles."""
     widths = {config.block_t for config in fitting}
     block_t = min((width for width in widths if width >= key.tokens), default=max(widths))
     narrowest = [config for config in fitting if config.block_t == block_t]

@@ -6,8 +6,8 @@
 
 over the pairs of each expert e and its blocks k. A program owns some rows of one block. It goes over that block's
 columns, makes one tile of G after another in registers, multiplies it by W0's and contracts it with A's and with B's.
-It writes each row of dB once, and of dA what its own rows add, in float32, which torch sums: no atomics, and two runs
-agree bit for bit. An expert without pairs gets zeros.
+It writes each row of dB once, and its own rows' part of dA in float32; torch sums these parts. There are no atomics, so
+two runs agree bit for bit. An expert without pairs gets zeros.
 
 Layout of the pointers: dy (P, N), x (P, C), a (E, ρ, C), last stride 1; w (E, N, C), b (E, N, ρ), any strides;
 partial_a (experts of the launch, tiles of rows, ρ, C) float32, zeros, and db (E, N, ρ), contiguous; ends, indices,
@@ -43,7 +43,7 @@ from .table import remembered
 __all__ = ["GROUPED_GRAD", "GROUPED_GRAD_GATHERED", "grouped_grad"]
 
 RANKS = 16
-"""That a program takes; others make G again for the next. With more of them the registers spill."""
+"""Ranks of a program; further ranks take further programs, which compute G again. With more, registers spill."""
 
 
 @triton.jit(do_not_specialize=["first_expert", "tiles_n", "parts", "num_blocks", "rank"])
@@ -168,7 +168,7 @@ def grouped_grad(
 
     Args:
         dy: (P, N) sorted by expert, in W0's dtype.
-        x: (P, C), likewise.
+        x: (P, C), sorted by expert, in W0's dtype.
         ends: int32 (E,), where the pairs of each expert end; the last is P.
         adapter: of the experts, on x's device.
     """
@@ -194,9 +194,9 @@ def _launches(
     pairs: int,
     strides: tuple[int, int],
 ) -> tuple[tuple[slice, int, Launch], ...]:
-    """Launches, one for so many experts that their partial results of dA take no more than an eighth of W0.
+    """The launches; each takes as many experts as keep their partial results of dA below an eighth of W0's memory.
 
-    Of each: its experts, how many partial results there may be of one, and the launch.
+    Each comes with its experts and the largest number of partial results of an expert.
     """
     N, experts = layout.features[0], layout.experts
     config, precision = layout.choose(
@@ -204,7 +204,7 @@ def _launches(
         **layout.experts_sizes(pairs),
     )
     tiles_n = tiles_of_segments(N, layout.num_blocks, config.block_n)
-    parts = -(-N // config.block_n)  # one block may have all rows: the host does not know its size
+    parts = -(-N // config.block_n)  # one block may have all rows; the host does not know its size
     # Partial results are float32, of rank ρ, for each part; W0 has N rows.
     at_once = max(1, experts * N * layout.dtype.itemsize // (8 * 4 * parts * layout.rank))
 
@@ -231,7 +231,7 @@ def _launches(
 
 _LARGEST = Config(block_n=128, block_c=64, block_t=64, num_warps=8, num_stages=3)
 _SHIPPED = Config(block_n=64, block_c=64, block_t=64, num_warps=8, num_stages=3)
-# With two stages IEEE's spills somewhere. It has no tensor cores on NVIDIA.
+# IEEE float32 has no tensor cores on NVIDIA; with two stages it spills on some architectures.
 _SHIPPED_IEEE = Config(block_n=16, block_c=32, block_t=32, num_warps=4, num_stages=3)
 _GATHERED = (Config(block_n=64, block_c=64, block_t=32, num_warps=8, num_stages=2),)
 _GATHERED_TF32 = (Config(block_n=32, block_c=64, block_t=32, num_warps=8, num_stages=2),)
@@ -245,7 +245,7 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if arch.is_amd or full:
         shipped = (replace(_SHIPPED, block_t=32 if full else 64),)
         return on_amd(shipped) if arch.is_amd else shipped
-    # Elsewhere the largest spills, and by Triton 3.6 everywhere.
+    # On other architectures the largest spills; under Triton 3.6 it spills on all.
     largest = arch.name in ("sm_80", "sm_90", "sm_100") and not OLD_TRITON
     return (_LARGEST, _SHIPPED) if largest else (_SHIPPED,)
 

@@ -1,15 +1,16 @@
 # mypy: allow-untyped-calls
-"""Where a launch goes, what it is given, and the shortest way there.
+"""`Launch`: the grid and the arguments of a kernel, remembered so that launching it again is cheap.
 
 A kernel's arguments are named once, in its signature: pointers (`*_ptr`), then numbers, then constants in capitals. A
 :class:`Launch` binds by these names: sizes and strides of an adapter come from its :class:`Layout`, tiles from the
-fields of the configuration, and what is left is given by the kernel's host function.
+fields of the configuration, and all other numbers from the kernel's host function.
 
-Triton launches on the current device, wherever its arguments are: :func:`on_device`. And at every launch it specialises
-each argument anew to find the compiled kernel, 25 µs of Python for 20 arguments: a `Launch` remembers what it found.
+Triton launches on the current device, even if its arguments are on another one; :func:`on_device` sets it. To find the
+compiled kernel Triton specialises each argument at every launch, 25 µs of Python for 20 arguments. A `Launch` remembers
+the kernel and calls it directly.
 
-That short way uses parts of Triton that are not public. Where one is missing or raises, :func:`use_tritons_launcher`
-ends it for this process, and Triton launches.
+The direct call uses parts of Triton that are not public. If one is missing or raises, :func:`use_tritons_launcher`
+turns the direct call off for this process, and Triton launches.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 _STAY: AbstractContextManager[None] = nullcontext()
-_runtime: Any = knobs.runtime  # which holds the hooks on launches
+_runtime: Any = knobs.runtime  # holds the hooks on launches
 
 
 class _Listener(threading.local):
@@ -60,9 +61,9 @@ _listener = _Listener()
 
 @contextmanager
 def heard_by(hear: Callable[[Launch, Pointers], object]) -> Iterator[None]:
-    """Tell `hear` of each launch of this thread and its pointers, before it happens; all go Triton's own way meanwhile.
+    """Call `hear` with each launch of this thread and its pointers before it happens. Triton itself launches meanwhile.
 
-    Where it returns something true, or raises, nothing is launched.
+    If `hear` returns something true or raises an exception, the launch does not happen.
     """
     _listener.hear = hear
     try:
@@ -73,7 +74,7 @@ def heard_by(hear: Callable[[Launch, Pointers], object]) -> Iterator[None]:
 
 @dataclass
 class _ShortWay:
-    """Attributes: `obstacle`, why launches of this process go Triton's own way; empty while the short way works."""
+    """`obstacle` says why Triton launches in this process; it is empty while the direct call works."""
 
     obstacle: str = ""
 
@@ -82,7 +83,7 @@ short_way = _ShortWay()
 
 
 def use_tritons_launcher(reason: str) -> None:
-    """Use no remembered form from now on: every launch is Triton's own. Warns once."""
+    """Let Triton launch everything in this process from now on. Warns once."""
     if not short_way.obstacle:
         warnings.warn(
             f"kernels are launched by Triton's own launcher, which is slower: {reason}", stacklevel=3
@@ -91,10 +92,10 @@ def use_tritons_launcher(reason: str) -> None:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make `device` the current one for the length of a block; nothing to do where it is, or is no CUDA device.
+    """Make `device` the current one within a block. Does nothing if it is the current one, or no CUDA device.
 
-    Torch's own operators look after themselves. The backend calls this where a pass enters it, and the tuner around all
-    that it measures.
+    Torch's own operators set their device themselves. The backend calls this at the start of a pass, the tuner around
+    its measurements.
     """
     if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
         return _STAY
@@ -108,7 +109,7 @@ _BLOCKS = ("row_index", "col_index", "row_offsets", "col_offsets")
 
 
 class Layout(NamedTuple):
-    """What a launch depends on of an adapter: plain values, which can be remembered.
+    """The properties of an adapter that a launch depends on, as plain values, which can be remembered.
 
     Attributes:
         device: of all its tensors.
@@ -118,7 +119,7 @@ class Layout(NamedTuple):
         rank: ρ.
         num_blocks: K.
         granule: adjacent coordinates that kernels may take as one, from `spec.granule_of`.
-        indexed: whether blocks are no slices.
+        indexed: whether blocks are read through an index, because they are not slices.
         factors: dtype of A and B, by its name in `Key`.
         strides: of W0, A and B; then how far one expert's block indices and offsets lie from the next one's.
     """
@@ -141,7 +142,7 @@ class Layout(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Whether W0 is read along the other side than it is stored."""
+        """Whether W0 is read across its rows: its stride along C is not 1."""
         return self.strides[2 if self.experts else 1] != 1
 
     @property
@@ -150,11 +151,11 @@ class Layout(NamedTuple):
         return PRECISIONS[self.precision].dtype
 
     def choose(self, kernel: str, **sizes: Any) -> tuple[Any, str]:
-        """Launch parameters by :func:`table.select`, and how float32 products round.
+        """Return the launch parameters by :func:`table.select`, and how float32 products round.
 
         Args:
             kernel: one of `KERNELS`.
-            sizes: what the choice depends on besides the adapter.
+            sizes: further fields of `spec.Key`.
         """
         precision = input_precision(self.dtype, allow_tf32=self.precision == "tf32")
         N, C = self.features
@@ -162,7 +163,7 @@ class Layout(NamedTuple):
         return select(kernel, self.device, self.dtype, precision, **sizes), precision
 
     def experts_sizes(self, pairs: int) -> dict[str, Any]:
-        """What a choice depends on besides an adapter of experts. `tokens` are the pairs that one has on average."""
+        """Fields of `spec.Key` for an adapter of experts. `tokens` is the average number of pairs of an expert."""
         tokens = -(-pairs // max(self.experts, 1))
         sides = {"granule": self.granule, "transposed": self.transposed}
         return {"tokens": tokens, "factors": self.factors, **sides}
@@ -182,7 +183,7 @@ Pointers: TypeAlias = Mapping[str, Tensor | None]
 def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers]:
     """An adapter's layout, and its tensors as kernels name them. A packed adapter keeps both for its other launches.
 
-    Kernels over experts read A along C: of a transposed adapter it is a copy, which is small.
+    Kernels over experts read A along C, so the A of a transposed adapter is copied; it is small.
     """
     if isinstance(adapter, PackedAdapter):
         if not isinstance(adapter.layout, tuple):
@@ -234,12 +235,13 @@ def _described(
 
 
 class Form(NamedTuple):
-    """A launch's compiled kernel, loaded, and what running it asks.
+    """A compiled kernel, loaded on a device, and the arguments that running it needs.
 
     Attributes:
-        kernel: Triton's, which unloads it once nobody holds it; `run`, `function` and `metadata` are its parts.
-        device: number of the one that it is loaded on.
-        stream: the current stream of a device.
+        kernel: Triton's object; Triton unloads the kernel once nothing refers to it. `run`, `function` and `metadata`
+            are its parts.
+        device: number of the device that it is loaded on.
+        stream: function that returns the current stream of a device.
     """
 
     kernel: CompiledKernel
@@ -251,22 +253,22 @@ class Form(NamedTuple):
 
     @classmethod
     def of(cls, kernel: CompiledKernel) -> Form:
-        """A kernel that was just launched."""
+        """Make a form of a kernel that was just launched."""
         active = driver.active
         parts = kernel.run, kernel.function, kernel.packed_metadata
         return cls(kernel, *parts, active.get_current_device(), active.get_current_stream)
 
 
 class Launch:
-    """A launch of a kernel but for its pointers, and the compiled forms that it took.
+    """A launch of a kernel, complete except for its pointers, and the compiled forms that it used so far.
 
-    It follows from the sizes, strides, dtypes and device of a problem, so it is made once for a problem: what makes it
-    is under :func:`table.remembered`, and sees nothing else. It runs on that device, the current one.
+    It depends only on the sizes, strides, dtypes and device of a problem, so functions under :func:`table.remembered`
+    make it once for a problem. It runs on the problem's device, which must be the current one.
 
-    A form depends on the launch, on the dtypes of the pointers, and on whether 16 divides them. Remembered are forms
-    for pointers that 16 divides; what else comes goes Triton's own way, as does every launch while a profiler has hooks
-    on launches, and every first one. Of Triton this takes that a launch returns the compiled kernel, and that `run`
-    launches it, which Triton and PyTorch's compiler call alike; where a launch returns anything else, nothing is
+    A form depends on the launch, on the dtypes of the pointers, and on whether 16 divides their addresses. Forms are
+    remembered for addresses that 16 divides. Triton launches in all other cases: the first time, with other addresses,
+    and while a profiler has hooks on launches. We rely on two properties of Triton: a launch returns the compiled
+    kernel, and the kernel's `run` launches it, as in PyTorch's compiler. If a launch returns anything else, nothing is
     remembered.
 
     Args:
@@ -294,7 +296,7 @@ class Launch:
         """Launch on the current device.
 
         Args:
-            pointers: those of the kernel by name; others are let be.
+            pointers: the kernel's pointers by name; others are ignored.
         """
         address = 0
         dtypes: list[torch.dtype | None] = []
@@ -306,7 +308,7 @@ class Launch:
                 address |= tensor.data_ptr()
                 dtypes.append(tensor.dtype)
         form = None if address & 15 or short_way.obstacle else self._forms.get(tuple(dtypes))
-        # Does someone listen to launches? A chain with calls does, or what was put in the place of Triton's chain.
+        # A profiler listens if Triton's chain of hooks has calls, or if another hook has replaced the chain.
         enter, leave, hear = _runtime.launch_enter_hook, _runtime.launch_exit_hook, _listener.hear
         unheard = hear is None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave)
         if form is not None and unheard:
@@ -323,7 +325,7 @@ class Launch:
                     *tensors,
                     *self._numbers,
                 )
-            except Exception as error:  # Triton's launcher decides what becomes of it
+            except Exception as error:  # Triton launches instead, and raises if it cannot
                 use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
             else:
                 return

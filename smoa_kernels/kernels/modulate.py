@@ -4,7 +4,7 @@
     W_eff[i, j] = W0[i, j] · (1 + s · [b(i) = c(j)] · Σ_t B[i, t] A[t, j])               (N, C)
     ΔW[k, p, q] = s · W0[i, j] · Σ_t B[i, t] A[t, j],  i and j in slots p and q of k      (K, P_n, P_c)
 
-Both read W0 once, write once, compute in float32. Entries t ≥ ranks[k] of the factors are padding and reach nothing.
+Both read W0 once, compute in float32 and write once. Entries t ≥ ranks[k] of the factors are padding and are ignored.
 
 Layout of the pointers: w (N, C), a (ρ, C), b (N, ρ) and the dense out (N, C) with any strides; row_block (N) and
 col_block (C) labels, uint8 or int32; row_index (N), col_index (C) int64, row_offsets, col_offsets (K + 1) int32;
@@ -107,13 +107,13 @@ def modulated_weight(
     out: Tensor | None = None,
     ieee: bool = False,
 ) -> Tensor:
-    """W_eff (N, C) in W0's dtype and, where it is allocated here, in W0's stride order.
+    """W_eff (N, C) in W0's dtype and, unless `out` is given, in W0's memory order.
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
         out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
         ieee: multiply the factors under a float32 weight in IEEE, even if torch multiplies in TF32. Under a half weight
-            float32 factors are rounded to TF32: that is as fine as float16, and eight times finer than bfloat16.
+            float32 factors are rounded to TF32, which is as fine as float16 and eight times finer than bfloat16.
     """
     # The tile's last dimension is W0's contiguous one.
     if adapter.weight.stride(0) < adapter.weight.stride(1):

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Columns of an activation into the padded block-major layout, and back, with dropout on the way.
+"""Copy columns of an activation to the padded block-major layout, and back, with dropout on the way.
 
     gather:   blocked[t, k, p] = m[t, j] · x[t, j],  j in slot p of block k; 0 in padding      (T, K, P)
     scatter:  x[t, j] = m[t, j] · blocked[t, k, p]: its adjoint                                (T, C)
@@ -97,9 +97,9 @@ def gather_columns(
 
     Args:
         x: (T, C), any strides.
-        partition: whose blocks of columns; `partition.T` groups dY by rows of W0.
+        partition: its blocks of columns are grouped; `partition.T` groups dY by rows of W0.
         width: P, from :func:`padded_width`.
-        dropout: multiply by its mask.
+        dropout: its mask multiplies the copy.
     """
     blocked = x.new_empty(x.shape[0], len(partition.col_sizes), width)
     _move(x, blocked, partition, False, dropout)
@@ -184,7 +184,7 @@ def _launch(
     )
 
 
-# Large enough for 128-bit accesses by 64-wide wavefronts too, in each of the tile's interleaved parts.
+# Each interleaved part of a tile is large enough for 128-bit accesses, also by wavefronts of 64 threads.
 _SHIPPED = (
     Config(block_t=64, block_p=128, num_warps=2),
     Config(block_t=128, block_p=64, num_warps=2),

@@ -1,4 +1,4 @@
-"""What is known of a kernel besides its code: one `Kernel` in the kernel's own file, read by launches, tuner and audit.
+"""`Kernel`, the specification of a kernel besides its code: one in each kernel's file, for launches, tuner and audit.
 
 Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, slots P of a padded block.
 """
@@ -33,22 +33,22 @@ ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
     "input_gradient": ("merged", "fused", "eager"),
     "factor_gradients": ("block_grad", "eager"),
 }
-"""Keys whose choice is an algorithm, and which there are; "eager" leaves it to torch's operators."""
+"""Keys whose choice is an algorithm, with the algorithms; "eager" means torch's operators."""
 
 GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
 
 # In the padded block-major layout each block's width is a multiple of the wide padding, which every shipped tile
-# divides, or of the narrow one where no block is wider than that.
+# divides, or of the narrow one if no block is wider than that.
 WIDE_PADDING, NARROW_PADDING = 128, 64
 PARTIAL_RANKS = 4  # partials of dA and dB are padded to a multiple of this many ranks: 128 bits of float32
 
 
 class Key(NamedTuple):
-    """What a choice depends on besides the GPU; 0 where a kernel does not see a size.
+    """The problem that a choice is made for. A size is 0 if the kernel's choice does not depend on it.
 
     Attributes:
-        kernel: one of `KERNELS`, or of `ALGORITHM_KEYS` where the choice is an algorithm.
+        kernel: one of `KERNELS`, or of `ALGORITHM_KEYS` if the choice is an algorithm.
         dtype: one of `precision.KERNEL_PRECISIONS`.
         rank: ρ, rows of A.
         blocks: K.
@@ -56,10 +56,10 @@ class Key(NamedTuple):
         in_features: C.
         tokens: T, from :func:`bucket`.
         padded_out: width that each block of rows is padded to.
-        padded_in: likewise for columns.
-        transposed: the kernel reads W0 or ΔW along the other side, as dX does.
-        granule: from :func:`granule_of`; 1 where a kernel has no form for `GRANULE`.
-        factors: dtype of A and B, as `dtype`; empty where a kernel does not see them.
+        padded_in: width that each block of columns is padded to.
+        transposed: the kernel reads W0 or ΔW across its rows, as dX does.
+        granule: from :func:`granule_of`; 1 if a kernel has no form for `GRANULE`.
+        factors: dtype of A and B, as `dtype`; empty if a kernel does not read them.
         dropout: the kernel takes another form under dropout: it draws the mask, or reads x gathered with it.
     """
 
@@ -79,13 +79,13 @@ class Key(NamedTuple):
 
 
 def bucket(tokens: int) -> int:
-    """The next power of two: one choice serves 2049 to 4096 tokens, and was made for 4096."""
+    """The next power of two: the choice for 4096 tokens also serves 2049 to 4095."""
     return 1 << max(tokens - 1, 0).bit_length()
 
 
 @functools.cache  # asked at every call of a layer
 def padding_multiple(sizes: tuple[int, ...]) -> int:
-    """The number to whose multiples blocks of these sizes are padded."""
+    """Blocks of these sizes are padded to a multiple of this number."""
     return WIDE_PADDING if max(sizes) > NARROW_PADDING else NARROW_PADDING
 
 
@@ -96,27 +96,27 @@ def partial_width(rank: int) -> int:
 
 @functools.cache  # asked at every call of a layer
 def granule_of(granularity: int, shape: tuple[int, ...]) -> int:
-    """Adjacent coordinates that kernels take as one: `GRANULE` where blocks and sides consist of so many, else 1."""
+    """Adjacent coordinates that kernels read as one: `GRANULE` if it divides all blocks and both sides, else 1."""
     return 1 if any(size % GRANULE for size in (granularity, *shape)) else GRANULE
 
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters of a kernel. A tile is named by the dimension that it cuts; 0 where a kernel has none of it.
+    """Launch parameters of a kernel. A tile is named by the dimension that it cuts; 0 if the kernel has no such tile.
 
     Attributes:
         block_t: tokens, or pairs of a token and an expert.
         block_n: rows of W0.
         block_c: columns of W0.
-        block_d: columns of W0 at a step that makes ΔW in registers.
+        block_d: columns of W0 in a step that makes ΔW in registers.
         block_p: slots of a padded block.
         block_r: most ranks at a time.
         block: results of a sum.
         group_t: tiles of tokens that are walked together for the L2 cache.
         split: programs that share a sum; 0: as many as fill the device.
-        wgmma: Hopper's tensor cores, which read shared memory while the program goes on, transposed half types too.
-        num_warps: of a program.
-        num_stages: steps of a loop whose loads are on their way at a time.
+        wgmma: use Hopper's asynchronous tensor-core instruction, which reads shared memory.
+        num_warps: warps of a program.
+        num_stages: steps of a loop whose loads are in flight at the same time.
     """
 
     block_t: int = 0
@@ -133,17 +133,17 @@ class Config:
     num_stages: int = 1
 
     def to_json(self) -> dict[str, int]:
-        """What is not 0, by name."""
+        """The fields that are not 0, by name."""
         return {name: value for name, value in vars(self).items() if value}
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told at a launch. It may fuse a product and a sum: from Triton 3.10 on only if asked."""
+        """Options for the compiler. Triton from 3.10 on fuses a product and a sum only with `enable_fp_fusion`."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
 def on_amd(configs: Sequence[Config]) -> tuple[Config, ...]:
-    """For 64 threads a warp and 64 KiB of shared memory: half the warps, two stages."""
+    """Adapt configurations to 64 threads a warp and 64 KiB of shared memory: half the warps, at most two stages."""
     return tuple(
         replace(config, num_warps=max(1, config.num_warps // 2), num_stages=min(2, config.num_stages))
         for config in configs
@@ -164,8 +164,8 @@ class Kernel:
         fn: the `@triton.jit` function.
         shipped: the configurations that ship for an architecture and a precision, largest tile first.
         fits: whether a configuration can run a key.
-        choose: the one to launch where nothing was measured, of those that fit: from these, the key and the device's
-            multiprocessors.
+        choose: picks the configuration if nothing was measured, from those that fit, the key and the device's number
+            of multiprocessors.
     """
 
     name: str
@@ -175,7 +175,7 @@ class Kernel:
     choose: Callable[[Sequence[Config], Key, int], Config] = lambda fitting, key, multiprocessors: fitting[0]
 
     def default(self, key: Key, arch: str, multiprocessors: int) -> Config:
-        """Launch parameters where nothing was measured. Always answers, with a configuration that the audit compiles.
+        """Choose launch parameters without measurements. The result is always a configuration that the audit compiles.
 
         Args:
             key: the problem, its tokens bucketed.

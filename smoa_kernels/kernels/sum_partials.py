@@ -73,9 +73,9 @@ def sum_partials(
 
     Args:
         partials: (P, M, W) float32, contiguous.
-        out: (M, N), or (N, M) where `transposed`, contiguous, any float dtype.
+        out: (M, N), or (N, M) if `transposed`, contiguous, any float dtype.
         bias: (N), contiguous.
-        transposed: how `out` lies.
+        transposed: whether `out` is (N, M).
     """
     launch = _launch(out.device, out.dtype, partials.shape, out.shape, bias is not None, transposed)
     launch(partials_ptr=partials, bias_ptr=bias, out_ptr=out)
@@ -92,7 +92,7 @@ def _launch(
 ) -> Launch:
     (parts, M, width), N = shape, out_shape[0 if transposed else 1]
     config = select("sum_partials", device, dtype, out_features=N, tokens=M)
-    block_n = min(power_of_two(width), 512)  # so that layers of many sizes share a compiled form
+    block_n = min(power_of_two(width), 512)  # bounded, so that layers of many sizes share a compiled form
     block_m = config.block // block_n
     row_group = GRANULE if transposed and M % GRANULE == 0 else 1
     group = 1 if width % PARTIAL_RANKS else PARTIAL_RANKS
@@ -113,7 +113,7 @@ def _launch(
     )
 
 
-# Eight results a thread, 128 bits of half types. With more of them Blackwell's registers spill.
+# Eight results a thread: 128 bits of half types. With more, registers spill on Blackwell.
 _SHIPPED = (
     Config(block=1024, num_warps=4),
     Config(block=2048, num_warps=8),

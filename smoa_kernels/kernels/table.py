@@ -1,10 +1,12 @@
-"""What is known of the kernels on one GPU, kept on disk: measured choices, and verdicts on forms (`backends/verified`).
+"""The tuning table: the launch parameters and algorithms that were measured fastest, on disk and in force.
+
+It also holds the verdicts on the kernels' forms (`backends/verified.py`).
 
 There is one JSON file per GPU: the user's in the cache folder, which comes first, and one that may ship with the
-package. Where neither has measured a problem, the heuristic answers. What was measured on another `Identity` stays in
-the file and is not used.
+package. If neither has measured a problem, the heuristic answers. An entry with another `Identity`, such as another
+GPU, stays in the file and is not used.
 
-A table never stops a run. A bad entry is skipped. A file that is no table is not used, and the next writer sets it
+A table never stops a run. A bad entry is skipped. A file that is not a table is ignored, and the next writer sets it
 aside. Both are named in a warning and in `smoa-kernels info`.
 """
 
@@ -60,34 +62,34 @@ Choice: TypeAlias = Config | str
 INTERRUPTED = "interrupted"
 """The reason of a trial that Ctrl-C ended: it is tried again."""
 UNFINISHED = "did not finish: the process ended while it ran"
-"""The reason of a trial while it runs, and for ever if it ends the process: it is not tried again."""
+"""The reason of a trial while it runs. If it ends the process, the reason stays, and it is not tried again."""
 
 
 # Which choice is in force
 
 MOST_ANSWERS = 4096
-"""To one function under :func:`remembered`: a training may see any number of token counts."""
+"""Most answers that one function under :func:`remembered` keeps: a training may see many token counts."""
 
 _remembered: list[Any] = []
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def forget() -> None:
-    """Read the tables anew, and ask anew what depends on them."""
+    """Forget the tables, and every answer that depends on them."""
     _tables.cache_clear()
     for answers in _remembered:
         answers.cache_clear()
 
 
 def remembered(find: F) -> F:
-    """Ask a function once for each of its questions, until the table changes.
+    """Cache the results of a function until the table changes.
 
-    A launch asks for its plan, and a pass for its algorithm, at every call of a layer. Of more questions than are kept
-    the one that was not asked for longest is forgotten.
+    A launch asks for its plan, and a pass for its algorithm, at every call of a layer. If there are too many results,
+    the one that was not used for longest is forgotten.
 
     Args:
-        find: answers by its arguments, which are plain values, and by the table: a tensor's address, say, is none of
-            its business. It takes its arguments by position.
+        find: a function whose result depends only on its arguments, which are plain values, and on the table. It takes
+            its arguments by position.
     """
     answers = lru_cache(MOST_ANSWERS)(find)
     _remembered.append(answers)
@@ -106,11 +108,11 @@ def select(
     """Return the launch parameters of `kernel`: those measured fastest for its problem, else the heuristic's.
 
     Args:
-        kernel: one of `KERNELS`; the answer is of its configuration class.
+        kernel: one of `KERNELS`.
         device: of the operands.
         dtype: of the operands that the kernel multiplies or copies.
         precision: how float32 products round, "tf32" or "ieee".
-        tokens: not yet bucketed; None where the kernel sees none.
+        tokens: not yet bucketed; None if the kernel's choice does not depend on them.
         sizes: the other fields of `Key`.
     """
     seen = 0 if tokens is None else bucket(tokens)
@@ -141,9 +143,9 @@ def _selected(key: Key, device: torch.device) -> Choice:
 
 
 def fastest(key: Key, device: torch.device, allowed: Sequence[Choice] | None = None) -> Choice | None:
-    """Return the fastest choice, among `allowed` where given; None where none of them was measured.
+    """Return the fastest choice, among `allowed` if given; None if none was measured. The result is not cached.
 
-    It is that of the first entry which timed one, the user's before the shipped one. Nothing is remembered.
+    It is that of the first entry that timed one, the user's before the shipped one.
     """
     if _answer is not None and (answer := _answer(key)) is not None:
         return answer
@@ -164,12 +166,12 @@ def _tables(device: torch.device) -> tuple[Table, ...]:
     return tables
 
 
-# What a table holds
+# Entries
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate: the median seconds it took, or the reason why it has none."""
+    """One candidate: its median seconds, or the reason why it has none."""
 
     choice: Choice
     seconds: float | None = None
@@ -178,12 +180,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Entry:
-    """What was found for one problem on one machine.
+    """The trials of one problem on one machine.
 
     Attributes:
         key: the problem.
-        identity: what it was measured on.
-        trials: everything that was tried.
+        identity: the GPU and software of the trials.
+        trials: all candidates that were tried.
     """
 
     key: Key
@@ -191,16 +193,16 @@ class Entry:
     trials: tuple[Trial, ...] = ()
 
     def best(self, allowed: Sequence[Choice] | None = None) -> Trial | None:
-        """Return the fastest trial, among `allowed` choices where given; None where nothing was timed."""
+        """Return the fastest trial, among `allowed` choices if given; None if nothing was timed."""
         timed = [t for t in self.trials if t.seconds is not None and (allowed is None or t.choice in allowed)]
         return min(timed, key=lambda trial: trial.seconds or 0.0, default=None)
 
     def trial(self, choice: Choice) -> Trial | None:
-        """Return what became of a choice; None where it is still to be tried."""
+        """Return the trial of a choice; None if it is still to be tried."""
         return next((t for t in self.trials if t.choice == choice and t.reason != INTERRUPTED), None)
 
     def add(self, *trials: Trial) -> Entry:
-        """Return the entry with more trials: the newer of two of one choice, but a time outlives a reason."""
+        """Return the entry with more trials. Of two trials of a choice the newer stays, but a time beats a reason."""
         found = {trial.choice: trial for trial in self.trials}
         for trial in trials:
             older = found.get(trial.choice)
@@ -219,10 +221,10 @@ class Entry:
 
     @classmethod
     def from_json(cls, data: Any) -> Entry:
-        """Make an entry of plain data that anybody may have written.
+        """Make an entry of plain data from a file, which may hold anything.
 
         Raises:
-            AttributeError, KeyError, TypeError, ValueError: what it lacks, or what is wrong.
+            AttributeError, KeyError, TypeError, ValueError: a field is missing or wrong.
         """
         key, identity = Key(**data["key"]), Identity(**data["identity"])
         check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
@@ -244,7 +246,7 @@ class Entry:
 
 
 def _choice(key: Key, identity: Identity, data: Any) -> Choice:
-    """A choice that may be launched: nothing but what ships, and divides the layout, can come from a table."""
+    """Check a choice: only an algorithm, or a configuration that ships and divides the layout, may be launched."""
     if key.kernel in ALGORITHM_KEYS:
         check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
         return str(data)
@@ -257,14 +259,14 @@ def _choice(key: Key, identity: Identity, data: Any) -> Choice:
 
 @dataclass
 class Table:
-    """What a file holds.
+    """The contents of a table's file.
 
     Attributes:
-        entries: by problem, those that are in force.
-        stale: what was measured on something else, as it was read: it stays in the file.
-        skipped: why an entry was skipped, and the entry as it was read: likewise.
-        verdicts: on the kernels' forms, by the versions that they were found with: why a form is refused, or "".
-        broken: why the file is no table; empty where it is one.
+        entries: the entries in force, by problem.
+        stale: entries with another identity, as they were read. They stay in the file.
+        skipped: for each bad entry the reason, and the entry as it was read. They stay in the file too.
+        verdicts: by versions of the software, for each form the reason why it is refused; empty if it is verified.
+        broken: why the file is not a table; empty if it is one.
     """
 
     entries: dict[Key, Entry] = field(default_factory=dict)
@@ -274,7 +276,7 @@ class Table:
     broken: str = ""
 
     def reasons(self) -> str:
-        """Why entries were skipped: five of the reasons, and how many more there are."""
+        """Say why entries were skipped: the first five reasons, and the number of the others."""
         more = f"; and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
         return f"{len(self.skipped)} skipped: {'; '.join(reason for reason, _ in self.skipped[:5])}{more}"
 
@@ -283,17 +285,17 @@ class Table:
 
 
 def user_table(gpu: str) -> Path:
-    """Return the place of the user's table of a GPU, by the driver's name for it."""
+    """Return the path of the user's table for a GPU with this driver's name."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return cache_folder() / "tuning" / f"{name}.json"
 
 
 def read(path: Path, now: Identity) -> Table:
-    """Read a table; an empty one where there is no file. What cannot be used is named in what is returned.
+    """Read a table; an empty one if there is no file. Its attributes name all that cannot be used.
 
     Args:
         path: of the file.
-        now: what entries must have been measured on to be in force.
+        now: the identity that entries must have to be in force.
     """
     try:
         data = json.loads(path.read_bytes())
@@ -319,7 +321,7 @@ def read(path: Path, now: Identity) -> Table:
             else:
                 table.stale.append(raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            # Cut, for a value that an error shows may be as long as the file.
+            # Shortened: the error shows a value, which may be as long as the file.
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             table.skipped.append((f"entry {number}: {why}"[:300], raw))
     return table

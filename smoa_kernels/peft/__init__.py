@@ -20,7 +20,7 @@ except ImportError as error:
 
 from ..adapter_folder.merged_folder import MergeReport, merge_to_folder
 from ..adapter_folder.merging import merged_weights
-from .config import SMoAConfig
+from .config import PEFT_TYPE, SMoAConfig
 from .experts.experts import Experts
 from .experts.weight import ExpertsWeight
 from .folder.convert import convert_adapter, hira_to_smoa, smoa_to_hira
@@ -31,7 +31,6 @@ from .hira.accelerate import HiraReport, accelerate_hira, decelerate_hira
 from .injection import SMoAModel
 from .layer import SMoALayer
 from .linear import Linear
-from .peft_type import PEFT_TYPE
 
 __all__ = [
     "Experts",

@@ -23,12 +23,6 @@ from .dequantize import read_weight
 from .offload import check_present, present
 from .quantized import requantize
 
-__all__ = ["BaseWeight", "BlockSource"]
-
-
-# Computes the blocks of a layer's W0: `BlockPartition`, or `ExpertBlocks` of a stack.
-BlockSource = Callable[[Any, BlockRule], Any]
-
 
 class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
     """A layer's W0 (N, C), or the W0 (E, N, C) of `stack` matrices, as the base layer holds it.

@@ -22,15 +22,6 @@ from ..definition.packed import PackedAdapter, padding_masks
 from ..definition.partition import BlockPartition
 from .config import SMoAConfig
 
-__all__ = [
-    "check_combination",
-    "combined_config",
-    "concatenate_adapters",
-    "interpolate_factors",
-    "single_block",
-    "sum_adapters",
-]
-
 
 def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = None) -> PackedAdapter:
     """The adapter whose ΔW is the sum of `parts`'; differentiable in their factors.
@@ -107,11 +98,7 @@ def check_combination(
     adapter_name: str,
     combination_type: str,
 ) -> Callable[[Sequence[PackedAdapter], Sequence[float]], PackedAdapter]:
-    """Choose the function that combines, after checking that `configs` (by adapter) allow it.
-
-    Raises:
-        ValueError: as `SMoAModel.add_weighted_adapter` says.
-    """
+    """Choose the function that combines, after checking that `configs` (by adapter) allow it."""
     if adapter_name in configs:
         raise ValueError(f"adapter_name must be a new name, got {adapter_name!r}, which exists")
     for name in adapters:

@@ -11,28 +11,45 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
 
-from ..adapter_folder.naming import naming
-from ..adapter_folder.reading import CONFIG_NAME, Adapter, read_weights
+from ..adapter_folder.format import CONFIG_NAME, METHOD
+from ..adapter_folder.reading import Adapter, read_weights
 from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, LayerSettings, check_bool, whole_name
 from ..adapter_folder.writing import replacing
-from ..checks import check_path
-from .peft_type import PEFT_TYPE
+from ..checks import check_path, naming
 
-__all__ = ["SMoAConfig"]
+
+def _enum_member(enum: Any, name: str) -> Any:
+    """Return the member `name` of `PeftType`, by which PEFT finds methods; add it if it is missing."""
+    if name not in enum.__members__:
+        member = str.__new__(enum, name)
+        member._name_ = member._value_ = name
+        member._sort_order_ = len(enum.__members__)
+        setattr(enum, name, member)  # before the maps: the metaclass refuses to rebind a known member
+        enum._member_names_.append(name)
+        enum._member_map_[name] = member
+        enum._value2member_map_[name] = member
+    return enum.__members__[name]
+
+
+PEFT_TYPE = _enum_member(PeftType, METHOD)
 
 
 @dataclass
 class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's types are not followed
-    """Configuration of SMoA adapters, named as PEFT's other configurations name things.
+    """Configuration of SMoA adapters; its fields have the names of PEFT's other configurations.
+
+    An adapter adds `ΔW = s · mask ∘ (B A) ∘ W0` to a layer's weight W0 (SMoA, arXiv 2605.21147; equation (2) of
+    docs/definition.md). The mask is 1 inside K blocks of W0's rows and columns and 0 elsewhere.
 
     Args:
-        r: rank budget of a layer, shared by its K blocks; at least 1. LoRA's r is the rank of its whole update.
+        r: rank budget of a layer, the sum of its blocks' ranks; at least 1. LoRA's r is the rank of its whole update.
         target_modules: names (suffixes) of the modules to adapt, a regular expression, or "all-linear"; chosen by
             the model's architecture when None.
         target_parameters: paths (suffixes) of fused expert weights to adapt, such as "mlp.experts.down_proj"
-            (docs/experts.md). r, K and the order then hold for each expert. Where it is given, no modules are adapted
-            but those that `target_modules` names.
+            (docs/experts.md). r, K and the order then hold for each expert. If it is given, only the modules that
+            `target_modules` names are adapted beside them.
         num_blocks: K, the number of blocks, from 1 (which is HiRA) to the smaller dimension of every adapted weight.
         block_ranks: rank of each block, K numbers that sum to r; shared evenly when None. Layers to which
             `rank_pattern` or `num_blocks_pattern` give another r or K share theirs evenly.

@@ -19,8 +19,6 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from ..definition.precision import without_autocast
 
-__all__ = ["keep_packing", "quantization_of", "read_weight"]
-
 # Weights are read through float32 tensors of a few rows. Those of this many elements fit a core's cache.
 _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}
 
@@ -46,12 +44,8 @@ class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PE
 def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
     """Return the back end, PEFT's or ours, that reads the weight of a quantised layer; None for a plain layer.
 
-    Args:
-        base: the layer.
-        kwargs: as PEFT's `resolve_quantization_backend` takes them.
-
-    Raises:
-        ValueError: the layer's weight is of 8 bits or fewer, and nothing here knows how to read it.
+    A ValueError says that nothing here knows how to read a weight of 8 bits or fewer. `kwargs` are those of PEFT's
+    `resolve_quantization_backend`.
     """
     backend = resolve_quantization_backend(base, **kwargs)
     if backend is not None:
@@ -68,13 +62,7 @@ def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | Non
 
 
 def read_weight(backend: QuantizationBackend, base: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """W0 (N, C) of a quantised layer, newly allocated.
-
-    Args:
-        backend: from :func:`quantization_of`.
-        base: the layer.
-        dtype: of the result; the one that PEFT reads it in when None.
-    """
+    """W0 (N, C) of a quantised layer, newly allocated, in `dtype`, or as PEFT reads it when None."""
     if isinstance(backend, Bnb8bitBackend):
         return _int8(base, dtype or torch.float32)
     if isinstance(backend, Float8Backend):

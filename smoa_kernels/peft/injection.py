@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapter_folder.format import STATE_KEYS
-from ..adapter_folder.naming import naming
 from ..adapter_folder.settings import LayerSettings
+from ..checks import naming
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
@@ -36,8 +36,6 @@ from .linear import Linear
 from .offload import present
 from .snapshot import PARAMETER_PREFIX, Snapshot
 from .sorting import initialize_all
-
-__all__ = ["SMoAModel"]
 
 
 class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not followed

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..adapter_folder.format import (
     STATE_KEYS,
     LayerBlocks,
-    StackBlocks,
     blocks_size,
     check_shapes,
     pack_blocks,
@@ -27,17 +26,16 @@ from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_te
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
-from .base_weight import BaseWeight, BlockSource
+from .base_weight import BaseWeight
 from .combine import single_block
 from .offload import execution_device, gathered, present
-
-__all__ = ["Prepared", "SMoALayer", "layers_with"]
 
 
 class SMoALayer(BaseWeight):
     """A layer's adapters by name: all of :class:`smoa_kernels.peft.Linear` except its forward.
 
-    In its methods `adapter_name` names an adapter of this layer.
+    N and C are the outputs and inputs of the layer, ρ is the largest rank of an adapter's blocks. In the methods
+    `adapter_name` names an adapter of this layer.
 
     Args:
         base_layer: the layer that owns W0 (N, C), or another tuner's around it.
@@ -129,7 +127,7 @@ class SMoALayer(BaseWeight):
         self.set_adapter(self.active_adapters)
 
     @torch.no_grad()
-    def initialize(self, adapter_name: str, blocks_of: BlockSource | None = None) -> None:
+    def initialize(self, adapter_name: str, partition: Any = None) -> None:
         """Compute the blocks of an adapter, from W0's spectrum if its rule says so, and draw its weights.
 
         Called when blocks are first needed and no weights were loaded. Adapters of this layer with the same rule share
@@ -137,7 +135,7 @@ class SMoALayer(BaseWeight):
 
         Args:
             adapter_name: the adapter.
-            blocks_of: computes the blocks in place of :meth:`build_blocks`.
+            partition: the blocks, where they are known; else those of another adapter with the same rule, or computed.
 
         Raises:
             RuntimeError: the adapter has weights already, so its labels should have come with them, or the layer is
@@ -156,9 +154,8 @@ class SMoALayer(BaseWeight):
             )
         settings = self.settings[adapter_name]
         with gathered(self.innermost()), present(self, self.innermost()):
-            partition = self.known_blocks(settings.rule)
-            if partition is None:
-                partition = (blocks_of or type(self).build_blocks)(self, settings.rule)
+            known = self.known_blocks(settings.rule) if partition is None else partition
+            partition = self.build_blocks(settings.rule) if known is None else known
             sketch = self.base_sketch()
         if settings.config.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)
@@ -208,10 +205,9 @@ class SMoALayer(BaseWeight):
             before.scaling.copy_(now.scaling)
 
     def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
-        given, shape = (partition, ranks, sketch.cpu()), (self.out_features, self.in_features)
-        blocks = StackBlocks(*given, shape) if self.stack else LayerBlocks(*given)
+        matrices = LayerBlocks(partition, ranks, sketch.cpu()).matrices()
         packed = self.smoa_blocks[adapter_name]
-        packed.copy_(torch.stack([pack_blocks(*each) for each in blocks.matrices()]).view_as(packed))
+        packed.copy_(torch.stack([pack_blocks(*each) for each in matrices]).view_as(packed))
         self._prepare(adapter_name, partition, ranks)
 
     @torch.no_grad()

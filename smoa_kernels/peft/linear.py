@@ -19,11 +19,12 @@ from .layer import SMoALayer
 from .offload import present
 from .quantized import adapted_linear, dequantized_linear
 
-__all__ = ["Linear"]
-
 
 class Linear(SMoALayer, nn.Module):
     """Linear layer `y = x W0ᵀ + b + Σ dropout(x) ΔWᵀ` over its active adapters; W0 and b stay the base layer's.
+
+    This is SMoA (arXiv 2605.21147), equation (3) of docs/definition.md, for any number of adapters. x has C inputs and
+    y N outputs.
 
     Args:
         base_layer: `nn.Linear` or transformers' `Conv1D`, a quantised linear layer, or another tuner's layer around

@@ -13,8 +13,6 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
-__all__ = ["check_present", "execution_device", "gathered", "present"]
-
 
 def present(layer: nn.Module, base: nn.Module) -> AbstractContextManager[None]:
     """Load the weights of a tuner layer, its base's and its adapters', that accelerate offloaded, within the block."""

@@ -21,8 +21,6 @@ from ..definition.precision import without_autocast
 from ..functional import smoa_linear
 from ..operator import LinearCall, call_linear_backward
 
-__all__ = ["adapted_linear", "dequantized_linear", "requantize"]
-
 # Gives W0 (N, C), newly allocated, in a dtype.
 ReadWeight = Callable[[torch.dtype], Tensor]
 

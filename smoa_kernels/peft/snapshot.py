@@ -11,8 +11,6 @@ from torch import nn
 from .experts.experts import Experts
 from .layer import SMoALayer
 
-__all__ = ["PARAMETER_PREFIX", "Snapshot"]
-
 # Prefix of the names of an adapter's parameters.
 PARAMETER_PREFIX = "smoa_"
 
@@ -21,11 +19,7 @@ _PUT_IN = (SMoALayer, Experts, AuxiliaryTrainingWrapper)
 
 
 class Snapshot:
-    """The parts of a model that an injection changes.
-
-    Args:
-        model: the base model, or PEFT's model around it.
-    """
+    """The parts of a model, the base or PEFT's around it, that an injection changes."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

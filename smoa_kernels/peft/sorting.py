@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -11,19 +10,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..adapter_folder.naming import naming
+from ..checks import naming
 from ..definition.block_rule import BlockRule
 from ..definition.partition import BlockPartition
-from ..definition.spectral_order import one_thread, order_source, spectral_orders
+from ..definition.spectral_order import one_thread, order_source, spectral_orders, within_one_thread
 from .layer import SMoALayer
-
-__all__ = ["initialize_all"]
 
 # Sorting a square weight takes five to seven times its bytes in float32; a wide one takes less. Experts are small, so
 # as many are sorted at once as there are threads.
 MAX_AT_ONCE = 8
-# From this number on, decompositions of experts take minutes, and the user is warned before the first.
+# So many decompositions take minutes, and a bar shows them.
 MANY = 256
+_BAR = "sorting weights (block_order='contiguous' sorts none)"
 
 
 class _Weight(NamedTuple):
@@ -54,21 +52,16 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
     for name, layer in layers.items():
         if rules[layer].needs_weight and layer.known_blocks(rules[layer]) is None:
             wanted.setdefault(keys[layer], _Weight(name, layer, rules[layer]))
-    _announce(weight for weight in wanted.values() if weight.layer.stack)
     total = sum(weight.decompositions for weight in wanted.values())
-    with tqdm(total=total, desc="sorting weights", disable=total < MANY) as bar:
+    with tqdm(total=total, desc=_BAR, disable=total < MANY) as bar:
         found = _sorted_at_once({key: each for key, each in wanted.items() if _is_at_hand(each.layer)}, bar)
-
-        def blocks_of(layer: SMoALayer, rule: BlockRule) -> Any:
-            key = keys[layer]
-            if key not in found:
-                found[key] = layer.build_blocks(rule)
-                bar.update(wanted[key].decompositions if key in wanted else 0)
-            return found[key]
-
         for name, layer in layers.items():
+            key = keys[layer]
             with naming(name):
-                layer.initialize(adapter_name, blocks_of)
+                layer.initialize(adapter_name, found.get(key))
+            if key not in found:
+                found[key] = layer.partition(adapter_name)
+                bar.update(wanted[key].decompositions if key in wanted else 0)
 
 
 def _sorted_at_once(weights: Mapping[Any, _Weight], bar: tqdm[Any]) -> dict[Any, Any]:
@@ -79,7 +72,6 @@ def _sorted_at_once(weights: Mapping[Any, _Weight], bar: tqdm[Any]) -> dict[Any,
     at_once = torch.get_num_threads()
     if not all(weight.layer.stack for weight in weights.values()):
         at_once = min(at_once, MAX_AT_ONCE)
-    # New threads inherit the setting of one thread. If they set it themselves, it would outlast them.
     with one_thread():
 
         def counted(compute: Callable[[], BlockPartition]) -> BlockPartition:
@@ -88,7 +80,7 @@ def _sorted_at_once(weights: Mapping[Any, _Weight], bar: tqdm[Any]) -> dict[Any,
             return found
 
         begun: dict[Any, list[Future[BlockPartition]]] = {}
-        pool = ThreadPoolExecutor(at_once, "smoa-sorting")
+        pool = ThreadPoolExecutor(at_once, "smoa-sorting", initializer=within_one_thread)
         try:
             for key, (_, layer, rule) in weights.items():
                 begun[key] = [pool.submit(counted, each) for each in layer.decompositions(rule)]
@@ -117,19 +109,3 @@ def _is_at_hand(layer: SMoALayer) -> bool:
     if type(weight) is not nn.Parameter or layer.quantization_backend is not None:
         return False
     return weight.device.type == "cpu" and not hasattr(weight, "ds_id")
-
-
-def _announce(stacks: Iterable[_Weight]) -> None:
-    """Warn before the decompositions of experts if they take minutes."""
-    stacks = list(stacks)
-    total = sum(weight.decompositions for weight in stacks)
-    if total >= MANY:
-        shapes = (sorted((each.layer.out_features, each.layer.in_features), reverse=True) for each in stacks)
-        rows, cols = max(shapes, key=min)
-        warnings.warn(
-            f"spectral blocks of these experts take {total:,} decompositions of weights of up to {rows}x{cols}, "
-            "which may take tens of minutes; block_order='contiguous' takes none, and 'shared' one for each "
-            "parameter (docs/experts.md)",
-            UserWarning,
-            stacklevel=2,
-        )

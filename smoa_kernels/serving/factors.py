@@ -13,18 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter_folder.format import StackBlocks
-from ..adapter_folder.reading import (
-    CONFIG_NAME,
-    HIRA,
-    METHOD,
-    PREFIX,
-    WEIGHTS_NAME,
-    read_adapter,
-    read_config,
-    read_hira,
-    read_json,
-)
+from ..adapter_folder.format import CONFIG_NAME, HIRA, METHOD, PREFIX, WEIGHTS_NAME
+from ..adapter_folder.reading import read_adapter, read_config, read_hira, read_json
 from ..definition.packed import PackedAdapter, scaling_tensor
 
 __all__ = ["MERGE", "PREFIX", "LayerFactors", "ServedAdapter", "read_served", "served_method"]
@@ -96,7 +86,7 @@ def _smoa_layers(folder: Path) -> dict[str, LayerFactors]:
         raise _refusal(adapter.path, key)
     layers = {}
     for name, blocks in adapter.layers.items():
-        if isinstance(blocks, StackBlocks):
+        if blocks.of_experts:
             raise _refusal(adapter.path, f"{name}, a weight of experts,")
         A, B = (adapter.of_layer(name)[key].float() for key in ("smoa_A", "smoa_B"))
         ranks, s = blocks.ranks.tolist(), scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)

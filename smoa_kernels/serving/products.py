@@ -97,6 +97,7 @@ class SharedBlocks:
     factors: dict[int, tuple[Tensor, Tensor]] = field(
         default_factory=dict
     )  # A (ρ, K c), B (ρ, K, n), by slot
+    _last: tuple[Sequence[int], Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, weight: Tensor, partition: BlockPartition) -> SharedBlocks:
@@ -125,25 +126,44 @@ class SharedBlocks:
         self.factors[slot] = A.flatten(1), B.contiguous()
         return True
 
+    def remove(self, slot: int) -> None:
+        """Forget the factors of a slot's adapter, if they are here."""
+        if self.factors.pop(slot, None) is not None:
+            self._last = None
+
     def update(self, x: Tensor, slots: Sequence[int]) -> Tensor:
         """`x (W0 ∘ BA)ᵀ` (T, N), float32, with the adapter of each token's slot."""
-        factors = [self.factors[slot] for slot in slots]
-        step = max(1, MOST_ROWS // max(len(A) for A, _ in factors))
-        parts = [self._part(x[i : i + step], factors[i : i + step]) for i in range(0, len(x), step)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        step = max(1, MOST_ROWS // max(A.shape[0] for A, _ in self.factors.values()))
+        if len(slots) <= step:
+            return self._part(x, slots)
+        return torch.cat([self._part(x[i : i + step], slots[i : i + step]) for i in range(0, len(x), step)])
 
-    def _part(self, x: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        # Slower than stacking, but ranks may differ.
-        join = (
-            partial(pad_sequence, batch_first=True) if len({len(A) for A, _ in factors}) > 1 else torch.stack
-        )
-        A, B = (join(side) for side in map(list, zip(*factors, strict=True)))
+    def _part(self, x: Tensor, slots: Sequence[int]) -> Tensor:
+        A, B = self._of_tokens(slots)
         rho, blocks, n = B.shape[1:]
         rows = (x.index_select(1, self.cols)[:, None] * A).view(len(x) * rho, blocks, -1).transpose(0, 1)
         # bmm is several times slower over a transposed weight.
         products = torch.bmm(rows, self.weight) if blocks > 1 else F.linear(rows[0], self.weight)
         update = (products.view(blocks, len(x), rho, n) * B.permute(2, 0, 1, 3)).sum(2)
         return update.transpose(0, 1).flatten(1).index_select(1, self.places)
+
+    def _of_tokens(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A (T, ρ, K c) and B (T, ρ, K, n) of each token's adapter."""
+        if self._last is not None and self._last[0] == slots:
+            return self._last[1:]
+        factors = [self.factors[slot] for slot in slots]
+        # Slower than stacking, but ranks may differ.
+        join = (
+            partial(pad_sequence, batch_first=True)
+            if len({A.shape[0] for A, _ in factors}) > 1
+            else torch.stack
+        )
+        A, B = (join(side) for side in map(list, zip(*factors, strict=True)))
+        if len(slots) <= len(
+            self.factors
+        ):  # the next token of each sequence has the same; more would take memory
+            self._last = slots, A, B
+        return A, B
 
 
 def _by_block(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -185,7 +205,7 @@ class LayerSlots:
         self.ranks.pop(slot, None)
         self.packed = {key: adapter for key, adapter in self.packed.items() if key[0] != slot}
         for blocks in itertools.chain.from_iterable(self.shared):
-            blocks.factors.pop(slot, None)
+            blocks.remove(slot)
         self.shared = [[blocks for blocks in own if blocks.factors] for own in self.shared]
         if any(ranks):
             self.ranks[slot] = list(ranks)
@@ -328,6 +348,8 @@ class LayerSlots:
     def _modulated(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
         """`x (W0 ∘ (1 + BA))ᵀ + b` (T, N) with the adapter of one slot, by our operator."""
         outputs = []
+        rank = max(max(own, default=0) for own in self.ranks[slot])
+        backend = load_backend(resolve_backend("auto", x.device, x.dtype, rank))
         for at, part in enumerate(self.slices):
             own_bias = None if bias is None else bias[part.start : part.stop].to(x.dtype)
             own_weight = weight[part.start : part.stop]
@@ -335,7 +357,6 @@ class LayerSlots:
                 outputs.append(F.linear(x, own_weight, own_bias))
                 continue
             adapter = self._adapter(slot, at, own_weight, kept=weight is self.weight)
-            backend = load_backend(resolve_backend("auto", x.device, x.dtype, adapter.A.shape[0]))
             outputs.append(backend.forward(x, own_bias, adapter, "auto", None))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 

@@ -262,6 +262,9 @@ def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) 
     groups = [Group.of(slot, torch.tensor(own, device=self.device)) for slot, own in tokens.items()]
     for wrapper in self.punica_wrapper_mapping.values():
         wrapper.smoa_groups = groups
+        wrapper.smoa_alone = bool(groups) and all(
+            lora_id in slots for lora_id in mapping.index_mapping if lora_id
+        )
         wrapper.smoa_has_adapters = any(mapping.index_mapping)
         if not hasattr(wrapper, "smoa_slot_of"):
             wrapper.smoa_slot_of = torch.full_like(wrapper._token_lora_indices, -1)
@@ -314,6 +317,15 @@ def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
         y = slots.recorded_output(x.flatten(0, -2), flat, bias, wrapper.smoa_slot_of[: len(flat)])
     if y is not flat:
         flat.copy_(y)
+
+
+@_instead_of(
+    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_logits",
+    "self y x lora_a_stacked lora_b_stacked scale buffer kwargs",
+)
+def _add_lora_logits(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
+    """Nothing, if no token of the step has a LoRA adapter: vLLM's product, as wide as the vocabulary, adds zeros."""
+    return None if getattr(self, "smoa_alone", False) else original(self, *args, **options)
 
 
 def _is_recorded(x: Tensor) -> bool:

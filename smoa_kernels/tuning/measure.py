@@ -119,7 +119,7 @@ def tune(
     Raises:
         OSError: the table cannot be written.
         KeyboardInterrupt: the results so far are saved.
-        DeviceLostError: likewise; a second run skips the candidate.
+        DeviceLostError: the results so far are saved, and a second run skips the candidate.
     """
     now = identity(device)
     known, problems = keep(now).entries, dict[Key, str]()

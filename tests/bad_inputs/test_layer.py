@@ -27,11 +27,7 @@ LAYER: list[Row] = [
     (lambda w: w.layer.load_state_dict([]), TypeError, "state_dict to be dict-like"),  # type: ignore[arg-type]
     (lambda w: w.layer.load_state_dict({5: one(1)}), TypeError, "keys of a state dict must be strings"),  # type: ignore[dict-item]
     (lambda w: w.layer.load_state_dict({}), ValueError, "the state dict lacks bias, weight"),
-    (
-        lambda w: FusedSMoALinear.from_linear(w.layer),
-        TypeError,
-        "linear must be without an adapter, got a FusedSMoALinear",
-    ),
+    (lambda w: FusedSMoALinear.from_linear(w.layer), TypeError, "linear must .* got a FusedSMoALinear"),
     (
         lambda _: FusedSMoALinear.from_linear(type("Double", (nn.Linear,), {"forward": abs})(4, 4)),
         TypeError,
@@ -49,17 +45,9 @@ SETTINGS: list[Change] = [
     ({"r": 0}, ValueError, "r must be at least 1, got 0"),
     ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
     ({"num_blocks": 34, "r": 40}, ValueError, "num_blocks must be at most .* = 33 .*, got 34"),
-    (
-        {"block_order": "sorted"},
-        ValueError,
-        "block_order must be one of spectral, contiguous, random, shared, got 'sorted'",
-    ),
+    ({"block_order": "sorted"}, ValueError, "block_order must be one of spectral, .*, got 'sorted'"),
     ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
-    (
-        {"granule": 33},
-        ValueError,
-        "granule must leave at least num_blocks=2 granules .* which leaves 1 and 2",
-    ),
+    ({"granule": 33}, ValueError, "granule must leave at least num_blocks=2 .* leaves 1 and 2"),
     ({"block_seed": -1}, ValueError, "block_seed must be at least 0, got -1"),
     ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
     ({"block_ranks": [4.0, 4]}, TypeError, "block_ranks must be ints"),
@@ -73,22 +61,15 @@ SETTINGS: list[Change] = [
 BLOCKS: list[Change] = [
     ({"use_lora_rate": 1}, TypeError, "use_lora_rate must be a bool, got int"),
     ({"partition": "x"}, TypeError, "partition must be a BlockPartition, got str"),
-    (
-        {"partition": make_problem().partition},
-        ValueError,
-        r"partition must be made for .*\(33, 40\).* 2 blocks",
-    ),
+    ({"partition": make_problem().partition}, ValueError, r"partition must be .*\(33, 40\).* 2 blocks"),
 ]
 
 
 @rows("settings", [*SETTINGS, *BLOCKS])
-def test_from_linear(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
+def test_settings(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
     check(world, lambda w: FusedSMoALinear.from_linear(w.linear, **settings), error, words)
-
-
-@rows("settings", SETTINGS)
-def test_layer(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
-    check(world, lambda _: FusedSMoALinear(40, 33, **settings), error, words)
+    if not settings.keys() & {"use_lora_rate", "partition"}:
+        check(world, lambda _: FusedSMoALinear(40, 33, **settings), error, words)
 
 
 def test_from_linear_with_a_weight_that_has_no_spectrum(world: World) -> None:
@@ -99,11 +80,7 @@ def test_from_linear_with_a_weight_that_has_no_spectrum(world: World) -> None:
 
 STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
     (lambda s: s.pop("smoa_ranks"), ValueError, "lacks smoa_ranks"),
-    (
-        lambda s: s.update(smoa_row_block=s["smoa_row_block"] + 3),
-        ValueError,
-        r"row_block must lie in \[0, 3\)",
-    ),
+    (lambda s: s["smoa_row_block"].add_(3), ValueError, r"row_block must lie in \[0, 3\)"),
     (lambda s: s.update(smoa_ranks=one(9, 0, 0).int()), ValueError, "smoa_ranks must sum to r=7"),
     (lambda s: s.update(smoa_ranks=s["smoa_ranks"] + 0.5), TypeError, "smoa_ranks must be an integer tensor"),
     (lambda s: s.update(smoa_A=torch.zeros(3, 41)), ValueError, "size mismatch for smoa_A"),
@@ -127,15 +104,6 @@ def test_state_dict(
     state = {name: value.clone() for name, value in other.state_dict().items()}
     edit(state)
     check(world, lambda w: w.layer.load_state_dict(state), error, words)
-
-
-def test_a_sketch_of_nan_is_no_likeness(world: World) -> None:
-    state = world.layer.state_dict() | {"smoa_sketch": torch.full((33,), torch.nan)}
-    with pytest.warns(UserWarning, match="trained over another base weight"):
-        world.layer.load_state_dict(state)
-    world.layer.strict_base = True
-    with pytest.raises(ValueError, match="strict_base=True refuses it"):
-        world.layer.load_state_dict(state)
 
 
 def without_weight(linear: nn.Linear) -> None:
@@ -171,17 +139,9 @@ def test_layers_to_adapt(
 
 
 MERGED: list[tuple[Callable[[FusedSMoALinear], object], type[Exception], str]] = [
-    (
-        lambda layer: layer.reset_parameters(),
-        RuntimeError,
-        r"is merged: call unmerge\(\) before reset_parameters",
-    ),
+    (lambda layer: layer.reset_parameters(), RuntimeError, r"call unmerge\(\) before reset_parameters"),
     (lambda layer: layer.reset_adapter(), RuntimeError, r"is merged: call unmerge\(\) before reset_adapter"),
-    (
-        lambda layer: setattr(layer, "scaling", 2.0),
-        RuntimeError,
-        r"is merged: call unmerge\(\) before assigning",
-    ),
+    (lambda layer: setattr(layer, "scaling", 2), RuntimeError, r"call unmerge\(\) before assigning"),
     (lambda layer: layer.load_state_dict(layer.state_dict()), RuntimeError, r"is merged: call unmerge\(\)"),
     (lambda layer: layer(torch.ones(2, 40).half()), TypeError, "weight must have x's dtype torch.float16"),
     (lambda layer: layer(torch.ones(2, 40, device="meta")), ValueError, "weight must be on x's device meta"),

@@ -31,6 +31,11 @@ def tensors(edit):
     return lambda folder: edit_weights(folder, lambda state: edit(state, PREFIX))
 
 
+def changed(key, change):
+    """A damage of one tensor of the layer."""
+    return tensors(lambda state, prefix: state.update({prefix + key: change(state[prefix + key])}))
+
+
 def repacked(edit):
     """A damage of a layer's unpacked labels and ranks; the checksum is correct."""
 
@@ -70,10 +75,7 @@ OF_FILES = {
     "future": (lambda f: edit_config(f, format_version=9), "format_version 9 of the adapter is newer"),
     "other rank": (lambda f: edit_config(f, r=6), "ranks must sum to r=6"),
     "no layers": (tensors(only_x), "holds no layer of an SMoA adapter|the adapter lacks"),
-    "no folder": (
-        lambda f: f.rename(f.parent / "elsewhere"),
-        "there is no adapter_config.json in|Can't find",
-    ),
+    "no folder": (lambda f: f.rename(f.parent / "x"), "there is no adapter_config.json in|Can't find"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"there is no {WEIGHTS} in"),
     "other method": (of_lora, "an adapter of the method 'LORA', not SMOA"),
     "task": (lambda f: edit_config(f, task_type="7"), f"{CONFIG}: Invalid task type"),
@@ -82,39 +84,30 @@ OF_LAYERS = {
     "missing": (tensors(lambda s, p: s.pop(p + "smoa_blocks")), "the adapter lacks smoa_blocks"),
     "corrupt": (tensors(lambda s, p: s[p + "smoa_blocks"][-1:].bitwise_xor_(1)), "smoa_blocks is corrupt"),
     "zero": (tensors(lambda s, p: s[p + "smoa_blocks"].zero_()), "bytes that say num_blocks=0"),
-    "range": (
-        repacked(lambda b: b.partition.col_block.__setitem__(2, 3)),
-        "must have labels below num_blocks=3",
-    ),
+    "range": (repacked(lambda b: b.partition.col_block[2].fill_(3)), "must have labels below num_blocks=3"),
     "rank": (repacked(lambda b: b.ranks.__setitem__(0, -1)), "ranks must sum to r=5"),
     "sum": (repacked(lambda b: b.ranks.__setitem__(2, 0)), "ranks must sum to r=5"),
-    "dtype": (
-        tensors(lambda s, p: s.update({p + "smoa_blocks": s[p + "smoa_blocks"].float()})),
-        "smoa_blocks must be a vector of uint8",
-    ),
+    "dtype": (changed("smoa_blocks", torch.Tensor.float), "smoa_blocks must be a vector of uint8"),
     "layer": (
         tensors(lambda s, p: [s.pop(p + key) for key in STATE_KEYS]),
-        "the adapter lacks smoa_A, smoa_B, smoa_blocks",
+        "the adapter lacks smoa_A, smoa_B",
     ),
     "unknown": (
         tensors(lambda s, p: s.update({p + "smoa_C": torch.ones(2)})),
-        "the model has no place for 1 tensors",
+        "model has no place for 1 tensors",
     ),
     "other layer": (
         tensors(lambda s, p: s.update({p.replace("0", "9") + k: s[p + k].clone() for k in STATE_KEYS})),
         "the model has no place for 3 tensors",
     ),
-    "integers": (
-        tensors(lambda s, p: s.update({p + "smoa_B": s[p + "smoa_B"].int()})),
-        "smoa_B must be a matrix of floating-point numbers, got torch.int32",
-    ),
+    "integers": (changed("smoa_B", torch.Tensor.int), "smoa_B must be a matrix of floating-point .*int32"),
     "vector": (
-        tensors(lambda s, p: s.update({p + "smoa_A": torch.ones(5)})),
-        "smoa_A must be a matrix of floating-point numbers, got torch.float32|size mismatch for .*smoa_A",
+        changed("smoa_A", lambda A: A[0].clone()),
+        "smoa_A must be a matrix of|size mismatch for .*smoa_A",
     ),
     "shape": (
-        tensors(lambda s, p: s.update({p + "smoa_A": s[p + "smoa_A"][:, 4:].contiguous()})),
-        "smoa_blocks must hold the block labels|size mismatch for .*smoa_A",
+        changed("smoa_A", lambda A: A[:, 4:].contiguous()),
+        "must hold the block labels|size mismatch for .*smoa_A",
     ),
 }
 DOORS = {

@@ -101,3 +101,23 @@ def test_a_merge_keeps_the_outputs_and_is_undone_exactly(kind, dtype, make, toke
     assert type(merged) is type(make())
     assert not any(isinstance(module, (Experts, SMoALayer)) for module in merged.modules())
     close(logits(merged, tokens).float(), expected.float(), TOLERANCE[dtype])
+
+
+def test_a_tied_weight(tokens, tmp_path):
+    """An output layer that shares the embedding's weight: merging changes both, unmerging restores both."""
+
+    def base():
+        return tiny_llama(tie_word_embeddings=True)
+
+    model = adapt(base(), "llama", target_modules=["lm_head", "q_proj"], granule=8)
+    embedding, head = model.get_input_embeddings(), model.base_model.model.lm_head
+    assert head.base_layer.weight is embedding.weight
+    before, expected = embedding.weight.clone(), logits(model, tokens)
+    model.merge_adapter()
+    close(head.base_layer.weight, before + head.get_delta_weight("default"))
+    assert embedding.weight is head.base_layer.weight
+    model.unmerge_adapter()
+    assert torch.equal(embedding.weight, before)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path, strict_base=True).eval()
+    assert torch.equal(logits(loaded, tokens), expected)

@@ -65,14 +65,8 @@ CHANGED = {
 DO_NOT_FIT = [
     ({"target_parameters": ["mlp.gate.weight"]}, "mlp.gate.weight of Qwen3MoeTopKRouter .*modules_to_save"),
     ({"target_parameters": ["q_proj.weight"]}, "q_proj.weight of Linear .* it is a matrix"),
-    (
-        {"target_parameters": ["experts.no_proj"]},
-        r"\['experts.no_proj'\] match no parameter.*experts.down_proj",
-    ),
-    (
-        {"target_parameters": [*BOTH, "experts.dwon_proj"]},
-        r"\['experts.dwon_proj'\] match no parameter.*experts.down_proj",
-    ),
+    ({"target_parameters": ["e.no_proj"]}, r"\['e.no_proj'\] match no parameter.*experts.down_proj"),
+    ({"target_parameters": [*BOTH, "dwon_proj"]}, r"\['dwon_proj'\] match no parameter.*experts.down_proj"),
     ({"num_blocks": 33, "r": 64}, "mlp.experts.gate_up_proj: num_blocks must be at most"),
     ({"target_modules": ["experts"]}, "is not supported"),
 ]
@@ -153,22 +147,17 @@ def test_a_failed_second_adapter_leaves_the_first():
     assert list(model.peft_config) == ["default"]
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda t: t[4].__setitem__(60, t[4, 60] ^ 1), "down_proj: smoa_blocks of expert 4 is corrupt"),
-        (lambda t: t[0].__setitem__(60, t[0, 60] ^ 1), "down_proj: smoa_blocks of expert 0 is corrupt"),
-    ],
-)
-def test_a_damaged_row_names_its_expert_and_nothing_is_loaded(edit, message, tmp_path):
+@pytest.mark.parametrize("expert", [0, 4])
+def test_a_damaged_row_names_its_expert_and_nothing_is_loaded(expert, tmp_path):
     adapt(tiny_experts(), target_parameters=["experts.down_proj"]).save_pretrained(tmp_path)
-    edit_weights(tmp_path, lambda state: edit(next(t for key, t in state.items() if key.endswith("blocks"))))
+    edit_weights(
+        tmp_path, lambda s: next(t for k, t in s.items() if "blocks" in k)[expert, 60].bitwise_xor_(1)
+    )
     model = tiny_experts()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message) as raised:
+    before = snapshot(model)[0]
+    with pytest.raises(ValueError, match=rf"{WEIGHTS}.*down_proj: smoa_blocks of expert {expert} is corrupt"):
         PeftModel.from_pretrained(model, tmp_path)
-    assert WEIGHTS in str(raised.value)
-    assert snapshot(model)[0] == before[0]
+    assert snapshot(model)[0] == before
 
 
 def test_an_adapter_of_other_experts_is_taken_out_again(tmp_path):

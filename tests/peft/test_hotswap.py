@@ -159,13 +159,9 @@ def refused(first, folder, message):
     ]
 
 
-def test_biases_and_modules_of_the_old_adapter_are_refused_too(pair, tmp_path):
-    refused(
-        saved(tmp_path / "first with a head", modules_to_save=["lm_head"]),
-        pair[1],
-        "bias and modules_to_save",
-    )
-    refused(saved(tmp_path / "first with biases", bias="all"), pair[1], "bias and modules_to_save")
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+def test_biases_and_modules_of_the_old_adapter_are_refused_too(pair, tmp_path, settings):
+    refused(saved(tmp_path / "old", **settings), pair[1], "bias and modules_to_save")
 
 
 def test_a_merged_adapter_and_an_unknown_name_are_refused(pair):

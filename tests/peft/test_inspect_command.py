@@ -50,22 +50,6 @@ def test_it_imports_neither_peft_nor_transformers(adapter):
     assert not done.stderr
 
 
-def test_full_lists_every_layer_in_order(adapter, capsys):
-    assert inspect(adapter, "--full") == 0
-    out = capsys.readouterr().out
-    names = [line.split()[0] for line in out.splitlines() if line.strip().startswith("model.layers.")]
-    assert names == [
-        f"model.layers.{i}.{name}" for i in range(11) for name in ("mlp.down_proj", "self_attn.q_proj")
-    ]
-    (row,) = (line for line in out.splitlines() if "layers.10.self_attn.q_proj" in line)
-    # K=3 on 32×32: blocks of 11, 11 and 10 with ranks 2, 2 and 1.
-    assert [cell.strip() for cell in row.split("│")[1:5]] == ["32×32", "3", "2 2 1", str(2 * 44 + 20)]
-    assert f"22 layers, {11 * (2 * 2 * 22 + 20 + 2 * 2 * (11 + 16) + 26):,} parameters" in out
-    assert f"{(adapter / WEIGHTS).stat().st_size:,} bytes, format 2" in out
-    assert "Beside them: base_model.model.lm_head.weight" in out
-    assert "fit" not in out
-
-
 @pytest.mark.parametrize(
     ("base", "code", "said"),
     [

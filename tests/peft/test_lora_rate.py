@@ -30,27 +30,24 @@ def expected(model, alpha_over_r, num_blocks):
     }
 
 
+ALL = r".*"
+PATTERNS = {"alpha_pattern": {ALL: 10}, "rank_pattern": {ALL: 4}, "num_blocks_pattern": {ALL: 2}}
+
+
 @pytest.mark.parametrize(
-    ("settings", "alpha_over_r"),
-    [({}, 1.0), ({"smoa_alpha": 10}, 2.0), ({"smoa_alpha": 10, "use_rslora": True}, 10 / 5**0.5)],
+    ("settings", "alpha_over_r", "num_blocks"),
+    [
+        ({}, 1.0, 3),
+        ({"smoa_alpha": 10}, 2.0, 3),
+        ({"smoa_alpha": 10, "use_rslora": True}, 10 / 5**0.5, 3),
+        (PATTERNS, 10 / 4, 2),
+    ],
 )
-def test_the_scale_is_loras_times_three_blocks_over_the_weights_size(make_model, settings, alpha_over_r):
+def test_the_scale_is_loras_times_three_blocks_over_the_weights_size(
+    make_model, settings, alpha_over_r, num_blocks
+):
     model = adapt(make_model(), use_lora_rate=True, **settings)
-    assert scales(model) == expected(model, alpha_over_r, 3)
-
-
-def test_patterns_give_a_layer_its_own(llama):
-    model = adapt(
-        llama(),
-        use_lora_rate=True,
-        rank_pattern={"k_proj": 2},
-        num_blocks_pattern={"k_proj": 1},
-        alpha_pattern={"q_proj": 10},
-    )
-    for name, layer in layers(model).items():
-        alpha_over_r, blocks = (2, 3) if name.endswith("q_proj") else (1, 1 if name.endswith("k_proj") else 3)
-        wanted = alpha_over_r * 3 * blocks / rms(layer.base_weight())
-        assert layer.scaling["default"] == pytest.approx(wanted, rel=1e-5)
+    assert scales(model) == expected(model, alpha_over_r, num_blocks)
 
 
 def test_experts_of_a_weight_share_one_scale():

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from adapted import adapt, config, layers, logits, snapshot
+from adapted import adapt, config, logits, snapshot
 from peft import PeftModel, get_peft_model
 
 from smoa_kernels.peft import SMoALayer
@@ -21,6 +21,7 @@ def assert_unchanged(model, before):
     ("settings", "message"),
     [
         ({"num_blocks": 33, "r": 64}, "num_blocks must be at most .* = 32 .*, got 33; num_blocks_pattern"),
+        ({"granule": 16}, "q_proj: granule must leave at least num_blocks=3 granules .* a layer"),
         ({"target_modules": ["q_proj", "input_layernorm"]}, "is not supported"),
         # PEFT wraps the embedding and the norms before it reaches a layer with an adapter.
         ({"modules_to_save": ["embed_tokens", "norm", "j"]}, "modules_to_save cannot be applied to modules"),
@@ -87,23 +88,6 @@ def test_an_adapters_name_is_no_path(llama, name):
     with pytest.raises(ValueError, match="adapter_name must be a name without dots and slashes, got"):
         model.add_adapter(name, config())
     assert list(model.peft_config) == ["default"]
-
-
-def test_weight_with_nan_is_named_and_nothing_is_wrapped(llama):
-    model = llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[3, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: weight must be finite"):
-        get_peft_model(model, config())
-    assert not layers(model)
-
-
-def test_a_base_with_fewer_or_more_layers_is_refused(llama, tmp_path):
-    adapt(llama(), target_modules=["q_proj", "up_proj"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"no place for 6 tensors of the adapter, for one .*layers\.1\."):
-        PeftModel.from_pretrained(llama(num_hidden_layers=1), tmp_path)
-    with pytest.raises(ValueError, match=r"layers\.2\..*: the adapter lacks smoa_A, smoa_B, smoa_blocks"):
-        PeftModel.from_pretrained(llama(num_hidden_layers=3), tmp_path)
 
 
 def test_another_base_weight_is_noticed(folder, make_model, tokens):

@@ -266,12 +266,3 @@ def test_linear_combination_sums_the_factors(llama):
         with pytest.raises(ValueError, match='same blocks and ranks; use "cat", which is exact'):
             model.add_weighted_adapter(["one", other], [1.0, 1.0], "sum", combination_type="linear")
     assert "sum" not in model.peft_config
-
-
-def test_weighted_adapter_bad_input(llama):
-    model = two_adapters(llama(), "agree")
-    with pytest.raises(ValueError, match="weights must hold one number for each"):
-        model.add_weighted_adapter(["one"], [1, 1], "new")
-    with pytest.raises(ValueError, match="adapter_name must be a new name, got 'two'"):
-        model.add_weighted_adapter(["one"], [1], "two")
-    assert set(model.peft_config) == {"one", "two"}

@@ -10,7 +10,7 @@ from peft import HiraConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from smoa_kernels.adapter_folder.reading import PREFIX
+from smoa_kernels.adapter_folder.format import PREFIX
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.serving.factors import read_served, served_method
 

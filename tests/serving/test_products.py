@@ -197,6 +197,22 @@ def test_adapters_with_the_same_blocks_share_one_copy_of_them(monkeypatch):
     assert [sorted(blocks.factors) for blocks in layer.slots.shared[0]] == [[0]]
 
 
+def test_factors_of_the_last_step_serve_the_next_if_its_tokens_have_the_same_adapters():
+    layer = Layer(keep=True)
+    for slots in ([0, 1], [0, 1], [1, 0], [0, 1]):
+        x = torch.randn(2, C)
+        torch.testing.assert_close(
+            layer.output(x, slots).double(), layer.expected(x, slots), rtol=1e-5, atol=1e-4
+        )
+    for part in layer.slots.slices:
+        part.B[1] *= 2
+    layer.slots.fill(1, Layer.RANKS[1])
+    layer.modulation[1] *= 2
+    torch.testing.assert_close(
+        layer.output(x, [0, 1]).double(), layer.expected(x, [0, 1]), rtol=1e-5, atol=1e-4
+    )
+
+
 def test_w0_in_the_engine_is_not_copied():
     layer = Layer(weight=True, keep=True)
     layer.output(torch.randn(2, C), [0, 1])

@@ -45,7 +45,7 @@ static i64 floats_of(const arena *a) { return a->bytes / 4 + 16; }
 
 /* A frozen weight W0 (rows, cols) and its adapter; library.py fills it. A (rank, cols) and B (rows, rank) may have any strides. Block k
  * uses the first ranks[k] of `rank` ranks; its rows are row_index[row_offsets[k]] to row_index[row_offsets[k + 1] - 1], its columns
- * likewise. If blocks are `contiguous`, indices count up from 0. The transposed layer is the same struct with its sides swapped. */
+ * in the same way. If blocks are `contiguous`, indices count up from 0. The transposed layer is the same struct with its sides swapped. */
 typedef struct {
     i64 rows, cols, dtype, row_stride, col_stride;
     const void *weight;

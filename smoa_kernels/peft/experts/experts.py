@@ -11,8 +11,6 @@ from transformers.integrations import moe
 
 from .weight import ExpertsWeight
 
-__all__ = ["Experts"]
-
 
 class Experts(nn.Module):
     """A module of experts with adapters of its fused weights; the weights stay the base module's.
@@ -58,7 +56,7 @@ class Experts(nn.Module):
         """Compute Σ over a token's experts of routing weight · expert(token).
 
         Args:
-            hidden_states: (T, H).
+            hidden_states: (T, H), T tokens of hidden size H.
             top_k_index: integers (T, top_k), each token's experts.
             top_k_weights: (T, top_k), factors of their outputs.
 

@@ -15,8 +15,6 @@ from ..config import SMoAConfig
 from ..offload import execution_device
 from .experts import Experts
 
-__all__ = ["find_targets"]
-
 # Attributes that transformers' decorator sets on a class.
 FACTS = ("has_gate", "has_bias", "is_transposed")
 

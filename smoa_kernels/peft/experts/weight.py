@@ -15,12 +15,11 @@ from ...definition.partition import BlockPartition
 from ...experts import experts_linear
 from ..layer import SMoALayer
 
-__all__ = ["ExpertsWeight"]
-
 
 class ExpertsWeight(SMoALayer, nn.Module):
     """The adapters of one parameter (E, N, C) of a module of experts, or (E, C, N) if it is stored transposed.
 
+    E is the number of experts, N and C are the outputs and inputs of one, and ρ is the largest rank of a block.
     It owns no weight and is no layer of the model: :class:`smoa_kernels.peft.Experts` calls it.
 
     Args:
@@ -121,8 +120,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
         return self.packed(adapter_name, weight).experts(range(self.stack[0]))
 
     def _partitions(self, adapter_name: str) -> list[BlockPartition]:
-        shape = self.out_features, self.in_features
-        return self.partition(adapter_name).partitions(range(self.stack[0]), shape)
+        return self.partition(adapter_name).partitions(range(self.stack[0]))
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         weight = self._stored_weight()

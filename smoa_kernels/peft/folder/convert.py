@@ -17,26 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...adapter_folder.base_model import BaseModel
-from ...adapter_folder.format import StackBlocks, pack_blocks
-from ...adapter_folder.naming import naming
-from ...adapter_folder.reading import (
-    CONFIG_NAME,
-    HIRA,
-    METHOD,
-    PREFIX,
-    WEIGHTS_NAME,
-    read_adapter,
-    read_config,
-    read_hira,
-)
+from ...adapter_folder.format import CONFIG_NAME, HIRA, METHOD, PREFIX, WEIGHTS_NAME, pack_blocks
+from ...adapter_folder.reading import read_adapter, read_config, read_hira
 from ...adapter_folder.settings import whole_name
 from ...adapter_folder.writing import replacing, seal
-from ...checks import check_path
+from ...checks import check_path, naming
 from ...definition.partition import BlockPartition
 from ...definition.sketch import sketch_weight
 from ..config import SMoAConfig
-
-__all__ = ["convert_adapter", "hira_to_smoa", "smoa_to_hira"]
 
 # Fields that mean the same in both configurations.
 _SHARED = (
@@ -87,7 +75,7 @@ def hira_to_smoa(
     base: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write a HiRA adapter as an SMoA adapter with one block and s = 1; its factors stay, bit for bit.
+    """Write a HiRA adapter as an SMoA adapter with one block and scale 1; its factors stay, bit for bit.
 
     Args:
         folder: the HiRA adapter.
@@ -131,8 +119,8 @@ def hira_to_smoa(
 def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
     """Write an SMoA adapter with one block as a HiRA adapter.
 
-    If s is 1 its factors stay, bit for bit; HiRA has no other s, so it is multiplied into B. Settings that change no
-    result (`algorithm`, `backend`, `strict_base`) and the sketch of W0 are left out.
+    If the scale s is 1, the factors stay, bit for bit. HiRA has no other scale, so s is multiplied into B. Settings
+    that change no result (`algorithm`, `backend`, `strict_base`) and the sketch of W0 are left out.
 
     Args:
         folder: the SMoA adapter.
@@ -149,7 +137,7 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     if config.bias != "none":
         raise ValueError(f"{source}: bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
     for name, blocks in adapter.layers.items():
-        if isinstance(blocks, StackBlocks):
+        if blocks.of_experts:
             raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
         rank = int(blocks.ranks.sum())
         if blocks.partition.num_blocks != 1:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from ...adapter_folder.format import LayerBlocks
-from ...adapter_folder.reading import PREFIX, Adapter, read_adapter
+from ...adapter_folder.format import PREFIX
+from ...adapter_folder.reading import Adapter, read_adapter
 from ...checks import check_path, shown
 from ..config import SMoAConfig
 from ..layer import SMoALayer, layers_with
 from .loading import check_adapter
-
-__all__ = ["hotswap"]
 
 # Part of the names of a compiled model's modules.
 _COMPILED = "_orig_mod."
@@ -35,7 +33,7 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     Raises:
         TypeError: `folder` is not a path.
         ValueError, FileNotFoundError: the folder is damaged or another method's, or its adapter differs from the
-            model's in its layers, r, K, block ranks, block sizes or dtype, was trained over another base, or trains
+            model's in its layers, ranks, blocks, block sizes or dtype, was trained over another base, or trains
             biases or whole modules; the model has no such adapter, or it is merged or sharded. Nothing was changed.
 
     Example:
@@ -101,7 +99,7 @@ def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapte
         (
             "block sizes, granularity and contiguity",
             layer.partition(adapter_name).sizes(),
-            cast(LayerBlocks, new).partition.sizes(),
+            new.partition.sizes(),
         ),
     ):
         if held != found:

@@ -17,15 +17,13 @@ from typing import Any
 from peft.config import PeftConfig
 from torch import Tensor, nn
 
-from ...adapter_folder.format import STATE_KEYS
-from ...adapter_folder.reading import CONFIG_NAME, METHOD, read_json
+from ...adapter_folder.format import CONFIG_NAME, METHOD, STATE_KEYS
+from ...adapter_folder.reading import read_json
 from ...definition.sketch import TOLERANCE
 from ..config import SMoAConfig
 from ..layer import layers_with
 from ..offload import gathered, present
 from ..snapshot import PARAMETER_PREFIX, Snapshot
-
-__all__ = ["check_adapter", "install_checked_load", "install_named_read"]
 
 
 def check_adapter(

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapter_folder.writing import replacing, seal
-from ..peft_type import PEFT_TYPE
-
-__all__ = ["install_atomic_save"]
+from ..config import PEFT_TYPE
 
 
 def install_atomic_save() -> None:

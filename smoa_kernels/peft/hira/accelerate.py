@@ -13,8 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from ...checks import check_kind
 from .layer import Accelerated, accelerated_class
 
-__all__ = ["HiraReport", "accelerate_hira", "decelerate_hira"]
-
 
 @dataclass(frozen=True)
 class HiraReport:

@@ -25,8 +25,6 @@ from ...definition.partition import BlockPartition
 from ..dequantize import keep_packing, read_weight
 from ..quantized import adapted_linear, dequantized_linear
 
-__all__ = ["Accelerated", "AcceleratedLinear", "accelerated_class"]
-
 
 @functools.lru_cache(maxsize=256)
 def _one_block(out_features: int, in_features: int, device: torch.device) -> tuple[BlockPartition, Tensor]:
