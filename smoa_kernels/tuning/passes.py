@@ -20,7 +20,7 @@ from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE, Key
 from .roofline import Problem
 
-__all__ = ["Operands", "Pass", "in_dtype", "passes"]
+__all__ = ["Operands", "Pass", "experts_passes", "in_dtype", "passes"]
 
 DROPOUT = 0.1
 
@@ -150,7 +150,7 @@ def passes(layer: Problem, device: torch.device) -> dict[str, Pass]:
     if layer.experts:
         key = Key("", *sizes, -(-layer.tokens // layer.experts), granule=granule, factors=layer.factors)
         stored, turned = (  # models store (E, N, C) or (E, C, N)
-            _experts(Operands(key._replace(transposed=turned), form, device, filled=filled))
+            experts_passes(Operands(key._replace(transposed=turned), form, device, filled=filled))
             for turned in (False, True)
         )
         return stored | {f"{name}, W0 transposed": one for name, one in turned.items()}
@@ -184,7 +184,8 @@ def _layer(
     }
 
 
-def _experts(operands: Operands) -> dict[str, Pass]:
+def experts_passes(operands: Operands) -> dict[str, Pass]:
+    """The operations of a layer of experts by name."""
     adapter, ends, x, dy = operands.experts()
 
     def run(needs_x: bool) -> Sequence[Tensor]:

@@ -12,21 +12,18 @@ from torch import Tensor
 
 from smoa_kernels.backends.kernels_dropout import KernelsDropout
 from smoa_kernels.definition.dropout import Dropout
-from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.reference import factor_gradients, reference_delta_weight
 from smoa_kernels.definition.reference import forward as reference_forward
 from smoa_kernels.kernels.block_grad import block_grad
 from smoa_kernels.kernels.block_matmul import block_matmul
 from smoa_kernels.kernels.fused_linear import fused_linear
-from smoa_kernels.kernels.grouped_grad import grouped_grad
-from smoa_kernels.kernels.grouped_linear import grouped_linear
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import Config, partial_width
 from smoa_kernels.kernels.sum_partials import sum_partials
 from smoa_kernels.kernels.table import answered
-from smoa_kernels.tuning.passes import Operands, in_dtype
+from smoa_kernels.tuning.passes import Operands, experts_passes, in_dtype
 from smoa_kernels.tuning.plan import multiplied_in
 
 __all__ = ["WORKLOADS", "Operands", "Work", "configured"]
@@ -143,29 +140,11 @@ def _block_grad(operands: Operands) -> Work:
 
 
 def _grouped_linear(operands: Operands) -> Work:
-    adapter, ends, x, _ = operands.experts()
-    return (
-        lambda: [grouped_linear(x, ends, adapter)],
-        lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))],
-    )
+    return experts_passes(operands)["experts"]
 
 
 def _grouped_grad(operands: Operands) -> Work:
-    adapter, ends, x, dy = operands.experts()
-
-    def run() -> tuple[Tensor, Tensor]:
-        return grouped_grad(dy, x, ends, adapter)
-
-    def defined(dtype: torch.dtype) -> list[Tensor]:
-        of_dtype = in_dtype(adapter, dtype)
-        A, B = (factor.clone().requires_grad_() for factor in (of_dtype.A, of_dtype.B))
-        with torch.enable_grad():
-            reference_experts_linear(x.to(dtype), ends, replace(of_dtype, A=A, B=B)).backward(dy.to(dtype))
-        assert A.grad is not None
-        assert B.grad is not None
-        return [A.grad, B.grad]
-
-    return run, defined
+    return experts_passes(operands)["experts' factors"]
 
 
 def _sum_partials(operands: Operands) -> Work:
