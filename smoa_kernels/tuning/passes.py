@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -96,8 +96,9 @@ class Operands:
             torch.stack([self.labels(size) for _ in range(experts)]) for size in (rows, cols)
         )
         blocks = ExpertBlocks.from_labels(row_block, col_block, key.blocks)
-        tensors = {name: one for name, one in vars(blocks).items() if isinstance(one, Tensor)}
-        blocks = replace(blocks, **{name: one.to(device) for name, one in tensors.items()})
+        known = vars(blocks).items()
+        tensors: dict[str, Any] = {name: one.to(device) for name, one in known if isinstance(one, Tensor)}
+        blocks = replace(blocks, **tensors)
         adapter = ExpertsAdapter(
             weight=self.tensor(experts, rows, cols) / cols**0.5,
             A=self.tensor(experts, key.rank, cols, dtype=self.factor_dtype),
