@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -33,15 +35,12 @@ CPU_LAYERS = (
     Case(128, 576, 1536, 2, 8, BF16),
 )
 # The cases that the cost model predicts for an H100, until one measures them.
+SQUARE = Case(8192, 4096, 4096, 4, 16, BF16)
 GPU_LAYERS = (
-    *(Case(8192, 4096, 4096, blocks, 16, BF16) for blocks in (1, 2, 4, 8)),
-    Case(8192, 4096, 4096, 4, 16, BF16, 0.05),
-    Case(8192, 4096, 4096, 4, 64, BF16),
-    Case(8192, 4096, 4096, 4, 16),
-    Case(8192, 14336, 4096, 4, 16, BF16),
-    Case(8192, 4096, 14336, 4, 16, BF16),
-    Case(512, 4096, 4096, 4, 16, BF16),
-    Case(64, 4096, 4096, 4, 16, BF16),
+    *(replace(SQUARE, num_blocks=blocks) for blocks in (1, 2, 4, 8)),
+    *(replace(SQUARE, dropout=0.05), replace(SQUARE, rank=64), replace(SQUARE, dtype=torch.float32)),
+    *(replace(SQUARE, out_features=14336), replace(SQUARE, in_features=14336)),
+    *(replace(SQUARE, tokens=tokens) for tokens in (64, 512)),
 )
 # Three numbers of tokens give the curve over T.
 CPU_MEMORY = (
@@ -50,9 +49,8 @@ CPU_MEMORY = (
     *(Case(tokens, 2048, 2048, 4, 16, BF16) for tokens in (512, 2048)),
 )
 GPU_MEMORY = (
-    *(Case(tokens, 4096, 4096, 4, 16, BF16) for tokens in (512, 2048, 8192)),
-    Case(8192, 4096, 4096, 4, 16, BF16, 0.05),
-    Case(8192, 14336, 4096, 4, 16, BF16),
+    *(replace(SQUARE, tokens=tokens) for tokens in (512, 2048, 8192)),
+    *(replace(SQUARE, dropout=0.05), replace(SQUARE, out_features=14336)),
 )
 LAYERS, MEMORY = (GPU_LAYERS, GPU_MEMORY) if DEVICE.type == "cuda" else (CPU_LAYERS, CPU_MEMORY)
 FEW_TOKENS = tuple(

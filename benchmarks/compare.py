@@ -16,46 +16,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
 from . import tables
-from .protocol import Quartiles
-from .results import Figure, Run, read
+from .protocol import Figure
+from .results import Run, read
 
 LEAST, LEAST_SIZE = 0.05, 0.01
 
 Name = tuple[str, str, str]
 """A benchmark's title, a phase or what was counted, a provider."""
+Change = tuple[Name, Figure, Figure]
+"""What changed, from which figure to which."""
 
 
-class Differences(NamedTuple):
-    """What two runs say of the same things.
-
-    Attributes:
-        changed: figures that changed, old and new, the largest change first.
-        same: how many did not change.
-        doubtful: how many are in doubt in either run.
-    """
-
-    changed: list[tuple[Name, Figure, Figure]]
-    same: int
-    doubtful: int
-
-
-def differences(old: Mapping[Name, Figure], new: Mapping[Name, Figure], least: float) -> Differences:
-    """Compare every figure that both runs have."""
+def changes(
+    old: Mapping[Name, Figure], new: Mapping[Name, Figure], least: float
+) -> tuple[list[Change], int, int]:
+    """The figures of both runs that changed, the largest change first; how many did not, and how many are in doubt."""
     both = [(name, was, new[name]) for name, was in old.items() if name in new]
     judged = [(name, was, now) for name, was, now in both if not (was.doubt or now.doubt)]
     changed = [
         (name, was, now)
         for name, was, now in judged
-        if not (was.quartiles.low <= now.quartiles.high and now.quartiles.low <= was.quartiles.high)
+        if not (was.low <= now.high and now.low <= was.high)
         and abs(now.median - was.median) > least * was.median
     ]
-    changed.sort(key=lambda one: -abs(_change(one) - 1))
-    return Differences(changed, len(judged) - len(changed), len(both) - len(judged))
+    changed.sort(key=lambda one: -abs(_factor(one) - 1))
+    return changed, len(judged) - len(changed), len(both) - len(judged)
 
 
 def ratios(run: Run) -> dict[Name, Figure]:
@@ -72,7 +62,7 @@ def ratios(run: Run) -> dict[Name, Figure]:
 def sizes(run: Run) -> dict[Name, Figure]:
     """Everything that was counted, in MiB."""
     return {
-        (result.title, kind, name): Figure(Quartiles(*[size / tables.MIB] * 3))
+        (result.title, kind, name): Figure.of([size / tables.MIB])
         for result in run.results
         for name, counted in result.bytes.items()
         for kind, size in counted.items()
@@ -89,13 +79,15 @@ def main(
 
 def report(old: Run, new: Run) -> str:
     """The differences of two runs in words and tables."""
-    timed = differences(ratios(old), ratios(new), LEAST)
-    counted = differences(sizes(old), sizes(new), LEAST_SIZE)
-    slower = sum(_change(one) > 1 for one in timed.changed)
+    timed, same, doubtful = changes(ratios(old), ratios(new), LEAST)
+    counted, same_sizes, _ = changes(sizes(old), sizes(new), LEAST_SIZE)
+    slower = sum(_factor(one) > 1 for one in timed)
     missing = sorted({r.title for r in old.results} ^ {r.title for r in new.results})
     columns = ("old", "new", "new over old")
-    times = [(*one[0], str(one[1]), str(one[2]), f"{_change(one):.2f}") for one in timed.changed]
-    bytes = [(*one[0], one[1].short(), one[2].short(), f"{_change(one):.2f}") for one in counted.changed]
+    times = [(*name, str(was), str(now), f"{_factor((name, was, now)):.2f}") for name, was, now in timed]
+    bytes = [
+        (*name, was.short(), now.short(), f"{_factor((name, was, now)):.2f}") for name, was, now in counted
+    ]
     parts = (
         f"old: {tables.machine_line(old)}\nnew: {tables.machine_line(new)}",
         "" if old.slug == new.slug else "The machines differ, and so may what they are fast at.",
@@ -103,12 +95,12 @@ def report(old: Run, new: Run) -> str:
         tables.table(("size, MiB", "", "", *columns), bytes),
         f"Only in one of the runs: {'; '.join(missing)}." if missing else "",
         f"Changed: {slower} slower, {len(times) - slower} faster, {len(bytes)} sizes. The same: "
-        f"{timed.same + counted.same}. Not compared, since they are noisy or of one round: {timed.doubtful}.",
+        f"{same + same_sizes}. Not compared, since they are noisy or of one round: {doubtful}.",
     )
     return "\n\n".join(part.strip() for part in parts if part)
 
 
-def _change(one: tuple[Name, Figure, Figure]) -> float:
+def _factor(one: Change) -> float:
     return one[2].median / one[1].median if one[1].median else math.inf
 
 

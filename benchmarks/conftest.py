@@ -1,4 +1,4 @@
-"""Options, the pinned threads, the JSON's contents, and the table at the end."""
+"""Options, the pinned threads, and the JSON's contents."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .protocol import Run, Turns
 from .results import Result
 
 _BEGIN = time.monotonic()
-_RESULTS: list[Result] = []
 
 Measure = Callable[..., None]
 
@@ -50,7 +49,7 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
-    """Time providers in turns by the protocol and keep the seconds for the JSON and the table.
+    """Time providers in turns by the protocol and keep the seconds for the JSON.
 
     A round of pytest-benchmark is one round over all providers. There are as many rounds as fit into a budget of
     seconds, but at least `least`. `verify` is a gate that checks results of the timed calls; it runs before anything is
@@ -78,20 +77,6 @@ def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
         verify()
         seconds = {phase: dict(comparison.seconds) for phase, comparison in turns.comparisons().items()}
         result = Result(kind, title, dict(params), baseline, [before, load()], seconds, bytes or {})
-        _RESULTS.append(result)
         benchmark.extra_info.update(vars(result))
 
     return run
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Every comparison as ratios with their quartiles."""
-    if config.option.smoke:
-        terminalreporter.line(f"smoke: {len(_RESULTS)} comparisons ran, whose ratios mean nothing")
-        return
-    for result in _RESULTS:
-        for phase, seconds in result.seconds.items():
-            terminalreporter.line(f"\n{result.title}, {phase}, over {result.baseline}")
-            for name in seconds:
-                time = result.comparison(phase).time(name).median
-                terminalreporter.line(f"  {name:<22} {result.ratio(phase, name)}  {time * 1e3:9.2f} ms")

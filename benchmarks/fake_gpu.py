@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -30,13 +30,17 @@ from triton.runtime.jit import JITFunction
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import PackedAdapter
 
-__all__ = ["BLOCKS", "RANK", "FakeGpu", "Launch", "adapter", "install"]
+__all__ = ["BLOCKS", "RANK", "FakeGpu", "Form", "Launch", "adapter", "install"]
 
 RANK, BLOCKS = 16, 4  # of `adapter`
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
 )
+
+
+Form: TypeAlias = tuple[JITFunction, tuple[Any, ...]]
+"""A kernel, and its signature, constants, attributes and options."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class FakeGpu:
         devices: their number.
         properties: of each, as torch gives them.
         current: the number of the current one.
+        compiled: the forms that Triton would have compiled, in order.
         launches: the launches while `recording` was on.
         recording: a benchmark turns it off, so that it does not time the list.
     """
@@ -76,6 +81,7 @@ class FakeGpu:
     devices: int
     properties: SimpleNamespace = field(default_factory=lambda: H100)
     current: int = 0
+    compiled: list[Form] = field(default_factory=list)
     launches: list[Launch] = field(default_factory=list)
     recording: bool = True
 
@@ -201,10 +207,11 @@ def install(devices: int = 1, properties: SimpleNamespace = H100) -> FakeGpu:
     gpu = FakeGpu(devices, properties)
 
     def compile_nothing(
-        self: Any, key: str, signature: object, device: int, constexprs: Any, options: Any, *rest: object
+        self: Any, key: str, signature: object, device: int, constexprs: Any, options: Any, *rest: Any
     ) -> FakeKernel:
         chosen = {path: value for path, value in constexprs.items() if self.params[path[0]].is_constexpr}
         constants = f"{chosen} {options.num_warps} {options.num_stages}"
+        gpu.compiled.append((self, (signature, constexprs, rest[0], options)))
         kernel = FakeKernel(gpu, self.fn.__name__, key, constants)
         self.device_caches[device][0][key] = kernel
         return kernel

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from .protocol import Quartiles
-from .results import Figure, Result, Run
+from .protocol import Figure
+from .results import Result, Run
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Goal:
         if not {self.name, self.over} <= sizes.keys():
             return None
         base = sizes[self.above] if self.above else 0
-        return Figure(Quartiles(*[(sizes[self.name] - base) / (sizes[self.over] - base)] * 3))
+        return Figure.of([(sizes[self.name] - base) / (sizes[self.over] - base)])
 
     def verdict(self, run: Run) -> str:
         """Met, or missed by how much; nothing is judged on a noisy machine or by a single round."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,30 +21,15 @@ from .protocol import DEVICE, halves
 from .providers import Case
 
 
-@dataclass(frozen=True)
-class Footprint:
+def footprint(layer: nn.Module, case: Case) -> dict[str, int]:
     """Bytes of one training pass of a layer, beyond its parameters, x and dY.
 
-    Attributes:
-        saved: kept by the forward for the backward, with x, without parameters and buffers.
-        peak: the most that lives at once in forward and backward, with y and the gradients.
-        forward_workspace: the most that the forward holds beyond y and its saved tensors.
-        backward_workspace: the most that the backward holds beyond its inputs and the gradients it returns, even if
-            it frees inputs on the way.
+    - saved: kept by the forward for the backward, with x, without parameters and buffers;
+    - peak: the most that lives at once in forward and backward, with y and the gradients;
+    - forward_workspace: the most that the forward holds beyond y and its saved tensors;
+    - backward_workspace: the most that the backward holds beyond its inputs and the gradients it returns, even if it
+      frees inputs on the way.
     """
-
-    saved: int
-    peak: int
-    forward_workspace: int
-    backward_workspace: int
-
-    def record(self) -> dict[str, int]:
-        """As JSON holds it."""
-        return asdict(self)
-
-
-def footprint(layer: nn.Module, case: Case) -> Footprint:
-    """Measure one forward and one backward of a layer."""
     x = case.input()
     forward, backward = halves(layer, [x], case.output_gradient())
     pages.release()
@@ -56,12 +40,12 @@ def footprint(layer: nn.Module, case: Case) -> Footprint:
     backward_peak, _ = allocated(backward)
     gradients = x.nbytes + sum(p.nbytes for p in layer.parameters() if p.requires_grad)
     workspace = pages.release()  # it lives all the time, and the profiler does not see it
-    return Footprint(
-        saved=saved,
-        peak=max(forward_peak, after_forward + backward_peak) + workspace,
-        forward_workspace=forward_peak - after_forward + workspace,
-        backward_workspace=max(0, backward_peak - gradients) + workspace,
-    )
+    return {
+        "saved": saved,
+        "peak": max(forward_peak, after_forward + backward_peak) + workspace,
+        "forward_workspace": forward_peak - after_forward + workspace,
+        "backward_workspace": max(0, backward_peak - gradients) + workspace,
+    }
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:

@@ -40,19 +40,37 @@ Run = Callable[[], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Quartiles:
-    """A median with its interquartile range."""
+class Figure:
+    """A measurement as it is published: a median with its quartiles.
+
+    Attributes:
+        low, median, high: of the rounds.
+        doubt: why it is neither quoted nor judged; "" if it is.
+    """
 
     low: float
     median: float
     high: float
+    doubt: str = ""
 
+    @classmethod
+    def of(cls, values: Sequence[float], doubt: str = "") -> Figure:
+        """The quartiles of at least one value; those of a single one are that value."""
+        several = len(values) > 1
+        found = statistics.quantiles(values, n=4, method="inclusive") if several else [values[0]] * 3
+        return cls(found[0], found[1], found[2], doubt)
 
-def quartiles(values: Sequence[float]) -> Quartiles:
-    """Quartiles of at least one value; those of a single one are that value."""
-    if len(values) < 2:
-        return Quartiles(values[0], values[0], values[0])
-    return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
+    def short(self) -> str:
+        """The median and the doubt."""
+        return self._marked(f"{self.median:.2f}")
+
+    def __str__(self) -> str:
+        if self.doubt == ONE_ROUND:
+            return self.short()
+        return self._marked(f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]")
+
+    def _marked(self, text: str) -> str:
+        return f"{text}, {self.doubt}, not judged" if self.doubt else text
 
 
 @dataclass(frozen=True)
@@ -62,32 +80,30 @@ class Comparison:
     baseline: str
     seconds: Mapping[str, Sequence[float]]
 
-    def time(self, name: str) -> Quartiles:
-        """Seconds of a provider."""
-        return quartiles(self.seconds[name])
+    def time(self, name: str) -> Figure | None:
+        """Seconds of a provider; None where it did not run."""
+        return Figure.of(self.seconds[name], self.doubt) if name in self.seconds else None
 
-    def ratio(self, name: str, over: str | None = None) -> Quartiles:
-        """One provider over another (the baseline unless given), pair by pair."""
-        pairs = zip(self.seconds[name], self.seconds[over or self.baseline], strict=True)
-        return quartiles([ours / theirs for ours, theirs in pairs])
+    def ratio(self, name: str, over: str | None = None) -> Figure | None:
+        """One provider over another (the baseline unless given), pair by pair; None without both."""
+        over = over or self.baseline
+        if not {name, over} <= self.seconds.keys():
+            return None
+        pairs = zip(self.seconds[name], self.seconds[over], strict=True)
+        return Figure.of([ours / theirs for ours, theirs in pairs], self.doubt)
 
     @property
     def spread(self) -> float:
         """Interquartile range of the baseline over its median."""
-        q = self.time(self.baseline)
+        q = Figure.of(self.seconds[self.baseline])
         return (q.high - q.low) / q.median
 
     @property
-    def noisy(self) -> bool:
-        """Whether the machine was too unsteady for the ratios to be quoted."""
-        return self.spread > MAX_SPREAD
-
-    @property
     def doubt(self) -> str:
-        """Why the ratios are neither quoted nor judged; "" if they are."""
+        """Why the ratios are neither quoted nor judged: the machine was too unsteady. "" if they are."""
         if len(self.seconds[self.baseline]) < 2:
             return ONE_ROUND
-        return NOISY if self.noisy else ""
+        return NOISY if self.spread > MAX_SPREAD else ""
 
 
 class Turns:

@@ -1,7 +1,6 @@
 """A small quality slice on experts: LoRA and SMoA on the tiny Qwen3-MoE of `examples/finetune_moe.py`.
 
-    make quality-moe                                      # every run that is missing, then the table
-    python -m benchmarks.quality_moe --method "LoRA, r=8"  # the runs of one method
+    make quality-moe      # every run that is missing, then the table
 
 The methods that adapt experts train equally many parameters. Each searches its learning rate on validation, with a seed
 that is not reported, and goes on along `LADDER` while the best is the least or the greatest that was tried.
@@ -10,12 +9,11 @@ that is not reported, and goes on along `LADDER` while the best is the least or 
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Any
 
 import finetune_moe
 import torch
 import trec
-import typer
 from peft import LoraConfig, get_peft_model
 from questions import Question, split
 from torch import nn
@@ -50,23 +48,14 @@ METHODS: dict[str, Any] = {HEAD: None, LORA: LoraConfig(r=8, lora_alpha=8, **_CO
 for _order in ("contiguous", "spectral"):
     METHODS[f"SMoA {_order}, K=4, r=32"] = SMoAConfig(r=32, num_blocks=4, block_order=_order, **_COMMON)
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
-def main(
-    method: Annotated[list[str] | None, typer.Option(help=f"One of {'; '.join(METHODS)}.")] = None,
-) -> None:
-    """Do the runs that are not in the records yet; where all are there, write the table."""
-    for name in method or METHODS:
-        if name not in METHODS:
-            raise typer.BadParameter(f"--method {name!r} is none of {'; '.join(METHODS)}")
+def main() -> None:
+    """Do the runs that are not in the records yet, then write the table."""
+    for name in METHODS:
         rate = search(name)
         for seed in range(SEEDS):
             run(name, "final", rate, seed)
-    records = store.read(RECORDS)
-    if all(len(finals(records, name)) == SEEDS for name in METHODS):
-        write(PAGE, with_section(PAGE.read_text(encoding="utf-8"), page(records), START))
+    write(PAGE, with_section(PAGE.read_text(encoding="utf-8"), page(store.read(RECORDS)), START))
 
 
 def search(name: str) -> float:
@@ -160,4 +149,4 @@ def page(records: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     if commit().endswith(EDITED):
         raise SystemExit("code is not committed, so nobody could repeat these runs: commit it")
-    app()
+    main()

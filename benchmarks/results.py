@@ -12,42 +12,9 @@ from typing import Any
 from smoa_kernels.files import replace_file
 
 from .machine import EDITED
-from .protocol import ONE_ROUND, Comparison, Quartiles
+from .protocol import Comparison, Figure
 
 DIGITS = 5  # of each second that is kept
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measurement as it is published.
-
-    Attributes:
-        quartiles: of the rounds.
-        doubt: why it is neither quoted nor judged; "" if it is.
-    """
-
-    quartiles: Quartiles
-    doubt: str = ""
-
-    @property
-    def median(self) -> float:
-        """Median of the rounds."""
-        return self.quartiles.median
-
-    def short(self, digits: str = ".2f") -> str:
-        """The median and the doubt."""
-        return self._marked(f"{self.median:{digits}}")
-
-    def __str__(self) -> str:
-        q = self.quartiles
-        return (
-            self.short()
-            if self.doubt == ONE_ROUND
-            else self._marked(f"{q.median:.2f} [{q.low:.2f}, {q.high:.2f}]")
-        )
-
-    def _marked(self, text: str) -> str:
-        return f"{text}, {self.doubt}, not judged" if self.doubt else text
 
 
 @dataclass(frozen=True)
@@ -77,15 +44,12 @@ class Result:
         return Comparison(self.baseline, self.seconds[phase])
 
     def time(self, phase: str, name: str) -> Figure | None:
-        """Seconds of a provider, the median of its rounds; None where it did not run."""
-        c = self.comparison(phase)
-        return Figure(c.time(name), c.doubt) if name in c.seconds else None
+        """Seconds of a provider; None where it did not run."""
+        return self.comparison(phase).time(name)
 
     def ratio(self, phase: str, name: str, over: str | None = None) -> Figure | None:
-        """A provider over another (the baseline unless given), the median of the rounds' ratios; None without both."""
-        c = self.comparison(phase)
-        both = {name, over or self.baseline} <= c.seconds.keys()
-        return Figure(c.ratio(name, over), c.doubt) if both else None
+        """A provider over another (the baseline unless given), pair by pair; None without both."""
+        return self.comparison(phase).ratio(name, over)
 
     @property
     def doubts(self) -> dict[str, str]:
@@ -95,12 +59,21 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the suite on one machine."""
+    """One run of the suite on one machine, or a bring-up.
+
+    Attributes:
+        machine, commit, date: where and when.
+        results: of each benchmark.
+        stages: of a bring-up, by name: status ("done", "failed", "out of time", "interrupted"), seconds and error.
+        findings: of a bring-up's stages, beside the results.
+    """
 
     machine: Mapping[str, Any]
     commit: str
     date: str
     results: tuple[Result, ...]
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    findings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
@@ -146,7 +119,10 @@ def read(path: Path) -> Run:
                 date=data["datetime"][:16].replace("T", " "),
                 results=tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
             )
-        return Run(data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])))
+        kept = {name: data.get(name, {}) for name in ("stages", "findings")}
+        return Run(
+            data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])), **kept
+        )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a run of this benchmark suite: {error!r}") from error
 
@@ -166,7 +142,8 @@ def compact(run: Run) -> str:
         named = {"kind": result.kind, "title": result.title, "params": result.params}
         kept = named | {key: value for key, value in vars(result).items() if value}
         lines.append(json.dumps(_rounded(kept), ensure_ascii=False, separators=(",", ":")))
-    head = {"machine": run.machine, "commit": run.commit, "date": run.date}
+    names = ("machine", "commit", "date", "stages", "findings")
+    head = {name: value for name in names if (value := getattr(run, name))}
     fields = json.dumps(head, ensure_ascii=False)[:-1]
     return f'{fields}, "results": [\n' + ",\n".join(lines) + "\n]}\n"
 

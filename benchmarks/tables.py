@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .goals import GOALS
-from .protocol import quartiles
+from .protocol import Figure
 from .providers import PAPER
-from .results import Figure, Result, Run
+from .results import Result, Run
 
 MIB = 2**20
 # Full names for headings.
@@ -63,7 +63,7 @@ def ratios(
     rows = []
     for result in results:
         c = result.comparison(phase)
-        base = f"{c.time(c.baseline).median * 1e3:.3g} ms, {c.spread:.0%}"
+        base = f"{Figure.of(c.seconds[c.baseline]).median * 1e3:.3g} ms, {c.spread:.0%}"
         rows.append((case_name(result), base, *(shown(result.ratio(phase, name, over)) for name in names)))
     words, baseline = "forward + backward" if phase == "both" else phase, results[0].baseline
     heading = f"{words} over {over or baseline}, {run.label}"
@@ -81,11 +81,6 @@ def counted(run: Run, results: Sequence[Result]) -> str:
     return table((f"MiB, {run.label}", "", *(COUNTED.get(kind, kind) for kind in kinds)), rows)
 
 
-def memory(run: Run) -> str:
-    """The memory of one pass of a layer."""
-    return counted(run, run.select("memory"))
-
-
 def goals(run: Run) -> str:
     """One row per goal: the limit, the measurement, and met or missed by how much."""
     rows = []
@@ -100,7 +95,7 @@ def machine_line(run: Run) -> str:
     """Device, threads, versions, load, commit."""
     m = run.machine
     loads = [value for result in run.results for value in result.load]
-    load = f"load {quartiles(loads).median:.1f} (highest {max(loads):.1f})" if loads else "load unknown"
+    load = f"load {Figure.of(loads).median:.1f} (highest {max(loads):.1f})" if loads else "load unknown"
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     return (
         f"{run.label}: {m['device']}; {m['cores']} cores, {m['threads']} thread(s), {m['system']}, {load}; "

@@ -4,18 +4,14 @@ For benchmarks/results/scripts.md.
 
     python -m benchmarks.trl_trainers [sft dpo grpo reward]
 
-The two runs of a trainer take turns step by step, so that other work on the machine slows both.
+The two take turns, so that other work on the machine slows both.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import chats
@@ -28,7 +24,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PrinterCallback,
-    TrainerCallback,
 )
 from trl import (
     DPOConfig,
@@ -44,10 +39,14 @@ from trl import (
 from smoa_kernels.peft import SMoAConfig
 
 from .machine import cpu_name, load
+from .models import RANK, TARGETS
+from .protocol import Turns, laps
+from .tables import shown, table
 
-STEPS = 10
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+STEPS, ROUNDS = 10, 3
 LEARNING_RATE = {"SMoA": 1e-2, "LoRA": 1e-3}
+WHAT = {"sft": "loss", "dpo": "loss", "grpo": "reward", "reward": "loss"}
+"""What each kind of trainer shows."""
 SHARED: dict[str, Any] = {
     "max_steps": STEPS,
     "lr_scheduler_type": "constant",
@@ -61,38 +60,10 @@ SHARED: dict[str, Any] = {
 }
 
 
-class Turns(TrainerCallback):  # type: ignore[misc]  # transformers' types are not followed
-    """Lets two trainers step in turn, and notes the seconds of each step and what was logged."""
-
-    def __init__(
-        self, mine: threading.Semaphore, theirs: threading.Semaphore, both: threading.Barrier
-    ) -> None:
-        self.mine, self.theirs, self.both = mine, theirs, both
-        self.seconds: list[float] = []
-        self.logs: list[dict[str, float]] = []
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Wait for the other's step to end; both then draw the same random numbers, as GRPO's sampling needs."""
-        if not self.seconds:
-            self.both.wait()  # else the other draws numbers for its set-up during this one's first step
-        self.mine.acquire()
-        torch.manual_seed(len(self.seconds))
-        self.began = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Give the turn to the other."""
-        self.seconds.append(time.perf_counter() - self.began)
-        self.theirs.release()
-
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        """Keep what the trainer logs."""
-        self.logs.append(logs)
-
-
 def adapter(method: str, task: str) -> PeftConfig:
-    """The configuration of an adapter with r=8, SMoA's with K=2."""
-    shared: dict[str, Any] = {"r": 8, "target_modules": TARGETS, "task_type": task}
-    return SMoAConfig(num_blocks=2, **shared) if method == "SMoA" else LoraConfig(lora_alpha=8, **shared)
+    """The configuration of an adapter, SMoA's with K=2."""
+    shared: dict[str, Any] = {"r": RANK, "target_modules": TARGETS, "task_type": task}
+    return SMoAConfig(num_blocks=2, **shared) if method == "SMoA" else LoraConfig(lora_alpha=RANK, **shared)
 
 
 def make(kind: str, method: str, folder: str) -> Any:
@@ -138,32 +109,27 @@ def brevity(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
     return [-len(completion[0]["content"]) / 10 for completion in completions]
 
 
-def compare(kind: str) -> str:
-    """Run both, step by step in turn; return a row of the table."""
-    first, second, both = threading.Semaphore(1), threading.Semaphore(0), threading.Barrier(2)
-    turns = {"SMoA": Turns(first, second, both), "LoRA": Turns(second, first, both)}
-    threads = []
-    with tempfile.TemporaryDirectory() as folder:
-        for method, turn in turns.items():
-            trainer = make(kind, method, str(Path(folder, method)))
+def compare(kind: str) -> list[str]:
+    """Train with both in turns; a row of the table."""
+    logs: dict[str, list[dict[str, float]]] = {}
+
+    def run(method: str) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make(kind, method, folder)
             trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(turn)
-            threads.append(threading.Thread(target=trainer.train))
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    measure: Callable[[dict[str, float]], float | None]
-    measure = (lambda log: log.get("reward")) if kind == "grpo" else (lambda log: log.get("loss"))
-    cells = []
-    for turn in turns.values():
-        values = [value for log in turn.logs if (value := measure(log)) is not None]
+            (seconds,) = laps(trainer.train)
+        logs[method] = trainer.state.log_history
+        return {"step": seconds / STEPS}
+
+    turns = Turns({method: partial(run, method) for method in LEARNING_RATE}, "LoRA")
+    for _ in range(ROUNDS):
+        turns.round()
+    found, cells = turns.comparisons()["step"], []
+    for method in LEARNING_RATE:
+        values = [log[WHAT[kind]] for log in logs[method] if WHAT[kind] in log]
         cells.append(f"{values[0]:.3f} → {values[-1]:.3f}")
-    # The first step also allocates what later ones use again.
-    pairs = zip(turns["SMoA"].seconds[1:], turns["LoRA"].seconds[1:], strict=True)
-    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-    seconds = (f"{statistics.median(turn.seconds[1:]):.2f}" for turn in turns.values())
-    return f"| {kind} | {' | '.join(cells)} | {' | '.join(seconds)} | {ratio:.2f} |"
+    figures = (*map(found.time, LEARNING_RATE), found.ratio("SMoA"))
+    return [kind, *cells, *map(shown, figures)]
 
 
 def main(kinds: list[str]) -> None:
@@ -171,11 +137,8 @@ def main(kinds: list[str]) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     print(f"{cpu_name()}, 1 thread, {load():.0f} processes running or waiting")
-    print(
-        "| trainer | SMoA | LoRA | SMoA, s per step | LoRA, s per step | ratio |\n|---|---|---|---|---|---|"
-    )
-    for kind in kinds or ["sft", "dpo", "grpo", "reward"]:
-        print(compare(kind), flush=True)
+    headings = ("trainer", "SMoA", "LoRA", "SMoA, s per step", "LoRA, s per step", "ratio")
+    print(table(headings, [compare(kind) for kind in kinds or WHAT]))
 
 
 if __name__ == "__main__":

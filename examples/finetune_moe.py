@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import trec
@@ -48,14 +48,8 @@ LENGTH = 24  # words per question
 
 def finetune(
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("runs/finetune-moe"),
-    block_order: Annotated[
-        Literal["contiguous", "spectral", "shared", "random"], typer.Option(help="Of the blocks.")
-    ] = "contiguous",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 32,
-    lr: Annotated[float, typer.Option(min=0, help="Peak rate.")] = 3e-2,
-    r: Annotated[int, typer.Option(min=1, help="Rank budget of each expert.")] = 8,
-    num_blocks: Annotated[int, typer.Option(min=1, help="Blocks.")] = 4,
     eval_questions: Annotated[int, typer.Option(min=1, help="Questions to test.")] = 500,
 ) -> None:
     """Fine-tune the experts of a tiny Qwen3-MoE with random weights; evaluate, save, load and merge."""
@@ -64,14 +58,9 @@ def finetune(
     set_seed(0)
     base = Qwen3MoeForSequenceClassification(model_config(len(words) + 2))
     frozen = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    config = SMoAConfig(
-        task_type="SEQ_CLS",  # PEFT then trains and saves the head
-        r=r,
-        num_blocks=num_blocks,
-        block_order=block_order,
-        target_modules=[],
-        target_parameters=TARGETS,
-    )
+    blocks = {"r": 8, "num_blocks": 4, "block_order": "contiguous"}
+    # PEFT trains and saves the head of this type of task.
+    config = SMoAConfig(task_type="SEQ_CLS", target_modules=[], target_parameters=TARGETS, **blocks)
     model = get_peft_model(base, config)
     print("Experts of a tiny Qwen3-MoE with random weights")
     model.print_trainable_parameters()
@@ -79,7 +68,7 @@ def finetune(
         output_dir=str(output),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
-        learning_rate=lr,
+        learning_rate=3e-2,
         warmup_steps=steps // 10,
         logging_steps=50,
         save_strategy="no",

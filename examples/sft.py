@@ -46,7 +46,7 @@ def sft(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in it.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 60,
     max_length: Annotated[int, typer.Option(min=1, help="Tokens per step, filled with chats.")] = 384,
-    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate.")] = 1e-2,
+    lr: Annotated[float, typer.Option(min=0, help="Peak learning rate, that of a LoRA run.")] = 1e-3,
     r: Annotated[int, typer.Option(min=1, help="Rank budget of the adapter.")] = 16,
     num_blocks: Annotated[int, typer.Option(min=1, help="SMoA's blocks.")] = 2,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is drawn.")] = 0,
@@ -72,7 +72,7 @@ def sft(
             packing=True,
             eval_packing=False,
             max_length=max_length,
-            learning_rate=lr,  # about ten times LoRA's
+            learning_rate=lr,
             lr_scheduler_type="cosine",
             warmup_steps=steps // 10,
             gradient_checkpointing=False,  # faster, where memory allows it
@@ -91,6 +91,7 @@ def sft(
             task_type="CAUSAL_LM",
             r=r,
             num_blocks=num_blocks,
+            use_lora_rate=True,
             target_modules=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
         ),
     )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 LINE_EVERY = 10  # steps
+LARGEST_NORM = 1.0  # of all gradients, as the Trainer clips them: without it some runs spike
 
 
 @dataclass
@@ -171,7 +172,8 @@ def train(
     Raises:
         ValueError: if the loss is infinite or not a number.
     """
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     rates = schedule(optimizer, steps)
     record = TrainingRecord()
     if checkpoints is not None and checkpoints.resume:
@@ -187,6 +189,7 @@ def train(
         scores = next_token_scores(model, batch.input_ids, batch.attention_mask)
         loss = F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), batch.targets)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
         optimizer.step()
         rates.step()
         optimizer.zero_grad()

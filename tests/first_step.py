@@ -20,8 +20,8 @@ import torch
 from launches import passes
 from torch._subclasses import FakeTensorMode
 
-from benchmarks.bringup.ahead import Form, collected, compile_all
-from benchmarks.fake_gpu import adapter, install
+from benchmarks.bringup.ahead import compile_all, forget
+from benchmarks.fake_gpu import FakeGpu, Form, adapter, install
 
 SHAPES = (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)
 ORDERS = {"spectral": 1, "granules of 8": 8}
@@ -37,24 +37,24 @@ def step(granule: int, tokens: int) -> None:
                 call()
 
 
-def forms(granule: int) -> tuple[list[Form], int]:
+def forms(gpu: FakeGpu, granule: int) -> tuple[list[Form], int]:
     """The forms that one step compiles, in order, and how many more batches of other lengths compile."""
-    with collected() as found:
-        step(granule, TOKENS)
-        first = len(found)
-        for tokens in OTHERS:
-            step(granule, tokens)
-    return found[:first], len(found) - first
+    forget(gpu)
+    step(granule, TOKENS)
+    first = list(gpu.compiled)
+    for tokens in OTHERS:
+        step(granule, tokens)
+    return first, len(gpu.compiled) - len(first)
 
 
 def main() -> None:
     """Prints the counts, and the seconds if processes are asked for."""
     processes = int((*sys.argv[1:], 0)[0])
     told: dict[str, dict[str, Any]] = {}
-    install()
+    gpu = install()
     for order, granule in ORDERS.items():
         with FakeTensorMode():
-            found, more = forms(granule)
+            found, more = forms(gpu, granule)
         names = sorted(kernel.__name__ for kernel, _ in found)
         told[order] = {"forms": len(found), "more for other lengths": more, "kernels": names}
         if processes:

@@ -21,31 +21,56 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-TRAINS = """
+FROM_ARCHIVE = """
 import shutil
 import sys
 from importlib.util import find_spec
 import torch
-from torch import nn
 import smoa_kernels
+from smoa_kernels.backends import native_obstacle
 
 archive = sys.argv[1]
 assert smoa_kernels.__file__.startswith(sys.prefix), smoa_kernels.__file__
 assert find_spec("numpy") is None
 assert not archive.endswith(".whl") or not any(map(shutil.which, ("cc", "gcc", "clang")))
-backend = "native" if archive.endswith("x86_64.whl") else "auto"  # which raises where it cannot run
-layer = smoa_kernels.FusedSMoALinear.from_linear(nn.Linear(80, 96), r=4, num_blocks=2, backend=backend)
-optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=1e-2)
-x = torch.randn(64, 80)
-before = layer(x)
-before.square().mean().backward()
-optimizer.step()
-y = layer(x)
-assert not torch.equal(y, before)
-layer.backend = "reference"
-torch.testing.assert_close(y, layer(x))
-print(f"smoa_kernels {smoa_kernels.__version__}, torch {torch.__version__}: backend {backend!r} trained a step")
+obstacle = native_obstacle(torch.device("cpu"))
+assert not archive.endswith("x86_64.whl") or obstacle is None, obstacle
+print(f"smoa_kernels {smoa_kernels.__version__}, torch {torch.__version__}; compiled code: {obstacle or 'used'}")
 """
+CORE = """
+import io
+import torch
+from smoa_kernels import FusedSMoALinear
+from smoa_kernels.backends import native_obstacle
+from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
+from smoa_kernels.experts import experts_linear
+
+x, ends = torch.randn(64, 40), torch.tensor([40, 64]).int()
+for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is None):
+    for order in ("spectral", "contiguous", "random"):
+        options = dict(r=4, num_blocks=2, block_order=order, backend=backend)
+        layer, loaded = (FusedSMoALinear(40, 48, **options) for _ in range(2))
+        optimizer = torch.optim.AdamW([layer.smoa_A, layer.smoa_B], lr=0.1)
+        layer(x).square().mean().backward()
+        optimizer.step()
+        file = io.BytesIO()
+        torch.save(layer.state_dict(), file)
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file))
+        y = loaded(x)
+        assert torch.equal(y, layer(x)) and layer.smoa_B.any()
+        loaded.backend = "reference"
+        torch.testing.assert_close(y, loaded(x))
+        layer.merge()
+        torch.testing.assert_close(y, layer(x))
+    labels = [torch.stack([torch.arange(n) % 2, torch.arange(n) // (n // 2)]) for n in (48, 40)]
+    blocks = ExpertBlocks.from_labels(*labels, num_blocks=2)
+    factors = torch.randn(2, 48, 40), torch.randn(2, 3, 40), torch.randn(2, 48, 3)
+    adapter = ExpertsAdapter(*factors, blocks, torch.tensor([3, 1]).int(), torch.tensor(0.5))
+    experts = experts_linear(x, ends, adapter, backend), reference_experts_linear(x, ends, adapter)
+    torch.testing.assert_close(*experts, rtol=1e-4, atol=1e-4)
+"""
+"""A program: layers of each order and backend train, save, load and merge; experts run too."""
 
 
 def use(archive: Path) -> str:
@@ -68,7 +93,7 @@ def use(archive: Path) -> str:
         (ours,) = distributions(name="smoa-kernels", path=[str(packages)])
         core, torch = needed(asked_for(ours)), needed(["torch"])
         link(packages, core | needed(asked_for(ours, "cli")))
-        trained = run(environment, variables, programs / "python", "-c", TRAINS, archive.name)
+        trained = run(environment, variables, programs / "python", "-c", FROM_ARCHIVE + CORE, archive.name)
         size = sum(path.stat().st_size for path in (packages / "smoa_kernels").rglob("*"))
         size += sum(
             file.locate().stat().st_size for name in core.keys() - torch for file in files(core[name])

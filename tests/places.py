@@ -1,13 +1,12 @@
-"""Processes to kill and places without write access or room, for tests of saving."""
+"""Processes to kill and a disk without room, for tests of saving."""
 
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,19 @@ from smoa_kernels.peft import SMoAConfig
 
 HERE = Path(__file__).resolve().parent
 PATHS = [str(HERE), str(HERE / "tuning"), str(HERE.parent), str(HERE.parent / "examples")]
-FullDisk = tuple[Path, Callable[[], AbstractContextManager[None]]]
-"""A folder, and a context in which nothing of more than a few kilobytes can be written there."""
+
+
+def started(*command: object, **environment: str) -> "subprocess.Popen[str]":
+    """Starts a command with the paths of these tests, on one thread: tests share the machine."""
+    path = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
+    pipe = subprocess.PIPE
+    given = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([*map(str, command)], stdout=pipe, stderr=pipe, text=True, env=given)
 
 
 def python(program: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
-    """Starts Python with the paths of these tests."""
-    path = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
-    )
+    """Starts a Python program."""
+    return started(sys.executable, "-c", program, *arguments, **environment)
 
 
 def kill_at(process: "subprocess.Popen[str]", line: str) -> None:
@@ -64,60 +62,6 @@ def file_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A small file system in memory, mounted by a process that lives as long as the block.
-
-    The process uses a mount namespace of its own, which needs no root. Where users may not have one, it mounts
-    globally.
-    """
-    folder.mkdir(exist_ok=True)
-    mount = shlex.join(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)])
-    umount = shlex.join(["umount", "--lazy", str(folder)])
-    script = f"{mount} && echo mounted && {{ read line; {umount}; }}"
-    refusals = []
-    for namespace in (["unshare", "-rm"], []):
-        try:
-            keeper = subprocess.Popen(
-                [*namespace, "sh", "-c", script],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        except FileNotFoundError as error:
-            refusals.append(str(error))
-            continue
-        assert keeper.stdout is not None
-        assert keeper.stderr is not None
-        with keeper:
-            if keeper.stdout.readline() == "mounted\n":
-                # /proc/PID/root shows the file system with the mounts of that process.
-                yield Path(f"/proc/{keeper.pid}/root{folder}")
-                return
-            refusals.append(keeper.stderr.read().strip())
-    pytest.skip(f"a file system may not be mounted here: {'; '.join(refusals)}")
-
-
-@pytest.fixture(params=["file limit", "small disk"])
-def full_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FullDisk]:
-    if request.param == "file limit":
-        yield tmp_path, lambda: file_limit(2000)
-        return
-    with mounted(tmp_path / "disk", "size=1m") as disk:
-
-        @contextmanager
-        def filled() -> Iterator[None]:
-            filler = disk / "filler"
-            with filler.open("wb", buffering=0) as stream, suppress(OSError):
-                while True:
-                    stream.write(bytes(4096))
-            yield
-            filler.unlink()
-
-        yield disk, filled
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -224,11 +224,6 @@ def cases(backend: str) -> Iterator[Case]:
                     yield replace(case, order=_IN_TURN[(i + j) % len(_IN_TURN)])
 
 
-def all_cases() -> list[Case]:
-    """The cases of every backend that runs here, with spectral blocks."""
-    return [case for backend in BACKEND_CHOICES[1:] for case in in_orders(cases(backend), "spectral")]
-
-
 def in_orders(cases: Iterable[Case], *orders: str) -> list[Case]:
     """Each backend, algorithm and dtype of these cases in these orders."""
     return [replace(case, order=order) for case in cases if case.order == "spectral" for order in orders]

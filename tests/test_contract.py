@@ -28,6 +28,7 @@ from problems import (
     error_over_budget,
     in_orders,
     interpreted,
+    on_threads,
     relative_error,
     small_update,
     some,
@@ -35,9 +36,9 @@ from problems import (
     widest,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
+from torch_calls import Calls
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import padding_masks
@@ -57,6 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "uneven, one of rank 0": {"random_labels": True},
     "one block": {"ranks": (4,), "bias": False},  # K = 1 is HiRA
     "primes": {"tokens": 13, "out_features": 31, "in_features": 29, "ranks": (2, 1)},
+    "one input": {"tokens": 40, "in_features": 1, "ranks": (2,)},
     "one token": {"tokens": 1, "ranks": (0, 0, 1)},
     "one of everything": {"tokens": 1, "out_features": 1, "in_features": 1, "ranks": (1,)},
     "no rank": {"ranks": (0, 0)},
@@ -142,6 +144,28 @@ def test_results_in_every_dtype(case: Case) -> None:
 def test_two_runs_are_bitwise_equal(case: Case) -> None:
     p = case.problem(random_labels=True)
     equal(p.run(**case.options), p.run(**case.options))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@each(lambda backend: some(backend, torch.float32, torch.bfloat16) if backend in ("eager", "native") else [])
+def test_any_number_of_threads(case: Case, threads: int) -> None:
+    p = case.problem(tokens=40, out_features=70, in_features=60)
+    with on_threads(threads):
+        assert_within_budget(p.run(**case.options), case, p)
+
+
+@pytest.mark.parametrize("cut", [1, 17])
+@each(lambda backend: [case for case in widest(backend) if not case.dropout], slow=interpreted)
+def test_a_batch_in_two_parts(case: Case, cut: int) -> None:
+    """A GEMM of fewer rows may sum in another order, so bits may differ."""
+    p = case.problem(tokens=40)
+    halves = [replace(p, x=p.x[rows], dy=p.dy[rows]) for rows in (slice(cut), slice(cut, None))]
+    parts = [half.run(**case.options) for half in halves]
+    for part, half in zip(parts, halves, strict=True):
+        assert_within_budget(part, case, half)
+    whole, truth = p.run_reference(), p.to(torch.float64).run_reference()
+    for i, name in enumerate(("y", "dX")):
+        assert error_over_budget(torch.cat([part[i] for part in parts]), whole[i], truth[i]) <= 1, name
 
 
 each_layout = pytest.mark.parametrize("layout", [*list(LAYOUTS)[1:], "expanded", "windows"])
@@ -380,19 +404,6 @@ def test_a_shard_draws_its_columns_of_the_whole_mask(case: Case) -> None:
 # Compilers
 
 
-class Recording(TorchDispatchMode):
-    """Records the calls of our operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "smoa":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "wanted", [LEAVES, pytest.param(("x",), marks=SLOW), pytest.param(("A",), marks=SLOW)]
 )
@@ -400,9 +411,9 @@ class Recording(TorchDispatchMode):
 def test_opcheck(case: Case, wanted: tuple[str, ...]) -> None:
     """Checks forward, and backward with all gradients, with dX alone and with dA and dB alone."""
     p = case.problem(tokens=5)
-    with Recording() as recording:
+    with Calls() as calls:
         p.leaves(*wanted).forward(**case.options).backward(p.dy)
-    (linear, arguments), (backward, others) = recording.calls
+    (linear, arguments), (backward, others) = (call for call in calls.made if call[0].namespace == "smoa")
     assert (linear, backward) == (torch.ops.smoa.linear.default, torch.ops.smoa.linear_backward.default)
     torch.library.opcheck(linear, arguments)
     # The backward has no backward: tests/test_derivatives.py.

@@ -1,6 +1,5 @@
 """GPUs that this machine lacks: real code, with made-up answers from the driver."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -98,23 +97,3 @@ def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:
     why = backends.triton_obstacle(absent)
     assert str(why).startswith("x is on cuda:99, which this machine does not have: ")
     assert backends.resolve_backend("auto", absent, torch.float32, 8) == "eager"
-
-
-def test_info_judges_a_table_for_each_of_two_gpus_of_one_name(
-    here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A slice of a GPU has the name of the whole GPU but fewer multiprocessors."""
-    pytest.importorskip("typer", reason="needs the cli extra")
-    pytest.importorskip("triton", reason="needs triton")
-    from smoa_kernels.cli import info
-    from smoa_kernels.kernels.architectures import Identity
-    from smoa_kernels.kernels.table import Table
-
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    (tmp_path / "tuning").mkdir()
-    (tmp_path / "tuning" / "nvidia-h100.json").write_text("{}")
-    monkeypatch.setattr(info, "_gpus", lambda: [16, 132])
-    monkeypatch.setattr(info, "identity", lambda n: Identity("NVIDIA H100", "sm_90", n, "3.9", ""))
-    monkeypatch.setattr(info, "read", lambda path, now: Table(broken=f"of {now.multiprocessors}"))
-    (said,) = info._tables().values()
-    assert said == "yours; of 16; not used; of 132; not used"

@@ -9,22 +9,20 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
-from processes import Processes
-from test_finetune_example import SCRIPT, animals, finish, refused, start, tiny_llama  # noqa: F401
-
-sys.path.insert(0, str(SCRIPT.parent))
-
 import training
 from adapters import adapter_config
 from checkpoints import Checkpoints
 from parallel import Team
+from peft import get_peft_model
+from processes import Processes
 from questions import Encoder, read_jsonl, split
+from test_finetune_example import animals, finish, refused, start, tiny_llama  # noqa: F401
 from training import StopRequest, shuffled_batches, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,15 +45,12 @@ class KilledError(Exception):
 
 
 def losses(
-    kind: str | None,
-    model: Path,
-    data: Path,
-    folder: Path,
-    *options: str,
-    dropout: float = 0.0,
-    dies_after: int | None = None,
+    kind: str | None, model: Path, data: Path, folder: Path, *, dropout: float = 0.0, how: str = ""
 ) -> list[float]:
-    """Train a tiny model in float64 on all processes of the group, or on one; return the loss of each step."""
+    """Train a tiny model in float64 on all processes of the group, or on one; return the loss of each step.
+
+    `how` is "resume", or "die" after the fifth step.
+    """
     team = Team() if kind is None else Team(kind, dist.get_rank(), dist.get_world_size())
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
@@ -64,48 +59,32 @@ def losses(
         adapted = get_peft_model(base, adapter_config("smoa", 4, targets, dropout=dropout))
     questions = read_jsonl(data)
     encoder = Encoder(AutoTokenizer.from_pretrained(model), {q.answer for q in questions}, 64)
-    checkpoints = Checkpoints(folder, {"lr": 0.1}, team, every=2, resume="resume" in options)
+    checkpoints = Checkpoints(folder, {"lr": 0.1}, team, every=2, resume=how == "resume")
     checkpoints.prepare()
 
-    def die(said: str) -> None:
-        if said.startswith(f"step {dies_after} of"):
+    def say(words: str) -> None:
+        if how == "die" and words.startswith("step 5 of"):
             raise KilledError
 
+    batches = shuffled_batches(split(questions).train, encoder, 8, 0, team)
+    settings = {"steps": STEPS, "lr": 0.1, "device": torch.device("cpu"), "stop": StopRequest()}
     try:
-        record = train(
-            team.spread(adapted),
-            shuffled_batches(split(questions).train, encoder, 8, 0, team),
-            steps=STEPS,
-            lr=0.1,
-            device=torch.device("cpu"),
-            stop=StopRequest(),
-            say=die,
-            team=team,
-            checkpoints=checkpoints,
-        )
+        trained = team.spread(adapted)
+        return train(trained, batches, say=say, team=team, checkpoints=checkpoints, **settings).loss
     except KilledError:
         return []
-    return record.loss
-
-
-def dying(*arguments: object) -> list[float]:
-    return losses(*arguments, dies_after=5)
-
-
-def dropping(*arguments: object) -> list[float]:
-    return losses(*arguments, dropout=0.2)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
     job = (tiny_llama, animals)
     whole = losses(None, *job, tmp_path / "whole", dropout=0.2)
     assert len(set(whole)) == STEPS
-    assert losses(None, *job, tmp_path / "cut", dropout=0.2, dies_after=5) == []
+    assert losses(None, *job, tmp_path / "cut", dropout=0.2, how="die") == []
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-4"]
     shutil.copytree(
         tmp_path / "cut" / "step-4", tmp_path / "cut" / "step-5.partial"
     )  # killed while it was written
-    assert losses(None, *job, tmp_path / "cut", "resume", dropout=0.2) == whole  # every bit
+    assert losses(None, *job, tmp_path / "cut", dropout=0.2, how="resume") == whole  # every bit
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-6"]
 
 
@@ -114,9 +93,9 @@ def test_losses_are_those_of_one_process(
     kind: str, two: Processes, tiny_llama: Path, animals: Path, tmp_path: Path
 ) -> None:
     # Masks equal those of one process only if a process has the same tokens, so not if the batch is shared.
-    run = dropping if kind == "tp" else losses
-    alone = run(None, tiny_llama, animals, tmp_path / "alone")
-    for ours in two.run(run, kind, tiny_llama, animals, tmp_path / "together"):
+    run, job = partial(losses, dropout=0.2 if kind == "tp" else 0.0), (tiny_llama, animals)
+    alone = run(None, *job, tmp_path / "alone")
+    for ours in two.run(run, kind, *job, tmp_path / "together"):
         assert ours == pytest.approx(alone, rel=1e-10)
 
 
@@ -126,12 +105,9 @@ def test_resumes_however_the_work_is_shared(
 ) -> None:
     job = (tiny_llama, animals)
     alone = losses(None, *job, tmp_path / "alone")
-    two.run(dying, before, *job, tmp_path / "cut")
-    if after is None:
-        results = [losses(None, *job, tmp_path / "cut", "resume")]
-    else:
-        results = two.run(losses, after, *job, tmp_path / "cut", "resume")
-    for ours in results:
+    two.run(partial(losses, how="die"), before, *job, tmp_path / "cut")
+    again, given = partial(losses, how="resume"), (after, *job, tmp_path / "cut")
+    for ours in [again(*given)] if after is None else two.run(again, *given):
         assert ours == pytest.approx(alone, rel=1e-10)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from expert_problems import make_blocks, make_problem
-from largest import Largest
 from problems import DTYPES, obstacle, on_threads
 from torch import Tensor
+from torch_calls import Largest
 
 from smoa_kernels.backends.native import backend as native
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
@@ -29,13 +30,11 @@ numerical = pytest.mark.numerical
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the compiled code runs on CPUs")
 
 
-CASES = [("eager", dtype) for dtype in DTYPES]
-if obstacle("native") is None:
-    CASES += [("native", dtype) for dtype in KERNEL_DTYPES]
-if obstacle("triton") is None:
-    CASES += [
-        pytest.param("triton", dtype, marks=[pytest.mark.slow, pytest.mark.long]) for dtype in KERNEL_DTYPES
-    ]
+CASES = [
+    pytest.param(*each.values, dtype, marks=each.marks)
+    for each in BACKENDS
+    for dtype in (DTYPES if each.values == ("eager",) else KERNEL_DTYPES)
+]
 
 
 @numerical
@@ -78,10 +77,14 @@ FEW: list[dict[str, object]] = [
 @numerical
 @each_backend
 @pytest.mark.parametrize("sizes", SHAPES + FEW, ids=str)
-def test_results_of_every_shape(backend: str, sizes: dict[str, object], poisoned_memory: None) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_of_every_shape(
+    backend: str, sizes: dict[str, object], threads: int, poisoned_memory: None
+) -> None:
     """The gradient of an expert without pairs is exactly zero."""
     p = make_problem(dtype=torch.float32, **sizes)  # type: ignore[arg-type]
-    found = p.operator(backend)
+    with on_threads(threads):
+        found = p.operator(backend)
     p.assert_within_budget(found)
     idle = p.ends.diff(prepend=p.ends.new_zeros(1)) == 0
     assert not any(gradient[idle].any() for gradient in found[2:])
@@ -95,15 +98,6 @@ def test_no_token_at_all(backend: str) -> None:
     assert (y.shape, dx.shape) == (p.dy.shape, p.x.shape)
     assert not dA.any()
     assert not dB.any()
-
-
-@numerical
-@each_backend
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_results_on_every_number_of_threads(backend: str, threads: int) -> None:
-    p = make_problem(pairs=(50, 0, 3), rows=130, cols=140, dtype=torch.float32)
-    with on_threads(threads):
-        p.assert_within_budget(p.operator(backend))
 
 
 @numerical
@@ -148,8 +142,11 @@ def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
     assert torch.equal(experts_linear(p.x, p.ends, off, backend), plain)
 
 
+needs_native = pytest.mark.skipif(obstacle("native") is not None, reason=str(obstacle("native")))
+
+
 @on_the_cpu
-@pytest.mark.skipif(obstacle("native") is not None, reason=str(obstacle("native")))
+@needs_native
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -217,16 +214,13 @@ def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) 
     exact = make_problem(pairs=(200, 0, 300), rows=96, cols=64, ranks=(2, 2), blocks="shared")
     p = replace(exact, adapter=replace(exact.adapter, B=exact.adapter.B * 1e-3)).to(dtype, torch.float32)
 
-    def output(function: object, problem: object, scale: float) -> Tensor:
-        adapter = replace(problem.adapter, B=problem.adapter.B * scale)
-        return function(problem.x, problem.ends, adapter).double()
+    def change(function: object, problem: object) -> Tensor:
+        base = replace(problem.adapter, B=problem.adapter.B * 0)
+        y, without = (function(problem.x, problem.ends, each) for each in (problem.adapter, base))
+        return y.double() - without.double()
 
-    def ours(*given: object) -> Tensor:
-        return experts_linear(*given, backend)
-
-    wide = p.to(torch.float64)
-    truth = output(reference_experts_linear, wide, 1) - output(reference_experts_linear, wide, 0)
-    found = output(ours, p, 1) - output(ours, p, 0)
+    truth = change(reference_experts_linear, p.to(torch.float64))
+    found = change(partial(experts_linear, backend=backend), p)
     share = float((found * truth).sum() / truth.square().sum())
     assert abs(share - 1) < 0.05
 
@@ -275,7 +269,7 @@ def test_no_second_derivative() -> None:
 
 
 @on_the_cpu
-@pytest.mark.skipif(obstacle("native") is not None, reason=str(obstacle("native")))
+@needs_native
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -294,7 +288,7 @@ def test_compiled_code_reads_nothing_beyond_its_operands(spoil: object) -> None:
 
 
 @on_the_cpu
-@pytest.mark.skipif(obstacle("native") is not None, reason=str(obstacle("native")))
+@needs_native
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_workspace_is_large_enough(threads: int, guarded_memory: None) -> None:
     draw = random.Random(threads)

@@ -2,7 +2,7 @@
 
 The promise: the exception reaches the caller, W0 keeps every bit, and A and B each have a whole gradient or none. After
 gradients are zeroed, the same step gives the same bits. All memory of the failed step is freed. Faults of a GPU void
-the promise: tests/test_gpu_faults.py. NaN and Inf: tests/test_contract.py.
+the promise: they end the process. NaN and Inf: tests/test_contract.py.
 """
 
 import copy

@@ -1,9 +1,6 @@
 """The fine-tuning example: its data, its files, and the real script on a tiny model and on SmolLM2."""
 
-# ruff: noqa: E402  the example is a script, not a package: its folder must be on the path first
-
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,19 +9,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "examples" / "finetune.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
 import finetune
+import pytest
 import smollm2
 import tiny_models
+import torch
 import trec
 from packages import file_of
 from peft import PeftModel
+from places import started
 from questions import Encoder, Question, read_jsonl, split
 from tokenizers import Tokenizer, models, pre_tokenizers
 from training import next_token_scores
@@ -33,6 +26,7 @@ from transformers.utils import logging
 
 pytestmark = pytest.mark.slow
 
+SCRIPT = Path(finetune.__file__)
 KINDS = {"robin": "bird", "carp": "fish", "flint": "stone"}
 AGES, SIZES = ("old", "young"), ("big", "small", "old", "young")
 WORDS = ("<pad>", "<unk>", *KINDS.values(), *KINDS, "old", "young", "big", "small", "a", "is", "what", ":")
@@ -89,14 +83,13 @@ def test_trec_is_split_into_disjoint_parts_always_the_same() -> None:
 def test_jsonl_is_read_once_per_question(tmp_path: Path) -> None:
     lines = [{"prompt": "Why? ", "answer": " so "}, {"prompt": "why?", "answer": "so", "id": 3}]
     path = write_lines(tmp_path / "q.jsonl", lines)
-    path.write_text("\n" + path.read_text() + "\n")
     assert read_jsonl(path) == [Question("Why?", "so")]
     for bad in ("{", "[1]", '{"prompt": "p"}', '{"prompt": 7, "answer": "a"}'):
         path.write_text(f'{{"prompt": "good", "answer": "a"}}\n\n{bad}\n')
         with pytest.raises(ValueError, match=r"q\.jsonl, line 3 is no"):
             read_jsonl(path)
-    write_lines(path, [{"prompt": "Why?", "answer": "so"}, {"prompt": "why? ", "answer": "because"}])
-    with pytest.raises(ValueError, match=r"line 2: a prompt from above again, but not its answer 'so'"):
+    write_lines(path, [*lines, {"prompt": "why? ", "answer": "because"}])
+    with pytest.raises(ValueError, match=r"line 3: a prompt from above again, but not its answer 'so'"):
         read_jsonl(path)
 
 
@@ -196,15 +189,7 @@ def test_bad_input_is_refused_in_one_line(
 def start(
     *options: object, launcher: Sequence[object] = (sys.executable,), **environment: str
 ) -> subprocess.Popen[str]:
-    # One thread: tests share the machine, and tiny models gain nothing from more.
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [*map(str, launcher), str(SCRIPT), *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | environment,
-    )
+    return started(*launcher, SCRIPT, *options, PYTHONUNBUFFERED="1", **environment)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
@@ -258,16 +243,12 @@ def test_smollm2_from_the_packages(tmp_path: Path) -> None:
     assert summary["trainable_parameters"] * 2 == summary["lora_parameters"] == 1_658_880
 
 
-def test_the_minimal_example_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_minimal_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It runs from another folder and imports none of our files."""
+    monkeypatch.chdir(tmp_path)
     script = tmp_path / "minimal.py"
     script.write_text((SCRIPT.parent / "minimal.py").read_text().replace("range(20)", "range(2)"))
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "step 2: loss" in done.stdout
-    assert "Which colour has snow?" in done.stdout
+    said = finish(started(sys.executable, script, HF_HUB_OFFLINE="1", PYTHONPATH=str(SCRIPT.parents[1])))
+    assert "step 2: loss" in said
+    assert "Which colour has snow?" in said
     assert (tmp_path / "runs" / "minimal" / "adapter_model.safetensors").is_file()

@@ -12,7 +12,6 @@ import pytest
 import torch
 from compiled import (
     CPU,
-    adapter_of,
     needs_library,
     on_cpu,
 )
@@ -59,7 +58,7 @@ def test_less_than_float32_is_eagers() -> None:
 def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
     """A compiled or exported program names its backend when it is made; later settings must not change its rounding."""
     p = on_cpu(tokens=1100, out_features=40, in_features=64, ranks=(2, 3), bias=False)
-    adapter = adapter_of(p)
+    adapter = p.adapter()
     case, before = Case("native", "auto", torch.float32), torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
@@ -74,7 +73,7 @@ def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
 def test_a_kept_adapter_follows_its_tensors_and_the_threads() -> None:
     """Serving keeps an adapter, and its call, over many steps; factors, bias, tokens and threads may change between."""
     p = on_cpu(tokens=130, out_features=200, in_features=96, ranks=(4, 8))
-    adapter, threads = adapter_of(p), torch.get_num_threads()
+    adapter, threads = p.adapter(), torch.get_num_threads()
     try:
         for count, tokens, bias in ((1, 130, p.bias), (2, 7, None), (3, 130, None), (1, 1, p.bias)):
             torch.set_num_threads(count)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compiled import FORMS, adapter_of, each_dtype, each_form, needs_library, on_cpu
+from compiled import FORMS, each_dtype, each_form, needs_library, on_cpu
 from expert_problems import make_problem as make_experts
 from problems import HALF, Case, LinearProblem, assert_within_budget
 from torch import Tensor
@@ -64,7 +64,7 @@ def test_factors_of_a_dtype_that_it_does_not_read(form: str) -> None:
 def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...] | type]:
     """The results of a backend's `forward` and `backward`, or the types of their errors."""
     dropout = FORMS[form].dropout
-    adapter = adapter_of(p)
+    adapter = p.adapter()
     module = load_backend(name)
     calls = (
         lambda: (module.forward(p.x, None, adapter, "split" if dropout else form, dropout),),

@@ -11,6 +11,7 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from installed import CORE
 from packaging.requirements import Requirement
 
 import hatch_build
@@ -171,42 +172,12 @@ def absolute_imports(path: Path) -> set[str]:
 
 def test_the_core_with_torch_alone() -> None:
     """Each order and backend trains, saves, loads and merges; experts run too."""
-    program = """
-import io
+    program = f"""
 import sys
 
 for name in ("numpy", "triton", "peft", "transformers", "typer", "rich"):
     sys.modules[name] = None
-import torch
-from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import native_obstacle
-from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
-from smoa_kernels.experts import experts_linear
-
-x, ends = torch.randn(64, 40), torch.tensor([40, 64]).int()
-for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is None):
-    for order in ("spectral", "contiguous", "random"):
-        options = dict(r=4, num_blocks=2, block_order=order, backend=backend)
-        layer, loaded = (FusedSMoALinear(40, 48, **options) for _ in range(2))
-        optimizer = torch.optim.AdamW([layer.smoa_A, layer.smoa_B], lr=0.1)
-        layer(x).square().mean().backward()
-        optimizer.step()
-        file = io.BytesIO()
-        torch.save(layer.state_dict(), file)
-        file.seek(0)
-        loaded.load_state_dict(torch.load(file))
-        y = loaded(x)
-        assert torch.equal(y, layer(x)) and layer.smoa_B.any()
-        loaded.backend = "reference"
-        torch.testing.assert_close(y, loaded(x))
-        layer.merge()
-        torch.testing.assert_close(y, layer(x))
-    labels = [torch.stack([torch.arange(n) % 2, torch.arange(n) // (n // 2)]) for n in (48, 40)]
-    blocks = ExpertBlocks.from_labels(*labels, num_blocks=2)
-    factors = torch.randn(2, 48, 40), torch.randn(2, 3, 40), torch.randn(2, 48, 3)
-    adapter = ExpertsAdapter(*factors, blocks, torch.tensor([3, 1]).int(), torch.tensor(0.5))
-    experts = experts_linear(x, ends, adapter, backend), reference_experts_linear(x, ends, adapter)
-    torch.testing.assert_close(*experts, rtol=1e-4, atol=1e-4)
+{CORE}
 assert not torch.cuda.is_initialized()
 layer.unmerge()
 layer.backend = "triton"

@@ -27,18 +27,6 @@ def flags_at(address: int) -> set[str]:
     return set()
 
 
-@pytest.mark.skipif(not (SMAPS.exists() and LARGE_PAGES.exists()), reason="Linux has no large pages here")
-def test_linux_hears_it() -> None:
-    # malloc always maps tensors above 32 MB separately, so this mapping has no earlier request for large pages.
-    tensor = torch.empty(2**24 - 3)
-    middle = tensor.data_ptr() + tensor.nbytes // 2
-    before = flags_at(middle)
-    assert "rd" in before
-    assert "hg" not in before
-    assert pages.in_large_pages(tensor) is tensor
-    assert "hg" in flags_at(middle)
-
-
 @pytest.mark.parametrize("backend", ["eager", "native"])
 @pytest.mark.parametrize("tokens", [16, 1024])
 def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,16 +146,6 @@ def test_centroids_by_hand(
     np.testing.assert_array_equal(orders.col_order, col_order)
 
 
-@pytest.mark.parametrize("granule", [1, 4])
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 11, 13])
-def test_labels_cut_as_tensor_split(num_blocks: int, granule: int) -> None:
-    order = np.random.default_rng(1).permutation(11)
-    size = 11 * granule - granule // 2  # the last granule is short
-    labels = c_oracle.block_labels(order, num_blocks, size, granule)
-    for k, chunk in enumerate(torch.tensor_split(torch.from_numpy(order).cpu(), num_blocks)):
-        assert (labels[np.isin(np.arange(size) // granule, chunk.numpy())] == k).all()
-
-
 @pytest.mark.parametrize("order", [[0, 1, 1], [0, 1, 3], [0, 1, -1]])
 def test_what_is_no_permutation_of_granules_is_refused(order: list[int]) -> None:
     with pytest.raises(ValueError, match="smoa_block_labels returned 5"):

@@ -75,27 +75,20 @@ def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> Non
     assert not checkout.release(capfd, "make", "7.0.1")
     assert checkout.git("describe", "--exact-match") == "v7.0.1"
     assert not checkout.git("status", "--porcelain")
-    assert release.version() == "7.0.1"
-    assert release.releases()[0][0] == "7.0.1"
+    assert release.version() == release.releases()[0][0] == "7.0.1"
     assert f"version: 7.0.1\ndate-released: {release.releases()[0][1]}\n" in release.CITATION.read_text()
     assert not checkout.release(capfd, "check")
     for given, said in (
         ("7.0.1", "the tag v7.0.1 exists"),
         ("7.0.0", "released 7.0.1, which 7.0.0 does not follow"),
         ("7.1.0", "no entries below '## Unreleased'"),
-        ("v7.1.0", "three numbers with points between them, not 'v7.1.0'"),
         ("7.1.0; true", "three numbers with points between them, not '7.1.0; true'"),
     ):
         assert said in checkout.release(capfd, "make", given)
     (checkout.folder / "left").touch()
     assert "the tree is not clean:\n?? left" in checkout.release(capfd, "make", "7.1.0")
-    (checkout.folder / "left").unlink()
-    checkout.replace("CHANGELOG.md", "## 7.0.1", "## Unreleased\n\n- A change.\n\n## 7.0.1")
-    checkout.commit()
-    assert not checkout.release(capfd, "check")  # between releases the version stays that of the last one
-    shutil.rmtree(release.DIST)
-    assert not checkout.release(capfd, "make", "7.1.0")
-    assert [one for one, _ in release.releases()][:2] == ["7.1.0", "7.0.1"]
+    checkout.replace("CITATION.cff", "7.0.1", "7.0.2")
+    assert "CITATION.cff cites" in checkout.release(capfd, "check")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +96,6 @@ def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> Non
     [
         ("pyproject.toml", "example.org/", "smoa-kernels.invalid/", "Repository is a placeholder"),
         ("CITATION.cff", "title:", "version: 3.0.0\ntitle:", "CITATION.cff cites ('3.0.0', None)"),
-        ("CHANGELOG.md", "## Unreleased", "## Later", "no entries below '## Unreleased'"),
         ("Makefile", "touch", "false", "make dist failed"),
         ("Makefile", "-py3-none-any.whl", "", "make dist, with a C compiler"),
     ],
@@ -118,23 +110,8 @@ def test_what_is_not_ready(
     assert not checkout.git("tag")
 
 
-@pytest.mark.parametrize("place", ["CITATION.cff", "CHANGELOG.md", "smoa_kernels/_version.py"])
-def test_a_published_version_is_the_same_everywhere(
-    checkout: Checkout, capfd: pytest.CaptureFixture[str], place: str
-) -> None:
-    assert not checkout.release(capfd, "make", "7.0.1")
-    checkout.replace(place, "7.0.1", "7.0.2")
-    assert checkout.release(capfd, "check")
-
-
 def test_workflows_run_targets_that_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     workflows = [path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")]
     asked = {name for text in workflows for name in re.findall(r"run: make (\S+)", text)}
     assert {"test", "docs", "dist", "dist-oldest", "gpu"} <= asked <= targets
-
-
-def test_issue_forms_ask_for_info() -> None:
-    forms = [path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.stem != "config"]
-    assert len(forms) == 2
-    assert all("`smoa-kernels info`" in path.read_text(encoding="utf-8") for path in forms)

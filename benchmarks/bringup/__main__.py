@@ -18,7 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .state import ROOT, State, path_of
+import torch
+
+from ..machine import EDITED
+from ..results import compact, read, write
+from .state import ROOT, fresh, path_of, with_finding, with_stage
 
 GRACE = 5.0  # seconds between interrupting a stage and killing it
 SECONDS = {"operator": 60.0, "headline": 240.0, "tests": 475.0, "tune": 475.0}
@@ -52,37 +56,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
         os.environ["SMOA_CACHE"] = str(out.resolve() / "cache")
-    import torch  # after the variables that the kernels read when they are defined
-
     if not (options.smoke or torch.cuda.is_available()):
         parser.error("there is no GPU here; --smoke rehearses on the CPU")
-    state = State.fresh(options.smoke)
-    path = path_of(out, state.run)
+    run = fresh(options.smoke)
+    path = path_of(out, run)
     if options.stage is not None:
         return _in_stage(options.stage, path, options.until, options.smoke)
     if options.resume and path.is_file():
         try:
-            known = State.read(path)
-            if known.code != state.code:
-                raise ValueError(f"{path} is of commit {known.run.commit}, here is {state.run.commit}")
+            known = read(path)
+            if known.commit.removesuffix(EDITED) != run.commit.removesuffix(EDITED):
+                raise ValueError(f"{path} is of commit {known.commit}, here is {run.commit}")
         except ValueError as error:
             parser.error(f"{error}; without --resume it is overwritten")
-        state = known
-    state.write(path)
-    from .page import page
+        run = known
+    write(path, compact(run))
+    from .page import page  # imports the kernels, which read TRITON_INTERPRET when they are defined
 
     for name in SECONDS:
-        if state.stages.get(name, {}).get("status") == "done":
+        if run.stages.get(name, {}).get("status") == "done":
             print(f"{name}: done before", flush=True)
             continue
         seconds = SECONDS[name] * (SMOKE_PATIENCE if options.smoke else 1)
         command = _command(name, out, seconds, options.smoke)
         status, output = run_stage(command, path.with_suffix(".log"), seconds)
-        state = State.read(path).with_stage(name, **status)
+        run = with_stage(read(path), name, **status)
         if name == "tests":
-            state = state.with_finding("tests", pytest_finding(output))
-        state.write(path)
-        _write(path.with_suffix(".md"), page(state))
+            run = with_finding(run, "tests", pytest_finding(output))
+        write(path, compact(run))
+        write(path.with_suffix(".md"), page(run))
         print(
             f"{name}: {status['status']} in {status['seconds']:.0f} s. {status['error']}".rstrip(), flush=True
         )
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"What was found is in {path}; run the same command with --resume to continue.")
             return 130
     print(f"written: {path}, and .md and .log beside it")
-    return 0 if all(found["status"] == "done" for found in state.stages.values()) else 1
+    return 0 if all(found["status"] == "done" for found in run.stages.values()) else 1
 
 
 def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
@@ -99,8 +101,6 @@ def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
         until = str(time.time() + seconds - GRACE)
         command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--out", str(out.resolve())]
         return [*command, "--until", until, *(["--smoke"] if smoke else [])]
-    import torch
-
     workers = 2
     if torch.cuda.is_available():
         workers = max(1, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES)
@@ -174,7 +174,7 @@ def _in_stage(name: str, path: Path, until: float, smoke: bool) -> int:
     if not smoke:
         _compile_ahead(name, deadline)
     try:
-        STAGES[name](Job(State.read(path), lambda state: state.write(path), deadline, smoke))
+        STAGES[name](Job(read(path), lambda run: write(path, compact(run)), deadline, smoke))
     except OutOfTimeError as error:
         print(error, file=sys.stderr)
         return OUT_OF_TIME
@@ -186,8 +186,6 @@ def _compile_ahead(name: str, deadline: float) -> None:
 
     What fails here the stage compiles itself.
     """
-    import torch
-
     if torch.version.hip is not None:
         return
     with suppress(Exception):
@@ -195,12 +193,6 @@ def _compile_ahead(name: str, deadline: float) -> None:
         sizes = (f"--{each}={getattr(gpu, each)}" for each in ("major", "minor", "multi_processor_count"))
         command = [sys.executable, "-m", "benchmarks.bringup.ahead", name, *sizes]
         subprocess.run(command, cwd=ROOT, timeout=(deadline - time.monotonic()) / 2, check=False)
-
-
-def _write(path: Path, text: str) -> None:
-    from ..results import write
-
-    write(path, text)
 
 
 if __name__ == "__main__":

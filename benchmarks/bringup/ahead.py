@@ -15,9 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -25,7 +23,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from triton.compiler import ASTSource
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.packed import PackedAdapter
@@ -34,48 +31,31 @@ from smoa_kernels.kernels.spec import ALGORITHM_KEYS, GRANULE
 from smoa_kernels.tuning.measure import workload
 from smoa_kernels.tuning.plan import jobs
 
-from ..fake_gpu import H100, adapter, install
+from ..fake_gpu import H100, FakeGpu, Form, adapter, install
 from ..providers import Case
 from .cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 
 CORES = 16  # of a machine with a GPU, about
 
-Form: TypeAlias = tuple[JITFunction, tuple[Any, ...]]
-"""A kernel, and its signature, constants, attributes and options."""
 
-
-@contextmanager
-def collected() -> Iterator[list[Form]]:
-    """Collect the forms that Triton would compile meanwhile, each once; nothing is compiled."""
-    found: list[Form] = []
+def forget(gpu: FakeGpu) -> None:
+    """Forget what was compiled, so that the next launches ask for all of their forms."""
     table.forget()
     for kernel in KERNELS.values():
         kernel.fn.device_caches.clear()
-    compile_nothing = JITFunction._do_compile
-
-    def noted(
-        self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, *rest: Any
-    ) -> Any:
-        found.append((self, (signature, constexprs, rest[0], options)))
-        return compile_nothing(self, key, signature, device, constexprs, options, *rest)
-
-    JITFunction._do_compile = noted
-    try:
-        yield found
-    finally:
-        JITFunction._do_compile = compile_nothing
+    gpu.compiled.clear()
 
 
-def stage_forms(stage: str, properties: SimpleNamespace) -> list[Form]:
-    """The forms that a stage compiles on a GPU of these properties, which is installed as the pretended one."""
-    with collected() as found:
-        if stage == "tune":
-            _tuned(properties)
-        else:
-            with FakeTensorMode():
-                for call in _operator() if stage == "operator" else _headline():
-                    call()
-    return found
+def stage_forms(stage: str, gpu: FakeGpu) -> list[Form]:
+    """The forms that a stage compiles on the pretended GPU."""
+    forget(gpu)
+    if stage == "tune":
+        _tuned(gpu.properties)
+    else:
+        with FakeTensorMode():
+            for call in _operator() if stage == "operator" else _headline():
+                call()
+    return list(gpu.compiled)
 
 
 def _operator() -> Iterator[Callable[[], object]]:
@@ -154,9 +134,9 @@ def main() -> None:
     properties = SimpleNamespace(
         **{**vars(H100), **{n: v for n, v in vars(given).items() if n in vars(H100)}}
     )
-    install(properties=properties)
+    gpu = install(properties=properties)
     if given.stage is not None:
-        for _ in compile_all(stage_forms(given.stage, properties), given.jobs):
+        for _ in compile_all(stage_forms(given.stage, gpu), given.jobs):
             pass
         return
     from .__main__ import SECONDS
@@ -164,7 +144,7 @@ def main() -> None:
     for stage in ("operator", "headline", "tune"):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TRITON_CACHE_DIR"] = folder
-            forms, start = stage_forms(stage, properties), time.perf_counter()
+            forms, start = stage_forms(stage, gpu), time.perf_counter()
             seconds = sum(each for _, each in compile_all(forms, given.jobs))
         print(
             f"{stage}: {len(forms)} forms, {seconds:.0f} s of CPU, {seconds / CORES:.0f} s on {CORES} cores of the "

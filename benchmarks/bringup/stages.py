@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from smoa_kernels.tuning.plan import jobs
 from ..gate import check_layers
 from ..machine import load
 from ..memory import footprint
-from ..protocol import DEVICE, Turns
+from ..protocol import DEVICE, Turns, pass_seconds
 from ..providers import (
     CONTIGUOUS,
     FROZEN,
@@ -36,12 +36,9 @@ from ..providers import (
     lora,
     smoa,
 )
-from ..results import Result
-from ..rotation import cache_bytes, rotated
-from ..test_layer import training_pass
-from ..theory import rates
+from ..results import Result, Run
 from .cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
-from .state import State
+from .state import with_finding, with_results
 
 SECONDS_PER_CASE = 1.2
 MOST_ROUNDS = 20
@@ -53,14 +50,14 @@ class Job:
     """The inputs of a stage.
 
     Attributes:
-        state: of the bring-up so far.
-        save: writes a newer state.
+        run: the bring-up so far.
+        save: writes it with more.
         deadline: by `time.monotonic()`.
         smoke: tiny sizes.
     """
 
-    state: State
-    save: Callable[[State], None]
+    run: Run
+    save: Callable[[Run], None]
     deadline: float
     smoke: bool
 
@@ -88,9 +85,9 @@ def operator(job: Job) -> None:
             raise OutOfTimeError(f"{len(cases) - done} of {len(cases)} problems are left")
         _, failed = _right(case, {SMOA: smoa("auto", "triton", order)})
         found[f"{case}, {order}"] = failed.get(SMOA, "right")
-        job.save(job.state.with_finding("operator", found))
+        job.save(with_finding(job.run, "operator", found))
     launchers = compare_launchers(*cases[1])
-    job.save(job.state.with_finding("operator", found).with_finding("launchers", launchers))
+    job.save(with_finding(with_finding(job.run, "operator", found), "launchers", launchers))
     if wrong := [f"{name}: {words}" for name, words in found.items() if words != "right"]:
         raise RuntimeError(f"{len(wrong)} of {len(cases)} problems are wrong, the first: {wrong[0]}")
 
@@ -129,7 +126,7 @@ def compare_launchers(case: Case, order: str) -> dict[str, object]:
 
 
 def headline(job: Job) -> None:
-    """Measure this device's rates, then the time and memory of every provider, the checked cases first.
+    """Measure the time and memory of every provider, the checked cases first.
 
     If a case failed, wholly or for one provider, the next call compares it again with all providers, because only times
     that were taken in turns may be divided by each other.
@@ -138,27 +135,23 @@ def headline(job: Job) -> None:
         OutOfTimeError: some cases were not compared.
         RuntimeError: a provider failed its gate or crashed.
     """
-    state = job.state
-    if "rates" not in state.findings:
-        flops, bandwidth = rates(*((torch.float32, 256) if job.smoke else (torch.bfloat16, 8192)))
-        state = state.with_finding("rates", {"flops_per_second": flops, "bytes_per_second": bandwidth})
-        job.save(state)
-    errors: dict[str, dict[str, str]] = dict(state.findings.get("headline", {}))
+    run = job.run
+    errors: dict[str, dict[str, str]] = dict(run.findings.get("headline", {}))
     cases = headline_cases(job.smoke)
-    todo = [case for case in cases if str(case) in errors or not state.run.find("layer", **case.record())]
+    todo = [case for case in cases if str(case) in errors or not run.find("layer", **case.record())]
     for done, case in enumerate(todo):
         if job.left < 4 * SECONDS_PER_CASE:
             raise OutOfTimeError(f"{len(todo) - done} of {len(cases)} cases are left")
         errors.pop(str(case), None)
         try:
             results, failed = _compare_one(case, job.smoke)
-            state = state.with_results(*results)
+            run = with_results(run, *results)
         except Exception as error:  # for example a case that does not fit in memory: go on with the others
             failed = {"all of them": _first_line(error)}
         if failed:
             errors[str(case)] = failed
-        state = state.with_finding("headline", dict(errors))
-        job.save(state)
+        run = with_finding(run, "headline", dict(errors))
+        job.save(run)
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
     if told := [
@@ -188,14 +181,14 @@ def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]
         layers, more = _right(case, {name: _built(layer) for name, layer in layers.items()})
         failed = failed | more
     timed = _timed(case, layers, smoke)  # first, because it leaves nothing in memory
-    sizes = {name: footprint(layer, case).record() for name, layer in layers.items()}
+    sizes = {name: footprint(layer, case) for name, layer in layers.items()}
     return [timed, Result("memory", f"memory: {case}", case.record(), bytes=sizes)], failed
 
 
 def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
-    """Time every provider in turns; each pass takes the next copy of the inputs, which all providers share."""
-    inputs = rotated(case, cache_bytes())
-    turns = Turns({name: training_pass(layer, case, inputs) for name, layer in layers.items()}, FROZEN)
+    """Time every provider in turns."""
+    x, dy = case.input(), case.output_gradient()
+    turns = Turns({name: partial(pass_seconds, layer, [x], dy) for name, layer in layers.items()}, FROZEN)
     before, one = load(), turns.warm_up(1 if smoke else 2)
     for _ in range(2 if smoke else max(5, min(MOST_ROUNDS, int(SECONDS_PER_CASE / one)))):
         turns.round()
@@ -203,7 +196,7 @@ def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
     return Result("layer", f"layer: {case}", case.record(), FROZEN, [before, load()], seconds)
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _gated(case: Case) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The layers of a case's providers, which take any number of tokens, and why others are left out."""
     return _right(case, providers(case))
@@ -242,7 +235,7 @@ def tune_shapes(job: Job) -> None:
         found = keep(identity(DEVICE)).entries
         entries = [found[one.key].to_json() for one in planned if one.key in found]
         finding = {"table": {"schema": SCHEMA, "entries": entries}, "problems": problems}
-        job.save(job.state.with_finding("tune", finding))
+        job.save(with_finding(job.run, "tune", finding))
     if problems:
         raise OutOfTimeError(f"{len(problems)} of {len(planned)} keys are not done")
 

@@ -11,7 +11,7 @@ from ..results import write
 from ..tables import table
 from . import plots, store
 from .analysis import Mean, Study
-from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, METHODS, ORDERS, SWEEPS
+from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, ORDERS, SWEEPS
 from .study import best_rate
 from .tasks import MINILM, SMOLLM2, Task
 
@@ -78,7 +78,6 @@ def page(study: Study) -> str:
             study, [pair for _, *pair in QUESTIONS], {"all tasks": study.tasks, **left_out}
         ),
         "accuracies": accuracies(study),
-        "not_run": not_run(study),
         "against_lora": differences(study, [(name, LORA) for name in study.methods if name != LORA], and_all),
         "against_half": differences(study, [(HALF, LORA_HALF)], and_all),
         "against_random": differences(study, RANDOM, and_all),
@@ -89,7 +88,7 @@ def page(study: Study) -> str:
         "at_loras_rate": differences(study, AT_LORAS, and_all),
         "steady": steady(study),
         "controls": variations(study, study.controls, {LORA: [n for n in study.methods if n != LORA]}),
-        "rates": listed(LEARNING_RATES) + fewer_rates(study),
+        "rates": listed(LEARNING_RATES),
         "chosen": chosen(study),
         **{name: variations(study, study.tasks, variants(name)) for name in ("alpha", "rank", "modules")},
         "costs": "\n\n".join(costs(study, task).strip() for task in study.tasks),
@@ -207,30 +206,6 @@ def some_method_learned(study: Study, task: Task) -> bool:
     """Whether some adapter is significantly better than no adapter there."""
     gains = [study.difference(name, "none", [task]) for name in study.methods if name != "none"]
     return any(gain is not None and gain.low > 0 for gain in gains)
-
-
-def not_run(study: Study) -> str:
-    """By method: the tasks on which it was not judged, and how many rates were tried on them."""
-    lines = ["These combinations were not judged on test:\n"]
-    for method in METHODS:
-        holes = []
-        for task in study.tasks:
-            if not study.finals(task.name, method.name):
-                tried = len(study.tried(task.name, method.name))
-                holes.append(task.title + (f" ({tried} rates tried, none judged on test)" if tried else ""))
-        lines += [f"- {title(method.name)}: {', '.join(holes)}"] if holes else []
-    return "\n".join(lines) if len(lines) > 1 else ""
-
-
-def fewer_rates(study: Study) -> str:
-    """The tasks whose methods were tried on fewer rates than the whole grid."""
-    said = ""
-    for task in study.tasks:
-        tried = [set(study.tried(task.name, name)) for name in study.methods if study.finals(task.name, name)]
-        shared = sorted(set.intersection(*filter(None, tried))) if any(tried) else []
-        if 0 < len(shared) < len(LEARNING_RATES):
-            said += f"; on {task.title} only {listed(shared)}"
-    return said
 
 
 # Tables

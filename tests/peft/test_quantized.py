@@ -3,13 +3,13 @@
 import pytest
 import torch
 from adapted import layer_list
-from largest import Largest
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.quantization_utils import Bnb8bitBackend
 from quantized_bases import EACH, KINDS, SLOW, adapt, float8, float8_layer, four_bits, load, torchao
 from test_faults import FailingAt, count
 from torch import nn
+from torch_calls import Largest
 from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 

@@ -89,22 +89,6 @@ def test_sorting_threads_do_not_wait_for_their_maker(make_model, threads, monkey
     assert found.keys() == expected.keys()
 
 
-@of_layers_and_experts
-def test_as_many_at_once_as_there_are_threads(model, settings, threads, monkeypatch):
-    waiting = threading.Barrier(threads)  # breaks with an error unless this many threads meet
-    first = iter(range(threads))
-
-    def meeting(weight, granule):
-        if next(first, None) is not None:
-            waiting.wait(timeout=60)
-        return spectral_centroids(weight, granule)
-
-    monkeypatch.setattr(spectral_order, "spectral_centroids", meeting)
-    get_peft_model(model(), settings)
-    assert next(first, None) is None
-    assert not waiting.broken
-
-
 def test_a_shared_weight_is_sorted_once(llama, threads, sorted_in):
     model = llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-
-import numpy as np
 
 __all__ = [
-    "INSTRUCTION",
     "SIZES",
     "Assembler",
     "Instruction",
@@ -23,24 +20,6 @@ __all__ = [
     "vector",
 ]
 
-# Must match `struct Instruction` in core/machine.h.
-INSTRUCTION = np.dtype(
-    [
-        ("operation", "u4"),
-        ("predicate", "i4"),
-        ("negated", "u4"),
-        ("destination_count", "i4"),
-        ("source_count", "i4"),
-        ("destinations", "i4", 4),
-        ("sources", "i4", 14),
-        ("destination_widths", "u4", 4),
-        ("source_widths", "u4", 14),
-        ("immediate", "i8"),
-        ("aux", "i8", 4),
-        ("watch", "i4"),
-    ],
-    align=True,
-)
 SIZES = {
     **dict.fromkeys(("u8", "s8", "b8"), 1),
     **dict.fromkeys(("u16", "s16", "b16", "f16", "bf16"), 2),
@@ -75,31 +54,23 @@ class Statement:
         return self.operation.split(".")
 
 
-@dataclass
-class Instruction:
-    """An instruction of the machine, with the fields of `INSTRUCTION`."""
+_s32, _u32, _s64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64
 
-    operation: int
-    destinations: Sequence[int]
-    sources: Sequence[int]
-    destination_widths: Sequence[int]
-    source_widths: Sequence[int]
-    immediate: int
-    aux: Sequence[int]
-    predicate: int
-    negated: bool
+
+class Instruction(ctypes.Structure):
+    """An instruction of the machine, as `struct Instruction` in core/machine.h; its text and source line beside it."""
+
+    _fields_ = (
+        *(("operation", _u32), ("predicate", _s32), ("negated", _u32)),
+        *(("destination_count", _s32), ("source_count", _s32)),
+        *(("destinations", _s32 * 4), ("sources", _s32 * 14)),
+        *(("destination_widths", _u32 * 4), ("source_widths", _u32 * 14)),
+        *(("immediate", _s64), ("aux", _s64 * 4), ("watch", _s32)),
+    )
     text: str
     line: str
-    watch: int = -1
-
-    def write(self, row: Any) -> None:
-        """Write the instruction into a row of an `INSTRUCTION` array."""
-        for name in ("operation", "predicate", "negated", "immediate", "watch"):
-            row[name] = getattr(self, name)
-        row["destination_count"], row["source_count"] = len(self.destinations), len(self.sources)
-        for name in ("destinations", "sources", "destination_widths", "source_widths", "aux"):
-            values = getattr(self, name)
-            row[name][: len(values)] = values
+    rows: tuple[list[int], list[int]]
+    """The registers that it reads, and those that it writes; without predicates."""
 
 
 @dataclass
@@ -148,21 +119,26 @@ class Assembler:
         """Append a machine instruction for a statement."""
         if name not in self.operations:
             raise UnsupportedError(f"{name}: {statement.text}")
-        self.code.append(
-            Instruction(
-                self.operations[name],
-                destinations,
-                sources,
-                destination_widths,
-                source_widths,
-                immediate,
-                aux,
-                statement.predicate,
-                statement.negated,
-                statement.text,
-                statement.line,
-            )
+        one = Instruction(
+            operation=self.operations[name],
+            predicate=statement.predicate,
+            negated=statement.negated,
+            destination_count=len(destinations),
+            source_count=len(sources),
+            immediate=immediate,
+            watch=-1,
         )
+        one.destinations[: len(destinations)] = destinations
+        one.sources[: len(sources)] = sources
+        one.destination_widths[: len(destination_widths)] = destination_widths
+        one.source_widths[: len(source_widths)] = source_widths
+        one.aux[: len(aux)] = aux
+        one.text, one.line = statement.text, statement.line
+        reads, writes = (
+            [r for r in side if not isinstance(r, Predicate)] for side in (sources, destinations)
+        )
+        one.rows = reads, writes
+        self.code.append(one)
 
     def jump(self, statement: Statement, label: str) -> None:
         """Append a branch to a label, which may be defined later."""

@@ -92,7 +92,7 @@ def launch(kernel: Kernel, grid: tuple[int, int, int], arguments: list[Argument]
     kind_counts = np.zeros((len(machine.kinds), size), np.uint64)
     reports = (Report * REPORTS)()
     job = Job(
-        code=program.code.ctypes.data,
+        code=ctypes.addressof(program.code),
         size=size,
         register_bytes=program.register_bytes,
         predicates=program.predicates,

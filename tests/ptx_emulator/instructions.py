@@ -21,7 +21,7 @@ class Form(NamedTuple):
         name: of the machine's operation; it may have the pattern's groups.
         operands: what each operand is. "4" is a source of 4 bytes, "t" one of the operation's last type, "p" a
             predicate; a ">" before it makes it a destination. "#" is a number, "0" and "-1" are that number and no
-            other, "." may be anything. Registers of 4 bytes may come as vectors, and a ">4|p" may have a predicate.
+            other. Registers of 4 bytes may come as vectors, and a ">4|p" may have a predicate.
     """
 
     pattern: str
@@ -34,10 +34,6 @@ FORMS = (
     Form(r"(bar|barrier)\.sync(\.aligned)?", "bar.sync", "0"),  # neither named barriers nor some of the warps
     Form(r"bar\.warp\.sync", "bar.warp.sync", "-1"),
     Form(r"fence\.proxy\.async(\.shared::(cta|cluster))?", "fence.proxy.async"),
-    # The order of memory accesses within a program is not modelled.
-    Form(r"fence(\.(?!proxy|mbarrier_init)[\w:]+)*", "nop"),
-    Form(r"membar\.\w+", "nop"),
-    Form(r"(prefetch|setmaxnreg)\..*", "nop", "."),
     Form(r"cp\.async\.(commit_group|wait_all)", r"cp.async.\1"),
     Form(r"cp\.async\.wait_group", "cp.async.wait_group", "#"),
     Form(r"mma\.sync\.aligned\.(m16n8k\d+)\.row\.col\.f32\.(\w+)\.\2\.f32", r"mma.\1.\2", ">4 4 4 4"),
@@ -45,8 +41,6 @@ FORMS = (
     Form(r"wgmma\.wait_group\.sync\.aligned", "wgmma.wait_group", "#"),
     Form(r"shfl\.sync\.(\w+)\.b32", r"shfl.\1", ">4|p 4 4 4 4"),
     Form(r"redux\.sync\.add\.[su]32", "redux.add", ">4 4 4"),
-    Form(r"vote\.sync\.(ballot)\.b32", r"vote.\1", ">4 p ."),
-    Form(r"vote\.sync\.(\w+)\.pred", r"vote.\1", ">p p ."),
     Form(r"setp\.(\w+)(\.ftz)?\.(\w+)", r"setp.\1.\3", ">p t t"),
     Form(r"selp\.[a-z]+(\d+)", r"selp.b\1", ">t t t p"),
     Form(r"(not|mov)\.pred", r"\1.pred", ">p p"),
@@ -72,8 +66,6 @@ def _translate(a: Assembler, s: Statement, name: str, operands: list[str]) -> No
     immediate = 0
     for kind, text in zip(operands, s.arguments, strict=True):
         width = SIZES[s.parts[-1]] if kind[-1] == "t" else 4
-        if kind == ".":
-            continue
         if kind in ("#", "0", "-1"):
             immediate = literal(text) or 0
             if kind != "#" and immediate not in (int(kind), int(kind) % (1 << 32)):
@@ -274,11 +266,7 @@ def _convert(a: Assembler, s: Statement) -> None:
 
 # Arithmetic
 
-FLOAT_OPERATIONS = frozenset(
-    ["add", "sub", "mul", "fma", "min", "max", "neg", "abs", "div", "ex2", "lg2", "rcp", "sqrt", "rsqrt"]
-)
-# Always exact to the last bit, even if PTX allows approximation; subnormal operands are not flushed.
-EXACT = frozenset(["div", "rcp", "sqrt", "rsqrt"])
+FLOAT_OPERATIONS = frozenset(["add", "sub", "mul", "fma", "min", "max", "neg", "abs", "div"])
 
 
 def _arithmetic(a: Assembler, s: Statement) -> None:
@@ -286,11 +274,6 @@ def _arithmetic(a: Assembler, s: Statement) -> None:
     to, operands = s.arguments[0], s.arguments[1:]
     if kind == "f32x2" and set(s.parts[1:]) <= {"rn", "f32x2"}:
         a.emit(s, f"{s.parts[0]}.f32x2", [a.destination(s, to, 8)], a.sources(s, operands, 8))
-        return
-    if kind in ("f16", "bf16") and s.parts[-2] == "f32" and s.parts[0] in ("add", "fma"):
-        # Narrow operands, then a float32 one.
-        sources = [*a.sources(s, operands[:-1], 2), a.source(s, operands[-1], 4)]
-        a.emit(s, f"{s.parts[0]}.f32.{kind}", [a.destination(s, to, 4)], sources)
         return
     if kind not in SIZES:
         raise UnsupportedError(s.text)
@@ -303,8 +286,6 @@ def _arithmetic(a: Assembler, s: Statement) -> None:
         widths = [width, 4]
     elif s.parts[0] == "bfe":
         widths = [width, 4, 4]
-    elif s.parts[0] in ("popc", "clz"):
-        result = 4
     sources = [a.source(s, text, w) for text, w in zip(operands, widths, strict=True)]
     a.emit(s, name, [a.destination(s, to, result)], sources)
 
@@ -314,10 +295,8 @@ def _float_name(s: Statement) -> str:
     if operation not in FLOAT_OPERATIONS or not {"rz", "rm", "rp"}.isdisjoint(s.parts):
         raise UnsupportedError(s.text)
     dropped = {"rn", "full"}
-    if operation in EXACT:
+    if operation == "div":  # always exact to the last bit, even if PTX allows approximation
         dropped |= {"approx", "ftz"}
-    elif operation == "lg2":
-        dropped |= {"ftz"}
     return ".".join(part for part in s.parts if part not in dropped)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from smoa_kernels.files import cache_folder
 
-from .assembler import INSTRUCTION
+from .assembler import Instruction
 from .findings import ERRORS, NOTES
 
 __all__ = ["Job", "Library", "Region", "Report", "Stat", "library", "obstacle"]
@@ -28,17 +28,9 @@ _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 
 
 class Stat(ctypes.Structure):
-    """Counts of one instruction over all warps of a launch.
+    """Counts of an instruction over all warps of a launch: requests to global memory, and 32-byte pieces they touch."""
 
-    For global memory, `sectors` counts the 32-byte pieces that a request touches, and `ideal_sectors` the fewest that
-    could hold its bytes. For shared memory, `waves` counts passes over the 32 banks, and `phases` passes without
-    conflicts.
-    """
-
-    _fields_ = [
-        (name, _u64)
-        for name in ["exec", "lanes", "requests", "sectors", "ideal_sectors", "used_bytes", "waves", "phases"]
-    ]
+    _fields_ = [("requests", _u64), ("sectors", _u64)]
 
 
 class Region(ctypes.Structure):
@@ -139,7 +131,7 @@ def library() -> Library:
         getattr(loaded, name).restype = ctypes.c_char_p
     kinds = tuple(loaded.emu_kind_name(i).decode().lower() for i in range(loaded.emu_kinds()))
     assert set(kinds) == {*ERRORS, *NOTES}
-    assert loaded.emu_instruction_size() == INSTRUCTION.itemsize
+    assert loaded.emu_instruction_size() == ctypes.sizeof(Instruction)
     assert loaded.emu_job_size() == ctypes.sizeof(Job)
     operations = {loaded.emu_operation_name(i).decode(): i for i in range(loaded.emu_operations())}
     return Library(loaded.emu_launch, operations, kinds, loaded.emu_shared_base())

@@ -6,6 +6,7 @@ filled before the warp starts. Unknown statements raise `UnsupportedError`.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .assembler import INSTRUCTION, SIZES, Assembler, Predicate, Statement, UnsupportedError, split_list
+from .assembler import SIZES, Assembler, Instruction, Statement, UnsupportedError, split_list
 from .instructions import translate
 
 __all__ = ["Parameter", "Program", "UnsupportedError", "parse"]
@@ -35,7 +36,7 @@ class Program:
 
     Attributes:
         threads: per program (CTA).
-        code: the instructions, an array of `INSTRUCTION`.
+        code: the instructions, an array.
         texts: the PTX of each instruction.
         lines: the source line of each instruction, "permute.py:79".
         register_bytes: per warp.
@@ -51,7 +52,7 @@ class Program:
     """
 
     threads: int
-    code: np.ndarray
+    code: ctypes.Array[Instruction]
     texts: tuple[str, ...]
     lines: tuple[str, ...]
     register_bytes: int
@@ -192,17 +193,13 @@ def _watch_wgmma_registers(assembler: Assembler) -> None:
             if flags & 1:  # the left operand is in registers
                 watched.update(instruction.sources[:4])
     for instruction in assembler.code:
-        reads = [r for r in instruction.sources if not isinstance(r, Predicate) and r in watched]
-        writes = [r for r in instruction.destinations if not isinstance(r, Predicate) and r in watched]
+        reads, writes = ([row for row in rows if row in watched] for rows in instruction.rows)
         if instruction.operation != number and (reads or writes):
             instruction.watch = len(assembler.extra)
             assembler.extra += [len(reads), len(writes), *reads, *writes]
 
 
 def _program(assembler: Assembler, threads: int, parameters: tuple[Parameter, ...]) -> Program:
-    code = np.zeros(len(assembler.code), INSTRUCTION)
-    for row, instruction in zip(code, assembler.code, strict=True):
-        instruction.write(row)
     initial = np.zeros(assembler.register_bytes, np.uint8)
     for (value, width), offset in assembler.constants.items():
         initial[offset : offset + 32 * width].view(f"u{width}")[:] = value
@@ -213,7 +210,7 @@ def _program(assembler: Assembler, threads: int, parameters: tuple[Parameter, ..
     special = [assembler.rows[name][0] if name in assembler.rows else -1 for name in SPECIAL_ROWS]
     return Program(
         threads=threads,
-        code=code,
+        code=(Instruction * len(assembler.code))(*assembler.code),
         texts=tuple(i.text for i in assembler.code),
         lines=tuple(i.line for i in assembler.code),
         register_bytes=assembler.register_bytes,

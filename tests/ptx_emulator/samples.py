@@ -9,69 +9,39 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 Tile = tuple[int, int, int]
 
 
 @triton.jit
-def add(x, y, out, n, BLOCK: tl.constexpr):
+def add(x, y, out, n, BLOCK: constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, i < n) + tl.load(y + i, i < n), i < n)
 
 
 @triton.jit
-def add_unmasked(x, y, out, n, BLOCK: tl.constexpr):
+def add_unmasked(x, y, out, n, BLOCK: constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + i, tl.load(x + i, i < n) + tl.load(y + i), i < n)
 
 
 @triton.jit
-def overlapping(out, BLOCK: tl.constexpr):
+def overlapping(out, BLOCK: constexpr):
     i = tl.program_id(0) * (BLOCK // 2) + tl.arange(0, BLOCK)
     tl.store(out + i, i + tl.program_id(0))
 
 
 @triton.jit
-def neighbours(x, BLOCK: tl.constexpr):
+def neighbours(x, BLOCK: constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(x + i, tl.load(x + (i + BLOCK) % (4 * BLOCK)))
 
 
 @triton.jit
-def softmax(x, out, n, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    v = tl.load(x + row * n + i, i < n, other=-float("inf"))
-    e = tl.exp(v - tl.max(v, 0))
-    tl.store(out + row * n + i, e / tl.sum(e, 0), i < n)
-
-
-@triton.jit
-def matmul(
-    a,
-    b,
-    c,
-    M,
-    N,
-    K,
-    sam,
-    sak,
-    sbk,
-    sbn,
-    scm,
-    scn,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    P: tl.constexpr,
-    G: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    tm, tn = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    group = pid // (G * tn)
-    size = min(tm - group * G, G)
-    pm, pn = group * G + pid % (G * tn) % size, pid % (G * tn) // size
-    rm, rn, rk = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN), tl.arange(0, BK)
+def matmul(a, b, c, M, N, K, sam, sak, sbk, sbn, BM: constexpr, BN: constexpr, BK: constexpr, P: constexpr):
+    rm, rn = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN)
+    rk = tl.arange(0, BK)
     pa, pb = a + rm[:, None] * sam + rk[None, :] * sak, b + rk[:, None] * sbk + rn[None, :] * sbn
     acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, tl.cdiv(K, BK)):
@@ -84,28 +54,12 @@ def matmul(
         )
         pa += BK * sak
         pb += BK * sbk
-    tl.store(
-        c + rm[:, None] * scm + rn[None, :] * scn,
-        acc.to(c.dtype.element_ty),
-        (rm < M)[:, None] & (rn < N)[None, :],
-    )
+    tl.store(c + rm[:, None] * N + rn[None, :], acc, (rm < M)[:, None] & (rn < N)[None, :])
 
 
 @triton.jit
 def matmul_computed(
-    a,
-    b,
-    c,
-    sam,
-    sak,
-    sbk,
-    sbn,
-    scale,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-    P: tl.constexpr,
+    a, b, c, sam, sak, sbk, sbn, scale, N: constexpr, K: constexpr, BM: constexpr, BK: constexpr, P: constexpr
 ):
     rm, rn, rk = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, N), tl.arange(0, BK)
     pa, pb = a + rm[:, None] * sam + rk[None, :] * sak, b + rk[:, None] * sbk + rn[None, :] * sbn
@@ -119,7 +73,7 @@ def matmul_computed(
 
 
 @triton.jit
-def matmul_chained(a, b, c, out, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, P: tl.constexpr):
+def matmul_chained(a, b, c, out, BM: constexpr, BN: constexpr, BK: constexpr, P: constexpr):
     rm, rn, rk = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
     first = tl.dot(
         tl.load(a + rm[:, None] * BK + rk[None, :]),
@@ -133,7 +87,7 @@ def matmul_chained(a, b, c, out, BM: tl.constexpr, BN: tl.constexpr, BK: tl.cons
 
 
 @triton.jit
-def reduce_rows(x, out, n, BLOCK: tl.constexpr):
+def reduce_rows(x, out, n, BLOCK: constexpr):
     i, j = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     v = tl.load(x + i[:, None] * n + j[None, :])
     tl.store(out + i, tl.sum(v, 1))
@@ -141,7 +95,7 @@ def reduce_rows(x, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def randoms(seed, out, BLOCK: tl.constexpr):
+def randoms(seed, out, BLOCK: constexpr):
     i = tl.arange(0, BLOCK)
     a, b, c, d = tl.randint4x(seed, i)
     tl.store(out + i, a)
@@ -179,9 +133,9 @@ class Product:
         """The product in float32, in a loop with asynchronous copies if it has several stages."""
         (M, K), N = self.a.shape, self.b.shape[1]
         c = torch.empty(M, N)
-        grid = (triton.cdiv(M, tile[0]) * triton.cdiv(N, tile[1]),)
-        sizes = M, N, K, *self.a.stride(), *self.b.stride(), *c.stride(), *tile
-        matmul[grid](self.a, self.b, c, *sizes, self.precision, 2, num_warps=warps, num_stages=stages)
+        grid = triton.cdiv(M, tile[0]), triton.cdiv(N, tile[1])
+        sizes = M, N, K, *self.a.stride(), *self.b.stride(), *tile
+        matmul[grid](self.a, self.b, c, *sizes, self.precision, num_warps=warps, num_stages=stages)
         return c
 
     def run_computed(self, *, warps: int = 4, stages: int = 3, scale: float = 0.7) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 
 from . import ARCH, emulator
 from .handwritten import run_ptx
-from .samples import Product, Tile, add, matmul_chained, randoms, reduce_rows, softmax
+from .samples import Product, Tile, add, matmul_chained, randoms, reduce_rows
 from .sums import tensor_core_sums
 
 
@@ -17,13 +17,6 @@ def test_add(n: int) -> None:
     x, y, out = torch.randn(n), torch.randn(n), torch.empty(n)
     add[(triton.cdiv(n, 256),)](x, y, out, n, BLOCK=256)
     assert torch.equal(out, x + y)
-
-
-def test_softmax() -> None:
-    x = torch.randn(7, 300)
-    out = torch.empty_like(x)
-    softmax[(7,)](x, out, 300, BLOCK=512)
-    torch.testing.assert_close(out, torch.softmax(x, 1), rtol=1e-5, atol=1e-7)
 
 
 def test_reductions() -> None:
@@ -161,3 +154,17 @@ def test_divergent_loops() -> None:
     out = torch.full((32,), -1, dtype=torch.int32)
     run_ptx(DIVERGENT, out)
     assert out.tolist() == [i + 1 if i < 7 else 1 for i in range(32)]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("stride", "width", "offset", "sectors"),
+    [(4, 1, 0, 4), (4, 1, 4, 5), (8, 1, 0, 8), (0, 1, 0, 1), (64, 1, 0, 32), (16, 4, 0, 16)],
+)
+def test_sectors_that_a_load_touches(stride: int, width: int, offset: int, sectors: int) -> None:
+    x = torch.zeros(4096)
+    start = offset - x.data_ptr() % 32 + 32
+    load = "ld.global.b32 %r5" if width == 1 else "ld.global.v4.b32 {%r5,%r6,%r7,%r8}"
+    address = f"mul.wide.u32 %rd2, %r1, {stride};\nadd.s64 %rd3, %rd1, %rd2;\nadd.s64 %rd3, %rd3, {start};\n"
+    launch = run_ptx(f"ld.param.b64 %rd1, [p0];\n{address}{load}, [%rd3];", x)
+    assert launch.stats[-3]["sectors"] == sectors  # the last two are the end instructions

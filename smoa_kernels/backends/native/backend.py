@@ -13,6 +13,7 @@ from math import inf
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
@@ -162,6 +163,8 @@ def factor_gradients(
     dA, dB = adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
     if call is None:
         return dA.zero_(), dB.zero_()
+    if call.keep and x.shape[1] == 1:
+        x = pad(x, (0, 1))[:, :1]  # else both strides are 1, and the mask would be read along the tokens
     call.plan(gradient_path(dy, adapter.weight, adapter.A.shape[0]), Algorithm.SPLIT)
     call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
     return dA, dB

@@ -156,23 +156,3 @@ static T extract_bits(T value, u32 position, u32 length) {
     result |= (i < length && position + i < width ? bits >> (position + i) & 1 : sign) << i;
   return (T)result;
 }
-static void insert_bits(Warp& w, const Instruction& I, u32 lanes) {
-  EACH(lanes) {
-    u32 from = w.row<u32>(I.s[0])[l], result = w.row<u32>(I.s[1])[l];
-    u32 position = w.row<u32>(I.s[2])[l] & 255, length = w.row<u32>(I.s[3])[l] & 255;
-    for (u32 i = 0; i < length && position + i < 32; i++)
-      result = (result & ~(1u << (position + i))) | (from >> i & 1) << (position + i);
-    w.row<u32>(I.d[0])[l] = result;
-  }
-}
-static void any_of_three_bits(Warp& w, const Instruction& I, u32 lanes) {  // lop3: a truth table
-  const u32 *a = w.row<u32>(I.s[0]), *b = w.row<u32>(I.s[1]), *c = w.row<u32>(I.s[2]);
-  const u32 table = w.row<u32>(I.s[3])[0];
-  u32* d = w.row<u32>(I.d[0]);
-  EACH(lanes) {
-    u32 result = 0;
-    for (int k = 0; k < 8; k++)
-      if (table >> k & 1) result |= (k & 4 ? a[l] : ~a[l]) & (k & 2 ? b[l] : ~b[l]) & (k & 1 ? c[l] : ~c[l]);
-    d[l] = result;
-  }
-}

@@ -7,9 +7,6 @@ static void step(Warp& w, u32 active) {
   const Instruction& I = M.job.code[w.current];
   u32 lanes = active;
   if (I.predicate >= 0) lanes &= I.negated ? ~w.predicates[I.predicate] : w.predicates[I.predicate];
-  Stat& S = M.job.stats[w.current];
-  S.exec++;
-  S.lanes += __builtin_popcount(lanes);
   if (I.watch >= 0 && lanes) watch(w, I);
   w.next = w.current + 1;
   w.jumped = false;

@@ -32,20 +32,14 @@ static u8* translate(Warp& w, u64 address, u32 width, int lane, bool store, Regi
 // Distinct pieces of 32 bytes that a request touches.
 static void count_sectors(Warp& w, const u64* address, u32 width, u32 lanes) {
   if (!lanes) return;
-  u64 sectors[64], starts[32];
-  u32 sector_count = 0, start_count = 0;
-  EACH(lanes) {
+  u64 sectors[64];
+  u32 count = 0;
+  EACH(lanes)
     for (u64 s = address[l] >> 5; s <= (address[l] + width - 1) >> 5; s++)
-      if (std::find(sectors, sectors + sector_count, s) == sectors + sector_count && sector_count < 64)
-        sectors[sector_count++] = s;
-    if (std::find(starts, starts + start_count, address[l]) == starts + start_count)
-      starts[start_count++] = address[l];
-  }
+      if (std::find(sectors, sectors + count, s) == sectors + count && count < 64) sectors[count++] = s;
   Stat& S = w.m->job.stats[w.current];
   S.requests++;
-  S.sectors += sector_count;
-  S.used_bytes += (u64)start_count * width;
-  S.ideal_sectors += ((u64)start_count * width + 31) / 32;
+  S.sectors += count;
 }
 
 static void read_global(Warp& w, u64 address, u32 width, int lane, u8* to) {

@@ -36,7 +36,7 @@ struct Instruction {
 
 // As library.py's structures.
 struct Stat {
-  u64 exec, lanes, requests, sectors, ideal_sectors, used_bytes, waves, phases;
+  u64 requests, sectors;
 };
 struct Region {
   u64 start, size;  // the address that the kernel sees, bytes

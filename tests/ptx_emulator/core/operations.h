@@ -32,16 +32,6 @@ static void sum_lanes(Warp& w, const Instruction& I, u32 lanes) {  // sources: v
   EACH(members) sum += w.row<u32>(I.s[0])[l];
   EACH(lanes) w.row<u32>(I.d[0])[l] = sum;
 }
-static void ballot(Warp& w, const Instruction& I, u32 lanes) {
-  converged(w, lanes);
-  EACH(lanes) w.row<u32>(I.d[0])[l] = w.predicates[I.s[0]] & lanes;
-}
-template <bool ALL>
-void vote(Warp& w, const Instruction& I, u32 lanes) {
-  converged(w, lanes);
-  const u32 votes = w.predicates[I.s[0]] & lanes;
-  set_predicate(w, I.d[0], lanes, (ALL ? votes == lanes : votes != 0) ? FULL : 0);
-}
 static void synchronise_warp(Warp& w, const Instruction& I, u32 lanes) {
   converged(w, lanes);
   w.syncs++;
@@ -113,11 +103,7 @@ static const Operation OPERATIONS[] = {
     THREE("bfe.s32", s32, s32, u32, u32, extract_bits(a, b, c)),
     THREE("bfe.u64", u64, u64, u32, u32, extract_bits(a, b, c)),
     THREE("bfe.s64", s64, s64, u32, u32, extract_bits(a, b, c)),
-    {"bfi.b32", insert_bits}, {"lop3.b32", any_of_three_bits},
     THREE("prmt.b32", u32, u32, u32, u32, permute_bytes(a, b, c)),
-    ONE("popc.b32", u32, u32, __builtin_popcount(a)), ONE("clz.b32", u32, u32, a ? __builtin_clz(a) : 32),
-    THREE("shf.l.wrap.b32", u32, u32, u32, u32, (((u64)b << 32 | a) << (c & 31)) >> 32),
-    THREE("shf.r.wrap.b32", u32, u32, u32, u32, ((u64)b << 32 | a) >> (c & 31)),
     {"pack.b32.2", pack<u32, 2>}, {"pack.b64.2", pack<u64, 2>}, {"pack.b64.4", pack<u64, 4>},
     {"unpack.b32.2", unpack<u32, 2>}, {"unpack.b64.2", unpack<u64, 2>}, {"unpack.b64.4", unpack<u64, 4>},
     // Predicates
@@ -130,15 +116,9 @@ static const Operation OPERATIONS[] = {
     FLOAT2("min.NaN.f32", a != a || b != b ? NAN : std::fmin(a, b)),
     FLOAT2("max.NaN.f32", a != a || b != b ? NAN : std::fmax(a, b)),
     THREE("fma.f32", float, float, float, float, __builtin_fmaf(a, b, c)),
-    FLOAT1("neg.f32", -a), FLOAT1("abs.f32", std::fabs(a)), FLOAT1("rcp.f32", 1.0f / a),
-    FLOAT1("sqrt.f32", std::sqrt(a)), FLOAT1("rsqrt.f32", 1.0f / std::sqrt(a)),
-    FLOAT1("ex2.approx.f32", std::exp2(a)), FLOAT1("ex2.approx.ftz.f32", flushed(std::exp2(flushed(a)))),
-    FLOAT1("lg2.approx.f32", std::log2(a)),
+    FLOAT1("neg.f32", -a), FLOAT1("abs.f32", std::fabs(a)),
     PAIRS("add.f32x2", 2, a + b), PAIRS("sub.f32x2", 2, a - b), PAIRS("mul.f32x2", 2, a * b),
     PAIRS("fma.f32x2", 3, __builtin_fmaf(a, b, c)),
-    TWO("add.f32.f16", float, u16, float, from_f16(a) + b), TWO("add.f32.bf16", float, u16, float, from_bf16(a) + b),
-    THREE("fma.f32.f16", float, u16, u16, float, __builtin_fmaf(from_f16(a), from_f16(b), c)),
-    THREE("fma.f32.bf16", float, u16, u16, float, __builtin_fmaf(from_bf16(a), from_bf16(b), c)),
     TEST("setp.eq.f32", float, a == b), TEST("setp.ne.f32", float, a < b || a > b), ORDER(float, "f32"),
     TEST("setp.equ.f32", float, !(a < b || a > b)), TEST("setp.neu.f32", float, !(a == b)),
     TEST("setp.ltu.f32", float, !(a >= b)), TEST("setp.leu.f32", float, !(a > b)),
@@ -170,7 +150,6 @@ static const Operation OPERATIONS[] = {
     {"wgmma.commit_group", commit_wgmma}, {"wgmma.wait_group", wait_for_wgmma},
     // Between lanes
     {"shfl.up", shuffle<UP>}, {"shfl.down", shuffle<DOWN>}, {"shfl.bfly", shuffle<BUTTERFLY>},
-    {"shfl.idx", shuffle<INDEX>}, {"redux.add", sum_lanes}, {"vote.ballot", ballot}, {"vote.all", vote<true>},
-    {"vote.any", vote<false>},
+    {"shfl.idx", shuffle<INDEX>}, {"redux.add", sum_lanes},
 };
 static const u32 BRANCH = 0, END = 1, BARRIER = 2;

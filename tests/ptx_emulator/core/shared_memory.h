@@ -85,36 +85,11 @@ static void write_shared(Warp& w, u32 address, u32 width, int lane, const u8* da
     memcpy(&M.shared[offset], data, width);
 }
 
-// Passes over 32 banks of 4 bytes. Accesses of 8 bytes go by half warps, of 16 by quarters; lanes that want different
-// words of one bank wait for each other.
-static void count_conflicts(Warp& w, const u32* address, u32 width, u32 lanes) {
-  if (!lanes) return;
-  const u32 group = width <= 4 ? 32 : width == 8 ? 16 : 8;
-  Stat& S = w.m->job.stats[w.current];
-  S.requests++;
-  S.used_bytes += (u64)width * __builtin_popcount(lanes);
-  for (u32 first = 0; first < 32; first += group) {
-    u32 words[32][32], count[32] = {0}, most = 0;
-    for (u32 l = first; l < first + group; l++) {
-      if (!(lanes >> l & 1)) continue;
-      for (u32 word = address[l] >> 2; word <= (address[l] + width - 1) >> 2; word++) {
-        u32 bank = word & 31;
-        if (std::find(words[bank], words[bank] + count[bank], word) == words[bank] + count[bank])
-          words[bank][count[bank]++] = word;
-        most = std::max(most, count[bank]);
-      }
-    }
-    S.waves += most;
-    S.phases += most > 0;
-  }
-}
-
 static void load_shared(Warp& w, const Instruction& I, u32 lanes) {
   const u32 width = I.aux[0] * I.aux[1];
   u32 address[32];
   u8 data[16];
   for (int l = 0; l < 32; l++) address[l] = w.row<u32>(I.s[0])[l] + (u32)I.immediate;
-  count_conflicts(w, address, width, lanes);
   EACH(lanes) {
     read_shared(w, address[l], width, l, data);
     scatter_to_registers(w, I, l, data);
@@ -125,7 +100,6 @@ static void store_shared(Warp& w, const Instruction& I, u32 lanes) {
   u32 address[32];
   u8 data[16];
   for (int l = 0; l < 32; l++) address[l] = w.row<u32>(I.s[0])[l] + (u32)I.immediate;
-  count_conflicts(w, address, width, lanes);
   w.m->stamp++;
   EACH(lanes) {
     gather_from_registers(w, I, l, data);
@@ -149,11 +123,6 @@ static void copy_async(Warp& w, const Instruction& I, u32 lanes) {
     if ((lanes >> l & 1) && size[l]) reading |= 1u << l;
   }
   count_sectors(w, from, width, reading);
-  Stat& S = M.job.stats[w.current];
-  const Stat loaded = S;
-  count_conflicts(w, to, width, lanes);
-  S.requests = loaded.requests + (reading == 0);  // one request, and the bytes of global memory
-  S.used_bytes = loaded.used_bytes;
   EACH(lanes) {
     if (size[l] > width) return M.fail("cp.async: there is more to read than to copy");
     Copy copy = {(u32)l, to[l], width, {}};
@@ -195,7 +164,6 @@ static void wait_for_all_copies(Warp& w, const Instruction& I, u32 lanes) {
 static u32 matrix_addresses(Warp& w, const Instruction& I, u32* address) {  // a row of a matrix each
   const u32 count = 8 * I.aux[0];
   for (u32 l = 0; l < count; l++) address[l] = w.row<u32>(I.s[0])[l] + (u32)I.immediate;
-  count_conflicts(w, address, 16, count == 32 ? FULL : (1u << count) - 1);
   return count;
 }
 static void load_matrices(Warp& w, const Instruction& I, u32 lanes) {
