@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from smoa_kernels.kernels.spec import Config, Kernel
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands, Work
 
 from .forms import AUDITED, Audited
+from .workloads import WORKLOADS, Operands, Work
 
 
 @triton.jit
