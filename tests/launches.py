@@ -27,6 +27,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.runtime.jit import JITFunction
 
 from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, adapter, install
@@ -119,7 +120,8 @@ def tune() -> None:
 
         return [again()], again
 
-    (job,) = jobs([layer], "sm_90", 132, ["modulated_weight"])
+    with unset_fake_temporarily():  # blocks are made from labels, which are read
+        (job,) = jobs([layer], "sm_90", 132, ["modulated_weight"])
     load = SimpleNamespace(precision="bf16", run=run, prepare=lambda: None, check=lambda results: None)
     measure.workload = lambda job, device: load  # type: ignore[assignment,return-value]
     measure.keep = lambda *found: Table()  # type: ignore[assignment]
