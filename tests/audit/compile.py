@@ -179,16 +179,17 @@ def _specialise(
     return signature, constants, attributes
 
 
-def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _read_nvidia(cubin: bytes) -> tuple[dict[str, int], Listing]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _output(_tool("cuobjdump"), "--dump-resource-usage", str(path))
-        listing = parse_sass(_output(_tool("nvdisasm"), "-g", "-c", str(path)))
+        usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
+        listing = parse_sass(_tool("nvdisasm", "-g", "-c", str(path)))
     registers, stack = (int(re.findall(rf"{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK"))
     return {"registers": registers, "spilled": listing.local_bytes(), "stack": stack}, listing
 
@@ -204,7 +205,3 @@ def _read_amd(text: str) -> tuple[dict[str, int], Listing]:
         "stack": count["private_segment_fixed_size"],
     }
     return figures, parse_amdgcn(text)
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -73,11 +73,12 @@ class Listing:
         end and jump back from there. It multiplies if it has a tensor-core instruction or more than 32 fused
         multiply-adds.
         """
+        sums = ("v_fma", "v_pk_fma", "v_fmac", "v_mac") if self.amd else ("FFMA", "DFMA", "HFMA2")
         count = len(self.instructions)
         flow = networkx.DiGraph((i, target) for i in range(count) for target in self._successors(i))
         for loop in sorted(sorted(c) for c in networkx.strongly_connected_components(flow) if len(c) > 1):
             body = [self.instructions[i] for i in loop]
-            if any(map(self.tensor_core, body)) or sum(map(self._multiply_add, body)) > 32:
+            if any(map(self.tensor_core, body)) or sum(i.opcode.startswith(sums) for i in body) > 32:
                 return loop
         return []
 
@@ -109,31 +110,27 @@ class Listing:
 
         The tensor core may not have read it yet. Assemblers before 13.3 did this (triton-lang/triton#9433, #11781).
         """
-        found = 0
+        found, written = 0, [set(_written(each)) for each in self.instructions]
+        follows = [self._successors(index) for index in range(len(written))]
+        waits = [re.fullmatch(r"gsb0, 0x(\d)", each.operands) for each in self.instructions]
+        ends = [each.opcode.startswith("HGMMA") and "gsb0" in each.operands for each in self.instructions]
         for index, product in enumerate(self.instructions):
             left = re.match(r"R\d+, R(\d+)\S*, gdesc", product.operands)
             if left is None or not product.opcode.startswith("HGMMA"):
                 continue
-            read, seen = set(range(int(left[1]), int(left[1]) + 4)), set()
-            ahead = [(place, self._commits(product)) for place in self._successors(index)]
+            read, seen, early = set(range(int(left[1]), int(left[1]) + 4)), set(), set()
+            ahead = [(place, ends[index]) for place in follows[index]]
             while ahead:
-                place, groups = ahead.pop()  # groups of products that are complete, its own the first
-                after = self.instructions[place]
-                wait = re.fullmatch(r"gsb0, 0x(\d)", after.operands)  # until so many groups are under way
-                if (place, groups) in seen or (wait and (wait[1] == "0" or groups > int(wait[1]))):
+                place, groups = at = ahead.pop()  # groups of products that have ended, its own the first
+                wait = waits[place]  # until no more than so many are under way
+                if at in seen or (wait and (wait[1] == "0" or groups > int(wait[1]))):
                     continue
-                found += place not in {known for known, _ in seen} and bool(read & set(_written(after)))
-                seen.add((place, groups))
-                groups = min(groups + self._commits(after), 9)
-                ahead += [(following, groups) for following in self._successors(place)]
+                seen.add(at)
+                if read & written[place]:
+                    early.add(place)
+                ahead += [(following, min(groups + ends[place], 9)) for following in follows[place]]
+            found += len(early)
         return found
-
-    def _commits(self, instruction: Instruction) -> int:
-        return instruction.opcode.startswith("HGMMA") and instruction.operands.endswith("gsb0")
-
-    def _multiply_add(self, instruction: Instruction) -> bool:
-        stems = ("v_fma", "v_pk_fma", "v_fmac", "v_mac") if self.amd else ("FFMA", "DFMA", "HFMA2")
-        return instruction.opcode.startswith(stems)
 
     def _successors(self, index: int) -> list[int]:
         instruction = self.instructions[index]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
@@ -62,13 +62,9 @@ class Record:
     key: str = ""
     error: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data; :meth:`from_json` is its inverse."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Record:
-        """Rebuild from :meth:`to_json`."""
+        """Rebuild from the JSON of its fields."""
         return cls(**{**data, "traffic": tuple(Traffic(**entry) for entry in data["traffic"])})
 
     @property

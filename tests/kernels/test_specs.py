@@ -20,6 +20,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # Runs in a process that compiles: interpreted kernels have no signature.
 PROGRAM = """
 import json
+from dataclasses import asdict
 from audit.compile import compile_launch, representative_launch
 from audit.run import Task, run_task
 from smoa_kernels.kernels.architectures import ARCHITECTURES
@@ -33,16 +34,15 @@ config = weight.shipped(hopper, PRECISIONS["bf16"])[-1]
 _, listing = compile_launch(weight.fn, representative_launch(weight, config, "bf16", "r16", hopper), hopper)
 arithmetic = [i.opcode.split(".")[0] for i in listing.instructions]
 print(json.dumps({
-    "narrow rank": [run_task(task).to_json() for task in narrow_rank],
+    "narrow rank": [asdict(run_task(task)) for task in narrow_rank],
     "fused and not": [arithmetic.count(opcode) for opcode in ("FFMA", "FADD")],
 }))
 """
 
 
 @pytest.fixture(scope="module")
-def audited(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def audited() -> dict:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["SMOA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     environment["PYTHONPATH"] = f"{TESTS}:{TESTS.parent}"
     environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # Triton 3.10's default
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
@@ -81,10 +81,7 @@ def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path)
     for name in ("first", "second"):
         checkout = tmp_path / name
         shutil.copytree(Path(smoa_kernels.__file__).parent, checkout / "smoa_kernels")
-        environment |= {
-            "SMOA_CACHE": str(tmp_path / f"records of {name}"),
-            "PYTHONPATH": f"{checkout}:{TESTS}",
-        }
+        environment["PYTHONPATH"] = f"{checkout}:{TESTS}"
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=checkout
         )
