@@ -19,16 +19,15 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
-from audit.forms import representative
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.runtime.jit import JITFunction
 
 from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, adapter, install
@@ -40,9 +39,10 @@ from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import short_way, use_tritons_launcher
 from smoa_kernels.kernels.modulate import modulated_weight
-from smoa_kernels.kernels.table import Table
+from smoa_kernels.kernels.table import Table, answered
 from smoa_kernels.tuning import measure
-from smoa_kernels.tuning.plan import job
+from smoa_kernels.tuning.plan import jobs
+from smoa_kernels.tuning.roofline import Problem
 
 BF16 = torch.bfloat16
 TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)
@@ -110,16 +110,22 @@ def devices(gpu: FakeGpu) -> list[dict[str, Any]]:
 
 def tune() -> None:
     """Tunes one key; operands hold no data and results are not compared."""
-    device, key = torch.device("cuda", 1), representative("modulated_weight", "bf16", "r16")
-    layer = adapter(key.out_features, key.in_features, "cuda:1", BF16)
+    device, layer = torch.device("cuda", 1), Problem(256, 256, 512, BLOCKS, RANK)
+    weight = adapter(*layer.features, "cuda:1", BF16)
 
-    def run(config: Any) -> list[Tensor]:
-        return [modulated_weight(layer, config=config)]
+    def run(choice: Any) -> tuple[list[Tensor], Callable[[], object]]:
+        def again() -> Tensor:
+            with answered(lambda key: choice):
+                return modulated_weight(weight)
 
-    load = SimpleNamespace(key=key, run=run, precision=nullcontext, prepare=lambda: None, check=run)
-    measure.workload = lambda key, device: load  # type: ignore[assignment,return-value]
+        return [again()], again
+
+    with unset_fake_temporarily():  # blocks are made from labels, which are read
+        (job,) = jobs([layer], "sm_90", 132, ["modulated_weight"])
+    load = SimpleNamespace(precision="bf16", run=run, prepare=lambda: None, check=lambda results: None)
+    measure.workload = lambda job, device: load  # type: ignore[assignment,return-value]
     measure.keep = lambda *found: Table()  # type: ignore[assignment]
-    measure.tune([job(key, "sm_90", 132)], device, timer=lambda choice, launch: launch() and 1.0)
+    measure.tune([job], device, timer=lambda choice, again: again() and 1.0)
 
 
 def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:

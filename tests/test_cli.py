@@ -79,6 +79,8 @@ def test_info(tmp_path, capsys):
     assert "backends" in capsys.readouterr().out
     found = json.loads(path.read_text())
     assert found["backends"]["eager"] == "works"
+    assert set(found["backends"]) == {"eager", "native", "reference", "triton"}
+    assert found["tuning tables"]
     assert found["versions"]["torch"].startswith("2.")
     assert found["versions"].keys() >= {"torch is built for", "GPU driver"}
 

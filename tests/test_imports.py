@@ -49,6 +49,8 @@ LATE = {
     ("cli.inspect", "adapter_folder.inspecting"): "safetensors is an extra",
     ("cli.merge", "adapter_folder.merged_folder"): "safetensors is an extra",
     ("cli.tune", "tuning.measure"): "imports Triton",
+    ("tuning.plan", "kernels.launch"): "imports Triton",
+    ("tuning.plan", "tuning.passes"): "imports Triton",
 }
 
 

@@ -49,7 +49,7 @@ def test_a_longer_batch_takes_no_more_for_its_copies(shape, rank):
         assert sum(parts) == tokens
         assert min(parts[:-1]) == max(parts) < 2 * algorithms.GRAD_PART_TOKENS
         partials = len(parts) * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
-        copies = 2 * max(parts) * sum(p.padded(n) for n in shape)
+        copies = 2 * max(parts) * sum(map(p.copied, shape))
         assert backward_workspace(p)["factor gradients"] == copies + partials <= 2 * copies + partials
 
 

@@ -28,8 +28,8 @@ from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.spec import ALGORITHM_KEYS, GRANULE
+from smoa_kernels.tuning.measure import workload
 from smoa_kernels.tuning.plan import jobs
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from ..fake_gpu import H100, FakeGpu, Form, adapter, install
 from ..providers import Case
@@ -73,14 +73,13 @@ def _headline() -> Iterator[Callable[[], object]]:
 
 
 def _tuned(properties: SimpleNamespace) -> None:
-    """Launch every candidate of every kernel, on operands without data."""
+    """Run every candidate of every kernel, on operands without data."""
     arch = f"sm_{properties.major}{properties.minor}"
     for job in jobs(tuned_layers(smoke=False), arch, properties.multi_processor_count):
         if job.key.kernel not in ALGORITHM_KEYS:  # algorithms compile nothing more
-            form = "contiguous" if job.key.granule > 1 else ""
-            run, _ = WORKLOADS[job.key.kernel](Operands(job.key, form, torch.device("cpu"), filled=False))
+            load = workload(job, torch.device("meta"))
             for config in job.candidates:
-                run(config)
+                load.run(config)
 
 
 def _layer(case: Case, order: str) -> PackedAdapter:

@@ -10,14 +10,13 @@ from smoa_kernels.tuning.plan import describe, describe_choice, winner
 from smoa_kernels.tuning.roofline import Problem, estimate
 
 from .. import tables
-from ..providers import FROZEN, HIRA, LORA, PAPER, SMOA, Case
+from ..providers import FROZEN, HIRA, LORA, SMOA, Case
 from ..results import Result, Run
 
 WAYS = {
     FROZEN: "frozen",
     LORA: "lora",
     HIRA: "hira",
-    PAPER: "paper_dense",
     f"{SMOA} merged": "merged",
     f"{SMOA} split": "split",
 }

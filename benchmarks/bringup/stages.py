@@ -11,10 +11,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor, nn
 
-from smoa_kernels.kernels.architectures import architecture, multiprocessors
+from smoa_kernels.kernels.architectures import architecture, identity, multiprocessors
 from smoa_kernels.kernels.launch import short_way
-from smoa_kernels.kernels.table import SCHEMA, Choice, identity
-from smoa_kernels.tuning.measure import gpu_timer, keep, tune
+from smoa_kernels.kernels.table import SCHEMA, Choice, keep
+from smoa_kernels.tuning.measure import gpu_timer, tune
 from smoa_kernels.tuning.plan import jobs
 
 from ..gate import check_layers

@@ -91,7 +91,8 @@ def forward(
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
     if algorithm == "auto":
-        algorithm = _choose(x, adapter, dropout)
+        ieee, drops = gemm_is_ieee(x.dtype, x.device.type), dropout is not None
+        algorithm = choose_algorithm(x.shape[0], _expanded_rows(adapter), ieee=ieee, dropout=drops)
     if algorithm == "merged":
         y = merged(x, adapter)
     elif algorithm == "expanded":
@@ -111,12 +112,6 @@ def backward(
     # dA and dB come first, so that their memory is free again when dX is computed.
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter)
     return input_gradient(dy, adapter) if needs_x else None, dA, dB
-
-
-def _choose(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> str:
-    """What "auto" means for a forward."""
-    ieee = gemm_is_ieee(x.dtype, x.device.type)
-    return choose_algorithm(x.shape[0], _expanded_rows(adapter), ieee=ieee, dropout=dropout is not None)
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
-from ..definition.precision import gemm_is_ieee
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
 from ..kernels.launch import on_device
@@ -24,7 +23,7 @@ def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor],
 
     def product(x: Tensor) -> Tensor:
         with on_device(x.device):
-            return grouped_linear(x, ends, adapter, allow_tf32=not gemm_is_ieee(x.dtype, "cuda"))
+            return grouped_linear(x, ends, adapter)
 
     return product
 
@@ -33,11 +32,10 @@ def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
-    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     dx = dA = dB = None
     with on_device(dy.device):
         if x is not None:
-            dA, dB = grouped_grad(dy, x, ends, adapter, allow_tf32=allow_tf32)
+            dA, dB = grouped_grad(dy, x, ends, adapter)
         if needs_x:
-            dx = grouped_linear(dy, ends, adapter.T, allow_tf32=allow_tf32)
+            dx = grouped_linear(dy, ends, adapter.T)
     return dx, dA, dB

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import accumulate, gemm_is_ieee, precision_of
+from ..definition.precision import accumulate
 from ..kernels import modulate, table
 from ..kernels.architectures import architecture
 from ..kernels.block_grad import block_grad
@@ -38,6 +38,7 @@ from .block_order import is_batch
 __all__ = [
     "ALGORITHMS",
     "backward",
+    "factor_gradients",
     "forward",
     "input_gradient",
     "modulated_weight",
@@ -57,18 +58,17 @@ def forward(
 def _forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
-    allow_tf32 = not gemm_is_ieee(x.dtype, "cuda")
     if algorithm == "auto":
-        algorithm = "split" if dropout is not None else _chosen("forward", x, adapter, allow_tf32)
+        algorithm = "split" if dropout is not None else _chosen("forward", x, adapter)
     if algorithm == "eager":
         return eager.forward(x, bias, adapter, "auto", None)
     if algorithm == "merged":
-        return F.linear(x, modulate.modulated_weight(adapter, allow_tf32=allow_tf32), bias)
+        return F.linear(x, modulate.modulated_weight(adapter), bias)
     if algorithm == "fused":
-        return fused_linear(x, bias, adapter, allow_tf32=allow_tf32)
+        return fused_linear(x, bias, adapter)
     xg = _by_block(x, adapter.partition, dropout)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
-    block_matmul(xg, adapter, _delta_blocks(adapter, allow_tf32), out=y, allow_tf32=allow_tf32)
+    block_matmul(xg, adapter, _delta_blocks(adapter), out=y)
     accumulate(y, x, adapter.weight)
     # The bias comes last: in a sum with it, before the base GEMM, the adapter's output would be rounded away.
     return y if bias is None else y.add_(bias)
@@ -81,35 +81,26 @@ def backward(
     if not adapter.weight.numel():
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     dA = dB = dx = None
-    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
     with on_device(dy.device):
         # dA and dB come first, so that their gathered copies are freed before dX takes its workspace.
         if x is not None:
-            dA, dB = factor_gradients(dy, x, adapter, "auto", dropout)
+            dA, dB = factor_gradients(dy, x, adapter, dropout)
         if needs_x:
-            dx = _input_gradient(dy, adapter, "auto", dropout, allow_tf32)
+            dx = input_gradient(dy, adapter, dropout)
     return dx, dA, dB
 
 
-def modulated_weight(
-    adapter: PackedAdapter, *, out: Tensor | None = None, allow_tf32: bool = False
-) -> Tensor:
+def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
     """`W_eff`, (N, C) in W0's dtype; written to `out` where that is given."""
     with on_device(adapter.weight.device):
-        return modulate.modulated_weight(adapter, out=out, allow_tf32=allow_tf32)
+        return modulate.modulated_weight(adapter, out=out, ieee=True)
 
 
 def factor_gradients(
-    dy: Tensor, x: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) by "auto", "block_grad" (the kernels; they gather a long batch in parts) or "eager".
-
-    Under dropout the kernels compute them.
-    """
-    allow_tf32 = not gemm_is_ieee(dy.dtype, "cuda")
-    if algorithm == "auto" and dropout is None:
-        algorithm = _chosen("factor_gradients", dy, adapter, allow_tf32)
-    if algorithm == "eager":
+    """(dA, dB) by the kernels, which gather a long batch in parts, or by torch's operators. On the current device."""
+    if dropout is None and _chosen("factor_gradients", dy, adapter) == "eager":
         return eager.factor_gradients(dy, x, adapter)
     partition, layout = adapter.partition, Layout.of(adapter)
     pieces = [(dy, x)]
@@ -124,7 +115,7 @@ def factor_gradients(
         dy, x = pieces[part]
         return _by_block(dy, rows), _by_block(x, partition, dropout)
 
-    return block_grad(len(pieces), gathered, adapter, allow_tf32=allow_tf32)
+    return block_grad(len(pieces), gathered, adapter)
 
 
 @table.remembered
@@ -133,27 +124,19 @@ def _gradient_parts(layout: Layout, tokens: int) -> tuple[int, ...]:
     return gradient_parts(tokens, layout.features, layout.num_blocks, layout.rank)
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None) -> Tensor:
-    """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C); "auto", "merged" or "fused", split under dropout."""
-    with on_device(dy.device):
-        return _input_gradient(dy, adapter, algorithm, dropout, not gemm_is_ieee(dy.dtype, "cuda"))
-
-
-def _input_gradient(
-    dy: Tensor, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None, allow_tf32: bool
-) -> Tensor:
+def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
+    """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C), split under dropout. On the current device."""
     if dropout is None:
-        if algorithm == "auto":
-            algorithm = _chosen("input_gradient", dy, adapter, allow_tf32)
+        algorithm = _chosen("input_gradient", dy, adapter)
         if algorithm == "eager":
             return eager.input_gradient(dy, adapter)
         if algorithm == "fused":
-            return fused_linear(dy, None, adapter.T, allow_tf32=allow_tf32)
-        return dy @ modulate.modulated_weight(adapter, allow_tf32=allow_tf32)
+            return fused_linear(dy, None, adapter.T)
+        return dy @ modulate.modulated_weight(adapter)
     dyg = _by_block(dy, adapter.partition.T)
-    delta = _delta_blocks(adapter, allow_tf32)
+    delta = _delta_blocks(adapter)
     dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])
-    block_matmul(dyg, adapter.T, delta.mT, out=dxg, allow_tf32=allow_tf32)
+    block_matmul(dyg, adapter.T, delta.mT, out=dxg)
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[1])
     scatter_columns(dxg, adapter.partition, dx, dropout=dropout)
     return dx.addmm_(dy, adapter.weight)
@@ -166,27 +149,26 @@ def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = No
     return gather_columns(x, partition, block_width(partition.col_sizes), dropout=dropout)
 
 
-def _delta_blocks(adapter: PackedAdapter, allow_tf32: bool) -> Tensor:
+def _delta_blocks(adapter: PackedAdapter) -> Tensor:
     """ΔW by block, (K, P_n, P_c)."""
     p = adapter.partition
     widths = block_width(p.row_sizes), block_width(p.col_sizes)
-    return modulated_blocks(adapter, widths, allow_tf32=allow_tf32)
+    return modulated_blocks(adapter, widths)
 
 
-def _chosen(stage: str, x: Tensor, adapter: PackedAdapter, allow_tf32: bool) -> str:
+def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
     """What "auto" means for a batch without dropout, for one of `spec.ALGORITHM_KEYS`."""
     layout = Layout.of(adapter)
     batch = layout.num_blocks if is_batch(adapter) else 0
-    return _choose(stage, layout, bucket(x.shape[0]), allow_tf32, batch)
+    return _choose(stage, layout, bucket(x.shape[0]), batch)
 
 
 @table.remembered
-def _choose(stage: str, layout: Layout, tokens: int, allow_tf32: bool, batch: int) -> str:
+def _choose(stage: str, layout: Layout, tokens: int, batch: int) -> str:
     """Choose by the tuning table for `tokens`, a power of two, else by the rule of `algorithms.py`."""
-    name = precision_of(layout.dtype, ieee=not allow_tf32).name
-    sizes = layout.rank, layout.num_blocks, *layout.features, tokens
+    name, sizes = layout.precision, (layout.rank, layout.num_blocks, *layout.features, tokens)
     key = Key(stage, name, *sizes, granule=layout.granule, factors=layout.factors)
-    measured = table.tuned_algorithm(key, layout.device, admissible(stage, name))
-    if measured is not None:
+    measured = table.fastest(key, layout.device, admissible(stage, name))
+    if isinstance(measured, str):
         return measured
     return choose_algorithm(stage, tokens, layout.rank, name, architecture(layout.device), batch)

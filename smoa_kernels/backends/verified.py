@@ -1,7 +1,7 @@
 """Backend "triton" as the package uses it: torch's operators replace a kernel that is wrong or does not run.
 
 Triton has compiled correct kernels wrongly before, and no version is known to be free of that. So when an operation
-first launches a form of a kernel on a GPU (`kernels.launch.heard_by` defines a form), the kernels and the eager backend
+first launches a form of a kernel on a GPU (`kernels.launch.Launch.form`), the kernels and the eager backend
 both compute it, from the user's own x, dY and W0. If they agree within rounding, the kernels compute it from then on,
 which costs one look-up per call. If they do not, or if a launch raises, one warning says so and eager computes.
 Dropout's mask is the same in both.
@@ -10,14 +10,13 @@ The comparison uses large random factors. The user's B is zero at the first step
 adapter's part would be lost in the base's.
 
 A comparison takes two passes of the kernels and one of eager, once per form, and the memory of eager's pass and of the
-results. Verdicts are kept on disk beside the tuning table, for one GPU, Triton, ptxas and source of the kernels. While
+results. Verdicts are kept in the tuning table's file, for one GPU, Triton, ptxas and source of the kernels. While
 a CUDA graph is captured nothing can be compared: eager computes forms that were not verified before, for experts as in
 `experts_masked.py`. `SMOA_VERIFY=0` turns verification off.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import warnings
@@ -25,7 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -37,11 +35,10 @@ from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import gemm_is_ieee, precision_of
-from ..files import replace_file
-from ..kernels.architectures import architecture, assembler
-from ..kernels.launch import Layout, heard_by, short_way, use_tritons_launcher
+from ..kernels.architectures import architecture, assembler, identity
+from ..kernels.launch import Launch, Layout, Pointers, heard_by, short_way, use_tritons_launcher
 from ..kernels.spec import bucket
-from ..kernels.table import identity, user_table
+from ..kernels.table import keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, experts_triton, triton
 from .kernels_dropout import KernelsDropout
 
@@ -205,9 +202,9 @@ def _verify(
     (ours, theirs), known, probe = backends, verdicts(x.device), _with_random_factors(adapter)
     heard: list[str] = []
 
-    def hear(form: str) -> None:
-        heard.append(form)
-        if reason := known.forms.get(form):
+    def hear(launch: Launch, pointers: Pointers) -> None:
+        heard.append(launch.form(pointers))
+        if reason := known.forms.get(heard[-1]):
             raise _RefusedError(reason)
 
     def new() -> list[str]:
@@ -277,24 +274,22 @@ def _matrices(results: Any) -> Iterator[Tensor]:
 
 
 class Verdicts:
-    """Verdicts on the forms that ran on one GPU, for one Triton, ptxas and source of the kernels; kept on disk.
+    """Verdicts on the forms that ran on one GPU, for one Triton, ptxas and source of the kernels; kept in its table.
 
     Args:
         device: the GPU.
 
     Attributes:
         gpu: the driver's name of it.
-        path: of the file, which holds the verdicts of other versions too.
         versions: of Triton, ptxas and the kernels' source.
         forms: for each form the reason why it is refused; empty if it is verified.
     """
 
     def __init__(self, device: torch.device) -> None:
-        now = identity(device)
-        self.path = user_table(now.gpu).with_suffix(".forms")
-        self.versions = f"Triton {triton_version}, {assembler(architecture(device))}, kernels {now.source}"
-        self.forms = _read(self.path).get(self.versions, {})
+        self._now = now = identity(device)
         self.gpu = now.gpu
+        self.versions = f"Triton {triton_version}, {assembler(architecture(device))}, kernels {now.source}"
+        self.forms = read(user_table(now.gpu), now).verdicts.get(self.versions, {})
         self._told: set[str] = set()
 
     def add(self, forms: dict[str, str]) -> None:
@@ -303,10 +298,7 @@ class Verdicts:
         if short_way.obstacle:
             self.forms[LAUNCHER] = short_way.obstacle
         with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            written = _read(self.path)  # other processes write to it too
-            written[self.versions] = written.get(self.versions, {}) | self.forms
-            replace_file(self.path, f"{json.dumps(written, indent=1)}\n".encode())
+            keep(self._now, verdicts={self.versions: self.forms})
 
     def refuse(self, forms: Sequence[str], reason: str) -> bool:
         """Record that forms are refused and warn once per process. Returns False."""
@@ -329,19 +321,4 @@ def verdicts(device: torch.device) -> Verdicts:
     found = Verdicts(device)
     if reason := found.forms.get(LAUNCHER):
         short_way.obstacle = reason
-    return found
-
-
-def _read(path: Path) -> dict[str, dict[str, str]]:
-    """Verdicts by versions; none if the file is missing or damaged."""
-    try:
-        data = json.loads(path.read_bytes())
-        if not all(isinstance(reason, str) for forms in data.values() for reason in forms.values()):
-            raise ValueError("a verdict is no text")
-    except FileNotFoundError:
-        return {}
-    except (AttributeError, OSError, RecursionError, ValueError) as error:
-        warnings.warn(f"verdicts of GPU kernels in {path} are not used: {first_line(error)}", stacklevel=2)
-        return {}
-    found: dict[str, dict[str, str]] = data
     return found

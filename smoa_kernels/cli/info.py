@@ -24,9 +24,9 @@ from ..backends import native_obstacle, triton_obstacle
 from ..backends.native.library import has
 from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
-from ..kernels.architectures import assembler
-from ..kernels.table import SHIPPED, Identity, identity, read, user_table
-from ..kernels.table import Table as TuningTable
+from ..kernels import table
+from ..kernels.architectures import assembler, identity
+from ..kernels.table import SHIPPED, read, user_table
 from .output import console, write_json
 
 __all__ = ["backends", "info"]
@@ -52,31 +52,26 @@ _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/versio
 
 def backends() -> dict[str, str | None]:
     """Return for each backend why it does not work here; None if it does."""
+    here = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    triton = triton_obstacle(torch.device(here))
+    if triton is not None and triton.startswith("x is on the CPU"):
+        triton = "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return {
         "eager": None,
         "native": native_obstacle(torch.device("cpu")),
         "reference": None,
-        "triton": _why_not_triton(),
+        "triton": triton,
     }
-
-
-def _why_not_triton() -> str | None:
-    if torch.cuda.is_available():
-        return triton_obstacle(torch.device("cuda", torch.cuda.current_device()))
-    obstacle = triton_obstacle(torch.device("cpu"))
-    if obstacle is not None and obstacle.startswith("x is on the CPU"):
-        return "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    return obstacle
 
 
 def info(json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None) -> None:
     """What a bug report needs: versions, devices, backends, tuning tables, folders, environment."""
     found = _collect()
-    table = Table(show_header=False)
+    rows = Table(show_header=False)
     for section, entries in found.items():
         for name, value in entries.items():
-            table.add_row(section, escape(name), escape(value))
-    console().print(table)
+            rows.add_row(section, escape(name), escape(value))
+    console().print(rows)
     if json is not None:
         write_json(json, found)
 
@@ -146,19 +141,17 @@ def _tables() -> dict[str, str]:
     if importlib.util.find_spec("triton") is None:
         return {"none": "triton is not installed"}
     # GPUs of the same name may differ if one is cut into slices, so each is judged.
-    here: dict[str, list[Identity]] = {}
-    for now in dict.fromkeys(map(identity, _gpus())):
-        here.setdefault(user_table(now.gpu).name, []).append(now)
+    here = list(dict.fromkeys(map(identity, _gpus())))
     found: dict[str, str] = {}
     for owner, folder in (("yours", user_table("").parent), ("shipped", SHIPPED)):
         for path in sorted(folder.glob("*.json")):
-            said = [_in_force(read(path, now)) for now in here.get(path.name, [])]
+            said = [_in_force(read(path, now)) for now in here if user_table(now.gpu).name == path.name]
             found[str(path)] = f"{owner}; {'; '.join(said) or 'for a GPU that is not here'}"
         for path in sorted(folder.glob("*.broken-*")):
             found[str(path)] = f"{owner}; set aside, not used"
-    without = here.keys() - {Path(name).name for name in found}
-    nothing = "no table: the heuristic chooses; smoa-kernels tune measures"
-    found |= {here[name][0].gpu: nothing for name in sorted(without)}
+    names = {Path(path).name for path in found}
+    for gpu in sorted(now.gpu for now in here if user_table(now.gpu).name not in names):
+        found[gpu] = "no table: the heuristic chooses; smoa-kernels tune measures"
     return found or {"none": "no GPU here, and no table on disk"}
 
 
@@ -169,29 +162,29 @@ def _kernels() -> dict[str, str]:
     from ..backends.verified import LAUNCHER, verdicts
 
     found: dict[str, str] = {}
-    for known in {verdicts(device).path: verdicts(device) for device in _gpus()}.values():
+    for known in {verdicts(device).gpu: verdicts(device) for device in _gpus()}.values():
         forms = {form: reason for form, reason in known.forms.items() if form != LAUNCHER}
-        names = [kernel.fn.__name__ for kernel in kernels.KERNELS.values()]
         sound = Counter(form.partition(" ")[0] for form, reason in forms.items() if not reason)
-        untried = [name for name in names if not any(form.startswith(f"{name} ") for form in forms)]
-        refused = [f"{form}: {reason}" for form, reason in forms.items() if reason]
-        found |= {
-            f"{known.gpu}, versions": known.versions,
-            f"{known.gpu}, verified": ", ".join(f"{name} ({n} forms)" for name, n in sound.items()) or "none",
-            f"{known.gpu}, refused": "; ".join(refused) or "none",
-            f"{known.gpu}, untried": ", ".join(untried) or "none",
-            f"{known.gpu}, launches": known.forms.get(LAUNCHER) or "the short way",
+        ran = {form.partition(" ")[0] for form in forms}
+        names = [kernel.fn.__name__ for kernel in kernels.KERNELS.values()]
+        said = {
+            "versions": known.versions,
+            "verified": ", ".join(f"{name} ({n} forms)" for name, n in sound.items()),
+            "refused": "; ".join(f"{form}: {reason}" for form, reason in forms.items() if reason),
+            "untried": ", ".join(name for name in names if name not in ran),
+            "launches": known.forms.get(LAUNCHER) or "the short way",
         }
+        found |= {f"{known.gpu}, {name}": words or "none" for name, words in said.items()}
     return found or {"none": "no GPU here"}
 
 
-def _in_force(table: TuningTable) -> str:
-    if table.broken:
-        return f"{table.broken}; not used"
-    said = f"{len(table.entries)} entries in force"
-    if table.stale:
-        said += f", {len(table.stale)} not: measured with another Triton or version of the kernels"
-    return f"{said}, {table.reasons()}" if table.skipped else said
+def _in_force(found: table.Table) -> str:
+    if found.broken:
+        return f"{found.broken}; not used"
+    said = f"{len(found.entries)} entries in force"
+    if found.stale:
+        said += f", {len(found.stale)} not: measured with another Triton or version of the kernels"
+    return f"{said}, {found.reasons()}" if found.skipped else said
 
 
 def _gpus() -> list[torch.device]:

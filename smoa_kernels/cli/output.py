@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from ..files import replace_file
 
-__all__ = ["check_place", "console", "progress_bar", "progress_of", "write_bytes", "write_json"]
+__all__ = ["check_place", "console", "progress_bar", "progress_of", "table_of", "write_bytes", "write_json"]
 
 _PIPE_WIDTH = 160
 
@@ -22,6 +23,16 @@ def console() -> Console:
     """Standard output. If it is not a terminal it is wide enough for every column."""
     out = Console()
     return out if out.is_terminal else Console(width=_PIPE_WIDTH)
+
+
+def table_of(rows: Sequence[Mapping[str, str]], **options: Any) -> Table:
+    """A table of rows by heading: the first column to the left, the others, numbers, to the right."""
+    table = Table(**options)
+    for number, heading in enumerate(rows[0] if rows else ()):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.values())
+    return table
 
 
 def progress_bar(doing: str) -> Progress:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from ..checks import check_choice
 from ..tuning.gpus import GPUS
-from ..tuning.scaling import LARGE, METHODS, PARALLEL, WHOLE, Parallel, Plan, Scale, predict
-from .output import console
+from ..tuning.models import MODELS
+from ..tuning.scaling import Plan, predict
+from .output import console, table_of
 
 __all__ = ["plan"]
 
+PARALLEL = ("ddp", "fsdp")
+WHOLE = {name: decoder for name, decoder in MODELS.items() if decoder.layers}
+"""Models whose sizes are all known."""
+LARGE = [name for name, gpu in GPUS.items() if gpu.memory_gb >= 80]
+"""GPUs that are used in large numbers."""
 LABELS = {"full": "full fine-tuning", "lora": "LoRA", "smoa": "SMoA"}
 
 
@@ -32,42 +37,41 @@ def plan(
     check_choice("--model", model, WHOLE)
     check_choice("--parallel", parallel, PARALLEL)
     check_choice("--gpu", gpu, LARGE)
-    scale = Scale(model, gpus, cast(Parallel, parallel), tokens, rank, blocks)
-    smallest = min(min(shape) for shape in scale.decoder.shapes)
+    decoder, one = WHOLE[model], GPUS[gpu]
+    smallest = min(map(min, decoder.linears))
     if blocks > smallest:
         raise ValueError(f"--blocks must be at most {smallest}, the narrowest layer of {model}, got {blocks}")
-    plans = [predict(scale, method, GPUS[gpu]) for method in METHODS]
+    sizes = {"tokens": tokens, "rank": rank, "num_blocks": blocks}
+    rows = [
+        _row(label, predict(method, decoder, one, gpus, fsdp=parallel == "fsdp", **sizes), one.memory_gb)
+        for method, label in LABELS.items()
+    ]
     how = "FSDP2" if parallel == "fsdp" else "DDP"
     title = f"{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}"
-    rows = [_row(found, GPUS[gpu].memory_gb) for found in plans]
-    headings = [heading.strip() for heading in rows[0]]
     if markdown:
         print(f"**{title}**\n")
+        headings = [heading.strip() for heading in rows[0]]
         rule = ["---", *["--:"] * (len(headings) - 1)]
         for cells in (headings, rule, *(row.values() for row in rows)):
             print(f"| {' | '.join(cells)} |")
     else:
-        table = Table(title=title, box=SIMPLE_HEAD, padding=0)
-        for i, heading in enumerate(headings):
-            table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row.values())
-        console().print(table)
+        console().print(table_of(rows, title=title, box=SIMPLE_HEAD, padding=0))
         console().print("GB is 10⁹ bytes. Every number is predicted, none measured (docs/scaling.md).")
 
 
-def _row(found: Plan, capacity: int) -> dict[str, str]:
+def _row(label: str, found: Plan, capacity: int) -> dict[str, str]:
     """The cells of a method by their headings."""
     memory, gb = found.memory, _gigabytes
+    total = sum(memory.values())
     return {
-        "": LABELS[found.method],
+        "": label,
         "trained, M": f"{found.trained_parameters / 1e6:,.1f}",
         **{part: gb(memory[part]) for part in ("weights", "gradients", "optimizer", "labels", "gathered")},
         "activations": gb(memory["activations"] + memory["logits"]),
         "workspace": gb(memory["workspace"]),
-        "GB in all": gb(found.total_memory),
-        "fits": "yes" if found.total_memory <= capacity * 1e9 else "no",
-        "sent, GB": gb(found.total_traffic),
+        "GB in all": gb(total),
+        "fits": "yes" if total <= capacity * 1e9 else "no",
+        "sent, GB": gb(sum(found.traffic.values())),
         "compute, s": f"{found.compute_seconds:.2f}",
         "sending, s": f"{found.traffic_seconds:.3f}",
         " ": "predicted",

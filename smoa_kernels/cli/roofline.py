@@ -8,24 +8,21 @@ from typing import Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from ..backends.algorithms import choose_algorithm
 from ..checks import check_choice
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.precision import PRECISIONS
 from ..tuning.gpus import GPUS
-from ..tuning.roofline import PASSES, WAYS, Estimate, Pass, Problem, backward_workspace, estimate
-from .output import console
+from ..tuning.roofline import PASSES, WAYS, Estimate, Problem, backward_workspace, estimate
+from .output import console, table_of
 
 __all__ = ["roofline"]
 
-STAGES: dict[str, tuple[Pass, ...]] = {"forward": PASSES[:1], "backward": PASSES[1:], "both": PASSES}
 LABELS = {
     "frozen": "frozen",
     "lora": "LoRA",
     "hira": "HiRA",
-    "paper_dense": "paper's dense",
     "merged": "SMoA merged",
     "split": "SMoA split",
     "fused": "SMoA fused",
@@ -70,7 +67,10 @@ def roofline(
 
     out = console()
     order = block_order if granule == 1 else f"{block_order} in granules of {granule}"
-    out.print(_table(estimates, chosen, f"{shape}, T={tokens}, r={rank}, K={blocks} {order}, {dtype}, {gpu}"))
+    title = f"{shape}, T={tokens}, r={rank}, K={blocks} {order}, {dtype}, {gpu}"
+    caption = f'* what algorithm="auto" runs: {chosen}'
+    rows = [_row(way, estimates, chosen=way == chosen) for way in WAYS]
+    out.print(table_of(rows, title=title, caption=caption, box=SIMPLE_HEAD, padding=0))
     out.print(
         "A pass launched from Python takes the longer of device and host; in a CUDA graph, the device's time."
     )
@@ -79,23 +79,17 @@ def roofline(
     )
 
 
-def _table(estimates: dict[str, Estimate], chosen: str, title: str) -> Table:
-    caption = f'* what algorithm="auto" runs: {chosen}'
-    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0)
-    table.add_column("", no_wrap=True)
-    for heading in (*(f"{stage}\nms" for stage in STAGES), "device\nms", "host\nms", "launches"):
-        table.add_column(heading, justify="right")
-    for heading in ("/frozen", "/LoRA", ""):
-        table.add_column(heading, justify="right", no_wrap=True)
-    bases = [estimates[name].seconds() for name in ("frozen", "lora")]
-    for name, found in estimates.items():
-        seconds = [found.seconds(*stages) for stages in STAGES.values()]
-        table.add_row(
-            f"{LABELS[name]}{'*' if name == chosen else ''}",
-            *(f"{each * 1e3:.3f}" for each in (*seconds, found.device_seconds(), found.host_seconds())),
-            f"{found.launches()}",
-            *(f"{found.seconds() / base:.2f}" if base else "-" for base in bases),
-            "predicted",
-            style="bold" if name == chosen else None,
-        )
-    return table
+def _row(way: str, estimates: dict[str, Estimate], *, chosen: bool) -> dict[str, str]:
+    """The cells of a way by their headings."""
+    found, frozen, lora = (estimates[name] for name in (way, "frozen", "lora"))
+    stages = {"forward": PASSES[:1], "backward": PASSES[1:], "both": PASSES}
+    seconds = {stage: found.seconds(*passes) for stage, passes in stages.items()}
+    seconds |= {"device": found.device_seconds(), "host": found.host_seconds()}
+    return {
+        "": f"{LABELS[way]}{'*' if chosen else ''}",
+        **{f"{name}\nms": f"{each * 1e3:.3f}" for name, each in seconds.items()},
+        "launches": f"{found.launches()}",
+        "/frozen": f"{found.seconds() / frozen.seconds():.2f}",
+        "/LoRA": f"{found.seconds() / lora.seconds():.2f}",
+        " ": "predicted",
+    }

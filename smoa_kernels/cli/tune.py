@@ -11,14 +11,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 
 from ..backends import triton_obstacle
 from ..checks import check_choice, check_choices
 from ..definition.precision import KERNEL_PRECISIONS
-from ..kernels.architectures import architecture, multiprocessors
+from ..kernels.architectures import architecture, identity, multiprocessors
 from ..kernels.spec import Key
-from ..kernels.table import INTERRUPTED, Entry, identity, user_table
+from ..kernels.table import INTERRUPTED, Entry, keep, user_table
 from ..tuning.gpus import GPUS
 from ..tuning.models import MODELS, read_config
 from ..tuning.plan import (
@@ -31,7 +30,7 @@ from ..tuning.plan import (
     winner,
 )
 from ..tuning.roofline import Problem
-from .output import console, progress_bar
+from .output import console, progress_bar, table_of
 from .roofline import parse_shape
 
 __all__ = ["tune"]
@@ -96,7 +95,7 @@ def tune(
         decoders.append(read_config(from_model))
     if not decoders and not shape:
         decoders = [MODELS["llama-3-8b"]]
-    sizes = [size for decoder in decoders for size in decoder.shapes] + [parse_shape(s) for s in shape or []]
+    sizes = [size for decoder in decoders for size in decoder.linears] + [parse_shape(s) for s in shape or []]
     layers = [
         Problem(t, n, c, blocks, rank, name, granule, experts, factors)
         for n, c in dict.fromkeys(sizes)
@@ -139,10 +138,12 @@ def _device_here() -> torch.device | None:
 
 
 def _list(planned: Sequence[Job], where: str) -> None:
-    table = Table("problem", "without a table", "candidates", title=f"What would be timed on {where}")
-    for job in planned:
-        table.add_row(describe(job.key), describe_choice(job.default), str(len(job.candidates)))
-    console().print(table)
+    headings = "problem", "without a table", "candidates"
+    cells = (
+        (describe(job.key), describe_choice(job.candidates[0]), str(len(job.candidates))) for job in planned
+    )
+    rows = [dict(zip(headings, row, strict=True)) for row in cells]
+    console().print(table_of(rows, title=f"What would be timed on {where}"))
     timed = sum(len(job.candidates) for job in planned)
     words = f"{timed} candidates of {len(planned)} problems. Nothing was measured."
     console().print(words, highlight=False)
@@ -151,7 +152,7 @@ def _list(planned: Sequence[Job], where: str) -> None:
 def _measure(planned: Sequence[Job], device: torch.device, deadline: float | None) -> None:
     """Tune on the GPU here; exits 130 when interrupted and keeps the results so far."""
     # Here, because it imports Triton.
-    from ..tuning.measure import DeviceLostError, gpu_timer, keep, left
+    from ..tuning.measure import DeviceLostError, gpu_timer, left
     from ..tuning.measure import tune as measure
 
     if (obstacle := triton_obstacle(device)) is not None:
@@ -169,7 +170,8 @@ def _measure(planned: Sequence[Job], device: torch.device, deadline: float | Non
     except DeviceLostError as error:
         code, stopped = 1, str(error)
     found = keep(now).entries
-    console().print(_result_table(planned, found))
+    rows = [_row(job, found[job.key]) for job in planned if job.key in found]
+    console().print(table_of(rows, title="Heuristic against tuned, medians"))
     lines = [
         *_failures(planned, found),
         *(f"not done: {describe(key)}: {problem}" for key, problem in problems.items()),
@@ -183,29 +185,18 @@ def _measure(planned: Sequence[Job], device: torch.device, deadline: float | Non
         raise typer.Exit(code)
 
 
-def _result_table(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Table:
-    """The heuristic's and the tuned time of every problem that has an entry."""
-    table = Table(title="Heuristic against tuned, medians")
-    for heading in ("problem", "choice", "tried"):
-        table.add_column(heading)
-    for heading in ("heuristic µs", "tuned µs", "ratio"):
-        table.add_column(heading, justify="right")
-    for job in jobs:
-        entry = found.get(job.key)
-        if entry is None:
-            continue
-        best, default = winner(entry), entry.trial(job.default)
-        before = None if default is None else default.seconds
-        after = None if best is None else best.seconds
-        table.add_row(
-            describe(job.key),
-            "-" if best is None else describe_choice(best.choice),
-            f"{len(entry.trials)} of {len(job.candidates)}",
-            "-" if before is None else f"{before * 1e6:.1f}",
-            "-" if after is None else f"{after * 1e6:.1f}",
-            "-" if before is None or after is None else f"{after / before:.2f}",
-        )
-    return table
+def _row(job: Job, entry: Entry) -> dict[str, str]:
+    """The heuristic's and the tuned time of a problem, in microseconds."""
+    trials = entry.trial(job.candidates[0]), winner(entry)
+    before, after = (trial.seconds if trial else None for trial in trials)
+    return {
+        "problem": describe(job.key),
+        "choice": describe_choice(trials[1].choice) if trials[1] else "-",
+        "tried": f"{len(entry.trials)} of {len(job.candidates)}",
+        "heuristic µs": f"{before * 1e6:.1f}" if before else "-",
+        "tuned µs": f"{after * 1e6:.1f}" if after else "-",
+        "ratio": f"{after / before:.2f}" if before and after else "-",
+    }
 
 
 def _failures(jobs: Sequence[Job], found: Mapping[Key, Entry]) -> Iterator[str]:

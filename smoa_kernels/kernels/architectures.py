@@ -1,15 +1,17 @@
-"""One table of GPU architectures with their published limits; the architecture of a device.
+"""One table of GPU architectures with their published limits; the architecture of a device, and its identity.
 
 Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,10 +22,12 @@ from ..checks import first_line
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "Identity",
     "architecture",
     "assembler",
     "facts",
     "gpu_properties",
+    "identity",
     "multiprocessors",
 ]
 
@@ -99,8 +103,8 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Count a device's multiprocessors (compute units); 1 for the interpreter."""
-    return 1 if device.type == "cpu" else int(gpu_properties(device).multi_processor_count)
+    """Count a device's multiprocessors (compute units); 1 where there are none."""
+    return 1 if device.type != "cuda" else int(gpu_properties(device).multi_processor_count)
 
 
 @cache
@@ -114,6 +118,49 @@ def assembler(arch: str) -> str:
         if found := re.search(r"\bV([\d.]+)", get_ptxas_version(int(arch.removeprefix("sm_")))):
             return f"ptxas {found[1]}"
     return "ptxas of unknown version"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The GPU and the software that a choice was measured on. Elsewhere the choice is stale.
+
+    Attributes:
+        gpu: as the driver names it; "cpu" for Triton's interpreter.
+        capability: architecture as the compiler spells it, "sm_90" or "gfx942".
+        multiprocessors: a slice of a GPU has fewer than its name promises.
+        triton: its major and minor version.
+        source: hash of the kernels' source.
+    """
+
+    gpu: str
+    capability: str
+    multiprocessors: int
+    triton: str
+    source: str
+
+
+@cache
+def identity(device: torch.device) -> Identity:
+    """Return the identity of this process's GPU and software."""
+    import triton  # here, because tables can be read without Triton
+
+    return Identity(
+        "cpu" if device.type == "cpu" else gpu_properties(device).name,
+        architecture(device),
+        multiprocessors(device),
+        ".".join(triton.__version__.split(".")[:2]),
+        source_hash(),
+    )
+
+
+@cache
+def source_hash() -> str:
+    """Hash every file that may change the speed of a kernel or an algorithm."""
+    folder = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in (*sorted(folder.glob("*.py")), folder.parent / "backends" / "triton.py"):
+        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
 
 
 def gpu_properties(device: torch.device) -> Any:

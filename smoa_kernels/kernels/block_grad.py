@@ -230,9 +230,6 @@ def block_grad(
     parts: int,
     gathered: Callable[[int], tuple[Tensor, Tensor]],
     adapter: PackedAdapter,
-    *,
-    allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
@@ -245,9 +242,6 @@ def block_grad(
             If blocks consist of granules (`spec.granule_of`), they may be in their own order, (T_part, N) and
             (T_part, C). The last part is freed before the next is asked for. No T_part is larger than the first.
         adapter: weight, factors, partition, ranks and scaling.
-        allow_tf32: let float32 products round their operands to TF32. Under a half weight float32 factors are
-            contracted in bfloat16 parts instead, half factors in TF32, in which they are exact.
-        config: launch parameters; the tile must divide P_n and P_c.
     """
     A, B, partition = adapter.A, adapter.B, adapter.partition
     dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # torch parses numbers faster than a size
@@ -266,7 +260,7 @@ def block_grad(
             block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
         )
         strides = dyg.stride(), xg.stride()
-        launch, slots = _launch(layout, tokens, dyg.shape[0], widths, *strides, allow_tf32, config)
+        launch, slots = _launch(layout, tokens, dyg.shape[0], widths, *strides)
         if part == 0:
             width = partial_width(layout.rank)
             (slots_a, slots_b), (N, C) = slots, layout.features
@@ -290,16 +284,12 @@ def _launch(
     widths: tuple[int, int],
     dy_stride: Sequence[int],
     x_stride: Sequence[int],
-    allow_tf32: bool,
-    config: Config | None,
 ) -> tuple[Launch, tuple[int, int]]:
     """A part's launch, and its numbers of partials of dA and of dB, which depend on the first part's `tokens`."""
     padded_rows, padded_cols = widths
     dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
     config, precision = layout.choose(
         "block_grad",
-        config,
-        allow_tf32,
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,

@@ -132,8 +132,6 @@ def block_matmul(
     delta: Tensor,
     *,
     out: Tensor,
-    allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> Tensor:
     """Write `y[:, rows_k] = xg_k ΔW_kᵀ` of all blocks into `out`, every element once. Returns `out`.
 
@@ -145,13 +143,11 @@ def block_matmul(
             transposed adapter with its last two dimensions swapped.
         out: (T, N) for y in the layer's own order, or (T, K, P_n) for block order with zeros in padding; any
             strides and any float dtype.
-        allow_tf32: let float32 products round their operands to TF32.
-        config: launch parameters; the tile must divide P_n and P_c.
     """
     xg = xg if xg.stride(-1) == 1 else xg.contiguous()
     layout, pointers = described(adapter)
     strides = xg.stride(), delta.stride(), out.stride()
-    launch = _launch(layout, xg.shape[0], delta.shape[1:], *strides, allow_tf32, config)
+    launch = _launch(layout, xg.shape[0], delta.shape[1:], *strides)
     if out.numel():
         launch(x_ptr=xg, delta_ptr=delta, out_ptr=out, **pointers)
     return out
@@ -165,15 +161,11 @@ def _launch(
     x_stride: Sequence[int],
     delta_stride: Sequence[int],
     out_stride: Sequence[int],
-    allow_tf32: bool,
-    config: Config | None,
 ) -> Launch:
     padded_rows, padded_cols = widths
     in_place, natural, transposed = len(x_stride) == 2, len(out_stride) == 2, delta_stride[2] != 1
     config, precision = layout.choose(
         "block_matmul",
-        config,
-        allow_tf32,
         tokens=tokens,
         padded_out=padded_rows,
         padded_in=padded_cols,

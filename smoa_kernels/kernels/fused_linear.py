@@ -166,9 +166,6 @@ def fused_linear(
     x: Tensor,
     bias: Tensor | None,
     adapter: PackedAdapter,
-    *,
-    allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> Tensor:
     """`y = x W_effᵀ + bias` (T, N) in x's dtype, without forming W_eff or ΔW; `adapter.T` makes it dX.
 
@@ -176,15 +173,13 @@ def fused_linear(
         x: (T, C) in W0's dtype, any strides.
         bias: (N) contiguous, or None.
         adapter: weight and factors on x's device, ranks and scaling too.
-        allow_tf32: multiply float32 operands in TF32.
-        config: launch parameters.
     """
     T, N = x.shape[0], adapter.weight.shape[0]
     y = x.new_empty(T, N)
     if y.numel() == 0:
         return y
     layout, pointers = described(adapter)
-    launch = _launch(layout, T, x.stride(), bias is not None, allow_tf32, config)
+    launch = _launch(layout, T, x.stride(), bias is not None)
     parts = launch.config.split
     out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
     launch(x_ptr=x, bias_ptr=bias, out_ptr=out, **pointers)
@@ -199,14 +194,10 @@ def _launch(
     tokens: int,
     x_stride: Sequence[int],
     has_bias: bool,
-    allow_tf32: bool,
-    config: Config | None,
 ) -> Launch:
     rank = layout.rank
     config, precision = layout.choose(
         "fused_linear",
-        config,
-        allow_tf32,
         tokens=tokens,
         transposed=layout.transposed,
         factors=layout.factors,

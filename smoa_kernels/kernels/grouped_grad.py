@@ -163,9 +163,6 @@ def grouped_grad(
     x: Tensor,
     ends: Tensor,
     adapter: ExpertsAdapter,
-    *,
-    allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dA (E, ρ, C) and dB (E, N, ρ) in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
@@ -174,8 +171,6 @@ def grouped_grad(
         x: (P, C), sorted by expert, in W0's dtype.
         ends: int32 (E,), where the pairs of each expert end; the last is P.
         adapter: of the experts, on x's device.
-        allow_tf32: let float32 products round their operands to TF32. Under a half weight the contraction may always.
-        config: launch parameters.
     """
     A, B = adapter.A, adapter.B
     if A.numel() == 0 or B.numel() == 0:
@@ -185,7 +180,7 @@ def grouped_grad(
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     strides = dy.stride(0), x.stride(0)
-    for experts, parts, launch in _launches(layout, dy.shape[0], strides, allow_tf32, config):
+    for experts, parts, launch in _launches(layout, dy.shape[0], strides):
         some = dA[experts]
         partial_a = dy.new_zeros((len(some), parts, *some.shape[1:]), dtype=torch.float32)
         launch(dy_ptr=dy, x_ptr=x, ends_ptr=ends, partial_a_ptr=partial_a, db_ptr=dB, **pointers)
@@ -198,8 +193,6 @@ def _launches(
     layout: Layout,
     pairs: int,
     strides: tuple[int, int],
-    allow_tf32: bool,
-    config: Config | None,
 ) -> tuple[tuple[slice, int, Launch], ...]:
     """The launches; each takes as many experts as keep their partial results of dA below an eighth of W0's memory.
 
@@ -208,8 +201,6 @@ def _launches(
     N, experts = layout.features[0], layout.experts
     config, precision = layout.choose(
         "grouped_grad" if layout.granule > 1 else "grouped_grad_gathered",
-        config,
-        allow_tf32,
         **layout.experts_sizes(pairs),
     )
     tiles_n = tiles_of_segments(N, layout.num_blocks, config.block_n)

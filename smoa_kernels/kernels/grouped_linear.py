@@ -199,9 +199,6 @@ def grouped_linear(
     x: Tensor,
     ends: Tensor,
     adapter: ExpertsAdapter,
-    *,
-    allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> Tensor:
     """`y_p = x_p W_effᵀ` (P, N) with the W_eff of pair p's expert, in x's dtype; `adapter.T` makes it dX.
 
@@ -209,8 +206,6 @@ def grouped_linear(
         x: (P, C) sorted by expert, in W0's dtype.
         ends: int32 (E,), where the pairs of each expert end; the last is P.
         adapter: of the experts, on x's device.
-        allow_tf32: multiply float32 operands in TF32.
-        config: launch parameters.
     """
     layout, pointers = described(adapter)
     y = x.new_empty(x.shape[0], layout.features[0])
@@ -222,7 +217,7 @@ def grouped_linear(
     # Adapter and base apart where the adapter's part reads one number at a time.
     together = layout.granule > 1 or layout.num_blocks == 1
     for has_adapter, has_base in ((True, True),) if together else ((True, False), (False, True)):
-        launch = _launch(layout, x.shape[0], x.stride(0), has_adapter, has_base, allow_tf32, config)
+        launch = _launch(layout, x.shape[0], x.stride(0), has_adapter, has_base)
         launch(x_ptr=x, ends_ptr=ends, out_ptr=y, **pointers)
     return y
 
@@ -234,14 +229,10 @@ def _launch(
     stride_xp: int,
     adapter: bool,
     base: bool,
-    allow_tf32: bool,
-    config: Config | None,
 ) -> Launch:
     N = layout.features[0]
     config, precision = layout.choose(
         "grouped_linear" if base else "grouped_linear_gathered",
-        config,
-        allow_tf32,
         **layout.experts_sizes(pairs),
     )
     tiles_t = tiles_of_segments(pairs, layout.experts, config.block_t)

@@ -32,30 +32,38 @@ from ..checks import first_line
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import precision_of
+from ..definition.precision import PRECISIONS, gemm_is_ieee, precision_of
 from .common import input_precision
 from .spec import Config, granule_of
 from .table import select
 
-__all__ = ["Launch", "Layout", "described", "heard_by", "on_device", "short_way", "use_tritons_launcher"]
+__all__ = [
+    "Launch",
+    "Layout",
+    "Pointers",
+    "described",
+    "heard_by",
+    "on_device",
+    "short_way",
+    "use_tritons_launcher",
+]
 
 _STAY: AbstractContextManager[None] = nullcontext()
 _runtime: Any = knobs.runtime  # holds the hooks on launches
 
 
 class _Listener(threading.local):
-    hear: Callable[[str], object] | None = None
+    hear: Callable[[Launch, Pointers], object] | None = None
 
 
 _listener = _Listener()
 
 
 @contextmanager
-def heard_by(hear: Callable[[str], object]) -> Iterator[None]:
-    """Call `hear` with the form of each launch of this thread before it happens. Triton itself launches meanwhile.
+def heard_by(hear: Callable[[Launch, Pointers], object]) -> Iterator[None]:
+    """Call `hear` with each launch of this thread and its pointers before it happens. Triton itself launches meanwhile.
 
-    A form is a kernel, its compile-time arguments and options, and the dtypes of its pointers. If `hear` raises an
-    exception, the launch does not happen.
+    If `hear` returns something true or raises an exception, the launch does not happen.
     """
     _listener.hear = hear
     try:
@@ -105,7 +113,7 @@ class Layout(NamedTuple):
 
     Attributes:
         device: of all its tensors.
-        dtype: W0's, and the activations'.
+        precision: name of W0's and the activations' in `PRECISIONS`; torch's setting decides between TF32 and IEEE.
         experts: E; 0 for the adapter of one weight.
         features: N and C.
         rank: ρ.
@@ -117,7 +125,7 @@ class Layout(NamedTuple):
     """
 
     device: torch.device
-    dtype: torch.dtype
+    precision: str
     experts: int
     features: tuple[int, int]
     rank: int
@@ -137,21 +145,22 @@ class Layout(NamedTuple):
         """Whether W0 is read across its rows: its stride along C is not 1."""
         return self.strides[2 if self.experts else 1] != 1
 
-    def choose(self, kernel: str, config: Config | None, allow_tf32: bool, **sizes: Any) -> tuple[Any, str]:
-        """Return the launch parameters, chosen by :func:`table.select` if not given, and how float32 products round.
+    @property
+    def dtype(self) -> torch.dtype:
+        """W0's, and the activations'."""
+        return PRECISIONS[self.precision].dtype
+
+    def choose(self, kernel: str, **sizes: Any) -> tuple[Any, str]:
+        """Return the launch parameters by :func:`table.select`, and how float32 products round.
 
         Args:
             kernel: one of `KERNELS`.
-            config: the launch parameters, or None to choose them.
-            allow_tf32: let products of a float32 weight round their operands to TF32.
             sizes: further fields of `spec.Key`.
         """
-        precision = input_precision(self.dtype, allow_tf32=allow_tf32)
-        if config is None:
-            N, C = self.features
-            sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
-            config = select(kernel, self.device, self.dtype, precision, **sizes)
-        return config, precision
+        precision = input_precision(self.dtype, allow_tf32=self.precision == "tf32")
+        N, C = self.features
+        sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
+        return select(kernel, self.device, self.dtype, precision, **sizes), precision
 
     def experts_sizes(self, pairs: int) -> dict[str, Any]:
         """Fields of `spec.Key` for an adapter of experts. `tokens` is the average number of pairs of an expert."""
@@ -202,7 +211,7 @@ def _described(
         a = a.contiguous()
     layout = Layout(
         w.device,
-        w.dtype,
+        precision_of(w.dtype, ieee=gemm_is_ieee(w.dtype, "cuda")).name,
         experts[0] if experts else 0,
         (N, C),
         a.shape[-2],
@@ -270,7 +279,7 @@ class Launch:
         numbers: the kernel's other arguments; they come before those of `layout` and `config`.
     """
 
-    __slots__ = ("_forms", "_grid", "_kernel", "_numbers", "_pointers", "config")
+    __slots__ = ("_forms", "_grid", "_numbers", "_pointers", "config", "kernel")
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], config: Config, layout: Layout | None = None, **numbers: Any
@@ -280,7 +289,7 @@ class Launch:
         names = kernel.arg_names
         self._pointers = tuple(name for name in names if name.endswith("_ptr"))
         self._numbers = tuple(known[name] for name in names[len(self._pointers) :])
-        self._kernel, self._grid, self.config = kernel, (*grid, 1, 1)[:3], config
+        self.kernel, self._grid, self.config = kernel, (*grid, 1, 1)[:3], config
         self._forms: dict[tuple[object, ...], Form] = {}
 
     def __call__(self, **pointers: Tensor | None) -> None:
@@ -320,9 +329,9 @@ class Launch:
                 use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
             else:
                 return
-        if hear is not None:
-            hear(self._form(dtypes))
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self.config.options)
+        if hear is not None and hear(self, pointers):
+            return
+        compiled = self.kernel[self._grid](*tensors, *self._numbers, **self.config.options)
         # The interpreter compiles nothing.
         if not address & 15 and isinstance(compiled, CompiledKernel) and not short_way.obstacle:
             try:
@@ -330,11 +339,12 @@ class Launch:
             except AttributeError as error:
                 use_tritons_launcher(f"this Triton has another launcher ({error})")
 
-    def _form(self, dtypes: Sequence[torch.dtype | None]) -> str:
-        """The launch's form in words: all that the compiler is told, except values of single numbers."""
-        numbers = zip(self._kernel.arg_names[len(self._pointers) :], self._numbers, strict=True)
+    def form(self, pointers: Pointers) -> str:
+        """A launch's form: a kernel, the dtypes of its pointers, and its compile-time arguments and options."""
+        numbers = zip(self.kernel.arg_names[len(self._pointers) :], self._numbers, strict=True)
         constants = {name: value for name, value in numbers if name.isupper() and len(name) > 1}  # not sizes
         constants |= self.config.options
-        pointers = ",".join("none" if dtype is None else str(dtype)[6:] for dtype in dtypes)
+        tensors = (pointers[name] for name in self._pointers)
+        dtypes = ",".join("none" if tensor is None else str(tensor.dtype)[6:] for tensor in tensors)
         told = " ".join(f"{name}={value}" for name, value in constants.items())
-        return f"{self._kernel.__name__} {pointers} {told}"
+        return f"{self.kernel.__name__} {dtypes} {told}"

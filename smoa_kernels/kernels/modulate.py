@@ -105,38 +105,38 @@ def modulated_weight(
     adapter: PackedAdapter,
     *,
     out: Tensor | None = None,
-    allow_tf32: bool = False,
-    config: Config | None = None,
+    ieee: bool = False,
 ) -> Tensor:
     """W_eff (N, C) in W0's dtype and, unless `out` is given, in W0's memory order.
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
         out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
-        allow_tf32: let a float32 weight's rank product round its operands to TF32. Under a half weight float32
-            factors may always be, which is as fine as float16 and eight times finer than bfloat16.
-        config: launch parameters.
+        ieee: multiply the factors under a float32 weight in IEEE, even if torch multiplies in TF32. Under a half weight
+            float32 factors are rounded to TF32, which is as fine as float16 and eight times finer than bfloat16.
     """
     # The tile's last dimension is W0's contiguous one.
     if adapter.weight.stride(0) < adapter.weight.stride(1):
         turned = None if out is None else out.T
-        found = modulated_weight(adapter.T, out=turned, allow_tf32=allow_tf32, config=config)
+        found = modulated_weight(adapter.T, out=turned, ieee=ieee)
         return found.T if out is None else out
     if out is None:
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
     layout, pointers = described(adapter)
-    _weight_launch(layout, out.stride(), allow_tf32, config)(out_ptr=out, **pointers)
+    layout = layout._replace(precision="fp32") if ieee and layout.precision == "tf32" else layout
+    _weight_launch(layout, out.stride())(out_ptr=out, **pointers)
     return out
 
 
 @remembered
 def _weight_launch(
-    layout: Layout, out_stride: Sequence[int], allow_tf32: bool, config: Config | None
+    layout: Layout,
+    out_stride: Sequence[int],
 ) -> Launch:
     N, C = layout.features
-    config, precision = layout.choose("modulated_weight", config, allow_tf32, factors=layout.factors)
+    config, precision = layout.choose("modulated_weight", factors=layout.factors)
     return Launch(
         modulated_weight_kernel,
         (-(-N // config.block_n) * -(-C // config.block_c),),
@@ -237,34 +237,25 @@ def modulated_blocks_kernel(
 def modulated_blocks(
     adapter: PackedAdapter,
     widths: tuple[int, int],
-    *,
-    allow_tf32: bool = False,
-    config: Config | None = None,
 ) -> Tensor:
     """ΔW in block order, (K, P_n, P_c) in W0's dtype, zero in padding and in blocks of rank 0.
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
         widths: P_n and P_c, from :func:`padded_width`.
-        allow_tf32: as in :func:`modulated_weight`.
-        config: launch parameters.
     """
     layout, pointers = described(adapter)
     out = adapter.weight.new_empty(layout.num_blocks, *widths)
     if out.numel():
-        _blocks_launch(layout, widths, allow_tf32, config)(out_ptr=out, **pointers)
+        _blocks_launch(layout, widths)(out_ptr=out, **pointers)
     return out
 
 
 @remembered
-def _blocks_launch(
-    layout: Layout, widths: tuple[int, int], allow_tf32: bool, config: Config | None
-) -> Launch:
+def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> Launch:
     padded_rows, padded_cols = widths
     config, precision = layout.choose(
         "modulated_blocks",
-        config,
-        allow_tf32,
         padded_out=padded_rows,
         padded_in=padded_cols,
         granule=layout.granule,

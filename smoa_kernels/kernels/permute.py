@@ -92,7 +92,6 @@ def gather_columns(
     width: int,
     *,
     dropout: Dropout | None = None,
-    config: Config | None = None,
 ) -> Tensor:
     """Blocked copy (T, K, P) of x (T, C), zero in padding.
 
@@ -101,10 +100,9 @@ def gather_columns(
         partition: its blocks of columns are grouped; `partition.T` groups dY by rows of W0.
         width: P, from :func:`padded_width`.
         dropout: its mask multiplies the copy.
-        config: launch parameters.
     """
     blocked = x.new_empty(x.shape[0], len(partition.col_sizes), width)
-    _move(x, blocked, partition, False, dropout, config)
+    _move(x, blocked, partition, False, dropout)
     return blocked
 
 
@@ -114,13 +112,12 @@ def scatter_columns(
     out: Tensor,
     *,
     dropout: Dropout | None = None,
-    config: Config | None = None,
 ) -> Tensor:
     """Write blocked (T, K, P), contiguous, into out (T, C), any strides: every column once; padding is dropped.
 
     The adjoint of :func:`gather_columns` for the same partition and dropout. Returns `out`.
     """
-    _move(out, blocked, partition, True, dropout, config)
+    _move(out, blocked, partition, True, dropout)
     return out
 
 
@@ -130,13 +127,12 @@ def _move(
     partition: BlockPartition,
     scatter: bool,
     dropout: Dropout | None,
-    config: Config | None,
 ) -> None:
     if blocked.numel() == 0:
         return
     granule = granule_of(partition.granularity, partition.shape)
     mask = None if dropout is None else (dropout.column_offset, dropout.threshold, dropout.scale)
-    launch = _launch(x.device, x.dtype, x.shape[1], x.stride(), blocked.shape, granule, scatter, mask, config)
+    launch = _launch(x.device, x.dtype, x.shape[1], x.stride(), blocked.shape, granule, scatter, mask)
     launch(
         x_ptr=x,
         index_ptr=partition.col_index,
@@ -156,10 +152,9 @@ def _launch(
     granule: int,
     scatter: bool,
     mask: tuple[int, int, float] | None,
-    config: Config | None,
 ) -> Launch:
     tokens, num_blocks, width = blocked_shape
-    config = config or select(
+    config = select(
         "permute",
         device,
         dtype,

@@ -68,7 +68,6 @@ def sum_partials(
     *,
     bias: Tensor | None = None,
     transposed: bool = False,
-    config: Config | None = None,
 ) -> None:
     """Write `out = Σ_p partials[p, :, :N] + bias`.
 
@@ -77,9 +76,8 @@ def sum_partials(
         out: (M, N), or (N, M) if `transposed`, contiguous, any float dtype.
         bias: (N), contiguous.
         transposed: whether `out` is (N, M).
-        config: launch parameters.
     """
-    launch = _launch(out.device, out.dtype, partials.shape, out.shape, bias is not None, transposed, config)
+    launch = _launch(out.device, out.dtype, partials.shape, out.shape, bias is not None, transposed)
     launch(partials_ptr=partials, bias_ptr=bias, out_ptr=out)
 
 
@@ -91,10 +89,9 @@ def _launch(
     out_shape: Sequence[int],
     has_bias: bool,
     transposed: bool,
-    config: Config | None,
 ) -> Launch:
     (parts, M, width), N = shape, out_shape[0 if transposed else 1]
-    config = config or select("sum_partials", device, dtype, out_features=N, tokens=M)
+    config = select("sum_partials", device, dtype, out_features=N, tokens=M)
     block_n = min(power_of_two(width), 512)  # bounded, so that layers of many sizes share a compiled form
     block_m = config.block // block_n
     row_group = GRANULE if transposed and M % GRANULE == 0 else 1

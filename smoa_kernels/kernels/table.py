@@ -1,34 +1,37 @@
 """The tuning table: the launch parameters and algorithms that were measured fastest, on disk and in force.
 
+It also holds the verdicts on the kernels' forms (`backends/verified.py`).
+
 There is one JSON file per GPU: the user's in the cache folder, which comes first, and one that may ship with the
 package. If neither has measured a problem, the heuristic answers. An entry with another `Identity`, such as another
 GPU, stays in the file and is not used.
 
-A table never stops a run. A bad entry is skipped, and the others stay in force. A file that is not a table is ignored,
-and the next writer sets it aside (`tuning/measure.py`). Both are named in a warning and in `smoa-kernels info`.
+A table never stops a run. A bad entry is skipped. A file that is not a table is ignored, and the next writer sets it
+aside. Both are named in a warning and in `smoa-kernels info`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import re
-import stat
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
+from filelock import FileLock
 
 from .. import kernels
 from ..checks import check_choice, check_kind, shown
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, precision_of
-from ..files import cache_folder
-from .architectures import architecture, facts, gpu_properties, multiprocessors
+from ..files import cache_folder, replace_file
+from .architectures import Identity, architecture, facts, identity, multiprocessors
 from .spec import ALGORITHM_KEYS, Config, Key, bucket
 
 __all__ = [
@@ -38,22 +41,20 @@ __all__ = [
     "UNFINISHED",
     "Choice",
     "Entry",
-    "Identity",
     "Table",
     "Trial",
+    "answered",
+    "fastest",
     "forget",
-    "identity",
-    "parse",
+    "keep",
     "read",
     "remembered",
     "select",
-    "tuned_algorithm",
     "user_table",
 ]
 
 SCHEMA = 2
 SHIPPED = Path(__file__).resolve().parent / "tables"
-MOST_BYTES = 16 * 2**20  # thousands of entries
 
 Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm."""
@@ -119,25 +120,35 @@ def select(
     return _selected(Key(kernel, name, tokens=seen, **sizes), device)
 
 
+@contextmanager
+def answered(answer: Callable[[Key], Choice | None]) -> Iterator[None]:
+    """Ask `answer` for each choice meanwhile; where it gives None, the tables and the heuristic answer."""
+    global _answer
+    before, _answer = _answer, answer
+    forget()
+    try:
+        yield
+    finally:
+        _answer = before
+        forget()
+
+
+_answer: Callable[[Key], Choice | None] | None = None
+
+
 @remembered
 def _selected(key: Key, device: torch.device) -> Choice:
     default = kernels.KERNELS[key.kernel].default
-    return _fastest(key, device) or default(key, architecture(device), multiprocessors(device))
+    return fastest(key, device) or default(key, architecture(device), multiprocessors(device))
 
 
-def tuned_algorithm(key: Key, device: torch.device, allowed: Sequence[str]) -> str | None:
-    """Return the algorithm measured fastest among `allowed`; None if none was measured. The result is not cached.
+def fastest(key: Key, device: torch.device, allowed: Sequence[Choice] | None = None) -> Choice | None:
+    """Return the fastest choice, among `allowed` if given; None if none was measured. The result is not cached.
 
-    Args:
-        key: the problem; its `kernel` is one of `spec.ALGORITHM_KEYS`.
-        device: of the operands.
-        allowed: the algorithms whose rounding the caller accepts.
+    It is that of the first entry that timed one, the user's before the shipped one.
     """
-    return _fastest(key, device, allowed)  # type: ignore[return-value]  # choices of such a key are algorithms
-
-
-def _fastest(key: Key, device: torch.device, allowed: Sequence[str] | None = None) -> Choice | None:
-    """The fastest choice of the first entry that timed something allowed, the user's before the shipped one."""
+    if _answer is not None and (answer := _answer(key)) is not None:
+        return answer
     best = (table.entries[key].best(allowed) for table in _tables(device) if key in table.entries)
     return next((trial.choice for trial in best if trial is not None), None)
 
@@ -153,52 +164,6 @@ def _tables(device: torch.device) -> tuple[Table, ...]:
         elif table.skipped:
             warnings.warn(f"tuning table {path}: {table.reasons()}; the others are in force", stacklevel=2)
     return tables
-
-
-# Identity
-
-
-@dataclass(frozen=True)
-class Identity:
-    """The GPU and the software that a choice was measured on. Elsewhere the choice is stale.
-
-    Attributes:
-        gpu: as the driver names it; "cpu" for Triton's interpreter.
-        capability: architecture as the compiler spells it, "sm_90" or "gfx942".
-        multiprocessors: a slice of a GPU has fewer than its name promises.
-        triton: its major and minor version.
-        source: hash of the kernels' source.
-    """
-
-    gpu: str
-    capability: str
-    multiprocessors: int
-    triton: str
-    source: str
-
-
-@cache
-def identity(device: torch.device) -> Identity:
-    """Return the identity of this process's GPU and software."""
-    import triton  # here, because tables can be read without Triton
-
-    return Identity(
-        "cpu" if device.type == "cpu" else gpu_properties(device).name,
-        architecture(device),
-        multiprocessors(device),
-        ".".join(triton.__version__.split(".")[:2]),
-        source_hash(),
-    )
-
-
-@cache
-def source_hash() -> str:
-    """Hash every file that may change the speed of a kernel or an algorithm."""
-    folder = Path(__file__).resolve().parent
-    digest = hashlib.sha256()
-    for path in (*sorted(folder.glob("*.py")), folder.parent / "backends" / "triton.py"):
-        digest.update(path.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()[:16]
 
 
 # Entries
@@ -267,11 +232,13 @@ class Entry:
         for name, default in Key._field_defaults.items():
             check_kind(name, getattr(key, name), type(default))
         trials = tuple(
-            Trial(_choice(key, identity, t["choice"]), _seconds(t.get("seconds")), t.get("reason"))
+            Trial(_choice(key, identity, t["choice"]), t.get("seconds"), t.get("reason"))
             for t in data["trials"]
         )
         for trial in trials:
             check_kind("reason", trial.reason, str if trial.seconds is None else type(None))
+            if trial.seconds is not None and not 0 < trial.seconds <= sys.float_info.max:
+                raise ValueError(f"seconds must be positive and finite, got {shown(trial.seconds)}")
         entry = cls(key, identity, trials)
         if entry.to_json() != data:
             raise ValueError("a field is unknown, or of another type")
@@ -290,13 +257,6 @@ def _choice(key: Key, identity: Identity, data: Any) -> Choice:
     raise ValueError(f"choice must be a configuration that ships and divides the layout, got {shown(data)}")
 
 
-def _seconds(value: Any) -> float | None:
-    if value is not None and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
-        raise ValueError(f"seconds must be positive and finite, got {shown(value)}")
-    seconds: float | None = value
-    return seconds
-
-
 @dataclass
 class Table:
     """The contents of a table's file.
@@ -305,10 +265,12 @@ class Table:
         entries: the entries in force, by problem.
         stale: entries with another identity, as they were read. They stay in the file.
         skipped: for each bad entry the reason, and the entry as it was read. They stay in the file too.
+        verdicts: by versions of the software, for each form the reason why it is refused; empty if it is verified.
         broken: why the file is not a table; empty if it is one.
     """
 
     entries: dict[Key, Entry] = field(default_factory=dict)
+    verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
     stale: list[Any] = field(default_factory=list)
     skipped: list[tuple[str, Any]] = field(default_factory=list)
     broken: str = ""
@@ -336,30 +298,20 @@ def read(path: Path, now: Identity) -> Table:
         now: the identity that entries must have to be in force.
     """
     try:
-        return parse(path, now)
-    except OSError as error:
-        return Table(broken=f"cannot be read: {error}")
-
-
-def parse(path: Path, now: Identity) -> Table:
-    """Read a table as :func:`read` does; raise an OSError if the file cannot be read."""
-    try:
-        found = path.stat()
+        data = json.loads(path.read_bytes())
     except FileNotFoundError:
         return Table()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{path} is not a file")  # reading a pipe would wait for its writer
-    if found.st_size > MOST_BYTES:
-        return Table(broken=f"holds {found.st_size} bytes, more than any table ({MOST_BYTES})")
-    try:
-        data = json.loads(path.read_bytes())
+    except OSError as error:
+        return Table(broken=f"cannot be read: {error}")
     except (ValueError, RecursionError) as error:
         return Table(broken=f"is not JSON ({error})")
     if not isinstance(data, dict) or not isinstance(data.get("entries"), list):
         return Table(broken="is not a table of smoa-kernels")
     if data.get("schema") != SCHEMA:
         return Table(broken=f"has schema {shown(data.get('schema'))}, this version knows {SCHEMA}")
-    table = Table()
+    table = Table(verdicts=data.get("verdicts", {}))
+    if not isinstance(table.verdicts, dict) or not all(isinstance(f, dict) for f in table.verdicts.values()):
+        return Table(broken="holds no verdicts by versions")
     for number, raw in enumerate(data["entries"], start=1):
         try:
             if raw["identity"] == asdict(now):
@@ -373,3 +325,50 @@ def parse(path: Path, now: Identity) -> Table:
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             table.skipped.append((f"entry {number}: {why}"[:300], raw))
     return table
+
+
+def keep(
+    now: Identity,
+    key: Key | None = None,
+    *trials: Trial,
+    verdicts: Mapping[str, dict[str, str]] | None = None,
+) -> Table:
+    """Add to the user's table; return the table.
+
+    Writers hold a lock, read the file again, add their results and replace it in one step: two of them lose nothing,
+    and a reader never sees half a file. Entries that are skipped stay in the file, because another version may know
+    them. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
+
+    Args:
+        now: the identity of GPU and software of the trials.
+        key: the problem of the trials, which are in force from now on; None adds none.
+        trials: see :meth:`Entry.add`.
+        verdicts: see :class:`Table`.
+
+    Raises:
+        OSError: the folder cannot be written to, or another process holds the lock for a minute.
+    """
+    path = user_table(now.gpu)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
+        found = read(path, now)
+        if found.broken.startswith("cannot be read"):
+            raise OSError(found.broken)
+        if found.broken:
+            number = 1
+            while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
+                number += 1
+            os.replace(path, aside)
+            warnings.warn(f"tuning table {path} {found.broken}; set aside as {aside.name}", stacklevel=2)
+            found = Table()
+        if key is not None:
+            found.entries[key] = found.entries.get(key, Entry(key, now)).add(*trials)
+        for versions, forms in (verdicts or {}).items():
+            found.verdicts[versions] = found.verdicts.get(versions, {}) | forms
+        entries = [entry.to_json() for entry in found.entries.values()]
+        entries += found.stale + [raw for _, raw in found.skipped]
+        data = {"schema": SCHEMA, "entries": entries, "verdicts": found.verdicts}
+        replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
+    if verdicts is None:
+        forget()
+    return found

@@ -6,9 +6,7 @@ achieves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 __all__ = ["GPUS", "Gpu", "Rates"]
 
@@ -65,7 +63,7 @@ class Gpu:
         return Rates(flops, _ACHIEVED_MEMORY * self.memory_tbps * 1e12, _START_SECONDS)
 
 
-_PUBLISHED = (
+_ALL = (
     Gpu("h100", (989, 495, 67, 67), 3.35, 132, "sm_90", 80),
     Gpu("h200", (989, 495, 67, 67), 4.8, 132, "sm_90", 141),
     Gpu("a100", (312, 156, 19.5, 19.5), 2.04, 108, "sm_80", 80),
@@ -76,6 +74,5 @@ _PUBLISHED = (
     Gpu("rtx5090", (210, 105, 105, 1.64), 1.792, 170, "sm_120", 32),
     Gpu("mi300x", (1307, 654, 163, 163), 5.3, 304, "gfx942", 192),
 )
-
-GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _PUBLISHED})
+GPUS = {gpu.name: gpu for gpu in _ALL}
 """By name."""

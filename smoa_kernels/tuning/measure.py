@@ -7,39 +7,34 @@ tried again: it is saved as unfinished before it runs, and its result replaces t
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from ..checks import first_line
 from ..definition.precision import PRECISIONS
-from ..files import replace_file
-from ..kernels import table
-from ..kernels.launch import on_device
-from ..kernels.spec import Key
-from ..kernels.table import INTERRUPTED, SCHEMA, UNFINISHED, Choice, Entry, Identity, Table, Trial, identity
-from .plan import Job
-from .workloads import WORKLOADS, Operands
+from ..kernels import KERNELS
+from ..kernels.architectures import identity
+from ..kernels.launch import Launch, Pointers, heard_by, on_device
+from ..kernels.spec import ALGORITHM_KEYS, Key
+from ..kernels.table import INTERRUPTED, UNFINISHED, Choice, Entry, Trial, answered, keep
+from .passes import passes
+from .plan import Job, multiplied_in
 
 __all__ = [
     "DeviceLostError",
     "Timer",
     "Workload",
     "gpu_timer",
-    "keep",
     "left",
     "tune",
     "workload",
@@ -137,7 +132,7 @@ def tune(
             continue
         try:
             with on_device(device):
-                entry = _tune_one(job, entry, workload(job.key, device), timer, deadline, progress)
+                entry = _tune_one(job, entry, workload(job, device), timer, deadline, progress)
         except DeviceLostError:
             raise
         except Exception as error:  # for example operands that do not fit in memory: go on with other jobs
@@ -161,7 +156,7 @@ def _tune_one(
     deadline: float | None,
     progress: Callable[[], object],
 ) -> Entry:
-    with load.precision():
+    with multiplied_in(load.precision):
         load.prepare()
     for choice in left(job, entry):
         if deadline is not None and time.monotonic() >= deadline:
@@ -185,9 +180,10 @@ def _tune_one(
 
 def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
     try:
-        with load.precision(), ended_if_it_hangs(choice, HANGS_SECONDS):
-            load.check(choice)
-            return Trial(choice, seconds=timer(choice, lambda: load.run(choice)))
+        with multiplied_in(load.precision), ended_if_it_hangs(choice, HANGS_SECONDS):
+            results, again = load.run(choice)
+            load.check(results)
+            return Trial(choice, seconds=timer(choice, again))
     except Exception as error:  # any error of a compiler or driver is a result of this choice
         return Trial(choice, reason=_reason(error))
 
@@ -217,45 +213,34 @@ class Workload:
     """One key's operands and the computations on them.
 
     Attributes:
-        key: the problem.
-        run: launches with a choice and returns the results.
-        defined: the same by the definition, with the operands in a dtype.
+        precision: of the operands, one of `precision.KERNEL_PRECISIONS`.
+        run: runs with a choice; returns the results, and what is timed.
+        defined: the results by the definition, with the operands in a dtype.
     """
 
-    key: Key
-    run: Callable[[Any], Sequence[Tensor]]
+    precision: str
+    run: Callable[[Choice], tuple[Sequence[Tensor], Callable[[], object]]]
     defined: Callable[[torch.dtype], Sequence[Tensor]]
 
     def prepare(self) -> None:
         """Compute the expected results, once; this needs more memory than any choice."""
         _ = self._expected
 
-    def check(self, choice: Any) -> None:
-        """Run once and compare.
+    def check(self, results: Sequence[Tensor]) -> None:
+        """Compare.
 
         Raises:
             WrongNumbersError: naming the error and what was allowed.
         """
-        for value, truth, allowed in zip(self.run(choice), *self._expected, strict=True):
+        for value, truth, allowed in zip(results, *self._expected, strict=True):
             error = _relative(value.double(), truth)
             if not error <= allowed:
                 raise WrongNumbersError(f"wrong numbers: relative error {error:.1e}, at most {allowed:.1e}")
 
-    @contextmanager
-    def precision(self) -> Iterator[None]:
-        """Let PyTorch multiply float32 as the key says: in TF32 or in IEEE."""
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "tf32" if self.key.dtype == "tf32" else "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
-
     @cached_property
     def _expected(self) -> tuple[Sequence[Tensor], Sequence[float]]:
         exact = self.defined(torch.float64)
-        precision = PRECISIONS[self.key.dtype]
+        precision = PRECISIONS[self.precision]
         same = self.defined(precision.dtype)
         budgets = [2 * _relative(s.double(), t) + precision.floor for s, t in zip(same, exact, strict=True)]
         return exact, budgets
@@ -267,45 +252,30 @@ def _relative(value: Tensor, truth: Tensor) -> float:
     return error / norm if norm else error
 
 
-def workload(key: Key, device: torch.device) -> Workload:
-    """The workload of a key on `device`, the same at each call."""
-    form = "contiguous" if key.granule > 1 else ""  # blocks of granules mostly are contiguous
-    return Workload(key, *WORKLOADS[key.kernel](Operands(key, form, device)))
+def workload(job: Job, device: torch.device) -> Workload:
+    """The operation that looks a job's key up, on operands that are the same at each call.
 
-
-# Storing
-
-
-def keep(now: Identity, key: Key | None = None, *trials: Trial) -> Table:
-    """Add trials of a problem to the user's table, in force from now on; return the table.
-
-    Writers hold a lock, read the file again, add their results and replace it in one step: two of them lose nothing,
-    and a reader never sees half a file. Entries that are skipped stay in the file, because another version may know
-    them. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
-
-    Args:
-        now: the identity of GPU and software of the trials.
-        key: the problem; None adds nothing.
-        trials: see :meth:`Entry.add`.
-
-    Raises:
-        OSError: the folder cannot be written to, or another process holds the lock for a minute.
+    An algorithm's key times the whole operation, and so does one of experts, whose partial results torch adds. Another
+    kernel's key times its launches alone, and those that add its partial results.
     """
-    path = table.user_table(now.gpu)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
-        found = table.parse(path, now)
-        if found.broken:
-            number = 1
-            while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
-                number += 1
-            os.replace(path, aside)
-            warnings.warn(f"tuning table {path} {found.broken}; set aside as {aside.name}", stacklevel=2)
-            found = Table()
-        if key is not None:
-            found.entries[key] = found.entries.get(key, Entry(key, now)).add(*trials)
-        entries = [entry.to_json() for entry in found.entries.values()]
-        entries += found.stale + [raw for _, raw in found.skipped]
-        replace_file(path, f"{json.dumps({'schema': SCHEMA, 'entries': entries}, indent=1)}\n".encode())
-    table.forget()
-    return found
+    operation = passes(job.layer, device)[job.operation]
+    whole = job.key.kernel in ALGORITHM_KEYS or job.layer.experts > 0
+    timed = () if whole else (KERNELS[job.key.kernel].fn, KERNELS["sum_partials"].fn)
+
+    def run(choice: Choice) -> tuple[Sequence[Tensor], Callable[[], object]]:
+        launches: list[Callable[[], object]] = []
+
+        def answer(key: Key) -> Choice | None:
+            other = job.algorithm if key.kernel in ALGORITHM_KEYS else None
+            return choice if key == job.key else other
+
+        def hear(launch: Launch, pointers: Pointers) -> None:
+            if launch.kernel in timed:
+                launches.append(partial(launch, **pointers))
+
+        with answered(answer), heard_by(hear):
+            results = operation.run()
+        again = partial(run, choice) if whole else lambda: [launch() for launch in launches]
+        return results, again
+
+    return Workload(job.layer.precision, run, operation.defined)

@@ -1,12 +1,8 @@
-"""Shapes of the linear layers of public models, and of a model on disk, from its `config.json`.
-
-Source of the table: the `config.json` that each model's authors publish beside its weights.
-"""
+"""Shapes of the linear layers of public models, as their authors publish them, and of a model on disk."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,15 +41,14 @@ class Decoder:
         return self.heads * dim, self.kv_heads * dim
 
     @property
-    def shapes(self) -> tuple[tuple[int, int], ...]:
-        """Distinct (out_features, in_features): query, key and value, output, gate and up, down."""
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(out_features, in_features) of query, key, value, output, gate, up and down."""
         hidden, inner, (query, key) = self.hidden, self.intermediate, self.widths
-        return tuple(
-            dict.fromkeys(((query, hidden), (key, hidden), (hidden, query), (inner, hidden), (hidden, inner)))
-        )
+        attention = (query, hidden), (key, hidden), (key, hidden), (hidden, query)
+        return *attention, (inner, hidden), (inner, hidden), (hidden, inner)
 
 
-MODELS: Mapping[str, Decoder] = {
+MODELS = {
     "llama-3-8b": Decoder(4096, 14336, 32, 8, layers=32, vocabulary=128256),
     "llama-3-70b": Decoder(8192, 28672, 64, 8, layers=80, vocabulary=128256),
     "llama-3-405b": Decoder(16384, 53248, 128, 8, layers=126, vocabulary=128256),
@@ -81,19 +76,14 @@ def read_config(path: Path) -> Decoder:
     except (OSError, RecursionError, ValueError) as error:
         raise ValueError(f"--from-model must be a config.json or its folder, got {path}: {error}") from error
     data = data.get("text_config", data) if isinstance(data, dict) else {}
-    heads = _size(file, data, "num_attention_heads")
-    return Decoder(
-        hidden=_size(file, data, "hidden_size"),
-        intermediate=_size(file, data, "intermediate_size"),
-        heads=heads,
-        kv_heads=_size(file, data, "num_key_value_heads", heads),
-        head_dim=_size(file, data, "head_dim", 0) or None,
-    )
 
+    def size(name: str, default: int | None = None) -> int:
+        value = data.get(name)
+        value = default if value is None else value
+        if type(value) is not int or value < 0 or (value == 0 and default != 0):
+            raise ValueError(f"{file} must give a positive {name}, got {value!r}")
+        return value
 
-def _size(file: Path, data: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = data.get(name)
-    value = default if value is None else value
-    if type(value) is not int or value < 0 or (value == 0 and default != 0):
-        raise ValueError(f"{file} must give a positive {name}, got {value!r}")
-    return value
+    heads = size("num_attention_heads")
+    key_heads, head_dim = size("num_key_value_heads", heads), size("head_dim", 0) or None
+    return Decoder(size("hidden_size"), size("intermediate_size"), heads, key_heads, head_dim)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
 
 from .. import kernels
 from ..backends import MOST_TRITON_RANKS
@@ -11,87 +14,24 @@ from ..backends.algorithms import admissible, choose_algorithm
 from ..checks import check_choice, check_count
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.architectures import facts
-from ..kernels.spec import ALGORITHM_KEYS, GRANULE, Key, bucket
-from ..kernels.table import Choice, Entry, Trial
-from .roofline import Problem, gradient_parts
+from ..kernels.spec import ALGORITHM_KEYS, Key, bucket
+from ..kernels.table import Choice, Entry, Trial, answered
+from .roofline import Problem
 
 __all__ = [
     "Job",
+    "candidates",
     "check_layer",
     "describe",
     "describe_choice",
-    "job",
     "jobs",
-    "keys",
+    "multiplied_in",
     "tunable",
     "winner",
 ]
 
 # Far above the tokens at which the fused kernel can win, so beyond them its launch parameters do not matter.
 MOST_FUSED_TOKENS = 1024
-
-
-def keys(layer: Problem) -> Iterator[Key]:
-    """The keys that one training step of a layer looks up, with and without dropout."""
-    return _experts_keys(layer) if layer.experts else _layer_keys(layer)
-
-
-def _layer_keys(layer: Problem) -> Iterator[Key]:
-    n, c, t = layer.out_features, layer.in_features, bucket(layer.tokens)
-    blocks, parts = layer.num_blocks, gradient_parts(layer)
-    rows, cols = (layer.padded(features) // blocks for features in (n, c))
-    common = (layer.precision, layer.max_rank, blocks)
-    # Copying kernels distinguish dtypes, not how float32 is multiplied.
-    copied = "fp32" if layer.precision == "tf32" else layer.precision
-    granule = GRANULE if layer.in_place else 1
-    yield Key("modulated_weight", *common, n, c, factors=layer.factors)
-    yield Key("modulated_blocks", *common, n, c, 0, rows, cols, granule=granule, factors=layer.factors)
-    yield Key("permute", copied, 0, blocks, 0, c, t, 0, cols, granule=granule, dropout=True)
-    if granule == 1:
-        yield Key("permute", copied, 0, blocks, 0, c, t, 0, cols)
-        yield Key("permute", copied, 0, blocks, 0, n, t, 0, rows)
-        for tokens in dict.fromkeys(map(bucket, parts)):
-            yield Key("permute", copied, 0, blocks, 0, c, tokens, 0, cols)
-            yield Key("permute", copied, 0, blocks, 0, n, tokens, 0, rows)
-    yield Key("block_matmul", *common, n, c, t, rows, cols, granule=granule)
-    yield Key("block_matmul", *common, c, n, t, cols, rows, True, granule=granule)
-    if t <= MOST_FUSED_TOKENS:
-        yield Key("fused_linear", *common, n, c, t, factors=layer.factors)
-        yield Key("fused_linear", *common, c, n, t, transposed=True, factors=layer.factors)
-        for features in (n, c):
-            yield Key("sum_partials", copied, out_features=features, tokens=t)
-    for tokens in dict.fromkeys((t, bucket(parts[0]))):
-        yield Key("block_grad", *common, n, c, tokens, rows, cols, granule=granule, factors=layer.factors)
-    if granule > 1:  # dropout makes a copy of x, which else is read in place
-        yield Key("block_matmul", *common, n, c, t, rows, cols, granule=granule, dropout=True)
-        factors = layer.factors
-        yield Key("block_grad", *common, n, c, t, rows, cols, granule=granule, factors=factors, dropout=True)
-    for features in (n, c):
-        yield Key("sum_partials", layer.factors, out_features=layer.max_rank, tokens=bucket(features))
-    for stage in ALGORITHM_KEYS:
-        yield Key(stage, *common, n, c, t, granule=granule, factors=layer.factors)
-
-
-def _experts_keys(layer: Problem) -> Iterator[Key]:
-    """Keys of experts' kernels, with an expert's average pairs as tokens. Single coordinates take the gathered forms.
-
-    W0 may be stored along either side: models store their experts as (E, N, C) or as (E, C, N).
-    """
-    n, c, each = layer.out_features, layer.in_features, bucket(-(-layer.tokens // layer.experts))
-    granule = GRANULE if layer.in_place else 1
-    products = ["grouped_linear"]
-    if granule == 1 and layer.num_blocks > 1:
-        products.append("grouped_linear_gathered")
-    for transposed in (False, True):
-
-        def key(kernel: str, rows: int, cols: int, turned: bool) -> Key:
-            common = layer.precision, layer.max_rank, layer.num_blocks, rows, cols, each
-            return Key(kernel, *common, transposed=turned, granule=granule, factors=layer.factors)
-
-        for kernel in products:
-            yield key(kernel, n, c, transposed)
-            yield key(kernel, c, n, not transposed)
-        yield key("grouped_grad" if granule > 1 else "grouped_grad_gathered", n, c, transposed)
 
 
 def tunable() -> tuple[str, ...]:
@@ -106,19 +46,20 @@ class Job:
     Attributes:
         key: the problem.
         candidates: the choice that runs without a table, then the others.
+        layer: whose step looks the key up.
+        operation: one of :func:`passes`, the first that does.
+        algorithm: that "auto" must choose there; empty where it has no choice.
     """
 
     key: Key
     candidates: tuple[Choice, ...]
-
-    @property
-    def default(self) -> Choice:
-        """The choice that runs without a table."""
-        return self.candidates[0]
+    layer: Problem
+    operation: str
+    algorithm: str
 
 
 def jobs(layers: Sequence[Problem], arch: str, multiprocessors: int, names: Sequence[str] = ()) -> list[Job]:
-    """One job for each distinct key of the layers, kernels before the algorithms that use them.
+    """One job for each distinct key that a training step looks up, kernels before the algorithms that use them.
 
     Args:
         layers: the layers to be trained.
@@ -129,15 +70,53 @@ def jobs(layers: Sequence[Problem], arch: str, multiprocessors: int, names: Sequ
     Raises:
         ValueError: no layer asks for one of `names`.
     """
-    asked = dict.fromkeys(key for layer in layers for key in keys(layer))
-    found = [key for key in asked if not names or key.kernel in names]
-    if absent := set(names) - {key.kernel for key in found}:
+    found: dict[Key, Job] = {}
+    for layer in layers:
+        most = bucket(layer.tokens)
+        # The backward cuts batches of other lengths into other parts.
+        for tokens in dict.fromkeys((most, layer.tokens, most // 2 + 1)):
+            for job in _asked(replace(layer, tokens=tokens), arch, multiprocessors):
+                found.setdefault(job.key, job)
+    asked = [job for key, job in found.items() if not names or key.kernel in names]
+    if absent := set(names) - {job.key.kernel for job in asked}:
         raise ValueError(
             f"no layer asks for {', '.join(sorted(absent))}: grouped kernels are those of layers with experts, the "
             f"gathered ones of blocks without granules, fused_linear is for at most {MOST_FUSED_TOKENS} tokens"
         )
-    ordered = sorted(found, key=lambda key: key.kernel in ALGORITHM_KEYS)
-    return [job(key, arch, multiprocessors) for key in ordered]
+    return sorted(asked, key=lambda job: job.key.kernel in ALGORITHM_KEYS)
+
+
+def _asked(layer: Problem, arch: str, multiprocessors: int) -> list[Job]:
+    """Jobs for the keys that a step looks up: it runs by every algorithm, without data, and launches nothing."""
+    from ..kernels.launch import heard_by
+    from .passes import passes
+
+    found: list[Job] = []
+    for operation, one in passes(layer, torch.device("meta")).items():
+        for algorithm in ALGORITHM_KEYS.get(operation, ("",)):
+            if algorithm == "eager" or (algorithm == "fused" and layer.tokens > MOST_FUSED_TOKENS):
+                continue
+
+            def answer(key: Key, operation: str = operation, algorithm: str = algorithm) -> Choice:
+                tried = candidates(key, arch, multiprocessors)
+                found.append(Job(key, tried, layer, operation, algorithm))
+                return algorithm if key.kernel in ALGORITHM_KEYS else tried[0]
+
+            with multiplied_in(layer.precision), answered(answer), heard_by(lambda *_: True):
+                one.run()
+    return found
+
+
+@contextmanager
+def multiplied_in(precision: str) -> Iterator[None]:
+    """Let PyTorch multiply float32 as one of `precision.KERNEL_PRECISIONS` says: in TF32 or in IEEE."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def check_layer(layer: Problem) -> None:
@@ -157,15 +136,15 @@ def check_layer(layer: Problem) -> None:
         )
 
 
-def job(key: Key, arch: str, multiprocessors: int) -> Job:
-    """The candidates of one key: every algorithm, or a kernel's shipped configurations that divide the layout."""
+def candidates(key: Key, arch: str, multiprocessors: int) -> tuple[Choice, ...]:
+    """Every algorithm, or a kernel's shipped configurations that divide the layout; first what runs without a table."""
     if key.kernel in ALGORITHM_KEYS:
         default: Choice = choose_algorithm(key.kernel, key.tokens, key.rank, key.dtype, arch)
-        return Job(key, tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel]))))
+        return tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel])))
     kernel = kernels.KERNELS[key.kernel]
     ships = kernel.shipped(facts(arch), PRECISIONS[key.dtype])
     default = kernel.default(key, arch, multiprocessors)
-    return Job(key, tuple(dict.fromkeys((default, *(c for c in ships if kernel.fits(c, key))))))
+    return tuple(dict.fromkeys((default, *(c for c in ships if kernel.fits(c, key)))))
 
 
 # Names for readers, on the command line and on a bring-up's page

@@ -3,8 +3,8 @@
 A way to run the layer is a list of parts, one for each kernel that a GPU would run, counted by the same rules for all:
 
 - A matrix product (m, k)·(k, n) costs 2·m·k·n flops, reads each operand once and writes its result once.
-- An elementwise pass reads each of its inputs and writes each of its outputs once. Eager layers are counted as their
-  authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
+- An elementwise pass reads each of its inputs and writes each of its outputs once; its flops do not count. Eager layers
+  are counted as their authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
 - A GEMM that accumulates onto its output reads that output after its last multiplication, as a part of its own.
 - Blocks of scattered coordinates spread over all of W0, so reading them moves all of it. Blocks of whole granules of 8
   move only themselves.
@@ -19,12 +19,11 @@ slowdown of kernels that are bound by both arithmetic and memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from ..backends import algorithms
-from ..backends.algorithms import FUSED_MAX_RANK
 from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE
 from .gpus import Gpu, Rates
@@ -70,11 +69,6 @@ class Problem:
     factors: str = "fp32"
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a number of x and W0."""
-        return PRECISIONS[self.precision].dtype.itemsize
-
-    @property
     def features(self) -> tuple[int, int]:
         """N and C."""
         return self.out_features, self.in_features
@@ -85,23 +79,15 @@ class Problem:
         return math.ceil(self.rank / self.num_blocks)
 
     @property
-    def weight_elements(self) -> int:
-        """N·C."""
-        return self.out_features * self.in_features
-
-    @property
     def in_place(self) -> bool:
         """Whether kernels read x and dY in place: N, C and all blocks consist of whole granules of `GRANULE`."""
         together = self.num_blocks == 1 or self.granule % GRANULE == 0
         return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
 
-    def padded(self, features: int) -> int:
-        """Width of the padded block-major layout of N or C coordinates that are cut evenly."""
-        return algorithms.padded(features, self.num_blocks)
-
-    def gathers(self, features: int) -> bool:
-        """Whether kernels read N or C coordinates from a copy in the padded block-major layout."""
-        return not self.in_place and (self.num_blocks > 1 or self.padded(features) != features)
+    def copied(self, features: int) -> int:
+        """Width of the block-major copy that kernels read N or C coordinates from; 0 where they read in place."""
+        width = algorithms.padded(features, self.num_blocks)
+        return 0 if self.in_place or (self.num_blocks == 1 and width == features) else width
 
 
 @dataclass(frozen=True)
@@ -148,7 +134,7 @@ class Estimate:
 
     def device_seconds(self, *stages: Pass) -> float:
         """Predicted time of the kernels alone."""
-        return sum(part.seconds(self.rates) for part in self._of(stages))
+        return sum(part.seconds(self.rates) for part in self.parts if part.stage in (stages or PASSES))
 
     def host_seconds(self, *stages: Pass) -> float:
         """Time that Python takes to launch them."""
@@ -156,10 +142,7 @@ class Estimate:
 
     def launches(self, *stages: Pass) -> int:
         """Kernel launches."""
-        return sum(part.launches for part in self._of(stages))
-
-    def _of(self, stages: tuple[Pass, ...]) -> tuple[Part, ...]:
-        return tuple(part for part in self.parts if part.stage in (stages or PASSES))
+        return sum(part.launches for part in self.parts if part.stage in (stages or PASSES))
 
 
 def estimate(problem: Problem, gpu: Gpu, way: str) -> Estimate:
@@ -176,7 +159,7 @@ def parts(problem: Problem, way: str) -> tuple[Part, ...]:
 
 def gradient_parts(p: Problem) -> tuple[int, ...]:
     """:func:`algorithms.gradient_parts`: one part where kernels read dY and x in place."""
-    if not any(map(p.gathers, p.features)):
+    if not any(map(p.copied, p.features)):
         return (p.tokens,)
     return algorithms.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank)
 
@@ -187,10 +170,10 @@ def backward_workspace(p: Problem) -> Mapping[str, int]:
     "factor gradients" holds dY and x of one part of the tokens, if they are gathered, and all partials. They are freed
     before "input gradient", which holds W_eff. A BLAS library's own memory is not counted.
     """
-    size, tokens = p.itemsize, gradient_parts(p)
-    gathered = max(tokens) * sum(p.padded(n) for n in p.features if p.gathers(n)) * size
+    size, tokens = PRECISIONS[p.precision].dtype.itemsize, gradient_parts(p)
+    gathered = max(tokens) * sum(map(p.copied, p.features)) * size
     partials = len(tokens) * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
-    return {"factor gradients": gathered + partials, "input gradient": p.weight_elements * size}
+    return {"factor gradients": gathered + partials, "input gradient": math.prod(p.features) * size}
 
 
 class _Count:
@@ -200,40 +183,37 @@ class _Count:
         self.p = p = problem
         self.parts: list[Part] = []
         self.stage: Pass = "forward"
-        self.x, self.y, self.w = p.tokens * p.in_features, p.tokens * p.out_features, p.weight_elements
-        self.unit = 2 * p.tokens * self.w  # flops of the base layer's GEMM
+        self.T, (self.N, self.C), self.rank = p.tokens, p.features, p.rank
+        self.x, self.y, self.w = self.T * self.C, self.T * self.N, self.N * self.C
+        self.unit = 2 * self.T * self.w  # flops of the base layer's GEMM
         self.block_w = self.w // p.num_blocks  # the diagonal blocks, and the elements that reading them moves
         self.read_w = self.block_w if p.in_place else self.w
-        self.factors = p.max_rank * (p.out_features + p.in_features)
+        self.factors = p.max_rank * (self.N + self.C)
         # What our products read of x and dY: themselves, or copies in block order.
-        self.x_blocks, self.dy_blocks = (
-            p.tokens * (p.padded(n) if p.gathers(n) else n) for n in (p.in_features, p.out_features)
-        )
+        self.x_blocks, self.dy_blocks = (self.T * (p.copied(n) or n) for n in (self.C, self.N))
 
     def add(self, name: str, flops: float, elements: float, *, bytes: float = 0, launches: int = 1) -> None:
         """`elements` of the problem's dtype go to and from memory, and `bytes` of others."""
-        moved = elements * self.p.itemsize + bytes
+        moved = elements * PRECISIONS[self.p.precision].dtype.itemsize + bytes
         self.parts.append(Part(name, self.stage, flops, moved, launches))
 
     def gemm(self, name: str, m: int, n: int, k: int) -> None:
         self.add(name, 2 * m * n * k, m * k + k * n + m * n)
 
-    def elementwise(self, name: str, reads: float, writes: float) -> None:
-        self.add(name, reads, reads + writes)
-
-    def base_forward(self) -> None:
-        self.gemm("base GEMM", self.p.tokens, self.p.out_features, self.p.in_features)
-
-    def base_backward(self) -> None:
-        self.gemm("dX = dY·W", self.p.tokens, self.p.in_features, self.p.out_features)
+    def base(self) -> None:
+        """The pass's product with W0, or with W_eff."""
+        if self.stage == "forward":
+            self.gemm("base GEMM", self.T, self.N, self.C)
+        else:
+            self.gemm("dX = dY·W", self.T, self.C, self.N)
 
     def build_weight(self) -> None:
         """W_eff = W0 ∘ (1 + s·mask·BA): reads W0 once and writes W_eff once."""
         self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
 
-    def gather_x(self, launches: int = 1) -> None:
-        if self.p.gathers(self.p.in_features):
-            self.add("gather x", self.x, self.x + self.x_blocks, launches=launches)
+    def gather(self, name: str, features: int, launches: int = 1) -> None:
+        if width := self.p.copied(features):
+            self.add(f"gather {name}", 0, self.T * (features + width), launches=launches)
 
     def factor_gradients(self) -> None:
         """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials.
@@ -241,105 +221,83 @@ class _Count:
         Each part of the tokens reads W0's blocks and the factors again, and writes partials of its own.
         """
         p, launches = self.p, len(gradient_parts(self.p))
-        if p.gathers(p.out_features):
-            self.add("gather dY", self.y, self.y + self.dy_blocks, launches=launches)
-        self.gather_x(launches)
+        self.gather("dY", self.N, launches)
+        self.gather("x", self.C, launches)
         partials = launches * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
         flops = self.unit // p.num_blocks + launches * 4 * self.block_w * p.max_rank
         moved = self.x_blocks + self.dy_blocks + launches * (self.read_w + self.factors)
         self.add("block gradients", flops, moved, bytes=partials, launches=launches)
         self.add("sum partials", partials // 4, self.factors, bytes=partials, launches=2)  # of dA and of dB
 
-    def merged_dx(self) -> None:
-        self.build_weight()
-        self.base_backward()
-
 
 def _frozen(c: _Count) -> None:
-    c.base_forward()
+    c.base()
     c.stage = "backward"
-    c.base_backward()
+    c.base()
 
 
 def _lora(c: _Count) -> None:
     """PEFT: `result = result + lora_B(lora_A(x)) * scaling`."""
-    T, N, C, r = c.p.tokens, c.p.out_features, c.p.in_features, c.p.rank
-    c.base_forward()
-    c.gemm("h = x·Aᵀ", T, r, C)
-    c.gemm("h·Bᵀ", T, N, r)
-    c.elementwise("scale", c.y, c.y)
-    c.elementwise("add to y", 2 * c.y, c.y)
+    c.base()
+    c.gemm("h = x·Aᵀ", c.T, c.rank, c.C)
+    c.gemm("h·Bᵀ", c.T, c.N, c.rank)
+    c.add("scale", 0, 2 * c.y)
+    c.add("add to y", 0, 3 * c.y)
     c.stage = "backward"
-    c.elementwise("scale dY", c.y, c.y)
-    c.gemm("dB", N, r, T)
-    c.gemm("dh", T, r, N)
-    c.gemm("dA", r, C, T)
-    c.gemm("dh·A", T, C, r)
-    c.base_backward()
-    c.elementwise("add to dX", 2 * c.x, c.x)
+    c.add("scale dY", 0, 2 * c.y)
+    c.gemm("dB", c.N, c.rank, c.T)
+    c.gemm("dh", c.T, c.rank, c.N)
+    c.gemm("dA", c.rank, c.C, c.T)
+    c.gemm("dh·A", c.T, c.C, c.rank)
+    c.base()
+    c.add("add to dX", 0, 3 * c.x)
 
 
 def _hira(c: _Count) -> None:
     """PEFT: `result + F.linear(x, W0 * (Aᵀ Bᵀ)ᵀ)`; always one block."""
-    N, C, r = c.p.out_features, c.p.in_features, c.p.rank
-    c.base_forward()
-    c.gemm("BA", N, C, r)
-    c.elementwise("W0 ∘ BA", 2 * c.w, c.w)
-    _dense_delta(c)
-    c.elementwise("G ∘ W0", 2 * c.w, c.w)
-    c.gemm("dB", N, r, C)
-    c.gemm("dA", r, C, N)
-
-
-def _paper_dense(c: _Count) -> None:
-    """The paper's code: zeros (N, C), a scatter of s·B_k A_k ∘ W0_k for each block, then a second dense GEMM."""
-    product, each = 2 * c.block_w * c.p.max_rank, c.p.num_blocks
-    c.base_forward()
-    c.elementwise("zero ΔW", 0, c.w)
-    # BA, W0's block, their scaling and product; each is written and read again.
-    c.add("ΔW blocks", product, c.factors + 2 * c.read_w + 8 * c.block_w, launches=5 * each)
-    _dense_delta(c)
-    c.add("G ∘ W0 by block", 4 * c.block_w, c.read_w + 6 * c.block_w, launches=3 * each)
-    c.add("dB and dA by block", 2 * product, 2 * (c.block_w + c.factors), launches=2 * each)
-
-
-def _dense_delta(c: _Count) -> None:
-    """y + x·ΔWᵀ and its backward up to the dense G = dYᵀ·x, with ΔW in memory."""
-    T, N, C = c.p.tokens, c.p.out_features, c.p.in_features
-    c.gemm("x·ΔWᵀ", T, N, C)
-    c.elementwise("add to y", 2 * c.y, c.y)
+    c.base()
+    c.gemm("BA", c.N, c.C, c.rank)
+    c.add("W0 ∘ BA", 0, 3 * c.w)
+    c.gemm("x·ΔWᵀ", c.T, c.N, c.C)
+    c.add("add to y", 0, 3 * c.y)
     c.stage = "backward"
-    c.base_backward()
-    c.gemm("dY·ΔW", T, C, N)
-    c.elementwise("add to dX", 2 * c.x, c.x)
-    c.gemm("G = dYᵀ·x", N, C, T)
+    c.base()
+    c.gemm("dY·ΔW", c.T, c.C, c.N)
+    c.add("add to dX", 0, 3 * c.x)
+    c.gemm("G = dYᵀ·x", c.N, c.C, c.T)
+    c.add("G ∘ W0", 0, 3 * c.w)
+    c.gemm("dB", c.N, c.rank, c.C)
+    c.gemm("dA", c.rank, c.C, c.N)
 
 
 def _merged(c: _Count) -> None:
     """One GEMM with W_eff, in forward and for dX."""
     c.build_weight()
-    c.base_forward()
-    c.stage = "backward"
-    c.factor_gradients()
-    c.merged_dx()
+    c.base()
+    _merged_backward(c)
 
 
 def _split(c: _Count) -> None:
     """The adapter first, block by block; then the base GEMM accumulates onto its result."""
     c.add("build ΔW blocks", 2 * c.block_w * c.p.max_rank, c.read_w + c.block_w + c.factors)
-    c.gather_x()
+    c.gather("x", c.C)
     # Blocks run side by side on the same tokens: memory moves x once, copied or not.
     c.add("block matmul", c.unit // c.p.num_blocks, c.x_blocks + c.block_w + c.y)
-    c.base_forward()
+    c.base()
     c.add("y, read to accumulate", 0, c.y, launches=0)
+    _merged_backward(c)
+
+
+def _merged_backward(c: _Count) -> None:
     c.stage = "backward"
     c.factor_gradients()
-    c.merged_dx()
+    c.build_weight()
+    c.base()
 
 
 def _fused(c: _Count) -> None:
     """Base and adapter in one kernel: two products for each chunk of ranks; each chunk reads W0 again."""
-    chunks = max(1, math.ceil(c.p.max_rank / FUSED_MAX_RANK))  # a rank of 0 still reads W0
+    chunks = max(1, math.ceil(c.p.max_rank / algorithms.FUSED_MAX_RANK))  # a rank of 0 still reads W0
     flops = 2 * chunks * c.unit / FUSED_EFFICIENCY
     c.add("fused linear", flops, chunks * (c.x + c.w) + c.factors + c.y)
     c.stage = "backward"
@@ -348,14 +306,7 @@ def _fused(c: _Count) -> None:
 
 
 OURS = ("merged", "split", "fused")
-_WAYS: Mapping[str, Callable[[_Count], None]] = {
-    "frozen": _frozen,
-    "lora": _lora,
-    "hira": _hira,
-    "paper_dense": _paper_dense,
-    "merged": _merged,
-    "split": _split,
-    "fused": _fused,
-}
+_COUNTS = (_frozen, _lora, _hira, _merged, _split, _fused)
+_WAYS = {count.__name__.removeprefix("_"): count for count in _COUNTS}
 WAYS = tuple(_WAYS)
 """The frozen layer, the methods we compare with, and our three algorithms."""

@@ -26,10 +26,10 @@ from triton.runtime.jit import JITFunction
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels.architectures import Architecture
 from smoa_kernels.kernels.spec import Config, Kernel
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from .forms import representative
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
+from .workloads import WORKLOADS, Operands, configured
 
 __all__ = ["Launch", "compile_launch", "representative_launch"]
 
@@ -60,8 +60,8 @@ def representative_launch(
             launches.append(dict(zip(launched.arg_names, args, strict=False)) | kwargs)
 
     operands = Operands(representative(kernel.name, dtype, form), form, torch.device("cpu"), filled=False)
-    with patch.object(JITFunction, "run", record):  # preparing launches, too
-        WORKLOADS[kernel.name](operands)[0](config)
+    with patch.object(JITFunction, "run", record), configured(kernel.name, config, dtype):
+        WORKLOADS[kernel.name](operands)[0]()  # preparing launches, too
     bound, names = launches[0], {p.name: p.is_constexpr for p in kernel.fn.params}
     # AMD multiplies float32 in IEEE; the launch may have chosen TF32.
     constexprs = {n: "ieee" if arch.is_amd and v == "tf32" else v for n, v in bound.items() if names.get(n)}

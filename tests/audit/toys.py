@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from smoa_kernels.kernels.spec import Config, Kernel
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands, Work
 
 from .forms import AUDITED, Audited
+from .workloads import WORKLOADS, Operands, Work
 
 
 @triton.jit
@@ -43,11 +43,11 @@ toy_copy, crashing = triton.JITFunction(toy_copy), triton.JITFunction(toy_copy)
 crashing.get_capture_scope = lambda: os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def matmul_work(operands: Operands) -> Work:
+def matmul_work(operands: Operands, config: Config) -> Work:
     x = w = y = operands.tensor(64, 64)
     stride = 4096 if operands.form == "aligned" else 4095
 
-    def run(config: Any) -> list[torch.Tensor]:
+    def run() -> list[torch.Tensor]:
         toy_matmul[(1, 1)](
             x, w, y, 4096, stride, stride, 4096, BLOCK=config.block, num_warps=config.num_warps, num_stages=3
         )
@@ -56,20 +56,21 @@ def matmul_work(operands: Operands) -> Work:
     return run, lambda dtype: []
 
 
-def copy_work(fn: Any, operands: Operands) -> Work:
+def copy_work(fn: Any, operands: Operands, config: Config) -> Work:
     x = y = operands.tensor(64)
 
-    def run(config: Any) -> list[torch.Tensor]:
+    def run() -> list[torch.Tensor]:
         fn[(1,)](x, y, 3, BLOCK=config.block, num_warps=config.num_warps)
         return [y]
 
     return run, lambda dtype: []
 
 
-def toy(name: str, fn: Any, work: Callable[[Operands], Work], block: int, audited: Audited) -> Kernel:
-    WORKLOADS[name] = work
+def toy(name: str, fn: Any, work: Callable[[Operands, Config], Work], block: int, audited: Audited) -> Kernel:
+    config = Config(block=block)
+    WORKLOADS[name] = lambda operands: work(operands, config)
     AUDITED[name] = audited
-    return Kernel(name, fn, lambda arch, precision: (Config(block=block),))
+    return Kernel(name, fn, lambda arch, precision: (config,))
 
 
 STRIDED = Audited("copy", ("strided",), {"x_ptr": "strided on purpose"})

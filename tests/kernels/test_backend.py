@@ -36,7 +36,7 @@ from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.plan import job
+from smoa_kernels.tuning.plan import candidates, multiplied_in
 
 pytestmark = pytest.mark.numerical
 
@@ -131,10 +131,12 @@ def test_auto_is_fused_for_few_tokens(
     )
     x = torch.empty(tokens, size, dtype=dtype)
     table.forget()
-    assert triton_backend._chosen(stage, x, adapter, dtype == torch.float32) == expected
+    precision = "tf32" if dtype == torch.float32 else "bf16"
+    with multiplied_in(precision):
+        assert triton_backend._chosen(stage, x, adapter) == expected
     table.forget()
-    key = Key(stage, "tf32" if dtype == torch.float32 else "bf16", rank, 1, size, size, tokens)
-    assert job(key, "sm_90", GPUS["h100"].multiprocessors).default == expected  # the tuner tries it first
+    key = Key(stage, precision, rank, 1, size, size, tokens)
+    assert candidates(key, "sm_90", GPUS["h100"].multiprocessors)[0] == expected  # the tuner tries it first
 
 
 @pytest.mark.parametrize(

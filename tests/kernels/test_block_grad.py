@@ -2,10 +2,10 @@
 
 import weakref
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
+from audit.workloads import configured
 from kernel_cases import (
     Guarded,
     assert_within_budget,
@@ -40,12 +40,15 @@ def gather(problem: LinearProblem, multiple: int = TILE) -> tuple[Tensor, Tensor
     )
 
 
-def in_one_part(dyg: Tensor, xg: Tensor, adapter: PackedAdapter, **settings: Any) -> tuple[Tensor, Tensor]:
-    return block_grad(1, lambda part: (dyg, xg), adapter, **{"config": SMALL, **settings})
+def in_one_part(
+    dyg: Tensor, xg: Tensor, adapter: PackedAdapter, config: Config = SMALL
+) -> tuple[Tensor, Tensor]:
+    with configured("block_grad", config):
+        return block_grad(1, lambda part: (dyg, xg), adapter)
 
 
 def gradients(problem: LinearProblem, config: Config = SMALL) -> tuple[Tensor, Tensor]:
-    return in_one_part(*gather(problem, config.block_c), problem.adapter(), config=config)
+    return in_one_part(*gather(problem, config.block_c), problem.adapter(), config)
 
 
 def expected(problem: LinearProblem) -> tuple[Tensor, Tensor]:
@@ -97,7 +100,8 @@ def test_launches_in_parts_agree_with_one(
         return found
 
     config = replace(SMALL, split=split)
-    parts = block_grad(len(sizes), gathered, problem.adapter(), config=config)
+    with configured("block_grad", config):
+        parts = block_grad(len(sizes), gathered, problem.adapter())
     assert len(alive) == 2 * len(sizes)
     truth = expected(problem.to(torch.float64))
     for mine, theirs, true in zip(parts, expected(problem), truth, strict=True):

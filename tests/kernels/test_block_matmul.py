@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from audit.workloads import configured
 from kernel_cases import (
     Guarded,
     assert_within_budget,
@@ -34,12 +35,17 @@ def gather(x: Tensor, adapter: PackedAdapter, width: int) -> Tensor:
     return gather_columns(x, adapter.partition, width)
 
 
+def small_matmul(x: Tensor, adapter: PackedAdapter, delta: Tensor, *, out: Tensor) -> Tensor:
+    with configured("block_matmul", SMALL):
+        return block_matmul(x, adapter, delta, out=out)
+
+
 def output(problem: LinearProblem) -> Tensor:
     """x ΔWᵀ, with the blocks of ΔW and of x from their own kernels."""
     adapter = problem.adapter()
     delta = blocks(adapter)
     out = torch.empty_like(problem.dy)
-    return block_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out, config=SMALL)
+    return small_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out)
 
 
 def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
@@ -58,7 +64,7 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
     delta = blocks(adapter.T) if contiguous else blocks(adapter).transpose(1, 2)
     dyg = gather(problem.dy, adapter.T, delta.shape[2])
     dxg = torch.empty(19, 3, delta.shape[1], dtype=dtype, device=device)
-    block_matmul(dyg, adapter.T, delta, out=dxg, config=SMALL)
+    small_matmul(dyg, adapter.T, delta, out=dxg)
     partition = adapter.partition
     for k, size in enumerate(partition.col_sizes):
         assert not dxg[:, k, size:].any()  # padding is zero, so it is finite
@@ -67,7 +73,7 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
     truth = problem.dy.double() @ problem.to(torch.float64).delta_weight()
     assert_within_budget(dx, problem.dy @ problem.delta_weight(), truth)
     natural = torch.empty_like(dx)
-    assert torch.equal(block_matmul(dyg, adapter.T, delta, out=natural, config=SMALL), dx)
+    assert torch.equal(small_matmul(dyg, adapter.T, delta, out=natural), dx)
 
 
 def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
@@ -82,9 +88,9 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
         guarded(torch.zeros_like(expected.T), row_padding=5).T,
     ):
         out.fill_(float("nan"))
-        assert torch.equal(block_matmul(xg, adapter, delta, out=out, config=SMALL), expected)
+        assert torch.equal(small_matmul(xg, adapter, delta, out=out), expected)
     every_other = torch.stack([xg, torch.full_like(xg, float("nan"))], -1)[..., 0]
-    assert torch.equal(block_matmul(every_other, adapter, delta, out=out, config=SMALL), expected)
+    assert torch.equal(small_matmul(every_other, adapter, delta, out=out), expected)
 
 
 def test_offsets_beyond_int32(device: torch.device) -> None:
@@ -92,7 +98,7 @@ def test_offsets_beyond_int32(device: torch.device) -> None:
     out = far_apart(problem.dy, 2**31 // 8, filled=False)
     adapter = problem.adapter()
     delta = blocks(adapter)
-    block_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out, config=SMALL)
+    small_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out)
     assert torch.equal(out, output(problem))
 
 

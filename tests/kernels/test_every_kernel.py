@@ -15,6 +15,7 @@ import test_fused_linear
 import test_modulate
 import torch
 from audit.forms import AUDITED
+from audit.workloads import WORKLOADS, Operands, configured
 from draws import HealthCheck, given, settings, st
 from kernel_cases import assert_within_its_rounding, each_dtype, shipped_here
 from problems import LinearProblem, make_problem
@@ -26,7 +27,6 @@ from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 pytestmark = pytest.mark.numerical
 
@@ -85,8 +85,9 @@ def test_every_shipped_configuration(
     tokens, *features, granule = (21, 136, 72, GRANULE) if "granules" in form else (70, 130, 70, 1)
     key = Key(kernel, precision.name, 5, 2, *features, tokens, 128, 128, granule=granule)
     run, defined = WORKLOADS[kernel](Operands(key, form, device))
-    results = zip(run(config), defined(precision.dtype), defined(torch.float64), strict=True)
-    for ours, theirs, truth in results:
+    with configured(kernel, config, precision.name):
+        found = run()
+    for ours, theirs, truth in zip(found, defined(precision.dtype), defined(torch.float64), strict=True):
         assert_within_its_rounding(precision, ours, theirs, truth)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from audit.workloads import configured
 from kernel_cases import (
     Guarded,
     assert_within_budget,
@@ -51,11 +52,11 @@ def test_strides_and_guards(
     adapter = problem.adapter(place)
     truth = problem.to(torch.float64)
     for config, _ in shipped_here("fused_linear")[:2]:
-        y = fused_linear(place(problem.x), guarded(problem.bias), adapter, config=config)
+        with configured("fused_linear", config):
+            y = fused_linear(place(problem.x), guarded(problem.bias), adapter)
+            found = fused_linear(place(problem.dy), None, adapter.T)
         assert_within_budget(y, problem.forward(reference_linear), truth.forward(reference_linear))
-        assert_within_budget(
-            fused_linear(place(problem.dy), None, adapter.T, config=config), dx(problem), dx(truth)
-        )
+        assert_within_budget(found, dx(problem), dx(truth))
 
 
 def test_no_tokens(device: torch.device) -> None:

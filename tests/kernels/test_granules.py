@@ -7,16 +7,14 @@ import pytest
 import torch
 from kernel_cases import Guarded
 from problems import Case, LinearProblem, assert_within_budget, cases, make_problem
-from test_block_grad import SMALL as SMALL_GRAD
-from test_block_matmul import SMALL as SMALL_MATMUL
+from test_block_grad import in_one_part
+from test_block_matmul import small_matmul
 from torch import Tensor
 
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels import launch, permute
-from smoa_kernels.kernels.block_grad import block_grad
-from smoa_kernels.kernels.block_matmul import block_matmul
 from smoa_kernels.kernels.common import block_width
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
@@ -98,9 +96,9 @@ def test_factor_gradients(
     dyg, xg = gathered(p)
     adapter = p.adapter()
     with coordinate_by_coordinate(monkeypatch):
-        expected = block_grad(1, lambda part: (dyg, xg), adapter, config=SMALL_GRAD)
+        expected = in_one_part(dyg, xg, adapter)
     for operands in ((p.dy, p.x), (p.dy, xg), (dyg, p.x), (dyg, xg)):
-        found = block_grad(1, lambda part, operands=operands: operands, adapter, config=SMALL_GRAD)  # type: ignore[misc]
+        found = in_one_part(*operands, adapter)
         assert all(map(torch.equal, found, expected))
 
 
@@ -116,13 +114,13 @@ def test_the_adapters_output(
         widths = block_width(rows), block_width(cols)
         with coordinate_by_coordinate(monkeypatch):
             delta = modulated_blocks(adapter, widths)
-            expected = block_matmul(blocked, adapter, delta, out=torch.empty_like(side), config=SMALL_MATMUL)
+            expected = small_matmul(blocked, adapter, delta, out=torch.empty_like(side))
         assert torch.equal(modulated_blocks(adapter, widths), delta)
         for x in (here, blocked):
-            out = block_matmul(x, adapter, delta, out=torch.empty_like(side), config=SMALL_MATMUL)
+            out = small_matmul(x, adapter, delta, out=torch.empty_like(side))
             assert torch.equal(out, expected)
             padded = side.new_empty(len(side), len(rows), delta.shape[1])
-            block_matmul(x, adapter, delta, out=padded, config=SMALL_MATMUL)
+            small_matmul(x, adapter, delta, out=padded)
             for k, index in enumerate(adapter.partition.row_index.split(rows)):
                 assert torch.equal(padded[:, k, : rows[k]], expected[:, index])
                 assert not padded[:, k, rows[k] :].any()
@@ -148,18 +146,18 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
     """Padded rows and strided columns: nothing outside the tensors is touched."""
     p = problem_of("granules", torch.float32, device)
     adapter = p.adapter()
-    expected = block_grad(1, lambda part: (p.dy, p.x), adapter, config=SMALL_GRAD)
+    expected = in_one_part(p.dy, p.x, adapter)
     near = p.adapter(lambda tensor: guarded(tensor, row_padding=3))
     for dy, x in (
         (guarded(p.dy, row_padding=5), guarded(p.x, row_padding=8)),
         tuple(torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in (p.dy, p.x)),
     ):
-        found = block_grad(1, lambda part, pair=(dy, x): pair, near, config=SMALL_GRAD)  # type: ignore[misc]
+        found = in_one_part(dy, x, near)
         assert all(map(torch.equal, found, expected))
         delta = modulated_blocks(near, (32, 64))
         out = guarded(torch.zeros_like(p.dy), row_padding=5)
-        whole = block_matmul(p.x, adapter, delta, out=torch.empty_like(p.dy), config=SMALL_MATMUL)
-        assert torch.equal(block_matmul(x, near, delta, out=out, config=SMALL_MATMUL), whole)
+        whole = small_matmul(p.x, adapter, delta, out=torch.empty_like(p.dy))
+        assert torch.equal(small_matmul(x, near, delta, out=out), whole)
 
 
 @pytest.mark.parametrize("order", ["contiguous", "random"])

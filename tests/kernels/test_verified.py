@@ -26,6 +26,7 @@ from smoa_kernels.backends.kernels_dropout import KernelsDropout
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.precision import precision_of
+from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import short_way
 
 pytestmark = [
@@ -45,11 +46,12 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(verified, "_is_verified", lambda device: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     start_anew()
-    yield tmp_path / "tuning" / "cpu.forms"
+    yield tmp_path / "tuning" / "cpu.json"
     start_anew()
 
 
 def start_anew() -> None:
+    table.forget()
     verified.verdicts.cache_clear()
     verified._answers.clear()
     short_way.obstacle = ""
@@ -123,7 +125,7 @@ def test_right_kernels_are_compared_once(
     case = replace(SPLIT, algorithm=algorithm)
     p = case.problem(**SIZES)
     assert_within_budget(p.run(**case.options), case, p)
-    (forms,) = json.loads(cache.read_bytes()).values()
+    (forms,) = json.loads(cache.read_bytes())["verdicts"].values()
     assert set(forms.values()) == {""}
     assert {"block_grad_kernel", "sum_partials_kernel"} < {form.split(" ")[0] for form in forms}
     for name in ("forward", "backward", "modulated_weight"):
@@ -228,13 +230,13 @@ def test_a_second_process_reads_the_verdict(cache: Path) -> None:
 
 def test_a_damaged_file_is_ignored(cache: Path) -> None:
     cache.parent.mkdir()
-    for text in ("{", "[]", '{"Triton": {"form": 1}}'):
+    for text in ("{", "[]", '{"schema": 2, "entries": [], "verdicts": {"Triton": 1}}'):
         cache.write_text(text)
         start_anew()
         told = warned(lambda: SPLIT.problem(**SIZES).forward(**SPLIT.options))
         assert told
-        assert all(f"in {cache} are not used" in message for message in told)
-    assert json.loads(cache.read_bytes())
+        assert all(f"tuning table {cache}" in message for message in told)
+    assert json.loads(cache.read_bytes())["verdicts"]
 
 
 @pytest.mark.parametrize("state", ["is_current_stream_capturing", "is_compiling"])

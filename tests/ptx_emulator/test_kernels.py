@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from audit.forms import AUDITED
+from audit.workloads import WORKLOADS, Operands, configured
 from problems import relative_error
 
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import facts
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
-from smoa_kernels.tuning.workloads import WORKLOADS, Operands
 
 from . import ARCH, emulator
 
@@ -51,7 +51,8 @@ def test_shipped(kernel: str, dtype: str, config: Config, form: str) -> None:
     key = key_of(kernel, dtype, form)
     assert KERNELS[kernel].fits(config, key)
     run, defined = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
-    found = run(config)
+    with configured(kernel, config, dtype):
+        found = run()
     if not is_defined(kernel, form):
         return  # only the memory checks apply here; tests/kernels compares these numbers
     precision = PRECISIONS[dtype]
@@ -68,7 +69,8 @@ def test_lanes_gather_neighbours(kernel: str) -> None:
     key = Key(kernel, "bf16", 16, 4, 256, 256, 64, 64, 64)
     form = AUDITED[kernel].forms[0]
     run, _ = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
-    run(KERNELS[kernel].default(key, f"sm_{ARCH}", 132))
+    with configured(kernel, KERNELS[kernel].default(key, f"sm_{ARCH}", 132)):
+        run()
     found = [
         pair for launch in emulator.launches for pair in zip(launch.program.texts, launch.stats, strict=True)
     ]

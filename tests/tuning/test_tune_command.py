@@ -182,16 +182,6 @@ def test_shapes_of_a_model_on_disk(nested: bool, tmp_path: Path) -> None:
     assert read_config(tmp_path) == read_config(tmp_path / "config.json") == Decoder(64, 160, 4, 4)
 
 
-def test_info_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    path = tmp_path / "info.json"
-    assert main(["info", "--json", str(path)]) == 0
-    found = json.loads(path.read_text())
-    assert found["environment"]["SMOA_CACHE"] == str(tmp_path)
-    assert found["tuning tables"]
-    assert set(found["backends"]) == {"eager", "native", "reference", "triton"}
-
-
 def test_why_the_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "triton_obstacle", lambda device: "x is on the CPU, where")
     if not torch.cuda.is_available():

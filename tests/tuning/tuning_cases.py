@@ -10,11 +10,11 @@ import torch
 
 from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
-from smoa_kernels.kernels.architectures import facts
+from smoa_kernels.kernels.architectures import facts, identity
 from smoa_kernels.kernels.spec import Config, Key
-from smoa_kernels.kernels.table import SCHEMA, Choice, Entry, Trial, identity, read, select, user_table
-from smoa_kernels.tuning.measure import keep
+from smoa_kernels.kernels.table import SCHEMA, Choice, Entry, Trial, keep, read, select, user_table
 from smoa_kernels.tuning.plan import Job
+from smoa_kernels.tuning.roofline import Problem
 
 CPU = torch.device("cpu")
 
@@ -54,8 +54,10 @@ def put(*entries: Entry) -> None:
         keep(identity(CPU), one.key, *one.trials)
 
 
-def permute_job(key: Key = PERMUTE) -> Job:
-    return Job(key, PERMUTE_CONFIGS)
+def permute_job(tokens: int = 8) -> Job:
+    """The job of `PERMUTE`, with `tokens` tokens."""
+    layer = Problem(tokens, 10, 12, 2, 5, "fp32")
+    return Job(PERMUTE._replace(tokens=tokens), PERMUTE_CONFIGS, layer, "forward", "split")
 
 
 def kept() -> dict[Key, Entry]:

@@ -1,0 +1,211 @@
+"""The passes of a layer on random operands, by the kernels and by the definition, for the tuner and the audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..backends import experts_triton, triton
+from ..backends.kernels_dropout import KernelsDropout
+from ..definition import reference
+from ..definition.dropout import Dropout
+from ..definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
+from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
+from ..definition.precision import PRECISIONS
+from ..kernels.spec import GRANULE, Key
+from .roofline import Problem
+
+__all__ = ["Operands", "Pass", "experts_passes", "in_dtype", "passes"]
+
+DROPOUT = 0.1
+
+
+class Operands:
+    """A layer of a key's sizes, its blocks cut evenly from granules, and activations.
+
+    Args:
+        key: the sizes.
+        form: the kernel's form that a launch should take. If "contiguous" is in it the granules keep their order, else
+            it is random, for each expert another.
+        device: of the tensors.
+        filled: whether to fill them with random numbers, the same at each call; False is for launches that are only
+            captured, and for the "meta" device.
+    """
+
+    def __init__(self, key: Key, form: str, device: torch.device, *, filled: bool = True) -> None:
+        self.key, self.form, self.device, self.filled = key, form, device, filled
+        self.dtype = PRECISIONS[key.dtype].dtype
+        factors = "fp32" if "fp32 factors" in form else key.factors or key.dtype
+        self.factor_dtype = PRECISIONS[factors].dtype
+        self._order = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator(device).manual_seed(0) if filled else None
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Standard normal numbers in the key's dtype, or another."""
+        dtype = dtype or self.dtype
+        if not self.filled:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return torch.randn(shape, generator=self._generator, device=self.device).to(dtype)
+
+    def labels(self, features: int) -> Tensor:
+        """A block for each of `features` coordinates, on the CPU."""
+        granules = features // self.key.granule
+        even = torch.arange(granules) * self.key.blocks // granules
+        if "contiguous" not in self.form:
+            even = even[torch.randperm(granules, generator=self._order)]
+        return even.repeat_interleave(self.key.granule)
+
+    def partition(self, rows: int, cols: int) -> BlockPartition:
+        """A partition of a weight of this shape into the key's blocks."""
+        labels = self.labels(rows), self.labels(cols)
+        return BlockPartition.from_labels(*labels, self.key.blocks).to(self.device)
+
+    def ranks(self) -> Tensor:
+        """The rank of each block: all have the key's."""
+        return torch.full((self.key.blocks,), self.key.rank, dtype=torch.int32, device=self.device)
+
+    def adapter(self) -> PackedAdapter:
+        """The adapter; for a transposed key the transposed adapter of the layer whose dX is computed."""
+        key = self.key
+        rows, cols = key.out_features, key.in_features
+        if key.transposed:
+            rows, cols = cols, rows
+        adapter = PackedAdapter(
+            weight=self.tensor(rows, cols) / cols**0.5,
+            A=self.tensor(key.rank, cols, dtype=self.factor_dtype),
+            B=self.tensor(rows, key.rank, dtype=self.factor_dtype) / key.rank**0.5,
+            partition=self.partition(rows, cols),
+            ranks=self.ranks(),
+            scaling=torch.ones((), device=self.device),
+            block_ranks=[key.rank] * key.blocks,
+        )
+        return adapter.T if key.transposed else adapter
+
+    def experts(self) -> tuple[ExpertsAdapter, Tensor, Tensor, Tensor]:
+        """An adapter of four experts, the ends of their pairs, x and dY, with `tokens` pairs per expert on average."""
+        key, device, experts = self.key, self.device, 4
+        rows, cols = key.out_features, key.in_features
+        if key.transposed:
+            rows, cols = cols, rows
+        row_block, col_block = (
+            torch.stack([self.labels(size) for _ in range(experts)]) for size in (rows, cols)
+        )
+        blocks = ExpertBlocks.from_labels(row_block, col_block, key.blocks)
+        known = vars(blocks).items()
+        tensors: dict[str, Any] = {name: one.to(device) for name, one in known if isinstance(one, Tensor)}
+        blocks = replace(blocks, **tensors)
+        adapter = ExpertsAdapter(
+            weight=self.tensor(experts, rows, cols) / cols**0.5,
+            A=self.tensor(experts, key.rank, cols, dtype=self.factor_dtype),
+            B=self.tensor(experts, rows, key.rank, dtype=self.factor_dtype) / key.rank**0.5,
+            blocks=blocks,
+            ranks=self.ranks(),
+            scaling=torch.ones((), device=device),
+        )
+        if key.transposed:
+            adapter = adapter.T
+        # The split is uneven: one expert gets nearly all pairs that another lacks.
+        pairs = experts * key.tokens
+        ends = torch.tensor([key.tokens, 2 * key.tokens + key.tokens // 2, 3 * key.tokens, pairs]).int()
+        x, dy = self.tensor(pairs, key.in_features), self.tensor(pairs, key.out_features)
+        return adapter, ends.to(device), x, dy
+
+
+AnAdapter = TypeVar("AnAdapter", PackedAdapter, ExpertsAdapter)
+
+
+def in_dtype(adapter: AnAdapter, dtype: torch.dtype) -> AnAdapter:
+    """The adapter with its weight and factors in `dtype`."""
+    return replace(adapter, weight=adapter.weight.to(dtype), A=adapter.A.to(dtype), B=adapter.B.to(dtype))
+
+
+class Pass(NamedTuple):
+    """One operation of a layer.
+
+    Attributes:
+        run: computes it by the kernels, with the algorithm and the launch parameters that are in force.
+        defined: computes it by the definition in a dtype.
+    """
+
+    run: Callable[[], Sequence[Tensor]]
+    defined: Callable[[torch.dtype], Sequence[Tensor]]
+
+
+def passes(layer: Problem, device: torch.device) -> dict[str, Pass]:
+    """The operations of a training step by name, with and without dropout.
+
+    Those whose algorithm "auto" chooses have the name of its `spec.ALGORITHM_KEYS`.
+
+    Args:
+        layer: if it has experts, they are four, with as many pairs each as the layer's have on average.
+        device: of the operands; "meta" for those without data.
+    """
+    sizes = layer.precision, layer.max_rank, layer.num_blocks, *layer.features
+    granule = GRANULE if layer.in_place else 1
+    form, filled = "contiguous" if granule > 1 else "", device.type != "meta"  # blocks of granules mostly are
+    if layer.experts:
+        key = Key("", *sizes, -(-layer.tokens // layer.experts), granule=granule, factors=layer.factors)
+        stored, turned = (  # models store (E, N, C) or (E, C, N)
+            experts_passes(Operands(key._replace(transposed=turned), form, device, filled=filled))
+            for turned in (False, True)
+        )
+        return stored | {f"{name}, W0 transposed": one for name, one in turned.items()}
+    key = Key("", *sizes, layer.tokens, granule=granule, factors=layer.factors)
+    operands = Operands(key, form, device, filled=filled)
+    adapter = operands.adapter()
+    x, dy = (operands.tensor(layer.tokens, features) for features in reversed(layer.features))
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    dropped = _layer(x, dy, adapter, Dropout(seed, DROPOUT), KernelsDropout(seed, DROPOUT))
+    return _layer(x, dy, adapter, None, None) | {f"{name}, dropout": one for name, one in dropped.items()}
+
+
+def _layer(
+    x: Tensor, dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None, mask: Dropout | None
+) -> dict[str, Pass]:
+    return {
+        "forward": Pass(
+            lambda: [triton.forward(x, None, adapter, "auto", dropout)],
+            lambda dtype: [reference.forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", mask)],
+        ),
+        "input_gradient": Pass(
+            lambda: [triton.input_gradient(dy, adapter, dropout)],
+            lambda dtype: [reference.input_gradient(dy.to(dtype), in_dtype(adapter, dtype), mask)],
+        ),
+        "factor_gradients": Pass(
+            lambda: triton.factor_gradients(dy, x, adapter, dropout),
+            lambda dtype: reference.factor_gradients(
+                dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), mask
+            ),
+        ),
+    }
+
+
+def experts_passes(operands: Operands) -> dict[str, Pass]:
+    """The operations of a layer of experts by name."""
+    adapter, ends, x, dy = operands.experts()
+
+    def run(needs_x: bool) -> Sequence[Tensor]:
+        given = None if needs_x else x
+        found = experts_triton.experts_backward(dy, given, ends, adapter, needs_x=needs_x)
+        return [gradient for gradient in found if gradient is not None]
+
+    def gradients(dtype: torch.dtype) -> Sequence[Tensor]:
+        of_dtype = in_dtype(adapter, dtype)
+        leaves = [one.to(dtype).clone().requires_grad_() for one in (x, of_dtype.A, of_dtype.B)]
+        with torch.enable_grad():
+            y = reference_experts_linear(leaves[0], ends, replace(of_dtype, A=leaves[1], B=leaves[2]))
+        return torch.autograd.grad(y, leaves, dy.to(dtype))
+
+    return {
+        "experts": Pass(
+            lambda: [experts_triton.experts_product(ends, adapter)(x)],
+            lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))],
+        ),
+        "experts' input": Pass(lambda: run(True), lambda dtype: gradients(dtype)[:1]),
+        "experts' factors": Pass(lambda: run(False), lambda dtype: gradients(dtype)[1:]),
+    }

@@ -1,0 +1,184 @@
+"""Every kernel by itself on operands of a key's sizes, for the audit, the emulator and the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from smoa_kernels.backends.kernels_dropout import KernelsDropout
+from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.reference import factor_gradients, reference_delta_weight
+from smoa_kernels.definition.reference import forward as reference_forward
+from smoa_kernels.kernels.block_grad import block_grad
+from smoa_kernels.kernels.block_matmul import block_matmul
+from smoa_kernels.kernels.fused_linear import fused_linear
+from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
+from smoa_kernels.kernels.permute import gather_columns, scatter_columns
+from smoa_kernels.kernels.spec import Config, partial_width
+from smoa_kernels.kernels.sum_partials import sum_partials
+from smoa_kernels.kernels.table import answered
+from smoa_kernels.tuning.passes import Operands, experts_passes, in_dtype
+from smoa_kernels.tuning.plan import multiplied_in
+
+__all__ = ["WORKLOADS", "Operands", "Work", "configured"]
+
+Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
+"""Two functions: one launches and returns the results, the other computes them by the definition."""
+
+
+@contextmanager
+def configured(kernel: str, config: Config, precision: str = "fp32") -> Iterator[None]:
+    """Launch a kernel with these parameters meanwhile, whichever of its names it has, and multiply in a precision."""
+    family = kernel.removesuffix("_gathered")
+    of_family = answered(lambda key: config if key.kernel.removesuffix("_gathered") == family else None)
+    with multiplied_in(precision), of_family:
+        yield
+
+
+def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
+    """ΔW (N, C) by the definition, computed in `dtype`."""
+    a = in_dtype(adapter, dtype)
+    return reference_delta_weight(a.weight, a.A, a.B, a.partition, a.ranks, scaling=a.scaling)
+
+
+def forward(x: Tensor, adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
+    """y (T, N) by the definition, computed in `dtype`."""
+    return reference_forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", None)
+
+
+def _modulated_weight(operands: Operands) -> Work:
+    adapter = operands.adapter()
+    return (
+        lambda: [modulated_weight(adapter)],
+        lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)],
+    )
+
+
+def _modulated_blocks(operands: Operands) -> Work:
+    key, adapter = operands.key, operands.adapter()
+    p = adapter.partition
+    widths = key.padded_out, key.padded_in
+
+    def run() -> list[Tensor]:
+        return [modulated_blocks(adapter, widths)]
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        delta = delta_weight(adapter, dtype)
+        blocks = delta.new_zeros(key.blocks, *widths)
+        for k in range(key.blocks):
+            blocks[k, : p.row_sizes[k], : p.col_sizes[k]] = delta[p.rows(k)][:, p.cols(k)]
+        return [blocks]
+
+    return run, defined
+
+
+def _permute(operands: Operands) -> Work:
+    key, scatters = operands.key, "scatter" in operands.form
+    x = operands.tensor(key.tokens, key.in_features)
+    blocked = operands.tensor(key.tokens, key.blocks, key.padded_in) if scatters else None
+    p = operands.partition(key.in_features, key.in_features)
+    seed = torch.zeros(1, dtype=torch.int64, device=operands.device)
+    dropout = Dropout(seed, 0.1) if key.dropout else None
+
+    def run() -> list[Tensor]:
+        if blocked is not None:
+            return [scatter_columns(blocked, p, x, dropout=dropout)]
+        return [gather_columns(x, p, key.padded_in, dropout=dropout)]
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        gathered = x.new_zeros(key.tokens, key.blocks, key.padded_in, dtype=dtype)
+        kept = x.to(dtype)
+        kept = kept * KernelsDropout(seed, 0.1).multiplier(kept) if key.dropout else kept
+        for k, size in enumerate(p.col_sizes):
+            gathered[:, k, :size] = kept[:, p.cols(k)]
+        return [gathered]
+
+    return run, defined
+
+
+def _block_matmul(operands: Operands) -> Work:
+    key, adapter = operands.key, operands.adapter()
+    x = operands.tensor(key.tokens, key.in_features)
+    in_place = key.granule > 1 and not key.dropout
+    xg = x if in_place else gather_columns(x, adapter.partition, key.padded_in)
+    y = operands.tensor(key.tokens, key.out_features)
+    if key.transposed:
+        delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
+    else:  # an adapter remembers its precision, which may be another when this kernel runs
+        delta = modulated_blocks(replace(adapter), (key.padded_out, key.padded_in))
+    return (
+        lambda: [block_matmul(xg, adapter, delta, out=y)],
+        lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T],
+    )
+
+
+def _fused_linear(operands: Operands) -> Work:
+    adapter = operands.adapter()
+    x = operands.tensor(operands.key.tokens, operands.key.in_features)
+    return (
+        lambda: [fused_linear(x, None, adapter)],
+        lambda dtype: [forward(x, adapter, dtype)],
+    )
+
+
+def _block_grad(operands: Operands) -> Work:
+    key, adapter = operands.key, operands.adapter()
+    p = adapter.partition
+    x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
+    dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
+    xg = x if key.granule > 1 and not key.dropout else gather_columns(x, p, key.padded_in)
+    return (
+        lambda: block_grad(1, lambda _: (dyg, xg), adapter),
+        lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None),
+    )
+
+
+def _grouped_linear(operands: Operands) -> Work:
+    return experts_passes(operands)["experts"]
+
+
+def _grouped_grad(operands: Operands) -> Work:
+    return experts_passes(operands)["experts' factors"]
+
+
+def _sum_partials(operands: Operands) -> Work:
+    key, transposed = operands.key, "transposed" in operands.form
+    # Rows of y, or of factors. Another kernel's configuration decides the number of parts; this one is typical.
+    of_factors = operands.form.startswith("r")
+    N = key.rank if of_factors else key.out_features
+    partials = operands.tensor(4, key.tokens, partial_width(N) if of_factors else N, dtype=torch.float32)
+    out = operands.tensor(*((N, key.tokens) if transposed else (key.tokens, N)))
+    bias = operands.tensor(N) if operands.form == "bias" else None
+
+    def run() -> list[Tensor]:
+        sum_partials(partials, out, bias=bias, transposed=transposed)
+        return [out]
+
+    def defined(dtype: torch.dtype) -> list[Tensor]:
+        total = partials.to(dtype).sum(0)[:, :N]
+        total = total if bias is None else total + bias.to(dtype)
+        return [total.T if transposed else total]
+
+    return run, defined
+
+
+WORKLOADS: dict[str, Callable[[Operands], Work]] = {
+    "modulated_weight": _modulated_weight,
+    "modulated_blocks": _modulated_blocks,
+    "permute": _permute,
+    "block_matmul": _block_matmul,
+    "fused_linear": _fused_linear,
+    "block_grad": _block_grad,
+    "grouped_linear": _grouped_linear,
+    "grouped_linear_gathered": _grouped_linear,
+    "grouped_grad": _grouped_grad,
+    "grouped_grad_gathered": _grouped_grad,
+    "sum_partials": _sum_partials,
+}
+"""By the kernel's name."""
