@@ -20,6 +20,7 @@ R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from .architectures import Architecture, multiprocessors
-from .common import block_slots, block_width, dot, round_to, to_tf32
+from .common import OLD_TRITON, block_slots, block_width, dot, round_to, to_tf32
 from .launch import Launch, Layout, described
 from .spec import PARTIAL_RANKS, Config, Kernel, partial_width, tile_divides
 from .sum_partials import sum_partials
@@ -365,8 +366,17 @@ _SHIPPED_IEEE = (
 def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if precision.ieee and not arch.is_amd:
         return _SHIPPED_IEEE
-    shipped = _SHIPPED_FP32 if precision.dtype == torch.float32 else _SHIPPED
-    return shipped if arch.is_amd or arch.shared_per_block >= _LARGEST_NEEDS else shipped[1:]
+    full = precision.dtype == torch.float32
+    shipped = _SHIPPED_FP32 if full else _SHIPPED
+    if not arch.is_amd and arch.shared_per_block < _LARGEST_NEEDS:
+        shipped = shipped[1:]
+    if OLD_TRITON and arch.name == "sm_80" and not full:  # it spills 32 bytes of the largest
+        return shipped[1:]
+    if OLD_TRITON and arch.name == "sm_100" and full:  # 16 bytes of the second
+        return (shipped[0], *shipped[2:])
+    if OLD_TRITON and arch.name == "sm_120" and not full:  # 4 bytes
+        return tuple(replace(config, num_warps=4, num_stages=2) for config in shipped)
+    return shipped
 
 
 BLOCK_GRAD = Kernel(

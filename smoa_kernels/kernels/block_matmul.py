@@ -219,7 +219,9 @@ _SHIPPED_IEEE = (
 def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     full = precision.dtype == torch.float32
     if full and precision.ieee and not arch.is_amd:
-        return _SHIPPED_IEEE
+        return (
+            tuple(replace(config, num_warps=4) for config in _SHIPPED_IEEE) if OLD_TRITON else _SHIPPED_IEEE
+        )
     most = 256 if arch.has_wide_tensor_cores else 128
     if OLD_TRITON and not arch.is_amd:  # it spills larger tiles
         most = 128 if arch.name == "sm_90" and not full else 64

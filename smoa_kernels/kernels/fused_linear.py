@@ -239,7 +239,9 @@ _SHIPPED_IEEE = _split(
 
 def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if precision.ieee and not arch.is_amd:
-        if arch.name == "sm_120" and not OLD_TRITON:  # with two warps its registers spill
+        if OLD_TRITON:  # longer steps spill 4 to 56 bytes
+            return tuple(replace(config, block_c=16) for config in _SHIPPED_IEEE)
+        if arch.name == "sm_120":  # with two warps its registers spill
             return tuple(replace(config, num_warps=4) for config in _SHIPPED_IEEE)
         return _SHIPPED_IEEE
     shipped = _SHIPPED

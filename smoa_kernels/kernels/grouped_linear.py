@@ -267,7 +267,11 @@ _SHIPPED = (
     Config(block_t=64, block_n=128, block_c=64, block_d=32, group_t=8, num_warps=8, num_stages=3),
     _FEW,
 )
-_SHIPPED_OLD = (_SHIPPED[0], replace(_FEW, num_stages=4))  # by Triton 3.6 three spill 12 bytes of dX
+# By Triton 3.6 three stages spill 12 bytes of dX on sm_80, and 4 of y on sm_120.
+_SHIPPED_OLD = {
+    "sm_80": (_SHIPPED[0], replace(_FEW, num_stages=4)),
+    "sm_120": (_SHIPPED[0], replace(_FEW, num_stages=2)),
+}
 _SHIPPED_SM_90 = (
     Config(block_t=256, block_n=128, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
     Config(block_t=128, block_n=128, block_c=64, block_d=32, group_t=8, num_warps=8, num_stages=3),
@@ -298,12 +302,15 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         return on_amd(_SHIPPED)
     if precision.dtype == torch.float32:
         if precision.ieee:
-            return _SHIPPED_IEEE
+            spills = OLD_TRITON and arch.name != "sm_100"  # 12 to 16 bytes
+            return (replace(_SHIPPED_IEEE[0], block_n=32),) if spills else _SHIPPED_IEEE
+        if OLD_TRITON and arch.name == "sm_100":
+            return (replace(_SHIPPED_TF32[0], block_t=32, num_warps=4),)
         spills = not arch.has_wide_tensor_cores if OLD_TRITON else arch.name == "sm_100"  # 12 bytes
         return _GATHERED_TF32 if spills else _SHIPPED_TF32
     if arch.name == "sm_90":
         return _SHIPPED_SM_90[1:] if OLD_TRITON else _SHIPPED_SM_90  # it spills the widest
-    return _SHIPPED_OLD if OLD_TRITON and arch.name == "sm_80" else _SHIPPED
+    return _SHIPPED_OLD.get(arch.name, _SHIPPED) if OLD_TRITON else _SHIPPED
 
 
 def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
@@ -311,7 +318,8 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         return on_amd(_GATHERED)
     if precision.dtype == torch.float32:
         if precision.ieee:
-            return _GATHERED_IEEE
+            spills = OLD_TRITON and arch.name in ("sm_86", "sm_89")  # 12 bytes
+            return (replace(_GATHERED_IEEE[0], block_n=16),) if spills else _GATHERED_IEEE
         spills = arch.name == "sm_100" and not OLD_TRITON  # 76 bytes
         return _SHIPPED_TF32 if spills else _GATHERED_TF32
     if arch.name == "sm_100":  # with four warps its registers spill
