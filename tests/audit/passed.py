@@ -1,8 +1,8 @@
 """What passed the audit by each version of Triton: `passed/3.9.txt`. `make audit` writes it, and it is committed.
 
 So an audit compiles only what a change touched. A line is one kernel on one architecture: how many forms passed, and a
-digest of their keys. A key is a hash of what the result follows from but for the compiler, the same on every machine and
-by every Python and Triton; comments, docstrings and layout do not count.
+digest of their keys. A key is a hash of what the result follows from but for the compiler, the same on every machine
+and by every Python and Triton; comments, docstrings and layout do not count.
 """
 
 from __future__ import annotations
