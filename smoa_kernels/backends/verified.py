@@ -297,7 +297,7 @@ class Verdicts:
         self.forms |= forms
         if short_way.obstacle:
             self.forms[LAUNCHER] = short_way.obstacle
-        with suppress(OSError):
+        with suppress(OSError, NotImplementedError):  # filelock's, where the system has no locks
             keep(self._now, verdicts={self.versions: self.forms})
 
     def refuse(self, forms: Sequence[str], reason: str) -> bool:

@@ -122,7 +122,10 @@ def select(
 
 @contextmanager
 def answered(answer: Callable[[Key], Choice | None]) -> Iterator[None]:
-    """Ask `answer` for each choice meanwhile; where it gives None, the tables and the heuristic answer."""
+    """Ask `answer` for each choice meanwhile; where it gives None, the tables and the heuristic answer.
+
+    It answers the launches of all threads, so the process must do nothing else.
+    """
     global _answer
     before, _answer = _answer, answer
     forget()
@@ -297,6 +300,8 @@ def read(path: Path, now: Identity) -> Table:
         path: of the file.
         now: the identity that entries must have to be in force.
     """
+    if path.is_fifo():  # reading it would wait for a writer
+        return Table(broken="cannot be read: it is a pipe")
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -309,9 +314,10 @@ def read(path: Path, now: Identity) -> Table:
         return Table(broken="is not a table of smoa-kernels")
     if data.get("schema") != SCHEMA:
         return Table(broken=f"has schema {shown(data.get('schema'))}, this version knows {SCHEMA}")
-    table = Table(verdicts=data.get("verdicts", {}))
-    if not isinstance(table.verdicts, dict) or not all(isinstance(f, dict) for f in table.verdicts.values()):
-        return Table(broken="holds no verdicts by versions")
+    kept = data.get("verdicts")
+    table = Table(
+        verdicts={v: f for v, f in kept.items() if _are_verdicts(f)} if isinstance(kept, dict) else {}
+    )
     for number, raw in enumerate(data["entries"], start=1):
         try:
             if raw["identity"] == asdict(now):
@@ -325,6 +331,10 @@ def read(path: Path, now: Identity) -> Table:
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             table.skipped.append((f"entry {number}: {why}"[:300], raw))
     return table
+
+
+def _are_verdicts(forms: Any) -> bool:
+    return isinstance(forms, dict) and all(isinstance(reason, str) for reason in forms.values())
 
 
 def keep(
@@ -346,13 +356,17 @@ def keep(
         verdicts: see :class:`Table`.
 
     Raises:
-        OSError: the folder cannot be written to, or another process holds the lock for a minute.
+        OSError: the folder cannot be written to, another process holds the lock for a minute, or there are only
+            verdicts to add and the file has another schema.
     """
     path = user_table(now.gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
         found = read(path, now)
-        if found.broken.startswith("cannot be read"):
+        foreign = (
+            found.broken.startswith("has schema") and verdicts is not None
+        )  # a training step moves no such file
+        if found.broken.startswith("cannot be read") or foreign:
             raise OSError(found.broken)
         if found.broken:
             number = 1

@@ -73,6 +73,8 @@ def _sorted_at_once(weights: Mapping[Any, _Weight], bar: tqdm[Any]) -> dict[Any,
     if not all(weight.layer.stack for weight in weights.values()):
         at_once = min(at_once, MAX_AT_ONCE)
     with one_thread():
+        if torch.get_num_threads() != 1:  # in vLLM's process: each would take all threads
+            at_once = 1
 
         def counted(compute: Callable[[], BlockPartition]) -> BlockPartition:
             found = compute()

@@ -37,6 +37,9 @@ _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows messages of loggers 
 
 # vLLM's methods, the names of their parameters, and their replacements, which take the original and its arguments.
 _hooks: list[tuple[str, str, Callable[..., Any]]] = []
+_OPTIONAL = (
+    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_logits"  # only saves time, on a CPU
+)
 
 
 def _instead_of(path: str, parameters: str) -> Callable[..., Callable[..., Any]]:
@@ -61,7 +64,9 @@ def register() -> None:
         tested = f"it was tested with vLLM {TESTED_VERSION}; {MERGE}"
         _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, tested)
         return
-    for path, _, function in _hooks:
+    for path, parameters, function in _hooks:
+        if _difference(path, parameters) is not None:
+            continue  # an optional one
         owner, name, found = _find(path)
         original = getattr(found, "__func__", found)  # of a class method
         if not hasattr(original, "is_smoa"):
@@ -80,15 +85,17 @@ def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Call
 
 def obstacle() -> str | None:
     """Name the method of vLLM that differs from the version tested; None if none does."""
-    for path, parameters, _ in _hooks:
-        try:
-            found = _find(path)[2]
-        except (ImportError, AttributeError):
-            return f"this vLLM has no {path}"
-        given = " ".join(inspect.signature(getattr(found, "__func__", found)).parameters)
-        if given != parameters:
-            return f"this vLLM's {path} takes ({given}) and not ({parameters})"
-    return None
+    needed = ((path, parameters) for path, parameters, _ in _hooks if path != _OPTIONAL)
+    return next((found for one in needed if (found := _difference(*one)) is not None), None)
+
+
+def _difference(path: str, parameters: str) -> str | None:
+    try:
+        found = _find(path)[2]
+    except (ImportError, AttributeError):
+        return f"this vLLM has no {path}"
+    given = " ".join(inspect.signature(getattr(found, "__func__", found)).parameters)
+    return None if given == parameters else f"this vLLM's {path} takes ({given}) and not ({parameters})"
 
 
 # Loading.
@@ -319,10 +326,7 @@ def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
         flat.copy_(y)
 
 
-@_instead_of(
-    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_logits",
-    "self y x lora_a_stacked lora_b_stacked scale buffer kwargs",
-)
+@_instead_of(_OPTIONAL, "self y x lora_a_stacked lora_b_stacked scale buffer kwargs")
 def _add_lora_logits(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
     """Nothing, if no token of the step has a LoRA adapter: vLLM's product, as wide as the vocabulary, adds zeros."""
     return None if getattr(self, "smoa_alone", False) else original(self, *args, **options)

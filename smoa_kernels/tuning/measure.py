@@ -275,6 +275,8 @@ def workload(job: Job, device: torch.device) -> Workload:
 
         with answered(answer), heard_by(hear):
             results = operation.run()
+        if not (whole or launches):
+            raise LookupError(f"the pass launched no {job.key.kernel}, so there is nothing to time")
         again = partial(run, choice) if whole else lambda: [launch() for launch in launches]
         return results, again
 
