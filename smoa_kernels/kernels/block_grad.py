@@ -367,7 +367,7 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if precision.ieee and not arch.is_amd:
         return _SHIPPED_IEEE
     full = precision.dtype == torch.float32
-    shipped = _SHIPPED_FP32 if full else _SHIPPED
+    shipped: tuple[Config, ...] = _SHIPPED_FP32 if full else _SHIPPED
     if not arch.is_amd and arch.shared_per_block < _LARGEST_NEEDS:
         shipped = shipped[1:]
     if OLD_TRITON and arch.name == "sm_80" and not full:  # it spills 32 bytes of the largest
