@@ -90,6 +90,27 @@ def test_a_driver_that_does_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert why == "x is on cuda:0, which this machine does not have: AssertionError"
 
 
+@pytest.mark.parametrize(("version", "refused"), [("3.6.0", True), ("3.9.0", False)])
+def test_tf32_on_hopper_is_refused_where_triton_compiles_it_wrongly(
+    here, monkeypatch, version, refused
+) -> None:
+    triton = pytest.importorskip("triton", reason="needs triton")
+    here(H100)
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(backends, "gemm_is_ieee", lambda dtype, device_type: False)
+    backends._has_wrong_tf32.cache_clear()
+    backends._device_obstacle.cache_clear()
+    try:
+        found = backends.triton_obstacle(GPU, torch.float32)
+        assert (found is not None) is refused
+        assert backends.triton_obstacle(GPU, torch.bfloat16) is None
+        monkeypatch.setattr(backends, "gemm_is_ieee", lambda dtype, device_type: True)
+        assert backends.triton_obstacle(GPU, torch.float32) is None
+    finally:
+        backends._has_wrong_tf32.cache_clear()
+        backends._device_obstacle.cache_clear()
+
+
 def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:
     """A device index beyond the machine's GPUs, as a fake tensor may have, selects the eager backend."""
     pytest.importorskip("triton", reason="needs triton")

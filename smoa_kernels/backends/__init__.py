@@ -45,6 +45,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CAPABILITY = (8, 0)
+_RIGHT_TF32 = (3, 9)  # the first Triton whose machine code for Hopper passed the audit in TF32
 MOST_TRITON_RANKS = 256
 """ρ up to which the kernels take an adapter."""
 
@@ -180,7 +181,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
         return f"the kernels take {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if rank > MOST_TRITON_RANKS:
         return f"the kernels take ranks up to {MOST_TRITON_RANKS}, got {rank}"
-    return _kernel_obstacle(device)
+    return _kernel_obstacle(device) or (_tf32_obstacle(device) if dtype == torch.float32 else None)
 
 
 def _constant(function: F) -> F:
@@ -207,6 +208,25 @@ def _library_obstacle(dtype: torch.dtype) -> str | None:
     if dtype == torch.float32 and not gemm_is_ieee(dtype, "cpu"):
         return "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
     return library_obstacle()
+
+
+@_constant
+def _tf32_obstacle(device: torch.device) -> str | None:
+    """Whether this Triton compiles TF32 products wrongly for the GPU.
+
+    For Hopper 3.6's assembler overwrites a wgmma's left operand in registers before it has been read (triton#9433,
+    triton#11781). The audit found it in dX's product with a float32 weight; 3.7 and 3.8 were not audited.
+    """
+    if device.type == "cpu" or not _has_wrong_tf32(device) or gemm_is_ieee(torch.float32, "cuda"):
+        return None
+    return "Triton before 3.9 compiles TF32 for Hopper wrongly: update it, or take torch's IEEE float32"
+
+
+@functools.cache
+def _has_wrong_tf32(device: torch.device) -> bool:
+    triton = importlib.import_module("triton")
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return torch.version.hip is None and version < _RIGHT_TF32 and gpu_properties(device).major == 9
 
 
 @_constant
