@@ -212,10 +212,11 @@ def _library_obstacle(dtype: torch.dtype) -> str | None:
 
 @_constant
 def _tf32_obstacle(device: torch.device) -> str | None:
-    """Whether this Triton compiles TF32 products wrongly for the GPU.
+    """Say why TF32 cannot be used on the GPU with this Triton; None where it can, or where float32 is IEEE.
 
-    For Hopper 3.6's assembler overwrites a wgmma's left operand in registers before it has been read (triton#9433,
-    triton#11781). The audit found it in dX's product with a float32 weight; 3.7 and 3.8 were not audited.
+    A tensor-core instruction of Hopper (wgmma) may read its left operand from registers. In TF32 the machine code that
+    Triton 3.6 makes writes new values into them before the instruction has read the old ones (triton#9433,
+    triton#11781). The audit found this in the product of dX. Triton 3.7 and 3.8 were not audited.
     """
     if device.type == "cpu" or not _has_wrong_tf32(device) or gemm_is_ieee(torch.float32, "cuda"):
         return None

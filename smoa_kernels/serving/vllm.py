@@ -328,7 +328,10 @@ def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
 
 @_instead_of(_OPTIONAL, "self y x lora_a_stacked lora_b_stacked scale buffer kwargs")
 def _add_lora_logits(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
-    """Nothing, if no token of the step has a LoRA adapter: vLLM's product, as wide as the vocabulary, adds zeros."""
+    """Skip LoRA's update of the logits in a step without LoRA adapters.
+
+    vLLM would add zeros there, by a product with a matrix that has a row for each word of the vocabulary.
+    """
     return None if getattr(self, "smoa_alone", False) else original(self, *args, **options)
 
 

@@ -1,8 +1,9 @@
 """What passed the audit by each version of Triton: `passed/3.9.txt`. `make audit` writes it, and it is committed.
 
 So an audit compiles only what a change touched. A line is one kernel on one architecture: how many forms passed, and a
-digest of their keys. A key is a hash of what the result follows from but for the compiler, the same on every machine
-and by every Python and Triton; comments, docstrings and layout do not count.
+digest of their keys. A key is a hash of the kernel's source and of what it is launched with, without the versions of
+compilers. So it is the same on every machine and by every Python and Triton, and an edit of comments, docstrings or
+layout leaves it as it is.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ struct Warp {
   // cp.async: not yet committed, and groups not yet waited for.
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> copy_groups;
-  // wgmma, likewise.
+  // wgmma: not yet committed, and groups not yet waited for.
   std::vector<Product> products;
   std::deque<std::vector<Product>> product_groups;
   std::vector<Row> rows;
