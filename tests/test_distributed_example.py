@@ -158,7 +158,7 @@ def environment(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-def test_what_cannot_run_is_refused_in_one_line(
+def test_bad_runs_are_refused_in_one_line(
     refused: object, tiny_llama: Path, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path / "run")

@@ -22,7 +22,7 @@ from smoa_kernels.backends import native_obstacle, resolve_backend
 from smoa_kernels.backends.native import backend, library
 
 
-def test_auto_takes_what_is_there() -> None:
+def test_auto_takes_compiled_code_if_present() -> None:
     there = native_obstacle(CPU) is None
     assert resolve_backend("auto", CPU, torch.float32, 4) == ("native" if there else "eager")
     assert resolve_backend("auto", CPU, torch.float64, 4) == "eager"
@@ -42,7 +42,7 @@ def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
         on_cpu().forward(backend="native")
 
 
-def test_less_than_float32_is_eagers() -> None:
+def test_eager_takes_reduced_float32_precision() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:

@@ -157,7 +157,7 @@ def test_labels_cut_as_tensor_split(num_blocks: int, granule: int) -> None:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1], [0, 1, 3], [0, 1, -1]])
-def test_what_is_no_permutation_of_granules_is_refused(order: list[int]) -> None:
+def test_an_order_that_is_no_permutation_is_refused(order: list[int]) -> None:
     with pytest.raises(ValueError, match="smoa_block_labels returned 5"):
         c_oracle.block_labels(order, 2, size=10, granule=4)
 

@@ -57,7 +57,7 @@ def test_totals_by_hand() -> None:
     assert over_frozen(CONTIGUOUS, "split") == pytest.approx(1 + split / frozen, rel=5e-3)
 
 
-def test_the_page_shows_what_is_predicted() -> None:
+def test_the_page_shows_the_predictions() -> None:
     rows = re.findall(
         r"^\| (\d), (spectral|contiguous) \|(.+)\|$", GPU_PAGE.read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -141,7 +141,7 @@ def test_bytes_in_place_by_hand() -> None:
     ],
     ids=str,
 )
-def test_what_is_read_in_place(change: dict[str, int], in_place: bool) -> None:
+def test_operands_read_in_place(change: dict[str, int], in_place: bool) -> None:
     p = replace(SQUARE, **change)
     assert p.in_place == in_place
     for way in ("merged", "split"):

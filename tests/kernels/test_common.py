@@ -33,7 +33,7 @@ def test_tf32_rounds_to_nearest(device: torch.device) -> None:
     assert torch.equal(rounded(value, "ieee"), value)
 
 
-def test_tf32_keeps_what_is_not_finite(device: torch.device) -> None:
+def test_tf32_keeps_infinity_and_nan(device: torch.device) -> None:
     """Infinity and NaN stay. Values that would round to infinity stay too; the tensor core truncates them."""
     largest = torch.finfo(torch.float32).max
     value = torch.tensor([float("inf"), -float("inf"), float("nan"), largest, -largest, 0.0, -0.0, 1e-45])

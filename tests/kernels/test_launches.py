@@ -45,7 +45,7 @@ def test_sizes_compile_no_forms_of_their_own() -> None:
 
 
 @pytest.mark.slow
-def test_remembered_plans_launch_what_new_ones_would() -> None:
+def test_remembered_plans_launch_like_new_ones() -> None:
     """A cached plan launches the same compiled form, grid, sizes and strides, on the same device.
 
     The cases are sizes of 1, odd sizes and strides, pointers not divisible by 16, two factor dtypes, a

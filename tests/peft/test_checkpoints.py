@@ -89,7 +89,7 @@ def test_a_configuration_alone_is_replaced_whole(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
-def test_a_save_keeps_what_else_is_in_the_folder(llama, tmp_path):
+def test_a_save_keeps_other_files_of_the_folder(llama, tmp_path):
     model = adapt(llama())
     model.add_adapter("other", SMoAConfig(r=4))
     model.save_pretrained(tmp_path)

@@ -53,7 +53,7 @@ ORDERS = [
 
 @pytest.mark.numerical
 @pytest.mark.parametrize(("kind", "order"), ORDERS)
-def test_what_is_saved_is_loaded_bit_for_bit(kind, order, make, tokens, tmp_path, monkeypatch):
+def test_a_saved_adapter_is_loaded_bit_for_bit(kind, order, make, tokens, tmp_path, monkeypatch):
     settings = {"block_order": order, "granule": 2, "block_seed": 7}
     model = adapt(make(), kind, **settings)
     expected = logits(model, tokens)

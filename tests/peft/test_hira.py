@@ -148,7 +148,7 @@ def test_results_are_pefts_and_it_can_be_undone(case, make_model, tokens, monkey
     assert all(map(torch.equal, step(model, tokens), expected))
 
 
-def test_what_one_saves_the_other_loads(make_model, tokens, tmp_path):
+def test_each_loads_the_files_of_the_other(make_model, tokens, tmp_path):
     model = adapt(make_model(), torch.float32)
     model.save_pretrained(tmp_path / "plain")
     expected = model(tokens).logits

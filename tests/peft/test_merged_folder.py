@@ -90,7 +90,7 @@ def lora(adapter):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
 
 
-def test_what_is_there_is_not_overwritten(folders, tmp_path):
+def test_existing_files_are_not_overwritten(folders, tmp_path):
     with pytest.raises(ValueError, match="out must be a new or an empty folder"):
         merge_to_folder(*folders, folders[0])
     assert dict(merged_weights(*folders))  # the base is undamaged

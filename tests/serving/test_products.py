@@ -110,7 +110,7 @@ def test_rows_are_multiplied_in_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("given", [{"weight": True}, {}], ids=["W0", "rows"])
-def test_what_is_recorded_for_one_step_serves_any_other(given, monkeypatch):
+def test_a_recorded_step_serves_any_other(given, monkeypatch):
     """Like a CUDA graph, a trace repeats the same operators with the same shapes, whatever the adapters."""
     monkeypatch.setattr(products, "MOST_ROWS", 24)
     layer, x = Layer(**given), torch.randn(7, C)
