@@ -264,7 +264,7 @@ def poisoned(case: Case, name: str, value: float, block: int) -> LinearProblem:
 
 
 def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
-    """Ours is finite exactly where the definition's result is, and agrees with it there."""
+    """Our result is finite exactly where the definition's result is, and agrees with it there."""
     finite = ours.isfinite()
     assert not (finite & ~theirs.isfinite()).any()
     # merged and expanded multiply a broken factor with the zeros of other blocks; 0 · NaN is NaN, so it may spread.

@@ -208,7 +208,7 @@ def adapts(model: Any, where: str = "") -> bool:
 
 
 def first_adapter(*codes: str) -> None:
-    """The example of PEFT; another one, if there is one, needs no PEFT."""
+    """The example with PEFT, and on some pages one without PEFT."""
     for code in codes:
         found = run(code)
         if "peft" in code:

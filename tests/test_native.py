@@ -300,7 +300,7 @@ def test_the_mask_is_eagers(seed: int, p: float, shard: tuple[int, int] | None) 
 @each_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_dropped_nan_and_infinity_are_still_seen(value: float, dtype: torch.dtype) -> None:
-    """0 · NaN is NaN, by the definition and in torch's operators."""
+    """0 · NaN is NaN, in the definition and in torch's operators."""
     p, options = on_cpu(dtype, tokens=40, random_labels=True), FORMS["dropout"].options
     dropped = FORMS["dropout"].dropout.multiplier(p.x) == 0
     for place in dropped.nonzero()[:3].tolist():

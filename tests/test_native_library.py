@@ -56,7 +56,7 @@ def test_eager_takes_reduced_float32_precision() -> None:
 
 @needs_library
 def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
-    """A compiled or exported program names its backend when it is made; later settings must not change its rounding."""
+    """A compiled or exported program fixes its backend when it is made; later settings must not change its rounding."""
     p = on_cpu(tokens=1100, out_features=40, in_features=64, ranks=(2, 3), bias=False)
     adapter = p.adapter()
     case, before = Case("native", "auto", torch.float32), torch.backends.mkldnn.matmul.fp32_precision

@@ -1,4 +1,4 @@
-"""Operands of compiled code: any layout and kind, and the invalid ones that it refuses."""
+"""Operands of compiled code: every layout and kind, and invalid ones, which it refuses."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -169,7 +169,7 @@ def test_clean_under_the_sanitizers(tmp_path: Path) -> None:
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
     program = tmp_path / "program"
-    # Leaks could only be the check program's: the oracle never allocates. The leak checker fails under ptrace.
+    # The oracle never allocates, so only the check program could leak. The leak checker fails under ptrace.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     built = subprocess.run([*compile_sanitized, probe, "-o", program], capture_output=True)
     if built.returncode or subprocess.run([program], env=environment, capture_output=True).returncode:

@@ -35,7 +35,7 @@ def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
 
 
 def test_totals_by_hand() -> None:
-    """T=8192, 4096², K=4, r=16, bf16 on an H100, in µs. Parts below 1 % of a pass's bytes are left out."""
+    """T=8192, 4096², K=4, r=16, bf16 on an H100, in µs. The sums leave out parts below 1 % of a pass's bytes."""
     unit, start = 2 * 8192 * 4096**2 / 700e6, 2.3  # a GEMM, a launch
     frozen = 2 * (unit + start)
     x, w = 64 * 2**20 / 2.9e6, 32 * 2**20 / 2.9e6  # a pass over x or y, and over W0, at a copy's rate

@@ -63,7 +63,7 @@ def rank_bound(p: LinearProblem) -> int:
 def test_rank_is_bounded_by_the_blocks_and_generically_equal(
     p: LinearProblem, inner: int, whole: bool
 ) -> None:
-    """Whole factors and W0 have few distinct values, so rows coincide and columns vanish."""
+    """Integer factors and W0 take few values, so some rows coincide and some columns vanish."""
     generator = torch.Generator().manual_seed(inner)
     (N, C), (rho, _) = p.weight.shape, p.A.shape
     p = replace(p, weight=of_rank((N, C), inner, generator, whole=whole))

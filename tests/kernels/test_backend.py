@@ -72,7 +72,7 @@ def test_a_long_batch_is_gathered_in_parts(
 def test_ranks_beyond_the_factors_read_no_further(
     case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks on a GPU are not checked, as that would wait for it: the kernels clamp them to [0, ρ]."""
+    """Checking ranks on a GPU would wait for it, so the kernels clamp them to [0, ρ]."""
     monkeypatch.setattr(operator, "check_ranks", lambda *_: None)
     p = case.problem(ranks=(3, 5, 5))
     p = replace(p, A=guarded(p.A, row_padding=3), B=guarded(p.B, row_padding=3))

@@ -26,7 +26,7 @@ def test_every_launch_is_on_its_operands_device() -> None:
     """A layer on cuda:1 while cuda:0 is current, as under `device_map="auto"`."""
     found = launches("devices")
     assert {launch["kernel"] for launch in found if launch["pass"] == "tuning"} == {"modulated_weight_kernel"}
-    assert len({launch["pass"] for launch in found}) == 11  # each launched something
+    assert len({launch["pass"] for launch in found}) == 11  # each pass has a launch
     wrong = [launch for launch in found if (launch["device"], launch["stream"]) != (1, 101)]
     assert wrong == []
 

@@ -318,7 +318,7 @@ def test_masked_experts_sum_beyond_the_range_of_float16() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_one_wrong_number_shows_among_millions(dtype: torch.dtype) -> None:
-    """Beside two right results of other rounding, from activations of which a few channels are large."""
+    """Two right results that round differently pass. A few channels of the activations are large."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(512, 400, generator=generator), torch.randn(4096, 400, generator=generator)
     x[:, :3] *= 100

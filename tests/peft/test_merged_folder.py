@@ -125,7 +125,7 @@ merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
 
 @pytest.mark.slow
 def test_killed(folders, tmp_path):
-    """A killed merge leaves only a hidden folder, which is no model; the next merge ignores it."""
+    """A killed merge leaves only a hidden folder, which holds no model; the next merge ignores it."""
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*folders, out))], capture_output=True)
     assert done.returncode == -signal.SIGKILL

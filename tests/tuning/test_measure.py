@@ -169,7 +169,7 @@ def test_a_rerun_after_ctrl_c_measures_only_the_rest() -> None:
     assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == SPEED
 
 
-# Call 1 checks that the table is writable; calls 4 and 5 write the second candidate's mark and its time.
+# Write 1 checks that the table is writable; writes 4 and 5 are the second candidate's mark and its time.
 @pytest.mark.parametrize(("call", "expected"), [(4, INTERRUPTED), (5, None)])
 def test_ctrl_c_while_the_table_is_written(
     call: int, expected: str | None, monkeypatch: pytest.MonkeyPatch

@@ -56,7 +56,7 @@ def test_a_dry_run_lists_the_problems(capsys: pytest.CaptureFixture[str], cache:
 
 
 def test_kernels_of_experts_are_tuned_where_a_layer_has_experts(capsys: pytest.CaptureFixture[str]) -> None:
-    """For weights stored either way."""
+    """For row-major and for column-major weights."""
     arguments = [
         "--dry-run",
         "--gpu",
