@@ -69,7 +69,7 @@ class Team:
         torch.manual_seed(hash((seed, step, self.rank % self.shares)) % 2**63)
 
     def gather(self, *values: float) -> list[tuple[float, ...]]:
-        """Return everyone's values, in order of rank."""
+        """Return the values of all processes, in order of rank."""
         if self.kind is None:
             return [values]
         place = "cuda" if dist.get_backend() == "nccl" else "cpu"
