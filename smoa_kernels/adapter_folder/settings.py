@@ -24,7 +24,8 @@ from ..checks import (
     shown,
 )
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
-from ..definition.ranks import alpha_for_lora_rate, resolve_ranks
+from ..definition.lora_rate import alpha_for_lora_rate
+from ..definition.ranks import resolve_ranks
 
 # Version of the adapter folder's format, raised when older releases cannot read what newer ones write. Version 1 was
 # never released.
