@@ -46,7 +46,7 @@ def page(runs: list[Run]) -> str:
 
 
 def generate(folder: Path, readme: Path | None) -> list[Path]:
-    """Write every page of the runs in a folder; returns what was written."""
+    """Write every page of the runs in a folder; returns the paths."""
     runs = read_all(folder)
     files = {folder / "README.md": page(runs)}
     if readme is not None:

@@ -88,7 +88,7 @@ class Team:
         return nullcontext() if self.kind is None else shared_spectra()
 
     def spread(self, model: PeftModel) -> nn.Module:
-        """Spread ``model`` over the processes, in place, and return what is to be trained.
+        """Spread ``model`` over the processes, in place, and return the model to train.
 
         Raises:
             ValueError: if it cannot be.

@@ -1,4 +1,4 @@
-"""The documentation: links, files, names and commands exist, examples run, and what is exported is documented."""
+"""The documentation: links, files, names and commands exist, examples run, and exported names are documented."""
 
 import ast
 import dataclasses

@@ -111,10 +111,10 @@ def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
 
 
 def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[str, Any], str]:
-    """Run a command with a time limit, appending what it prints to a log.
+    """Run a command with a time limit, appending its output to a log.
 
     Returns:
-        Its status ("done", "failed", "out of time" or "interrupted"), seconds and error, and what it printed.
+        Its status ("done", "failed", "out of time" or "interrupted"), seconds and error, and its output.
     """
     start, limit_passed = time.monotonic(), False
     with log.open("ab") as stream:

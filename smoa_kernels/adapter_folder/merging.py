@@ -56,8 +56,8 @@ def merged_weights(
     Raises:
         TypeError: a folder is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, an argument is not allowed, the base is
-            quantised or lacks what the adapter changes; or, once a tensor is reached, it is another than the adapter
-            was trained over, or the result is not finite. The message names the tensor.
+            quantised or lacks a tensor that the adapter changes. Later, at a tensor: the adapter was trained over
+            another one, or the result is not finite. The message names the tensor.
 
     Example:
         >>> from peft import get_peft_model

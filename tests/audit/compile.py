@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of a launch for an architecture that need not be present.
 
-A launch is captured from the kernel's own launcher, called with tensors without data. So the audit compiles what a
-real launch compiles: the same constexprs, the same specialisation of pointers, strides and sizes.
+A launch is captured from the kernel's own launcher, called with tensors without data. So the audit compiles the form of
+a real launch: the same constexprs, the same specialisation of pointers, strides and sizes.
 Imports Triton; the process must not interpret (`TRITON_INTERPRET`).
 """
 

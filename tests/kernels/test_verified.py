@@ -1,6 +1,6 @@
 """Kernels with wrong results or errors, on a simulated GPU: one warning, then eager's numbers.
 
-The simulated GPU is the CPU with Triton's interpreter; the tests break what a launch runs.
+The simulated GPU is the CPU with Triton's interpreter; the tests break its launches.
 """
 
 import json

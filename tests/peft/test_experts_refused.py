@@ -1,4 +1,4 @@
-"""Refusals for experts: the error names the cause and nothing has changed. Also what we rely on in PEFT."""
+"""Refusals for experts: the error names the cause and nothing has changed. Also PEFT's behaviour that we rely on."""
 
 import types
 

@@ -19,7 +19,7 @@ class Form(NamedTuple):
     Attributes:
         pattern: of the whole operation.
         name: of the machine's operation; it may have the pattern's groups.
-        operands: what each operand is. "4" is a source of 4 bytes, "t" one of the operation's last type, "p" a
+        operands: the kind of each operand. "4" is a source of 4 bytes, "t" one of the operation's last type, "p" a
             predicate; a ">" before it makes it a destination. "#" is a number, "0" and "-1" are that number and no
             other. Registers of 4 bytes may come as vectors, and a ">4|p" may have a predicate.
     """
