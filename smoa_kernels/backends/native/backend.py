@@ -122,8 +122,11 @@ def forward(
         path = Path.EAGER
         if _fits(adapter, x, None, bias):
             path = route(x, adapter.weight, adapter.A.shape[0], algorithm if kept else "dropout")
-        if path == Path.EAGER or not x.numel() or not adapter.weight.numel():
+        if path == Path.EAGER:
             return eager.forward(x, bias, adapter, algorithm, dropout)
+        if not x.numel() or not adapter.weight.numel():
+            empty_sums = x.new_zeros(x.shape[0], adapter.weight.shape[0])
+            return empty_sums if bias is None else empty_sums.copy_(bias)
         mask = None if dropout is None else drawn(dropout, x, x.shape[1])
         call = call if kept and isinstance(call, Call) else Call.of(adapter, mask)
         call.plan(path, Algorithm.MERGED if algorithm != "split" and kept else Algorithm.SPLIT)
