@@ -1,4 +1,4 @@
-"""What adapters cost when vLLM serves them unmerged: time per output token, prefill, loading.
+"""The cost of adapters that vLLM serves unmerged: time per output token, prefill, loading.
 
     python -m benchmarks.serving BASE FOLDER [--dtype bfloat16]     # in vLLM's environment; interleaved medians
     python -m benchmarks.serving BASE FOLDER --against-peft         # 64 prompts in one batch; no times

@@ -379,7 +379,7 @@ class LayerSlots:
 def _added(update: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """The update plus the base's output: y, or if W0 is at hand `x W0ᵀ + b`.
 
-    The latter is rounded once, after the addition. In half precision y has already lost what a small update changes.
+    The latter is rounded once, after the addition. A half-precision y is rounded already, so it loses a small update.
     """
     if weight is None:
         return (y + update).to(y.dtype)

@@ -59,7 +59,7 @@ class Route:
         algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
         needs: a feature of the machine: "half GEMM" (torch has one in this dtype) or a name for :func:`library.has`.
         most: the largest (tokens, ρ) that it takes.
-        contiguous: what must be contiguous in W0: "rows", the "terms" of the sum, or "" for either.
+        contiguous: the dimension of W0 that must be contiguous: "rows", the "terms" of the sum, or "" for either.
     """
 
     path: Path
