@@ -81,6 +81,8 @@ def test_a_kept_adapter_follows_its_tensors_and_the_threads() -> None:
             y = backend.forward(p.x[:tokens], bias, adapter, "auto", None)
             torch.testing.assert_close(y, backend.forward(p.x[:tokens], bias, replace(adapter), "auto", None))
             assert adapter.layout.threads == count
+        with pytest.raises(RuntimeError, match=r"size|shape|dimension"):
+            backend.forward(p.x[:1, :-1], p.bias, adapter, "auto", None)
     finally:
         torch.set_num_threads(threads)
 
