@@ -128,17 +128,16 @@ RANKS = tuple(
     replace(_SMOA, name=f"SMoA K=2, r={r}, {rule}", r=r, scaling=(r / RANK) ** power, rate_of=_SMOA.name)
     for r in (4, 32) for rule, power in RULES.items()
 )  # fmt: skip
-# At LoRA's own best rate: each K, rank and order; half and twice the factor; and methods at twice the rate.
+# At LoRA's own best rate: each K, rank and order; with another rank alpha grows with r, as above, or stays 8.
 AT_LORAS = (
     *(
         Method(f"SMoA K={k}, r={r}, LoRA's rate", "smoa", r=r, num_blocks=k, kappa=3 * k, rate_of=_LORA.name)
         for k, r in ((2, 8), (4, 8), (1, 8), (2, 16), (2, 32), (4, 32))
     ),
     replace(ORDERED, name="contiguous K=2, LoRA's rate", kappa=6, rate_of=_LORA.name),
-    *(
-        replace(_SMOA, name=f"SMoA K=2, LoRA's rate, κ={kappa}", kappa=kappa, rate_of=_LORA.name)
-        for kappa in (3, 12)
-    ),
+    Method("SMoA K=2, r=32, alpha=8, LoRA's rate", "smoa", r=32, scaling=0.25, kappa=6, rate_of=_LORA.name),
+    Method("LoRA, r=32, LoRA's rate", "lora", r=32, rate_of=_LORA.name),
+    Method("LoRA, r=32, alpha=8, LoRA's rate", "lora", r=32, scaling=0.25, rate_of=_LORA.name),
 )
 STEADY = tuple(
     replace(base, name=f"{base.name}, {times} times the rate", rate_of=base.rate_of or base.name, times=times)
