@@ -38,7 +38,7 @@ class Method:
         random: SMoA with random blocks of the same sizes, drawn by the run's seed, in place of the spectral ones.
         block_order, granule: as in SMoAConfig.
         scaling: factor of the update, alpha / r; HiRA has none.
-        kappa: if it is not 0, SMoA's update is also multiplied by kappa / rms(W0), with `use_lora_rate`.
+        kappa: 3 K with `use_lora_rate`, which also multiplies SMoA's update by kappa / rms(W0); 0 without.
         modules: the adapted linear layers, by a name in ``CutModel.targets``.
         as_large: whether to raise r until these modules have as many parameters as ``r`` gives all modules.
         rate_of: the method whose learning rate is taken; None to search for its own.
@@ -89,7 +89,6 @@ class Method:
                 "granule": self.granule,
             }
             if self.kappa:
-                alpha *= self.kappa / (3 * self.num_blocks)
                 blocks["use_lora_rate"] = True
             adapted = get_peft_model(model, SMoAConfig(**shared, smoa_alpha=alpha, **blocks))
         if self.random:
