@@ -162,7 +162,7 @@ def check(case: ExpertsCase, layers: Mapping[str, nn.Module]) -> None:
         experts: Any = layer.get_submodule("experts") if hasattr(layer, "experts") else None
         if not isinstance(
             experts, (Experts, Qwen3MoeExperts)
-        ):  # LoRA's: PEFT's, and the ideal one is nobody's
+        ):  # not checked: LoRA's layers, of which one is PEFT's and one an ideal
             continue
         weights = list(experts.weights.values()) if isinstance(experts, Experts) else []
         factors = [f for w in weights for f in (w.smoa_A["default"], w.smoa_B["default"])]

@@ -112,7 +112,7 @@ def adapted_classifier(folder: Path, r: int, num_blocks: int) -> Any:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]) -> list[dict[str, Any]]:
-    """Return what the collator pads into batches."""
+    """Return the questions' tokens and classes, for the collator to pad."""
     texts = [question.prompt.removesuffix(trec.PROMPT_END) for question in questions]
     rows = tokenizer(texts, truncation=True).input_ids
     labels = [CLASSES.index(question.answer) for question in questions]

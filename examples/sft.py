@@ -33,7 +33,7 @@ from smoa_kernels.peft import SMoAConfig
 
 HELD_OUT = 50  # answers to judge the adapter by
 
-# Its new name, which TRL does not use yet.
+# transformers renamed an option; TRL still uses the old name.
 warnings.filterwarnings("ignore", message=".*activation_checkpointing", category=FutureWarning)
 
 
@@ -105,7 +105,7 @@ def sft(
 
 
 def judge(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, held_out: list[dict[str, Any]]) -> None:
-    """Print the loss on what was held out, and the model's answers to three of its questions."""
+    """Print the loss on the held-out chats, and the model's answers to three of their questions."""
     print(f"Loss on held-out answers: {trainer.evaluate()['eval_loss']:.3f}")
     for sample in held_out[:3]:
         said = answer(trainer.model, tokenizer, sample["prompt"])
@@ -113,7 +113,7 @@ def judge(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, held_out: lis
 
 
 def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: chats.Chat) -> str:
-    """Return the likeliest answer, by the merged weights: they are faster, and unmerging restores every bit."""
+    """Return the likeliest answer. It merges the weights, which is faster, and unmerging restores every bit."""
     tokens = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

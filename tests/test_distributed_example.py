@@ -1,4 +1,4 @@
-"""The fine-tuning example on several processes: the losses of one process; killed, launched and resumed for real."""
+"""The fine-tuning example on several processes: it gives the losses of one process; it is killed and resumed."""
 
 # ruff: noqa: F811  fixtures are imported by name
 
@@ -92,7 +92,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_llama: Path, animals: Path,
 def test_losses_are_those_of_one_process(
     kind: str, two: Processes, tiny_llama: Path, animals: Path, tmp_path: Path
 ) -> None:
-    # Masks equal those of one process only if a process has the same tokens, so not if the batch is shared.
+    # Dropout masks depend on the tokens of a process. They differ from those of one process if the batch is shared.
     run, job = partial(losses, dropout=0.2 if kind == "tp" else 0.0), (tiny_llama, animals)
     alone = run(None, *job, tmp_path / "alone")
     for ours in two.run(run, kind, *job, tmp_path / "together"):
@@ -158,7 +158,7 @@ def environment(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-def test_what_cannot_run_is_refused_in_one_line(
+def test_bad_runs_are_refused_in_one_line(
     refused: object, tiny_llama: Path, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path / "run")

@@ -33,7 +33,7 @@ Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], 
 
 @contextmanager
 def configured(kernel: str, config: Config, precision: str = "fp32") -> Iterator[None]:
-    """Launch a kernel with these parameters meanwhile, whichever of its names it has, and multiply in a precision."""
+    """While active, launch a kernel (under any of its names) with these parameters, and multiply in a precision."""
     family = kernel.removesuffix("_gathered")
     of_family = answered(lambda key: config if key.kernel.removesuffix("_gathered") == family else None)
     with multiplied_in(precision), of_family:
