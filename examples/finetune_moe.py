@@ -13,7 +13,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
 import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -36,9 +35,6 @@ from transformers import (
 )
 
 from smoa_kernels.peft import SMoAConfig
-
-# PEFT 0.21 reads it from every model; only PEFT and transformers can change that, not a user.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 CLASSES = sorted(trec.CLASSES.values())
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

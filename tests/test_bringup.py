@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from places import ctrl_c  # noqa: F401
 
 from benchmarks.bringup import __main__ as bringup
@@ -147,17 +146,3 @@ def test_comparing_keeps_what_it_has_and_repeats_what_failed(monkeypatch: pytest
     compare()  # nothing is left to do
     assert asked == [first, second, first, second]
     assert saved[-1].findings["headline"] == {}
-
-
-def test_a_provider_that_crashes_is_named_and_the_others_are_compared(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def broken(case: Case) -> torch.nn.Module:
-        raise RuntimeError("out of memory\nmore")
-
-    monkeypatch.setattr(stages, "providers", lambda case: {FROZEN: stages.frozen, LORA: broken})
-    stages._gated.cache_clear()
-    (timed, memory), failed = stages._compare_one(headline_cases(True)[0], smoke=True)
-    stages._gated.cache_clear()
-    assert failed == {LORA: "RuntimeError: out of memory"}
-    assert set(timed.seconds["both"]) == set(memory.bytes) == {FROZEN}

@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from adapters import adapter_config
 from checkpoints import Checkpoints
 from parallel import Team
 from peft import get_peft_model
-from processes import Processes
+from processes import Processes, two  # noqa: F401
 from questions import Encoder, read_jsonl, split
 from test_finetune_example import animals, finish, refused, start, tiny_llama  # noqa: F401
 from training import StopRequest, shuffled_batches, train
@@ -31,13 +30,6 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 training.LINE_EVERY = 1
 BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    group = Processes(2)
-    yield group
-    group.stop()
 
 
 class KilledError(Exception):
