@@ -1,4 +1,4 @@
-"""What hatchling asks of us: compiled code, and a README whose links lead somewhere on PyPI's page.
+"""Hatchling's hooks: they compile the code, and make the README's links work on PyPI's page.
 
 `backends/native/calls.c` is compiled where there is a C compiler; `python hatch_build.py` does it without a build.
 Without a compiler, or on another processor, the package is pure Python and layers run in torch operators.
@@ -44,7 +44,7 @@ def compiler() -> list[str] | None:
 
 
 def digest_of(sources: list[Path]) -> str:
-    """What a library says it was compiled from: library.py compares."""
+    """The digest that a library holds of its sources; library.py compares it."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 

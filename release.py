@@ -1,7 +1,7 @@
 """Makes a release: a version in all its places, packages, a commit and a tag. Pushes and uploads nothing.
 
     python release.py make 0.2.0    # what `make release VERSION=0.2.0` runs
-    python release.py check         # whether what is checked out and in dist/ may be published
+    python release.py check         # whether the checkout and the archives in dist/ may be published
 
 docs/release.md is the checklist around it.
 """
@@ -28,7 +28,7 @@ class Refused(Exception):
 
 
 def declared(path: Path, pattern: str) -> str | None:
-    """What a file says after a pattern on a line of its own, without quotes."""
+    """The text after a pattern on a line of a file, without quotes."""
     found = re.search(rf"^{pattern}(.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return found and found[1].strip('"')
 
@@ -44,7 +44,7 @@ def releases() -> list[tuple[str, str]]:
 
 
 def inconsistency() -> str | None:
-    """What the places of the version disagree about, or None."""
+    """How the places of the version disagree, or None."""
     cited = declared(CITATION, "version: "), declared(CITATION, "date-released: ")
     newest = next(iter(releases()), (None, None))
     if cited != newest:
@@ -55,7 +55,7 @@ def inconsistency() -> str | None:
 
 
 def check() -> None:
-    """See to it that what is checked out and in dist/ may be published.
+    """Refuse unless the checkout and the archives in dist/ may be published.
 
     Raises:
         Refused: the address is a placeholder, the version's places disagree, or an archive is missing.
@@ -128,7 +128,7 @@ def make(new: str) -> None:
 
 
 def git(*arguments: str) -> str:
-    """What a git command says."""
+    """The output of a git command."""
     return subprocess.run(
         ["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.rstrip()

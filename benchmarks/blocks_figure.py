@@ -1,9 +1,9 @@
-"""Draw what SMoA adapts: one weight in its own order and sorted along its spectrum, and the update that results.
+"""Draw the blocks that SMoA adapts: a weight in its own and in spectral order, and the singular values of updates.
 
     python -m benchmarks.blocks_figure --out docs/blocks.svg
 
-Nothing in it is schematic: a weight of random directions and a falling spectrum, the blocks that `BlockPartition` finds
-in it, a random adapter's update, and both updates' singular values.
+The figure shows real numbers: a weight of random directions and a falling spectrum, the blocks that `BlockPartition`
+finds in it, and the updates of a random SMoA and a random LoRA adapter.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""What changed between two runs beyond noise: `make bench-compare OLD=a.json NEW=b.json`.
+"""Compare two runs and list changes beyond noise: `make bench-compare OLD=a.json NEW=b.json`.
 
-A figure is a ratio to its baseline in the same round, by the protocol. It changed where both hold:
+A figure is a ratio to its baseline in the same round, by the protocol. It counts as changed if both hold:
 
 - the quartile ranges of its rounds in the two runs do not overlap;
 - its medians differ by more than 5 %.
 
-The first alone is not enough, since a range tells how rounds differ within a run and not how runs differ. In eight
-pairs of consecutive kept runs, LoRA, HiRA and the paper's way, whose code was the same, had their ranges apart in 92 of
-1093 figures. With the second condition 11 are left (1 %). A figure that is in doubt in either run is not compared.
-A size changed where it differs by more than 1 %: bytes are counted, and vary with libraries only.
+The first condition alone is not enough: a range shows how rounds differ within a run, not how runs differ. In eight
+pairs of consecutive kept runs, the code of LoRA, HiRA and the paper's way was the same, and yet the ranges of 92 of
+1093 figures did not overlap. With the second condition 11 remain (1 %). A figure that is in doubt in either run is not
+compared. A size counts as changed if it differs by more than 1 %: bytes are counted, and vary with libraries only.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The tests' default is not to time, but benchmarks/ is run for times. pytest-benchmark's own table is left out: a
-    # row would be one round over all providers, which says nothing.
+    # The tests do not time by default; benchmarks do. pytest-benchmark's own table is left out: its rows would be
+    # rounds over all providers, which mean nothing.
     config.option.benchmark_disable = False
     config.option.benchmark_enable = True
     config.option.benchmark_quiet = True
@@ -37,7 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()
     machine_info.update(describe(config.option.smoke))
-    # At the end, when the JSON is written, so that gates and warm-ups count: this is what `make bench` limits.
+    # Taken at the end, when the JSON is written, so that gates and warm-ups count. `make bench` limits this time.
     machine_info["suite_seconds"] = round(time.monotonic() - _BEGIN)
 
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.dead_zone --out docs/dead_zone.svg
 
-Survival is the projection of `y - y_base` on the exact adapter output, both in float64: 1 where the adapter's
-output arrives, 0 where rounding eats it. δ is the update's size relative to the weights, in rms. Measured on the
-machine that runs it; the layer is 1024 x 1024, K = 1, 2048 tokens, and PEFT's HiRA computes the same update.
-torch multiplies: some processors' compiled code would widen the halves to float32 (docs/cpu.md).
+Survival is the projection of `y - y_base` on the exact adapter output, both in float64: 1 if the whole adapter output
+arrives, 0 if rounding removes it. δ is the update's size relative to the weights, in rms. Measured on the machine that
+runs it; the layer is 1024 x 1024, K = 1, 2048 tokens, and PEFT's HiRA computes the same update. torch's operators
+multiply, because the compiled code of some processors would widen the halves to float32 (docs/cpu.md).
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def check(case: ExpertsCase, layers: Mapping[str, nn.Module]) -> None:
     """
     for name, layer in layers.items():
         experts: Any = layer.get_submodule("experts") if hasattr(layer, "experts") else None
-        # LoRA's are PEFT's, and the ideal one is nobody's.
+        # LoRA's layers are not checked: one is PEFT's, one an ideal.
         if isinstance(experts, (Experts, Qwen3MoeExperts)):
             x, index, routing = case.inputs()
             given = x, index, routing.requires_grad_()

@@ -13,7 +13,7 @@ from .results import Result, Run
 
 @dataclass(frozen=True)
 class Goal:
-    """At most `limit`: a provider's time or bytes over another's.
+    """A goal: a provider's time or bytes over another's is at most `limit`.
 
     Attributes:
         text: for a reader.

@@ -1,12 +1,12 @@
-"""How long the host takes for a layer's forward and backward on the triton backend: Python, torch and Triton's launch.
+"""The host's time for a layer's forward and backward on the triton backend: Python, torch and Triton's launch.
 
     python -m benchmarks.host_time
 
-Measured on a CPU with a pretended GPU (fake_gpu.py), so it needs none. Left out is what lies below a launch and below
-torch's operators in CUDA's own library. The layer is so small that its products take little, and the algorithms are
-those for many tokens: split in forward, merged for dX. Rows are measured in turns, many calls of each in a round. What
-is shown is the median of a round's calls, in the calmest round: others share this machine's caches. It is the thread's
-own time. The pretended GPU takes some of it, a row of its own; nn.Linear computes three products on the CPU, SMoA two.
+It runs on a CPU with a pretended GPU (fake_gpu.py), so CUDA's own share of a launch and of torch's operators is
+missing. The layer is so small that its products take little time. The algorithms are those for many tokens: split in
+forward, merged for dX. Rows are measured in turns, many calls of each in a round. The table shows the thread's own
+time: the median of a round's calls, in the calmest round, because other programs share this machine's caches. A row of
+its own shows the pretended GPU's share. nn.Linear computes three products on the CPU, SMoA two.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GOAL = 200  # microseconds of forward and backward above nn.Linear's
 
 
 def pretend() -> FakeGpu:
-    """From now on in this process, treat the CPU's tensors as a GPU's, and few tokens as many."""
+    """For the life of the process, treat the CPU's tensors as a GPU's, and few tokens as many."""
     gpu = install()
     pretend_cpu("sm_90", 132)
     choice = lambda stage, *_: "merged" if stage == "input_gradient" else "split"  # noqa: E731

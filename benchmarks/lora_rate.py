@@ -1,8 +1,8 @@
-"""Simulate which κ lets SMoA follow LoRA's learning rate: the table of docs/internals/learning_rate.md.
+"""Simulate the κ with which SMoA follows LoRA's learning rate: the table of docs/internals/learning_rate.md.
 
     python -m benchmarks.lora_rate
 
-A layer with random W0, x and a fixed gradient of the output takes sign steps, as Adam's first ones are, on A and B.
+A layer has random W0 and x and a fixed gradient of the output. It takes sign steps on A and B, like Adam's first steps.
 κ is LoRA's change of the output in the gradient's direction, divided by SMoA's at s = 1 and a W0 of rms 1.
 """
 

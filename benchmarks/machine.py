@@ -14,8 +14,8 @@ import torch
 
 from .protocol import DEVICE
 
-LIMIT = "ONEDNN_MAX_CPU_ISA"  # the variable that keeps instructions from torch's half-precision GEMMs
-EDITED = "+"  # ends a commit whose code had changes that were not committed
+LIMIT = "ONEDNN_MAX_CPU_ISA"  # this variable limits the instructions of torch's half-precision GEMMs
+EDITED = "+"  # appended to a commit if some changes of code were not committed
 PACKAGES = ("torch", "triton", "peft", "transformers", "smoa-kernels")
 
 

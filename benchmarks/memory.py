@@ -1,8 +1,8 @@
 """The memory of a call, to the byte: the tensors saved for backward, and the peak above the memory in use before.
 
 On a GPU the CUDA allocator counts. On the CPU all allocations and releases that PyTorch's allocator reports to its
-profiler are added up, in order. That is exact and repeatable; a process' high-water mark moves in pages and includes
-memory that the C library does not return. A BLAS library's own memory is in neither.
+profiler are added up, in order. That is exact and repeatable, while a process's high-water mark moves in pages and
+includes memory that the C library does not return. Neither includes a BLAS library's own memory.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def footprint(layer: nn.Module, case: Case) -> dict[str, int]:
     x = case.input()
     forward, backward = halves(layer, [x], case.output_gradient())
     pages.release()
-    forward()  # builds everything that is built once, before counting
+    forward()  # before counting, because the first call builds tables that stay
     backward()
     saved = saved_bytes(layer, x)
     forward_peak, after_forward = allocated(forward)
     backward_peak, _ = allocated(backward)
     gradients = x.nbytes + sum(p.nbytes for p in layer.parameters() if p.requires_grad)
-    workspace = pages.release()  # it lives all the time, and the profiler does not see it
+    workspace = pages.release()  # a kept workspace, whose allocation the profiler would not see
     return {
         "saved": saved,
         "peak": max(forward_peak, after_forward + backward_peak) + workspace,

@@ -1,11 +1,11 @@
-"""What a merge to bf16 keeps of an adapter, and what a merge costs: for benchmarks/results/scripts.md.
+"""How much of an adapter survives a merge to bf16, and a merge's memory and time: for benchmarks/results/scripts.md.
 
     make finetune                                             # SmolLM2-135M on TREC-6: runs/finetune-smoa
     python -m benchmarks.merged_model runs/finetune-smoa      # that folder, or its adapter's (10 min)
 
-Rounding: the base is a bf16 copy. All models compute in float32, so only what was stored differs. δ is
-the rms of ΔW over that of W0, over all adapted weights; a smaller `smoa_alpha` makes it smaller.
-Memory: each run has a fresh process, which first imports what all of them import. It is VmHWM of
+Rounding: the base is a bf16 copy. All models compute in float32, so they differ only in the stored weights. δ is the
+rms of ΔW over that of W0, over all adapted weights; a smaller `smoa_alpha` makes it smaller.
+Memory: each run has a fresh process, which first imports the modules that all of them need. The figure is VmHWM of
 /proc/self/status at the end, less VmRSS at the start. The base is float32.
 """
 
@@ -68,7 +68,7 @@ def loaded(folder: Path) -> Any:
 
 
 def rounding(original: Path, trained: Path, scratch: Path) -> None:
-    """Print how much survives each rounding, by δ."""
+    """Print the share that survives each rounding, by δ."""
     base, adapter, merged = (scratch / name for name in ("base", "adapter", "merged"))
     AutoModelForCausalLM.from_pretrained(original, dtype=torch.bfloat16).save_pretrained(base)
     questions, longest = (

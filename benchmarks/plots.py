@@ -1,4 +1,4 @@
-"""Figures: one colour is one method everywhere, Okabe and Ito's, safe for colour-blind readers."""
+"""Figures. Each method has one colour everywhere, from Okabe and Ito's palette for colour-blind readers."""
 
 from __future__ import annotations
 

@@ -1,18 +1,19 @@
-"""How everything is timed here: the one protocol that every benchmark uses.
+"""The protocol by which every benchmark here is timed.
 
 Threads are pinned. Every provider has passed its correctness gate and is warmed up. Then the providers take turns,
-round by round, each round in another order (drawn from a fixed seed): if the machine's speed drifts, it drifts for
-all of them, and no provider always runs after the same other one. A ratio divides the seconds of two providers *of
-the same round*; a figure is the median of these ratios, with its quartiles. A provider that takes less than 10 ms has
-several turns in a round, no more than ten and 20 ms in all, between those of the others, and its seconds are their
-mean: what came just before a short call changes how long it takes. Where the interquartile range of the baseline is
-above 15 % of its median, the machine was too unsteady: the ratios are printed and marked noisy, but neither quoted nor
-judged. The same holds for what took so long that it ran in one round only.
+round by round, each round in another order (drawn from a fixed seed). So if the machine's speed drifts, it drifts for
+all of them, and no provider always runs after the same other one. A ratio divides the seconds of two providers *in the
+same round*. A figure is the median of these ratios, with its quartiles.
 
-Forward and backward are two laps of one training pass: the clock of the backward starts when the forward has ended
-and its graph is there. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, as the
-operands of other layers would overwrite it. On a CPU every provider has a weight of its own, which does the same to
-large layers.
+The call before a short one changes its time. So a provider that takes less than 10 ms has several turns in a round,
+between those of the others, at most ten and at most 20 ms in all; its seconds are their mean.
+
+If the interquartile range of the baseline is above 15 % of its median, the machine was too unsteady: the ratios are
+printed and marked noisy, but neither quoted nor judged. The same holds for a benchmark that ran in one round only.
+
+Forward and backward are two laps of one training pass: the clock of the backward starts when the forward has ended and
+built its graph. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, like by the
+operands of other layers. On a CPU every provider has its own weight, which does the same for large layers.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class Turns:
 
     Args:
         variants: the run of each provider.
-        baseline: the provider whose spread tells whether the machine is steady.
+        baseline: the provider whose spread shows whether the machine is steady.
     """
 
     def __init__(self, variants: Mapping[str, Run], baseline: str) -> None:

@@ -1,7 +1,7 @@
-"""The layers that are compared: the real peers from PEFT, the paper's dense way, and ours.
+"""The layers that are compared: the peers from PEFT, the paper's dense way, and ours.
 
-Every provider is a module over its own copy of the same frozen weight, so that it can be checked before it is timed
-and no provider finds another's operands in the cache.
+Every provider is a module over its own copy of the same frozen weight. So it can be checked before it is timed, and no
+provider finds another's operands in the cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import peft  # takes seconds, so only processes that compare import it
 
 FROZEN, LORA, HIRA, PAPER, SMOA = "frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA"
-CONTIGUOUS = f"{SMOA}, contiguous"  # blocks: those of SMOA are spectral
+CONTIGUOUS = f"{SMOA}, contiguous"  # with contiguous blocks; those of SMOA are spectral
 ACCELERATED = f"{HIRA}, accelerated"  # by smoa_kernels.peft.accelerate_hira
 # For a layer in half precision PEFT keeps the factors in float32 by default.
 DEFAULT_HIRA = f"{HIRA}, float32 factors"

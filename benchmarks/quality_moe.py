@@ -3,7 +3,7 @@
     make quality-moe      # every run that is missing, then the table
 
 The methods that adapt experts train equally many parameters. Each searches its learning rate on validation, with a seed
-that is not reported, and goes on along `LADDER` while the best is the least or the greatest that was tried.
+that is not reported. The search goes on along `LADDER` while the best rate is the least or the greatest tried.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The README's table of measurements, written between two markers from the kept runs and those of the main job."""
+"""Writes the README's table of measurements, between two markers, from the kept runs and those of the main job."""
 
 from __future__ import annotations
 

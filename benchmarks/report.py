@@ -3,8 +3,8 @@
     python -m benchmarks.report RUN.json …     # adds runs, then writes everything
     python -m benchmarks.report                # writes everything from the runs that are kept
 
-A run is what `make bench` writes (pytest --benchmark-json), kept as compact JSON named after its device, or the
-summary.json of a run of `make finetune`, kept by its method: the next one takes the place of the one before.
+A run is the JSON of `make bench` (pytest --benchmark-json), kept in a compact form under its device's name, or the
+summary.json of `make finetune`, kept under its method's name. A new run replaces the old one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def page(runs: list[Run]) -> str:
 
 
 def generate(folder: Path, readme: Path | None) -> list[Path]:
-    """Write every page of the runs in a folder; returns what was written."""
+    """Write every page of the runs in a folder; returns the paths."""
     runs = read_all(folder)
     files = {folder / "README.md": page(runs)}
     if readme is not None:

@@ -28,7 +28,7 @@ class Result:
         baseline: the provider whose spread tells whether the machine was steady.
         load: of the machine, before and after.
         seconds: of each round, by phase and provider.
-        bytes: by provider and by what was counted.
+        bytes: by provider and kind of memory.
     """
 
     kind: str

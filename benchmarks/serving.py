@@ -1,4 +1,4 @@
-"""What adapters cost when vLLM serves them unmerged: time per output token, prefill, loading.
+"""The cost of adapters that vLLM serves unmerged: time per output token, prefill, loading.
 
     python -m benchmarks.serving BASE FOLDER [--dtype bfloat16]     # in vLLM's environment; interleaved medians
     python -m benchmarks.serving BASE FOLDER --against-peft         # 64 prompts in one batch; no times
@@ -208,7 +208,8 @@ def print_times(engine: Any, merged: Any, requests: dict[str, Any], options: arg
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(options.rounds + 1):
         for name, (model, adapters) in cases.items():
-            seconds(model, adapters, 8, 1, clock)  # loads the adapters into the engine's slots
+            # Loads the adapters into slots, and prepares a prompt and a decode step.
+            seconds(model, adapters, 8, 2, clock)
             decode = seconds(model, adapters, 8, TOKENS, clock) - seconds(model, adapters, 8, 1, clock)
             prefill = seconds(model, adapters[:1], PREFILL, 1, clock)
             times[name].append((decode / (TOKENS - 1), prefill))

@@ -71,7 +71,7 @@ def ratios(
 
 
 def counted(run: Run, results: Sequence[Result]) -> str:
-    """One row a case and provider: what was counted, in MiB."""
+    """One row a case and provider: memory or file size, in MiB."""
     kinds = dict.fromkeys(kind for r in results for sizes in r.bytes.values() for kind in sizes)
     rows = [
         (case_name(result), NAMES.get(name, name), *(mib(sizes[kind]) for kind in kinds))

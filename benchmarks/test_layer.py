@@ -58,7 +58,7 @@ def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
     # Under dropout none is merged.
     algorithms = ["auto", "split"] if case.dropout else ["auto", "merged", "split"]
     if DEVICE.type == "cpu":  # the algorithm of "auto" is not timed twice
-        ieee = case.dtype != BF16 or not has_gemm(BF16)  # widened, it is as in float32
+        ieee = case.dtype != BF16 or not has_gemm(BF16)  # a widened bfloat16 is multiplied like float32
         algorithms.remove(choose_algorithm(case.tokens, case.rank, ieee=ieee, dropout=bool(case.dropout)))
     runs = {name: training_pass(layer, case) for name, layer in checked(case, algorithms).items()}
     measure("layer", title, params, runs, baseline=FROZEN, budget=12, warmup=1)
@@ -66,9 +66,9 @@ def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
 
 @pytest.mark.parametrize("case", FEW_TOKENS, ids=str)
 def test_few_tokens(case: Case, smoke: bool, measure: Measure) -> None:
-    """Decode, where building anything of W0's size would dominate.
+    """Decode. Building anything of W0's size would dominate its time.
 
-    It measures up to how many tokens "auto" takes the expanded form (`backends/eager.py`, `backends/native`).
+    It shows for how many tokens "auto" should take the expanded form (`backends/eager.py`, `backends/native`).
     """
     title, params = f"few tokens: {case}", case.record()
     case = case.smoke() if smoke else case

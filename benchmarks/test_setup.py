@@ -34,7 +34,7 @@ FLOAT64_UP_TO = 1024  # a float64 SVD of a larger weight takes longer than all t
 
 
 def centroids(vectors: Tensor, sigma: Tensor) -> Tensor:
-    """Spectral centroid of each row (of U) or column (of V) in the definition's words: its energies' mean position."""
+    """Spectral centroid of each row (of U) or column (of V), by the definition: the mean position of its energy."""
     energy = (vectors * sigma).double().square()
     position = torch.arange(sigma.shape[0], dtype=torch.float64, device=vectors.device)
     found: Tensor = energy @ position / energy.sum(1)
@@ -42,7 +42,7 @@ def centroids(vectors: Tensor, sigma: Tensor) -> Tensor:
 
 
 def check(partition: BlockPartition, U: Tensor, sigma: Tensor, Vh: Tensor) -> None:
-    """The gate: a row or column may be in another block than an SVD puts it only within rounding of the boundary.
+    """The gate: only a row or column within rounding of a boundary may be in another block than an SVD's.
 
     Neighbours with nearly equal centroids swap with the last bit, and nothing depends on it. Rounding moved a float32
     SVD's own centroids by up to 3e-5 of their spread (512×2048); 2⁻¹² of it, 2.4e-4, is allowed.

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <stddef.h>
 
-/* How many granules n coordinates make, the last of them short where there is a remainder. */
+/* The number of granules of n coordinates. If g does not divide n, the last granule is short. */
 static int64_t granule_count(int64_t n, int64_t granule)
 {
     return n / granule + (n % granule ? 1 : 0);
@@ -32,7 +32,7 @@ smoa_status smoa_spectral_order(int64_t n, int64_t granule, int64_t q, const dou
             return SMOA_NOT_FINITE;
     }
 
-    /* Insertion sort: a granule passes only strictly larger ones, which is what makes it stable. */
+    /* Insertion sort. It is stable, because a granule passes only strictly larger ones. */
     for (int64_t i = 0; i < m; i++) {
         int64_t place = i;
         while (place > 0 && score[order[place - 1]] > score[i]) {
@@ -53,7 +53,7 @@ smoa_status smoa_block_labels(int64_t n, int64_t granule, int64_t num_blocks, co
         return SMOA_NULL;
 
     for (int64_t c = 0; c < n; c++)
-        labels[c] = -1; /* not seen yet: how a repeated granule is told */
+        labels[c] = -1; /* not seen yet; shows a repeated granule */
 
     const int64_t m = granule_count(n, granule);
     int64_t place = 0;
@@ -90,7 +90,7 @@ static smoa_status check_layer(const smoa_layer *layer)
     return SMOA_OK;
 }
 
-/* How many products B[i,t] A[t,j] the entry (i, j) sums: the rank of its block, none off the diagonal. */
+/* The number of products B[i,t] A[t,j] in entry (i, j): the rank of its block, 0 outside the diagonal blocks. */
 static int64_t entry_rank(const smoa_layer *layer, int64_t i, int64_t j)
 {
     int64_t block = layer->row_block[i];

@@ -1,6 +1,6 @@
 /* SMoA by its definition (arXiv 2605.21147), in float64 and scalar loops.
  *
- * An oracle for tests: it is meant to be obviously right, not fast, and shares no code with smoa_kernels.
+ * An oracle for tests. It is written to be obviously right, not fast, and shares no code with smoa_kernels.
  * All arrays are dense and row-major. N = out_features, C = in_features, K = num_blocks, T = tokens,
  * q = min(N, C), rho = max_rank. Every function returns an smoa_status; after an error the outputs are
  * unspecified. No function allocates memory.
@@ -20,9 +20,10 @@ typedef enum {
     SMOA_NOT_FINITE = 6  /* a spectral score that is NaN or infinite, so there is no order */
 } smoa_status;
 
-/* The frozen weight and its adapter, in the layer's own coordinates ("packed form"): column j of A holds the
- * factor of column j's block, row i of B that of row i's block. Entries with t >= the block's rank are
- * padding: never read, gradient exactly 0. A block may have rows only, columns only, or neither. */
+/* The frozen weight and its adapter, in the layer's own coordinates ("packed form"). Column j of A belongs to the
+ * factor of column j's block, row i of B to the factor of row i's block. Entries with t >= the block's rank are
+ * padding: they are never read, and their gradient is exactly 0. A block may have rows only, columns only, or
+ * neither. */
 typedef struct {
     int64_t out_features, in_features, num_blocks, max_rank;
     const double *weight;      /* (N, C) */
@@ -34,16 +35,16 @@ typedef struct {
     double scaling;
 } smoa_layer;
 
-/* A granule is g adjacent coordinates, from i g to (i + 1) g, that stay together; the last one is short where g
- * does not divide n. There are m = ceil(n / g) of them. With g = 1 each coordinate is one.
+/* Spectral centroids of the m granules of one side's n coordinates, and their stable ascending order.
  *
- * Spectral centroids of the m granules of one side's n coordinates, and their stable ascending order.
+ * A granule is g adjacent coordinates, from i g to (i + 1) g, that stay together. There are m = ceil(n / g) granules;
+ * the last one is short if g does not divide n. With g = 1 each coordinate is a granule.
  * basis (n, q) is U for the rows or V for the columns; sigma (q); score (m); order (m). A granule whose
  * energy is exactly zero scores 0. */
 smoa_status smoa_spectral_order(int64_t n, int64_t granule, int64_t q, const double *basis, const double *sigma,
                                 double *score, int64_t *order);
 
-/* Labels (n) of the K contiguous chunks of an order (m) of granules, cut as torch.tensor_split cuts. The order of
+/* Labels (n) of the K contiguous chunks of an order (m) of granules, with the cuts of torch.tensor_split. The order of
  * contiguous blocks is 0, 1, .. m-1; that of random blocks is any permutation. */
 smoa_status smoa_block_labels(int64_t n, int64_t granule, int64_t num_blocks, const int64_t *order,
                               int64_t *labels);
@@ -51,8 +52,8 @@ smoa_status smoa_block_labels(int64_t n, int64_t granule, int64_t num_blocks, co
 /* delta (N, C). */
 smoa_status smoa_delta_weight(const smoa_layer *layer, double *delta);
 
-/* y (T, N) = x W0' + bias + (x o multiplier) delta'. bias (N) may be null. multiplier (T, C), the scaled
- * dropout mask, may be null, which is no dropout. */
+/* y (T, N) = x W0' + bias + (x o multiplier) delta'. bias (N) may be null. multiplier (T, C) is the scaled
+ * dropout mask; null means no dropout. */
 smoa_status smoa_forward(const smoa_layer *layer, int64_t tokens, const double *x, const double *bias,
                          const double *multiplier, double *y);
 

@@ -1,6 +1,6 @@
 /* Runs every function of the oracle once on heap arrays of exactly the stated sizes, so that a build with
- * -fsanitize=address,undefined sees any access outside them. Uneven ranks, one of them zero, an empty block
- * (3) and a block without columns (2), granules of which the last is short. Exits with the first status that is not SMOA_OK. */
+ * -fsanitize=address,undefined sees any access outside them. The case has uneven ranks, one of them zero, an empty
+ * block (3), a block without columns (2), and a short last granule. Exits with the first status that is not SMOA_OK. */
 #include <stddef.h>
 #include <stdlib.h>
 
@@ -8,7 +8,7 @@
 
 enum { N = 5, C = 7, Q = 5, K = 4, RHO = 3, T = 2, G = 2, M = 4 };
 
-/* malloc, unlike an array on the stack, puts a guard right behind the last entry. */
+/* The sanitizer puts a guard right behind the last entry of malloc's memory. */
 static void *allocate(size_t count, size_t size)
 {
     void *memory = malloc(count * size);

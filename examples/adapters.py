@@ -14,7 +14,7 @@ NAME: dict[Method, str] = {"smoa": "SMoA", "lora": "LoRA", "hira": "HiRA"}
 
 # The best on 300 of TREC's validation questions (never the test split), SmolLM2-135M, 60 steps of 16, r=8:
 #   LoRA 2e-3 81.0 %, 3e-3 83.3, 5e-3 86.3, 1e-2 71.3;  HiRA 5e-3 72.3, 1e-2 82.3, 2e-2 82.0, 5e-2 58.7
-# SMoA takes LoRA's, without a search: that is what `use_lora_rate` is for.
+# SMoA takes LoRA's rate, without a search (`use_lora_rate`).
 LEARNING_RATE: dict[Method, float] = {"smoa": 5e-3, "lora": 5e-3, "hira": 1e-2}
 
 
@@ -26,7 +26,7 @@ def adapter_config(
     alpha: float | None = None,
     dropout: float = 0.0,
 ) -> PeftConfig:
-    """Return PEFT's configuration of an adapter; `num_blocks` is 2 and `alpha` is r where they are None.
+    """Return PEFT's configuration of an adapter; `num_blocks` None means 2, `alpha` None means r.
 
     Raises:
         ValueError: if an option is out of range, or does not belong to the method.

@@ -1,4 +1,4 @@
-"""Chats to fine-tune on: of a JSONL file, or those that the PyPI package ``chatterbot-corpus`` carries (BSD).
+"""Chats to fine-tune on, from a JSONL file or from the PyPI package ``chatterbot-corpus`` (BSD).
 
 The package's English dialogs are short questions and remarks with short answers: trivia, small talk, psychology.
 """
@@ -25,9 +25,9 @@ def locate() -> Path:
 
 
 def read_corpus(folder: Path) -> list[Chat]:
-    """Read the dialogs of one question and one answer, each question once; those about code are left out.
+    """Read the dialogs of one question and one answer, each question once; dialogs about code are left out.
 
-    In some of the longer ones several answers to one question follow each other: they are no chats.
+    Longer dialogs are left out too: in some of them several answers to one question follow each other.
     """
     chats: dict[str, Chat] = {}
     for path in sorted(folder.glob("*.yml")):

@@ -23,15 +23,15 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 class Checkpoints:
     """The folder ``checkpoints/`` of a run: ``step-N/`` with the adapter, the optimizer and the figures so far.
 
-    A checkpoint is written beside its place and then renamed; after that the one before is removed. So the last one is
-    complete even if a process dies.
+    A checkpoint is written under another name and then renamed; after that the previous one is removed. So the last
+    checkpoint is complete even if a process dies.
 
     Args:
         folder: where they are.
         options: of the run; those that affect its results must equal the resumed run's.
         team: the processes that write and read together.
-        every: steps from one to the next; None for no checkpoints.
-        resume: whether the run goes on from the last one.
+        every: steps between checkpoints; None for no checkpoints.
+        resume: whether the run goes on from the last checkpoint.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Checkpoints:
         return max(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def prepare(self) -> None:
-        """Remove those of an earlier run, or complain if this one cannot resume it.
+        """Remove the checkpoints of an earlier run, or refuse if this run cannot resume from them.
 
         Raises:
             ValueError: if there is no checkpoint, or it is of a run with other options.
@@ -89,7 +89,7 @@ class Checkpoints:
                     shutil.rmtree(path)
 
     def load(self, model: nn.Module, optimizer: Optimizer) -> dict[str, list[Any]]:
-        """Restore ``model`` and ``optimizer`` from the last one and return its figures."""
+        """Restore ``model`` and ``optimizer`` from the last checkpoint and return its figures."""
         last, state = self.last(), _state(model, optimizer)
         dcp.load(state, checkpoint_id=last)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)

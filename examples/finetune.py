@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model to answer questions with one word, and show what that cost and gained.
+"""Fine-tune a causal language model to answer questions with one word; show accuracy, time and memory.
 
     python examples/finetune.py                     # SmolLM2-135M, TREC question classification, SMoA
     python examples/finetune.py --method lora       # the same job with PEFT's LoRA
@@ -12,8 +12,9 @@ import os
 
 # Read when the libraries are imported: everything is on disk already.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-# libgomp's idle threads spin 300,000 times before they sleep, or 1,000 times if it has more threads than cores. It does
-# not see other programs: beside two busy ones a step took 5.4 s, and 3.8 s with 1,000 spins (alone 1.4 and 1.6 s).
+# libgomp's idle threads spin 300,000 times before they sleep, or 1,000 times if there are more threads than cores. It
+# does not count other programs' threads. Beside two busy programs a step took 5.4 s, and 3.8 s with 1,000 spins (alone
+# 1.4 and 1.6 s).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import json
@@ -52,7 +53,7 @@ def finetune(
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per step.")] = 16,
     lr: Annotated[float | None, typer.Option(min=0, help=f"Peak learning rate. Default: {RATES}.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of initial values and the order of questions.")] = 0,
-    # Two names, because torchrun takes --r after the script's name as an abbreviation of its own options.
+    # A second name, because torchrun takes --r, even after the script's name, as an abbreviation of its own options.
     r: Annotated[int, typer.Option("--r", "--rank", min=1, help="Rank budget of the adapter.")] = 8,
     num_blocks: Annotated[int | None, typer.Option(min=1, help="SMoA's blocks. Default: 2.")] = None,
     alpha: Annotated[float | None, typer.Option(help="The scaling is alpha / r. Default: r.")] = None,
@@ -73,7 +74,7 @@ def finetune(
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
 ) -> None:
-    """Fine-tune a causal language model to answer questions with one word; show what that cost and gained."""
+    """Fine-tune a causal language model to answer questions with one word; show accuracy, time and memory."""
     options = SimpleNamespace(**context.params)
     options.lr = LEARNING_RATE[method] if lr is None else lr
     options.output = output or Path("runs") / f"finetune-{method}"
@@ -159,7 +160,7 @@ def run(options: SimpleNamespace, recorded: dict[str, Any], device: torch.device
             checkpoints=checkpoints,
         )
         if not record.steps:
-            raise KeyboardInterrupt  # nothing was trained, so nothing is worth saving
+            raise KeyboardInterrupt  # before the first step there is nothing to save
         summary |= record.summary() | {"status": "interrupted" if stop.signal else "trained"}
         summary["peak_memory_bytes"] = peak_memory_bytes(device)
         save(options.output, summary, team, model)
@@ -190,7 +191,7 @@ def save(output: Path, summary: dict[str, Any], team: Team, model: PeftModel | N
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; report bad input in one line."""
-    # SIGTERM then tidies up as Ctrl-C does, instead of leaving half-written files.
+    # SIGTERM then cleans up like Ctrl-C, and leaves no half-written files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     return run_command(finetune, arguments)
 

@@ -2,9 +2,8 @@
 
     python examples/finetune_moe.py    # TREC question classification: progress, accuracy, a saved and a merged model
 
-The model is a tiny Qwen3-MoE made from a configuration. Its weights are random: it shows that and how experts are
-adapted, not how well a trained model would do. Reads installed packages and writes its output folder: nothing is
-downloaded.
+The model is a tiny Qwen3-MoE with random weights. It shows how to adapt experts, not the accuracy of a trained model.
+Reads installed packages and writes its output folder: nothing is downloaded.
 """
 
 import os

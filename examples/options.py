@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-# PEFT 0.21 and TRL ask every model by the old name; only they can change that, not a user.
+# transformers renamed an option; PEFT 0.21 and TRL still use the old name.
 warnings.filterwarnings("ignore", message=".*activation_checkpointing", category=FutureWarning)
 
 

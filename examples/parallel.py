@@ -69,7 +69,7 @@ class Team:
         torch.manual_seed(hash((seed, step, self.rank % self.shares)) % 2**63)
 
     def gather(self, *values: float) -> list[tuple[float, ...]]:
-        """Return everyone's values, in order of rank."""
+        """Return the values of all processes, in order of rank."""
         if self.kind is None:
             return [values]
         place = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -88,7 +88,7 @@ class Team:
         return nullcontext() if self.kind is None else shared_spectra()
 
     def spread(self, model: PeftModel) -> nn.Module:
-        """Spread ``model`` over the processes, in place, and return what is to be trained.
+        """Spread ``model`` over the processes, in place, and return the model to train.
 
         Raises:
             ValueError: if it cannot be.

@@ -1,6 +1,6 @@
-"""Questions with short answers: where they come from, how they are split, and how they become tensors.
+"""Questions with short answers: reading, splitting, and batching them.
 
-A question is answered by one token, so a language model classifies without a new head: the prompt ends where the answer
+One token answers a question, so a language model classifies without a new head: the prompt ends where the answer
 begins, and the model's scores of the answers' first tokens are compared.
 """
 
@@ -78,7 +78,7 @@ def read_lines(path: Path, read: Callable[[Any], T], form: str) -> Iterator[tupl
 
 
 def split(questions: Sequence[Question], one_in: int = 10) -> Splits:
-    """Shuffle with a fixed seed and hold out a tenth, at most 500, for validation and as many for the test.
+    """Shuffle with a fixed seed; hold out a tenth, at most 500, for validation and as many for the test.
 
     Args:
         questions: all there are.
@@ -97,7 +97,7 @@ def split(questions: Sequence[Question], one_in: int = 10) -> Splits:
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded prompts, so that the last position of each row is the one that the answer follows.
+    """Left-padded prompts, so that the answer follows the last position of each row.
 
     Shapes: ``input_ids`` and ``attention_mask`` (questions, longest prompt); ``targets`` (questions,), the answers'
     first tokens.

@@ -101,7 +101,7 @@ def sft(
 
 
 def judge(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, held_out: list[dict[str, Any]]) -> None:
-    """Print the loss on what was held out, and the model's answers to three of its questions."""
+    """Print the loss on the held-out chats, and the model's answers to three of their questions."""
     print(f"Loss on held-out answers: {trainer.evaluate()['eval_loss']:.3f}")
     for sample in held_out[:3]:
         said = answer(trainer.model, tokenizer, sample["prompt"])
@@ -109,7 +109,7 @@ def judge(trainer: SFTTrainer, tokenizer: PreTrainedTokenizerBase, held_out: lis
 
 
 def answer(model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt: chats.Chat) -> str:
-    """Return the likeliest answer, by the merged weights: they are faster, and unmerging restores every bit."""
+    """Return the likeliest answer. It merges the weights, which is faster, and unmerging restores every bit."""
     tokens = tokenizer.apply_chat_template(
         prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -32,7 +32,7 @@ def locate() -> tuple[Path, str]:
 def cached_model() -> Path:
     """Return the folder of the float32 copy, which is made the first time.
 
-    The copy is written beside its place and then renamed, so that an interrupted conversion leaves no partial model and
+    The copy is written under another name and then renamed. So an interrupted conversion leaves no partial model, and
     two conversions at once do not mix.
 
     Raises:

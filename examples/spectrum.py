@@ -3,8 +3,8 @@
     python examples/spectrum.py MODEL --figure overview.svg                     # random factors
     python examples/spectrum.py MODEL --adapter runs/finetune-smoa/adapter --compare runs/finetune-lora/adapter
 
-Random factors show what an adapter's form allows, trained ones what training made of it. With the thin SVD
-W0 = U diag(σ) Vᵀ and q = min(N, C), where `e^H(p)` is the exponential of the entropy of shares p:
+Random factors show what an adapter's form allows, trained factors the result of training. With the thin SVD
+W0 = U diag(σ) Vᵀ, q = min(N, C), and `e^H(p)` the exponential of the entropy of shares p:
 
     left_j = ‖u_jᵀ ΔW‖² / ‖ΔW‖²          right_j = ‖ΔW v_j‖² / ‖ΔW‖²
     coverage       = √(e^H(left) · e^H(right)) / q,  left and right each over their sum
@@ -94,7 +94,7 @@ class Layer:
 
 
 def effective_number(energies: Tensor) -> float:
-    """How many of the energies count: `exp(-Σ p log p)` with `p = energies / Σ energies`, 0 where all are zero."""
+    """The effective number of energies: `exp(-Σ p log p)` with `p = energies / Σ energies`; 0 if all are zero."""
     total = energies.sum()
     return float(torch.special.entr(energies / total).sum().exp()) if total > 0 else 0.0
 
@@ -125,10 +125,10 @@ def model_spectrum(
     blocks: int = 2,
     targets: tuple[str, ...] = (),
 ) -> dict[str, Layer]:
-    """Measure the layers of a model that both of two adapters adapt, or those whose names end with `targets`.
+    """Measure the layers of a model that both adapters adapt, or those whose names end with `targets`.
 
-    Where no folder of an adapter is given, factors are random: SMoA's of rank budget `rank` and `blocks` blocks,
-    LoRA's of the rank that gives it as many parameters.
+    Without a folder, an adapter's factors are random: SMoA's have rank budget `rank` and `blocks` blocks, LoRA's the
+    rank that gives it as many parameters.
     """
     torch.manual_seed(0)
     shared: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -161,9 +161,9 @@ def model_spectrum(
 
 
 def tensors_of(layer: Any) -> tuple[Tensor, Tensor]:
-    """W0 and ΔW (N, C) in float64: rounding in float32 would raise the rank of ΔW.
+    """W0 and ΔW (N, C) in float64, because rounding in float32 would raise the rank of ΔW.
 
-    Some layers store them transposed, and PEFT's HiRA gives the factor that multiplies W0.
+    Some layers store them transposed. PEFT's HiRA gives the factor that multiplies W0.
     """
     layer.double()
     weight, delta = layer.get_base_layer().weight, layer.get_delta_weight("default")
@@ -251,7 +251,7 @@ def draw_energies(axis: Axes, layers: list[Layer]) -> None:
 
 
 def draw_band(axis: Axes, x: Any, curves: Any, colour: str, **line: Any) -> None:
-    """The median of some curves, and where most of them lie."""
+    """The median of some curves, and their 10 and 90 % quantiles."""
     axis.plot(x, np.median(curves, 0), color=colour, linewidth=1.8, **line)
     if len(curves) > 1:
         axis.fill_between(x, *np.quantile(curves, [0.1, 0.9], axis=0), color=colour, alpha=0.15, linewidth=0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 LINE_EVERY = 10  # steps
-LARGEST_NORM = 1.0  # of all gradients, as the Trainer clips them: without it some runs spike
+LARGEST_NORM = 1.0  # of all gradients, clipped like the Trainer's: without it some runs spike
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Score:
 class StopRequest:
     """Records Ctrl-C (SIGINT) and SIGTERM instead of ending the process, so that no step or save is interrupted.
 
-    ``signal`` is the number of the first one that came, or ``None``. Job schedulers often send a second one.
+    ``signal`` is the number of the first signal, or ``None``. Job schedulers often send a second one.
     """
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ def shuffled_batches(
 
 
 def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Let the learning rate rise over a tenth of the steps, then fall linearly to zero."""
+    """Let the learning rate rise over the first tenth of the steps, then fall linearly to zero."""
     warmup = max(1, steps // 10)
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
@@ -140,8 +140,8 @@ def next_token_scores(model: nn.Module, input_ids: Tensor, attention_mask: Tenso
     known = inspect.signature(bare.forward).parameters
     extra: dict[str, Any] = {}
     if "logits_to_keep" in known:  # without it the head would score every position of every prompt
-        # An index tensor, not a number: a slice of positions is a view with gaps, for which torch's CPU code copies a
-        # frozen head's weight once per prompt.
+        # An index tensor, not a number: a slice of positions is a view with gaps, and torch's CPU code would then copy
+        # a frozen head's weight once per prompt.
         extra["logits_to_keep"] = torch.tensor([-1])
     if "position_ids" in known:  # learned positions must not count the padding
         extra["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -164,10 +164,9 @@ def train(
 ) -> TrainingRecord:
     """Train what requires grad with AdamW, at a rate that rises and falls by :func:`schedule`.
 
-    The loss is the cross-entropy of the answer's first token over the whole vocabulary, so that the adapted
-    model says the answer by itself. Ends early, after a whole step, when ``stop`` has noted a signal, on any process
-    of ``team``. Says how it goes every tenth step, and saves ``checkpoints``; a run that resumes first goes back to
-    the last of them.
+    The loss is the cross-entropy of the answer's first token over the whole vocabulary, so that the adapted model
+    generates the answer. Training ends early, after a whole step, if ``stop`` has noted a signal on any process of
+    ``team``. It reports progress every tenth step and saves ``checkpoints``. A resumed run starts from the last one.
 
     Raises:
         ValueError: if the loss is infinite or not a number.
@@ -216,7 +215,7 @@ def answer(
     batch_size: int,
     device: torch.device,
 ) -> list[str]:
-    """Return the model's answers: those of the data's answers whose first token scores highest."""
+    """Return the model's answers: of all answers in the data, the one whose first token scores highest."""
     model.eval()
     answers = [""] * len(questions)
     # Questions of similar length share a batch, so that there is little padding.

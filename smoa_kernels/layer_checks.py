@@ -97,7 +97,7 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
         )
     if not conv1d and kind.forward is not nn.Linear.forward:
         raise TypeError(
-            f"linear must compute what nn.Linear computes, got {kind.__name__} with a forward of its own; "
+            f"linear must have the forward of nn.Linear, got {kind.__name__} with a forward of its own; "
             "smoa_kernels.peft adapts quantised layers"
         )
     weight, bias = (linear._parameters.get(name) for name in ("weight", "bias"))

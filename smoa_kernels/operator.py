@@ -248,7 +248,7 @@ class _LinearBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
-        """Save what the gradients depend on."""
+        """Save the tensors and settings that the gradients depend on."""
         dy, x, ctx.needs_x, *flat = inputs
         ctx.save_for_backward(dy, x, *flat[:_TENSORS])
         ctx.settings = flat[_TENSORS:]

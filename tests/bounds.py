@@ -21,7 +21,7 @@ HANG = 60
 
 @contextmanager
 def ends(seconds: float = HANG) -> Iterator[None]:
-    """Fails at the line where the body hangs; kills the process where the body never returns to Python."""
+    """Fails at the line where the body hangs; kills the process if the body never returns to Python."""
 
     def fail(*_: object) -> None:
         pytest.fail(f"no end after {seconds} seconds")
@@ -46,7 +46,7 @@ class Peak:
 
 @contextmanager
 def measured() -> Iterator[Peak]:
-    """Measures the memory of the body; fails where it hangs."""
+    """Measures the memory of the body; fails if it hangs."""
     peak = Peak()
     tracemalloc.start()
     try:
@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 
 def within(size: int, call: Callable[[], T]) -> T:
-    """Returns the result of `call`; fails where it hangs, or takes more than `size` bytes twice.
+    """Returns the result of `call`; fails if it hangs, or takes more than `size` bytes twice.
 
     The second attempt is for a rare event: paths intern their parts, and Python now and then rebuilds its table of
     interned strings. With torch loaded that takes 4 or 8 MB.

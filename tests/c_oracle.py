@@ -1,4 +1,4 @@
-"""The C oracle (`csrc_ref/`), built with `cc` once per session; what it reads is widened, what it returns is float64.
+"""The C oracle (`csrc_ref/`), built with `cc` once per session. It computes in float64; its operands are widened.
 
 A test that calls it on a machine without a C compiler is skipped. Shapes: N = out_features, C = in_features, K =
 blocks, T = tokens, ρ = max rank.
@@ -46,7 +46,7 @@ class SpectralOrders(NamedTuple):
 
 
 def require_compiler() -> None:
-    """Skip the running test where there is no `cc`."""
+    """Skip the running test if there is no `cc`."""
     if shutil.which(COMPILE[0]) is None:
         pytest.skip(f"the C oracle needs a C compiler named {COMPILE[0]!r}")
 

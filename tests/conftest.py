@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write the trust report: what share of its error budget each result has used, of the tests that ran."""
+    """Write the trust report: the share of its error budget that each result used, in the tests that ran."""
     if (path := session.config.getoption("--trust")) is None:
         return
     from problems import DEVICE, NAMES, SHARES  # imports the kernels

@@ -54,7 +54,7 @@ def make_blocks(
     kind: str, experts: int, shape: tuple[int, int], num_blocks: int, generator: torch.Generator
 ) -> ExpertBlocks:
     """Blocks of uneven sizes: "contiguous", "shared" by all experts, or each expert's "own"; some are empty."""
-    if kind == "rule":  # made as a configuration makes them
+    if kind == "rule":  # like those of a configuration
         partition = BlockRule(num_blocks, "random", 4).of_shape(shape, "cpu")
         return ExpertBlocks.from_labels(partition.row_block[None], partition.col_block[None], num_blocks)
     count = 1 if kind in ("contiguous", "shared") else experts

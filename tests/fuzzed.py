@@ -65,7 +65,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bo
 
 
 def oracle(p: LinearProblem, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-    """y, dX, dA, dB and, if there is a bias, dbias in float64 from the C code; dbias is a plain sum."""
+    """y, dX, dA and dB in float64 from the C code; if there is a bias also dbias, a plain sum."""
     found = tuple(torch.from_numpy(value).to(DEVICE) for value in c_oracle.run(p, mask))
     return found if p.bias is None else (*found, p.dy.double().sum(0))
 

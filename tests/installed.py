@@ -3,9 +3,9 @@
     python tests/installed.py dist/*
 
 The environment holds the archive, its requirements and those of its command, so no numpy. Requirements are links
-into the running environment: torch is gigabytes to download, and is not under test.
+into the running environment, because torch takes gigabytes to download and is not under test.
 
-A wheel is used where PATH leads to no compiler. One for x86-64 must then compute with its own compiled code.
+A wheel runs with a PATH without a compiler. A wheel for x86-64 must then compute with its own compiled code.
 """
 
 from __future__ import annotations

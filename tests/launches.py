@@ -205,7 +205,7 @@ def hooks(gpu: FakeGpu) -> list[list[bool]]:
 
 
 def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
-    """Kernels and warnings of three rounds each: short way whole, refused after a round, raising, without a part."""
+    """Kernels and warnings of three rounds: the short way works, is refused after a round, raises, or lacks a part."""
     calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
     found: dict[str, Any] = {}
     run, record, inside, wrong = JITFunction.run, FakeKernel._record, [False], [""]

@@ -109,7 +109,7 @@ class LinearProblem:
         return function(self.x, self.weight, self.bias, *factors, scaling=self.scaling, **options)
 
     def run(self, **options: object) -> tuple[Tensor, ...]:
-        """y, dX, dA, dB, and dbias where there is a bias. `autocast` is a dtype; it is on in the forward only."""
+        """y, dX, dA and dB, with a bias also dbias. `autocast` is a dtype; it is on in the forward only."""
         return self._run(smoa_linear, **options)
 
     def run_reference(self, *, mask: Tensor | None = None, **options: object) -> tuple[Tensor, ...]:
@@ -321,7 +321,7 @@ def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
 
 
 def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
-    """1 in float64 where a backend's mask keeps an element of x. The kernels show their mask by gathering ones."""
+    """A backend's mask in float64: 1 for an element of x that it keeps. The kernels show theirs by gathering ones."""
     ones = torch.ones_like(problem.x, dtype=torch.float32)
     if backend != "triton":
         return (dropout.multiplier(ones) != 0).double()
@@ -346,7 +346,7 @@ def on_threads(count: int) -> Iterator[None]:
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """`‖value - truth‖ / ‖truth‖`, 0 where both are empty or zero."""
+    """`‖value - truth‖ / ‖truth‖`; 0 if both are empty or zero."""
     value, truth = value.detach().double(), truth.detach().double()
     norm = float(torch.linalg.vector_norm(truth))
     error = float(torch.linalg.vector_norm(value - truth))
@@ -360,8 +360,8 @@ TINY = {torch.float64: 1e-13, torch.float32: 3e-7, torch.bfloat16: 1e-4, torch.f
 def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     """`err(ours) / (2 · err(same-dtype reference) + tiny)`, both against the float64 truth; above 1 is over budget.
 
-    There are two errors, the norm's and the largest element's; the larger quotient counts. A few elements that are much
-    larger than all others decide both. For them `tiny` allows one rounding, since the reference may by luck have none.
+    There are two errors, the norm's and the largest element's; the larger quotient counts. A few very large elements
+    decide both. For them `tiny` allows one rounding, since the reference may by luck have none.
     """
     size = truth.abs()
     few = int((size > size.max() / 4).sum() if size.numel() else 0) < 32

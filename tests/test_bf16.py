@@ -1,4 +1,4 @@
-"""bfloat16 by AMX or AVX512-BF16: shapes around its tiles, threads, calls that are left to torch.
+"""bfloat16 by AMX or AVX512-BF16: shapes around its tiles, threads, and calls that torch computes.
 
 The promises of all backends are tested in tests/test_contract.py.
 """

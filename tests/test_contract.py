@@ -264,7 +264,7 @@ def poisoned(case: Case, name: str, value: float, block: int) -> LinearProblem:
 
 
 def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
-    """Ours is finite exactly where the definition's result is, and agrees with it there."""
+    """Our result is finite exactly where the definition's result is, and agrees with it there."""
     finite = ours.isfinite()
     assert not (finite & ~theirs.isfinite()).any()
     # merged and expanded multiply a broken factor with the zeros of other blocks; 0 · NaN is NaN, so it may spread.
@@ -276,7 +276,7 @@ def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("poison", POISONS, ids=str)
 @each(lambda backend: some(backend, torch.float32, torch.bfloat16), slow=interpreted)
-def test_what_is_not_finite_is_not_hidden(case: Case, poison: tuple[str, float], block: int) -> None:
+def test_nan_and_infinity_are_not_hidden(case: Case, poison: tuple[str, float], block: int) -> None:
     p = poisoned(case, *poison, block)
     for ours, theirs in zip(p.run(**case.options), case.definition(p), strict=True):
         assert_nothing_hidden(ours, theirs, poison[0])

@@ -1,4 +1,4 @@
-"""On a GPU, forward and backward do not wait for the device and allocate only memory that a graph can hold."""
+"""On a GPU, forward and backward never wait for the device, and a CUDA graph can capture them."""
 
 from __future__ import annotations
 

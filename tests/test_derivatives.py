@@ -97,7 +97,7 @@ TRANSFORMS: dict[str, Callable[[Loss, Parameters, Tensor], Any]] = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_transform_gives_what_a_linear_layer_gives(transform: str, backend: str) -> None:
+def test_a_transform_agrees_with_a_linear_layer(transform: str, backend: str) -> None:
     layer = make_layer(backend)
     x = torch.randn(5, 13, dtype=layer.weight.dtype)
     found = TRANSFORMS[transform](ours(layer), parameters(layer), x)

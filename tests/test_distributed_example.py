@@ -1,4 +1,4 @@
-"""The fine-tuning example on several processes: the losses of one process; killed, launched and resumed for real."""
+"""The fine-tuning example on several processes: it gives the losses of one process; it is killed and resumed."""
 
 # ruff: noqa: F811  fixtures are imported by name
 
@@ -80,7 +80,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tiny_llama: Path, animals: Path,
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-6"]
 
 
-# Masks equal those of one process only if a process has the same tokens, so not if the batch is shared.
+# Dropout masks depend on the tokens of a process. They differ from those of one process if the batch is shared.
 @pytest.mark.parametrize(
     ("before", "after", "dropout"),
     [("fsdp", "tp", 0.0), ("tp", "ddp", 0.0), ("ddp", "fsdp", 0.0), ("tp", None, 0.2)],
@@ -150,7 +150,7 @@ def environment(pid: int) -> dict[str, str]:
     return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
-def test_what_cannot_run_is_refused_in_one_line(
+def test_bad_runs_are_refused_in_one_line(
     refused: object, tiny_llama: Path, animals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = ("--model", tiny_llama, "--data", animals, "--output", tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The documentation: links, files, names and commands exist, examples run, and what is exported is documented."""
+"""The documentation: links, files, names and commands exist, examples run, and exported names are documented."""
 
 import ast
 import dataclasses
@@ -198,7 +198,7 @@ def adapts(model: Any, where: str = "") -> bool:
 
 
 def first_adapter(*codes: str) -> None:
-    """The example of PEFT; another one, if there is one, needs no PEFT."""
+    """The example with PEFT, and on some pages one without PEFT."""
     for code in codes:
         found = run(code)
         if "peft" in code:
@@ -350,7 +350,7 @@ def test_examples_of_docstrings_run(
 
 
 @pytest.mark.parametrize("door", DOORS)
-def test_what_is_exported_is_documented(door: str) -> None:
+def test_exported_names_are_documented(door: str) -> None:
     """Each function and class has an example in its or its module's docstring, and describes its arguments."""
     module = load(door)
     for it in filter(callable, (getattr(module, name) for name in module.__all__)):
@@ -388,7 +388,7 @@ def hooks() -> Any:
     return module
 
 
-def test_the_notebook_is_a_page_with_what_it_drew(hooks: Any) -> None:
+def test_the_notebook_is_a_page_with_its_pictures(hooks: Any) -> None:
     text = hooks._notebook(NOTEBOOK.read_text(encoding="utf-8"))
     assert len(re.findall(r"!\[\w[^\]]+\]\(data:image/png;base64,[^)\s]+\)\n", text)) == 2
     assert all(part in text for part in ("\n```python\n", "\n```text\n", "\n| SMoA | 829,440 |"))

@@ -223,7 +223,7 @@ def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) 
 
 @numerical
 @each_backend
-def test_only_what_is_asked_for(backend: str) -> None:
+def test_only_requested_gradients(backend: str) -> None:
     p = make_problem(dtype=torch.float32)
     _, dx, dA, _dB = p.operator(backend)
     x, A = p.x.clone().requires_grad_(), p.adapter.A.clone().requires_grad_()
@@ -323,7 +323,7 @@ def test_blocks_are_those_of_each_experts_partition(kind: str) -> None:
             assert torch.equal(partition.row_block.long(), sides[0][e])
 
 
-def test_what_experts_share_is_kept_once() -> None:
+def test_shared_indices_are_kept_once() -> None:
     generator = torch.Generator().manual_seed(0)
     assert len(make_blocks("shared", 7, (40, 30), 2, generator).row_index) == 1
     contiguous = make_blocks("contiguous", 7, (40, 30), 2, generator)

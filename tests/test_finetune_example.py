@@ -111,7 +111,7 @@ def test_padding_does_not_change_the_scores(make: Any) -> None:
     torch.testing.assert_close(padded[:1], plain)
 
 
-def test_encoder_refuses_what_it_cannot_tell_apart() -> None:
+def test_encoder_refuses_labels_that_it_cannot_tell_apart() -> None:
     with pytest.raises(ValueError, match="'bird carp' and 'bird robin' begin with the same token"):
         Encoder(tokenizer(), {"bird robin", "bird carp", "fish"}, 64)
     with pytest.raises(ValueError, match="'what is a robin :' has 5 tokens, the model takes 1 to 4"):
@@ -235,7 +235,7 @@ def test_whole_run_on_a_tiny_model(method: str, tiny_llama: Path, animals: Path,
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "run" / "adapter")
 
 
-def test_interruption_saves_what_was_trained(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
+def test_interruption_saves_the_trained_adapter(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
     process = start("--model", tiny_llama, "--data", animals, "--output", tmp_path, "--steps", 10**6)
     assert process.stdout is not None
     assert any("step 1 of" in line for line in process.stdout)

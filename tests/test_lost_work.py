@@ -55,7 +55,7 @@ def test_kill_between_the_files_of_an_adapter(count: int, tmp_path: Path) -> Non
     assert "adapter_config.json" not in new  # it is moved last
     (left,) = folder.glob(".saving-*/adapter_config.json")
     if WEIGHTS in new:
-        with pytest.raises(ValueError, match=f"{folder}/{WEIGHTS} is not .* whole once {left} is moved here"):
+        with pytest.raises(ValueError, match=f"{folder}/{WEIGHTS} is not .* killed: move {left} here"):
             PeftModel.from_pretrained(base(), folder)
     else:
         assert PeftModel.from_pretrained(base(), folder).peft_config["default"].smoa_alpha is None

@@ -88,7 +88,7 @@ def test_every_shape(
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])
 @each_half
 @each_form
-def test_halves_give_what_float32_gives_rounded_once(
+def test_halves_equal_float32_rounded_once(
     sizes: dict[str, Any],
     layout: str,
     order: str,
@@ -124,7 +124,7 @@ def test_torch_is_asked_whether_it_has_a_gemm(
 @each_dtype
 @each_form
 @pytest.mark.parametrize("tokens", [4, 50])
-def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str, dtype: torch.dtype) -> None:
+def test_contiguous_blocks_equal_indexed_ones(tokens: int, form: str, dtype: torch.dtype) -> None:
     """The same bits: contiguous blocks are read in place; without the flag they are read by index."""
     p = on_cpu(dtype, tokens=tokens, out_features=301, in_features=457, block_order="contiguous")
     *sizes, granularity, contiguous = p.partition.sizes()
@@ -141,9 +141,7 @@ def test_contiguous_blocks_give_what_their_indices_give(tokens: int, form: str, 
 @pytest.mark.parametrize("granule", [8, 16, 3])
 @pytest.mark.parametrize("masked", [False, True])
 @each_dtype
-def test_granules_give_what_scattered_coordinates_give(
-    granule: int, masked: bool, dtype: torch.dtype
-) -> None:
+def test_granules_equal_scattered_coordinates(granule: int, masked: bool, dtype: torch.dtype) -> None:
     """The same bits when the coordinates of each block are spread out in order, so that no two are adjacent."""
     p = on_cpu(dtype, tokens=50, out_features=202, in_features=413, block_order="random", granule=granule)
     old = p.partition
@@ -203,7 +201,7 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, *HALF
         (AMX, FLOAT32, 50, "expanded", Path.FEW),
     ],
 )
-def test_what_computes_a_call(
+def test_which_code_computes_a_call(
     has: set[str],
     dtype: torch.dtype,
     tokens: int,
@@ -277,7 +275,7 @@ def test_one_thread_and_three_give_the_same_output(form: str) -> None:
 
 @needs_library
 @each_form
-def test_a_profile_names_what_was_called(form: str) -> None:
+def test_a_profile_names_the_called_functions(form: str) -> None:
     p = on_cpu(tokens=50)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         p.run(**FORMS[form].options)
@@ -301,8 +299,8 @@ def test_the_mask_is_eagers(seed: int, p: float, shard: tuple[int, int] | None) 
 @needs_library
 @each_dtype
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_dropped_is_still_seen_where_it_is_not_finite(value: float, dtype: torch.dtype) -> None:
-    """0 · NaN is NaN, by the definition and in torch's operators."""
+def test_dropped_nan_and_infinity_are_still_seen(value: float, dtype: torch.dtype) -> None:
+    """0 · NaN is NaN, in the definition and in torch's operators."""
     p, options = on_cpu(dtype, tokens=40, random_labels=True), FORMS["dropout"].options
     dropped = FORMS["dropout"].dropout.multiplier(p.x) == 0
     for place in dropped.nonzero()[:3].tolist():

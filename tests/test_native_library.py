@@ -18,7 +18,7 @@ from smoa_kernels.backends import native_obstacle, resolve_backend
 from smoa_kernels.backends.native import backend, library
 
 
-def test_auto_takes_what_is_there() -> None:
+def test_auto_takes_compiled_code_if_present() -> None:
     there = native_obstacle(CPU) is None
     assert resolve_backend("auto", CPU, torch.float32, 4) == ("native" if there else "eager")
     assert resolve_backend("auto", CPU, torch.float64, 4) == "eager"
@@ -38,7 +38,7 @@ def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
         on_cpu().forward(backend="native")
 
 
-def test_less_than_float32_is_eagers() -> None:
+def test_eager_takes_reduced_float32_precision() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
@@ -52,7 +52,7 @@ def test_less_than_float32_is_eagers() -> None:
 
 @needs_library
 def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
-    """A compiled or exported program names its backend when it is made; later settings must not change its rounding."""
+    """A compiled or exported program fixes its backend when it is made; later settings must not change its rounding."""
     p = on_cpu(tokens=1100, out_features=40, in_features=64, ranks=(2, 3), bias=False)
     adapter = p.adapter()
     case, before = Case("native", "auto", torch.float32), torch.backends.mkldnn.matmul.fp32_precision
@@ -76,6 +76,8 @@ def test_a_kept_adapter_follows_its_tensors_and_the_threads() -> None:
             y = backend.forward(p.x[:tokens], bias, adapter, "auto", None)
             torch.testing.assert_close(y, backend.forward(p.x[:tokens], bias, replace(adapter), "auto", None))
         assert adapter.layout.threads == count
+    with pytest.raises(RuntimeError, match=r"size|shape|dimension"):
+        backend.forward(p.x[:1, :-1], p.bias, adapter, "auto", None)
 
 
 @pytest.fixture

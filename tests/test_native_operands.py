@@ -1,4 +1,4 @@
-"""Operands of compiled code: any layout and kind, and the invalid ones that it refuses."""
+"""Operands of compiled code: every layout and kind, and invalid ones, which it refuses."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -99,7 +99,7 @@ CHANGES: dict[str, Callable[[LinearProblem], LinearProblem]] = {
 @each_dtype
 @each_form
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_it_does_not_take_is_eagers(change: str, form: str, dtype: torch.dtype) -> None:
+def test_eager_takes_the_other_operands(change: str, form: str, dtype: torch.dtype) -> None:
     """An exported program fixes its backend for any input, and compiled code would read past the end of these."""
     p = CHANGES[change](on_cpu(dtype, tokens=50))
     found, expected = in_backend("native", p, form), in_backend("eager", p, form)

@@ -1,4 +1,4 @@
-"""The operator to compilers, exporters and training loops: schemas, graphs, masks, mixed precision, what eager copies.
+"""The operator in compilers, exporters and training loops: schemas, graphs, masks, mixed precision, eager's copies.
 
 The promises of every backend are tested in tests/test_contract.py.
 """
@@ -153,7 +153,7 @@ def test_exports_an_inference_graph(ahead_of_time: bool, tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_trace_holds_the_operator(tmp_path: Path) -> None:
-    """A call of an autograd function in its place could not be saved."""
+    """A trace with an autograd function instead could not be saved."""
     layer, x = FusedSMoALinear.from_linear(nn.Linear(8, 6), r=4, num_blocks=2), torch.randn(3, 8)
     torch.jit.save(torch.jit.trace(layer, x), str(tmp_path / "layer.pt"))
     assert torch.equal(torch.jit.load(str(tmp_path / "layer.pt"))(x), layer(x))

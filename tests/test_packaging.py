@@ -167,7 +167,7 @@ def absolute_imports(path: Path) -> set[str]:
     return found
 
 
-# Machines without other packages than torch, and without Triton: macOS, Windows, or Linux without a wheel of it.
+# Machines with torch alone and without Triton: macOS, Windows, or a Linux for which Triton has no wheel.
 
 
 def test_the_core_with_torch_alone() -> None:

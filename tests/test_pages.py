@@ -1,4 +1,4 @@
-"""Linux is asked for large pages for large results only; large workspaces are kept."""
+"""The package asks Linux for large pages for large results only, and keeps large workspaces."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -241,7 +241,7 @@ def test_contiguous_blocks_are_cut_as_tensor_split_cuts() -> None:
 
 
 @pytest.mark.numerical
-def test_what_labels_allow_is_read_off_them() -> None:
+def test_shortcuts_are_found_from_the_labels() -> None:
     def labels(*runs: tuple[int, int]) -> torch.Tensor:
         return torch.cat([torch.full((count,), block) for block, count in runs])
 

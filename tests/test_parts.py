@@ -94,7 +94,7 @@ def test_the_smallest_numbers_lose_digits_and_nothing_else(magnitude: float) -> 
 
 @needs_amx
 @pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1])
-def test_what_is_not_finite(bits: int) -> None:
+def test_nan_and_infinity(bits: int) -> None:
     """Infinity and any NaN give NaN in the results that depend on them, and in no others."""
     value = torch.tensor(bits).int().view(torch.float32)
     x, weight = torch.ones(100, 70), torch.ones(40, 70)

@@ -157,7 +157,7 @@ def test_labels_cut_as_tensor_split(num_blocks: int, granule: int) -> None:
 
 
 @pytest.mark.parametrize("order", [[0, 1, 1], [0, 1, 3], [0, 1, -1]])
-def test_what_is_no_permutation_of_granules_is_refused(order: list[int]) -> None:
+def test_an_order_that_is_no_permutation_is_refused(order: list[int]) -> None:
     with pytest.raises(ValueError, match="smoa_block_labels returned 5"):
         c_oracle.block_labels(order, 2, size=10, granule=4)
 
@@ -169,7 +169,7 @@ def test_clean_under_the_sanitizers(tmp_path: Path) -> None:
     probe = tmp_path / "probe.c"
     probe.write_text("int main(void) { return 0; }\n")
     program = tmp_path / "program"
-    # Leaks could only be the check program's: the oracle never allocates. The leak checker fails under ptrace.
+    # The oracle never allocates, so only the check program could leak. The leak checker fails under ptrace.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     built = subprocess.run([*compile_sanitized, probe, "-o", program], capture_output=True)
     if built.returncode or subprocess.run([program], env=environment, capture_output=True).returncode:

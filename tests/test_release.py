@@ -100,7 +100,7 @@ def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> Non
         ("Makefile", "-py3-none-any.whl", "", "make dist, with a C compiler"),
     ],
 )
-def test_what_is_not_ready(
+def test_a_release_that_is_not_ready(
     checkout: Checkout, capfd: pytest.CaptureFixture[str], name: str, old: str, new: str, named: str
 ) -> None:
     checkout.replace(name, old, new)

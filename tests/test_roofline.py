@@ -34,7 +34,7 @@ def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
 
 
 def test_totals_by_hand() -> None:
-    """T=8192, 4096², K=4, r=16, bf16 on an H100, in µs. Parts below 1 % of a pass's bytes are left out."""
+    """T=8192, 4096², K=4, r=16, bf16 on an H100, in µs. The sums leave out parts below 1 % of a pass's bytes."""
     unit, start = 2 * 8192 * 4096**2 / 700e6, 2.3  # a GEMM, a launch
     frozen = 2 * (unit + start)
     x, w = 64 * 2**20 / 2.9e6, 32 * 2**20 / 2.9e6  # a pass over x or y, and over W0, at a copy's rate
@@ -56,7 +56,7 @@ def test_totals_by_hand() -> None:
     assert over_frozen(CONTIGUOUS, "split") == pytest.approx(1 + split / frozen, rel=5e-3)
 
 
-def test_the_page_shows_what_is_predicted() -> None:
+def test_the_page_shows_the_predictions() -> None:
     rows = re.findall(
         r"^\| (\d), (spectral|contiguous) \|(.+)\|$", GPU_PAGE.read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -114,7 +114,7 @@ def test_bytes_in_place_by_hand() -> None:
     ],
     ids=str,
 )
-def test_what_is_read_in_place(change: dict[str, int], in_place: bool) -> None:
+def test_operands_read_in_place(change: dict[str, int], in_place: bool) -> None:
     p = replace(SQUARE, **change)
     assert p.in_place == in_place
     for way in ("merged", "split"):

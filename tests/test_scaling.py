@@ -78,7 +78,7 @@ def test_padding_is_not_trained() -> None:
     assert uneven.trained_parameters == round(even.trained_parameters * 16 / 18)
 
 
-def test_the_page_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_is_the_commands_output(capsys: pytest.CaptureFixture[str]) -> None:
     page = PAGE.read_text(encoding="utf-8")
     commands = re.findall(r"^    smoa-kernels (plan .*)$", page, flags=re.MULTILINE)
     assert commands

@@ -63,7 +63,7 @@ def rank_bound(p: LinearProblem) -> int:
 def test_rank_is_bounded_by_the_blocks_and_generically_equal(
     p: LinearProblem, inner: int, whole: bool
 ) -> None:
-    """Whole factors and W0 have few distinct values, so rows coincide and columns vanish."""
+    """Integer factors and W0 take few values, so some rows coincide and some columns vanish."""
     generator = torch.Generator().manual_seed(inner)
     (N, C), (rho, _) = p.weight.shape, p.A.shape
     p = replace(p, weight=of_rank((N, C), inner, generator, whole=whole))
@@ -76,7 +76,7 @@ def test_rank_is_bounded_by_the_blocks_and_generically_equal(
 
 @SOME
 @given(p=problems(FLOAT64))
-def test_parameters_are_what_the_update_depends_on(p: LinearProblem) -> None:
+def test_the_update_depends_on_every_parameter(p: LinearProblem) -> None:
     """`Σ r_k (N_k + C_k)` is the number of factor entries that change ΔW."""
     sizes = zip(p.partition.row_sizes, p.partition.col_sizes, p.ranks.tolist(), strict=True)
     A, B = p.A.clone().requires_grad_(), p.B.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""What torch's operators are called with, the largest tensor that they make, and what is saved for backward."""
+"""Records the calls of torch's operators, the largest tensor that they make, and what is saved for backward."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ class Calls(TorchDispatchMode):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most elements of any floating-point result of an operator, except memory at known addresses."""
+    """Records the size of an operator's largest floating-point result, except memory at known addresses."""
 
     def __init__(self, *known_places: int) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 The files keep each block's factors apart, in spectral order: row n of B_k belongs to the n-th row in the k-th chunk of
 `row_order`, column n of A_k to the n-th column in that of `col_order`. The package packs them, A (ρ, C) and B (N, ρ),
-in the layer's own coordinates. A file without a rule for its blocks holds spectral ones; those vectors came from
-elsewhere. The other vectors are the reference's results. The C code agrees with all of them.
+in the layer's own coordinates. A file without a rule for its blocks has spectral blocks; its vectors come from another
+implementation. The other vectors are the reference's results. The C code agrees with all of them.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ OUT_OF_TIME = 3  # exit code of a stage that noticed by itself that its time was
 
 GPU_BYTES = 2 * 2**30  # GPU memory of one test process: the context, its kernels and its tensors
 SMOKE_TESTS = ("tests/test_reference.py",)
-# Left out because many random problems and long trainings take more time than the stage has.
+# Left out: many random problems and long trainings take more time than the stage has.
 LEFT_OUT = (
     "tests/test_soak.py",
     "tests/test_fuzz.py",
@@ -111,10 +111,10 @@ def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
 
 
 def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[str, Any], str]:
-    """Run a command with a time limit, appending what it prints to a log.
+    """Run a command with a time limit, appending its output to a log.
 
     Returns:
-        Its status ("done", "failed", "out of time" or "interrupted"), seconds and error, and what it printed.
+        Its status ("done", "failed", "out of time" or "interrupted"), seconds and error, and its output.
     """
     start, limit_passed = time.monotonic(), False
     with log.open("ab") as stream:
@@ -143,7 +143,7 @@ def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[s
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process and its children, so that they can save what they have, then kill what is left."""
+    """Interrupt a process and its children, so that they can save their results; then kill those that remain."""
     try:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGINT)
@@ -184,7 +184,7 @@ def _in_stage(name: str, path: Path, until: float, smoke: bool) -> int:
 def _compile_ahead(name: str, deadline: float) -> None:
     """Compile a stage's kernels in parallel, on NVIDIA's GPUs, for at most half of the time that is left.
 
-    What fails here the stage compiles itself.
+    The stage itself compiles the kernels that failed here.
     """
     if torch.version.hip is not None:
         return

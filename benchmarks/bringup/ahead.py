@@ -1,10 +1,10 @@
-"""Compiles what a stage compiles, in parallel and before it runs. Without a GPU it tells how long that takes.
+"""Compiles a stage's kernels in parallel, before the stage runs. Without a GPU it reports how long that takes.
 
     python -m benchmarks.bringup.ahead              # every stage for an H100, in two processes; `make gpu-dry-run`
-    python -m benchmarks.bringup.ahead headline     # what a stage does first on a GPU: Triton's cache keeps the result
+    python -m benchmarks.bringup.ahead headline     # a stage on a GPU starts with this; Triton's cache keeps the result
 
-A stage's launches come from the backend on a pretended GPU (benchmarks/fake_gpu.py). The tests are left out: pytest's
-workers compile side by side what their tests need.
+A stage's launches come from the backend on a pretended GPU (benchmarks/fake_gpu.py). The stage of the tests is left
+out: pytest's workers compile their tests' kernels in parallel.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from ..fake_gpu import H100, FakeGpu, Form, adapter, install
 from ..providers import Case
 from .cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 
-CORES = 16  # of a machine with a GPU, about
+CORES = 16  # about as many as a machine with a GPU has
 
 
 def forget(gpu: FakeGpu) -> None:
-    """Forget what was compiled, so that the next launches ask for all of their forms."""
+    """Forget the compiled forms, so that the next launches ask for all of theirs."""
     table.forget()
     for kernel in KERNELS.values():
         kernel.fn.device_caches.clear()
@@ -113,7 +113,7 @@ def _compile(number: int) -> tuple[str, float]:
     source = ASTSource(kernel, signature, constexprs, attributes)
     try:
         triton.compile(source, target=driver.active.get_current_target(), options=dict(vars(options)))
-    except Exception as error:  # the stage meets it again, and says so
+    except Exception as error:  # the stage meets it again, and reports it
         print(f"{kernel.__name__}: {type(error).__name__}: {error}".splitlines()[0], flush=True)
     return kernel.__name__, sum(os.times()[:4]) - start
 
@@ -122,7 +122,7 @@ _waiting: list[Form] = []
 
 
 def main() -> None:
-    """Compile one stage into Triton's cache, or all of them into one that is thrown away."""
+    """Compile one stage into Triton's cache, or all stages into a temporary cache."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.bringup.ahead", description=(__doc__ or "").splitlines()[0]
     )

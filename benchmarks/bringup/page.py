@@ -72,7 +72,7 @@ def _stages(run: Run) -> str:
 
 
 def _headline(run: Run, gpu: Gpu) -> str:
-    """A row for each case: what was measured, with a mark where the machine was noisy, and the prediction."""
+    """A row for each case: the measurement, marked if the machine was noisy, and the prediction."""
     rows = []
     for result in run.select("layer"):
         problem, cells = _problem(result), [tables.case_name(result)]

@@ -93,10 +93,10 @@ def operator(job: Job) -> None:
 
 
 def compare_launchers(case: Case, order: str) -> dict[str, object]:
-    """Compare a layer's pass by our own way to launch kernels with Triton's `kernel[grid](...)`.
+    """Compare our own launcher with Triton's `kernel[grid](...)` on a layer's forward and backward.
 
     Returns:
-        The host's median microseconds of a forward and a backward by each, and what is wrong with ours.
+        The host's median microseconds of a forward and a backward by each launcher, and the error of ours, if any.
 
     Raises:
         RuntimeError: their results differ by a bit.

@@ -1,4 +1,4 @@
-"""How our docstrings differ from what griffe reads, for the reference pages."""
+"""Adapts our docstrings to griffe's style, for the reference pages."""
 
 from __future__ import annotations
 

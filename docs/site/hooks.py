@@ -1,8 +1,8 @@
-"""What MkDocs cannot do by itself: pages that lie outside docs/, links into the code, and the reference.
+"""Hooks that MkDocs lacks: pages that lie outside docs/, links into the code, and the reference.
 
 The pages are written to be read in the repository, where a link leads to a file. There is no host to link to, so a file
-of the code that a page links to becomes a page of the site. `make docs` fails at a link to what does not exist, at
-a page that no menu shows, and at a public name without a docstring.
+of the code that a page links to becomes a page of the site. `make docs` fails at a broken link, at a page that no menu
+shows, and at a public name without a docstring.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def linked(page: str, text: str) -> Iterator[str]:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages outside docs/, what pages link to, and the reference."""
+    """Add the pages outside docs/, the files that pages link to, and the reference."""
     pages = {f"docs/{file.src_uri}": file.content_string for file in files.documentation_pages()}
     for path, uri in PAGES.items():
         text = (ROOT / path).read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def _source(config: MkDocsConfig, path: str) -> File:
 
 
 def _notebook(text: str) -> str:
-    """A notebook as a page: its text, its code, and what that printed and drew when it was last run."""
+    """A notebook as a page: its text, its code, and the outputs of its last run."""
     parts = []
     for cell in json.loads(text)["cells"]:
         source = "".join(cell["source"])
@@ -173,13 +173,13 @@ def _inherited(found: Any) -> Iterator[str]:
 
 
 def _lacks_docstring(item: griffe.Object | griffe.Alias) -> bool:
-    """Whether a reader asks what it is for; not of values, nor of special methods."""
+    """Whether a public function, class or module has no docstring. Values and special methods need none."""
     asked = item.is_public and not item.is_attribute and not item.is_alias and not item.name.startswith("__")
     return asked and item.docstring is None
 
 
 def _commands(files: Files) -> str:
-    """The page of the commands as typer writes it, with a picture of what some of them print."""
+    """The page of the commands as typer writes it, with pictures of some commands' output."""
     command = [sys.executable, "-m", "typer", "smoa_kernels.cli.app", "utils", "docs"]
     done = subprocess.run(
         [*command, "--name", "smoa-kernels", "--title", "Command line"],

@@ -47,7 +47,7 @@ def served() -> Iterator[str]:
 
 
 def faults(page: Page, address: str) -> Iterator[str]:
-    """What is wrong with an open page."""
+    """The faults of an open page."""
     for violation in Axe().run(page, options=RULES).response["violations"]:
         for node in violation["nodes"]:
             yield f"{violation['id']}: {node['html'][:160]}"

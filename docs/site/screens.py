@@ -1,6 +1,6 @@
-"""Draw what the commands print: `make docs-screens` writes docs/screens/NAME.svg, which the site shows.
+"""Draw the commands' output: `make docs-screens` writes docs/screens/NAME.svg, which the site shows.
 
-Each command runs as a reader would run it, in colours and 110 columns wide; rich draws what it printed.
+Each command runs as a reader would run it, in colours and 110 columns wide; rich draws its output.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[2]
 SCREENS = ROOT / "docs" / "screens"
 WIDTH = 110
-# The file's name is the command's; the overview is what `smoa-kernels` alone prints.
+# The file's name is the command's; "overview" is the output of `smoa-kernels` alone.
 COMMANDS = {
     "overview": "",
     "info": "info",
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def printed(arguments: str) -> str:
-    """What a command prints to a terminal, in ANSI codes."""
+    """A command's output on a terminal, in ANSI codes."""
     kept = {
         name: value
         for name, value in os.environ.items()

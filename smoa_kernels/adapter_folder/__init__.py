@@ -1,8 +1,8 @@
 """An adapter's folder on disk: its format, reading, inspecting, and merging it into a base model's folder.
 
-What reads files raises FileNotFoundError where one is missing, and a ValueError that names the file or the layer where
-one cannot be read, is another method's, or holds what is not allowed. Nothing here imports PEFT, which takes seconds;
-transformers is imported only if a base model's class must be known.
+A function that reads files raises FileNotFoundError if one is missing. It raises a ValueError that names the file or
+the layer if one cannot be read, belongs to another method, or holds something that is not allowed. Nothing here imports
+PEFT, which takes seconds; transformers is imported only if a base model's class must be known.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""Reports what an adapter folder holds, and whether it fits a base model, without building a model."""
+"""Reports an adapter folder's contents, and whether it fits a base model, without building a model."""
 
 from __future__ import annotations
 

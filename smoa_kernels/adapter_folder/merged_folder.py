@@ -32,7 +32,7 @@ _TEMPLATES = ("chat_template*", "additional_chat_templates/*", "*processor_confi
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written.
+    """A summary of the written model.
 
     Attributes:
         tensors: how many.
@@ -62,9 +62,9 @@ def merge_to_folder(
 ) -> MergeReport:
     """Write a base model with an adapter merged into it: weights, configuration and tokenizer, as a plain model.
 
-    One file of weights and one layer are in memory at a time. All is written into a hidden folder beside `out`, its
-    configuration last, and renamed: whatever interrupts this, `out` is whole or is not there. Of a tokenizer, the one
-    beside the adapter wins.
+    One file of weights and one layer are in memory at a time. Everything is written into a hidden folder beside `out`,
+    its configuration last, and renamed. So after any interruption `out` is whole or absent. A tokenizer beside the
+    adapter replaces the base's.
 
     Args:
         base, adapter, dtype, rounding, seed: see :func:`merged_weights`.

@@ -56,8 +56,8 @@ def merged_weights(
     Raises:
         TypeError: a folder is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, an argument is not allowed, the base is
-            quantised or lacks what the adapter changes; or, once a tensor is reached, it is another than the adapter
-            was trained over, or the result is not finite. The message names the tensor.
+            quantised or lacks a tensor that the adapter changes. Later, at a tensor: the adapter was trained over
+            another one, or the result is not finite. The message names the tensor.
 
     Example:
         >>> from peft import get_peft_model
@@ -185,7 +185,7 @@ class FolderMerge:
                 self._parts = self._model.architecture.take_apart(name, change.effective(whole))
                 if self._parts.keys() != set(self._made_of[name]):
                     raise ValueError(
-                        "transformers cannot undo what it makes it of: merge with merge_and_unload()"
+                        "transformers cannot split it into the stored tensors: merge with merge_and_unload()"
                     )
         return self._parts.pop(stored)
 
@@ -200,8 +200,8 @@ class FolderMerge:
             if self._stored(name) is None and places[1] in self.plan:
                 if len(tied) > 1:
                     raise ValueError(
-                        f"the adapter changes {name} or what it is tied to, {source}, and {self.base} ties further "
-                        "parameters to that: they cannot be stored apart"
+                        f"the adapter changes {name} or {source}, which are tied, and {self.base} ties more "
+                        f"parameters to {source}: they cannot be stored apart"
                     )
                 self.plan[name] = replace(self.plan[places[1]])
             self.untied.append(name)
@@ -242,7 +242,7 @@ def _read_plain_config(base: Path) -> dict[str, Any]:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise ValueError(
             f"{base} is quantised ({method}): merge into the model that it was quantised from, or save "
-            "what model.dequantize() gives and merge into that"
+            "the result of model.dequantize() and merge into that"
         )
     return config
 

@@ -15,10 +15,10 @@ _PANEL = 2**18
 def round_stochastically(values: Tensor, dtype: torch.dtype, *, seed: int, name: str) -> Tensor:
     """Round each element to one of its two neighbours in `dtype`: its mean is `values`, to 2^-24 of their distance.
 
-    With neighbours a and b, a nearer to zero, `a + h (b - a)` becomes b where a uniform number in [0, 1) is below h.
+    With neighbours a and b, a nearer to zero, `a + h (b - a)` becomes b if a uniform number in [0, 1) is below h.
     Element i, in the order in which `values` is stored, takes the upper 24 bits of the i-th word of 32 bits that
     numpy's PCG64 gives for the seed `[seed, crc32(name)]`, the lower half of each of its 64-bit words first. numpy
-    promises never to change those. What `dtype` holds exactly is kept; what rounds to infinity becomes infinite.
+    promises never to change those. Values that `dtype` holds exactly stay; values beyond its range become infinite.
 
     Args:
         values: floating point, of more digits than `dtype`, on the CPU.

@@ -24,9 +24,10 @@ from ..checks import (
     shown,
 )
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
-from ..definition.ranks import alpha_for_lora_rate, resolve_ranks
+from ..definition.lora_rate import alpha_for_lora_rate
+from ..definition.ranks import resolve_ranks
 
-# Version of the adapter folder's format, raised when older releases cannot read what newer ones write. Version 1 was
+# Version of the adapter folder's format. It is raised when older releases cannot read a newer folder. Version 1 was
 # never released.
 FORMAT_VERSION = 2
 
@@ -192,7 +193,7 @@ class AdapterSettings:
                 check(f"{pattern}[{shown(key)}]", value)
 
     def _check_targets(self) -> None:
-        """Check which modules are adapted or saved; lists become what PEFT and JSON want."""
+        """Check which modules are adapted or saved, and give their lists the types that PEFT and JSON need."""
         lists = ("modules_to_save", "target_parameters")
         for name in ("target_modules", "exclude_modules", "layers_pattern", *lists):
             # If PEFT expects a list and gets a str, it takes its letters as items.

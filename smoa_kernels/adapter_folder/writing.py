@@ -88,9 +88,7 @@ def check_seal(folder: Path, expected: str | None) -> None:
     for place in (weights.parent, weights.parent.parent):
         for path in place.glob(f"{_SCRATCH}*/**/{CONFIG_NAME}"):
             if found in path.read_text(encoding="utf-8", errors="replace"):
-                raise ValueError(
-                    f"{message}. A save was killed; what it wrote is whole once {path} is moved here"
-                )
+                raise ValueError(f"{message}. A save was killed: move {path} here to complete it")
     warnings.warn(f"{message}. Another tool wrote it, or it is damaged", UserWarning, stacklevel=2)
 
 

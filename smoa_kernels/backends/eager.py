@@ -70,7 +70,7 @@ HALF_TOKEN_PANEL = 512
 
 
 def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> str:
-    """What "auto" means on this backend.
+    """Choose the algorithm of "auto" on this backend.
 
     Args:
         tokens: T.

@@ -157,7 +157,7 @@ def _delta_blocks(adapter: PackedAdapter) -> Tensor:
 
 
 def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
-    """What "auto" means for a batch without dropout, for one of `spec.ALGORITHM_KEYS`."""
+    """Choose the algorithm of "auto" without dropout, for one of `spec.ALGORITHM_KEYS`."""
     layout = Layout.of(adapter)
     batch = layout.num_blocks if is_batch(adapter) else 0
     return _choose(stage, layout, bucket(x.shape[0]), batch)

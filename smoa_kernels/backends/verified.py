@@ -244,7 +244,7 @@ def _with_random_factors(adapter: Any) -> Any:
 
 
 def _distance(found: Any, expected: Any, allowed: float) -> float | None:
-    """The largest distance of a row, a column or a number, over what is allowed; None if eager's prove nothing."""
+    """The largest distance of a row, column or number over the allowed one; None if eager's result proves nothing."""
     shares = []
     for ours, theirs in zip(_matrices(found), _matrices(expected), strict=True):
         if not theirs.isfinite().all() or not theirs.any():

@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# An example of each command, grouped by what a reader has.
+# An example of each command, in groups by the reader's task.
 COMMANDS: dict[str, dict[Callable[..., None], str]] = {
     "This machine": {info: "info"},
     "A model or an adapter": {

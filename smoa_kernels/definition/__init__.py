@@ -1,1 +1,1 @@
-"""What SMoA is: the partition, the packed adapter, the reference."""
+"""The definition of SMoA: the partition, the packed adapter, the reference."""

@@ -45,7 +45,7 @@ class BlockPartition:
         row_block: (N,) block of each row, uint8, or int32 above 256 blocks.
         col_block: (C,) block of each column, same dtypes.
         row_index: int64 (N,), rows grouped by block, ascending within each. It depends on nothing but the labels,
-            so a loaded adapter computes bit for bit what the saved one did.
+            so a loaded adapter computes the same bits as the saved one.
         col_index: int64 (C,), the same for columns.
         row_offsets: int32 (K + 1,), where each block starts in `row_index`.
         col_offsets: int32 (K + 1,), where each block starts in `col_index`.

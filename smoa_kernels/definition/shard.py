@@ -16,11 +16,11 @@ if (
 
 
 class LayerShard:
-    """A contiguous part of W0's rows or columns, cut as `torch.chunk` cuts over a one-dimensional mesh.
+    """A contiguous part of W0's rows or columns, cut like `torch.chunk` over a one-dimensional mesh.
 
-    Where rows are cut, B's rows and the row labels are cut with them; x and A stay whole. Where columns are cut, A's
-    columns, the column labels and x are cut with them; B stays whole. The gradient of a tensor that every process
-    holds whole is the sum of what the processes compute.
+    If rows are cut, B's rows and the row labels are cut with them; x and A stay whole. If columns are cut, A's columns,
+    the column labels and x are cut with them; B stays whole. The gradient of a tensor that every process holds whole is
+    the sum of the processes' results.
 
     Args:
         mesh: one dimension of devices.

@@ -42,7 +42,7 @@ __all__ = ["BLOCK_GRAD", "block_grad", "token_splits"]
 RANK_CHUNK = 16
 # Ranks of a group: 128 bits of float32. The kernel gets the number of groups, so the compiler knows the alignment.
 GROUP = tl.constexpr(PARTIAL_RANKS)
-EPILOGUE_STEPS = 11  # cost of the end of a program, in steps of its main loop: an assumption
+EPILOGUE_STEPS = 11  # assumed cost of a program's epilogue, in steps of its main loop
 
 
 @triton.jit(do_not_specialize=["T", "tiles_n", "tiles_c", "rank", "rank_groups"])
@@ -97,7 +97,7 @@ def block_grad_kernel(
     rank = tl.minimum(tl.load(ranks_ptr + block), rank)
     rows = tl.load(row_offsets_ptr + block + 1) - tl.load(row_offsets_ptr + block)
     cols = tl.load(col_offsets_ptr + block + 1) - tl.load(col_offsets_ptr + block)
-    # Tiles past the end of their block take no token and no rank: they write zeros.
+    # A tile past the end of its block takes no token and no rank, and writes zeros.
     rank = tl.where((tile_n * BLOCK_N < rows) & (tile_c * BLOCK_C < cols), rank, 0)
 
     # G_k's tile, summed over the split's tokens.
@@ -124,26 +124,26 @@ def block_grad_kernel(
         dy = tl.load(dy_ptrs, mask=dy_valid, other=0.0)
         x = tl.load(x_ptrs, mask=x_valid, other=0.0)
         if x.dtype == tl.float32 and INPUT_PRECISION == "tf32":
-            # Changes nothing. Hopper and Blackwell multiply TF32 from K-major shared memory or from registers, and
-            # here K, the tokens, is the slow dimension: tiles that went straight to `dot` would be copied four bytes
-            # at a time. Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, 4 bytes on sm_90;
-            # a descriptor, 4 on sm_80.
+            # This keeps the values and takes the tiles through registers. Hopper and Blackwell read TF32 operands from
+            # registers, or K-major from shared memory. K is the tokens here, the slow dimension, so a tile that is
+            # passed straight to `dot` is copied 4 bytes at a time. Tried instead (Triton 3.6, 3.9): `tl.multiple_of`
+            # with `tl.max_contiguous` copies 4 bytes on sm_90, a descriptor 4 bytes on sm_80.
             dy = tl.where(token_valid[None, :], dy, 0.0)
             x = tl.where(token_valid[:, None], x, 0.0)
         grad = dot(dy, x, grad, INPUT_PRECISION)
         dy_ptrs += step * stride_dyt
         x_ptrs += step * stride_xt
 
-    # TF32 is no finer than float16: under a float16 weight, float32 factors rounded to it took single elements of dA
-    # and dB over their budget. Half factors are exact in it.
+    # TF32 is no finer than float16. With a float16 weight, rounding float32 factors to TF32 put single elements of dA
+    # and dB over their error budget. Half factors are exact in TF32.
     IN_PARTS: tl.constexpr = (
         INPUT_PRECISION == "tf32"
         and w_ptr.dtype.element_ty != tl.float32
         and a_ptr.dtype.element_ty == tl.float32
     )
 
-    # H_k = s · G_k ∘ W0_k, a quarter of the columns at a time: the gather of W0 takes an address per element, and
-    # those of the whole tile do not fit in the registers.
+    # H_k = s · G_k ∘ W0_k, a quarter of the columns at a time: the gather of W0 takes an address per element, and the
+    # addresses of a whole tile do not fit in the registers.
     QUARTER: tl.constexpr = BLOCK_C // 4
     rows, row_valid = block_slots(row_index_ptr, row_offsets_ptr, block, row_slots, GRANULE)
     left, right = halves(grad)
@@ -155,7 +155,7 @@ def block_grad_kernel(
         cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, slots, GRANULE)
         w_ptrs = w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc
         w = tl.load(w_ptrs, mask=row_valid[:, None] & col_valid[None, :], other=0.0)
-        # Concatenated, for Triton does not unpack; mypy takes the empty tuple's type for h's.
+        # Concatenated because Triton does not unpack tuples; mypy takes h for an empty tuple.
         product = scaling * quarters[q] * w.to(tl.float32)
         h = h + (in_parts(product, IN_PARTS, INPUT_PRECISION),)  # type: ignore[assignment]  # noqa: RUF005
 
@@ -167,7 +167,7 @@ def block_grad_kernel(
         0, width, BLOCK_R, num_stages=1
     ):  # prefetched factors would not fit in the registers
         t = start + tl.arange(0, BLOCK_R)
-        below = (t < rank)[None, :]  # beyond are zeros, whatever W0 and the factors' padding hold
+        below = (t < rank)[None, :]  # ranks beyond get zeros, whatever W0 and the factors' padding hold
         b_ptrs = b_ptr + rows[:, None] * stride_bn + t[None, :] * stride_br
         b = tl.load(b_ptrs, mask=row_valid[:, None] & below, other=0.0)
         b = in_parts(b.to(tl.float32), IN_PARTS, INPUT_PRECISION)
@@ -189,7 +189,7 @@ def block_grad_kernel(
 
 @triton.jit
 def halves(tile):
-    """The left and the right half of a tile's columns, for tl.split cuts only a last dimension of two."""
+    """Split a tile into the left and the right half of its columns. `tl.split` needs a last dimension of two."""
     rows: tl.constexpr = tile.shape[0]
     cols: tl.constexpr = tile.shape[1]
     return tl.split(tl.permute(tl.reshape(tile, (rows, 2, cols // 2)), (0, 2, 1)))
@@ -197,7 +197,7 @@ def halves(tile):
 
 @triton.jit
 def in_parts(value, IN_PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """A float32 operand as one that tensor cores take: rounded, or in two bfloat16 parts, which keep 16 bits of it."""
+    """Prepare a float32 operand for tensor cores: rounded, or as two bfloat16 parts that keep 16 of its bits."""
     if IN_PARTS:
         high = round_to(value, tl.bfloat16)
         return high, round_to(value - high.to(tl.float32), tl.bfloat16)
@@ -207,7 +207,7 @@ def in_parts(value, IN_PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def transposed(operand, IN_PARTS: tl.constexpr):
-    """An operand of `in_parts`, transposed."""
+    """Transpose an operand from `in_parts`."""
     if IN_PARTS:
         return tl.trans(operand[0]), tl.trans(operand[1])
     else:  # noqa: RET505
@@ -216,10 +216,10 @@ def transposed(operand, IN_PARTS: tl.constexpr):
 
 @triton.jit
 def dot_parts(a, b, acc, IN_PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """acc + a b of operands from `in_parts`. What is left out, the low parts' product, is 2^-16 of it.
+    """acc + a b of operands from `in_parts`. The product of the low parts is left out; it is 2^-16 of the result.
 
-    `tl.dot` does so by itself with "bf16x3", but keeps H in float32 for it: a tile spills (sm_90), and 5 to 11 % more
-    instructions are issued.
+    `tl.dot` computes the same with "bf16x3", but keeps H in float32: a tile spills (sm_90), and the kernel issues 5 to
+    11 % more instructions.
     """
     if IN_PARTS:
         acc = dot(a[1], b[0], acc, INPUT_PRECISION)
@@ -255,7 +255,7 @@ def block_grad(
         tokens = tokens or dyg.shape[0]
         dyg = dyg if dyg.stride(-1) == 1 else dyg.contiguous()
         xg = xg if xg.stride(-1) == 1 else xg.contiguous()
-        # Ungathered operands are tiled as if they were gathered; the kernel masks a tile beyond its block's end.
+        # Operands in their own order are tiled like gathered ones; the kernel masks what lies past a block's end.
         widths = (
             block_width(partition.row_sizes) if dyg.ndim == 2 else dyg.shape[2],
             block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
@@ -286,7 +286,7 @@ def _launch(
     dy_stride: Sequence[int],
     x_stride: Sequence[int],
 ) -> tuple[Launch, tuple[int, int]]:
-    """A part's launch, and its numbers of partials of dA and of dB, which depend on the first part's `tokens`."""
+    """A part's launch, and how many partials of dA and of dB it has; `tokens` are those of the first part."""
     padded_rows, padded_cols = widths
     dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
     config, precision = layout.choose(
@@ -324,9 +324,9 @@ def _launch(
 
 
 def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> int:
-    """Choose among how many programs the tokens of a tile are split to fill a GPU; 1 if there are tiles enough.
+    """Choose how many programs share the tokens of a tile, to fill a GPU; 1 if there are enough tiles.
 
-    A split keeps at least as many steps of the main loop as a program's end costs.
+    Each program keeps at least as many steps of the main loop as its epilogue costs.
 
     Args:
         tokens: T.
@@ -341,7 +341,7 @@ def token_splits(tokens: int, programs: int, processors: int, block_t: int) -> i
     return max(1, min(-(-processors // programs), tokens // (EPILOGUE_STEPS * block_t)))
 
 
-# Bytes of shared memory that the first configuration needs on NVIDIA, for H transposed. AMD's compiler needs fewer.
+# Bytes of shared memory for H transposed, in the first configuration on NVIDIA. AMD's compiler needs fewer.
 _LARGEST_NEEDS = 138 * 1024
 _SHIPPED = (
     Config(block_n=128, block_c=128, block_t=64, num_warps=8, num_stages=3),

@@ -65,8 +65,8 @@ def block_matmul_kernel(
     BLOCK_C: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    # Blocks are innermost: neighbouring columns of y belong to different blocks, whose programs complete its cache
-    # lines one after the other. Then come GROUP_T token tiles, which share ΔW in cache.
+    # Blocks are innermost: neighbouring columns of y belong to different blocks, so programs that run close together
+    # complete the cache lines of y. Then come GROUP_T token tiles, which share ΔW in cache.
     tiles_n = padded_rows // BLOCK_N
     tiles_per_group = GROUP_T * num_blocks * tiles_n
     pid = tl.program_id(0)
@@ -82,8 +82,8 @@ def block_matmul_kernel(
     col_start = tl.load(col_offsets_ptr + block)
     cols = tl.load(col_offsets_ptr + block + 1) - col_start
     cols = tl.where((tl.load(ranks_ptr + block) > 0) & (tile_n * BLOCK_N < rows), cols, 0)
-    # At least one step, over zeros if need be: were the accumulator also set by a loop that is skipped, ptxas would
-    # not run wgmma with a computed left operand asynchronously.
+    # At least one step, over zeros if need be. If the loop could be skipped, ptxas would not run wgmma with a computed
+    # left operand asynchronously.
     steps = tl.maximum(tl.cdiv(cols, BLOCK_C), 1)
     tl.assume(steps > 0)
 
@@ -108,8 +108,9 @@ def block_matmul_kernel(
             x_ptrs += BLOCK_C
         delta = tl.load(delta_ptrs)
         if TRANSPOSED and delta.dtype == tl.float32 and INPUT_PRECISION == "tf32":
-            # Changes nothing: keeps the copy to shared memory 16 bytes wide, as in block_grad. Tried instead (Triton
-            # 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, 4 bytes on sm_90; a descriptor, 4 bytes on sm_80.
+            # This keeps the values, and the copy to shared memory 16 bytes wide, as in block_grad. Tried instead
+            # (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous` copies 4 bytes on sm_90, a descriptor 4 bytes
+            # on sm_80.
             delta = tl.where((row_slots < padded_rows)[:, None], delta, 0.0)
         acc = dot(delta, x, acc, INPUT_PRECISION)
         delta_ptrs += step
@@ -120,7 +121,7 @@ def block_matmul_kernel(
     else:
         out_offsets = block * stride_ok + row_slots.to(tl.int64) * stride_on
         row_valid = row_slots < padded_rows
-    # Tokens first: rows of yᵀ are what neighbouring threads should write side by side.
+    # Tokens first, so that neighbouring threads write along the rows of y.
     out_ptrs = out_ptr + tokens[:, None].to(tl.int64) * stride_ot + out_offsets[None, :]
     y = round_to(tl.trans(acc), out_ptr.dtype.element_ty)
     tl.store(out_ptrs, y, mask=token_valid[:, None] & row_valid[None, :])
@@ -174,8 +175,8 @@ def _launch(
         dropout=layout.granule > 1 and not in_place,
     )
     if in_place:
-        # Triton divides its stages between loading the index and loading x, which needs the index. With this many, x
-        # has as many buffers as a gathered x.
+        # Triton divides its stages between loading the index and loading x. With these stages, x has as many buffers
+        # as a gathered x.
         config = replace(config, num_stages=2 * config.num_stages - 1)
     return Launch(
         block_matmul_kernel,
@@ -208,7 +209,7 @@ _SHIPPED = (
     Config(block_t=64, block_n=64, block_c=64, group_t=8, num_warps=4, num_stages=3),
     Config(block_t=32, block_n=64, block_c=64, group_t=8, num_warps=4, num_stages=3),
 )
-# NVIDIA has no tensor cores for IEEE float32, and a thread holds its operands in registers: smaller tiles.
+# Smaller tiles for IEEE float32: NVIDIA has no tensor cores for it, and a thread holds its operands in registers.
 _SHIPPED_IEEE = (
     Config(block_t=64, block_n=64, block_c=16, group_t=8, num_warps=8, num_stages=3),
     Config(block_t=64, block_n=32, block_c=32, group_t=8, num_warps=4, num_stages=3),

@@ -84,9 +84,8 @@ def power_of_two(count: int, least: int = 1) -> int:
 def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:
     """How `dot` may round float32 operands if W0 has `dtype`; half operands are never rounded.
 
-    float32 factors over a half weight are multiplied in TF32 by tensor cores. `to_tf32` rounds them to nearest, which
-    is as fine as float16 and eight times finer than bfloat16.
-    AMD's matrix cores multiply IEEE float32, and most of them have no TF32.
+    With a half weight, tensor cores multiply float32 factors in TF32. `to_tf32` rounds them to nearest, as finely as
+    float16 and eight times more finely than bfloat16. AMD's matrix cores multiply IEEE float32; most have no TF32.
     """
     if torch.version.hip is not None:
         return "ieee"
@@ -110,9 +109,9 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
-    """`value` in `dtype`, to nearest even."""
+    """Round `value` to `dtype`, to nearest even."""
     if INTERPRETED and (value.dtype == tl.float32 and dtype == tl.bfloat16):
-        # Triton 3.9's interpreter truncates float32 to bfloat16, which doubles the error: round its bits first.
+        # Triton 3.9's interpreter truncates float32 to bfloat16, which doubles the error. So round the bits first.
         bits = value.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
@@ -121,15 +120,15 @@ def round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def to_tf32(value, INPUT_PRECISION: tl.constexpr):
-    """A float32 operand of a TF32 product, rounded to nearest (ties away from zero) as PTX's `cvt.rna.tf32` does.
+    """Round a float32 operand of a TF32 product to nearest (ties away from zero), like PTX's `cvt.rna.tf32`.
 
-    Triton leaves the rounding to the tensor core, which cuts off the low 13 bits (triton-lang/triton#4574): each
-    operand would shrink by 2^-11 on average, and with it every sum of products of one sign.
+    Triton leaves the rounding to the tensor core, which cuts off the low 13 bits (triton-lang/triton#4574). Each
+    operand would shrink by 2^-11 on average, and so would every sum of products of one sign.
     """
     if INPUT_PRECISION == "tf32" and value.dtype == tl.float32:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = ((bits + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
-        # What would round to infinity is cut off, and infinity and NaN stay.
+        # The tensor core still cuts off a value that would round to infinity. Infinity and NaN stay.
         value = tl.where(tl.abs(value) < LARGEST_TF32, rounded, value)
     return value
 
@@ -138,8 +137,8 @@ def to_tf32(value, INPUT_PRECISION: tl.constexpr):
 def block_slots(index_ptr, offsets_ptr, block, slots, GRANULE: tl.constexpr):
     """Coordinates (int64) that `slots` of `block` hold, and which of the slots are not padding.
 
-    Every GRANULE slots, a power of two, hold adjacent coordinates of which the first is a multiple of it, and blocks
-    have whole granules: the compiler is told, so that what lies at these coordinates is moved as vectors.
+    GRANULE is a power of two. Every GRANULE slots hold adjacent coordinates, the first of them a multiple of GRANULE,
+    and a block has whole granules. The compiler is told this, so that it loads and stores vectors.
     """
     start = tl.load(offsets_ptr + block)
     size = tl.load(offsets_ptr + block + 1) - start
@@ -148,12 +147,12 @@ def block_slots(index_ptr, offsets_ptr, block, slots, GRANULE: tl.constexpr):
 
 @triton.jit
 def slot_coordinates(index_ptr, start, size, slots, GRANULE: tl.constexpr):
-    """As `block_slots`, for a block that begins at `start` of the index."""
+    """Like `block_slots`, for a block that begins at `start` of the index."""
     if GRANULE == 1:
         valid = slots < size
         coordinates = tl.load(index_ptr + start + slots, mask=valid, other=0)
     else:
-        valid = slots // GRANULE < size // GRANULE  # the same for a whole granule, as the compiler sees
+        valid = slots // GRANULE < size // GRANULE  # the compiler sees that a whole granule has one value
         coordinates = tl.load(index_ptr + tl.multiple_of(start, GRANULE) + slots, mask=valid, other=0)
         coordinates = tl.max_contiguous(tl.multiple_of(coordinates, GRANULE), GRANULE)
     return coordinates, valid
@@ -177,11 +176,11 @@ def rank_product(
     INPUT_PRECISION: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
 ):
-    """Σ_t B[rows, t] A[t, cols] in float32, over t < rank ≤ ρ that the row's and the column's blocks have.
+    """Σ_t B[rows, t] A[t, cols] in float32, over the t < rank ≤ ρ that both the row's and the column's block have.
 
-    rows, cols (int64) are the tile's coordinates, `*_inside` which of them exist, `*_rank` how many entries of each
-    B row and A column are parameters. The padding beyond them is loaded and then cleared, because a mask that
-    differs from row to row would make every load a scalar one.
+    rows and cols (int64) are the tile's coordinates, `*_inside` says which of them exist, and `*_rank` how many entries
+    of each row of B and column of A are parameters. The others are padding. It is loaded and then cleared, because a
+    mask that differs from row to row would make every load scalar.
     """
     product = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     a_ptrs = a_ptr + cols * stride_ac
@@ -210,16 +209,16 @@ def dropout_draws(seed_ptr, groups, cols):
 
 @triton.jit
 def dropout_multiplier(draws, LANE: tl.constexpr, threshold, scale):
-    """Multiplier (G, P) of each group's token number LANE: 16 bits of its draws against the threshold."""
+    """Multiplier (G, P) of token LANE of each group: 16 bits of the group's draws, compared with the threshold."""
     level = (draws[LANE // 2] >> (16 * (LANE % 2))) & 0xFFFF
     return tl.where(level.to(tl.int32) >= threshold, scale, 0.0)
 
 
 @triton.jit
 def segment_of(ends_ptr, segments, tile, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr):
-    """The segment whose tile is number `tile`, where that tile begins, and where the segment ends.
+    """Find the segment of tile number `tile`. Returns the segment, where the tile begins, and where the segment ends.
 
-    Every segment is cut into tiles of BLOCK of its own. Past the last tile, the tile begins where it ends: at 0.
+    Every segment has its own tiles of BLOCK. Past the last tile, both the begin and the end are 0.
     """
     each = tl.arange(0, SEGMENTS)
     inside = each < segments
@@ -234,7 +233,7 @@ def segment_of(ends_ptr, segments, tile, BLOCK: tl.constexpr, SEGMENTS: tl.const
 
 
 def tiles_of_segments(length: int, segments: int, block: int) -> int:
-    """The most tiles that `segments` of a total `length` can have: all but one of them have a last tile of one."""
+    """The most tiles that `segments` of a total `length` can have: when all segments but one have length 1."""
     most = min(length, segments)
     return (length - most) // block + most
 
@@ -243,17 +242,18 @@ def tiles_of_segments(length: int, segments: int, block: int) -> int:
 def coordinates(index_ptr, first, end, GRANULE: tl.constexpr, INDEXED: tl.constexpr, BLOCK: tl.constexpr):
     """The coordinates (int64) that BLOCK slots from `first` on hold, and which of them lie before `end`.
 
-    GRANULE is a power of two that divides `first` and `end`, and that many slots hold adjacent coordinates of which the
-    first is a multiple of it. The compiler is told, so that what lies there is moved as vectors.
+    GRANULE is a power of two that divides `first` and `end`. Every GRANULE slots hold adjacent coordinates, the first
+    of them a multiple of GRANULE. The compiler is told this, so that it loads and stores vectors.
     """
-    # Changes nothing: the compiler sees it, and forgets `tl.multiple_of` on what a reduction or a loop gives. With that
-    # instead, grouped_grad in bf16 loads 2 bytes at a time and spills 248 (Triton 3.9, sm_90).
+    # This keeps the value, and shows the compiler that GRANULE divides it. The compiler forgets `tl.multiple_of` on the
+    # result of a reduction or a loop: grouped_grad in bf16 then loads 2 bytes at a time and spills 248 (Triton 3.9,
+    # sm_90).
     first = first // GRANULE * GRANULE
     slots = first + tl.arange(0, BLOCK)
     if GRANULE == 1:
         valid = slots < end
     else:
-        valid = slots // GRANULE < end // GRANULE  # the same for a whole granule, as the compiler sees
+        valid = slots // GRANULE < end // GRANULE  # the compiler sees that a whole granule has one value
     if INDEXED:
         found = tl.load(index_ptr + slots, mask=valid, other=0).to(tl.int64)
         found = tl.max_contiguous(tl.multiple_of(found, GRANULE), GRANULE)

@@ -5,13 +5,13 @@
     ΔW[i, j] = s · [b(i) = c(j)] · W0[i, j] · Σ_r B[i, r] A[r, j], made in registers, never in memory
 
 Both products add to one float32 sum, which is rounded once. A small ΔW added to W0 first would be lost in W0's
-rounding, and a small output added to a rounded y in y's rounding (docs/numerics.md). W0 is the left operand,
-yᵀ = W0 xᵀ: so N, not the few tokens, lies along the long side of the tensor cores, and ΔW enters its product from
+rounding. A small output added to a rounded y would be lost in y's rounding (docs/numerics.md). W0 is the left operand,
+yᵀ = W0 xᵀ. So N, not the few tokens, lies along the long side of the tensor cores, and ΔW enters its product from
 registers.
 
 If y has few tiles, `split` programs share the sum over C. The parts are float32 sums that `sum_partials.py` adds in
-a fixed order. A rank too large for one product is taken in chunks, in a loop inside the one over C; the next step's
-operands are then not loaded ahead.
+a fixed order. A rank too large for one product is taken in chunks, in a loop inside the loop over C; then the operands
+of the next step are not loaded ahead.
 
 Layout of the pointers: x (T, C), w (N, C), a (ρ, C), b (N, ρ) with any strides; bias (N) contiguous; row_block (N)
 and col_block (C) labels, uint8 or int32; ranks (K) int32; scaling one element; out contiguous, y (T, N) in x's
@@ -42,9 +42,9 @@ __all__ = ["FUSED_LINEAR", "fused_linear"]
 
 @triton.jit
 def widened(labels):
-    # A reduction over one element. Without it Ampere's compiler sees that ΔW depends on a byte, lays its product out
-    # as for byte operands, finds that x would be read in two layouts, and no longer copies x asynchronously.
-    # Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, a descriptor of x; not asynchronous.
+    # A reduction over one element, which hides that ΔW depends on a byte. Otherwise the compiler for Ampere lays the
+    # product of ΔW out for byte operands, reads x in two layouts, and no longer copies x asynchronously. With
+    # `tl.multiple_of` and `tl.max_contiguous`, or a descriptor of x, it does not either (Triton 3.6, 3.9).
     return tl.max(labels.to(tl.int32)[None, :], axis=0)
 
 
@@ -94,16 +94,16 @@ def fused_linear_kernel(
     row_block = widened(tl.load(row_block_ptr + rows, mask=row_inside, other=0))
     row_rank = tl.minimum(tl.load(ranks_ptr + row_block, mask=row_inside, other=0), rank)
     scaling = tl.load(scaling_ptr).to(tl.float32)
-    # SIDE_BY_SIDE: the product has room for every block's ranks. Each row of B and column of A fills its own block's
-    # and leaves the others zero, so that the product is zero where blocks differ (as long as the factors are finite).
+    # SIDE_BY_SIDE: the product has room for the ranks of every block. Each row of B and column of A fills the ranks of
+    # its own block and has zeros in the others. So the product is zero where blocks differ, if the factors are finite.
     t = tl.arange(0, RANK_BLOCK)
     r = t % rank if SIDE_BY_SIDE else t
     rank_block = t // rank if SIDE_BY_SIDE else t
     b_ptrs = b_ptr + rows[:, None] * stride_bn + r[None, :] * stride_br
 
     acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    # At least one step, and known to be: accumulators that a skipped loop would set by hand keep ptxas from running
-    # wgmma asynchronously. Columns past C are masked.
+    # The compiler knows that there is at least one step. If the loop could be skipped, ptxas would not run wgmma
+    # asynchronously. Columns past C are masked.
     steps = tl.maximum(tl.cdiv(tl.cdiv(C, BLOCK_C), split), 1)
     tl.assume(steps > 0)
     for step in range(steps):
@@ -117,12 +117,13 @@ def fused_linear_kernel(
         col_rank = tl.load(ranks_ptr + col_block, mask=col_inside, other=0)
         THROUGH_REGISTERS: tl.constexpr = w.dtype == tl.float32 or (W_TRANSPOSED and not WGMMA)
         if THROUGH_REGISTERS:
-            # Changes nothing, but takes W0 to its products through registers. As TF32 or transposed, most tensor cores
-            # cannot read it where an asynchronous copy of whole 128-bit words leaves it, and the copy would suffer.
-            # Hopper's can read it transposed, and copies then lie without conflicts: through registers they have four
-            # ways of them.
-            # Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`: as before, not asynchronous on
-            # sm_80, four bytes at a time for TF32 on sm_90; a descriptor: wide on sm_90, not asynchronous on sm_80.
+            # This keeps the values and takes W0 to its products through registers. An asynchronous copy of whole
+            # 128-bit words leaves a TF32 or transposed W0 where most tensor cores cannot read it, and Triton would
+            # narrow the copy. Hopper's tensor cores can read a transposed W0: the copy then has no bank conflicts, and
+            # through registers it has four-way ones.
+            # Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous` copies W0 on sm_80 without
+            # asynchrony, and TF32 on sm_90 4 bytes at a time. A descriptor is wide on sm_90, and not asynchronous on
+            # sm_80.
             w = tl.where(row_inside[:, None], w, 0.0)
 
         product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
@@ -147,12 +148,13 @@ def fused_linear_kernel(
         acc = dot(delta, x, acc, INPUT_PRECISION)
         acc = dot(w, x, acc, INPUT_PRECISION)
         if WGMMA:
-            # Changes nothing, but waits for the products. Hopper's tensor cores read W0 from shared memory meanwhile,
-            # of which Triton keeps one buffer, for W0 has another use: the next step's copy would overwrite what they
-            # still read (3.9: emulated; 3.6: in its TTGIR, where this line makes it wait). triton-lang/triton#3106
-            # mended the like for loads with one use. Tried instead: `tl.multiple_of` with `tl.max_contiguous`;
-            # overwritten still (emulated). A descriptor was not tried, for the emulator runs none. On Blackwell, with
-            # another sum for each product, the line did not compile (TritonGPUHoistTMEMAlloc, Triton 3.9).
+            # This keeps the values and waits for the products. Hopper's tensor cores read W0 from shared memory. Triton
+            # keeps only one buffer of W0, because W0 has another use. So the next step's copy would overwrite the tile
+            # that they still read (seen in the emulator for Triton 3.9, and in the TTGIR of 3.6, where this line makes
+            # it wait). triton-lang/triton#3106 fixed the same for loads with one use. With `tl.multiple_of` and
+            # `tl.max_contiguous` instead, the tile is still overwritten (emulated). A descriptor was not tried: the
+            # emulator runs none. On Blackwell, with one accumulator per product, the line did not compile
+            # (TritonGPUHoistTMEMAlloc, Triton 3.9).
             acc = tl.where(row_inside[:, None], acc, 0.0)
 
     if HAS_BIAS:
@@ -231,7 +233,7 @@ _SHIPPED = (
     *_split(Config(block_t=16, block_n=64, block_c=64, block_r=64, split=4, num_warps=4, num_stages=3)),
     Config(block_t=32, block_n=64, block_c=64, block_r=64, split=1, num_warps=4, num_stages=3),
 )
-# NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
+# IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
 _SHIPPED_IEEE = _split(
     Config(block_t=16, block_n=16, block_c=32, block_r=16, split=4, num_warps=2, num_stages=3)
 )

@@ -109,7 +109,7 @@ def grouped_grad_kernel(
     pair_end = tl.load(ends_ptr + number)
     t = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     block_rank = tl.minimum(tl.load(ranks_ptr + block), rank)
-    # Nothing to sum over: not even a NaN of W0 reaches the gradient.
+    # With nothing to sum over there is no step, so that a NaN of W0 does not reach the gradient.
     some = (pair_start < pair_end) & (tl.program_id(1) * BLOCK_R < block_rank)
     col_end = tl.where(some, col_end, col_start)
 
@@ -125,7 +125,7 @@ def grouped_grad_kernel(
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for col in range(col_start, col_end, BLOCK_C):
         cols, col_valid = coordinates(col_index_of, col, col_end, GRANULE, INDEXED, BLOCK_C)
-        # Before the sum over pairs, which takes as long as this load.
+        # Loaded before the sum over pairs, which hides the load.
         w_offsets = rows[:, None] * stride_wn + cols[None, :] * stride_wc
         w_mask = row_valid[:, None] & col_valid[None, :]
         weight = tl.load(w_ptr + w_offsets, mask=w_mask, other=0.0)
@@ -138,7 +138,7 @@ def grouped_grad_kernel(
             x_ptrs = x_ptr + pairs[:, None] * stride_xp + cols[None, :]
             x = tl.load(x_ptrs, mask=pair_valid[:, None] & col_valid[None, :], other=0.0)
             if x.dtype == tl.float32 and INPUT_PRECISION == "tf32":
-                # Changes nothing: takes the tiles to their product through registers, as in block_grad. Without it, by
+                # This keeps the values and takes the tiles to their product through registers, as in block_grad. With
                 # the hints of `coordinates` alone, both are copied 4 bytes at a time on sm_90 (Triton 3.6, 3.9).
                 dy = tl.where(pair_valid[None, :], dy, 0.0)
                 x = tl.where(pair_valid[:, None], x, 0.0)
@@ -204,7 +204,7 @@ def _launches(
         **layout.experts_sizes(pairs),
     )
     tiles_n = tiles_of_segments(N, layout.num_blocks, config.block_n)
-    parts = -(-N // config.block_n)  # one block may have all rows; the host does not know its size
+    parts = -(-N // config.block_n)  # as if one block had all rows: the host does not know the blocks' sizes
     # Partial results are float32, of rank ρ, for each part; W0 has N rows.
     at_once = max(1, experts * N * layout.dtype.itemsize // (8 * 4 * parts * layout.rank))
 
@@ -231,7 +231,7 @@ def _launches(
 
 _LARGEST = Config(block_n=128, block_c=64, block_t=64, num_warps=8, num_stages=3)
 _SHIPPED = Config(block_n=64, block_c=64, block_t=64, num_warps=8, num_stages=3)
-# IEEE float32 has no tensor cores on NVIDIA; with two stages it spills on some architectures.
+# IEEE float32: NVIDIA has no tensor cores for it. With two stages it spills on some architectures.
 _SHIPPED_IEEE = Config(block_n=16, block_c=32, block_t=32, num_warps=4, num_stages=3)
 _GATHERED = (Config(block_n=64, block_c=64, block_t=32, num_warps=8, num_stages=2),)
 _GATHERED_TF32 = (Config(block_n=32, block_c=64, block_t=32, num_warps=8, num_stages=2),)
@@ -245,7 +245,7 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     if arch.is_amd or full:
         shipped = (replace(_SHIPPED, block_t=32 if full else 64),)
         return on_amd(shipped) if arch.is_amd else shipped
-    # On other architectures the largest spills; under Triton 3.6 it spills on all.
+    # The largest spills on other architectures, and with Triton 3.6 on all.
     largest = arch.name in ("sm_80", "sm_90", "sm_100") and not OLD_TRITON
     return (_LARGEST, _SHIPPED) if largest else (_SHIPPED,)
 

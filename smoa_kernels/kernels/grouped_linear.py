@@ -3,14 +3,14 @@
 
     y[p] = x[p] · W0_eᵀ + x[p] · ΔW_eᵀ,   ΔW_e[i, j] = s · [b_e(i) = c_e(j)] · W0[e, i, j] · Σ_t B[e, i, t] A[e, t, j]
 
-for each pair p, a row of x, of expert e. A program computes a tile of yᵀ: pairs of one expert, rows of one block k. It
-first sums over the columns of block k, where it makes tiles of ΔW in registers, and then over all columns, with tiles
-of W0 itself, onto the same float32 accumulator. It rounds once: a ΔW added to W0 before the product would be lost in
-W0's rounding (docs/numerics.md). So it multiplies 1 + 1/K times as much as the base does, and stores nothing but y.
+for each pair p (a row of x) of expert e. A program computes a tile of yᵀ: pairs of one expert, rows of one block k. It
+first sums over the columns of block k, where it makes tiles of ΔW in registers. Then it sums over all columns with
+tiles of W0 itself, into the same float32 accumulator. It rounds once: a ΔW added to W0 before the product would be lost
+in W0's rounding (docs/numerics.md). So it multiplies 1 + 1/K times as much as the base does, and stores only y.
 
-Where blocks do not consist of granules, what lies in a block is read one number at a time, and so slowly that only the
-adapter's part may do it: there two launches share the work, the adapter's part block by block, and then the base's, in
-W0's own order, onto what the first left in y.
+If blocks do not consist of granules, a block is read one number at a time. That is slow, so only the adapter's part
+does it, and two launches share the work: first the adapter's part, block by block, into y; then the base's, in W0's own
+order, added to y.
 
 Layout of the pointers: x (P, C), a (E, ρ, C), last stride 1; w (E, N, C), b (E, N, ρ), any strides; ends (E) int32;
 row_index (E or 1, N), col_index (E or 1, C), int16 or int32, or none; row_offsets, col_offsets (E or 1, K + 1) and
@@ -47,13 +47,13 @@ from .table import remembered
 __all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "grouped_linear"]
 
 
-# Ranks that a program takes at a time, fewer where its tile has more pairs: with more of them the registers spill.
+# Ranks that a program takes at a time; more would spill. A tile with more pairs takes fewer.
 MOST_RANKS, FEW_RANKS, MOST_PAIRS = 32, 16, 128
 
 
 @triton.jit
 def through_registers(transposed_ptr, mask):
-    """A tile of a transposed W0, under a pointer's name of its own: Triton loads it two steps ahead, into registers."""
+    """Load a tile of a transposed W0. As a function of its own, Triton loads it two steps ahead, into registers."""
     return tl.load(transposed_ptr, mask=mask, other=0.0)
 
 
@@ -107,7 +107,7 @@ def grouped_linear_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_T: tl.constexpr,
 ):
-    # GROUP_T tiles of pairs are innermost: those of one expert read the same tile of W0.
+    # GROUP_T tiles of pairs are innermost: tiles of one expert read the same tile of W0.
     tiles_per_group = GROUP_T * tiles_n
     first_tile_t = tl.program_id(0) // tiles_per_group * GROUP_T
     group = min(tiles_t - first_tile_t, GROUP_T)
@@ -132,11 +132,11 @@ def grouped_linear_kernel(
 
     w_rows = w_ptr + expert * stride_we + rows * stride_wn
     out_mask = pair_valid[:, None] & row_valid[None, :]
-    # A wide tile's only in the end: they would not fit beside the sums.
+    # A wide tile makes its pointers last: they do not fit in the registers beside the accumulator.
     LATE: tl.constexpr = ADAPTER and BASE and BLOCK_T > 128
     if not LATE:
         out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * N + rows[None, :]
-    # float16 ends where small updates begin. The other types round ΔW and ΔW / s alike.
+    # float16 would lose a small ΔW / s to underflow. The other types round ΔW and ΔW / s equally well.
     SCALES_FIRST: tl.constexpr = w_ptr.dtype.element_ty == tl.float16
     if ADAPTER:
         acc = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
@@ -185,8 +185,8 @@ def grouped_linear_kernel(
             x_ptrs = x_rows[None, :] + cols[:, None]
             x = tl.load(x_ptrs, mask=pair_valid[None, :] & col_valid[:, None], other=0.0)
             if W_TRANSPOSED and w.dtype == tl.float32:
-                # Changes nothing: takes W0 through registers, as in block_matmul, to keep its copy 16 bytes wide. By
-                # the hints of `coordinates` alone it is 4 bytes on sm_90 (Triton 3.6, 3.9) and sm_100 (3.9).
+                # This keeps the values and takes W0 through registers, as in block_matmul, to keep its copy 16 bytes
+                # wide. With the hints of `coordinates` alone it is 4 bytes on sm_90 (Triton 3.6, 3.9) and sm_100 (3.9).
                 w = tl.where(row_valid[:, None], w, 0.0)
             acc = dot(w, x, acc, INPUT_PRECISION)
 
@@ -214,7 +214,7 @@ def grouped_linear(
     if layout.features[1] == 0:
         return y.zero_()
     x = x if x.stride(1) == 1 else x.contiguous()
-    # Adapter and base apart where the adapter's part reads one number at a time.
+    # Two launches if the adapter's part reads one number at a time.
     together = layout.granule > 1 or layout.num_blocks == 1
     for has_adapter, has_base in ((True, True),) if together else ((True, False), (False, True)):
         launch = _launch(layout, x.shape[0], x.stride(0), has_adapter, has_base)
@@ -267,7 +267,7 @@ _SHIPPED = (
     Config(block_t=64, block_n=128, block_c=64, block_d=32, group_t=8, num_warps=8, num_stages=3),
     _FEW,
 )
-# By Triton 3.6 three stages spill 12 bytes of dX on sm_80, and 4 of y on sm_120.
+# With Triton 3.6, three stages spill 12 bytes for dX on sm_80, and 4 for y on sm_120.
 _SHIPPED_OLD = {
     "sm_80": (_SHIPPED[0], replace(_FEW, num_stages=4)),
     "sm_120": (_SHIPPED[0], replace(_FEW, num_stages=2)),
@@ -281,13 +281,13 @@ _SHIPPED_SM_90 = (
 _SHIPPED_TF32 = (
     Config(block_t=64, block_n=64, block_c=32, block_d=32, group_t=8, num_warps=8, num_stages=3),
 )
-# No tensor cores on NVIDIA, and a thread holds its operands' whole depth in registers.
+# IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
 _SHIPPED_IEEE = (
     Config(block_t=32, block_n=64, block_c=16, block_d=16, group_t=8, num_warps=4, num_stages=3),
 )
-# Of what is read one number at a time, addresses take registers: shorter steps.
+# Shorter steps where operands are read one number at a time: each address takes registers.
 _GATHERED = (Config(block_t=16, block_n=64, block_c=64, block_d=16, group_t=8, num_warps=4, num_stages=3),)
-# By Triton 3.6 the one above spills 4 to 16 bytes on sm_80 to sm_89 and sm_120. Of nine tried, this alone does not.
+# With Triton 3.6, the one above spills 4 to 16 bytes on sm_80 to sm_89 and sm_120. Of nine tried, only this does not.
 _GATHERED_OLD = (replace(_GATHERED[0], block_n=32, block_d=32),)
 _GATHERED_TF32 = (
     Config(block_t=64, block_n=64, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
@@ -328,9 +328,10 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
 
 
 def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
-    """The widest tile of which an expert has two on average: the last of its tiles is half empty.
+    """Choose the widest tile of which an expert has two on average: its last tile is half empty.
 
-    One of 256 pairs takes 16 ranks at a time, and reads x again for the next. It is for base and adapter in one launch.
+    A tile of 256 pairs takes 16 ranks at a time and reads x again for the next 16. It needs base and adapter in one
+    launch.
     """
     if key.rank > FEW_RANKS or key.granule == 1:
         fitting = [config for config in fitting if config.block_t <= MOST_PAIRS]

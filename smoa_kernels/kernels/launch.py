@@ -274,7 +274,7 @@ class Launch:
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
         grid: numbers of programs.
-        config: what the compiler is told besides the arguments. Its fields in capitals are constants of the kernel.
+        config: the compiler's options and the tiles. Its fields in capitals are constants of the kernel.
         layout: of the adapter whose sizes and strides the kernel takes.
         numbers: the kernel's other arguments; they come before those of `layout` and `config`.
     """

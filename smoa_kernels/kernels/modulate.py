@@ -31,10 +31,10 @@ __all__ = ["MODULATED_BLOCKS", "MODULATED_WEIGHT", "modulated_blocks", "modulate
 
 @triton.jit
 def store_tile(out_ptr, offsets, tile, inside):
-    """Round a tile and store it, in a shape of the store's own.
+    """Round a tile and store it. The shape with an extra dimension gives the store its own layout.
 
-    AMD's compiler would otherwise store a product as it lies after the tensor cores, 64 bits of half types a thread.
-    Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous`, a descriptor; 64 bits still.
+    Otherwise AMD's compiler stores a product in the layout that the matrix cores leave, 64 bits of half types a thread.
+    `tl.multiple_of` with `tl.max_contiguous`, or a descriptor, does not change that (Triton 3.6, 3.9).
     """
     tile = tl.reshape(round_to(tile, out_ptr.dtype.element_ty), (tile.shape[0], 1, tile.shape[1]))
     tl.store(out_ptr + offsets[:, None, :], tile, mask=inside[:, None, :])
@@ -97,7 +97,7 @@ def modulated_weight_kernel(
     scaling = tl.load(scaling_ptr).to(tl.float32)
     modulation = tl.where(row_block[:, None] == col_block[None, :], scaling * product, 0.0)
     w = w.to(tl.float32)
-    out = w + w * modulation  # one rounding in float32 where 1 + modulation would add a second
+    out = w + w * modulation  # w * (1 + modulation) would round once more
     store_tile(out_ptr, rows[:, None] * stride_on + cols[None, :] * stride_oc, out, inside)
 
 
@@ -186,23 +186,23 @@ def modulated_blocks_kernel(
     cols, col_valid = block_slots(col_index_ptr, col_offsets_ptr, block, col_slots, GRANULE)
     block_rank = tl.minimum(tl.load(ranks_ptr + block), rank)
     row_rank = tl.where(row_valid, block_rank, 0)
-    # A block of rank 0 is zero whatever W0 holds: do not read it.
+    # A block of rank 0 is zero whatever W0 holds, so W0 is not read there.
     mask = (row_rank > 0)[:, None] & col_valid[None, :]
-    # In IEEE float32 what follows would spill 4 to 16 bytes (Triton 3.6: sm_90 and sm_100, 3.9: sm_100).
+    # In IEEE float32 the `else` would spill 4 to 16 bytes (Triton 3.6: sm_90 and sm_100, 3.9: sm_100).
     IEEE: tl.constexpr = INPUT_PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
     if IEEE or GRANULE > 1:
         w = tl.load(w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc, mask=mask, other=0.0)
     else:
-        # W0 in a shape of its own: in that of `out` it would have the same layout, eight slots a thread, and each
-        # request would touch as many places of W0 as it has lanes. So a warp reads 32 neighbouring columns of the block
-        # at a time, which lie close together in one row, and its lanes share the row's address.
+        # W0 is loaded in its own shape. In the shape of `out` it would have the layout of `out`, eight slots a thread,
+        # and each lane of a request would touch another place of W0. Here a warp reads 32 neighbouring columns of the
+        # block at a time. They lie close together in one row, and the lanes share the row's address.
         LANES: tl.constexpr = 32 if BLOCK_C >= 32 else BLOCK_C
         GROUPS: tl.constexpr = BLOCK_C // LANES
         w_cols, w_valid = tl.reshape(cols, (GROUPS, 1, LANES)), tl.reshape(col_valid, (GROUPS, 1, LANES))
         w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
         w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
         w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
-    # 16 may divide `rank`, as the compiler sees: B's rows are then read 128 bits at a time.
+    # If 16 divides `rank`, the compiler knows it and reads the rows of B 128 bits at a time.
     ranks_read = block_rank if IEEE else rank
     product = rank_product(
         a_ptr,
@@ -225,8 +225,9 @@ def modulated_blocks_kernel(
     slots = (block.to(tl.int64) * padded_rows + row_slots)[:, None] * padded_cols + col_slots[None, :]
     inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
     if IEEE:
-        # Changes nothing, but gives the store its layout. Tried instead: `store_tile`, 16 bytes spilled (Triton 3.9,
-        # sm_120); a plain store, none spilled by 3.9, but 4 bytes of one form by 3.6 (sm_80, 16×128, ρ = 64).
+        # A sum over one element keeps the values and gives the store its layout. Tried instead: `store_tile` spills 16
+        # bytes (Triton 3.9, sm_120); a plain store spills nothing with 3.9, and 4 bytes in one form with 3.6 (sm_80,
+        # 16×128, ρ = 64).
         tl.store(
             out_ptr + slots, round_to(tl.sum(delta[None, :, :], 0), out_ptr.dtype.element_ty), mask=inside
         )

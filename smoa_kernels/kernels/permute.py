@@ -52,13 +52,13 @@ def permute_kernel(
     BLOCK_P: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    # Neighbouring programs share their tokens: between them they touch whole rows of x while these are in cache.
+    # Neighbouring programs share their tokens, so that they use whole rows of x while these are in cache.
     tiles_p = tl.cdiv(padded, BLOCK_P)
     tiles_per_row = num_blocks * tiles_p
     block = tile % tiles_per_row // tiles_p
     slots = tile % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P)
     cols, valid = block_slots(index_ptr, offsets_ptr, block, slots, GRANULE)
-    # One draw serves consecutive tokens, so the tile is walked as that many interleaved ones.
+    # One draw serves TOKENS_PER_DRAW consecutive tokens, so the tile is processed as that many interleaved parts.
     GROUPS: tl.constexpr = BLOCK_T // TOKENS_PER_DRAW
     groups = tile // tiles_per_row * GROUPS + tl.arange(0, GROUPS)
     if DROPOUT:
@@ -69,9 +69,9 @@ def permute_kernel(
         blocked_ptrs = blocked_ptr + (tokens[:, None] * num_blocks + block) * padded + slots[None, :]
         x_mask = (tokens < T)[:, None] & valid[None, :]
         blocked_mask = (tokens < T)[:, None] & (slots < padded)[None, :]
-        # x in a shape of its own: in that of `blocked` it would have the same layout, eight slots a thread, and each
-        # request would touch as many places of x as it has lanes. With one slot a thread, neighbouring lanes are at
-        # neighbouring columns of a block, which lie close together.
+        # x is accessed in its own shape. In the shape of `blocked` it would have the layout of `blocked`, eight slots a
+        # thread, and each lane of a request would touch another place of x. With one slot a thread, neighbouring lanes
+        # access neighbouring columns of a block, which lie close together.
         x_ptrs, x_mask = x_ptrs[:, None, :], x_mask[:, None, :]
         if SCATTER:
             value = tl.load(blocked_ptrs, mask=blocked_mask, other=0.0)

@@ -38,8 +38,8 @@ ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
 GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
 
-# In the padded block-major layout each block's width is a multiple of the wide padding, which every shipped tile
-# divides, or of the narrow one if no block is wider than that.
+# In the padded block-major layout each block's width is a multiple of the wide padding, or of the narrow one if no
+# block is wider than that. Every shipped tile divides the wide padding.
 WIDE_PADDING, NARROW_PADDING = 128, 64
 PARTIAL_RANKS = 4  # partials of dA and dB are padded to a multiple of this many ranks: 128 bits of float32
 
@@ -143,7 +143,7 @@ class Config:
 
 
 def on_amd(configs: Sequence[Config]) -> tuple[Config, ...]:
-    """Adapt configurations to 64 threads a warp and 64 KiB of shared memory: half the warps, at most two stages."""
+    """Adapt configurations to warps of 64 threads and 64 KiB of shared memory: half the warps, at most two stages."""
     return tuple(
         replace(config, num_warps=max(1, config.num_warps // 2), num_stages=min(2, config.num_stages))
         for config in configs

@@ -47,7 +47,8 @@ def sum_partials_kernel(
 ):
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # In groups, so that the compiler sees how rows and columns are aligned, and that all of a group is inside or not.
+    # Sizes come in groups, so that the compiler knows the alignment of rows and columns, and that a group is wholly
+    # inside or wholly outside.
     M, width = row_groups * ROW_GROUP, groups * GROUP
     row_inside = (m < M)[:, None]
     partial_ptrs = partials_ptr + m[:, None] * width + n[None, :]

@@ -161,7 +161,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         strict_base = kwargs.pop("strict_base", None)
         if strict_base is not None:
             check_bool("strict_base", strict_base)
-        # As a str: a TypeError stays one, which is what PEFT's callers catch.
+        # A str, not a Path, so that a TypeError stays one: PEFT's callers catch it.
         with naming(str(file)) if file.is_file() else nullcontext():
             try:
                 config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -39,7 +39,7 @@ from .sorting import initialize_all
 
 
 class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not followed
-    """A model with SMoA adapters; what `peft.get_peft_model(model, SMoAConfig(...))` wraps.
+    """A model with SMoA adapters, as `peft.get_peft_model(model, SMoAConfig(...))` wraps it.
 
     Args:
         model: the model to adapt, changed in place.

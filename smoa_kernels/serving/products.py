@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..backends import load_backend, resolve_backend
+from ..backends import Backend, load_backend, resolve_backend
 from ..definition.packed import PackedAdapter, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sign_rows, sketch_distance, sketch_of_products
@@ -187,7 +187,7 @@ class LayerSlots:
     weight: Tensor | None
     keep: bool
     ranks: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
-    packed: dict[tuple[int, int], PackedAdapter] = field(default_factory=dict)
+    packed: dict[tuple[int, int], tuple[PackedAdapter, Backend]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.most = [0] * len(self.slices)  # the most ranks of any adapter, by slice
@@ -333,14 +333,13 @@ class LayerSlots:
             if slot in blocks.factors:
                 return blocks
         assert self.weight is not None
-        weight = self.weight[self.slices[at].start : self.slices[at].stop]
-        adapter = self._adapter(slot, at, weight, kept=True)
+        adapter, _ = self._adapter(slot, at, self.weight)
         if not adapter.B.any():
             return None
         for blocks in self.shared[at]:
             if blocks.add(slot, adapter):
                 return blocks
-        blocks = SharedBlocks.of(weight, adapter.partition)
+        blocks = SharedBlocks.of(adapter.weight, adapter.partition)
         blocks.add(slot, adapter)
         self.shared[at].append(blocks)
         return blocks
@@ -348,35 +347,39 @@ class LayerSlots:
     def _modulated(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
         """`x (W0 ∘ (1 + BA))ᵀ + b` (T, N) with the adapter of one slot, by our operator."""
         outputs = []
-        rank = max(max(own, default=0) for own in self.ranks[slot])
-        backend = load_backend(resolve_backend("auto", x.device, x.dtype, rank))
         for at, part in enumerate(self.slices):
             own_bias = None if bias is None else bias[part.start : part.stop].to(x.dtype)
-            own_weight = weight[part.start : part.stop]
-            if not self.ranks[slot][at]:
-                outputs.append(F.linear(x, own_weight, own_bias))
-                continue
-            adapter = self._adapter(slot, at, own_weight, kept=weight is self.weight)
-            outputs.append(backend.forward(x, own_bias, adapter, "auto", None))
+            if self.ranks[slot][at]:
+                adapter, backend = self._adapter(slot, at, weight)
+                outputs.append(backend.forward(x, own_bias, adapter, "auto", None))
+            else:
+                outputs.append(F.linear(x, weight[part.start : part.stop], own_bias))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
-    def _adapter(self, slot: int, at: int, weight: Tensor, *, kept: bool) -> PackedAdapter:
-        """A slot's adapter in the operator's form. Between steps it holds W0 only if that is kept anyway."""
+    def _adapter(self, slot: int, at: int, weight: Tensor) -> tuple[PackedAdapter, Backend]:
+        """A slot's adapter in the operator's form, over a slice of W0, and the backend that computes it.
+
+        Between steps it holds W0 only if that is kept anyway.
+        """
+        kept = weight is self.weight
         if (slot, at) not in self.packed:
             ranks, part = self.ranks[slot][at], self.slices[at]
             rank = sum(ranks)
             A, B, partition = packed_from_stacked(part.A[slot, 0, :rank], part.B[slot, 0, :, :rank], ranks)
             sizes, s = torch.tensor(ranks, dtype=torch.int32, device=A.device), scaling_tensor(1.0, A.device)
-            own = weight if kept else weight.to("meta")
-            self.packed[slot, at] = PackedAdapter(own, A, B, partition, sizes, s, ranks)
-        adapter = self.packed[slot, at]
-        return adapter if kept else replace(adapter, weight=weight)
+            own = weight[part.start : part.stop].to(weight.device if kept else "meta")
+            backend = load_backend(resolve_backend("auto", weight.device, weight.dtype, max(ranks)))
+            self.packed[slot, at] = PackedAdapter(own, A, B, partition, sizes, s, ranks), backend
+        adapter, backend = self.packed[slot, at]
+        if not kept:
+            adapter = replace(adapter, weight=weight[self.slices[at].start : self.slices[at].stop])
+        return adapter, backend
 
 
 def _added(update: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """The update plus the base's output: y, or if W0 is at hand `x W0ᵀ + b`.
 
-    The latter is rounded once, after the addition. In half precision y has already lost what a small update changes.
+    The latter is rounded once, after the addition. A half-precision y is rounded already, so it loses a small update.
     """
     if weight is None:
         return (y + update).to(y.dtype)

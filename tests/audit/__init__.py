@@ -1,1 +1,1 @@
-"""Inspects what the compiler makes of a kernel, without a GPU."""
+"""Inspects compiled kernels, without a GPU."""

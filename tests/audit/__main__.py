@@ -1,6 +1,6 @@
-"""`make audit`: what every shipped configuration compiles to, and whether it may ship. Exits 1 if one may not.
+"""`make audit`: compiles every shipped configuration and checks that it may ship. Exits 1 if one may not.
 
-What is listed as passed (passed.py) is not compiled, but for a sample.
+It does not compile kernels that are listed as passed (passed.py), except a sample.
 
 PYTHONPATH=tests python -m audit --arch sm_90 --kernel block_grad
 """
@@ -35,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("audit", description=(__doc__ or "").partition("\n")[0])
     for name in ("--arch", "--kernel", "--dtype"):
         parser.add_argument(name, action="append", default=[], help="repeatable; all if absent")
-    parser.add_argument("--all", action="store_true", help="compile what is listed as passed, too")
+    parser.add_argument("--all", action="store_true", help="also compile kernels that are listed as passed")
     parser.add_argument(
         "--check", action="store_true", help="compile nothing: is everything listed as passed?"
     )
@@ -59,7 +59,7 @@ def main() -> int:
     for version in sorted({path.stem for path in given.passed.glob("*.txt")} - {passed.VERSION}):
         subprocess.call(
             [sys.executable, "-c", PRETENDED, version, *sys.argv[1:], "--check"]
-        )  # tells, no more
+        )  # this only reports
     again, names = sample(work), lines if given.all else new
     asked = [task for task in work if blanks[task].group in names and task not in again]
     work = again + [task for task in asked if not given.dtype or task.dtype in given.dtype]
@@ -73,7 +73,7 @@ def main() -> int:
                 print(f"BROKEN {record.name}: {'; '.join(rules)}", flush=True)
             if sys.stderr.isatty():
                 print(f"\rcompiling {len(records)}/{len(work)}", end="", file=sys.stderr, flush=True)
-    finally:  # Ctrl-C keeps what is complete
+    finally:  # Ctrl-C keeps the complete records
         passed.update(given.passed, lines, records)
     seconds = time.monotonic() - start
     print(f"{len(records)} forms in {seconds:.0f} s, {len(broken)} break a rule.")

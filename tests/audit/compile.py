@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of a launch for an architecture that need not be present.
 
-A launch is captured from the kernel's own launcher, called with tensors without data. So the audit compiles what a
-real launch compiles: the same constexprs, the same specialisation of pointers, strides and sizes.
+A launch is captured from the kernel's own launcher, called with tensors without data. So the audit compiles the form of
+a real launch: the same constexprs, the same specialisation of pointers, strides and sizes.
 Imports Triton; the process must not interpret (`TRITON_INTERPRET`).
 """
 
@@ -96,10 +96,10 @@ def compile_launch(kernel: Any, launch: Launch, arch: Architecture) -> tuple[dic
 
 @contextmanager
 def _exact_lines() -> Iterator[None]:
-    """Keep source lines correct through PTX, and keep out of Triton's cache.
+    """Keep source lines correct through PTX, and do not use Triton's cache.
 
-    It identifies a kernel by its text, but its lines name a file. After a compile in another checkout that is the other
-    checkout's file, which may be gone.
+    The cache identifies a kernel by its text, but the kernel's lines name a file. If another checkout compiled the
+    kernel, they name that checkout's file, which may be gone.
     """
 
     def hook(backend: Any = None, stages: Any = (), *others: Any) -> tuple[str, str]:

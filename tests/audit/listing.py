@@ -69,9 +69,9 @@ class Listing:
     def main_loop(self) -> list[int]:
         """Indices of the first outermost loop that multiplies; empty if there is none.
 
-        A loop is what can reach each other, not what lies between two addresses: compilers put waits past the program's
-        end and jump back from there. It multiplies if it has a tensor-core instruction or more than 32 fused
-        multiply-adds.
+        A loop is a set of instructions that can reach each other, not a range of addresses: compilers put waits past
+        the program's end and jump back from there. A loop multiplies if it has a tensor-core instruction or more than
+        32 fused multiply-adds.
         """
         sums = ("v_fma", "v_pk_fma", "v_fmac", "v_mac") if self.amd else ("FFMA", "DFMA", "HFMA2")
         count = len(self.instructions)
@@ -121,8 +121,8 @@ class Listing:
             read, seen, early = set(range(int(left[1]), int(left[1]) + 4)), set(), set()
             ahead = [(place, ends[index]) for place in follows[index]]
             while ahead:
-                place, groups = at = ahead.pop()  # groups of products that have ended, its own the first
-                wait = waits[place]  # until no more than so many are under way
+                place, groups = at = ahead.pop()  # groups: ended since the product, its own included
+                wait = waits[place]  # allows this many groups to be unfinished
                 if at in seen or (wait and (wait[1] == "0" or groups > int(wait[1]))):
                     continue
                 seen.add(at)

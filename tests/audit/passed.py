@@ -1,9 +1,9 @@
-"""What passed the audit by each version of Triton: `passed/3.9.txt`. `make audit` writes it, and it is committed.
+"""The list of kernels that passed the audit, for each version of Triton: `passed/3.9.txt`.
 
-So an audit compiles only what a change touched. A line is one kernel on one architecture: how many forms passed, and a
-digest of their keys. A key is a hash of the kernel's source and of what it is launched with, without the versions of
-compilers. So it is the same on every machine and by every Python and Triton, and an edit of comments, docstrings or
-layout leaves it as it is.
+`make audit` writes it, and it is committed, so an audit compiles only the kernels that a change touched. A line is one
+kernel on one architecture: how many forms passed, and a digest of their keys. A key is a hash of the kernel's source
+and of its launch's arguments. It contains no version of a compiler, so it is the same on every machine and with every
+Python and Triton. Comments, docstrings and layout do not change it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["FOLDER", "VERSION", "code_of", "key_of", "lines_of", "read", "source
 
 FOLDER = Path(__file__).parent / "passed"
 VERSION = ".".join(triton.__version__.split(".")[:2])
-_SCHEMA = 8  # raised when the audit reads or asks something new: then nothing is listed any more
+_SCHEMA = 8  # raised when the audit checks something new; it makes all lists invalid
 
 
 def code_of(source: str) -> str:
@@ -44,7 +44,7 @@ def code_of(source: str) -> str:
 
 @cache
 def sources(kernel: JITFunction) -> list[str]:
-    """The code of a kernel and of all functions that it calls, and the constants that they read."""
+    """The code of a kernel, of all functions that it calls, and of the constants that they read."""
     found: set[str] = set()
     ahead = [kernel]
     while ahead:
@@ -63,13 +63,13 @@ def sources(kernel: JITFunction) -> list[str]:
 
 
 def key_of(kernel: JITFunction, launch: Launch, blank: Record) -> str:
-    """Hash of a launch, and of what is known of its record before compiling."""
+    """Hash of a launch, and of the fields of its record that are known before compiling."""
     known = blank.kernel, blank.form, blank.role, blank.arch, blank.dtype, sorted(blank.narrow)
     return _digest([_SCHEMA, sources(kernel), asdict(launch), known])
 
 
 def lines_of(records: Iterable[Record]) -> dict[str, str]:
-    """The line of each kernel on each architecture. `records` have a key and are all of their kernel's forms there."""
+    """The line of each kernel on each architecture. `records` have keys and hold all forms of their kernels."""
     keys = defaultdict(list)
     for record in records:
         keys[record.group].append(record.key)
@@ -77,14 +77,14 @@ def lines_of(records: Iterable[Record]) -> dict[str, str]:
 
 
 def read(folder: Path) -> dict[str, str]:
-    """The lines of what passed by this version of Triton."""
+    """The lines of the kernels that passed with this version of Triton."""
     path = folder / f"{VERSION}.txt"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return dict(line.split(": ") for line in text.splitlines())
 
 
 def update(folder: Path, lines: Mapping[str, str], records: Sequence[Record]) -> None:
-    """List what passed in all its forms, and forget what is broken or was listed before a change."""
+    """List the kernels that passed in all their forms; drop those that are broken or have changed."""
     counts = Counter(record.group for record in records)
     broken = {record.group for record in records if broken_rules(record)}
     kept = {name: line for name, line in read(folder).items() if lines.get(name, line) == line}

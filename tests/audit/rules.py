@@ -42,7 +42,7 @@ class Record:
 
     Registers (on AMD vector and accumulation registers together) and bytes of spills and stack (spills included) are
     per thread, bytes of shared memory per block. `early_writes` counts writes to a wgmma's left operand before its
-    wait, `key` is a hash of what all this follows from. If there is an `error`, the other fields mean nothing.
+    wait, `key` is a hash of the source and the launch. If there is an `error`, the other fields mean nothing.
     """
 
     kernel: str

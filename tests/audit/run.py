@@ -140,7 +140,7 @@ def _answer(sender: Connection, task: Task) -> None:
 
 
 def prepare(task: Task) -> tuple[Kernel, Launch, Record]:
-    """What to compile, and its record with what is known before that, its key too."""
+    """The launch to compile, and its record with the fields that are known before, the key among them."""
     kernel, config, blank = task.find()
     launch = representative_launch(kernel, config, task.dtype, task.form, ARCHITECTURES[task.arch])
     return kernel, launch, replace(blank, key=key_of(kernel.fn, launch, blank))
@@ -160,7 +160,7 @@ def run_task(task: Task) -> Record:
 
 
 def _judged(listing: Listing) -> dict[str, Any]:
-    """What of the machine code the rules judge, as `Record` names it."""
+    """The fields of `Record` that come from the machine code."""
     main_loop = set(listing.main_loop())
     tensor_cores: Counter[str] = Counter()
     traffic: Counter[tuple[str, str, int, bool, bool]] = Counter()

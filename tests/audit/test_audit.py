@@ -282,8 +282,8 @@ def kernel(x_ptr):
         ("helper(1)", "helper(2)", False),
     ],
 )
-def test_what_a_kernel_compiles_from(tmp_path, old, new, same):
-    """Its code, that of what it calls and the constants that these read; not how they are written."""
+def test_a_key_depends_on_the_code_alone(tmp_path, old, new, same):
+    """On its code, the code of the functions that it calls, and the constants they read; not on layout or comments."""
 
     def found(name: str, text: str) -> list[str]:
         path = tmp_path / name
@@ -334,14 +334,14 @@ def test_good_and_bad_kernels(audit, arch, core):
 
 
 @pytest.mark.slow
-def test_what_passed_is_compiled_again_only_after_a_change(audit, tmp_path):
-    """For another Triton is told what has changed since it passed."""
+def test_a_passed_kernel_is_compiled_again_only_after_a_change(audit, tmp_path):
+    """For another version of Triton the audit only reports what has changed."""
     copy, both = ("--kernel", "toy_copy"), ("--kernel", "toy_copy", "--kernel", "toy_misaligned")
     assert audit("--arch", "gfx942", *both)[0] == 1
     (listed,) = tmp_path.glob("*.txt")
     now = listed.read_text()
     assert now.startswith("toy_copy gfx942: 3 forms, ")
-    assert now.count("\n") == 1  # what broke a rule is not listed
+    assert now.count("\n") == 1  # the kernel that broke a rule is not listed
     other, changed = tmp_path / "3.6.txt", now.replace("forms, ", "forms, 0")
     other.write_text(now)
     assert audit("--arch", "gfx942", *copy)[::2] == (0, {})

@@ -34,7 +34,7 @@ Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], 
 
 @contextmanager
 def configured(kernel: str, config: Config, precision: str = "fp32") -> Iterator[None]:
-    """Launch a kernel with these parameters meanwhile, whichever of its names it has, and multiply in a precision."""
+    """While active, launch a kernel (under any of its names) with these parameters, and multiply in a precision."""
     family = kernel.removesuffix("_gathered")
     of_family = answered(lambda key: config if key.kernel.removesuffix("_gathered") == family else None)
     with multiplied_in(precision), of_family:
@@ -110,7 +110,7 @@ def _block_matmul(operands: Operands) -> Work:
     y = operands.tensor(key.tokens, key.out_features)
     if key.transposed:
         delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
-    else:  # an adapter remembers its precision, which may be another when this kernel runs
+    else:  # a new adapter, because an adapter remembers its precision, which may differ when this kernel runs
         delta = modulated_blocks(replace(adapter), (key.padded_out, key.padded_in))
     return (
         lambda: [block_matmul(xg, adapter, delta, out=y)],

@@ -31,7 +31,7 @@ LAYER: list[Row] = [
     (
         lambda _: FusedSMoALinear.from_linear(type("Double", (nn.Linear,), {"forward": abs})(4, 4)),
         TypeError,
-        "linear must compute what nn.Linear computes, got Double",
+        "linear must have the forward of nn.Linear, got Double",
     ),
 ]
 

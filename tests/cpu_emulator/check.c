@@ -1,4 +1,4 @@
-/* What the emulated instructions must do; given a letter, a misuse that must be found (test_instructions.py). */
+/* Checks the emulated instructions. With a letter, commits a misuse that must be found (test_instructions.py). */
 #include <immintrin.h>
 
 #include <math.h>
@@ -10,7 +10,7 @@ static uint16_t half_of(float value) {
     return (uint16_t)(bits >> 16);
 }
 
-/* sum + odd + even, products of numbers that bfloat16 holds, in each place of a line. */
+/* sum + odd_a odd_b + even_a even_b, of bfloat16 numbers, in each place of a vector. */
 static float added(float sum, float odd_a, float odd_b, float even_a, float even_b) {
     halves_ a, b;
     EACH(32, (a[i] = half_of(i % 2 ? odd_a : even_a), b[i] = half_of(i % 2 ? odd_b : even_b)));
@@ -57,7 +57,7 @@ static void orders(void) {
     must_(line[0] == 16 && line[15] == 31, "the upper half");
 }
 
-/* A page behind which none is: what a mask leaves out is not touched. */
+/* At the end of the last mapped page: masked-out elements must not be touched. */
 static void masks(void) {
     char *page = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     mprotect(page + 4096, 4096, PROT_NONE);
@@ -71,7 +71,7 @@ static void masks(void) {
     must_(found[0] == 6 && found[2] == 6 && found[3] == 0, "floats that are there, and zeros");
 }
 
-/* `sum` plus a product of two tiles: of its four terms the left has `even` and `odd` in turn, the right `by`. */
+/* `sum` plus a product of two tiles, of four terms: the left tile holds `even` and `odd` in turn, the right tile `by`. */
 static float of_tiles(float sum, float even, float odd, float by, int right_bytes, int right_tile) {
     tile_sizes_ sizes = {.palette = 1, .rows = {2, 2, 2}, .bytes = {64, 8, (uint16_t)right_bytes}};
     uint16_t left[8], right[64];

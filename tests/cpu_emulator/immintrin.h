@@ -1,12 +1,12 @@
-/* AVX-512's instructions, AVX512-BF16's and AMX's that `backends/native` uses, in plain C.
+/* The AVX-512, AVX512-BF16 and AMX instructions that `backends/native` uses, in plain C.
  *
- * So code for these processors runs on any that has AVX2: found before the compiler's own <immintrin.h>, this header gives
- * the same names. It stops the program where a processor would fault. Where results could differ, by the order of a sum or by
- * underflow, they are those of Intel's Software Developer's Manual, volume 2.
+ * The compiler finds this header before its own <immintrin.h>, so code for these processors runs on any processor with AVX2.
+ * The program stops where a processor would fault. The order of sums and the treatment of underflow follow Intel's Software
+ * Developer's Manual, volume 2.
  */
 #pragma once
 
-/* The compiler's headers for AVX2, which refuse to be included directly unless one of these is defined. */
+/* The compiler's headers for AVX2 may be included directly only if one of these is defined. */
 #define _IMMINTRIN_H_INCLUDED /* GCC */
 #define __IMMINTRIN_H         /* clang */
 #include <smmintrin.h>
@@ -21,8 +21,7 @@
 #include <string.h>
 #include <sys/syscall.h>
 
-/* No function is compiled for a processor of its own. Questions about the processor and the system get the emulated one's
- * answers. */
+/* `target` attributes are ignored. Queries about the processor and the system answer for the emulated processor. */
 #define target(...)
 #define __builtin_cpu_supports(feature) EMULATES_BF16
 #undef __cpuid_count
@@ -42,7 +41,7 @@ typedef LINE(uint16_t) halves_;
 typedef uint16_t __mmask16;
 typedef uint32_t __mmask32;
 
-/* Each number i of a line: `each(16, to[i] = from[i])`. */
+/* For each element i of a vector (a "line"): `EACH(16, to[i] = from[i])`. */
 #define EACH(count, statement) for (int i = 0; i < count; i++) statement
 
 EMULATED void must_(int holds, const char *what) {
@@ -51,7 +50,7 @@ EMULATED void must_(int holds, const char *what) {
 
 EMULATED void aligned_(const void *at) { must_((uintptr_t)at % 64 == 0, "a line does not begin at a multiple of 64 bytes"); }
 
-/* Memory: what a mask leaves out is not touched. */
+/* Memory. Masked-out elements are not touched. */
 EMULATED __m512i _mm512_loadu_si512(const void *from) {
     __m512i line;
     memcpy(&line, from, sizeof line);
@@ -84,7 +83,7 @@ EMULATED void _mm512_mask_storeu_ps(void *to, __mmask16 mask, __m512 line) {
     EACH(16, if (mask >> i & 1) memcpy((float *)to + i, (float *)&line + i, 4));
 }
 
-/* One number everywhere, and one for each. */
+/* Broadcasts, and arithmetic element by element. */
 EMULATED __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
 EMULATED __m512 _mm512_setzero_ps(void) { return (__m512){0}; }
 EMULATED __m512 _mm512_set1_ps(float value) { return value - (__m512){0}; }
@@ -116,7 +115,7 @@ EMULATED __m512i _mm512_maskz_mov_epi16(__mmask32 mask, __m512i a) {
     return _mm512_mask_mov_epi16(_mm512_setzero_si512(), mask, a);
 }
 
-/* Numbers of a line in another order. */
+/* Permutations. */
 EMULATED __m512i _mm512_permutexvar_epi16(__m512i order, __m512i a) {
     halves_ line;
     EACH(32, line[i] = ((halves_)a)[((halves_)order)[i] & 31]);
@@ -127,7 +126,7 @@ EMULATED __m512i _mm512_permutex2var_epi16(__m512i a, __m512i order, __m512i b) 
     EACH(32, line[i] = ((halves_)(((halves_)order)[i] & 32 ? b : a))[((halves_)order)[i] & 31]);
     return (__m512i)line;
 }
-/* Of each quarter of 128 bits the lower or the upper half, a's and b's numbers in turn. */
+/* Interleaves a and b: the lower or the upper half of each 128-bit lane. */
 EMULATED __m512i unpacked_(__m512i a, __m512i b, int size, int upper) {
     __m512i line;
     for (int at = 0; at < 64; at += size) {
@@ -148,7 +147,7 @@ EMULATED __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int order) {
 }
 EMULATED __m512i _mm512_castsi256_si512(__m256i a) {
     __m512i line;
-    memset(&line, -1, sizeof line); /* undefined on a processor: a NaN, so that its use shows */
+    memset(&line, -1, sizeof line); /* the upper half is undefined on a processor; NaN here, so that its use shows */
     memcpy(&line, &a, sizeof a);
     return line;
 }
@@ -182,7 +181,7 @@ EMULATED __m256i _mm512_cvtps_ph(__m512 a, int how) {
     return _mm256_setr_m128i(_mm256_cvtps_ph(part[0], 0), _mm256_cvtps_ph(part[1], 0));
 }
 
-/* bfloat16: what is below the smallest normal number is 0, read or written. */
+/* bfloat16. Subnormal numbers count as 0, both read and written. */
 EMULATED __m512 normal_(__m512 a) {
     words_ size = (words_)a & 0x7fffffff;
     return (__m512)((words_)a & ((words_)(size >= 0x800000) | 0x80000000));
@@ -203,13 +202,13 @@ EMULATED __m512bh _mm512_cvtne2ps_pbh(__m512 upper, __m512 lower) {
     return (__m512bh)_mm512_loadu_si512(part);
 }
 
-/* AMX: eight tiles of a thread, of as many rows and bytes a row as it was told. */
+/* AMX: eight tiles per thread. The thread sets the rows, and the bytes of a row, of each tile. */
 typedef struct {
     uint8_t palette, start, reserved[14];
     uint16_t bytes[16];
     uint8_t rows[16];
 } tile_sizes_;
-static __thread tile_sizes_ sizes_; /* palette 0: tiles are not to be used */
+static __thread tile_sizes_ sizes_; /* palette 0: no tile may be used */
 static __thread __m512i tiles_[8][16];
 
 EMULATED void _tile_loadconfig(const void *from) {
@@ -227,8 +226,7 @@ EMULATED void _tile_stored(int t, void *to, long stride) {
     const __m512i *tile = tile_(t);
     EACH(sizes_.rows[t], memcpy((char *)to + i * stride, &tile[i], sizes_.bytes[t]));
 }
-/* Even and odd products are summed apart, then added to what was there. Meanwhile this processor is told to flush what is
- * below the smallest normal number. */
+/* Sums even and odd products apart, then adds both to the tile. Meanwhile the processor flushes subnormal numbers to 0. */
 static __attribute__((noinline, optimize("O3"))) void multiply_tiles_(__m512i *sums, const __m512i *left,
                                                                       const __m512i *right, int rows, int pairs) {
     enum { FLUSHES = 0x8040 };

@@ -134,7 +134,7 @@ def merges_after_unshard() -> None:
     with pytest.raises(RuntimeError, match=r"sharded by fully_shard: call unshard\(\)"):
         up.merge()
     assert not up.merged
-    # The operator refuses DTensors, so that a part of W0 is not taken for all of it.
+    # The operator refuses DTensors, so that nobody computes with a part of W0 by mistake.
     with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
         up(torch.randn(3, IN, dtype=torch.float64))
     single = layers(build("fused", torch.float64))[0]

@@ -1,4 +1,4 @@
-"""`parallelize_module` with SMoA's styles: the results of one process from parts of the layers."""
+"""`parallelize_module` with SMoA's styles: sharded layers give the results of one process."""
 
 from __future__ import annotations
 

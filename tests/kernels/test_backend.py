@@ -72,7 +72,7 @@ def test_a_long_batch_is_gathered_in_parts(
 def test_ranks_beyond_the_factors_read_no_further(
     case: Case, guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ranks on a GPU are not checked, as that would wait for it: the kernels clamp them to [0, ρ]."""
+    """Checking ranks on a GPU would wait for it, so the kernels clamp them to [0, ρ]."""
     monkeypatch.setattr(operator, "check_ranks", lambda *_: None)
     p = case.problem(ranks=(3, 5, 5))
     p = replace(p, A=guarded(p.A, row_padding=3), B=guarded(p.B, row_padding=3))
@@ -90,7 +90,7 @@ def test_ranks_beyond_the_factors_read_no_further(
         ({"dtype": torch.float32, "ranks": (300,)}, "the kernels take ranks up to 256, got 300"),
     ],
 )
-def test_what_the_kernels_do_not_take(change: dict[str, object], words: str) -> None:
+def test_cases_that_the_kernels_refuse(change: dict[str, object], words: str) -> None:
     p = make_problem(**change)  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match=f"backend='triton' cannot run here: {words}.*'eager' works everywhere"
@@ -143,7 +143,7 @@ def test_auto_is_fused_for_few_tokens(
     ("tokens", "blocks", "dtype", "many"),
     [(4096, 4, "bf16", False), (8192, 4, "bf16", True), (4096, 8, "tf32", True), (1024, 4, "fp32", True)],
 )
-def test_many_tokens_of_one_batch_are_eagers(tokens: int, blocks: int, dtype: str, many: bool) -> None:
+def test_eager_takes_many_tokens_of_one_batch(tokens: int, blocks: int, dtype: str, many: bool) -> None:
     """With more tokens the kernels save under 5 % by the roofline (8 or 16 bytes per element of a block)."""
     for stage in ("forward", "input_gradient", "factor_gradients"):
         chosen = algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90", blocks)

@@ -33,11 +33,11 @@ def test_tf32_rounds_to_nearest(device: torch.device) -> None:
     assert torch.equal(rounded(value, "ieee"), value)
 
 
-def test_tf32_keeps_what_is_not_finite(device: torch.device) -> None:
+def test_tf32_keeps_infinity_and_nan(device: torch.device) -> None:
     """Infinity and NaN stay. Values that would round to infinity stay too; the tensor core truncates them."""
     largest = torch.finfo(torch.float32).max
     value = torch.tensor([float("inf"), -float("inf"), float("nan"), largest, -largest, 0.0, -0.0, 1e-45])
-    # A GPU's own NaN, and a negative one that is not all ones: the emulator fills unwritten memory with ones.
+    # A GPU's own NaN, and a negative NaN. Its bits are not all one, because the emulator marks unwritten memory so.
     largest_nan = torch.tensor([0x7FFFFFFF, -2], dtype=torch.int32).view(torch.float32)
     value = torch.cat([value, largest_nan, torch.ones(6)]).to(device)
     found = rounded(value).cpu()

@@ -80,7 +80,7 @@ def shipped() -> Iterator[object]:
 def test_every_shipped_configuration(
     kernel: str, config: Config, precision: Precision, device: torch.device
 ) -> None:
-    """At sizes that are no multiple of any tile."""
+    """At sizes that are not a multiple of any tile."""
     form = AUDITED[kernel].forms[0]
     tokens, *features, granule = (21, 136, 72, GRANULE) if "granules" in form else (70, 130, 70, 1)
     key = Key(kernel, precision.name, 5, 2, *features, tokens, 128, 128, granule=granule)

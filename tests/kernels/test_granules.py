@@ -168,7 +168,7 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
         for case in cases("triton")
     ],
 )
-def test_the_backend_copies_nothing_but_what_dropout_changes(
+def test_the_backend_copies_x_only_under_dropout(
     case: Case, order: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[int] = []

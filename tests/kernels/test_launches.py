@@ -26,7 +26,7 @@ def test_every_launch_is_on_its_operands_device() -> None:
     """A layer on cuda:1 while cuda:0 is current, as under `device_map="auto"`."""
     found = launches("devices")
     assert {launch["kernel"] for launch in found if launch["pass"] == "tuning"} == {"modulated_weight_kernel"}
-    assert len({launch["pass"] for launch in found}) == 11  # each launched something
+    assert len({launch["pass"] for launch in found}) == 11  # each pass has a launch
     wrong = [launch for launch in found if (launch["device"], launch["stream"]) != (1, 101)]
     assert wrong == []
 
@@ -45,7 +45,7 @@ def test_sizes_compile_no_forms_of_their_own() -> None:
 
 
 @pytest.mark.slow
-def test_remembered_plans_launch_what_new_ones_would() -> None:
+def test_remembered_plans_launch_like_new_ones() -> None:
     """A cached plan launches the same compiled form, grid, sizes and strides, on the same device.
 
     The cases are sizes of 1, odd sizes and strides, pointers not divisible by 16, two factor dtypes, a

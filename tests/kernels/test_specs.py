@@ -50,7 +50,7 @@ def audited() -> dict:
     return json.loads(done.stdout)
 
 
-def test_products_are_fused_with_sums_whatever_triton_does_by_itself(audited: dict) -> None:
+def test_products_are_fused_with_sums_whatever_tritons_default(audited: dict) -> None:
     """W_eff = W0 + W0 ∘ ΔM is rounded once in float32. Fusing changes the machine code of no other kernel."""
     fused, added = audited["fused and not"]
     assert fused > added == 0
@@ -70,7 +70,7 @@ def test_partials_of_few_ranks_are_stored_and_read_as_wide_as_those_of_many(audi
     assert not broken_rules(amd)
 
 
-def test_what_another_checkout_compiled_says_nothing_of_this_one(tmp_path: Path) -> None:
+def test_source_lines_name_this_checkout(tmp_path: Path) -> None:
     """Triton's cache identifies a kernel by its text, but a binary names the source file of its first compile."""
     program = "import smoa_kernels, audit.run as a\n" + (
         "task = a.Task('permute', 'gather', 0, 'sm_90', 'bf16')\n"

@@ -1,6 +1,6 @@
 """Kernels with wrong results or errors, on a simulated GPU: one warning, then eager's numbers.
 
-The simulated GPU is the CPU with Triton's interpreter; the tests break what a launch runs.
+The simulated GPU is the CPU with Triton's interpreter; the tests break its launches.
 """
 
 import json
@@ -250,7 +250,7 @@ def test_a_table_of_another_version_is_left_where_it_is(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["is_current_stream_capturing", "is_compiling"])
-def test_what_was_not_verified_is_not_captured(
+def test_unverified_kernels_are_not_captured(
     state: str, cache: Path, broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = broken("", nothing)
@@ -307,7 +307,7 @@ def test_experts_that_were_not_verified_are_captured_without_waiting(
     assert ["before the capture" in message for message in told] == [not refused] * 2
 
 
-def test_masked_experts_sum_what_float16_does_not_hold() -> None:
+def test_masked_experts_sum_beyond_the_range_of_float16() -> None:
     e = make_experts(pairs=(30, 0, 40, 7)).to(torch.float16, torch.float32)
     e = replace(e, x=e.x * 300, dy=e.dy * 300)
     _, *found = experts_masked.experts_backward(e.dy, e.x, e.ends, e.adapter, needs_x=False)
@@ -318,7 +318,7 @@ def test_masked_experts_sum_what_float16_does_not_hold() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_one_wrong_number_shows_among_millions(dtype: torch.dtype) -> None:
-    """Beside two right results of other rounding, from activations of which a few channels are large."""
+    """Two right results that round differently pass. A few channels of the activations are large."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(512, 400, generator=generator), torch.randn(4096, 400, generator=generator)
     x[:, :3] *= 100

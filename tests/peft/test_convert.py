@@ -111,7 +111,7 @@ def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
         ({"num_blocks_pattern": {"0": 3}}, "0: num_blocks=3 has no counterpart"),
     ],
 )
-def test_what_hira_has_not_is_refused(settings, message, tmp_path, capsys):
+def test_settings_that_hira_lacks_are_refused(settings, message, tmp_path, capsys):
     defaults = {"r": 4, "num_blocks": 1, "target_modules": ["0"]}
     save(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(**{**defaults, **settings}), tmp_path / "smoa")
     arguments = ["convert", str(tmp_path / "smoa"), str(tmp_path / "out")]
@@ -123,7 +123,7 @@ def test_what_hira_has_not_is_refused(settings, message, tmp_path, capsys):
     ("layer", "message"),
     [(nn.Embedding(5, 6), "0 is an embedding"), (nn.Conv1d(3, 4, 2), "0 is a convolution")],
 )
-def test_what_smoa_has_not_is_refused(layer, message, tmp_path):
+def test_layers_that_smoa_lacks_are_refused(layer, message, tmp_path):
     save(nn.Sequential(layer), HiraConfig(r=2, target_modules=["0"]), tmp_path / "hira")
     with pytest.raises(ValueError, match=message):
         hira_to_smoa(tmp_path / "hira", tmp_path / "out", tmp_path)

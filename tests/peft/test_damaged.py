@@ -62,7 +62,7 @@ def of_lora(folder):
     get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
 
 
-# How a folder is spoilt, and the words of the error.
+# A damage of a folder, and the words of the error.
 OF_FILES = {
     "empty": (weights(lambda data: b""), "is truncated or corrupt"),
     "cut in its header": (weights(lambda data: data[:100]), "is truncated or corrupt"),
@@ -120,7 +120,7 @@ DOORS = {
     "hotswap": (True, hotswap),
     "inspect": (False, lambda _, f: inspect_adapter(f)),
 }
-# What a door need not see: the file fits itself, or PEFT and transformers refuse in their own words.
+# Damages that a door need not find: the file is consistent, or PEFT and transformers refuse it in their own words.
 PASSES = {
     "inspect": {"layer", "unknown", "other layer", "task"},
     "hotswap": {"unknown"},

@@ -53,7 +53,7 @@ ORDERS = [
 
 @pytest.mark.numerical
 @pytest.mark.parametrize(("kind", "order"), ORDERS)
-def test_what_is_saved_is_loaded_bit_for_bit(kind, order, make, tokens, tmp_path, monkeypatch):
+def test_a_saved_adapter_is_loaded_bit_for_bit(kind, order, make, tokens, tmp_path, monkeypatch):
     settings = {"block_order": order, "granule": 2, "block_seed": 7}
     model = adapt(make(), kind, **settings)
     expected = logits(model, tokens)
@@ -71,7 +71,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(kind, order, make, tokens, tmp_path
     for one, other in zip(layer_list(model), layer_list(loaded), strict=True):
         assert one.settings["default"].rule == other.settings["again"].rule == BlockRule(3, **settings)
         assert torch.equal(one.smoa_blocks["default"], other.smoa_blocks["again"])
-    # Labels count, whatever the configuration says; granules are recognised from them.
+    # The labels decide, whatever the configuration says; granules are recognised from them.
     different = adapt(make(), kind, block_order="contiguous" if order == "random" else "random", granule=1)
     logits(different, tokens)  # its index tensors exist before the other labels arrive
     set_peft_model_state_dict(different, get_peft_model_state_dict(model))

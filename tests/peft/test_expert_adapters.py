@@ -38,7 +38,7 @@ def test_an_adapter_that_was_not_trained_changes_nothing(kind, dtype, backend, t
             assert torch.equal(logits(adapted, some), base)
 
 
-def test_of_what_is_as_wide_as_the_output_only_the_sorted_x_is_kept_for_backward():
+def test_the_sorted_x_is_the_only_wide_tensor_kept_for_backward():
     model = adapt(tiny_experts())
     experts = next(module for module in model.modules() if isinstance(module, Experts))
     x = torch.randn(7, 32, requires_grad=True)

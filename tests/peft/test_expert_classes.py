@@ -1,4 +1,4 @@
-"""Every expert class in transformers, adapted, against its own forward, as its decorator describes it."""
+"""Every expert class in transformers: the adapted class agrees with its own forward."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""Refusals for experts: the error names the cause and nothing has changed. Also what we rely on in PEFT."""
+"""Refusals for experts: the error names the cause and nothing has changed. Also PEFT's behaviour that we rely on."""
 
 import types
 
@@ -88,7 +88,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("make", "settings", "message"), REFUSED, ids=[row[2][:60] for row in REFUSED])
-def test_what_cannot_be_adapted(make, settings, message):
+def test_experts_that_cannot_be_adapted(make, settings, message):
     model = make()
 
     def state():

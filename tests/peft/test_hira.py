@@ -96,7 +96,7 @@ def of_each_layer(change):
     return lambda model: [change(layer) for layer in hira_layers(model)] and model.train()
 
 
-# Settings, what is done to the model, and how many products each accelerated layer computes.
+# Settings, a change of the model, and the number of products that each accelerated layer computes.
 CASES = {
     "one adapter": ({}, lambda model: model.train(), 1),
     "the second": ({}, with_second("second"), 1),
@@ -148,7 +148,7 @@ def test_results_are_pefts_and_it_can_be_undone(case, make_model, tokens, monkey
     assert all(map(torch.equal, step(model, tokens), expected))
 
 
-def test_what_one_saves_the_other_loads(make_model, tokens, tmp_path):
+def test_each_loads_the_files_of_the_other(make_model, tokens, tmp_path):
     model = adapt(make_model(), torch.float32)
     model.save_pretrained(tmp_path / "plain")
     expected = model(tokens).logits
@@ -186,10 +186,10 @@ def test_dropout_drops_the_adapters_input_only():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_against_float64(dtype, bias):
-    """y is nearer to float64 than PEFT's, whose factors and their products are float32 by default.
+    """y is closer to float64 than PEFT's, whose factors and their products are float32 by default.
 
     PEFT rounds the base layer's output and then the sum; we round once. If the compiled code multiplies
-    bfloat16, this holds with a bias too, and the factors' gradients are also nearer. dX is about equal.
+    bfloat16, this holds with a bias too, and the factors' gradients are also closer. dX is about equal.
     """
     torch.manual_seed(0)
     model = get_peft_model(

@@ -1,4 +1,4 @@
-"""Configuration per layer, and what PEFT and transformers do to the layers."""
+"""Configuration per layer, and layers under PEFT's and transformers' operations."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
     assert torch.equal(logits(loaded, tokens), logits(model.eval(), tokens))
 
 
-# What other libraries do to the layers
+# Operations of other libraries
 
 
 @pytest.mark.numerical

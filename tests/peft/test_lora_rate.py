@@ -93,7 +93,7 @@ def curve(smoa, factor, alpha, lora_rate=True):
 @pytest.mark.numerical
 @pytest.mark.parametrize("smoa", [True, False], ids=["smoa", "lora"])
 def test_it_follows_lora_to_a_smaller_weight_and_a_larger_input(smoa):
-    """The function is unchanged, but LoRA's update becomes eight times as large; so must ours."""
+    """The layer computes the same function, but LoRA's update becomes eight times as large. So must ours."""
     first, scaled = curve(smoa, 1.0, 4.0), curve(smoa, 0.125, 0.5)
     assert first[-1] < 0.8 * first[0]
     assert scaled == pytest.approx(first, rel=1e-3)

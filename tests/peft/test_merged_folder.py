@@ -93,7 +93,7 @@ def lora(adapter):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
 
 
-def test_what_is_there_is_not_overwritten(folders, tmp_path):
+def test_existing_files_are_not_overwritten(folders, tmp_path):
     with pytest.raises(ValueError, match="out must be a new or an empty folder"):
         merge_to_folder(*folders, folders[0])
     assert dict(merged_weights(*folders))  # the base is undamaged
@@ -128,7 +128,7 @@ merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
 
 @pytest.mark.slow
 def test_killed(folders, tmp_path):
-    """A killed merge leaves only a hidden folder, which is no model; the next merge ignores it."""
+    """A killed merge leaves only a hidden folder, which holds no model; the next merge ignores it."""
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*folders, out))], capture_output=True)
     assert done.returncode == -signal.SIGKILL

@@ -82,7 +82,7 @@ SOON = (
 @pytest.mark.parametrize(
     "case", [case if case in SOON else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_bit_for_bit_what_peft_merges(case, tmp_path):
+def test_merges_to_the_same_bits_as_peft(case, tmp_path):
     """Float32 factors over each dtype. Float32 weights that PEFT trains beside them are rounded to the base's dtype."""
     dtype, make, config = CASES[case]
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))

@@ -23,7 +23,7 @@ def nf4(quantizable):
     return adapt(load(quantizable, KINDS["nf4"])).train()
 
 
-# What a layer computes
+# A layer's results
 
 
 OTHER_ORDERS = [("nf4", {"block_order": "contiguous"}), ("torchao int8", {"granule": 8})]

@@ -38,7 +38,7 @@ def test_definition(dtype, wide, scale, monkeypatch):
 
 
 @half_types
-def test_what_needs_no_rounding_is_kept(dtype):
+def test_exact_values_are_kept(dtype):
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, torch.finfo(dtype).max, torch.inf, -torch.inf])
     rounded = round_stochastically(values, dtype, seed=0, name="a")
     assert torch.equal(rounded.view(torch.int16), values.to(dtype).view(torch.int16))

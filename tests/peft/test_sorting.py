@@ -63,7 +63,7 @@ def adapter(make_model, **settings):
     return get_peft_model_state_dict(adapt(model, **settings))
 
 
-def test_the_adapter_is_the_one_that_one_by_one_gives(make_model, threads, sorted_in, monkeypatch):
+def test_sorting_in_parallel_gives_the_same_adapter(make_model, threads, sorted_in, monkeypatch):
     several = adapter(make_model, init_weights=False)
     assert {count for _, count in sorted_in} == {1}
     assert threading.current_thread() not in {thread for thread, _ in sorted_in}
@@ -126,7 +126,7 @@ def test_a_layer_whose_weight_has_another_name(sorted_in):
     assert found["b"].partition("default") == BlockPartition.from_weight(base.kept, 3)
 
 
-def test_only_what_the_adapter_is_for_is_sorted(llama, threads, sorted_in):
+def test_only_adapted_weights_are_sorted(llama, threads, sorted_in):
     model = adapt(llama(), target_modules=["q_proj", "up_proj"], exclude_modules=["layers.0.mlp.up_proj"])
     assert len(sorted_in) == 3
     sorted_in.clear()
@@ -157,7 +157,7 @@ def test_other_orders_sort_nothing_and_layers_of_one_shape_share_their_blocks(ma
         assert (layer.partition("seed") == partition) == (order == "contiguous")
 
 
-def test_only_what_a_state_dict_names_is_sorted(llama, threads, sorted_in):
+def test_only_weights_of_a_state_dict_are_sorted(llama, threads, sorted_in):
     names = ["model.layers.1.mlp.up_proj.smoa_A"]
     inject_adapter_in_model(config(), llama(), state_dict=dict.fromkeys(names))
     assert len(sorted_in) == 1
@@ -197,7 +197,7 @@ def test_one_after_another_where_the_orders_come_from_elsewhere(llama, threads):
 
 @of_layers_and_experts
 @pytest.mark.parametrize("error", [ValueError("this one"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-def test_what_is_not_asked_for_is_given_up(model, settings, threads, monkeypatch, error):
+def test_sorting_that_nobody_asks_for_is_cancelled(model, settings, threads, monkeypatch, error):
     model = model(num_hidden_layers=8)
     begun = []
 

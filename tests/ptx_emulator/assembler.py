@@ -1,4 +1,4 @@
-"""The register file of a warp, and the building of instructions."""
+"""Allocates a warp's registers and builds its instructions."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _s32, _u32, _s64 = ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64
 
 
 class Instruction(ctypes.Structure):
-    """An instruction of the machine, as `struct Instruction` in core/machine.h; its text and source line beside it."""
+    """An instruction of the machine (`struct Instruction` in core/machine.h), with its text and source line."""
 
     _fields_ = (
         *(("operation", _u32), ("predicate", _s32), ("negated", _u32)),

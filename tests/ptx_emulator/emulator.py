@@ -2,7 +2,7 @@
 
 emulator.activate(80)               # before a kernel is launched, with TRITON_INTERPRET unset
 kernel[grid](...)                   # on CPU tensors
-emulator.launches[-1].errors        # what the checks saw
+emulator.launches[-1].errors        # the checks' errors
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def found(run: Callable[[], object]) -> set[str]:
 
 
 def found_when_broken(run: Callable[[], object], change: Change) -> set[str]:
-    """The same for a correct kernel whose PTX `change` breaks before it runs."""
+    """The kinds of errors of a correct kernel after `change` has broken its PTX."""
     original = emulator.program_of
 
     def broken(text: str) -> object:

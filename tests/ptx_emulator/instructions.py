@@ -1,4 +1,4 @@
-"""Translates PTX statements to the machine's instructions: a table of forms, and functions for what takes more."""
+"""Translates PTX statements to the machine's instructions: a table of forms, and functions for longer translations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Form(NamedTuple):
     Attributes:
         pattern: of the whole operation.
         name: of the machine's operation; it may have the pattern's groups.
-        operands: what each operand is. "4" is a source of 4 bytes, "t" one of the operation's last type, "p" a
+        operands: the kind of each operand. "4" is a source of 4 bytes, "t" one of the operation's last type, "p" a
             predicate; a ">" before it makes it a destination. "#" is a number, "0" and "-1" are that number and no
             other. Registers of 4 bytes may come as vectors, and a ">4|p" may have a predicate.
     """
@@ -31,7 +31,7 @@ class Form(NamedTuple):
 
 FORMS = (
     Form(r"ret|exit", "ret"),
-    Form(r"(bar|barrier)\.sync(\.aligned)?", "bar.sync", "0"),  # neither named barriers nor some of the warps
+    Form(r"(bar|barrier)\.sync(\.aligned)?", "bar.sync", "0"),  # no named barriers, no subsets of warps
     Form(r"bar\.warp\.sync", "bar.warp.sync", "-1"),
     Form(r"fence\.proxy\.async(\.shared::(cta|cluster))?", "fence.proxy.async"),
     Form(r"cp\.async\.(commit_group|wait_all)", r"cp.async.\1"),
@@ -155,7 +155,7 @@ def _store(a: Assembler, s: Statement) -> None:
 
 
 def _copy(a: Assembler, s: Statement) -> None:
-    """cp.async; the bulk copies of TMA are not known."""
+    """cp.async. TMA's bulk copies are not supported."""
     if not re.fullmatch(r"cp\.async\.c[ag]\.shared\.global(\.L2::\w+)*", s.operation):
         raise UnsupportedError(s.text)
     (to, to_offset), (source, offset) = _address(s.arguments[0]), _address(s.arguments[1])

@@ -13,7 +13,7 @@ __all__ = ["tensor_core_sums"]
 
 
 def tensor_core_sums(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` as A100's tensor cores sum (Fasi et al., 2021), or on sm_90 as H100's do (MMA-Sim, arXiv 2511.10909).
+    """`a b`, summed like an A100's tensor cores (Fasi et al., 2021), or on sm_90 like an H100's (arXiv 2511.10909).
 
     A few products and the accumulator are aligned to the largest exponent and truncated some bits below float32's last.
     Their sum is truncated to float32.

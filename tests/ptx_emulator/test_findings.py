@@ -172,7 +172,7 @@ def test_accesses(warps: int, kinds: set[str], body: str) -> None:
         ("frob.b32 %r1;", UnsupportedError, "frob"),
     ],
 )
-def test_what_is_undefined_or_unknown_is_refused(body: str, error: type[Exception], said: str) -> None:
+def test_undefined_or_unknown_instructions_are_refused(body: str, error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         run_ptx(body, threads=64)
     emulator.launches.clear()

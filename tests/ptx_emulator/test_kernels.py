@@ -18,7 +18,7 @@ from smoa_kernels.kernels.spec import GRANULE, Config, Key
 
 from . import ARCH, emulator
 
-PAIRS = 72  # the average per expert, of four; one has several tiles, and all have a partial last tile
+PAIRS = 72  # the average of four experts: one has several tiles, and each has a partial last tile
 TOKENS, OUT_FEATURES, IN_FEATURES, BLOCKS = 512, 256, 512, 2
 
 

@@ -44,7 +44,7 @@ def test_random_numbers() -> None:
     assert torch.equal(out.long() & 0xFFFFFFFF, truth)
 
 
-# Products: mma.sync, or wgmma where the architecture has it and a tile has 64 rows for each four warps
+# Products: mma.sync, or wgmma if the architecture has it and a tile has 64 rows for each four warps
 
 KINDS = {
     "fp16": (torch.float16, "ieee"),

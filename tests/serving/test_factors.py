@@ -74,7 +74,7 @@ def test_the_method_is_known_by_the_configuration(method, tmp_path):
         ("bias", "all"),
     ],
 )
-def test_what_no_engine_has_a_place_for_is_refused_by_name(method, key, value, tmp_path):
+def test_settings_that_no_engine_supports_are_refused_by_name(method, key, value, tmp_path):
     save(CONFIGS[method], tmp_path)
     change(tmp_path, **{key: value})
     with pytest.raises(ValueError, match=r"adapter_config\.json: .*cannot be served; `smoa-kernels merge`"):

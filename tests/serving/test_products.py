@@ -111,7 +111,7 @@ def test_rows_are_multiplied_in_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("given", [{"weight": True}, {}], ids=["W0", "rows"])
-def test_what_is_recorded_for_one_step_serves_any_other(given, monkeypatch):
+def test_a_recorded_step_serves_any_other(given, monkeypatch):
     """Like a CUDA graph, a trace repeats the same operators with the same shapes, whatever the adapters."""
     monkeypatch.setattr(products, "MOST_ROWS", 24)
     layer, x = Layer(**given), torch.randn(7, C)
@@ -175,7 +175,7 @@ def test_a_slot_that_is_filled_anew_forgets_the_old_adapter():
 
 
 def test_adapters_with_the_same_blocks_share_one_copy_of_them(monkeypatch):
-    """Whatever their ranks. A coordinate whose factors are zero is in any block. The last adapter takes the copy."""
+    """Ranks may differ. A coordinate with zero factors fits any block. The copy goes with its last adapter."""
     monkeypatch.setattr(products, "MOST_ROWS", 12)
     layer = Layer(keep=True)
     part = layer.slots.slices[0]

@@ -105,7 +105,7 @@ def against_peft(base, adapters, prompts, answers):
 
 
 @pytest.mark.parametrize("way", ["W0 kept", "W0 not kept", "recorded", "compiled"])
-def test_a_mixed_batch_gives_each_request_what_peft_gives(way, engine, base, adapters, monkeypatch):
+def test_each_request_of_a_mixed_batch_gets_pefts_output(way, engine, base, adapters, monkeypatch):
     """66 prompts in one batch; also with the operators that a CUDA graph would record, and with torch.compile."""
     monkeypatch.setenv(plugin.KEEP_VARIABLE, "0" if way == "W0 not kept" else "1")
     if way == "recorded":
@@ -157,7 +157,7 @@ def test_bf16_decode_keeps_an_update_of_a_thousandth(names, base, tmp_path):
     assert 0.95 < kept / whole < 1.05, (kept / whole, len(seen))
 
 
-def test_two_processes_give_what_peft_gives(engine, base, adapters):
+def test_two_processes_give_pefts_output(engine, base, adapters):
     """Tensor parallelism shards the factors as vLLM shards LoRA's."""
     prompts = some_prompts(NAMES, count=2)
     worst, other = against_peft(base, adapters, prompts, engine(tensor_parallel_size=2).answers(prompts))
@@ -165,7 +165,7 @@ def test_two_processes_give_what_peft_gives(engine, base, adapters):
     assert other == 0
 
 
-def test_lora_and_base_are_what_vllm_gives_without_the_plugin(engine, monkeypatch):
+def test_lora_and_base_are_unchanged_by_the_plugin(engine, monkeypatch):
     """The same bits, although our adapters are loaded."""
     running, prompts = engine(), some_prompts([None, "lora"])
     running.answers(some_prompts(["smoa2"]))

@@ -85,7 +85,7 @@ def test_the_reference_of_a_new_adapter_is_the_base(base: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("order", ["spectral", "random"])
 def test_the_reference_of_a_loaded_adapter_is_a_copy_of_it(base: Path, tmp_path: Path, order: str) -> None:
-    """As after supervised training. The copy needs the blocks of the trained adapter."""
+    """Like training that follows supervised training. The copy needs the blocks of the trained adapter."""
     torch.manual_seed(1)
     config = adapter(init_weights=False, block_order=order, smoa_alpha=1.0)
     get_peft_model(load_base(base), config).save_pretrained(tmp_path / "sft")

@@ -66,7 +66,7 @@ def preference_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_losses_are_those_of_plain_torch_and_what_is_saved_loads(
+def test_losses_are_those_of_plain_torch_and_a_saved_model_loads(
     base: Path, tmp_path: Path, way: str
 ) -> None:
     settings = dict(WAYS[way])

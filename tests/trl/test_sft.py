@@ -120,7 +120,7 @@ def test_the_same_run_without_checkpointing_and_on_the_reference(
     assert curves[0][-1] < curves[0][0]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_and_what_is_saved_loads(base: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_and_a_saved_adapter_loads(base: Path, tmp_path: Path) -> None:
     settings = {"packing": True, "max_length": 160, "config": {"smoa_dropout": 0.2}}
     whole = trainer(base, tmp_path / "whole", save_strategy="steps", save_steps=2, **settings)
     curve = recorded(whole)[1]

@@ -77,7 +77,7 @@ def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Problem) -> None
         assert [t.reason for t in found[job.key].trials] == [None] * len(job.candidates), job.key
 
 
-def test_what_is_stale_is_measured_again_and_what_is_left_too() -> None:
+def test_stale_and_missing_entries_are_measured() -> None:
     write(entry(triton="1.0"), entry(seconds={FIRST: 3.0}))
     timed: list[Choice] = []
     tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
@@ -132,7 +132,7 @@ def test_the_budget_ends_a_run_and_the_rest_is_told(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("where", ["operands", "truth"])
-def test_what_does_not_fit_in_memory_costs_one_job_and_no_candidate_its_name(
+def test_a_problem_too_large_for_memory_costs_one_job_and_blames_no_candidate(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def out_of_memory(dtype: torch.dtype) -> list[Tensor]:
@@ -156,7 +156,7 @@ def interrupt(choice: Choice, launch: object = None) -> float:
     raise KeyboardInterrupt
 
 
-def test_a_rerun_after_ctrl_c_does_only_what_is_left() -> None:
+def test_a_rerun_after_ctrl_c_measures_only_the_rest() -> None:
     def timer(choice: Choice, launch: Callable[[], object]) -> float:
         return (interrupt if choice == SECOND else scripted(SCRIPT))(choice, launch)
 
@@ -169,7 +169,7 @@ def test_a_rerun_after_ctrl_c_does_only_what_is_left() -> None:
     assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == SPEED
 
 
-# Call 1 checks that the table is writable; calls 4 and 5 write the second candidate's mark and its time.
+# Write 1 checks that the table is writable; writes 4 and 5 are the second candidate's mark and its time.
 @pytest.mark.parametrize(("call", "expected"), [(4, INTERRUPTED), (5, None)])
 def test_ctrl_c_while_the_table_is_written(
     call: int, expected: str | None, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +251,7 @@ def test_a_mark_that_another_process_has_replaced_does_not_come_back() -> None:
     assert kept()[PERMUTE].trial(THIRD) == Trial(THIRD, 2.0)
 
 
-def test_a_lost_gpu_ends_the_run_with_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_gpu_ends_the_run_and_keeps_its_results(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[Choice] = []
 
     def synchronize() -> None:

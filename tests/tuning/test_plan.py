@@ -64,7 +64,7 @@ def test_the_device_decides_how_large_a_tile_is() -> None:
     assert splits == [1, 4]
 
 
-def test_what_is_tried_is_what_ships_and_divides_the_layout_the_default_first() -> None:
+def test_candidates_ship_and_divide_the_layout_the_default_first() -> None:
     narrow = Key("block_grad", "bf16", 4, 8, 320, 320, 512, 64, 64)
     tried = candidates(narrow, "sm_90", 132)
     ships = KERNELS["block_grad"].shipped(ARCHITECTURES["sm_90"], PRECISIONS["bf16"])
@@ -96,7 +96,7 @@ def test_a_kernel_that_no_layer_asks_for_is_an_error(names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("tokens", "order", "granule"), [(19, "spectral", 1), (150, "spectral", 1), (150, "contiguous", 8)]
 )
-def test_what_a_training_step_asks_for_is_tuned(
+def test_the_problems_of_a_training_step_are_tuned(
     tokens: int, order: str, granule: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The backward gathers 150 tokens as 128 and then 22."""

@@ -127,7 +127,7 @@ def test_an_edit_of_any_source_makes_entries_stale(
     assert architectures.source_hash.__wrapped__() != before
 
 
-def test_a_launch_uses_what_was_tuned_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_uses_a_tuned_choice_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
     labels = torch.arange(12) % 2
     p = BlockPartition.from_labels(labels, labels, 2)
     launched: list[object] = []
@@ -138,7 +138,7 @@ def test_a_launch_uses_what_was_tuned_from_then_on(monkeypatch: pytest.MonkeyPat
     assert launched == [FIRST, SECOND]
 
 
-def test_what_depends_on_the_table_is_asked_once_until_it_changes() -> None:
+def test_a_choice_from_the_table_is_cached_until_it_changes() -> None:
     asked: list[tuple[object, ...]] = []
 
     @table.remembered
@@ -184,7 +184,7 @@ def algorithm_entry(dtype: str, kernel: str = "forward") -> None:
         (torch.float32, "ieee", True, "split"),
     ],
 )
-def test_a_table_never_chooses_what_breaks_the_numbers(
+def test_a_table_never_chooses_wrong_numbers(
     dtype: torch.dtype, precision: str, dropout: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ "merged" is always the fastest. It is taken only if W_eff keeps its bits and there is no dropout."""
@@ -356,7 +356,7 @@ def test_info_names_tables_of_other_gpus_and_gpus_without_one(
 # Concurrent writers
 
 
-def test_what_two_writers_found_for_one_key_is_joined() -> None:
+def test_results_of_two_writers_for_one_key_are_joined() -> None:
     for first, second, third in ((3.0, None, None), (3.5, 1.0, 2.0), (4.0, None, None)):
         keep(identity(CPU), PERMUTE, Trial(FIRST, first))
         keep(identity(CPU), PERMUTE, Trial(SECOND, second, None if second else "died"))

@@ -41,7 +41,7 @@ def test_without_a_gpu_it_says_so_and_offers_a_dry_run(capsys: pytest.CaptureFix
     assert "What would be timed on h100 (sm_90)" in capsys.readouterr().out
 
 
-def test_a_dry_run_lists_what_is_timed(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+def test_a_dry_run_lists_the_problems(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
     arguments = ["--shape", "4096x4096", "--tokens", "3000", "--kernel", "permute", "--kernel", "forward"]
     assert main(["tune", "--dry-run", "--gpu", "a100", *arguments]) == 0
     out = capsys.readouterr().out
@@ -56,7 +56,7 @@ def test_a_dry_run_lists_what_is_timed(capsys: pytest.CaptureFixture[str], cache
 
 
 def test_kernels_of_experts_are_tuned_where_a_layer_has_experts(capsys: pytest.CaptureFixture[str]) -> None:
-    """For weights stored either way."""
+    """For row-major and for column-major weights."""
     arguments = [
         "--dry-run",
         "--gpu",
@@ -96,7 +96,7 @@ def script(choice: Choice) -> float:
     return SECONDS[choice] if isinstance(choice, str) else choice.block_n * 1e-6
 
 
-def test_what_won_is_told_and_in_force_and_not_measured_again(
+def test_the_winner_is_shown_in_force_and_not_measured_again(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     timed: list[Choice] = []
@@ -130,7 +130,7 @@ def test_the_table_shows_no_winner_that_breaks_the_numbers(
     assert "split" in forward
 
 
-def test_ctrl_c_keeps_what_was_found_and_a_rerun_goes_on(
+def test_ctrl_c_keeps_the_results_and_a_rerun_goes_on(
     gpu: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(choice: Choice, launch: Callable[[], object]) -> float:

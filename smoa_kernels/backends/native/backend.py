@@ -59,7 +59,7 @@ class Route:
         algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
         needs: a feature of the machine: "half GEMM" (torch has one in this dtype) or a name for :func:`library.has`.
         most: the largest (tokens, ρ) that it takes.
-        contiguous: what must be contiguous in W0: "rows", the "terms" of the sum, or "" for either.
+        contiguous: the dimension of W0 that must be contiguous: "rows", the "terms" of the sum, or "" for either.
     """
 
     path: Path
@@ -114,19 +114,25 @@ def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
-    path = Path.EAGER
-    if _fits(adapter, x, None, bias):
-        path = route(x, adapter.weight, adapter.A.shape[0], algorithm if dropout is None else "dropout")
-    if path == Path.EAGER:
-        return eager.forward(x, bias, adapter, algorithm, dropout)
-    mask = None if dropout is None else drawn(dropout, x, x.shape[1])
+    biased = None if bias is None else (bias.shape, bias.dtype, bias.device)
+    question = x.shape, x.dtype, x.device, biased, algorithm, torch.get_num_threads()
+    # Serving keeps the adapter, and in it the call: making one takes as long as a few tokens of a small layer.
+    call, kept = adapter.layout, dropout is None
+    if not (kept and isinstance(call, Call) and call.answers == question):
+        path = Path.EAGER
+        if _fits(adapter, x, None, bias):
+            path = route(x, adapter.weight, adapter.A.shape[0], algorithm if kept else "dropout")
+        if path == Path.EAGER:
+            return eager.forward(x, bias, adapter, algorithm, dropout)
+        if not x.numel() or not adapter.weight.numel():
+            empty_sums = x.new_zeros(x.shape[0], adapter.weight.shape[0])
+            return empty_sums if bias is None else empty_sums.copy_(bias)
+        mask = None if dropout is None else drawn(dropout, x, x.shape[1])
+        call = call if kept and isinstance(call, Call) else Call.of(adapter, mask)
+        call.plan(path, Algorithm.MERGED if algorithm != "split" and kept else Algorithm.SPLIT)
+        if kept:
+            call.answers, adapter.layout = question, call
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
-    if not x.numel() or not y.numel():
-        return y.zero_() if bias is None else y.copy_(bias)
-    # Serving keeps the adapter and the call in it: making a call takes as long as a few tokens of a small layer.
-    call = adapter.layout if isinstance(adapter.layout, Call) and mask is None else Call.of(adapter, mask)
-    adapter.layout = call if mask is None else adapter.layout
-    call.plan(path, Algorithm.MERGED if algorithm != "split" and mask is None else Algorithm.SPLIT)
     call.run("smoa_forward", x=x, bias=bias, y=y)
     return y
 

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from pathlib import Path
@@ -96,6 +96,9 @@ class Call(ctypes.Structure):
         *_integers("row_bytes col_bytes row_step col_step row_offsets_step col_offsets_step"),
         *_integers("weight_step A_step B_step"),
     ]
+
+    answers: Hashable = None
+    """The arguments for which it is planned, if it is kept for the next call."""
 
     @classmethod
     def of(cls, adapter: PackedAdapter, mask: Mask | None) -> Call:

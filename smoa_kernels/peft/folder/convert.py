@@ -48,7 +48,7 @@ def convert_adapter(
         progress: as for :func:`hira_to_smoa`.
 
     Returns:
-        "SMoA" or "HiRA", the method of what was written.
+        "SMoA" or "HiRA", the method of the written folder.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as these functions do, or the folder is another method's.
@@ -86,8 +86,8 @@ def hira_to_smoa(
 
     Raises:
         TypeError: an argument is not a path.
-        ValueError, FileNotFoundError: a file is missing or cannot be read, the adapter holds what SMoA has no
-            counterpart of (embeddings, convolutions), or the base lacks a layer. Nothing was written.
+        ValueError, FileNotFoundError: a file is missing or cannot be read, the adapter holds layers that SMoA cannot
+            adapt (embeddings, convolutions), or the base lacks a layer. Nothing was written.
     """
     source, target = _places(folder, out)
     layers, whole = read_hira(source)
@@ -128,8 +128,8 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
 
     Raises:
         TypeError: an argument is not a path.
-        ValueError, FileNotFoundError: a file is missing or cannot be read, or the adapter holds what HiRA has no
-            counterpart of: more blocks than one, ranks that differ, biases. Nothing was written.
+        ValueError, FileNotFoundError: a file is missing or cannot be read, or HiRA has no counterpart: for more than
+            one block, ranks that differ, or biases. Nothing was written.
     """
     source, target = _places(folder, out)
     adapter = read_adapter(source)

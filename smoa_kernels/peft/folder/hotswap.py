@@ -90,7 +90,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
 
 
 def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapter, path: str) -> None:
-    """Raise unless a layer's new adapter, of the same shapes, agrees with the old one in what a graph has baked in."""
+    """Raise unless a layer's new adapter, of the same shapes, agrees with the old one in all constants of a graph."""
     new, factors = adapter.layers[path], adapter.of_layer(path)
     A, B = layer.smoa_A[adapter_name], layer.smoa_B[adapter_name]
     for what, held, found in (

@@ -30,8 +30,8 @@ class HiraReport:
 def accelerate_hira(model: nn.Module) -> HiraReport:
     """Let the HiRA layers of a PEFT model compute through SMoA's operator, with PEFT's own parameters in place.
 
-    Names, state dict, files and optimizer states stay as they are, and so does what PEFT does with them. Layers that
-    are added later need another call. No spectrum is computed and no weight copied. :func:`decelerate_hira` undoes it.
+    Names, state dict, files and optimizer states stay as they are, and PEFT handles them as before. Layers that are
+    added later need another call. No spectrum is computed and no weight copied. :func:`decelerate_hira` undoes it.
 
     Args:
         model: a model with HiRA adapters; accelerated layers stay so.

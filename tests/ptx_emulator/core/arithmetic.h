@@ -121,7 +121,7 @@ void unpack(Warp& w, const Instruction& I, u32 lanes) {
   S packed[32];
   memcpy(packed, w.row<S>(I.s[0]), sizeof packed);
   for (int i = 0; i < N; i++) {
-    if (I.d[i] < 0) continue;  // nobody wants it
+    if (I.d[i] < 0) continue;  // not used
     EACH(lanes) {
       u64 part = (u64)(packed[l] >> (bits * i));
       if (I.d_width[i] == 2)

@@ -2,7 +2,7 @@
 #pragma once
 #include "arithmetic.h"
 
-// Where an address lies: each argument has its own 2^40 addresses.
+// Finds the byte at an address. Each argument has its own 2^40 addresses.
 static u8* translate(Warp& w, u64 address, u32 width, int lane, bool store, Region** region) {
   Machine& M = *w.m;
   u64 number = address >> 40;
@@ -29,7 +29,7 @@ static u8* translate(Warp& w, u64 address, u32 width, int lane, bool store, Regi
   return R.storage + offset;
 }
 
-// Distinct pieces of 32 bytes that a request touches.
+// Counts the distinct 32-byte sectors that a request touches.
 static void count_sectors(Warp& w, const u64* address, u32 width, u32 lanes) {
   if (!lanes) return;
   u64 sectors[64];
@@ -70,7 +70,7 @@ static void read_global(Warp& w, u64 address, u32 width, int lane, u8* to) {
   if (poison) M.report(POISON_READ, w, lane, width, offset, address >> 40, 0);
 }
 
-// A value of `size` bytes to a register of `width`, its sign extended where it has one.
+// Writes a value of `size` bytes to a register of `width` bytes; extends the sign of a signed value.
 static inline void put(Warp& w, s32 row, u32 width, int l, u64 value, u32 size, bool is_signed) {
   if (is_signed && size < 8) {
     u32 shift = 64 - 8 * size;

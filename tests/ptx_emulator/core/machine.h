@@ -1,4 +1,4 @@
-// What a launch is made of: instructions, memory regions, warps, and the findings about them.
+// The parts of a launch: instructions, memory regions, warps, and findings.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,7 @@ typedef int64_t s64;
 typedef unsigned __int128 u128;
 typedef __int128 s128;
 
-// As assembler.py's INSTRUCTION. Operands are offsets of rows in the warp's registers, or numbers of predicates.
+// Mirrors assembler.py's INSTRUCTION. Operands are offsets of rows in the warp's registers, or numbers of predicates.
 struct Instruction {
   u32 operation;
   s32 predicate;  // -1: none
@@ -31,10 +31,10 @@ struct Instruction {
   u32 d_width[4], s_width[14];  // bytes
   s64 immediate;                // offset of an address or a parameter, target of a branch
   s64 aux[4];
-  s32 watch;  // where in `extra` are the rows of this instruction that a wgmma has too; -1: nowhere
+  s32 watch;  // index in `extra` of the rows that this instruction shares with a wgmma; -1: none
 };
 
-// As library.py's structures.
+// These mirror library.py's structures.
 struct Stat {
   u64 requests, sectors;
 };
@@ -42,8 +42,8 @@ struct Region {
   u64 start, size;  // the address that the kernel sees, bytes
   u8* storage;
   u8* in_view;           // per byte: whether the argument's view has it
-  u32 *writer, *reader;  // per byte: 1 + the last program (CTA); of the storage, which arguments may share
-  u32 poison;            // bytes of an element, all of whose bits are one where nobody wrote; 0: any value is good
+  u32 *writer, *reader;  // per byte of the storage, which arguments may share: 1 + the last program (CTA)
+  u32 poison;            // bytes of an element; an element whose bits are all one was never written; 0: no check
 };
 struct Report {
   u32 kind, pc, cta, warp, lane, width;
@@ -89,13 +89,13 @@ struct Copy {
   u8 data[16];
 };
 
-// What wgmmas make of a row of registers. FREE: none under way has it. ACCUMULATOR: one writes it; its value lies
-// in the shadow. OPERAND: one reads it.
+// How unfinished wgmmas use a row of registers. FREE: not at all. ACCUMULATOR: one writes it; its value lies in the
+// shadow. OPERAND: one reads it.
 enum Use : u8 { FREE, ACCUMULATOR, OPERAND };
 struct Row {
   u8 use;
   u32 group;    // that retires it
-  u32 touched;  // 1 + how many wgmma.fence there were when another instruction last touched it
+  u32 touched;  // 1 + the number of wgmma.fence before another instruction last touched it
   u32 shape;    // of the wgmma
 };
 struct Product {  // a wgmma under way

@@ -1,4 +1,4 @@
-// Every operation by name, as instructions.py asks for them.
+// Every operation, by the name that instructions.py uses.
 #pragma once
 #include "warpgroups.h"
 
@@ -53,7 +53,7 @@ static void nothing(Warp& w, const Instruction& I, u32 lanes) {}
 #define ORDER(T, S)                                                          \
   TEST("setp.lt." S, T, a < b), TEST("setp.le." S, T, a <= b), TEST("setp.gt." S, T, a > b), \
       TEST("setp.ge." S, T, a >= b)
-// The least number by -1 overflows; division by 0 is not defined.
+// The least number divided by -1 overflows. Division by 0 is undefined.
 #define DIVISION(T, a, b, by_zero, overflow, result) \
   b == 0 ? by_zero : (T(-1) < T(0) && b == (T)-1) ? overflow : result
 #define INTEGERS(T, S)                                                                             \
@@ -69,7 +69,7 @@ static void nothing(Warp& w, const Instruction& I, u32 lanes) {}
   TWO("and." S, T, T, T, a & b), TWO("or." S, T, T, T, a | b), TWO("xor." S, T, T, T, a ^ b),            \
       ONE("not." S, T, T, ~a), ONE("mov." S, T, T, a), {"selp." S, select<T>}, EQUALITY(T, S),           \
       TWO("shl." S, T, T, u32, b >= sizeof(T) * 8 ? (T)0 : (T)(a << b)), RIGHT(T, S)
-// From a type S in a row of R: numbers of 8 bits are held in 16.
+// From a type S in a row of SR: a row of 16 bits holds numbers of 8 bits.
 #define CONVERSION(D, DR, DN, S, SR, SN) ONE("cvt." DN "." SN, DR, SR, (D)(S)a)
 #define CONVERSIONS(D, DR, DN)                                                                 \
   CONVERSION(D, DR, DN, u8, u16, "u8"), CONVERSION(D, DR, DN, s8, u16, "s8"),                  \
@@ -83,7 +83,7 @@ struct Operation {
   Execute execute;
 };
 static const Operation OPERATIONS[] = {
-    // Control: `step` in core.cpp knows the first three.
+    // Control: `step` in core.cpp relies on the order of the first three.
     {"bra", nothing}, {"ret", nothing}, {"bar.sync", nothing}, {"bar.warp.sync", synchronise_warp}, {"nop", nothing},
     // Integers
     INTEGERS(u16, "u16"), INTEGERS(s16, "s16"), INTEGERS(u32, "u32"), INTEGERS(s32, "s32"), INTEGERS(u64, "u64"),
@@ -109,7 +109,7 @@ static const Operation OPERATIONS[] = {
     // Predicates
     PREDICATE("and.pred", a & b), PREDICATE("or.pred", a | b), PREDICATE("xor.pred", a ^ b),
     PREDICATE("not.pred", ~a), PREDICATE("mov.pred", a),
-    // Floating point. Comparisons with NaN are false, but for those that end in u.
+    // Floating point. Comparisons with NaN are false, except those that end in u.
     FLOAT2("add.f32", a + b), FLOAT2("sub.f32", a - b), FLOAT2("mul.f32", a * b), FLOAT2("div.f32", a / b),
     FLOAT2("add.ftz.f32", flushed(flushed(a) + flushed(b))), FLOAT2("mul.ftz.f32", flushed(flushed(a) * flushed(b))),
     FLOAT2("min.f32", std::fmin(a, b)), FLOAT2("max.f32", std::fmax(a, b)),

@@ -1,7 +1,7 @@
 // Shared memory: loads, stores, matrices, and asynchronous copies into it.
 //
-// Warps run one after the other from barrier to barrier. An epoch ends at a barrier: what one warp wrote and another
-// reads in the same epoch races. Between the start of a copy and the wait for it the bytes hold NaN.
+// Warps run one after the other from barrier to barrier, and an epoch ends at a barrier. If one warp writes a byte and
+// another reads it in the same epoch, they race. Between the start of a copy and the wait for it, the bytes hold NaN.
 #pragma once
 #include "global_memory.h"
 
@@ -109,7 +109,7 @@ static void store_shared(Warp& w, const Instruction& I, u32 lanes) {
 
 // ---- asynchronous copies ----
 
-// Sources: to, from, and how many bytes there are to read, the rest zero. aux: bytes, offset of `from`.
+// Sources: to, from, and the number of bytes to read; the rest is zero. aux: bytes, offset of `from`.
 static void copy_async(Warp& w, const Instruction& I, u32 lanes) {
   Machine& M = *w.m;
   const u32 width = I.aux[0];

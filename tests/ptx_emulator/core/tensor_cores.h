@@ -1,12 +1,12 @@
-// Products of matrices as tensor cores sum them, and mma.sync.
+// Products of matrices, summed like tensor cores do, and mma.sync.
 #pragma once
 #include "shared_memory.h"
 
 enum Type { F16, BF16, TF32 };
 
-// `block` products and the accumulator are aligned to the largest exponent, cut off `kept` bits below it and added;
-// the sum is cut off to float32. A100's, which stand for every mma.sync architecture, were measured by Fasi et al.
-// (2021), H100's by MMA-Sim (arXiv 2511.10909).
+// `block` products and the accumulator are aligned to the largest exponent, truncated `kept` bits below it, and added.
+// The sum is truncated to float32. Fasi et al. (2021) measured the numbers for A100, which stand for every mma.sync
+// architecture; MMA-Sim (arXiv 2511.10909) those for H100.
 struct Sums {
   int block, kept;
 };
@@ -74,8 +74,8 @@ static void multiply(const float* A, const float* B, float* C, int K, int N, int
     }
 }
 
-// The registers of A (16 × K) that a lane has: rows of its group of four lanes and 8 below, pairs of columns (TF32:
-// single ones).
+// The registers of A (16 × K) that a lane has: the row of its group of four lanes and the row 8 below, pairs of columns
+// (TF32: single columns).
 template <int T, int K>
 static void unpack_left(Warp& w, const s32* rows, float* A) {
   const int count = T == TF32 ? K / 2 : K / 4;
@@ -91,7 +91,7 @@ static void unpack_left(Warp& w, const s32* rows, float* A) {
       }
     }
 }
-// The accumulators that a lane has, of 16 × N: register i of N / 2.
+// The index in the 16 × N accumulators of a lane's register i, of N / 2.
 static inline int accumulator(int l, int i, int N) { return (l / 4 + (i & 2 ? 8 : 0)) * N + i / 4 * 8 + l % 4 * 2 + i % 2; }
 
 template <int T, int K>

@@ -1,16 +1,16 @@
 // wgmma: asynchronous products of four warps (sm_90).
 //
-// Each warp computes its own 16 rows when it issues the instruction. Until the wait that retires it the accumulators
-// hold NaN (their values lie in shadow registers, where the next wgmma of the same shape finds them), and what it reads
-// of shared memory is marked. PTX says that the warpgroup reads the left operand, not which warp reads which rows: each
-// warp marks all 64. Data is read at issue: what a later write would do to the result is not computed, that there is one
+// Each warp computes its own 16 rows when it issues the instruction. Until the wait that retires the instruction, the
+// accumulators hold NaN, and the shared memory that it reads is marked. The values lie in shadow registers, where the
+// next wgmma of the same shape finds them. PTX says that the warpgroup reads the left operand, not which warp reads
+// which rows, so each warp marks all 64. Data is read at issue. A later write does not change the result here, but it
 // is a finding.
 #pragma once
 #include "tensor_cores.h"
 
 static inline Row& row_of(Warp& w, s32 offset) { return w.rows[offset / 64]; }
 
-// Another instruction touches registers that wgmmas have.
+// Called for an instruction that touches registers of a wgmma.
 static void watch(Warp& w, const Instruction& I) {
   const s32* list = w.m->job.extra + I.watch;
   const s32 reads = list[0], writes = list[1];
@@ -26,7 +26,7 @@ static void watch(Warp& w, const Instruction& I) {
   }
 }
 
-// All lanes take part, and all warps of the warpgroup alike, which is compared at the next barrier.
+// Checks that all lanes take part. The next barrier checks that all warps of the warpgroup did the same.
 static bool is_whole(Warp& w, u32 lanes, u64 what) {
   if (lanes != FULL || w.alive != FULL) {
     w.m->report(DIVERGENT_SYNC, w, 0, 0, lanes, 0, w.alive);
@@ -49,7 +49,7 @@ static void compare_warpgroups(Machine& M, u32 warps) {
 }
 
 static void fence_proxy(Warp& w, const Instruction& I, u32 lanes) {
-  if (lanes != w.alive) return;  // not by all lanes: as if there were none
+  if (lanes != w.alive) return;  // a fence counts only if all lanes execute it
   w.proxy_fences++;
   w.proxy_epoch = w.m->epoch;
 }
@@ -86,7 +86,7 @@ static void wait_for_wgmma(Warp& w, const Instruction& I, u32 lanes) {
 // ---- operands in shared memory ----
 
 struct Matrix {
-  u32 start, lead, stride, width;  // bytes; width: of the swizzle, 16 where there is none
+  u32 start, lead, stride, width;  // bytes; width: of the swizzle, 16 if there is none
   bool major;                      // M or N is contiguous, not K
 };
 
@@ -109,7 +109,7 @@ static bool read_descriptor(Warp& w, s32 row, bool major, Matrix* matrix) {
   if (d[0] & reserved) M.report(WGMMA_DESCRIPTOR, w, 0, 8, d[0], 0, 0);
   return true;
 }
-// The address of 16 bytes: of row i (of M or N) and piece j of K; where M or N is contiguous, of i in K and piece j of it.
+// The address of 16 bytes: row i (of M or N) and piece j of K. If M or N is contiguous, i counts K and j counts M or N.
 static inline u32 piece(const Matrix& m, u32 i, u32 j) {
   const u32 W = m.width, core = i / 8 * m.stride + i % 8 * W;
   if (W == 16) {
@@ -120,8 +120,8 @@ static inline u32 piece(const Matrix& m, u32 i, u32 j) {
   const u32 address = m.start + core + across;
   return address ^ (address >> 7 & (W / 16 - 1)) << 4;
 }
-// A read by the asynchronous proxy: what was written through the other needs a fence on the way, by the writer behind its
-// write, and before the barrier where it is another warp, or by the reader behind the barrier.
+// A read by the asynchronous proxy. Data written through the generic proxy needs a fence in between: by the writer after
+// its write (before the barrier, if the reader is another warp), or by the reader after the barrier.
 static void read_piece(Warp& w, u32 address, u8* to, Product& product) {
   Machine& M = *w.m;
   read_shared(w, address, 16, 0, to);
@@ -140,7 +140,7 @@ static void read_piece(Warp& w, u32 address, u8* to, Product& product) {
   if (store) M.report(WGMMA_PROXY, w, 0, 16, offset, 0, warp_of(M.cells[offset]));
   if (copy) M.report(WGMMA_PROXY_COPY, w, 0, 16, offset, 0, warp_of(M.cells[offset]));
 }
-// All of a matrix of `extent` rows (of M or N) by K: element (i, k) to out[i * row + k * column].
+// Reads a matrix of `extent` rows (of M or N) by K: element (i, k) goes to out[i * row + k * column].
 template <int T, int K>
 static void read_matrix(Warp& w, const Matrix& m, int extent, float* out, int row, int column, Product& product) {
   const int per = T == TF32 ? 4 : 8;  // elements of a piece
@@ -157,7 +157,7 @@ static void read_matrix(Warp& w, const Matrix& m, int extent, float* out, int ro
     }
 }
 
-// aux: where in `extra` its accumulators are, N, type, flags. Sources: A (a descriptor, or four registers), B's
+// aux: index of the accumulators in `extra`, N, type, flags. Sources: A (a descriptor, or four registers), B's
 // descriptor, scale-d.
 enum Flags { IN_REGISTERS = 1, NEGATIVE_A = 2, NEGATIVE_B = 4, TRANSPOSED_A = 8, TRANSPOSED_B = 16 };
 template <int T>
