@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.main import get_command
 
 from smoa_kernels.cli import info, main
@@ -82,6 +83,16 @@ def test_info(tmp_path, capsys):
     assert found["tuning tables"]
     assert found["versions"]["torch"].startswith("2.")
     assert found["versions"].keys() >= {"torch is built for", "GPU driver"}
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "words"),
+    [("13.0", None, "CUDA 13.0"), (None, "7.1", "ROCm 7.1"), (None, None, "the CPU only")],
+)
+def test_info_says_what_torch_is_built_for(cuda, hip, words, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert info._runtime() == words
 
 
 def test_info_shows_the_environment_but_no_secrets(tmp_path, monkeypatch):
