@@ -32,7 +32,7 @@ emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/p
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe main-job classify sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
+.PHONY: help finetune finetune-moe main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
         quality-smoke gpu gpu-smoke gpu-dry-run audit audit-oldest emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -71,9 +71,6 @@ finetune-moe: $(BIN)/.examples ## fine-tune the experts of a tiny mixture-of-exp
 main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, then write the README's table (15 min)
 	for method in lora hira smoa; do $(BIN)/python examples/finetune.py --method $$method || exit 1; done
 	$(BIN)/python -m benchmarks.report $(foreach method,lora hira smoa,runs/finetune-$(method)/summary.json)
-
-classify: $(BIN)/.examples ## fine-tune a classifier on all-MiniLM-L6-v2 with the Trainer (ARGS="--help")
-	$(BIN)/python examples/classify.py $(ARGS)
 
 # In place: the outputs that are committed are those of such a run. Why GOMP_SPINCOUNT: examples/finetune.py.
 notebook: $(BIN)/.dev ## run examples/quickstart.ipynb, LoRA beside SMoA, and write its outputs into it (3 to 4 min on two idle cores)

@@ -160,33 +160,47 @@ def check(case: ExpertsCase, layers: Mapping[str, nn.Module]) -> None:
     """
     for name, layer in layers.items():
         experts: Any = layer.get_submodule("experts") if hasattr(layer, "experts") else None
-        if not isinstance(
-            experts, (Experts, Qwen3MoeExperts)
-        ):  # not checked: LoRA's layers, of which one is PEFT's and one an ideal
-            continue
-        weights = list(experts.weights.values()) if isinstance(experts, Experts) else []
-        factors = [f for w in weights for f in (w.smoa_A["default"], w.smoa_B["default"])]
-        inputs, dy = case.inputs(), case.output_gradient()
-        y = layer(*inputs)
-        found = [y.detach(), *torch.autograd.grad(y, [inputs[0], *factors], dy)]
-        truth, same = (_defined(case, experts, factors, dtype) for dtype in (torch.float64, case.dtype))
-        names = ("y", "dX", *("dA" if i % 2 == 0 else "dB" for i in range(len(factors))))
-        for what, value, exact, plain in zip(names, found, truth, same, strict=True):
-            check_error(f"{case}: {what} of {name}", value, exact, plain)
+        # LoRA's layers are not checked: one is PEFT's, one an ideal.
+        if isinstance(experts, (Experts, Qwen3MoeExperts)):
+            x, index, routing = case.inputs()
+            given = x, index, routing.requires_grad_()
+            found = computed(experts, layer, *given, case.output_gradient())
+            truth, same = (
+                defined(experts, *given, case.output_gradient(), dtype)
+                for dtype in (torch.float64, case.dtype)
+            )
+            names = ("y", "dX", "routing", *("dA" if i % 2 == 0 else "dB" for i in range(len(found) - 3)))
+            for what, value, exact, plain in zip(names, found, truth, same, strict=True):
+                check_error(f"{case}: {what} of {name}", value, exact, plain)
 
 
-def _defined(case: ExpertsCase, experts: Any, factors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def computed(
+    experts: Any, layer: nn.Module, x: Tensor, index: Tensor, routing: Tensor, dy: Tensor
+) -> list[Tensor]:
+    """y, and the gradients of x, the routing weights and every factor, of experts inside a layer."""
+    weights = experts.weights.values() if isinstance(experts, Experts) else ()
+    factors = [f for w in weights for f in (w.smoa_A["default"], w.smoa_B["default"])]
+    y = layer(x, index, routing)
+    return [y.detach(), *torch.autograd.grad(y, [x, routing, *factors], dy)]
+
+
+def defined(
+    experts: Any, x: Tensor, index: Tensor, routing: Tensor, dy: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """The same by the definition in a dtype: transformers' loop over W_eff."""
     base = copy.deepcopy(getattr(experts, "base_layer", experts)).to(dtype)
     base.config._experts_implementation = "eager"
-    x, index, routing = case.inputs()
-    x = x.detach().to(dtype).requires_grad_()
-    leaves = [f.detach().to(dtype).requires_grad_() for f in factors]
+    leaves = [t.detach().to(dtype).requires_grad_() for t in (x, routing)]
     changed = {}
-    for i, (name, weight) in enumerate(experts.weights.items() if factors else ()):
+    for name, weight in experts.weights.items() if isinstance(experts, Experts) else ():
         adapter = weight.packed("default", weight.base_weight().to(dtype))
-        each = zip(adapter.experts(range(case.experts)), leaves[2 * i], leaves[2 * i + 1], strict=True)
-        s = float(adapter.scaling)
-        deltas = [reference_delta_weight(e.weight, A, B, e.partition, e.ranks, scaling=s) for e, A, B in each]
-        changed[name] = adapter.weight + torch.stack(deltas)
-    y = functional_call(base, changed, (x, index, routing.to(dtype)))
-    return [y.detach(), *torch.autograd.grad(y, [x, *leaves], case.output_gradient().to(dtype))]
+        A, B = (t.detach().to(dtype).requires_grad_() for t in (adapter.A, adapter.B))
+        layers, s = zip(adapter.experts(range(len(A))), A, B, strict=True), float(adapter.scaling)
+        deltas = [
+            reference_delta_weight(e.weight, a, b, e.partition, e.ranks, scaling=s) for e, a, b in layers
+        ]
+        total = adapter.weight + torch.stack(deltas)
+        changed[name] = total.transpose(1, 2) if weight.fan_in_fan_out else total
+        leaves += [A, B]
+    y = functional_call(base, changed, (leaves[0], index, leaves[1]))
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))]

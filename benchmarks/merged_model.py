@@ -128,11 +128,14 @@ def resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def merge(tool: str, most: str, base: Path, adapter: Path, out: Path) -> tuple[float, float, list[float]]:
+def merge(
+    tool: str, most: str | int, base: Path, adapter: Path, out: Path
+) -> tuple[float, float, list[float]]:
     """Merge in this process: GB that its resident set grew by, seconds of processor time, GB of each file."""
     torch.set_num_threads(1)
     with torch.device("meta"):  # imports the model's code
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before, began = resident("VmRSS"), time.process_time()
     if tool == "PEFT":
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))

@@ -1,6 +1,5 @@
 """The three adapters that are compared: their PEFT configurations, and how many parameters LoRA would train."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,9 +8,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from smoa_kernels.peft import SMoAConfig
-
-# A warning of PEFT 0.21 about a setting that PEFT itself reads; a user cannot change that.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 Method = Literal["smoa", "lora", "hira"]
 NAME: dict[Method, str] = {"smoa": "SMoA", "lora": "LoRA", "hira": "HiRA"}

@@ -12,7 +12,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the libraries are imported
 
 import re
 import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -35,9 +34,6 @@ from transformers import (
 )
 
 from smoa_kernels.peft import SMoAConfig
-
-# A warning of PEFT 0.21 about a setting that PEFT itself reads; a user cannot change that.
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 CLASSES = sorted(trec.CLASSES.values())
 TARGETS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -1,10 +1,14 @@
 """The command line of the examples: mistakes are one line, and a run never mixes with an earlier one's files."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import typer
+
+# transformers renamed an option; PEFT 0.21 and TRL still use the old name.
+warnings.filterwarnings("ignore", message=".*activation_checkpointing", category=FutureWarning)
 
 
 def run_command(command: Callable[..., None], arguments: list[str] | None = None) -> int:

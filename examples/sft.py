@@ -14,7 +14,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep early, for
 
 import random
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,9 +31,6 @@ from trl import SFTConfig, SFTTrainer
 from smoa_kernels.peft import SMoAConfig
 
 HELD_OUT = 50  # answers to judge the adapter by
-
-# transformers renamed an option; TRL still uses the old name.
-warnings.filterwarnings("ignore", message=".*activation_checkpointing", category=FutureWarning)
 
 
 def sft(

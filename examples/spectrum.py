@@ -14,6 +14,7 @@ docs/spectrum.md says how to read the figure.
 """
 
 import math
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ import typer
 from adapters import NAME
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from options import run_command
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -298,4 +300,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(run_command(main))

@@ -6,10 +6,11 @@ import datetime
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -83,3 +84,17 @@ def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
             connection.send((None, function(*args)))
         except BaseException:
             connection.send((traceback.format_exc(), None))
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Processes]:
+    group = Processes(2)
+    yield group
+    group.stop()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Processes]:
+    group = Processes(4)
+    yield group
+    group.stop()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,7 @@ import torch
 import typer
 from torch import nn
 
-from benchmarks import machine
-from benchmarks.compare import main as compare
+from benchmarks.compare import LEAST, changes
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.goals import GOALS
 from benchmarks.memory import allocated, footprint
@@ -36,7 +34,7 @@ from benchmarks.providers import (
 )
 from benchmarks.readme import README, RESULTS, section, with_section
 from benchmarks.report import main, page
-from benchmarks.results import Result, Run, compact, read_all
+from benchmarks.results import compact, read_all
 from benchmarks.test_layer import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check
@@ -165,27 +163,6 @@ def test_allocations_are_counted_to_the_byte() -> None:
 
 # Pages and comparisons
 
-LAYER = {"tokens": 2048, "out_features": 2048, "in_features": 2048, "num_blocks": 4, "rank": 16}
-TITLE = "layer: T=2048 2048x2048 K=4 r=16 float32"
-
-
-def layer(frozen: tuple[float, ...] = (1.0, 1.01, 0.99), **ratios: list[float] | float) -> Result:
-    """A layer with LoRA at 1.1 of frozen, and SMoA at 1.3 or at each round's ratio."""
-    ways = {"frozen": 1.0, "PEFT LoRA": 1.1, "SMoA": 1.3, **ratios}
-    seconds = {
-        name: [(r[i] if isinstance(r, list) else r) * s for i, s in enumerate(frozen)]
-        for name, r in ways.items()
-    }
-    phases = dict.fromkeys(("forward", "backward", "both"), seconds)
-    params = LAYER | {"dtype": "float32", "dropout": 0.0}
-    return Result("layer", TITLE, params, "frozen", [1.0, 1.0], phases)
-
-
-def make_run(*results: Result, smoke: bool = False) -> Run:
-    known = {"device": "AMD EPYC", "measured_on": "CPU", "cpu": "AMD EPYC", "cores": 2, "threads": 1}
-    known |= {"smoke": smoke, "system": "Linux", "python": "3.11", "versions": {"torch": "2.13.0"}}
-    return Run(known, "abcdef0123", "2026-01-02", results)
-
 
 def test_readme_and_results_agree_with_the_kept_runs() -> None:
     runs = read_all(RESULTS)
@@ -195,23 +172,12 @@ def test_readme_and_results_agree_with_the_kept_runs() -> None:
     assert not [goal.text for goal in GOALS if not any(goal.measure(run) for run in runs)]
 
 
-def test_a_goal_is_met_or_missed_by_how_much() -> None:
-    over_frozen, over_lora = GOALS[0], next(g for g in GOALS if g.text.startswith("over PEFT LoRA"))
-    assert over_frozen.verdict(make_run(layer())) == "missed by 0.10 (8%): forward 1.30, backward 1.30"
-    assert over_frozen.verdict(make_run(layer(SMoA=1.2))) == "met"
-    assert over_frozen.verdict(make_run()) == "not measured"
-    assert over_frozen.verdict(make_run(layer((1.0, 2.0, 3.0)))) == "noisy, not judged"
-    assert over_frozen.verdict(make_run(layer((1.0,)))) == "one round, not judged"
-    found = over_lora.measure(make_run(layer()))
-    assert found is not None
-    assert found[0].median == pytest.approx(1.3 / 1.1)  # ratios of pairs in the same rounds
-
-
 def test_what_is_no_measurement_is_not_kept(tmp_path: Path) -> None:
     """A smoke run, another tool's file, an interrupted job, and one with options of its own."""
+    run = read_all(RESULTS)[0]
     job = json.loads((RESULTS / "main-job" / "smoa.json").read_text(encoding="utf-8"))["summary"]
     for text, words in (
-        (compact(make_run(smoke=True)), "a --smoke run measures nothing"),
+        (compact(replace(run, machine={**run.machine, "smoke": True})), "a --smoke run measures nothing"),
         ('{"benchmarks": []}', "is not a run of this benchmark suite"),
         (json.dumps(job | {"status": "interrupted"}), "its status is 'interrupted'"),
         (json.dumps(job | {"options": job["options"] | {"lr": 0.1}}), "not run as `make finetune` runs it"),
@@ -221,41 +187,19 @@ def test_what_is_no_measurement_is_not_kept(tmp_path: Path) -> None:
             main([tmp_path / "run.json"])
 
 
-def test_a_commit_says_whether_code_was_not_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Larger results do not count as a change of code."""
-    code, results = tmp_path / "benchmarks" / "code.py", tmp_path / "benchmarks" / "results" / "runs.jsonl"
-    results.parent.mkdir(parents=True)
-    for path in (code, results):
-        path.write_text("1\n")
-    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -q -m c"):
-        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
-    monkeypatch.setattr(machine, "__file__", str(code))
-    commit = machine.commit()
-    results.write_text("2\n")
-    assert machine.commit() == commit
-    code.write_text("2\n")
-    assert machine.commit() == commit + machine.EDITED
-
-
 @pytest.mark.parametrize(
-    ("new", "frozen", "said"),
+    ("new", "changed", "doubtful"),
     [
-        ([1.05, 1.06, 1.07], (3.0, 3.01, 2.99), "0 slower, 0 faster"),  # no overlap, but only 4 %
-        ([0.90, 1.12, 1.14], (3.0, 3.01, 2.99), "0 slower, 0 faster"),  # 10 %, but the ranges overlap
-        ([1.11, 1.12, 1.13], (3.0, 3.01, 2.99), "3 slower, 0 faster"),
-        ([0.90, 0.91, 0.92], (1.0, 2.0, 3.0), "0 slower, 0 faster"),  # in doubt
+        (Figure(1.05, 1.06, 1.07), 0, 0),  # no overlap, but only 4 %
+        (Figure(0.90, 1.12, 1.14), 0, 0),  # 10 %, but the ranges overlap
+        (Figure(1.11, 1.12, 1.13), 1, 0),
+        (Figure(0.90, 0.91, 0.92), 1, 0),
+        (Figure(0.90, 0.91, 0.92, "noisy"), 0, 1),
     ],
 )
 def test_a_ratio_changed_where_ranges_are_apart_and_medians_more_than_five_percent(
-    new: list[float], frozen: tuple[float, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    new: Figure, changed: int, doubtful: int
 ) -> None:
-    before = replace(layer(SMoA=[1.00, 1.02, 1.04]), bytes={"SMoA": {"saved": 1000, "peak": 1000}})
-    after = replace(layer(frozen, SMoA=new), bytes={"SMoA": {"saved": 1010, "peak": 1011}})
-    for name, result in (("old", before), ("new", after)):
-        (tmp_path / f"{name}.json").write_text(compact(make_run(result)))
-    compare(tmp_path / "old.json", tmp_path / "new.json")
-    found = capsys.readouterr().out
-    assert f"Changed: {said}, 1 sizes." in found  # forward, backward and both
-    assert f"| {TITLE} | peak | SMoA |" in found
+    name = ("layer", "both", SMOA)
+    found, same, in_doubt = changes({name: Figure(1.00, 1.02, 1.04)}, {name: new}, LEAST)
+    assert (len(found), same, in_doubt) == (changed, 1 - changed - doubtful, doubtful)

@@ -6,18 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from places import ctrl_c  # noqa: F401
 
 from benchmarks.bringup import __main__ as bringup
 from benchmarks.bringup import stages
-from benchmarks.bringup.cases import SQUARE, headline_cases, operator_cases
-from benchmarks.bringup.page import page
-from benchmarks.bringup.state import path_of, with_finding, with_results
-from benchmarks.providers import FROZEN, HIRA, LORA, PAPER, Case
-from benchmarks.report import page as report_page
-from benchmarks.results import Result, Run, compact, read
-from smoa_kernels.kernels.launch import short_way
+from benchmarks.bringup.cases import headline_cases, operator_cases
+from benchmarks.providers import FROZEN, LORA, Case
+from benchmarks.results import Result, Run, read
 
 pytestmark = pytest.mark.slow
 
@@ -112,22 +107,6 @@ def test_however_a_stages_process_ends(
     assert log.read_text() == f"an earlier stage's words\n{output}"
 
 
-def test_what_pytest_says_is_read(tmp_path: Path) -> None:
-    """The text is from a real run; a new version of pytest may word it differently."""
-    (tmp_path / "test_a.py").write_text(
-        "import pytest\ndef test_one(): pass\ndef test_two(): assert 1 == 2\n"
-        "@pytest.mark.skip(reason='no GPU')\ndef test_three(): pass\n"
-    )
-    command = bringup._command("tests", tmp_path, 60.0, smoke=True)[:-1]
-    _, output = bringup.run_stage(
-        [*command, str(tmp_path), "-p", "no:cacheprovider"], tmp_path / "log", 100.0
-    )
-    finding = bringup.pytest_finding(output)
-    assert finding["counts"] == {"failed": 1, "passed": 1, "skipped": 1}
-    assert [line.endswith("::test_two - assert 1 == 2") for line in finding["failed"]] == [True]
-    assert [line.endswith(": no GPU") for line in finding["skipped"]] == [True]
-
-
 # Comparisons
 
 
@@ -167,50 +146,3 @@ def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.Mo
     compare()  # nothing is left to do
     assert asked == [first, second, first, second]
     assert saved[-1].findings["headline"] == {}
-
-
-def test_both_launchers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(short_way, "obstacle", "")
-    build = stages.smoa("split", "triton", "random")
-
-    def fails(case: Case) -> torch.nn.Module:
-        """A layer in whose first pass our launcher fails."""
-        layer = build(case)
-        failed = short_way.obstacle or "TypeError: no"
-        layer.register_forward_hook(lambda *_: setattr(short_way, "obstacle", failed))
-        return layer
-
-    monkeypatch.setattr(stages, "smoa", lambda *_: fails)
-    found = stages.compare_launchers(*operator_cases(True)[1])
-    assert short_way.obstacle == "TypeError: no"
-    text = page(with_finding(NOTHING, "launchers", found))
-    assert "gives the same bits, and takes the host" in text
-    assert "Ours is not used: TypeError: no." in text
-
-
-def test_a_provider_that_crashes_is_named_and_the_others_are_compared(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def broken(case: Case) -> torch.nn.Module:
-        raise RuntimeError("out of memory\nmore")
-
-    monkeypatch.setattr(stages, "providers", lambda case: {FROZEN: stages.frozen, LORA: broken})
-    stages._gated.cache_clear()
-    (timed, memory), failed = stages._compare_one(headline_cases(True)[0], smoke=True)
-    stages._gated.cache_clear()
-    assert failed == {LORA: "RuntimeError: out of memory"}
-    assert set(timed.seconds["both"]) == set(memory.bytes) == {FROZEN}
-
-
-def test_the_file_is_a_run_of_the_suite_and_the_page_shows_predictions_beside_it(tmp_path: Path) -> None:
-    seconds = {FROZEN: 1.0, LORA: 1.4, HIRA: 2.8, PAPER: 2.8, "SMoA merged": 1.3, "SMoA split": 1.75}
-    run = with_results(NOTHING, layer(SQUARE, **seconds))
-    path = path_of(tmp_path, run)
-    assert path.name == "bringup-gpu-nvidia-h100-80gb-hbm3.json"
-    path.write_text(compact(run))
-    again = read(path)
-    assert "measured on GPU NVIDIA H100 80GB HBM3" in report_page([again])
-    assert len(with_results(again, *run.results).results) == 1
-    (row,) = (line for line in page(again).splitlines() if line.startswith("| T=8192") and "(1.54)" in line)
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:] == ["1.00 (1.00)", "1.40 (1.50)", "2.80 (2.83)", "1.30 (1.33)", "1.75 (1.54)"]

@@ -38,7 +38,7 @@ from problems import (
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
-from torch_calls import Calls
+from torch_calls import Calls, saved_tensors
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import padding_masks
@@ -330,15 +330,8 @@ def test_saves_x_the_factors_and_frozen_tensors_only(case: Case) -> None:
     p = replace(p, scaling=torch.tensor(0.7, dtype=torch.float64))
     known = [p.x, p.A, p.B, p.weight, p.ranks, p.scaling, *p.partition.tensors()]
     known += [value for value in options.values() if isinstance(value, Tensor)]
-    saved: list[Tensor] = []
-
-    def keep(t: Tensor) -> Tensor:
-        saved.append(t)
-        return t
-
     for wanted in (LEAVES, ("x",)):
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        with saved_tensors() as saved:
             p.leaves(*wanted).forward(**options)
         found = {t.data_ptr() for t in saved}
         assert found <= {t.data_ptr() for t in known}

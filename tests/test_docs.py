@@ -13,7 +13,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -32,8 +32,6 @@ COMMAND = re.compile(r"(?:^ {4}|`)((?:make|smoa-kernels) [^`\n#]*)", re.MULTILIN
 SCRIPT = re.compile(
     r"(?:python|-per-node 2|launch --multi_gpu --num_processes 2) (?:-m )?([\w/.]+)((?: [^`\n#]*)?)"
 )
-# Characters of a line of code that the site shows on a window of 1280 pixels.
-WIDEST_CODE = 88
 # The one rule for K and the order of blocks: the same words wherever it is given.
 RULE = (
     "spectral blocks, K=2, r=8. If speed or memory matters more, take contiguous blocks, K=4, r=32",
@@ -170,14 +168,6 @@ def test_scripts_exist(page: Path) -> None:
         source = "".join(file.read_text(encoding="utf-8") for file in files)
         for option in re.findall(r"--([a-z][\w-]*)", options):
             assert re.search(rf"\b{re.sub('-', '[-_]', option)}\b", source), f"{script} --{option}"
-
-
-@every_page
-def test_code_fits_the_site(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for fenced, indented in re.findall(r"^```\w*\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n)+)", text, re.M | re.S):
-        for line in fenced.splitlines() + [line[4:] for line in indented.splitlines()]:
-            assert len(line) <= WIDEST_CODE, line
 
 
 @pytest.mark.parametrize("page", RULE[1])
@@ -398,45 +388,13 @@ def hooks() -> Any:
     return module
 
 
-@pytest.mark.parametrize(
-    ("page", "link", "leads_to"),
-    [
-        ("choosing.md", "definition.md#other-orders", "definition.md#other-orders"),
-        ("choosing.md", "../benchmarks/results/README.md#goals", "results/benchmarks.md#goals"),
-        ("choosing.md", "../benchmarks/results/quality-alpha.svg", "pictures/quality-alpha.svg"),
-        ("results/benchmarks.md", "../../docs/cpu.md", "../cpu.md"),
-        ("overview.md", "smoa_kernels/operator.py", "source/smoa_kernels/operator.py.md"),
-        ("quickstart.md", "../docs/choosing.md", "choosing.md"),
-        ("tour.md", "https://arxiv.org/abs/2605.21147", "https://arxiv.org/abs/2605.21147"),
-        ("tour.md", "#before-the-first-step", "#before-the-first-step"),
-        ("tour.md", "../no_such_file.py", "../no_such_file.py"),  # MkDocs warns of it
-    ],
-)
-def test_links_lead_to_where_files_stand_on_the_site(hooks: Any, page: str, link: str, leads_to: str) -> None:
-    found = SimpleNamespace(file=SimpleNamespace(src_uri=page))
-    text = hooks.on_page_markdown(f"see [it]({link}).", found).partition("\n")[0]
-    assert text == f"see [it]({leads_to})."
-
-
 def test_the_notebook_is_a_page_with_its_pictures(hooks: Any) -> None:
     text = hooks._notebook(NOTEBOOK.read_text(encoding="utf-8"))
     assert len(re.findall(r"!\[\w[^\]]+\]\(data:image/png;base64,[^)\s]+\)\n", text)) == 2
     assert all(part in text for part in ("\n```python\n", "\n```text\n", "\n| SMoA | 829,440 |"))
 
 
-def test_every_public_name_is_in_the_reference_with_a_docstring(
-    hooks: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = hooks._python()
+def test_every_public_name_is_in_the_reference(hooks: Any) -> None:
+    text = hooks._python()  # fails, as `make docs` does, where a name has no docstring
     for module in hooks.MODULES:
         assert all(f"::: {module}.{name}\n" in text for name in importlib.import_module(module).__all__)
-    read = hooks.griffe.load
-
-    def undocumented(*args: Any, **options: Any) -> Any:
-        package = read(*args, **options)
-        package["layers"].members["FusedSMoALinear"].members["unmerge"].docstring = None
-        return package
-
-    monkeypatch.setattr(hooks.griffe, "load", undocumented)
-    with pytest.raises(Exception, match=r"without a docstring: smoa_kernels\.\S*FusedSMoALinear\.unmerge$"):
-        hooks._python()

@@ -12,7 +12,7 @@ import torch
 from expert_problems import make_blocks, make_problem
 from problems import DTYPES, obstacle, on_threads
 from torch import Tensor
-from torch_calls import Largest
+from torch_calls import Largest, saved_tensors
 
 from smoa_kernels.backends.native import backend as native
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
@@ -177,11 +177,7 @@ def test_nothing_as_large_as_the_weight_is_made_or_saved(
     p = make_problem(pairs=pairs, rows=64, cols=48, blocks=blocks, dtype=dtype)
     adapter = p.adapter
     x, A, B = (t.clone().requires_grad_() for t in (p.x, adapter.A, adapter.B))
-    saved: list[Tensor] = []
-    with (
-        Largest(adapter.weight.untyped_storage().data_ptr()) as largest,
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
-    ):
+    with Largest(adapter.weight.untyped_storage().data_ptr()) as largest, saved_tensors() as saved:
         y = experts_linear(x, p.ends, replace(adapter, A=A, B=B), backend)
         torch.autograd.grad(y, (x, A, B), p.dy)
     # At most as much as W_eff of three of the eight experts.

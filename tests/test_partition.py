@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import DEVICE
+from problems import DEVICE, on_threads
 from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition
@@ -95,10 +95,8 @@ def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with on_threads(2):
+        yield
 
 
 def in_a_new_thread() -> int:

@@ -7,30 +7,25 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import minilm
 import pytest
 import smollm2
 import torch
-from questions import Encoder, Question, Splits, same_text
+from questions import Encoder, Question, same_text
 from torch import nn
 from training import next_token_scores
-from transformers.modeling_outputs import BaseModelOutput
 
 from benchmarks import quality_moe
 from benchmarks.quality import data, store
 from benchmarks.quality.__main__ import RECORDS
 from benchmarks.quality.analysis import Study, differences, mean_of, t_quantile
 from benchmarks.quality.data import Choice
-from benchmarks.quality.methods import ALL, BY_NAME, LADDER, LEARNING_RATES, shuffled
+from benchmarks.quality.methods import BY_NAME, LADDER, shuffled
 from benchmarks.quality.models import (
     ChoiceModel,
     ChoiceUpper,
-    CutModel,
-    Upper,
     answer_tokens,
     cut_minilm,
     cut_smollm2,
@@ -38,8 +33,9 @@ from benchmarks.quality.models import (
     vocabulary,
 )
 from benchmarks.quality.report import EQUALS, LORA, page
-from benchmarks.quality.study import Slice, best_rate, rate_beyond, train_and_judge
-from benchmarks.quality.tasks import TASKS, Task
+from benchmarks.quality.study import best_rate, rate_beyond
+from benchmarks.quality.tasks import TASKS
+from benchmarks.readme import with_section
 from smoa_kernels import BlockPartition
 
 pytestmark = pytest.mark.slow
@@ -50,6 +46,12 @@ pytestmark = pytest.mark.slow
 def test_the_results_page_agrees_with_the_records() -> None:
     written = (RECORDS.parent / "quality.md").read_text("utf-8")
     assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"
+
+
+def test_the_table_of_experts_is_what_its_records_say() -> None:
+    written = quality_moe.PAGE.read_text("utf-8")
+    table = quality_moe.page(store.read(quality_moe.RECORDS))
+    assert written == with_section(written, table, quality_moe.START), "run `make quality-moe`"
 
 
 def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:
@@ -182,93 +184,9 @@ def test_answers_in_one_row_score_as_they_do_alone() -> None:
     assert batch.labels.tolist() == [1, 1]
 
 
-# Runs, on a tiny model
-
-
-class Tiny(nn.Module):
-    """In place of a whole model: embeddings, or two linear layers over their output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.words, self.first, self.second = nn.Embedding(128, 16), nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, input_ids: Any = None, inputs_embeds: Any = None, **_: Any) -> Any:
-        if input_ids is not None:
-            return BaseModelOutput(self.words(input_ids))
-        return BaseModelOutput(self.second(torch.relu(self.first(inputs_embeds))))
-
-
-COLOURS = [
-    Question(f"what colour is {thing} number {i}", colour)
-    for i in range(8)
-    for thing, colour in (("grass", "green"), ("sky", "blue"), ("snow", "white"))
-]
-SPLITS = Splits(COLOURS[:12], COLOURS[12:18], COLOURS[18:])
-
-
-def tiny(classes: Any, layers: int = 2) -> CutModel:
-    torch.manual_seed(0)
-    upper, targets = Upper(Tiny(), nn.Linear(16, len(classes)), causal=False), {ALL: r".*\.(first|second)"}
-    return CutModel(Tiny(), upper, letters, classes, targets, new_head=True)  # type: ignore[arg-type]
-
-
-TINY = replace(TASKS["trec50"], read=lambda: COLOURS, cut=tiny, steps=4, batch_size=4)
-
-
 def test_random_blocks_keep_their_sizes() -> None:
     spectral = BlockPartition.from_weight(torch.randn(37, 20), 3)
     random, again, other = (shuffled(spectral, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert random == again
     assert random not in (spectral, other)
     assert (random.row_sizes, random.col_sizes) == (spectral.row_sizes, spectral.col_sizes)
-
-
-@pytest.mark.parametrize("name", ["none", "LoRA", "HiRA", "random K=4, r=32"])
-def test_each_method_trains_its_own_parameters_only(name: str) -> None:
-    cut, method = tiny(["blue", "green", "white"]), BY_NAME[name]
-    before = {name: value.clone() for name, value in cut.upper.state_dict().items()}
-    result = train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test)
-    after = cut.upper.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert result["parameters"] == 2 * (16 + 24) * method.r // method.num_blocks
-    assert result["steps_done"] == 4
-    assert (result["rank"] > 0) == (method.kind != "none")
-    again = train_and_judge(cut, method, TINY, 5e-2, 0, SPLITS.train, SPLITS.test)
-    assert result == again | {name: result[name] for name in ("seconds", "step_seconds")}
-
-
-def test_runs_that_are_there_are_skipped_unless_their_settings_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, told = tmp_path / "runs.jsonl", []
-
-    def go(seeds: int = 1, task: Task = TINY, splits: Splits = SPLITS, **fields: Any) -> int:
-        method = replace(BY_NAME["LoRA"], **fields)
-        monkeypatch.setitem(BY_NAME, "LoRA", method)
-        part = Slice(task, path, told.append, splits, LEARNING_RATES[:2], further=False)
-        part.run(seeds, [method])
-        return len(told)
-
-    assert (go(), go()) == (3, 3)
-    with path.open("a") as file:
-        file.write('{"task": "trec50", "meth')  # a crash leaves half a line
-    assert go(seeds=2) == len(store.read(path)) == 4
-    assert (go(r=2), go(r=8)) == (7, 7)
-    assert go(splits=SPLITS._replace(train=SPLITS.train[1:])) == 10
-    assert go(task=replace(TINY, head_lr=0.5)) == 13
-    with pytest.raises(ValueError, match="a report is of one setting"):
-        store.check_one_setting(store.read(path))
-
-
-def test_a_slice_on_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps per run; the table has every method, and finished runs are not repeated."""
-    written, records = tmp_path / "experts.md", tmp_path / "runs.jsonl"
-    written.write_text(f"before\n{quality_moe.START}\n<!-- :written -->\nafter\n")
-    settings = {"RECORDS": records, "PAGE": written, "STEPS": 2, "SEEDS": 2, "LADDER": quality_moe.FIRST}
-    for name, value in settings.items():
-        monkeypatch.setattr(quality_moe, name, value)
-    quality_moe.main()
-    runs = records.read_text()
-    assert all(f"| {name} |" in written.read_text() for name in quality_moe.METHODS)
-    quality_moe.main()
-    assert records.read_text() == runs

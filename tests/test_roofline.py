@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from smoa_kernels.backends import algorithms
 from smoa_kernels.backends.algorithms import admissible, choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, WAYS, Part, Problem, estimate, parts
+from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, Part, Problem, estimate, parts
 
 H100 = GPUS["h100"]
 DIRECTIONS = ("forward", "input_gradient")
@@ -69,18 +68,6 @@ def test_the_page_shows_the_predictions() -> None:
         assert cells.split(" | ") == [f" {found[0]}", *found[1:-1], f"{found[-1]} "]
 
 
-def test_flop_floors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without memory traffic, and with one part: 1 + 1/(2K) merged, 1 + 1/K split."""
-    monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 1 << 20)
-    infinite = replace(H100, memory_tbps=1e9)
-    for blocks in (1, 2, 4, 8):
-        p = replace(SQUARE, tokens=1 << 20, num_blocks=blocks)
-        frozen = device(p, "frozen", infinite)
-        assert device(p, "merged", infinite) / frozen == pytest.approx(1 + 1 / (2 * blocks), rel=1e-3)
-        assert device(p, "split", infinite) / frozen == pytest.approx(1 + 1 / blocks, rel=1e-3)
-        assert device(p, "hira", infinite) / frozen == pytest.approx(2.5, rel=1e-3)
-
-
 def test_launches() -> None:
     """The launches that a profiler counts at T=256."""
     p, q = (replace(found, tokens=256) for found in (SQUARE, CONTIGUOUS))
@@ -100,20 +87,6 @@ def test_a_pass_takes_the_longer_of_host_and_device() -> None:
     assert few.seconds() == few.host_seconds() == pytest.approx(12 * LAUNCH_SECONDS)
     assert many.seconds() == pytest.approx(many.device_seconds())
     assert many.device_seconds() > many.host_seconds()
-
-
-def test_bytes_counted_by_hand() -> None:
-    """T=8, N=6, C=4, K=1, r=2 in float32, each pass written out."""
-    p = Problem(8, 6, 4, 1, 2, "fp32")
-    size, x, y, w = 4, 8 * 4, 8 * 6, 6 * 4
-    assert part(p, "frozen", "base GEMM").bytes == size * (x + w + y)
-    assert part(p, "merged", "build W_eff").bytes == size * (2 * w + 2 * (6 + 4))
-    assert part(p, "lora", "h = x·Aᵀ").bytes == size * (x + 2 * 4 + 8 * 2)
-    assert part(p, "lora", "add to dX", "backward").bytes == size * 3 * x
-    assert part(p, "hira", "W0 ∘ BA").bytes == size * 3 * w
-    assert part(p, "split", "y, read to accumulate").bytes == size * y
-    # A gather reads x and writes the padded layout: one block of 4 columns padded to 64.
-    assert part(p, "split", "gather x").bytes == size * (x + 8 * 64)
 
 
 def test_bytes_in_place_by_hand() -> None:
@@ -146,17 +119,6 @@ def test_operands_read_in_place(change: dict[str, int], in_place: bool) -> None:
     assert p.in_place == in_place
     for way in ("merged", "split"):
         assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
-
-
-def test_cost_grows_with_tokens_and_rank() -> None:
-    for way in WAYS:
-        costs = [device(replace(SQUARE, tokens=t), way) for t in (0, 1, 64, 1024, 8192)]
-        assert costs == sorted(costs)
-        assert costs[0] < costs[-1]
-        low, high = (sum(p.bytes for p in parts(replace(SQUARE, rank=r), way)) for r in (16, 64))
-        assert low < high or way == "frozen"
-    none, one = (part(replace(SQUARE, rank=r), "fused", "fused linear") for r in (0, 4))
-    assert none.flops == one.flops  # rank 0 saves the adapter's products, not the layer's
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])

@@ -1,5 +1,7 @@
-"""Records the calls of torch's operators, and the largest tensor that they make."""
+"""Records the calls of torch's operators, the largest tensor that they make, and what is saved for backward."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,3 +41,16 @@ class Largest(TorchDispatchMode):
                 if storage.data_ptr() not in self.known_places:
                     self.elements = max(self.elements, storage.nbytes() // tensor.element_size())
         return result
+
+
+@contextmanager
+def saved_tensors() -> Iterator[list[torch.Tensor]]:
+    """Lists the tensors that the body saves for backward."""
+    found: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield found

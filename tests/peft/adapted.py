@@ -1,6 +1,7 @@
 """Helpers of the tuner's tests: models with random adapters, their layers and outputs, edits of saved folders."""
 
 import json
+from contextlib import contextmanager
 
 import torch
 from peft import get_peft_model
@@ -55,10 +56,22 @@ def nudge(model, scale=0.3):
                 B.copy_(drawn * scale * mask)
 
 
-def snapshot(model):
-    names = [(name, type(module)) for name, module in model.named_modules()]
-    names += [(name, p.requires_grad) for name, p in model.named_parameters()]
-    return names, {key: value.clone() for key, value in model.state_dict().items()}
+@contextmanager
+def unchanged(model):
+    """The body changes no module, parameter, buffer or configuration of a model."""
+
+    def now():
+        found = [(name, type(module)) for name, module in model.named_modules()]
+        found += [(name, p.requires_grad) for name, p in model.named_parameters()]
+        found += [(name, held.to_dict()) for name, held in getattr(model, "peft_config", {}).items()]
+        return found, {key: value.clone() for key, value in model.state_dict().items()}
+
+    before, state = now()
+    yield
+    after, values = now()
+    assert after == before
+    assert values.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in values.items())
 
 
 def contents(folder):

@@ -7,16 +7,12 @@ from adapted_experts import assert_within_budget
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from tiny_experts import BOTH, KINDS, adapt, config, tiny_experts, weights
+from torch_calls import saved_tensors
 
 from smoa_kernels.definition.reference import reference_delta_weight
 from smoa_kernels.peft import Experts, SMoAConfig
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(1))
 
 
 # Comparison with the class's own forward
@@ -47,8 +43,7 @@ def test_the_sorted_x_is_the_only_wide_tensor_kept_for_backward():
     experts = next(module for module in model.modules() if isinstance(module, Experts))
     x = torch.randn(7, 32, requires_grad=True)
     index = torch.stack([torch.randperm(6)[:2] for _ in range(7)])
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with saved_tensors() as kept:
         experts(x, index, torch.rand(7, 2))
     wide = {t.data_ptr(): t for t in kept if t.shape == (14, 32)}
     assert len(wide) == 1

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import torch
 from adapted import close, logits
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -12,11 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.cli import main
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(3, 64, (3, 7), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture

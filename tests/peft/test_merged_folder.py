@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from merge_models import loaded, smoa, trained
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_llama
 
+from benchmarks.merged_model import merge
 from smoa_kernels.cli import main
 from smoa_kernels.peft import merge_to_folder, merged_weights
 
@@ -181,22 +184,6 @@ def test_files_beside_the_weights(folders, tmp_path, capsys):
     assert len(modes) == 1  # safetensors creates files that only their owner can read
 
 
-MEASURED = """
-import re, sys
-from pathlib import Path
-import torch
-from smoa_kernels.peft import merge_to_folder
-def resident(field):
-    return 1024 * int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-base, adapter, out, size = sys.argv[1:]
-torch.set_num_threads(1)
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-before = resident("VmRSS")
-merge_to_folder(base, adapter, out, max_shard_size=int(size))
-print(resident("VmHWM") - before)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
@@ -208,15 +195,13 @@ def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
     trained(
         model, smoa(target_modules=["up_proj", "down_proj"], block_order="contiguous"), tmp_path / "adapter"
     )
-    arguments = [tmp_path / "base", tmp_path / "adapter", tmp_path / "out", 8 * layer]
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *map(str, arguments)], check=True, capture_output=True, text=True
-    )
-    shards = len(list((tmp_path / "out").glob("*.safetensors")))
-    assert shards >= 8
+    places = (tmp_path / name for name in ("base", "adapter", "out"))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        grown, _, files = fresh.submit(merge, "merge_to_folder", 8 * layer, *places).result()
+    assert len(files) >= 8
     # Per layer: W0 as stored, W0 and W_eff in float32, W_eff rounded, and the product for the sketch.
-    print("peak over a shard:", int(done.stdout) / (8 * layer))
-    assert int(done.stdout) < 8 * layer + 10 * layer + 48 * 2**20
+    print("peak over a shard:", grown * 1e9 / (8 * layer))
+    assert grown * 1e9 < 8 * layer + 10 * layer + 48 * 2**20
 
 
 def test_places_that_cannot_be_renamed_to_are_refused_before_the_work(folders, tmp_path, monkeypatch):

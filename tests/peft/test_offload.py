@@ -7,17 +7,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from adapted import layer_list
-from peft import PeftModel, get_peft_model
+from adapted import adapt, layer_list
+from peft import PeftModel
 from tiny_models import tiny_gpt2, tiny_llama
-
-from smoa_kernels.peft import SMoAConfig
-
-
-def adapt(model, conv1d=False):
-    torch.manual_seed(0)
-    config = SMoAConfig(r=4, target_modules="all-linear", init_weights=False, fan_in_fan_out=conv1d)
-    return get_peft_model(model, config).eval()
 
 
 @pytest.fixture(params=["cpu", "disk"])
@@ -118,8 +110,7 @@ def zero3(monkeypatch):
 
 @pytest.mark.parametrize("make_base", [tiny_llama, tiny_gpt2])
 def test_injection_gathers_a_partitioned_weight(zero3, make_base, tmp_path):
-    settings = {"conv1d": make_base is tiny_gpt2}
-    plain, partitioned = adapt(make_base(), **settings), adapt(zero3(make_base()), **settings)
+    plain, partitioned = adapt(make_base()), adapt(zero3(make_base()))
     for ours, theirs in zip(layer_list(partitioned), layer_list(plain), strict=True):
         assert ours.base_layer.weight.numel() == 0
         assert torch.equal(ours.smoa_blocks["default"], theirs.smoa_blocks["default"])

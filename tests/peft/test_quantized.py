@@ -9,7 +9,7 @@ from peft.utils.quantization_utils import Bnb8bitBackend
 from quantized_bases import EACH, KINDS, SLOW, adapt, float8, float8_layer, four_bits, load, torchao
 from test_faults import FailingAt, count
 from torch import nn
-from torch_calls import Largest
+from torch_calls import Largest, saved_tensors
 from transformers import AutoModelForCausalLM, TorchAoConfig
 from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 
@@ -61,12 +61,12 @@ def test_the_weights_values_are_not_kept_for_backward(quantizable):
     model = adapt(load(quantizable, KINDS["nf4"]), smoa_dropout=0.5)
     model.add_adapter("other", SMoAConfig(r=3, target_modules="all-linear", init_weights=False))
     layer = layer_list(model.train())[0]
-    x, dy, shapes = torch.randn(5, layer.in_features), torch.randn(5, layer.out_features), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+    x, dy = torch.randn(5, layer.in_features), torch.randn(5, layer.out_features)
+    with saved_tensors() as saved:
         layer(x)
         model.base_model.set_adapter(["default", "other"])
         y = layer(x)
-    assert (layer.out_features, layer.in_features) not in shapes
+    assert (layer.out_features, layer.in_features) not in {tuple(t.shape) for t in saved}
     y.backward(dy)
     found = [factor["other"].grad.clone() for factor in (layer.smoa_A, layer.smoa_B)]
     model.zero_grad()

@@ -10,6 +10,7 @@ import torch
 from adapted import adapt, config, layers
 from peft import get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
+from problems import on_threads
 from tiny_experts import config as expert_config
 from tiny_experts import tiny_experts
 from tiny_models import tiny_gpt2, tiny_llama
@@ -38,10 +39,8 @@ def in_memory():
 
 @pytest.fixture
 def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield 3
-    torch.set_num_threads(before)
+    with on_threads(3):
+        yield 3
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from problems import DEVICE
 from tiny_models import tiny_llama
 from torch import nn
 from torch._dynamo.utils import counters
+from torch_calls import saved_tensors
 from transformers import Trainer, TrainingArguments
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
@@ -76,16 +77,9 @@ def kept_for_backward(config, x):
     """The tensors that a linear layer with an adapter keeps beside its parameters; shared memory counts once."""
     model = get_peft_model(nn.Sequential(nn.Linear(96, 80)).to(x.dtype), config).train()
     parameters = {p.data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        if tensor.data_ptr() not in parameters:
-            kept[tensor.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors() as saved:
         model(x)
-    return kept
+    return {t.data_ptr(): t for t in saved if t.data_ptr() not in parameters}
 
 
 @pytest.mark.numerical
@@ -171,12 +165,3 @@ def test_adapters_of_a_base_whose_weights_come_later(order, tokens):
         source.set_adapter(name)
         loaded.set_adapter(name)
         assert torch.equal(loaded(tokens).logits, source(tokens).logits)
-
-
-def test_peft_describes_the_layers():
-    model = adapt(tiny_llama())
-    status = model.get_layer_status()
-    assert all(layer.available_adapters == ["default"] and layer.requires_grad["default"] for layer in status)
-    assert model.get_model_status().num_adapter_layers == 14
-    assert "smoa.Linear(" in repr(model)
-    assert "default(r=4, num_blocks=2)" in repr(model)

@@ -77,6 +77,11 @@ class Layer:
         groups = [Group.of(int(s), (slot_of == s).nonzero().flatten()) for s in slot_of.unique() if s >= 0]
         return self.slots.output(x, self.bias, groups, lambda: F.linear(x, self.weight, self.bias))
 
+    def check(self, x, slot_of):
+        """The output is the definition's."""
+        found = self.output(x, slot_of).double()
+        torch.testing.assert_close(found, self.expected(x, slot_of), rtol=1e-5, atol=1e-4)
+
 
 MIXTURES = {
     "one slot": [1] * 5,
@@ -94,18 +99,14 @@ MIXTURES = {
 def test_each_token_gets_its_adapter(given, slot_of):
     layer = Layer(**given)
     x = torch.randn(len(slot_of), C)
-    torch.testing.assert_close(
-        layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4
-    )
+    layer.check(x, slot_of)
 
 
 def test_rows_are_multiplied_in_chunks(monkeypatch):
     monkeypatch.setattr(products, "MOST_ROWS", 16)
     layer = Layer()
     x, slot_of = torch.randn(3, C), [0, 0, 1]
-    torch.testing.assert_close(
-        layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4
-    )
+    layer.check(x, slot_of)
     assert max(layer.calls) <= 16
 
 
@@ -168,9 +169,7 @@ def test_a_slot_that_is_filled_anew_forgets_the_old_adapter():
         part.A[1], part.B[1] = part.A[0], part.B[0]
     layer.slots.fill(1, Layer.RANKS[0])
     layer.modulation[1] = layer.modulation[0]
-    torch.testing.assert_close(
-        layer.output(x, [1, 1]).double(), layer.expected(x, [1, 1]), rtol=1e-5, atol=1e-4
-    )
+    layer.check(x, [1, 1])
     layer.slots.fill(1, [])
     assert layer.slots.output(x, None, [Group.of(1, torch.tensor([0]))], lambda: "base") == "base"
 
@@ -188,9 +187,7 @@ def test_adapters_with_the_same_blocks_share_one_copy_of_them(monkeypatch):
     part.B[3] = 0
     layer.slots.fill(3, [(1, 0, 2), ()])  # not trained yet
     x, slot_of = torch.randn(7, C), [0, 1, 2, 3, 2, 1, 1]
-    torch.testing.assert_close(
-        layer.output(x, slot_of).double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4
-    )
+    layer.check(x, slot_of)
     assert [sorted(blocks.factors) for blocks in layer.slots.shared[0]] == [[0], [1, 2]]
     for slot in (1, 2):
         layer.slots.fill(slot, [])
@@ -201,16 +198,12 @@ def test_factors_of_the_last_step_serve_the_next_if_its_tokens_have_the_same_ada
     layer = Layer(keep=True)
     for slots in ([0, 1], [0, 1], [1, 0], [0, 1]):
         x = torch.randn(2, C)
-        torch.testing.assert_close(
-            layer.output(x, slots).double(), layer.expected(x, slots), rtol=1e-5, atol=1e-4
-        )
+        layer.check(x, slots)
     for part in layer.slots.slices:
         part.B[1] *= 2
     layer.slots.fill(1, Layer.RANKS[1])
     layer.modulation[1] *= 2
-    torch.testing.assert_close(
-        layer.output(x, [0, 1]).double(), layer.expected(x, [0, 1]), rtol=1e-5, atol=1e-4
-    )
+    layer.check(x, [0, 1])
 
 
 def test_w0_in_the_engine_is_not_copied():

@@ -62,19 +62,3 @@ def test_chats_of_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         file.write_text(line)
         assert sft.main(["--model", str(base), "--data", str(file)]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_bad_options_are_refused_in_one_line(
-    base: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refusals = [
-        (["--model", str(tmp_path / "none")], "No such file or directory"),
-        (["--model", str(base), "--output", str(whole)], "is not a new or empty folder; --resume"),
-        (["--model", str(base), "--output", str(tmp_path / "new"), "--resume"], "there is no checkpoint in"),
-        (["--steps", "0"], "'--steps'"),
-    ]
-    for arguments, message in refusals:
-        assert sft.main(arguments) == 2
-        (line,) = capsys.readouterr().err.splitlines()[-1:]
-        assert line.startswith("error: ")
-        assert message in line
