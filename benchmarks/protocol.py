@@ -12,8 +12,8 @@ If the interquartile range of the baseline is above 15 % of its median, the mach
 printed and marked noisy, but neither quoted nor judged. The same holds for a benchmark that ran in one round only.
 
 Forward and backward are two laps of one training pass: the clock of the backward starts when the forward has ended and
-built its graph. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, like by the
-operands of other layers. On a CPU every provider has its own weight, which does the same for large layers.
+built its graph. On a GPU the laps are CUDA events, and the L2 cache is overwritten before each pass, as the operands of
+other layers would do. On a CPU every provider has its own weight, which does the same for large layers.
 """
 
 from __future__ import annotations

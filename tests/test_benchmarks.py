@@ -127,7 +127,7 @@ def test_a_models_wrong_gradient_turns_the_gate_red() -> None:
         check_gradients(models, tokens)
 
 
-def test_what_stands_in_the_wrong_block_turns_the_partitions_gate_red() -> None:
+def test_a_row_in_the_wrong_block_turns_the_partitions_gate_red() -> None:
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     partition, exact = (
         BlockPartition.from_weight(weight, 4),
@@ -164,7 +164,7 @@ def test_allocations_are_counted_to_the_byte() -> None:
 # Pages and comparisons
 
 
-def test_readme_and_results_are_what_the_kept_runs_say() -> None:
+def test_readme_and_results_agree_with_the_kept_runs() -> None:
     runs = read_all(RESULTS)
     text = README.read_text(encoding="utf-8")
     assert text == with_section(text, section(runs)), "run `python -m benchmarks.report`"

@@ -117,7 +117,7 @@ def layer(case: Case, **seconds: float) -> Result:
     return Result("layer", f"layer: {case}", case.record(), FROZEN, [0.0, 0.0], phases)
 
 
-def test_comparing_keeps_what_it_has_and_repeats_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = headline_cases(True)
     outcomes: dict[Case, dict[str, str] | None] = {first: None, second: {LORA: "wrong numbers"}}
     asked: list[Case] = []

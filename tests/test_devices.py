@@ -1,5 +1,6 @@
 """GPUs that this machine lacks: real code, with made-up answers from the driver."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -90,25 +91,46 @@ def test_a_driver_that_does_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert why == "x is on cuda:0, which this machine does not have: AssertionError"
 
 
-@pytest.mark.parametrize(("version", "refused"), [("3.6.0", True), ("3.9.0", False)])
-def test_tf32_on_hopper_is_refused_where_triton_compiles_it_wrongly(
-    here, monkeypatch, version, refused
+HOPPER, BLACKWELL, GEFORCE = (9, 0), (10, 3), (12, 0)
+TF32, FENCE = "compiles TF32 for Hopper wrongly", "leaves out a fence on Blackwell"
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "in_tf32", "in_bf16"),
+    [
+        (HOPPER, "3.6.0", TF32 + ".*3.9 or newer", None),
+        (HOPPER, "3.9.0", None, None),
+        (BLACKWELL, "3.6.0", FENCE, FENCE),
+        (BLACKWELL, "3.7.0+git1234567", FENCE, FENCE + ".*update it to 3.7.1 or newer"),
+        (BLACKWELL, "3.7.1", None, None),
+        (BLACKWELL, "3.10.0", None, None),
+        (GEFORCE, "3.6.0", None, None),
+    ],
+)
+def test_a_triton_that_compiles_wrong_code_for_a_gpu_is_refused(
+    here, monkeypatch, capability, version, in_tf32, in_bf16
 ) -> None:
     triton = pytest.importorskip("triton", reason="needs triton")
-    here(H100)
+    here(SimpleNamespace(major=capability[0], minor=capability[1]))
     monkeypatch.setattr(triton, "__version__", version)
+    for answers in (backends._miscompiled_on, backends._device_obstacle):
+        monkeypatch.setattr(backends, answers.__name__, answers.__wrapped__)  # nothing is cached
+    for ieee, dtype, expected in (
+        (False, torch.float32, in_tf32),
+        (False, torch.bfloat16, in_bf16),
+        (True, torch.float32, in_bf16),
+    ):
+        monkeypatch.setattr(backends, "gemm_is_ieee", lambda dtype, device_type, ieee=ieee: ieee)
+        found = backends.triton_obstacle(GPU, dtype)
+        assert found is None if expected is None else re.search(expected, str(found)), (ieee, dtype)
+
+
+def test_amd_numbers_its_gpus_otherwise(here, monkeypatch) -> None:
+    """An MI300X, with capability 9.4, in TF32."""
+    pytest.importorskip("triton", reason="needs triton")
+    here(MI300X, hip="6.4")
     monkeypatch.setattr(backends, "gemm_is_ieee", lambda dtype, device_type: False)
-    backends._has_wrong_tf32.cache_clear()
-    backends._device_obstacle.cache_clear()
-    try:
-        found = backends.triton_obstacle(GPU, torch.float32)
-        assert (found is not None) is refused
-        assert backends.triton_obstacle(GPU, torch.bfloat16) is None
-        monkeypatch.setattr(backends, "gemm_is_ieee", lambda dtype, device_type: True)
-        assert backends.triton_obstacle(GPU, torch.float32) is None
-    finally:
-        backends._has_wrong_tf32.cache_clear()
-        backends._device_obstacle.cache_clear()
+    assert backends._compiler_obstacle(GPU, torch.float32) is None
 
 
 def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:

@@ -43,7 +43,7 @@ pytestmark = pytest.mark.slow
 # Published figures
 
 
-def test_the_results_page_is_what_the_records_say() -> None:
+def test_the_results_page_agrees_with_the_records() -> None:
     written = (RECORDS.parent / "quality.md").read_text("utf-8")
     assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"
 
@@ -123,7 +123,7 @@ def test_splits_are_disjoint(name: str) -> None:
 
 
 @pytest.mark.parametrize("cut", [cut_minilm, cut_smollm2])
-def test_a_cut_model_says_what_the_whole_one_does(cut: Any) -> None:
+def test_a_cut_model_scores_like_the_whole_one(cut: Any) -> None:
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     ours = cut(["blue", "green", "white"], 2)

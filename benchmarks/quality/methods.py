@@ -38,7 +38,7 @@ class Method:
         random: SMoA with random blocks of the same sizes, drawn by the run's seed, in place of the spectral ones.
         block_order, granule: as in SMoAConfig.
         scaling: factor of the update, alpha / r; HiRA has none.
-        kappa: if it is not 0, SMoA's update is also multiplied by kappa / rms(W0), with `use_lora_rate`.
+        kappa: 3 K with `use_lora_rate`, which also multiplies SMoA's update by kappa / rms(W0); 0 without.
         modules: the adapted linear layers, by a name in ``CutModel.targets``.
         as_large: whether to raise r until these modules have as many parameters as ``r`` gives all modules.
         rate_of: the method whose learning rate is taken; None to search for its own.
@@ -89,7 +89,6 @@ class Method:
                 "granule": self.granule,
             }
             if self.kappa:
-                alpha *= self.kappa / (3 * self.num_blocks)
                 blocks["use_lora_rate"] = True
             adapted = get_peft_model(model, SMoAConfig(**shared, smoa_alpha=alpha, **blocks))
         if self.random:
@@ -128,17 +127,16 @@ RANKS = tuple(
     replace(_SMOA, name=f"SMoA K=2, r={r}, {rule}", r=r, scaling=(r / RANK) ** power, rate_of=_SMOA.name)
     for r in (4, 32) for rule, power in RULES.items()
 )  # fmt: skip
-# At LoRA's own best rate: each K, rank and order; half and twice the factor; and methods at twice the rate.
+# At LoRA's own best rate: each K, rank and order; with another rank alpha grows with r, as above, or stays 8.
 AT_LORAS = (
     *(
         Method(f"SMoA K={k}, r={r}, LoRA's rate", "smoa", r=r, num_blocks=k, kappa=3 * k, rate_of=_LORA.name)
         for k, r in ((2, 8), (4, 8), (1, 8), (2, 16), (2, 32), (4, 32))
     ),
     replace(ORDERED, name="contiguous K=2, LoRA's rate", kappa=6, rate_of=_LORA.name),
-    *(
-        replace(_SMOA, name=f"SMoA K=2, LoRA's rate, κ={kappa}", kappa=kappa, rate_of=_LORA.name)
-        for kappa in (3, 12)
-    ),
+    Method("SMoA K=2, r=32, alpha=8, LoRA's rate", "smoa", r=32, scaling=0.25, kappa=6, rate_of=_LORA.name),
+    Method("LoRA, r=32, LoRA's rate", "lora", r=32, rate_of=_LORA.name),
+    Method("LoRA, r=32, alpha=8, LoRA's rate", "lora", r=32, scaling=0.25, rate_of=_LORA.name),
 )
 STEADY = tuple(
     replace(base, name=f"{base.name}, {times} times the rate", rate_of=base.rate_of or base.name, times=times)

@@ -31,11 +31,12 @@ QUESTIONS = (
     *(("Goal, spectral against random blocks", *pair) for pair in RANDOM),
     *(("Another order against the spectral one", *pair) for pair in ORDERS.items()),
 )
-# SMoA at LoRA's best rate, beside LoRA and beside the same SMoA at its own best of eight rates.
+# At LoRA's best rate: beside LoRA, and beside the same method at its own best of eight rates.
 AT_LORAS = [
     (method.name, other)
     for method in SWEEPS["lora-rate"]
-    for other in (LORA, method.name.partition(",")[0])
+    for own in [method.name.removesuffix(", LoRA's rate")]
+    for other in dict.fromkeys((LORA, own if own in BY_NAME else method.base))
     if other in BY_NAME
 ]
 SPIKE = 1.5  # a spike is a loss above this multiple of the mean of the first ten

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
@@ -19,7 +20,7 @@ from ..checks import first_line
 from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
-from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee
+from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee, precision_of
 from ..kernels.architectures import gpu_properties
 from .native.library import obstacle as library_obstacle
 
@@ -33,6 +34,7 @@ __all__ = [
     "algorithms_of",
     "load_backend",
     "load_experts_backend",
+    "miscompiled",
     "native_obstacle",
     "resolve_backend",
     "triton_obstacle",
@@ -45,7 +47,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CAPABILITY = (8, 0)
-_RIGHT_TF32 = (3, 9)  # the first Triton whose machine code for Hopper passed the audit in TF32
+# Wrong machine code: the major compute capability, the precision (empty: any), the first Triton that is right, and why.
+_MISCOMPILED = (
+    # A tensor-core instruction of Hopper (wgmma) may read its left operand from registers. In TF32 new values are
+    # written into them before it has read the old ones (triton#9433, triton#11781). The audit found this with Triton
+    # 3.6, in the product of dX, and not with 3.9. 3.7 and 3.8 were not audited.
+    (9, "tf32", (3, 9), "compiles TF32 for Hopper wrongly (not IEEE float32)"),
+    # Tensor cores may read shared memory before a store or a copy to it has arrived: wrong and changing results on a
+    # B200 with 3.7.0 (pytorch#181248). Hopper's code lacks the same fence, but no wrong result is known there.
+    (10, "", (3, 7, 1), "leaves out a fence on Blackwell, so results may be wrong (triton#9610)"),
+)
 MOST_TRITON_RANKS = 256
 """ρ up to which the kernels take an adapter."""
 
@@ -181,7 +192,26 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
         return f"the kernels take {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if rank > MOST_TRITON_RANKS:
         return f"the kernels take ranks up to {MOST_TRITON_RANKS}, got {rank}"
-    return _kernel_obstacle(device) or (_tf32_obstacle(device) if dtype == torch.float32 else None)
+    return _kernel_obstacle(device) or _compiler_obstacle(device, dtype)
+
+
+def miscompiled(capability: int, precision: str, version: str) -> str | None:
+    """Say what a Triton compiles wrongly for NVIDIA's GPUs; None if nothing is known.
+
+    Args:
+        capability: their major compute capability.
+        precision: of the products, one of `precision.KERNEL_PRECISIONS`.
+        version: Triton's.
+    """
+    for major, of_precision, right, why in _MISCOMPILED:
+        if capability == major and of_precision in ("", precision) and _numbers(version) < right:
+            return f"triton {version} {why}: update it to {'.'.join(map(str, right))} or newer"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Numbers that can be compared: (3, 7, 1) for "3.7.1+cu128"."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def _constant(function: F) -> F:
@@ -211,23 +241,16 @@ def _library_obstacle(dtype: torch.dtype) -> str | None:
 
 
 @_constant
-def _tf32_obstacle(device: torch.device) -> str | None:
-    """Say why TF32 cannot be used on the GPU with this Triton; None where it can, or where float32 is IEEE.
-
-    A tensor-core instruction of Hopper (wgmma) may read its left operand from registers. In TF32 the machine code that
-    Triton 3.6 makes writes new values into them before the instruction has read the old ones (triton#9433,
-    triton#11781). The audit found this in the product of dX. Triton 3.7 and 3.8 were not audited.
-    """
-    if device.type == "cpu" or not _has_wrong_tf32(device) or gemm_is_ieee(torch.float32, "cuda"):
+def _compiler_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type == "cpu" or torch.version.hip is not None:
         return None
-    return "Triton before 3.9 compiles TF32 for Hopper wrongly: update it, or take torch's IEEE float32"
+    return _miscompiled_on(device, precision_of(dtype, ieee=gemm_is_ieee(dtype, "cuda")).name)
 
 
 @functools.cache
-def _has_wrong_tf32(device: torch.device) -> bool:
+def _miscompiled_on(device: torch.device, precision: str) -> str | None:
     triton = importlib.import_module("triton")
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return torch.version.hip is None and version < _RIGHT_TF32 and gpu_properties(device).major == 9
+    return miscompiled(gpu_properties(device).major, precision, triton.__version__)
 
 
 @_constant
@@ -240,8 +263,7 @@ def _device_obstacle(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     triton = importlib.import_module("triton")
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _OLDEST_TRITON:
+    if _numbers(triton.__version__) < _OLDEST_TRITON:
         oldest = ".".join(map(str, _OLDEST_TRITON))
         return f"triton {triton.__version__} is older than {oldest}, the oldest supported"
     if device.type == "cpu":

@@ -60,16 +60,16 @@ _listener = _Listener()
 
 
 @contextmanager
-def heard_by(hear: Callable[[Launch, Pointers], object]) -> Iterator[None]:
+def heard_by(hear: Callable[[Launch, Pointers], object] | None) -> Iterator[None]:
     """Call `hear` with each launch of this thread and its pointers before it happens. Triton itself launches meanwhile.
 
-    If `hear` returns something true or raises an exception, the launch does not happen.
+    If `hear` returns something true or raises an exception, the launch does not happen. None: nobody hears meanwhile.
     """
-    _listener.hear = hear
+    before, _listener.hear = _listener.hear, hear
     try:
         yield
     finally:
-        _listener.hear = None
+        _listener.hear = before
 
 
 @dataclass
@@ -183,24 +183,31 @@ Pointers: TypeAlias = Mapping[str, Tensor | None]
 def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers]:
     """An adapter's layout, and its tensors as kernels name them. A packed adapter keeps both for its other launches.
 
-    Kernels over experts read A along C, so the A of a transposed adapter is copied; it is small.
+    It keeps them until torch's setting of TF32 changes. Kernels over experts read A along C, so the A of a transposed
+    adapter is copied; it is small.
     """
+    dtype = adapter.weight.dtype
+    precision = precision_of(dtype, ieee=gemm_is_ieee(dtype, "cuda")).name
     if isinstance(adapter, PackedAdapter):
-        if not isinstance(adapter.layout, tuple):
-            p = adapter.partition
-            layout, pointers = _described(adapter, p, granule_of(p.granularity, p.shape), ())
-            pointers |= {"row_block_ptr": p.row_block, "col_block_ptr": p.col_block}
-            adapter.layout = layout, pointers  # whole, because another thread may read it at once
-        found: tuple[Layout, Pointers] = adapter.layout
-        return found
+        known = adapter.layout
+        if isinstance(known, tuple) and known[0].precision == precision:
+            found: tuple[Layout, Pointers] = known
+            return found
+        p = adapter.partition
+        layout, pointers = _described(adapter, precision, p, granule_of(p.granularity, p.shape), ())
+        pointers |= {"row_block_ptr": p.row_block, "col_block_ptr": p.col_block}
+        adapter.layout = layout, pointers  # whole, because another thread may read it at once
+        return layout, pointers
     blocks = adapter.blocks
     tensors = [getattr(blocks, name) for name in _BLOCKS]
     apart = [0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors]
-    return _described(adapter, blocks, granule_of(blocks.granule, adapter.weight.shape[1:]), apart)
+    granule = granule_of(blocks.granule, adapter.weight.shape[1:])
+    return _described(adapter, precision, blocks, granule, apart)
 
 
 def _described(
     adapter: PackedAdapter | ExpertsAdapter,
+    precision: str,
     blocks: BlockPartition | ExpertBlocks,
     granule: int,
     apart: Sequence[int],
@@ -211,7 +218,7 @@ def _described(
         a = a.contiguous()
     layout = Layout(
         w.device,
-        precision_of(w.dtype, ieee=gemm_is_ieee(w.dtype, "cuda")).name,
+        precision,
         experts[0] if experts else 0,
         (N, C),
         a.shape[-2],

@@ -60,7 +60,7 @@ Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm."""
 
 INTERRUPTED = "interrupted"
-"""The reason of a trial that Ctrl-C ended: it is tried again."""
+"""The reason of a trial that something else ended, such as Ctrl-C or a lack of memory: it is tried again."""
 UNFINISHED = "did not finish: the process ended while it ran"
 """The reason of a trial while it runs. If it ends the process, the reason stays, and it is not tried again."""
 

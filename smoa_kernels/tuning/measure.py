@@ -1,8 +1,10 @@
 """Times the candidates of each problem on a GPU, checks their numbers, and writes the results to the user's table.
 
 A choice whose numbers are wrong is never timed: its error against the definition in float64 may be at most twice that
-of the definition in the kernel's own dtype. Ctrl-C keeps the results so far. A candidate that ends the process is not
-tried again: it is saved as unfinished before it runs, and its result replaces that entry.
+of the definition in the kernel's own dtype. A failure is recorded only against the choice whose own launch raised: if
+another kernel of the pass fails, or memory runs out, the choice is tried again. Ctrl-C keeps the results so far. A
+candidate that ends the process is not tried again: it is saved as unfinished before it runs, and its result replaces
+that entry.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -25,7 +27,7 @@ from ..definition.precision import PRECISIONS
 from ..kernels import KERNELS
 from ..kernels.architectures import identity
 from ..kernels.launch import Launch, Pointers, heard_by, on_device
-from ..kernels.spec import ALGORITHM_KEYS, Key
+from ..kernels.spec import ALGORITHM_KEYS, Config, Key
 from ..kernels.table import INTERRUPTED, UNFINISHED, Choice, Entry, Trial, answered, keep
 from .passes import passes
 from .plan import Job, multiplied_in
@@ -53,8 +55,19 @@ class DeviceLostError(RuntimeError):
     """A candidate destroyed the GPU's context: nothing more can run in this process."""
 
 
-class WrongNumbersError(ArithmeticError):
-    """The results of a choice differ from the definition's."""
+class FailedError(RuntimeError):
+    """A choice does not run, or its results differ from the definition's."""
+
+
+@contextmanager
+def blamed() -> Iterator[None]:
+    """Raise the errors of a block as those of the choice, except for a lack of memory, which says nothing about it."""
+    try:
+        yield
+    except Exception as error:  # any error of a compiler or driver
+        if isinstance(error, FailedError) or "out of memory" in str(error).lower():
+            raise
+        raise FailedError(_reason(error)) from error
 
 
 def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
@@ -132,14 +145,13 @@ def tune(
             continue
         try:
             with on_device(device):
-                entry = _tune_one(job, entry, workload(job, device), timer, deadline, progress)
+                problem = _tune_one(job, entry, workload(job, device), timer, deadline, progress)
         except DeviceLostError:
             raise
         except Exception as error:  # for example operands that do not fit in memory: go on with other jobs
-            problems[job.key] = _reason(error)
-        else:
-            if left(job, entry):
-                problems[job.key] = "no time was left for all candidates"
+            problem = _reason(error)
+        if problem:
+            problems[job.key] = problem
     return problems
 
 
@@ -155,27 +167,37 @@ def _tune_one(
     timer: Timer,
     deadline: float | None,
     progress: Callable[[], object],
-) -> Entry:
+) -> str:
+    """Try the candidates that are left. Returns why some are still left."""
     with multiplied_in(load.precision):
         load.prepare()
+    problem = ""
     for choice in left(job, entry):
         if deadline is not None and time.monotonic() >= deadline:
-            break
+            return "no time was left for all candidates"
         # Only the new trial is saved: another process may have added to the others since they were read.
         trial = Trial(choice, reason=INTERRUPTED)
         try:
             # If the choice ends the process, this entry stays, and it is not tried again.
             keep(entry.identity, job.key, Trial(choice, reason=UNFINISHED))
-            trial = _try(choice, load, timer)
+            try:
+                trial = _try(choice, load, timer)
+            except Exception as error:  # not of this choice: a later run tries it again
+                problem = _reason(error)
+            if lost := _lost_device():
+                trial = Trial(choice, reason=lost)
             keep(entry.identity, job.key, trial)
         except BaseException:
             with suppress(Exception):  # the caller must get the error that ended the loop
                 keep(entry.identity, job.key, trial)
             raise
-        entry = entry.add(trial)
+        if lost:
+            raise DeviceLostError(
+                f"{job.key.kernel} at {choice} took the GPU's context with it ({lost}); what was found is "
+                "saved, run the same command again to go on without it"
+            )
         progress()
-        _check_device(job.key, choice)
-    return entry
+    return problem
 
 
 def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
@@ -183,26 +205,25 @@ def _try(choice: Choice, load: Workload, timer: Timer) -> Trial:
         with multiplied_in(load.precision), ended_if_it_hangs(choice, HANGS_SECONDS):
             results, again = load.run(choice)
             load.check(results)
-            return Trial(choice, seconds=timer(choice, again))
-    except Exception as error:  # any error of a compiler or driver is a result of this choice
-        return Trial(choice, reason=_reason(error))
+            del results
+            with blamed():
+                return Trial(choice, seconds=timer(choice, again))
+    except FailedError as error:
+        return Trial(choice, reason=str(error))
 
 
-def _check_device(key: Key, choice: Choice) -> None:
-    if not torch.cuda.is_available():
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        raise DeviceLostError(
-            f"{key.kernel} at {choice} took the GPU's context with it ({_reason(error)}); what was found is "
-            "saved, run the same command again to go on without it"
-        ) from error
+def _lost_device() -> str:
+    """Why nothing more can run on the GPU in this process; empty if it can."""
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return _reason(error)
+    return ""
 
 
 def _reason(error: BaseException) -> str:
-    line = first_line(error).strip()[:MOST_CHARACTERS]
-    return f"{type(error).__name__}: {line}".removeprefix("WrongNumbersError: ")
+    return f"{type(error).__name__}: {first_line(error).strip()[:MOST_CHARACTERS]}"
 
 
 # Running and checking
@@ -230,12 +251,12 @@ class Workload:
         """Compare.
 
         Raises:
-            WrongNumbersError: naming the error and what was allowed.
+            FailedError: naming the error and what was allowed.
         """
         for value, truth, allowed in zip(results, *self._expected, strict=True):
             error = _relative(value.double(), truth)
             if not error <= allowed:
-                raise WrongNumbersError(f"wrong numbers: relative error {error:.1e}, at most {allowed:.1e}")
+                raise FailedError(f"wrong numbers: relative error {error:.1e}, at most {allowed:.1e}")
 
     @cached_property
     def _expected(self) -> tuple[Sequence[Tensor], Sequence[float]]:
@@ -252,32 +273,51 @@ def _relative(value: Tensor, truth: Tensor) -> float:
     return error / norm if norm else error
 
 
+class _Tried(Config):
+    """Launch parameters that are tried. Their type marks the launches of the key that they are tried for."""
+
+
 def workload(job: Job, device: torch.device) -> Workload:
     """The operation that looks a job's key up, on operands that are the same at each call.
 
     An algorithm's key times the whole operation, and so does one of experts, whose partial results torch adds. Another
-    kernel's key times its launches alone, and those that add its partial results.
+    kernel's key times its launches alone, and those that add its partial results. Only the first launch's tensors are
+    kept: it is launched again in place of the others.
     """
     operation = passes(job.layer, device)[job.operation]
     whole = job.key.kernel in ALGORITHM_KEYS or job.layer.experts > 0
-    timed = () if whole else (KERNELS[job.key.kernel].fn, KERNELS["sum_partials"].fn)
+    adds = KERNELS["sum_partials"].fn
 
     def run(choice: Choice) -> tuple[Sequence[Tensor], Callable[[], object]]:
-        launches: list[Callable[[], object]] = []
+        tried = choice if isinstance(choice, str) else _Tried(**vars(choice))
+        own: list[Callable[[], object]] = []
+        sums: list[Callable[[], object]] = []
+        written: set[int] = set()
 
-        def answer(key: Key) -> Choice | None:
-            other = job.algorithm if key.kernel in ALGORITHM_KEYS else None
-            return choice if key == job.key else other
+        def hear(launch: Launch, pointers: Pointers) -> bool:
+            again = partial(launch, **pointers)
+            if not isinstance(launch.config, _Tried):
+                if launch.kernel is adds and _address(pointers["partials_ptr"]) in written:
+                    sums.append(again)
+                return False
+            with heard_by(None), blamed():
+                again()
+            if not own:
+                written.update(_address(tensor) for tensor in pointers.values())
+            own.append(own[0] if own else again)
+            return True
 
-        def hear(launch: Launch, pointers: Pointers) -> None:
-            if launch.kernel in timed:
-                launches.append(partial(launch, **pointers))
-
-        with answered(answer), heard_by(hear):
+        answers = {**job.answers, job.key: tried}
+        is_algorithm = isinstance(choice, str)  # every failure of the pass is its own
+        with answered(answers.get), heard_by(hear), blamed() if is_algorithm else nullcontext():
             results = operation.run()
-        if not (whole or launches):
+        if not (whole or own):
             raise LookupError(f"the pass launched no {job.key.kernel}, so there is nothing to time")
-        again = partial(run, choice) if whole else lambda: [launch() for launch in launches]
+        again = partial(run, choice) if whole else lambda: [launch() for launch in own + sums]
         return results, again
 
     return Workload(job.layer.precision, run, operation.defined)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from ..backends.algorithms import admissible, choose_algorithm
 from ..checks import check_choice, check_count
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.architectures import facts
-from ..kernels.spec import ALGORITHM_KEYS, Key, bucket
+from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from ..kernels.table import Choice, Entry, Trial, answered
 from .roofline import Problem
 
@@ -48,14 +48,15 @@ class Job:
         candidates: the choice that runs without a table, then the others.
         layer: whose step looks the key up.
         operation: one of :func:`passes`, the first that does.
-        algorithm: that "auto" must choose there; empty where it has no choice.
+        answers: choices for other keys, without which the operation does not launch the kernel: the algorithm, and
+            launch parameters that split a sum.
     """
 
     key: Key
     candidates: tuple[Choice, ...]
     layer: Problem
     operation: str
-    algorithm: str
+    answers: Mapping[Key, Choice]
 
 
 def jobs(layers: Sequence[Problem], arch: str, multiprocessors: int, names: Sequence[str] = ()) -> list[Job]:
@@ -96,11 +97,24 @@ def _asked(layer: Problem, arch: str, multiprocessors: int) -> list[Job]:
         for algorithm in ALGORITHM_KEYS.get(operation, ("",)):
             if algorithm == "eager" or (algorithm == "fused" and layer.tokens > MOST_FUSED_TOKENS):
                 continue
+            answers: dict[Key, Choice] = {}
 
-            def answer(key: Key, operation: str = operation, algorithm: str = algorithm) -> Choice:
+            def answer(
+                key: Key,
+                operation: str = operation,
+                algorithm: str = algorithm,
+                answers: dict[Key, Choice] = answers,
+            ) -> Choice:
                 tried = candidates(key, arch, multiprocessors)
-                found.append(Job(key, tried, layer, operation, algorithm))
-                return algorithm if key.kernel in ALGORITHM_KEYS else tried[0]
+                if key.kernel in ALGORITHM_KEYS:
+                    found.append(Job(key, tried, layer, operation, {}))
+                    return answers.setdefault(key, algorithm)
+                found.append(Job(key, tried, layer, operation, answers))
+                # A kernel adds the parts of a sum, so a candidate that splits one asks for more kernels.
+                parts = max((one for one in tried if isinstance(one, Config)), key=lambda one: one.split)
+                if parts.split > 1:
+                    answers[key] = parts
+                return parts
 
             with multiplied_in(layer.precision), answered(answer), heard_by(lambda *_: True):
                 one.run()

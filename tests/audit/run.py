@@ -18,7 +18,9 @@ from multiprocessing.pool import ThreadPool
 from typing import Any
 
 import torch
+import triton
 
+from smoa_kernels.backends import miscompiled
 from smoa_kernels.backends.algorithms import FUSED_MAX_RANK_IEEE
 from smoa_kernels.checks import check_choices
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
@@ -26,7 +28,7 @@ from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
 from smoa_kernels.kernels.spec import Config, Kernel
 
 from .compile import Launch, compile_launch, representative_launch
-from .forms import AUDITED, LOOKED_UP, representative
+from .forms import AUDITED, narrow_pointers, representative
 from .listing import Listing
 from .passed import key_of
 from .pointers import pointers_at
@@ -51,10 +53,10 @@ class Task:
     def find(self) -> tuple[Kernel, Config, Record]:
         """The kernel, its configuration, and a record with the facts known before compiling."""
         kernel = _load(self.registry)[self.kernel]
-        config = kernel.shipped(ARCHITECTURES[self.arch], PRECISIONS[self.dtype])[self.config]
-        audited = AUDITED[self.kernel]
-        known = self.kernel, self.form, audited.role, config.to_json(), self.arch, self.dtype
-        return kernel, config, Record(*known, narrow={**LOOKED_UP, **audited.narrow})
+        arch = ARCHITECTURES[self.arch]
+        config = kernel.shipped(arch, PRECISIONS[self.dtype])[self.config]
+        known = self.kernel, self.form, AUDITED[self.kernel].role, config.to_json(), self.arch, self.dtype
+        return kernel, config, Record(*known, narrow=narrow_pointers(self.kernel, self.form, arch))
 
 
 def _load(registry: str) -> Mapping[str, Kernel]:
@@ -96,10 +98,13 @@ def sample(work: Sequence[Task]) -> list[Task]:
 
 
 def _is_worth_it(kernel: Kernel, form: str, dtype: str, arch: Architecture) -> bool:
-    """Whether a form is worth compiling. TF32 is IEEE on AMD and in kernels that only copy.
+    """Whether a form is worth compiling: no GPU runs what this Triton compiles wrongly (`backends.miscompiled`).
 
-    IEEE float32 is slow by design at a rank at which "auto" takes another algorithm.
+    TF32 is IEEE on AMD and in kernels that only copy. IEEE float32 is slow by design at a rank at which "auto" takes
+    another algorithm.
     """
+    if not arch.is_amd and miscompiled(int(arch.name.removeprefix("sm_")) // 10, dtype, triton.__version__):
+        return False
     if dtype == "tf32":
         multiplies = AUDITED[kernel.name].role != "copy" or "INPUT_PRECISION" in kernel.fn.arg_names
         return multiplies and not arch.is_amd

@@ -14,11 +14,17 @@ import pytest
 
 pytest.importorskip("triton", reason="there is no compiler")
 
+import triton
+
+from smoa_kernels.kernels.architectures import ARCHITECTURES
+
+from . import forms
 from .compile import exact_lines
 from .listing import parse_amdgcn, parse_sass
 from .passed import sources
 from .pointers import pointers_by_line
 from .rules import Record, Traffic, broken_rules
+from .run import tasks
 
 HOPPER_LOOP = """
 	//## File "kernel.py", line 3
@@ -353,3 +359,20 @@ def test_a_passed_kernel_is_compiled_again_only_after_a_change(audit, tmp_path):
     assert (code, list(records)) == (0, ["toy_copy"])
     assert "Triton 3.6, not listed as passed: toy_copy gfx942\n" in out
     assert (listed.read_text(), other.read_text()) == (now, changed)
+
+
+def test_what_no_gpu_runs_is_not_audited(monkeypatch):
+    """TF32 on Hopper and everything on Blackwell's data-centre GPUs, by a Triton that compiles them wrongly."""
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    asked = {(task.arch, task.dtype) for task in tasks(["sm_80", "sm_90", "sm_100"], ["block_matmul"])}
+    precisions = {"bf16", "fp16", "tf32", "fp32"}
+    assert asked == {("sm_80", p) for p in precisions} | {("sm_90", p) for p in precisions - {"tf32"}}
+
+
+def test_only_an_old_triton_may_load_narrowly_and_only_on_amd(monkeypatch):
+    amd, nvidia = ARCHITECTURES["gfx942"], ARCHITECTURES["sm_90"]
+    assert not {"x_ptr", "dy_ptr"} & forms.narrow_pointers("block_grad", "r16", amd).keys()
+    for old in (False, True):
+        monkeypatch.setattr(forms, "OLD_TRITON", old)
+        assert ("x_ptr" in forms.narrow_pointers("block_grad", "r16 granules", amd)) is old
+        assert "x_ptr" not in forms.narrow_pointers("block_grad", "r16 granules", nvidia)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -110,8 +109,8 @@ def _block_matmul(operands: Operands) -> Work:
     y = operands.tensor(key.tokens, key.out_features)
     if key.transposed:
         delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
-    else:  # a new adapter, because an adapter remembers its precision, which may differ when this kernel runs
-        delta = modulated_blocks(replace(adapter), (key.padded_out, key.padded_in))
+    else:
+        delta = modulated_blocks(adapter, (key.padded_out, key.padded_in))
     return (
         lambda: [block_matmul(xg, adapter, delta, out=y)],
         lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T],

@@ -34,11 +34,22 @@ from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import table
+from smoa_kernels.kernels.launch import Layout
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.plan import candidates, multiplied_in
 
 pytestmark = pytest.mark.numerical
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cached_layout_follows_torchs_setting_of_tf32(dtype: torch.dtype) -> None:
+    adapter = make_problem(dtype=dtype).adapter()
+    for precision in ("tf32", "fp32", "tf32"):
+        with multiplied_in(precision):
+            layout = Layout.of(adapter)
+            assert layout.precision == ("bf16" if dtype == torch.bfloat16 else precision)
+            assert Layout.of(adapter) is layout
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from torch import Tensor
 from smoa_kernels.backends.experts_triton import experts_backward, experts_product
 from smoa_kernels.definition.experts import ExpertBlocks
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels.common import tiles_of_segments
+from smoa_kernels.kernels.common import OLD_TRITON, tiles_of_segments
 from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR
 from smoa_kernels.kernels.spec import Key
 
@@ -90,6 +90,7 @@ def test_pairs(pairs: tuple[int, ...]) -> None:
     p.assert_within_budget(results(p))
 
 
+@pytest.mark.skipif(OLD_TRITON, reason="such a tile ships from Triton 3.9 on")
 def test_wide_tiles_take_few_ranks() -> None:
     """A tile of 256 pairs has registers for at most 16 ranks."""
     key = Key("grouped_linear", "bf16", 16, 2, 1024, 2048, 512, granule=8)

@@ -16,7 +16,7 @@ from benchmarks.fake_gpu import pretend_cpu
 from smoa_kernels.tuning.gpus import GPUS
 
 from . import ARCH, emulator
-from .findings import Finding
+from .findings import ALLOWED, Finding
 from .library import obstacle
 
 if (REASON := obstacle()) is None:
@@ -71,5 +71,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             seen = first.get(key, (finding, test, 0))
             first[key] = (*seen[:2], seen[2] + finding.count)
     for finding, test, count in sorted(first.values(), key=lambda seen: (not seen[0].is_error, seen[0].kind)):
-        grade = "ERROR" if finding.is_error else "note"
+        grade = "ERROR" if finding.is_error else "allowed" if finding.kind in ALLOWED else "note"
         say(f"  {grade} {finding.kind} ×{count}, {finding.kernel} at {finding.line}, first in {test}")
+    for kind in sorted({kind for kind, *_ in first} & ALLOWED.keys()):
+        say(f"  {kind} is allowed: {ALLOWED[kind]}")

@@ -9,6 +9,7 @@ import torch
 from . import ARCH, emulator
 from .assembler import UnsupportedError
 from .emulator import EmulationError
+from .findings import LACKS_FENCES, OVERWRITES_OPERANDS
 from .handwritten import Change, found, found_when_broken, run_ptx
 from .samples import Product, add, add_unmasked, neighbours, overlapping, reduce_rows
 
@@ -88,12 +89,13 @@ BROKEN: dict[str, tuple[set[str], Callable[[], object], Change]] = {
     "no waits for copies": ({"shared_in_flight"}, product(), replaced(WAIT, "cp.async.wait_group 9;")),
     "no barriers": (RACES, product(), replaced(BARRIER)),
     "no barriers, one stage": (RACES, product(1), replaced(BARRIER)),
-    "one barrier fewer": (RACES, product(), replaced(BARRIER, count=1)),
+    "one barrier fewer": (RACES, product(), replaced(rf"({WAIT}\s*){BARRIER}", r"\1", count=1)),
     "no barriers in a reduction": ({"race_read_after_write", "shared_uninit"}, reduced, replaced(BARRIER)),
 }
+if ARCH == 90 and not LACKS_FENCES:
+    BROKEN["no proxy fences after copies"] = {"wgmma_proxy_copy"}, product(), replaced(PROXY)
 if ARCH == 90:
     BROKEN |= {
-        "no proxy fences after copies": ({"wgmma_proxy_copy"}, product(), replaced(PROXY)),
         "the loop's wait one short": (
             {"wgmma_overwrite"},
             product(),
@@ -107,7 +109,15 @@ if ARCH == 90:
     }
 
 
-@pytest.mark.parametrize("run", [vectors, product(), product(1), computed, reduced])
+correctly_compiled = pytest.mark.skipif(
+    OVERWRITES_OPERANDS,
+    reason="this Triton overwrites the left operand of a wgmma under way, here in float16 too",
+)
+
+
+@pytest.mark.parametrize(
+    "run", [vectors, product(), product(1), pytest.param(computed, marks=correctly_compiled), reduced]
+)
 def test_nothing_in_a_correct_kernel(run: Callable[[], object]) -> None:
     assert not found(run)
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from problems import NAMES, Case, assert_within_budget, make_problem, relative_error
 
+from .findings import OVERWRITES_OPERANDS
+
 ALGORITHMS = ("split", "merged", "fused", "dropout")
 ODD = {"tokens": 37, "out_features": 131, "in_features": 197}
 PROBLEMS: dict[str, dict[str, Any]] = {
@@ -39,6 +41,7 @@ def tf32_allowed() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+@pytest.mark.skipif(OVERWRITES_OPERANDS, reason="torch's operators compute TF32 by this Triton")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.smoke] if name == "odd" else []) for name in PROBLEMS]

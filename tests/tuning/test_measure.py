@@ -1,5 +1,6 @@
 """The tuner in Triton's interpreter with a scripted clock: timing, checks, storage, and failures not retried."""
 
+import importlib
 import signal
 import subprocess
 import sys
@@ -25,8 +26,10 @@ from tuning_cases import (
     write,
 )
 
+from smoa_kernels.backends import algorithms
 from smoa_kernels.kernels.architectures import identity
-from smoa_kernels.kernels.spec import Key
+from smoa_kernels.kernels.launch import Launch, Pointers, heard_by
+from smoa_kernels.kernels.spec import Config, Key
 from smoa_kernels.kernels.table import INTERRUPTED, UNFINISHED, Choice, Trial, keep
 from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.measure import MOST_CHARACTERS, DeviceLostError, Workload, tune, workload
@@ -84,24 +87,90 @@ def test_stale_and_missing_entries_are_measured() -> None:
     assert timed == [SECOND, THIRD]
 
 
+def failing(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, error: Exception, choice: Config | None = None
+) -> None:
+    """Let launches of a kernel raise, all or those with a choice's tile."""
+    module = importlib.import_module(f"smoa_kernels.kernels.{kernel}")
+    good = getattr(module, f"{kernel}_kernel")
+
+    class Failing:
+        arg_names = good.arg_names
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+            def launch(*arguments: object, **options: object) -> object:
+                given = dict(zip(self.arg_names, arguments, strict=True))
+                if choice is None or (given["BLOCK_T"], given["BLOCK_P"]) == (choice.block_t, choice.block_p):
+                    raise error
+                return good[grid](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(module, f"{kernel}_kernel", Failing())
+
+
 def test_a_choice_that_fails_is_recorded_and_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compile error and an error of the timer are handled alike."""
-
-    def run(good: Workload, choice: Choice) -> list[Tensor]:
-        if choice == FIRST:
-            raise RuntimeError("\n  out of resource: shared memory\nmore")
-        return list(good.run(choice)[0])
 
     def timer(choice: Choice, launch: Callable[[], object]) -> float:
         if choice == SECOND:
             raise ValueError("x" * 10**6)  # the stored reason is cut
         return 2.0
 
-    spoiled(monkeypatch, run)
+    failing(monkeypatch, "permute", RuntimeError("\n  out of resource: shared memory\nmore"), FIRST)
     assert tune([permute_job()], CPU, timer=timer) == {}
     first, second = "RuntimeError: out of resource: shared memory", f"ValueError: {'x' * MOST_CHARACTERS}"
     assert reasons() == {FIRST: first, SECOND: second, THIRD: None}
     assert kept()[PERMUTE].best().choice == THIRD  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "error", "choice"),
+    [
+        ("block_matmul", RuntimeError("out of resource: shared memory"), None),
+        ("permute", torch.OutOfMemoryError("CUDA out of memory"), SECOND),
+    ],
+)
+def test_neither_another_kernels_failure_nor_a_lack_of_memory_is_recorded(
+    kernel: str, error: Exception, choice: Config | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The candidates are told of and tried again. A candidate that runs is timed meanwhile."""
+    with monkeypatch.context() as patched:
+        failing(patched, kernel, error, choice)
+        told = tune([permute_job()], CPU, timer=scripted(SCRIPT))
+    assert told == {PERMUTE: f"{type(error).__name__}: {error}"}
+    fail = set(PERMUTE_CONFIGS) if choice is None else {choice}
+    assert reasons() == {one: INTERRUPTED if one in fail else None for one in PERMUTE_CONFIGS}
+    assert tune([permute_job()], CPU, timer=scripted(SCRIPT)) == {}
+    assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == SPEED
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tokens", "own", "sums"), [("permute", 128, 1, 0), ("block_grad", 128, 2, 2)]
+)
+def test_only_launches_with_the_key_are_timed_and_one_part_is_kept(
+    kernel: str, tokens: int, own: int, sums: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backward that gathers 150 tokens as 128 and 22: dY and x are permuted twice each, G is computed twice."""
+    monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 64)
+    monkeypatch.setattr(algorithms, "GRAD_PART_TILES", 1)
+    layer = Problem(150, 140, 90, 2, 5, "fp32")
+    job = next(
+        one
+        for one in jobs([layer], "cpu", 1, [kernel])
+        if (one.operation, one.key.tokens) == ("factor_gradients", tokens)
+    )
+    _, again = workload(job, CPU).run(job.candidates[0])
+    heard: list[tuple[str, int]] = []
+
+    def hear(launch: Launch, pointers: Pointers) -> None:
+        heard.append((launch.kernel.__name__, next(iter(pointers.values())).data_ptr()))  # type: ignore[union-attr]
+
+    with heard_by(hear):
+        again()
+    names = [name for name, _ in heard]
+    assert names == own * [f"{kernel}_kernel"] + sums * ["sum_partials_kernel"]
+    assert len({address for name, address in heard if name == f"{kernel}_kernel"}) == 1
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])

@@ -114,6 +114,15 @@ def test_the_problems_of_a_training_step_are_tuned(
     assert asked <= planned
 
 
+def test_sums_of_partials_are_tuned_if_any_candidate_splits_a_sum() -> None:
+    layer = Problem(17, 140, 90, 2, 5, "fp32")
+    planned = {job.key: job for job in jobs([layer], "cpu", 1)}
+    fused = next(job for key, job in planned.items() if key.kernel == "fused_linear")
+    assert fused.candidates[0].split == 1  # type: ignore[union-attr]
+    sums = planned[Key("sum_partials", "fp32", out_features=140, tokens=32)]
+    assert {choice.split for choice in sums.answers.values() if isinstance(choice, Config)} == {4}
+
+
 def test_a_layer_that_cannot_be_is_refused() -> None:
     good = Problem(8, 64, 48, 4, 16)
     for change, words in (

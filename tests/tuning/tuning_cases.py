@@ -57,7 +57,8 @@ def put(*entries: Entry) -> None:
 def permute_job(tokens: int = 8) -> Job:
     """The job of `PERMUTE`, with `tokens` tokens."""
     layer = Problem(tokens, 10, 12, 2, 5, "fp32")
-    return Job(PERMUTE._replace(tokens=tokens), PERMUTE_CONFIGS, layer, "forward", "split")
+    split = {Key("forward", "fp32", 3, 2, 10, 12, tokens, factors="fp32"): "split"}
+    return Job(PERMUTE._replace(tokens=tokens), PERMUTE_CONFIGS, layer, "forward", split)
 
 
 def kept() -> dict[Key, Entry]:
