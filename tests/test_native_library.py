@@ -66,16 +66,24 @@ def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
 
 
 @needs_library
-def test_a_kept_adapter_follows_its_tensors_and_the_threads() -> None:
-    """Serving keeps an adapter, and its call, over many steps; factors, bias, tokens and threads may change between."""
+def test_a_kept_adapter_follows_its_tensors_and_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving keeps an adapter, and its call, over many steps; factors, x, bias and threads may change between.
+
+    The second of two equal calls asks no more which code computes it.
+    """
     p = on_cpu(tokens=130, out_features=200, in_features=96, ranks=(4, 8))
-    adapter = p.adapter()
+    adapter, asked = p.adapter(), []
+    monkeypatch.setattr(backend, "route", lambda *args, known=backend.route: asked.append(1) or known(*args))
     for count, tokens, bias in ((1, 130, p.bias), (2, 7, None), (3, 130, None), (1, 1, p.bias)):
         with on_threads(count):
-            adapter.B.mul_(-2)
-            y = backend.forward(p.x[:tokens], bias, adapter, "auto", None)
-            torch.testing.assert_close(y, backend.forward(p.x[:tokens], bias, replace(adapter), "auto", None))
-        assert adapter.layout.threads == count
+            for scale in (1, 3):
+                adapter.B.mul_(-2)
+                x, b = p.x[:tokens] * scale, None if bias is None else bias * scale
+                before = len(asked)
+                y = backend.forward(x, b, adapter, "auto", None)
+                assert len(asked) - before == (scale == 1)
+                torch.testing.assert_close(y, backend.forward(x, b, replace(adapter), "auto", None))
+            assert adapter.layout.threads == count
     with pytest.raises(RuntimeError, match=r"size|shape|dimension"):
         backend.forward(p.x[:1, :-1], p.bias, adapter, "auto", None)
 

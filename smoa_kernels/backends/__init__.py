@@ -210,7 +210,7 @@ def miscompiled(capability: int, precision: str, version: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Numbers that can be compared: (3, 7, 1) for "3.7.1+cu128"."""
+    """Numbers that can be compared: (3, 7, 1) for "3.7.1+cu128", and for a development version of it."""
     return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 

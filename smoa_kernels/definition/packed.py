@@ -30,7 +30,8 @@ class PackedAdapter:
         ranks: int32 (K,) rank r_k of each block.
         scaling: 0-d tensor, s.
         block_ranks: the numbers in `ranks`, where the host has them.
-        layout: a backend's cached form of these tensors for its calls (`kernels.launch.described`, `Call`), or None.
+        layout: a backend's cached form of these tensors for its calls (`kernels.launch.described`, `Call`), or None. It
+            holds while the tensors keep their memory, dtype and strides, and s its value.
     """
 
     weight: Tensor

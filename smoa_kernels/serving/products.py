@@ -94,9 +94,8 @@ class SharedBlocks:
     weight: Tensor  # (K, c, n), transposed; the only block is W0 (N, C) itself
     cols: Tensor  # int64 (K c,): the column of W0 at each place
     places: Tensor  # int64 (N,): where each row of W0 is among the K n
-    factors: dict[int, tuple[Tensor, Tensor]] = field(
-        default_factory=dict
-    )  # A (ρ, K c), B (ρ, K, n), by slot
+    # By slot: A (ρ, K c), B (ρ, K, n).
+    factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _last: tuple[Sequence[int], Tensor, Tensor] | None = None
 
     @classmethod
@@ -152,16 +151,12 @@ class SharedBlocks:
         if self._last is not None and self._last[0] == slots:
             return self._last[1:]
         factors = [self.factors[slot] for slot in slots]
-        # Slower than stacking, but ranks may differ.
-        join = (
-            partial(pad_sequence, batch_first=True)
-            if len({A.shape[0] for A, _ in factors}) > 1
-            else torch.stack
-        )
+        join: Callable[[list[Tensor]], Tensor] = torch.stack
+        if len({A.shape[0] for A, _ in factors}) > 1:
+            join = partial(pad_sequence, batch_first=True)  # slower
         A, B = (join(side) for side in map(list, zip(*factors, strict=True)))
-        if len(slots) <= len(
-            self.factors
-        ):  # the next token of each sequence has the same; more would take memory
+        # The next token of each sequence has the same adapter. For more tokens it would take memory.
+        if len(slots) <= len(self.factors):
             self._last = slots, A, B
         return A, B
 
@@ -379,7 +374,8 @@ class LayerSlots:
 def _added(update: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """The update plus the base's output: y, or if W0 is at hand `x W0ᵀ + b`.
 
-    The latter is rounded once, after the addition. A half-precision y is rounded already, so it loses a small update.
+    The latter is rounded after the addition. A bias is added last, so that it hides no small update, and rounds again.
+    A half-precision y is rounded already, so it loses a small update.
     """
     if weight is None:
         return (y + update).to(y.dtype)

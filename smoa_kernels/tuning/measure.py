@@ -1,8 +1,8 @@
 """Times the candidates of each problem on a GPU, checks their numbers, and writes the results to the user's table.
 
 A choice whose numbers are wrong is never timed: its error against the definition in float64 may be at most twice that
-of the definition in the kernel's own dtype. A failure is recorded only against the choice whose own launch raised: if
-another kernel of the pass fails, or memory runs out, the choice is tried again. Ctrl-C keeps the results so far. A
+of the definition in the kernel's own dtype. Else a failure is recorded only against the choice whose own launch raised:
+if another kernel of the pass fails, or memory runs out, the choice is tried again. Ctrl-C keeps the results so far. A
 candidate that ends the process is not tried again: it is saved as unfinished before it runs, and its result replaces
 that entry.
 """
@@ -146,7 +146,7 @@ def tune(
         try:
             with on_device(device):
                 problem = _tune_one(job, entry, workload(job, device), timer, deadline, progress)
-        except DeviceLostError:
+        except (DeviceLostError, OSError):
             raise
         except Exception as error:  # for example operands that do not fit in memory: go on with other jobs
             problem = _reason(error)
@@ -174,7 +174,7 @@ def _tune_one(
     problem = ""
     for choice in left(job, entry):
         if deadline is not None and time.monotonic() >= deadline:
-            return "no time was left for all candidates"
+            return problem or "no time was left for all candidates"
         # Only the new trial is saved: another process may have added to the others since they were read.
         trial = Trial(choice, reason=INTERRUPTED)
         try:
@@ -292,18 +292,18 @@ def workload(job: Job, device: torch.device) -> Workload:
         tried = choice if isinstance(choice, str) else _Tried(**vars(choice))
         own: list[Callable[[], object]] = []
         sums: list[Callable[[], object]] = []
-        written: set[int] = set()
+        touched: set[int] = set()
 
         def hear(launch: Launch, pointers: Pointers) -> bool:
             again = partial(launch, **pointers)
             if not isinstance(launch.config, _Tried):
-                if launch.kernel is adds and _address(pointers["partials_ptr"]) in written:
+                if launch.kernel is adds and _address(pointers["partials_ptr"]) in touched:
                     sums.append(again)
                 return False
             with heard_by(None), blamed():
                 again()
             if not own:
-                written.update(_address(tensor) for tensor in pointers.values())
+                touched.update(_address(tensor) for tensor in pointers.values())
             own.append(own[0] if own else again)
             return True
 

@@ -115,25 +115,27 @@ def forward(
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
     biased = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    question = x.shape, x.dtype, x.device, biased, algorithm, torch.get_num_threads()
+    arguments = x.shape, x.dtype, x.device, biased, algorithm, torch.get_num_threads()
     # Serving keeps the adapter, and in it the call: making one takes as long as a few tokens of a small layer.
-    call, kept = adapter.layout, dropout is None
-    if not (kept and isinstance(call, Call) and call.answers == question):
+    # Meanwhile no other thread may find it.
+    kept, adapter.layout = adapter.layout, None
+    call = kept if isinstance(kept, Call) and dropout is None else None
+    if call is None or call.planned_for != arguments:
         path = Path.EAGER
         if _fits(adapter, x, None, bias):
-            path = route(x, adapter.weight, adapter.A.shape[0], algorithm if kept else "dropout")
+            path = route(x, adapter.weight, adapter.A.shape[0], algorithm if dropout is None else "dropout")
         if path == Path.EAGER:
             return eager.forward(x, bias, adapter, algorithm, dropout)
         if not x.numel() or not adapter.weight.numel():
             empty_sums = x.new_zeros(x.shape[0], adapter.weight.shape[0])
             return empty_sums if bias is None else empty_sums.copy_(bias)
         mask = None if dropout is None else drawn(dropout, x, x.shape[1])
-        call = call if kept and isinstance(call, Call) else Call.of(adapter, mask)
-        call.plan(path, Algorithm.MERGED if algorithm != "split" and kept else Algorithm.SPLIT)
-        if kept:
-            call.answers, adapter.layout = question, call
+        call = call or Call.of(adapter, mask)
+        call.plan(path, Algorithm.MERGED if algorithm != "split" and mask is None else Algorithm.SPLIT)
+        call.planned_for = arguments
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     call.run("smoa_forward", x=x, bias=bias, y=y)
+    adapter.layout = kept if dropout is not None else call
     return y
 
 

@@ -97,8 +97,8 @@ class Call(ctypes.Structure):
         *_integers("weight_step A_step B_step"),
     ]
 
-    answers: Hashable = None
-    """The arguments for which it is planned, if it is kept for the next call."""
+    planned_for: Hashable = None
+    """The arguments for which a kept call is planned."""
 
     @classmethod
     def of(cls, adapter: PackedAdapter, mask: Mask | None) -> Call:
