@@ -321,7 +321,8 @@ def steady(study: Study) -> str:
     """One row a method: how many of its runs spiked after the tenth step."""
     rows = []
     for method in SWEEPS["steady"]:
-        runs = [run for task in study.tasks for run in study.finals(task.name, method.name)]
+        tasks = (*study.tasks, *study.controls)
+        runs = [run for task in tasks for run in study.finals(task.name, method.name)]
         spiked = sum(run["worst_loss"] > SPIKE * run["loss_start"] for run in runs)
         accuracy = sum(run["accuracy"] for run in runs) / max(1, len(runs))
         rows += [(method.name, f"{len(runs)}", f"{spiked}", f"{100 * accuracy:.1f}")] if runs else []
