@@ -185,7 +185,7 @@ def test_both_launchers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fails(*_: object) -> None:
         obstacles.append(short_way.obstacle)
-        short_way.obstacle = "TypeError: no"
+        short_way.obstacle = short_way.obstacle or "TypeError: no"
 
     def watched(case: Case) -> torch.nn.Module:
         layer = build(case)
