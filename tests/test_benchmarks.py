@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import typer
 from torch import nn
 
+from benchmarks import machine
 from benchmarks.compare import LEAST, changes
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.goals import GOALS
@@ -185,6 +187,24 @@ def test_what_is_no_measurement_is_not_kept(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(text)
         with pytest.raises((typer.BadParameter, ValueError), match=words):
             main([tmp_path / "run.json"])
+
+
+def test_a_commit_says_whether_code_was_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger results do not count as a change of code."""
+    code, results = tmp_path / "benchmarks" / "code.py", tmp_path / "benchmarks" / "results" / "runs.jsonl"
+    results.parent.mkdir(parents=True)
+    for path in (code, results):
+        path.write_text("1\n")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -q -m c"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(machine, "__file__", str(code))
+    commit = machine.commit()
+    results.write_text("2\n")
+    assert machine.commit() == commit
+    code.write_text("2\n")
+    assert machine.commit() == commit + machine.EDITED
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from places import ctrl_c  # noqa: F401
 
 from benchmarks.bringup import __main__ as bringup
@@ -13,6 +14,7 @@ from benchmarks.bringup import stages
 from benchmarks.bringup.cases import headline_cases, operator_cases
 from benchmarks.providers import FROZEN, LORA, Case
 from benchmarks.results import Result, Run, read
+from smoa_kernels.kernels.launch import short_way
 
 pytestmark = pytest.mark.slow
 
@@ -107,6 +109,33 @@ def test_however_a_stages_process_ends(
     assert log.read_text() == f"an earlier stage's words\n{output}"
 
 
+PYTEST = """\
+tests/test_a.py::test_one[x y]
+[gw0] [ 33%] PASSED tests/test_a.py::test_one[x y]
+[gw0] [ 66%] SKIPPED tests/test_a.py::test_three
+[gw1] [100%] FAILED tests/test_a.py::test_two
+=================================== FAILURES ===================================
+[gw1] linux -- Python 3.11.7 /usr/bin/python
+tests/test_a.py:3: in test_two
+    def test_two(): assert 1 == 2
+E   assert 1 == 2
+=========================== short test summary info ============================
+FAILED tests/test_a.py::test_two - assert 1 == 2
+SKIPPED [1] tests/test_a.py:4: no GPU
+==================== 1 failed, 1 passed, 1 skipped in 2.26s ====================
+"""
+
+
+def test_pytests_output_is_read() -> None:
+    """The text of a real run with pytest 9 and pytest-xdist 3; a stopped run has no summary."""
+    finding = bringup.pytest_finding(PYTEST)
+    assert finding["counts"] == {"failed": 1, "passed": 1, "skipped": 1}
+    assert finding["failed"] == ["tests/test_a.py::test_two - assert 1 == 2"]
+    assert finding["skipped"] == ["[1] tests/test_a.py:4: no GPU"]
+    stopped = bringup.pytest_finding(PYTEST.partition("=== FAILURES")[0])
+    assert stopped == {**finding, "failed": ["tests/test_a.py::test_two"], "skipped": []}
+
+
 # Comparisons
 
 
@@ -146,3 +175,24 @@ def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.Mo
     compare()  # nothing is left to do
     assert asked == [first, second, first, second]
     assert saved[-1].findings["headline"] == {}
+
+
+def test_both_launchers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours fails in its pass. Triton's is told apart by the obstacle that stands in our launcher's way meanwhile."""
+    monkeypatch.setattr(short_way, "obstacle", "")
+    monkeypatch.setattr(stages, "LAUNCHER_ROUNDS", 1)
+    build, obstacles = stages.smoa("split", "triton", "random"), []
+
+    def fails(*_: object) -> None:
+        obstacles.append(short_way.obstacle)
+        short_way.obstacle = short_way.obstacle or "TypeError: no"
+
+    def watched(case: Case) -> torch.nn.Module:
+        layer = build(case)
+        layer.register_forward_hook(fails)
+        return layer
+
+    monkeypatch.setattr(stages, "smoa", lambda *_: watched)
+    found = stages.compare_launchers(*operator_cases(True)[1])
+    assert obstacles == ["", "compared"]
+    assert found["obstacle"] == short_way.obstacle == "TypeError: no"

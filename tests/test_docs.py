@@ -32,6 +32,8 @@ COMMAND = re.compile(r"(?:^ {4}|`)((?:make|smoa-kernels) [^`\n#]*)", re.MULTILIN
 SCRIPT = re.compile(
     r"(?:python|-per-node 2|launch --multi_gpu --num_processes 2) (?:-m )?([\w/.]+)((?: [^`\n#]*)?)"
 )
+# Characters of a line of code that the site shows on a window of 1280 pixels.
+WIDEST_CODE = 88
 # The one rule for K and the order of blocks: the same words wherever it is given.
 RULE = (
     "spectral blocks, K=2, r=8. If speed or memory matters more, take contiguous blocks, K=4, r=32",
@@ -168,6 +170,14 @@ def test_scripts_exist(page: Path) -> None:
         source = "".join(file.read_text(encoding="utf-8") for file in files)
         for option in re.findall(r"--([a-z][\w-]*)", options):
             assert re.search(rf"\b{re.sub('-', '[-_]', option)}\b", source), f"{script} --{option}"
+
+
+@every_page
+def test_code_fits_the_site(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for fenced, indented in re.findall(r"^```\w*\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n)+)", text, re.M | re.S):
+        for line in fenced.splitlines() + [line[4:] for line in indented.splitlines()]:
+            assert len(line) <= WIDEST_CODE, line
 
 
 @pytest.mark.parametrize("page", RULE[1])

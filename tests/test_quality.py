@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import minilm
@@ -74,6 +75,31 @@ def test_the_kept_records_are_of_the_study_as_it_is() -> None:
         of_method = dict(vars(method), r=kept["r"] if method.as_large else method.r)
         for names, wanted in ((store.OF_A_TASK, task), (store.OF_A_METHOD, of_method)):
             assert all(kept[name] == wanted[name] for name in names if name not in ("dtype", "data"))
+
+
+def test_stored_runs_outlive_a_crash_and_are_known_again(tmp_path: Path) -> None:
+    path, kept = tmp_path / "runs.jsonl", store.read(RECORDS)[:2]
+    assert store.read(path) == []
+    store.append(path, kept[0])
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"task": "trec50", "meth')  # a crash leaves half a line
+    assert store.read(path) == kept[:1]
+    store.append(path, kept[1])
+    again = store.read(path)
+    assert again == kept
+    assert [store.key_of(record) for record in again] == [store.key_of(record) for record in kept]
+    assert store.key_of(kept[0]) != store.key_of(kept[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"head_lr": 0.5}, r"have head_lr .* and 0\.5"), ({"num_blocks": 99}, "have num_blocks .* and 99")],
+    ids=["of a task", "of a method"],
+)
+def test_two_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    record = store.read(RECORDS)[0]
+    with pytest.raises(ValueError, match=f"{message}: a report is of one setting"):
+        store.check_one_setting([record, record, record | change])
 
 
 def test_an_interval_against_tables_and_a_worked_example() -> None:

@@ -45,6 +45,20 @@ def test_layer_equals_the_reference(make_model):
         torch.testing.assert_close(stored.T if layer.fan_in_fan_out else stored, delta, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.numerical
+def test_a_dropped_input_is_the_adapters_alone(llama):
+    model = adapt(llama(), smoa_dropout=0.5)
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(8, layer.in_features)
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    first, second = layer(x), layer(x)
+    assert not torch.equal(first, second)
+    with torch.no_grad():
+        layer.smoa_B["default"].zero_()
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
 def test_layers_keep_their_settings_when_the_configuration_changes(llama):
     model = adapt(llama(), smoa_dropout=0.5)
     model.peft_config["default"].smoa_dropout = 0.0

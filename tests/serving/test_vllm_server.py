@@ -1,6 +1,7 @@
 """`vllm serve` with our plugin over HTTP: adapters are loaded and unloaded while it runs (`make test-vllm`)."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -78,6 +79,12 @@ def test_adapters_are_loaded_and_unloaded_while_it_runs(before, adapters):
     assert post("/v1/completions", model="hira", prompt=PROMPT)[0] == 404
 
 
+def truncated(folder, base, adapters):
+    shutil.copytree(adapters["smoa2"], folder)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 def another_model(folder, base, adapters):
     wider = save_model(folder.parent / "wider", hidden_size=192, num_attention_heads=6)
     save_adapter(wider, CONFIGS["smoa2"](), folder)
@@ -95,11 +102,12 @@ def the_head(folder, base, adapters):
     ("make", "message"),
     [
         (lambda *_: None, "bad"),
+        (truncated, "truncated or corrupt"),
         (another_model, "trained over another model"),
         (too_many_ranks, "rank 16 is greater than max_lora_rank 8"),
         (the_head, "lm_head"),
     ],
-    ids=["no folder", "another model", "too many ranks", "the head"],
+    ids=["no folder", "truncated", "another model", "too many ranks", "the head"],
 )
 def test_a_bad_adapter_is_refused_and_the_others_are_served(make, message, before, base, adapters, tmp_path):
     make(tmp_path / "bad", base, adapters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from chat_models import tokenizer
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -41,6 +43,27 @@ def test_it_learns_and_its_adapter_loads(whole: Path) -> None:
         adapted = model(tokens).logits
         with model.disable_adapter():
             assert not torch.allclose(model(tokens).logits, adapted, atol=1e-2)
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def test_a_used_folder_is_left_alone_and_a_resumed_run_is_the_uninterrupted_one(
+    base: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = files(whole)
+    assert sft.main(["--model", str(base), "--output", str(whole), *SMALL]) == 2
+    assert f"--output {whole} is not a new or empty folder; --resume" in capsys.readouterr().err
+    assert files(whole) == before
+    folder = tmp_path / "resumed"
+    shutil.copytree(whole / "checkpoint-20", folder / "checkpoint-20")
+    (folder / "checkpoint-30").mkdir()  # an interrupted save, without state
+    assert sft.main(["--model", str(base), "--output", str(folder), "--resume", *SMALL]) == 0
+    assert curve(folder) == curve(whole)
+    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_chats_of_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
