@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from problems import HALF, NAMES, Case, LinearProblem, assert_within_budget, make_problem, on_threads
+from problems import HALF, NAMES, Case, LinearProblem, assert_within_budget, make_problem
+from torch_calls import on_threads
 
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.backends.native import library

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -333,16 +333,6 @@ def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
     gathered = gather_columns(ones, blocks, width, dropout=dropout)
     mask = scatter_columns(gathered, blocks, torch.empty_like(ones))
     return (mask != 0).double()
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -28,7 +28,6 @@ from problems import (
     error_over_budget,
     in_orders,
     interpreted,
-    on_threads,
     relative_error,
     small_update,
     some,
@@ -38,7 +37,7 @@ from problems import (
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
-from torch_calls import Calls, saved_tensors
+from torch_calls import Calls, on_threads, saved_tensors
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import padding_masks

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import DEVICE, cases, in_orders, on_threads
+from problems import DEVICE, cases, in_orders
+from torch_calls import on_threads
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.dropout import Dropout

@@ -10,9 +10,9 @@ from functools import partial
 import pytest
 import torch
 from expert_problems import make_blocks, make_problem
-from problems import DTYPES, obstacle, on_threads
+from problems import DTYPES, obstacle
 from torch import Tensor
-from torch_calls import Largest, saved_tensors
+from torch_calls import Largest, on_threads, saved_tensors
 
 from smoa_kernels.backends.native import backend as native
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear

@@ -11,7 +11,8 @@ from typing import ClassVar
 import pytest
 import torch
 from compiled import CPU, needs_library, on_cpu
-from problems import Case, assert_within_budget, on_threads
+from problems import Case, assert_within_budget
+from torch_calls import on_threads
 
 import hatch_build
 from smoa_kernels.backends import native_obstacle, resolve_backend

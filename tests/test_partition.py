@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from problems import DEVICE, on_threads
+from problems import DEVICE
+from torch_calls import on_threads
 from vectors import Vector, all_vectors
 
 from smoa_kernels import BlockPartition

@@ -1,4 +1,4 @@
-"""Records the calls of torch's operators, the largest tensor that they make, and what is saved for backward."""
+"""Records the calls of torch's operators, the largest tensor that they make, what backward keeps; sets the threads."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,3 +54,13 @@ def saved_tensors() -> Iterator[list[torch.Tensor]]:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         yield found
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -10,10 +10,10 @@ import torch
 from adapted import adapt, config, layers
 from peft import get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
-from problems import on_threads
 from tiny_experts import config as expert_config
 from tiny_experts import tiny_experts
 from tiny_models import tiny_gpt2, tiny_llama
+from torch_calls import on_threads
 from transformers.pytorch_utils import Conv1D
 
 from smoa_kernels import BlockPartition
