@@ -363,9 +363,8 @@ def keep(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
         found = read(path, now)
-        foreign = (
-            found.broken.startswith("has schema") and verdicts is not None
-        )  # a training step moves no such file
+        # A training step, which adds verdicts, moves no such file.
+        foreign = found.broken.startswith("has schema") and verdicts is not None
         if found.broken.startswith("cannot be read") or foreign:
             raise OSError(found.broken)
         if found.broken:

@@ -374,8 +374,8 @@ class LayerSlots:
 def _added(update: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
     """The update plus the base's output: y, or if W0 is at hand `x W0ᵀ + b`.
 
-    The latter is rounded after the addition. A bias is added last, so that it hides no small update, and rounds again.
-    A half-precision y is rounded already, so it loses a small update.
+    With W0 the sum is rounded once, after the addition, and a bias is added to the rounded sum: added before, it would
+    hide a small update. Without W0 y is rounded already, so in half precision a small update is lost.
     """
     if weight is None:
         return (y + update).to(y.dtype)

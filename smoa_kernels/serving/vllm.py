@@ -37,9 +37,8 @@ _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows messages of loggers 
 
 # vLLM's methods, the names of their parameters, and their replacements, which take the original and its arguments.
 _hooks: list[tuple[str, str, Callable[..., Any]]] = []
-_OPTIONAL = (
-    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_logits"  # only saves time, on a CPU
-)
+# Replacing it only saves time, on a CPU.
+_OPTIONAL = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_logits"
 
 
 def _instead_of(path: str, parameters: str) -> Callable[..., Callable[..., Any]]:

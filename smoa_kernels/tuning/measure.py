@@ -1,10 +1,10 @@
 """Times the candidates of each problem on a GPU, checks their numbers, and writes the results to the user's table.
 
 A choice whose numbers are wrong is never timed: its error against the definition in float64 may be at most twice that
-of the definition in the kernel's own dtype. Else a failure is recorded only against the choice whose own launch raised:
-if another kernel of the pass fails, or memory runs out, the choice is tried again. Ctrl-C keeps the results so far. A
-candidate that ends the process is not tried again: it is saved as unfinished before it runs, and its result replaces
-that entry.
+of the definition in the kernel's own dtype. An exception is recorded against a choice only if its own launch raised it.
+After another kernel's failure, or a lack of memory, a later run tries the choice again. Ctrl-C keeps the results so
+far. A candidate that ends the process is not tried again: it is saved as unfinished before it runs, and its result
+replaces that entry.
 """
 
 from __future__ import annotations
