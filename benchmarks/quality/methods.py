@@ -138,9 +138,14 @@ AT_LORAS = (
     Method("LoRA, r=32, LoRA's rate", "lora", r=32, rate_of=_LORA.name),
     Method("LoRA, r=32, alpha=8, LoRA's rate", "lora", r=32, scaling=0.25, rate_of=_LORA.name),
 )
-STEADY = tuple(
-    replace(base, name=f"{base.name}, {times} times the rate", rate_of=base.rate_of or base.name, times=times)
-    for times in (2, 4) for base in (AT_LORAS[0], _LORA, _SMOA)
+# Once the rate as well: the records of the base methods are older than the note of a run's worst loss.
+STEADY = (
+    AT_LORAS[0],
+    *(replace(base, name=f"{base.name}, 1 times the rate", rate_of=base.name) for base in (_LORA, _SMOA)),
+    *(
+        replace(base, name=f"{base.name}, {times} times the rate", rate_of=base.rate_of or base.name, times=times)
+        for times in (2, 4) for base in (AT_LORAS[0], _LORA, _SMOA)
+    ),
 )  # fmt: skip
 # Which modules to adapt, at equal r and at equal parameters:
 MODULES = tuple(
