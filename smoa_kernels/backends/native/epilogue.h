@@ -7,13 +7,15 @@
 
 /* --- y ------------------------------------------------------------------------------------------------------------------ */
 
+enum { ROWS_BELOW = 6 };
+
 /* y (+)= sums + bias for some rows of float32 sums; the bias may be NULL. Each number is rounded once. */
-static void finish_rows(const float *sums, i64 stride, i64 count, i64 cols, const void *bias, int add, void *y, i64 y_stride, int dtype) {
+INLINE void finish_rows(const float *sums, i64 stride, i64 count, i64 cols, const void *bias, int add, void *y, i64 y_stride, int dtype) {
     for (i64 t = 0; t < count; t++)
         for (i64 c = 0; c < cols; c += LANES) {
             void *to = (char *)y + (t * y_stride + c) * bytes_of(dtype);
             vf value = widen(sums + t * stride, c, cols - c, FLOAT32);
-            __builtin_prefetch((char *)to + 6 * y_stride * bytes_of(dtype), 1);
+            __builtin_prefetch((char *)to + ROWS_BELOW * y_stride * bytes_of(dtype), 1); /* a piece of C has left the cache */
             if (bias) value += widen(bias, c, cols - c, dtype);
             if (add) value += widen(to, 0, cols - c, dtype);
             narrow(to, 0, cols - c, value, dtype);

@@ -119,7 +119,7 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
             packed tiles = {(float *)(g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size),
                             (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens};
             if (g->format == PAIRS)
-                multiply_tiles(PAIRS, &tiles, 1, count, width, add_to_C, &product);
+                multiply_pairs(&product, &tiles, count, width);
             else
                 gemm(&product, l->row_offsets[k] + first, count, l->col_offsets[k], width, r.rest);
             contract_slab(g, &r, k, first, count, g->dA + thread * l->rank * g->factors.A_stride);

@@ -233,20 +233,20 @@ TARGET_BF16 static inline void add_products(int both) {
 
 /* Six of the nine products of the parts of SPLIT3; the other three are below float32's own rounding. The smallest come first. Each product
  * keeps one operand of the last one. */
-TARGET_BF16 static inline void add_split_products(const half *left, const half *right, int both) {
+TARGET_BF16 static inline void add_split_products(const half *left, const half *right) {
     load_left(left + 2 * STEP);
     load_right(right);
-    add_products(both);
+    add_products(1);
     load_left(left + STEP);
-    add_products(both);
+    add_products(1);
     load_right(right + STEP);
-    add_products(both);
+    add_products(1);
     load_left(left);
-    add_products(both);
+    add_products(1);
     load_right(right + 2 * STEP);
-    add_products(both);
+    add_products(1);
     load_right(right);
-    add_products(both);
+    add_products(1);
 }
 
 static inline __mmask16 first_lanes(i64 count) {
@@ -261,7 +261,7 @@ typedef struct {
     i64 row, rows, col, width;
 } finished;
 
-static void take_rows(finished *f, i64 count) {
+TARGET_BF16 INLINE void take_rows(finished *f, i64 count) {
     count = least(count, f->rows);
     if (count) f->take(f->context, f->sums, f->row, count, f->col, f->width);
     f->sums += count * PANEL, f->row += count, f->rows -= count;
@@ -269,7 +269,7 @@ static void take_rows(finished *f, i64 count) {
 
 /* sums = Σ left rightᵀ over `count` pairs of panels, of which `rows` and `columns` exist. AMX multiplies while the epilogue takes the last
  * panel's sums: they were just stored, and who loads them at once waits. */
-TARGET_BF16 static void tile_panel(int format, const packed *p, int count, i64 rows, i64 columns, float *sums, finished *last) {
+TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 rows, i64 columns, float *sums, finished *last) {
     i64 steps = 0, done = 0;
     for (int n = 0; n < count; n++) steps += ceil_div(p[n].depth, TERMS);
     i64 together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
@@ -288,7 +288,7 @@ TARGET_BF16 static void tile_panel(int format, const packed *p, int count, i64 r
         i64 step = format == SPLIT3 ? 3 * STEP : STEP;
         for (i64 k = 0; k < p[n].depth; k += TERMS, left += step, right += step) {
             if (format == SPLIT3)
-                add_split_products(left, right, rows > SIDE);
+                add_split_products(left, right);
             else {
                 load_left(left);
                 load_right(right);
