@@ -73,12 +73,14 @@ typedef struct {
     i64 right_rows;         /* rows of the right operand that are packed together */
     void *C;
     i64 stride;
-    int dtype, add;
+    int dtype, add; /* dtype: of C */
 } gemm_job;
 
 #if HAS_TILES
-/* Multiplies operands in PAIRS or SPLIT3, up to two pairs of them in one sum. */
-TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int count, i64 i_count, i64 j_count, epilogue *take, const void *context) {
+/* Multiplies operands in PAIRS or SPLIT3, up to two pairs of them in one sum. Inlined with its epilogue: a call in each step would take a
+ * tenth of a float32 layer. */
+TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int count, i64 i_count, i64 j_count, epilogue *take,
+                                       const void *context) {
     _Alignas(64) float sums[PANEL * PANEL];
     finished last = {.rows = 0};
     int tall = i_count > j_count; /* the operand with fewer rows is in the inner loop, and stays in a cache */
@@ -117,6 +119,7 @@ INLINE void round_to_C(const void *context, const float *sums, i64 row, i64 coun
     finish_rows(sums, PANEL, count, width, NULL, g->add, (half *)g->C + row * g->stride + col, g->stride, BFLOAT16);
 }
 
+/* C (+)= left rightᵀ of packed operands. */
 TARGET_BF16 static __attribute__((noinline)) void multiply_split(const gemm_job *g, const packed *both, i64 i_count, i64 j_count) {
     multiply_tiles(SPLIT3, both, 1, i_count, j_count, add_to_C, g);
 }

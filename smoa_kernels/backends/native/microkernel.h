@@ -261,6 +261,7 @@ typedef struct {
     i64 row, rows, col, width;
 } finished;
 
+/* Lets the epilogue take up to `count` of them. */
 TARGET_BF16 INLINE void take_rows(finished *f, i64 count) {
     count = least(count, f->rows);
     if (count) f->take(f->context, f->sums, f->row, count, f->col, f->width);
@@ -268,7 +269,7 @@ TARGET_BF16 INLINE void take_rows(finished *f, i64 count) {
 }
 
 /* sums = Σ left rightᵀ over `count` pairs of panels, of which `rows` and `columns` exist. AMX multiplies while the epilogue takes the last
- * panel's sums: they were just stored, and who loads them at once waits. */
+ * panel's sums, but not in the first step: they were just stored, and loads would wait. */
 TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 rows, i64 columns, float *sums, finished *last) {
     i64 steps = 0, done = 0;
     for (int n = 0; n < count; n++) steps += ceil_div(p[n].depth, TERMS);

@@ -182,7 +182,7 @@ static i64 blocked_product(product p) {
  * computed here, with the transposed layer; it is stored in bfloat16, so dX is rounded twice.
  */
 #if HAS_TILES
-/* A thread's buffers and position while it multiplies a group of rows. */
+/* A thread's buffers, and the rows of W0, while it multiplies a group of rows. */
 typedef struct {
     const product *p;
     half *W0, *delta;
