@@ -13,8 +13,6 @@ from .providers import HIRA, LORA, SMOA
 from .results import Run, write
 from .tables import ratios, table
 
-__all__ = ["README", "RESULTS", "ROOT", "keep_job", "section", "with_section"]
-
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
