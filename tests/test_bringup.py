@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from places import ctrl_c  # noqa: F401
+from places import ctrl_c, python  # noqa: F401
 
 from benchmarks.bringup import __main__ as bringup
 from benchmarks.bringup import stages
@@ -134,6 +134,27 @@ def test_pytests_output_is_read() -> None:
     assert finding["skipped"] == ["[1] tests/test_a.py:4: no GPU"]
     stopped = bringup.pytest_finding(PYTEST.partition("=== FAILURES")[0])
     assert stopped == {**finding, "failed": ["tests/test_a.py::test_two"], "skipped": []}
+
+
+TESTS_FORMS = """\
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+from benchmarks.bringup.ahead import tested
+from benchmarks.fake_gpu import H100, install
+gpu = install()
+tested(H100, ["-n", "0", "tests/kernels/test_permute.py"])
+kernels, forms = zip(*gpu.compiled)
+print(*{kernel.__name__ for kernel in kernels}, len(forms), *sorted({form[0]["x_ptr"] for form in forms}))
+"""
+
+
+def test_forms_of_the_numerical_tests_are_known_before_they_run() -> None:
+    """Those of a kernel's tests, in the dtypes that they compute in."""
+    out, errors = python(TESTS_FORMS, PYTHONWARNINGS="ignore").communicate(timeout=300)
+    assert out, errors
+    name, count, *dtypes = out.split()
+    assert (name, dtypes) == ("permute_kernel", ["*bf16", "*fp16", "*fp32"])
+    assert int(count) > len(dtypes)
 
 
 # Comparisons
