@@ -1,20 +1,20 @@
-"""Options, the pinned threads, and the JSON's contents."""
+"""Options, the pinned threads, and the run's file."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from .machine import describe, load
-from .protocol import Run, Turns
-from .results import Result
+from .results import Result, Run, compact, measured, write
 
 _BEGIN = time.monotonic()
+_RESULTS: list[Result] = []
 
 Measure = Callable[..., None]
 
@@ -23,22 +23,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smoa-kernels")
     group.addoption("--smoke", action="store_true", help="tiny sizes: does every benchmark pass its gate")
     group.addoption("--threads", type=int, default=1, help="intra-op threads (default 1)")
+    group.addoption("--json", type=Path, help="write the run to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The tests do not time by default; benchmarks do. pytest-benchmark's own table is left out: its rows would be
-    # rounds over all providers, which mean nothing.
-    config.option.benchmark_disable = False
-    config.option.benchmark_enable = True
-    config.option.benchmark_quiet = True
     torch.set_num_threads(config.option.threads)
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.clear()
-    machine_info.update(describe(config.option.smoke))
-    # Taken at the end, when the JSON is written, so that gates and warm-ups count. `make bench` limits this time.
-    machine_info["suite_seconds"] = round(time.monotonic() - _BEGIN)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (path := session.config.option.json) is None:
+        return
+    run = Run.here(session.config.option.smoke, *_RESULTS)
+    # The time of gates and warm-ups counts: `make bench` limits it.
+    machine = {**run.machine, "suite_seconds": round(time.monotonic() - _BEGIN)}
+    write(path, compact(replace(run, machine=machine)))
 
 
 @pytest.fixture(scope="session")
@@ -48,35 +46,16 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
-    """Time providers in turns by the protocol and keep the seconds for the JSON.
+def keep() -> Callable[[Result], None]:
+    """Keep a result for the run's file."""
+    return _RESULTS.append
 
-    A round of pytest-benchmark is one round over all providers. There are as many rounds as fit into a budget of
-    seconds, but at least `least`. `verify` is a gate that checks results of the timed calls; it runs before anything is
-    recorded.
-    """
 
-    def run(
-        kind: str,
-        title: str,
-        params: Mapping[str, Any],
-        variants: Mapping[str, Run],
-        *,
-        baseline: str,
-        budget: float,
-        least: int = 7,
-        warmup: int = 2,
-        verify: Callable[[], None] = lambda: None,
-        bytes: Mapping[str, Mapping[str, int]] | None = None,
-    ) -> None:
-        turns = Turns(variants, baseline)
-        before = load()
-        one = turns.warm_up(1 if smoke else warmup)
-        rounds = 2 if smoke else max(least, min(40, int(budget / one) if one else least))
-        benchmark.pedantic(turns.round, rounds=rounds)
-        verify()
-        seconds = {phase: dict(comparison.seconds) for phase, comparison in turns.comparisons().items()}
-        result = Result(kind, title, dict(params), baseline, [before, load()], seconds, bytes or {})
-        benchmark.extra_info.update(vars(result))
+@pytest.fixture
+def measure(smoke: bool) -> Measure:
+    """Time providers in turns (`results.measured`), and keep the result."""
+
+    def run(*about: Any, **options: Any) -> None:
+        _RESULTS.append(measured(*about, smoke=smoke, **options))
 
     return run

@@ -26,12 +26,12 @@ from .machine import EDITED, commit
 from .quality import store
 from .quality.analysis import differences, mean_of
 from .quality.study import SEARCH_SEED, rate_beyond
-from .readme import ROOT, with_section
-from .results import write
+from .readme import with_section
+from .results import RESULTS, write
 from .tables import table
 
-RECORDS = ROOT / "benchmarks" / "results" / "quality_moe.jsonl"
-PAGE = ROOT / "benchmarks" / "results" / "scripts.md"
+RECORDS = RESULTS / "quality_moe.jsonl"
+PAGE = RESULTS / "scripts.md"
 START = "<!-- written by make quality-moe: -->"
 STEPS, BATCH, HEAD_RATE = 200, 32, 1e-2
 SEEDS = 5

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .machine import LIMIT, commit, cpu_name
 from .providers import HIRA, LORA, SMOA
-from .results import Run, write
+from .results import RESULTS, ROOT, Run, write
 from .tables import ratios, table
 
-__all__ = ["README", "RESULTS", "ROOT", "keep_job", "section", "with_section"]
+__all__ = ["README", "keep_job", "section", "with_section"]
 
-ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
 MAIN_JOB = RESULTS / "main-job"
 SERVING = RESULTS / "serving" / "summary.json"  # by `python -m benchmarks.serving --summary`
 METHODS = {"smoa": SMOA, "lora": LORA, "hira": HIRA}

@@ -3,8 +3,8 @@
     python -m benchmarks.report RUN.json …     # adds runs, then writes everything
     python -m benchmarks.report                # writes everything from the runs that are kept
 
-A run is the JSON of `make bench` (pytest --benchmark-json), kept in a compact form under its device's name, or the
-summary.json of `make finetune`, kept under its method's name. A new run replaces the old one.
+A run is the JSON of `make bench`, kept under its device's name, or the summary.json of `make finetune`, kept under its
+method's name. A new run replaces the old one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import typer
 
 from . import protocol, tables
 from .providers import LORA
-from .readme import README, RESULTS, keep_job, section, with_section
-from .results import Run, compact, read, read_all, write
+from .readme import README, keep_job, section, with_section
+from .results import RESULTS, Run, compact, read, read_all, write
 
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("The layer", "layer", ("both", "forward", "backward")),

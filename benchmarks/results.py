@@ -1,19 +1,23 @@
-"""Reads and writes runs: pytest-benchmark's JSON, or its compact form, which is committed."""
+"""A run of the suite: measures its results, reads and writes its JSON."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from smoa_kernels.files import replace_file
 
-from .machine import EDITED
-from .protocol import Comparison, Figure
+from . import protocol
+from .machine import commit, describe, load
+from .protocol import Comparison, Figure, Turns
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 DIGITS = 5  # of each second that is kept
 
 
@@ -75,6 +79,25 @@ class Run:
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     findings: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def here(cls, smoke: bool, *results: Result) -> Run:
+        """A run of this machine and commit, now."""
+        return cls(describe(smoke), commit(), time.strftime("%Y-%m-%d %H:%M"), results)
+
+    def with_results(self, *results: Result) -> Run:
+        """The run with more results, which replace earlier ones of the same kind and title."""
+        names = {(r.kind, r.title) for r in results}
+        kept = [r for r in self.results if (r.kind, r.title) not in names]
+        return replace(self, results=(*kept, *results))
+
+    def with_finding(self, stage: str, finding: Any) -> Run:
+        """The run with a stage's finding, which replaces an earlier one."""
+        return replace(self, findings={**self.findings, stage: finding})
+
+    def with_stage(self, stage: str, **status: Any) -> Run:
+        """The run with a stage's status."""
+        return replace(self, stages={**self.stages, stage: status})
+
     @property
     def on_gpu(self) -> bool:
         """Whether a GPU was measured."""
@@ -104,21 +127,50 @@ class Run:
         return next(iter(self.select(kind, **params)), None)
 
 
+def measured(
+    kind: str,
+    title: str,
+    params: Mapping[str, Any],
+    variants: Mapping[str, protocol.Run],
+    *,
+    baseline: str,
+    budget: float,
+    smoke: bool,
+    least: int = 7,
+    most: int = 40,
+    warmup: int = 2,
+    verify: Callable[[], None] = lambda: None,
+    bytes: Mapping[str, Mapping[str, int]] | None = None,
+) -> Result:
+    """Time providers in turns by the protocol, in as many rounds as fit into a budget of seconds.
+
+    Args:
+        kind, title, params, baseline, bytes: of the result.
+        variants: the run of each provider.
+        budget: seconds.
+        smoke: two rounds.
+        least, most: rounds.
+        warmup: rounds before them.
+        verify: a gate that checks results of the timed calls.
+    """
+    turns = Turns(variants, baseline)
+    before = load()
+    one = turns.warm_up(1 if smoke else warmup)
+    for _ in range(2 if smoke else max(least, min(most, int(budget / one) if one else least))):
+        turns.round()
+    verify()
+    seconds = {phase: dict(found.seconds) for phase, found in turns.comparisons().items()}
+    return Result(kind, title, dict(params), baseline, [before, load()], seconds, bytes or {})
+
+
 def read(path: Path) -> Run:
     """Read a run.
 
     Raises:
-        ValueError: the file is neither pytest-benchmark's JSON of this suite nor its compact form.
+        ValueError: the file is not a run of this suite.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if "benchmarks" in data:
-            return Run(
-                machine=data["machine_info"],
-                commit=_commit(data["commit_info"]),
-                date=data["datetime"][:16].replace("T", " "),
-                results=tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
-            )
         kept = {name: data.get(name, {}) for name in ("stages", "findings")}
         return Run(
             data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])), **kept
@@ -136,7 +188,7 @@ def read_all(folder: Path) -> list[Run]:
 
 
 def compact(run: Run) -> str:
-    """A run as the JSON that is committed, one result a line."""
+    """A run as JSON, one result a line."""
     lines = []
     for result in run.results:
         named = {"kind": result.kind, "title": result.title, "params": result.params}
@@ -158,10 +210,6 @@ def _result(found: Mapping[str, Any]) -> Result:
     """A result without further fields of older runs."""
     known = {field.name for field in fields(Result)}
     return Result(**{name: value for name, value in found.items() if name in known})
-
-
-def _commit(info: Mapping[str, Any]) -> str:
-    return str(info.get("id", "unknown"))[:10] + (EDITED if info.get("dirty") else "")
 
 
 def _rounded(value: Any) -> Any:

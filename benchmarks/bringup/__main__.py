@@ -21,8 +21,7 @@ from typing import Any
 import torch
 
 from ..machine import EDITED
-from ..results import compact, read, write
-from .state import ROOT, fresh, path_of, with_finding, with_stage
+from ..results import RESULTS, ROOT, Run, compact, read, write
 
 GRACE = 5.0  # seconds between interrupting a stage and killing it
 SECONDS = {"operator": 60.0, "headline": 240.0, "tests": 475.0, "tune": 475.0}
@@ -50,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    out = options.out or ROOT / (".benchmarks/bringup" if options.smoke else "benchmarks/results")
+    out = options.out or (ROOT / ".benchmarks" / "bringup" if options.smoke else RESULTS)
     if options.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
         os.environ["SMOA_CACHE"] = str(out.resolve() / "cache")
     if not (options.smoke or torch.cuda.is_available()):
         parser.error("there is no GPU here; --smoke rehearses on the CPU")
-    run = fresh(options.smoke)
-    path = path_of(out, run)
+    run = Run.here(options.smoke)
+    path = out / f"bringup-{run.slug}.json"
     if options.stage is not None:
         return _in_stage(options.stage, path, options.until, options.smoke)
     if options.resume and path.is_file():
@@ -76,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: done before", flush=True)
             continue
         status, output = _run(name, out, path.with_suffix(".log"), options.smoke)
-        run = with_stage(read(path), name, **status)
+        run = read(path).with_stage(name, **status)
         if name == "tests":
-            run = with_finding(run, "tests", pytest_finding(output))
+            run = run.with_finding("tests", pytest_finding(output))
         write(path, compact(run))
         write(path.with_suffix(".md"), page(run))
         print(
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(name: str, out: Path, log: Path, smoke: bool) -> tuple[dict[str, Any], str]:
     """Run a stage within its time, as `run_stage` does.
 
-    On NVIDIA's GPUs its kernels are compiled first, in at most half of the time. The stage compiles those that are left.
+    On NVIDIA's GPUs its kernels are compiled first, in at most half of the time. The stage compiles the rest.
     """
     left, before = SECONDS[name] * (SMOKE_PATIENCE if smoke else 1), 0.0
     if not smoke and torch.version.hip is None:
