@@ -1,18 +1,16 @@
-"""The grids of problems that are measured, by kind of device."""
+"""The grids of problems that are measured on a CPU; on a GPU they are those of a bring-up."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
 
 from smoa_kernels.definition.precision import has_gemm
 
+from .bringup.cases import BF16, headline_cases
 from .protocol import DEVICE
 from .providers import Case
 
-BF16 = torch.bfloat16
 MOST_BY_LOOPS = 2**28
 """Most multiplications of a forward by torch's loops: half a second; the backward takes several."""
 
@@ -34,25 +32,14 @@ CPU_LAYERS = (
     Case(128, 384, 1536, 2, 16),
     Case(128, 576, 1536, 2, 8, BF16),
 )
-# The cases that the cost model predicts for an H100, until one measures them.
-SQUARE = Case(8192, 4096, 4096, 4, 16, BF16)
-GPU_LAYERS = (
-    *(replace(SQUARE, num_blocks=blocks) for blocks in (1, 2, 4, 8)),
-    *(replace(SQUARE, dropout=0.05), replace(SQUARE, rank=64), replace(SQUARE, dtype=torch.float32)),
-    *(replace(SQUARE, out_features=14336), replace(SQUARE, in_features=14336)),
-    *(replace(SQUARE, tokens=tokens) for tokens in (64, 512)),
-)
 # Three numbers of tokens give the curve over T.
 CPU_MEMORY = (
     *(Case(tokens, 2048, 2048, 4, 16) for tokens in (128, 512, 2048)),
     Case(512, 2048, 2048, 4, 16, dropout=0.05),
     *(Case(tokens, 2048, 2048, 4, 16, BF16) for tokens in (512, 2048)),
 )
-GPU_MEMORY = (
-    *(replace(SQUARE, tokens=tokens) for tokens in (512, 2048, 8192)),
-    *(replace(SQUARE, dropout=0.05), replace(SQUARE, out_features=14336)),
-)
-LAYERS, MEMORY = (GPU_LAYERS, GPU_MEMORY) if DEVICE.type == "cuda" else (CPU_LAYERS, CPU_MEMORY)
+GPU_CASES = headline_cases(smoke=False) if DEVICE.type == "cuda" else ()
+LAYERS, MEMORY = GPU_CASES or CPU_LAYERS, GPU_CASES or CPU_MEMORY
 FEW_TOKENS = tuple(
     Case(tokens, 2048, 2048, 4, 8, dtype)
     for dtype in (torch.float32, BF16)

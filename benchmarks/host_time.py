@@ -15,7 +15,8 @@ import argparse
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from triton.runtime import driver
 from smoa_kernels import FusedSMoALinear
 
 from .fake_gpu import FakeGpu, FakeKernel, install, pretend_cpu
+from .protocol import Turns
 
 TOKENS, FEATURES, BLOCKS, RANK = 16, 128, 4, 16
 WARM_UP, CALLS = 10, 60  # in a round
@@ -68,23 +70,21 @@ def measure(rounds: int) -> tuple[dict[str, float], list[str]]:
         "SMoA, both": lambda: layer(x).backward(dy),
         "of which the pretended GPU": pretended,
     }
-    return _medians(rows, rounds), launches
-
-
-def _medians(rows: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds of the calmest round, each row's own: the median of its calls."""
-    found: dict[str, list[float]] = {name: [] for name in rows}
+    turns = Turns({name: partial(host_seconds, run) for name, run in rows.items()}, "nn.Linear, both")
     for _ in range(rounds):
-        for name, run in rows.items():
-            for _ in range(WARM_UP):
-                run()
-            seconds = []
-            for _ in range(CALLS):
-                start = time.thread_time()
-                run()
-                seconds.append(time.thread_time() - start)
-            found[name].append(statistics.median(seconds))
-    return {name: min(medians) * 1e6 for name, medians in found.items()}
+        turns.round()
+    found = turns.comparisons()["host"].seconds
+    return {name: 1e6 * min(found[name]) for name in rows}, launches
+
+
+def host_seconds(run: Callable[[], object]) -> dict[str, float]:
+    """The thread's own time for a call: the median of many."""
+    seconds = []
+    for _ in range(WARM_UP + CALLS):
+        start = time.thread_time()
+        run()
+        seconds.append(time.thread_time() - start)
+    return {"host": statistics.median(seconds[WARM_UP:])}
 
 
 def main() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .tables import table
+
 STEPS = (1, 5, 20)
 CASES: tuple[dict[str, Any], ...] = (
     *({"K": K} for K in (1, 2, 4, 8)),
@@ -61,16 +63,16 @@ def progress(
 def main() -> None:
     """Print κ after some steps, the ratio of means over four draws."""
     torch.set_num_threads(1)
-    print("| case | " + " | ".join(f"step {step}" for step in STEPS) + " |")
-    print("|---" * (1 + len(STEPS)) + "|")
+    rows = []
     for case in CASES:
         lora, smoa = (
             torch.stack([progress(method, seed, **case) for seed in range(4)]).mean(0)
             for method in ("lora", "smoa")
         )
         kappa = lora / smoa
-        cells = " | ".join(f"{kappa[step - 1]:.1f}" for step in STEPS)
-        print(f"| {', '.join(f'{name}={value}' for name, value in case.items())} | {cells} |")
+        named = ", ".join(f"{name}={value}" for name, value in case.items())
+        rows.append((named, *(f"{kappa[step - 1]:.1f}" for step in STEPS)))
+    print(table(("case", *(f"step {step}" for step in STEPS)), rows))
 
 
 if __name__ == "__main__":

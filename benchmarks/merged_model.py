@@ -15,10 +15,10 @@ import argparse
 import json
 import math
 import shutil
-import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,7 +36,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from smoa_kernels.peft import merge_to_folder, merged_weights
 
 from .machine import commit, cpu_name, load
-from .tables import table
+from .protocol import Turns
+from .tables import shown, table
 
 CONFIG = "adapter_config.json"
 ALPHAS = [1, 1 / 10, 1 / 50, 1 / 200]  # relative to the adapter's own
@@ -148,18 +149,28 @@ def merge(
 
 def memory(base: Path, adapter: Path, out: Path) -> None:
     """Print memory and time of each way to merge; the ways take turns."""
-    runs: dict[tuple[str, str], list[tuple[float, float, list[float]]]] = {way: [] for way in WAYS}
-    for way in WAYS * RUNS:
+    files: dict[str, list[float]] = {}
+
+    def run(name: str, tool: str, most: str) -> dict[str, float]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            runs[way].append(fresh.submit(merge, *way, base, adapter, out).result())
+            grown, seconds, files[name] = fresh.submit(merge, tool, most, base, adapter, out).result()
         shutil.rmtree(out)
-    rows = []
-    for (tool, _), results in runs.items():
-        grown, seconds, (files, *_) = zip(*results, strict=True)
-        cells = (f"{min(grown):.2f} to {max(grown):.2f}", f"{statistics.median(seconds):.1f}")
-        rows.append((tool, f"{len(files)}, largest {max(files):.2f}", *cells))
-    headings = ("", "files, GB", "resident set grew by, GB", "processor time, s (median)")
-    print(table(headings, rows), flush=True)
+        return {"resident set grew by, GB": grown, "processor time, s": seconds}
+
+    ways = {" ".join(way): way for way in WAYS}
+    turns = Turns({name: partial(run, name, *way) for name, way in ways.items()}, next(iter(ways)))
+    for _ in range(RUNS):
+        turns.round()
+    found = turns.comparisons()
+    rows = [
+        (
+            tool,
+            f"{len(files[name])}, largest {max(files[name]):.2f}",
+            *(shown(f.time(name)) for f in found.values()),
+        )
+        for name, (tool, _) in ways.items()
+    ]
+    print(table(("", "files, GB", *found), rows), flush=True)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -97,9 +98,9 @@ def _run(name: str, out: Path, log: Path, smoke: bool) -> tuple[dict[str, Any], 
     """
     left, before = SECONDS[name] * (SMOKE_PATIENCE if smoke else 1), 0.0
     if not smoke and torch.version.hip is None:
-        gpu = torch.cuda.get_device_properties(0)
-        sizes = (f"--{each}={getattr(gpu, each)}" for each in ("major", "minor", "multi_processor_count"))
-        command = [sys.executable, "-m", "benchmarks.bringup.ahead", name, *sizes]
+        found = torch.cuda.get_device_properties(0)
+        gpu = {name: getattr(found, name) for name in ("major", "minor", "multi_processor_count")}
+        command = [sys.executable, "-m", "benchmarks.bringup.ahead", name, "--gpu", json.dumps(gpu)]
         status, output = run_stage(command, log, left / 2)
         if status["status"] == "interrupted":
             return status, output

@@ -161,13 +161,9 @@ def main() -> None:
     )
     parser.add_argument("stage", nargs="?", choices=tuple(SECONDS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    for name in ("major", "minor", "multi_processor_count"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(H100, name))
+    parser.add_argument("--gpu", type=json.loads, default={}, help="properties in JSON, where not an H100's")
     given = parser.parse_args()
-    properties = SimpleNamespace(
-        **{**vars(H100), **{n: v for n, v in vars(given).items() if n in vars(H100)}}
-    )
-    gpu = install(properties=properties)
+    gpu = install(properties=SimpleNamespace(**vars(H100) | given.gpu))
     if given.stage is not None:
         for _ in compile_all(stage_forms(given.stage, gpu, given.jobs), given.jobs):
             pass
