@@ -162,14 +162,10 @@ def memory(base: Path, adapter: Path, out: Path) -> None:
     for _ in range(RUNS):
         turns.round()
     found = turns.comparisons()
-    rows = [
-        (
-            tool,
-            f"{len(files[name])}, largest {max(files[name]):.2f}",
-            *(shown(f.time(name)) for f in found.values()),
-        )
-        for name, (tool, _) in ways.items()
-    ]
+    rows = []
+    for name, (tool, _) in ways.items():
+        cells = (shown(each.time(name)) for each in found.values())
+        rows.append((tool, f"{len(files[name])}, largest {max(files[name]):.2f}", *cells))
     print(table(("", "files, GB", *found), rows), flush=True)
 
 

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,6 +135,23 @@ def test_pytests_output_is_read() -> None:
     assert finding["skipped"] == ["[1] tests/test_a.py:4: no GPU"]
     stopped = bringup.pytest_finding(PYTEST.partition("=== FAILURES")[0])
     assert stopped == {**finding, "failed": ["tests/test_a.py::test_two"], "skipped": []}
+
+
+def test_kernels_are_compiled_in_at_most_half_of_a_stages_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[str, object], str]:
+        asked.append((command[2], seconds))
+        return {"status": "done", "seconds": 100.0, "error": ""}, ""
+
+    gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(bringup, "run_stage", stage)
+    status, _ = bringup._run("headline", tmp_path, tmp_path / "log", smoke=False)
+    assert asked == [("benchmarks.bringup.ahead", 120.0), ("benchmarks.bringup", 140.0)]
+    assert status["seconds"] == 200.0
 
 
 TESTS_FORMS = """\
