@@ -7,9 +7,9 @@ import torch
 
 from smoa_kernels.definition.precision import has_gemm
 
-from .bringup.cases import BF16, headline_cases
+from .bringup.cases import headline_cases
 from .protocol import DEVICE
-from .providers import Case
+from .providers import BF16, Case
 
 MOST_BY_LOOPS = 2**28
 """Most multiplications of a forward by torch's loops: half a second; the backward takes several."""

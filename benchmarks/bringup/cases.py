@@ -7,9 +7,8 @@ import torch
 from smoa_kernels.kernels.spec import GRANULE
 from smoa_kernels.tuning.roofline import Problem
 
-from ..providers import Case
+from ..providers import BF16, Case
 
-BF16 = torch.bfloat16
 SHAPES = ((4096, 4096), (14336, 4096))
 TOKENS = (8192, 2048, 1)
 BLOCKS, RANK = 4, 16

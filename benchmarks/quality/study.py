@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training import schedule, shuffled
 
 from . import data, store
-from .methods import BY_NAME, LADDER, Method, update_spectrum
+from .methods import BY_NAME, LADDER, Method
 from .models import CutModel
 from .tasks import TASKS, Task
 
@@ -136,7 +136,7 @@ def train_and_judge(
     base = cut.fresh(seed)
     head = list(base.head.parameters()) if cut.new_head else []
     method = method.sized(base, cut.targets)
-    model = method.adapt(base, cut.targets, seed)
+    model = cut.adapt(method, base, seed)
     adapter = [p for p in model.parameters() if p.requires_grad]
     for parameter in head:
         parameter.requires_grad_(True)
@@ -176,7 +176,7 @@ def train_and_judge(
         "parameters": sum(p.numel() for p in adapter),
         "step_seconds": median_high(seconds or [0.0]),
         "seconds": time.process_time() - begin,
-        **update_spectrum(model),
+        **cut.spectrum(model),
     }
 
 
