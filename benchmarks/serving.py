@@ -42,7 +42,6 @@ def make(base: str, folder: Path) -> None:
 
     kinds: dict[str, Callable[[], Any]] = {
         "smoa4-": lambda: SMoAConfig(r=8, num_blocks=4, target_modules=TARGETS),
-        "smoa2-": lambda: SMoAConfig(r=8, num_blocks=2, target_modules=TARGETS),
         "hira-": lambda: HiraConfig(r=8, target_modules=TARGETS),
         "lora-": lambda: LoraConfig(r=8, target_modules=TARGETS),
     }

@@ -12,7 +12,7 @@ from places import ctrl_c, python  # noqa: F401
 
 from benchmarks.bringup import __main__ as bringup
 from benchmarks.bringup import stages
-from benchmarks.bringup.cases import headline_cases, operator_cases
+from benchmarks.cases import headline_cases, operator_cases
 from benchmarks.providers import FROZEN, LORA, Case
 from benchmarks.results import Result, Run, read
 from smoa_kernels.kernels.launch import short_way

@@ -34,11 +34,11 @@ from smoa_kernels.kernels.spec import ALGORITHM_KEYS, GRANULE
 from smoa_kernels.tuning.measure import workload
 from smoa_kernels.tuning.plan import jobs
 
+from ..cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from ..fake_gpu import H100, FakeGpu, Form, adapter, install
 from ..providers import Case
 from ..results import ROOT
 from .__main__ import NUMERICAL_TESTS, SECONDS
-from .cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 
 CORES = 16  # about as many as a machine with a GPU has
 

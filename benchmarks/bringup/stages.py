@@ -18,6 +18,7 @@ from smoa_kernels.kernels.table import SCHEMA, Choice, keep
 from smoa_kernels.tuning.measure import gpu_timer, tune
 from smoa_kernels.tuning.plan import jobs
 
+from ..cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from ..gate import check_layers
 from ..memory import footprint
 from ..protocol import DEVICE, pass_seconds
@@ -37,7 +38,6 @@ from ..providers import (
     smoa,
 )
 from ..results import Result, Run, measured
-from .cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 
 SECONDS_PER_CASE = 1.2
 MOST_ROUNDS = 20
