@@ -1,20 +1,19 @@
-"""Options, the pinned threads, and the run's file."""
+"""Options, the pinned threads, and the JSON's contents."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from .results import Result, Run, compact, measured, write
+from .machine import describe
+from .results import measured
 
 _BEGIN = time.monotonic()
-_RESULTS: list[Result] = []
 
 Measure = Callable[..., None]
 
@@ -23,20 +22,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smoa-kernels")
     group.addoption("--smoke", action="store_true", help="tiny sizes: does every benchmark pass its gate")
     group.addoption("--threads", type=int, default=1, help="intra-op threads (default 1)")
-    group.addoption("--json", type=Path, help="write the run to this file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # The tests do not time by default; benchmarks do. pytest-benchmark's own table is left out: its times are those of
+    # whole comparisons, which mean nothing.
+    config.option.benchmark_disable = False
+    config.option.benchmark_enable = True
+    config.option.benchmark_quiet = True
     torch.set_num_threads(config.option.threads)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if (path := session.config.option.json) is None:
-        return
-    run = Run.here(session.config.option.smoke, *_RESULTS)
-    # The time of gates and warm-ups counts: `make bench` limits it.
-    machine = {**run.machine, "suite_seconds": round(time.monotonic() - _BEGIN)}
-    write(path, compact(replace(run, machine=machine)))
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()
+    machine_info.update(describe(config.option.smoke))
+    # Taken at the end, when the JSON is written, so that gates and warm-ups count. `make bench` limits this time.
+    machine_info["suite_seconds"] = round(time.monotonic() - _BEGIN)
 
 
 @pytest.fixture(scope="session")
@@ -46,16 +47,11 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def keep() -> Callable[[Result], None]:
-    """Keep a result for the run's file."""
-    return _RESULTS.append
-
-
-@pytest.fixture
-def measure(smoke: bool) -> Measure:
-    """Time providers in turns (`results.measured`), and keep the result."""
+def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
+    """Time providers in turns (`results.measured`), and keep the result for the JSON."""
 
     def run(*about: Any, **options: Any) -> None:
-        _RESULTS.append(measured(*about, smoke=smoke, **options))
+        result = benchmark.pedantic(measured, about, {**options, "smoke": smoke})
+        benchmark.extra_info.update(vars(result))
 
     return run

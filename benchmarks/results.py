@@ -1,10 +1,12 @@
-"""A run of the suite: measures its results, reads and writes its JSON."""
+"""Runs of the suite: measures their results, reads and writes them.
+
+Their JSON is pytest-benchmark's, or a compact form, which is committed.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 from smoa_kernels.files import replace_file
 
 from . import protocol
-from .machine import commit, describe, load
+from .machine import EDITED, load
 from .protocol import Comparison, Figure, Turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,11 +80,6 @@ class Run:
     results: tuple[Result, ...]
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     findings: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def here(cls, smoke: bool, *results: Result) -> Run:
-        """A run of this machine and commit, now."""
-        return cls(describe(smoke), commit(), time.strftime("%Y-%m-%d %H:%M"), results)
 
     def with_results(self, *results: Result) -> Run:
         """The run with more results, which replace earlier ones of the same kind and title."""
@@ -167,10 +164,17 @@ def read(path: Path) -> Run:
     """Read a run.
 
     Raises:
-        ValueError: the file is not a run of this suite.
+        ValueError: the file is neither pytest-benchmark's JSON of this suite nor its compact form.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if "benchmarks" in data:
+            return Run(
+                machine=data["machine_info"],
+                commit=_commit(data["commit_info"]),
+                date=data["datetime"][:16].replace("T", " "),
+                results=tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
+            )
         kept = {name: data.get(name, {}) for name in ("stages", "findings")}
         return Run(
             data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])), **kept
@@ -188,7 +192,7 @@ def read_all(folder: Path) -> list[Run]:
 
 
 def compact(run: Run) -> str:
-    """A run as JSON, one result a line."""
+    """A run as the JSON that is committed, one result a line."""
     lines = []
     for result in run.results:
         named = {"kind": result.kind, "title": result.title, "params": result.params}
@@ -210,6 +214,10 @@ def _result(found: Mapping[str, Any]) -> Result:
     """A result without further fields of older runs."""
     known = {field.name for field in fields(Result)}
     return Result(**{name: value for name, value in found.items() if name in known})
+
+
+def _commit(info: Mapping[str, Any]) -> str:
+    return str(info.get("id", "unknown"))[:10] + (EDITED if info.get("dirty") else "")
 
 
 def _rounded(value: Any) -> Any:

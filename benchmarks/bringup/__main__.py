@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..machine import EDITED
+from ..machine import EDITED, commit, describe
 from ..results import RESULTS, ROOT, Run, compact, read, write
 
 GRACE = 5.0  # seconds between interrupting a stage and killing it
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["SMOA_CACHE"] = str(out.resolve() / "cache")
     if not (options.smoke or torch.cuda.is_available()):
         parser.error("there is no GPU here; --smoke rehearses on the CPU")
-    run = Run.here(options.smoke)
+    run = Run(describe(options.smoke), commit(), time.strftime("%Y-%m-%d"), ())
     path = out / f"bringup-{run.slug}.json"
     if options.stage is not None:
         return _in_stage(options.stage, path, options.until, options.smoke)
