@@ -30,8 +30,6 @@ from triton.runtime.jit import JITFunction
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import PackedAdapter
 
-__all__ = ["BLOCKS", "RANK", "FakeGpu", "Form", "Launch", "adapter", "install"]
-
 RANK, BLOCKS = 16, 4  # of `adapter`
 
 H100 = SimpleNamespace(

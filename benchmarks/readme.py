@@ -12,8 +12,6 @@ from .providers import HIRA, LORA, SMOA
 from .results import RESULTS, ROOT, Run, write
 from .tables import ratios, table
 
-__all__ = ["README", "keep_job", "section", "with_section"]
-
 README = ROOT / "README.md"
 MAIN_JOB = RESULTS / "main-job"
 SERVING = RESULTS / "serving" / "summary.json"  # by `python -m benchmarks.serving --summary`

@@ -29,8 +29,6 @@ from .definition.dropout import Dropout
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 
-__all__ = ["LinearCall", "call_linear", "call_linear_backward", "linear", "linear_backward", "register"]
-
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, "
     "Tensor row_block, Tensor col_block, Tensor row_index, Tensor col_index, Tensor row_offsets, "

@@ -13,8 +13,6 @@ from typing import TypeVar
 
 import pytest
 
-__all__ = ["ends", "measured", "within"]
-
 # Far longer than any call here takes on a slow machine: this detects a hang, not slowness.
 HANG = 60
 

@@ -70,12 +70,17 @@ def test_the_oldest_gpu(here, capability: tuple[int, int], runs: bool) -> None:
 
 def test_info_names_the_device(here, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("typer", reason="needs the cli extra")
+    triton = pytest.importorskip("triton", reason="needs triton")
     from smoa_kernels.cli import info
 
     here(H100)
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(info, "miscompiled_on", backends.miscompiled_on.__wrapped__)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(info, "triton_obstacle", lambda device: f"asked of {device}")
-    assert info._devices()["cuda:0"] == ("NVIDIA H100 80GB HBM3, capability 9.0, 132 multiprocessors, 80 GiB")
+    said, wrong = info._devices()["cuda:0"].split("; ")
+    assert said == "NVIDIA H100 80GB HBM3, capability 9.0, 132 multiprocessors, 80 GiB"
+    assert wrong.startswith("triton 3.6.0 compiles TF32 for Hopper wrongly")
     assert info.backends()["triton"] == "asked of cuda:0"
 
 
@@ -91,7 +96,7 @@ def test_a_driver_that_does_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert why == "x is on cuda:0, which this machine does not have: AssertionError"
 
 
-HOPPER, BLACKWELL, GEFORCE = (9, 0), (10, 3), (12, 0)
+HOPPER, BLACKWELL, THOR, GEFORCE = (9, 0), (10, 3), (11, 0), (12, 0)
 TF32, FENCE = "compiles TF32 for Hopper wrongly", "leaves out a fence on Blackwell"
 
 
@@ -102,7 +107,9 @@ TF32, FENCE = "compiles TF32 for Hopper wrongly", "leaves out a fence on Blackwe
         (HOPPER, "3.9.0", None, None),
         (BLACKWELL, "3.6.0", FENCE, FENCE),
         (BLACKWELL, "3.7.0+git1234567", FENCE, FENCE + ".*update it to 3.7.1 or newer"),
+        (BLACKWELL, "3.7.1.dev20260401", FENCE, FENCE),
         (BLACKWELL, "3.7.1", None, None),
+        (THOR, "3.6.0", FENCE, FENCE),
         (BLACKWELL, "3.10.0", None, None),
         (GEFORCE, "3.6.0", None, None),
     ],
@@ -113,7 +120,7 @@ def test_a_triton_that_compiles_wrong_code_for_a_gpu_is_refused(
     triton = pytest.importorskip("triton", reason="needs triton")
     here(SimpleNamespace(major=capability[0], minor=capability[1]))
     monkeypatch.setattr(triton, "__version__", version)
-    for answers in (backends._miscompiled_on, backends._device_obstacle):
+    for answers in (backends.miscompiled_on, backends._device_obstacle):
         monkeypatch.setattr(backends, answers.__name__, answers.__wrapped__)  # nothing is cached
     for ieee, dtype, expected in (
         (False, torch.float32, in_tf32),

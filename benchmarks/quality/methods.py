@@ -114,7 +114,7 @@ METHODS = (
     Method("contiguous K=4, r=32", "smoa", r=32, num_blocks=4, block_order="contiguous"),
     Method("granule 8 K=2", "smoa", num_blocks=2, granule=8),
 )
-_LORA, _SMOA, ORDERED = METHODS[1], METHODS[4], METHODS[12]
+_LORA, _SMOA, ORDERED, ORDERED_4 = METHODS[1], METHODS[4], METHODS[12], METHODS[13]
 # Variations of one thing, everything else as above. Which learning rate goes with which alpha:
 SCALINGS = (
     *(replace(_SMOA, name=f"SMoA K=2, alpha={s}r", scaling=s) for s in (4, 16, 64)),
@@ -134,6 +134,14 @@ AT_LORAS = (
         for k, r in ((2, 8), (4, 8), (1, 8), (2, 16), (2, 32), (4, 32))
     ),
     replace(ORDERED, name="contiguous K=2, LoRA's rate", kappa=6, rate_of=_LORA.name),
+    replace(ORDERED, name="contiguous K=4, LoRA's rate", num_blocks=4, kappa=12, rate_of=_LORA.name),
+    replace(
+        ORDERED_4,
+        name="contiguous K=4, r=32, alpha=8, LoRA's rate",
+        scaling=0.25,
+        kappa=12,
+        rate_of=_LORA.name,
+    ),
     Method("SMoA K=2, r=32, alpha=8, LoRA's rate", "smoa", r=32, scaling=0.25, kappa=6, rate_of=_LORA.name),
     Method("LoRA, r=32, LoRA's rate", "lora", r=32, rate_of=_LORA.name),
     Method("LoRA, r=32, alpha=8, LoRA's rate", "lora", r=32, scaling=0.25, rate_of=_LORA.name),

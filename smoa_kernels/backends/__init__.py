@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import re
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from ..checks import first_line
 from ..definition.dropout import Dropout
@@ -35,6 +35,7 @@ __all__ = [
     "load_backend",
     "load_experts_backend",
     "miscompiled",
+    "miscompiled_on",
     "native_obstacle",
     "resolve_backend",
     "triton_obstacle",
@@ -45,17 +46,18 @@ ALGORITHM_CHOICES = ("auto", "merged", "split", "expanded", "fused")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_OLDEST_TRITON = (3, 6)
+_OLDEST_TRITON = "3.6"
 _OLDEST_CAPABILITY = (8, 0)
-# Wrong machine code: the major compute capability, the precision (empty: any), the first Triton that is right, and why.
+# Wrong machine code: major compute capabilities, the precision (empty: any), the first Triton that is right, and why.
 _MISCOMPILED = (
     # A tensor-core instruction of Hopper (wgmma) may read its left operand from registers. In TF32 new values are
     # written into them before it has read the old ones (triton#9433, triton#11781). The audit found this with Triton
     # 3.6, in the product of dX, and not with 3.9. 3.7 and 3.8 were not audited.
-    (9, "tf32", (3, 9), "compiles TF32 for Hopper wrongly (not IEEE float32)"),
+    ((9,), "tf32", "3.9", "compiles TF32 for Hopper wrongly (not IEEE float32)"),
     # Tensor cores may read shared memory before a store or a copy to it has arrived: wrong and changing results on a
-    # B200 with 3.7.0 (pytorch#181248). Hopper's code lacks the same fence, but no wrong result is known there.
-    (10, "", (3, 7, 1), "leaves out a fence on Blackwell, so results may be wrong (triton#9610)"),
+    # B200 with 3.7.0 (pytorch#181248). Capability 11 has the same instructions. Hopper's code lacks the same fence, but
+    # no wrong result is known there.
+    ((10, 11), "", "3.7.1", "leaves out a fence on Blackwell, so results may be wrong (triton#9610)"),
 )
 MOST_TRITON_RANKS = 256
 """ρ up to which the kernels take an adapter."""
@@ -203,15 +205,10 @@ def miscompiled(capability: int, precision: str, version: str) -> str | None:
         precision: of the products, one of `precision.KERNEL_PRECISIONS`.
         version: Triton's.
     """
-    for major, of_precision, right, why in _MISCOMPILED:
-        if capability == major and of_precision in ("", precision) and _numbers(version) < right:
-            return f"triton {version} {why}: update it to {'.'.join(map(str, right))} or newer"
+    for capabilities, of_precision, right, why in _MISCOMPILED:
+        if capability in capabilities and of_precision in ("", precision) and TorchVersion(version) < right:
+            return f"triton {version} {why}: update it to {right} or newer"
     return None
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    """Numbers that can be compared: (3, 7, 1) for "3.7.1+cu128", and for a development version of it."""
-    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def _constant(function: F) -> F:
@@ -242,13 +239,14 @@ def _library_obstacle(dtype: torch.dtype) -> str | None:
 
 @_constant
 def _compiler_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    if device.type == "cpu" or torch.version.hip is not None:
-        return None
-    return _miscompiled_on(device, precision_of(dtype, ieee=gemm_is_ieee(dtype, "cuda")).name)
+    return miscompiled_on(device, precision_of(dtype, ieee=gemm_is_ieee(dtype, "cuda")).name)
 
 
 @functools.cache
-def _miscompiled_on(device: torch.device, precision: str) -> str | None:
+def miscompiled_on(device: torch.device, precision: str) -> str | None:
+    """Say what the Triton that is installed compiles wrongly for a device; None if nothing is known."""
+    if device.type == "cpu" or torch.version.hip is not None:
+        return None
     triton = importlib.import_module("triton")
     return miscompiled(gpu_properties(device).major, precision, triton.__version__)
 
@@ -263,9 +261,8 @@ def _device_obstacle(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     triton = importlib.import_module("triton")
-    if _numbers(triton.__version__) < _OLDEST_TRITON:
-        oldest = ".".join(map(str, _OLDEST_TRITON))
-        return f"triton {triton.__version__} is older than {oldest}, the oldest supported"
+    if TorchVersion(triton.__version__) < _OLDEST_TRITON:
+        return f"triton {triton.__version__} is older than {_OLDEST_TRITON}, the oldest supported"
     if device.type == "cpu":
         if triton.knobs.runtime.interpret:
             return None

@@ -11,8 +11,6 @@ from ..definition.precision import PRECISIONS
 from ..kernels.architectures import facts
 from ..kernels.spec import ALGORITHM_KEYS, padding_multiple, partial_width
 
-__all__ = ["ALGORITHMS", "admissible", "choose_algorithm", "gradient_parts", "padded", "partial_bytes"]
-
 ALGORITHMS = ("merged", "split", "fused")
 
 # Above these ρ the fused kernel takes the rank in chunks and loads nothing ahead.

@@ -13,17 +13,6 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 
-__all__ = [
-    "BlockOrder",
-    "Index",
-    "block_indices",
-    "block_order",
-    "inverse",
-    "is_batch",
-    "row_panels",
-    "select_columns",
-]
-
 # Bytes of W0 that are gathered as whole rows at a time: they are still in a cache when columns are taken from them. A
 # block of 2048² in four costs 318 us with 64 rows and 278 with 256; at 4096x11008, 256 rows (11 MB) cost 11 % more.
 _ROW_BYTES = 2**21

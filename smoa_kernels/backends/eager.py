@@ -34,17 +34,6 @@ from .block_order import (
 )
 from .pages import in_large_pages
 
-__all__ = [
-    "ALGORITHMS",
-    "adapter_output",
-    "backward",
-    "choose_algorithm",
-    "delta_weight",
-    "forward",
-    "modulated_weight",
-    "split",
-]
-
 ALGORITHMS = ("merged", "split", "expanded")
 
 # The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them

@@ -11,8 +11,6 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from . import Gradients, eager
 
-__all__ = ["base_output", "experts_backward", "experts_product", "spans"]
-
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
     """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.

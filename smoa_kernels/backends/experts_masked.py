@@ -18,8 +18,6 @@ from . import Gradients
 from .algorithms import GRAD_PART_TOKENS
 from .block_order import row_panels
 
-__all__ = ["experts_backward", "experts_product"]
-
 
 class _Expert(NamedTuple):
     """One expert's W0, factors and pairs.

@@ -15,8 +15,6 @@ from ..kernels.grouped_linear import grouped_linear
 from ..kernels.launch import on_device
 from . import Gradients
 
-__all__ = ["experts_backward", "experts_product"]
-
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
     """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 
-__all__ = ["KernelsDropout"]
-
 _TOKENS_PER_DRAW = 8
 _WORD = 2**32 - 1
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57

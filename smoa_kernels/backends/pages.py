@@ -13,8 +13,6 @@ import threading
 import torch
 from torch import Tensor
 
-__all__ = ["LARGE", "in_large_pages", "release", "workspace"]
-
 LARGE = 2**22
 """Bytes from which on a tensor is large; numpy has the same limit."""
 

@@ -42,18 +42,6 @@ from ..kernels.table import keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, experts_triton, triton
 from .kernels_dropout import KernelsDropout
 
-__all__ = [
-    "ALGORITHMS",
-    "LAUNCHER",
-    "Verdicts",
-    "backward",
-    "experts_backward",
-    "experts_product",
-    "forward",
-    "modulated_weight",
-    "verdicts",
-]
-
 ALGORITHMS = triton.ALGORITHMS
 
 Run: TypeAlias = Callable[[Any, Any, Any], Any]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `smoa-kernels` and return its exit code: 0, 1 for a finding, 2 for an error, 130 when interrupted.

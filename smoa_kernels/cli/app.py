@@ -20,8 +20,6 @@ from .plan import plan
 from .roofline import roofline
 from .tune import tune
 
-__all__ = ["run"]
-
 app = typer.Typer(
     name="smoa-kernels",
     help="SMoA's kernels: where they run, what they cost, how to tune them. And its adapters.",

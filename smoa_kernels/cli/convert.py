@@ -9,8 +9,6 @@ import typer
 
 from .output import console, progress_of
 
-__all__ = ["convert"]
-
 
 def convert(
     folder: Annotated[Path, typer.Argument(help="Folder of a HiRA or SMoA adapter.")],

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .. import kernels
 from .._version import __version__
-from ..backends import native_obstacle, triton_obstacle
+from ..backends import miscompiled_on, native_obstacle, triton_obstacle
 from ..backends.native.library import has
 from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
@@ -28,8 +28,6 @@ from ..kernels import table
 from ..kernels.architectures import assembler, identity
 from ..kernels.table import SHIPPED, read, user_table
 from .output import console, write_json
-
-__all__ = ["backends", "info"]
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
 _OURS = ("SMOA_CACHE", "SMOA_VERIFY")
@@ -214,4 +212,8 @@ def _devices() -> dict[str, str]:
             f"{properties.name}, capability {properties.major}.{properties.minor}, "
             f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
         )
+        has_triton = importlib.util.find_spec("triton") is not None
+        # In TF32, because what is known of all precisions holds there too.
+        if has_triton and (why := miscompiled_on(torch.device("cuda", index), "tf32")):
+            devices[f"cuda:{index}"] += f"; {why}"
     return devices

@@ -17,8 +17,6 @@ from .output import console, progress_of, write_json
 if TYPE_CHECKING:
     from ..adapter_folder.inspecting import AdapterReport, LayerReport
 
-__all__ = ["inspect"]
-
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of an SMoA adapter.")],

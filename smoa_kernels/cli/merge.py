@@ -11,8 +11,6 @@ from ..checks import check_choice
 from ..definition.precision import DTYPES, dtype_names
 from .output import console, progress_of
 
-__all__ = ["merge"]
-
 _DTYPES = {dtype_names([dtype]): dtype for dtype in DTYPES}
 
 

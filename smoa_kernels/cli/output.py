@@ -14,8 +14,6 @@ from rich.table import Table
 
 from ..files import replace_file
 
-__all__ = ["check_place", "console", "progress_bar", "progress_of", "table_of", "write_bytes", "write_json"]
-
 _PIPE_WIDTH = 160
 
 

@@ -13,8 +13,6 @@ from ..tuning.models import MODELS
 from ..tuning.scaling import Plan, predict
 from .output import console, table_of
 
-__all__ = ["plan"]
-
 PARALLEL = ("ddp", "fsdp")
 WHOLE = {name: decoder for name, decoder in MODELS.items() if decoder.layers}
 """Models whose sizes are all known."""

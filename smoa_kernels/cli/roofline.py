@@ -17,8 +17,6 @@ from ..tuning.gpus import GPUS
 from ..tuning.roofline import PASSES, WAYS, Estimate, Problem, backward_workspace, estimate
 from .output import console, table_of
 
-__all__ = ["roofline"]
-
 LABELS = {
     "frozen": "frozen",
     "lora": "LoRA",

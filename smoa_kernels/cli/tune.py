@@ -33,8 +33,6 @@ from ..tuning.roofline import Problem
 from .output import console, progress_bar, table_of
 from .roofline import parse_shape
 
-__all__ = ["tune"]
-
 DEFAULT_GPU = "h100"
 """The GPU of a dry run if there is none here and none was named."""
 

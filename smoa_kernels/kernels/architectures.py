@@ -19,18 +19,6 @@ import torch
 
 from ..checks import first_line
 
-__all__ = [
-    "ARCHITECTURES",
-    "Architecture",
-    "Identity",
-    "architecture",
-    "assembler",
-    "facts",
-    "gpu_properties",
-    "identity",
-    "multiprocessors",
-]
-
 _KIB = 1024
 
 

@@ -36,8 +36,6 @@ from .spec import PARTIAL_RANKS, Config, Kernel, partial_width, tile_divides
 from .sum_partials import sum_partials
 from .table import remembered
 
-__all__ = ["BLOCK_GRAD", "block_grad", "token_splits"]
-
 # Ranks that the contraction takes at a time: as few as `tl.dot` allows, because the tile of G stays in registers.
 RANK_CHUNK = 16
 # Ranks of a group: 128 bits of float32. The kernel gets the number of groups, so the compiler knows the alignment.

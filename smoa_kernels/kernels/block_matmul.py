@@ -30,8 +30,6 @@ from .launch import Launch, Layout, described
 from .spec import Config, Kernel, Key, on_amd, tile_divides
 from .table import remembered
 
-__all__ = ["BLOCK_MATMUL", "block_matmul"]
-
 
 @triton.jit(do_not_specialize=["T", "num_blocks"])
 def block_matmul_kernel(

@@ -29,28 +29,6 @@ import triton.language as tl
 
 from .spec import padding_multiple
 
-__all__ = [
-    "INTERPRETED",
-    "OLD_TRITON",
-    "TOKENS_PER_DRAW",
-    "block_slots",
-    "block_width",
-    "coordinates",
-    "dot",
-    "dropout_draws",
-    "dropout_multiplier",
-    "input_precision",
-    "padded_width",
-    "power_of_two",
-    "rank_block",
-    "rank_product",
-    "round_to",
-    "segment_of",
-    "slot_coordinates",
-    "tiles_of_segments",
-    "to_tf32",
-]
-
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 

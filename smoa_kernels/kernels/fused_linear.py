@@ -37,8 +37,6 @@ from .spec import Config, Kernel, Key, on_amd
 from .sum_partials import sum_partials
 from .table import remembered
 
-__all__ = ["FUSED_LINEAR", "fused_linear"]
-
 
 @triton.jit
 def widened(labels):

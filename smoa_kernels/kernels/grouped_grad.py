@@ -40,8 +40,6 @@ from .launch import Launch, Layout, described
 from .spec import Config, Kernel, on_amd
 from .table import remembered
 
-__all__ = ["GROUPED_GRAD", "GROUPED_GRAD_GATHERED", "grouped_grad"]
-
 RANKS = 16
 """Ranks of a program; further ranks take further programs, which compute G again. With more, registers spill."""
 

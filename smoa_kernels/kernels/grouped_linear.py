@@ -44,9 +44,6 @@ from .launch import Launch, Layout, described
 from .spec import Config, Kernel, Key, granule_of, on_amd
 from .table import remembered
 
-__all__ = ["GROUPED_LINEAR", "GROUPED_LINEAR_GATHERED", "grouped_linear"]
-
-
 # Ranks that a program takes at a time; more would spill. A tile with more pairs takes fewer.
 MOST_RANKS, FEW_RANKS, MOST_PAIRS = 32, 16, 128
 

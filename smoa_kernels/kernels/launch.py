@@ -37,17 +37,6 @@ from .common import input_precision
 from .spec import Config, granule_of
 from .table import select
 
-__all__ = [
-    "Launch",
-    "Layout",
-    "Pointers",
-    "described",
-    "heard_by",
-    "on_device",
-    "short_way",
-    "use_tritons_launcher",
-]
-
 _STAY: AbstractContextManager[None] = nullcontext()
 _runtime: Any = knobs.runtime  # holds the hooks on launches
 

@@ -26,8 +26,6 @@ from .launch import Launch, Layout, described
 from .spec import Config, Kernel
 from .table import remembered
 
-__all__ = ["MODULATED_BLOCKS", "MODULATED_WEIGHT", "modulated_blocks", "modulated_weight"]
-
 
 @triton.jit
 def store_tile(out_ptr, offsets, tile, inside):

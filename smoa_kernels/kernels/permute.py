@@ -27,8 +27,6 @@ from .launch import Launch
 from .spec import Config, Kernel, granule_of
 from .table import remembered, select
 
-__all__ = ["PERMUTE", "gather_columns", "scatter_columns"]
-
 
 @triton.jit(do_not_specialize=["T", "column_offset", "threshold"])
 def permute_kernel(

@@ -14,20 +14,6 @@ from typing import Any, NamedTuple
 from ..definition.precision import PRECISIONS, Precision
 from .architectures import Architecture, facts
 
-__all__ = [
-    "ALGORITHM_KEYS",
-    "GRANULE",
-    "PARTIAL_RANKS",
-    "Config",
-    "Kernel",
-    "Key",
-    "bucket",
-    "granule_of",
-    "padding_multiple",
-    "partial_width",
-    "tile_divides",
-]
-
 ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
     "forward": ("merged", "split", "fused", "eager"),
     "input_gradient": ("merged", "fused", "eager"),

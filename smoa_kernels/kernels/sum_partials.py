@@ -26,8 +26,6 @@ from .launch import Launch
 from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel
 from .table import remembered, select
 
-__all__ = ["SUM_PARTIALS", "sum_partials"]
-
 
 @triton.jit(do_not_specialize=["parts", "row_groups", "groups"])
 def sum_partials_kernel(

@@ -34,25 +34,6 @@ from ..files import cache_folder, replace_file
 from .architectures import Identity, architecture, facts, identity, multiprocessors
 from .spec import ALGORITHM_KEYS, Config, Key, bucket
 
-__all__ = [
-    "INTERRUPTED",
-    "SCHEMA",
-    "SHIPPED",
-    "UNFINISHED",
-    "Choice",
-    "Entry",
-    "Table",
-    "Trial",
-    "answered",
-    "fastest",
-    "forget",
-    "keep",
-    "read",
-    "remembered",
-    "select",
-    "user_table",
-]
-
 SCHEMA = 2
 SHIPPED = Path(__file__).resolve().parent / "tables"
 

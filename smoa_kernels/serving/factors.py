@@ -13,11 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter_folder.format import CONFIG_NAME, HIRA, METHOD, PREFIX, WEIGHTS_NAME
+from ..adapter_folder.format import CONFIG_NAME, HIRA, METHOD, WEIGHTS_NAME
 from ..adapter_folder.reading import read_adapter, read_config, read_hira, read_json
 from ..definition.packed import PackedAdapter, scaling_tensor
-
-__all__ = ["MERGE", "PREFIX", "LayerFactors", "ServedAdapter", "read_served", "served_method"]
 
 MERGE = "`smoa-kernels merge` writes a model of its own instead"
 

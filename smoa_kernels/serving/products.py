@@ -25,8 +25,6 @@ from ..definition.packed import PackedAdapter, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sign_rows, sketch_distance, sketch_of_products
 
-__all__ = ["Group", "LayerSlots", "SharedBlocks", "Slice", "packed_from_stacked", "read_weight"]
-
 # Most rows of the base product in one call; it bounds their memory.
 MOST_ROWS = 2048
 # The operator computes a slot with so many tokens in a step, even if other slots have tokens.

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter_folder.format import PREFIX
 from ..definition.sketch import TOLERANCE
-from .factors import MERGE, PREFIX, ServedAdapter, read_served, served_method
+from .factors import MERGE, ServedAdapter, read_served, served_method
 from .products import Group, LayerSlots, Slice
 
 __all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register"]

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["GPUS", "Gpu", "Rates"]
-
 # A large bf16 GEMM on an H100 SXM reaches about 700 of its published 989 dense TFLOP/s. The same share of the
 # published rate is assumed for every dtype and GPU until someone measures; AMD's usually reach less.
 _ACHIEVED_GEMM = 700 / 989

@@ -32,16 +32,6 @@ from ..kernels.table import INTERRUPTED, UNFINISHED, Choice, Entry, Trial, answe
 from .passes import passes
 from .plan import Job, multiplied_in
 
-__all__ = [
-    "DeviceLostError",
-    "Timer",
-    "Workload",
-    "gpu_timer",
-    "left",
-    "tune",
-    "workload",
-]
-
 HANGS_SECONDS = 120.0  # limit of a choice, compilation included
 REPEATS = 30
 FLUSHED_BYTES = 256 * 2**20  # more than any GPU's L2 cache holds

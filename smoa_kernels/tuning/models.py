@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODELS", "Decoder", "read_config"]
-
 
 @dataclass(frozen=True)
 class Decoder:

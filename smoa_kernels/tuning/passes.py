@@ -20,8 +20,6 @@ from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE, Key
 from .roofline import Problem
 
-__all__ = ["Operands", "Pass", "experts_passes", "in_dtype", "passes"]
-
 DROPOUT = 0.1
 
 

@@ -18,18 +18,6 @@ from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from ..kernels.table import Choice, Entry, Trial, answered
 from .roofline import Problem
 
-__all__ = [
-    "Job",
-    "candidates",
-    "check_layer",
-    "describe",
-    "describe_choice",
-    "jobs",
-    "multiplied_in",
-    "tunable",
-    "winner",
-]
-
 # Far above the tokens at which the fused kernel can win, so beyond them its launch parameters do not matter.
 MOST_FUSED_TOKENS = 1024
 

@@ -28,8 +28,6 @@ from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE
 from .gpus import Gpu, Rates
 
-__all__ = ["WAYS", "Estimate", "Part", "Problem", "backward_workspace", "estimate", "gradient_parts", "parts"]
-
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
 

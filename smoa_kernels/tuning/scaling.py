@@ -14,8 +14,6 @@ from .gpus import Gpu
 from .models import Decoder
 from .roofline import Problem, backward_workspace, estimate
 
-__all__ = ["Plan", "predict"]
-
 NODE = 8  # GPUs that share the fast links
 NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
 NETWORK_BYTES_PER_SECOND = 50e9  # 400 Gb/s for each GPU

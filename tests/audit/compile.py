@@ -31,8 +31,6 @@ from .forms import representative
 from .listing import LINES, Listing, parse_amdgcn, parse_sass
 from .workloads import WORKLOADS, Operands, configured
 
-__all__ = ["Launch", "compile_launch", "representative_launch"]
-
 
 @dataclass(frozen=True)
 class Launch:

@@ -11,8 +11,6 @@ from smoa_kernels.kernels.architectures import Architecture
 from smoa_kernels.kernels.common import OLD_TRITON
 from smoa_kernels.kernels.spec import GRANULE, Key
 
-__all__ = ["AUDITED", "Audited", "narrow_pointers", "representative"]
-
 # Small lookups: a few bytes per coordinate or block, or one number.
 LOOKED_UP = dict.fromkeys(("index_ptr", "row_index_ptr", "col_index_ptr"), "one index per coordinate")
 LOOKED_UP |= dict.fromkeys(("offsets_ptr", "row_offsets_ptr", "col_offsets_ptr"), "one offset per block")

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 
 import networkx  # already needed by torch
 
-__all__ = ["LINES", "Access", "Instruction", "Listing", "parse_amdgcn", "parse_sass"]
-
 Location = tuple[str, int]
 
 LINES = 100_000

@@ -13,8 +13,6 @@ import ast
 from functools import lru_cache
 from pathlib import Path
 
-__all__ = ["pointers_at", "pointers_by_line"]
-
 Lines = dict[tuple[int, str], frozenset[str]]
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
 
-__all__ = ["Record", "Traffic", "broken_rules"]
-
 WIDE_BITS = 128
 UNKNOWN = "?"
 """A pointer that the listing does not identify."""

@@ -34,8 +34,6 @@ from .passed import key_of
 from .pointers import pointers_at
 from .rules import UNKNOWN, Record, Traffic
 
-__all__ = ["KERNELS", "Task", "prepare", "run_audit", "run_task", "sample", "tasks"]
-
 KERNELS = "smoa_kernels.kernels:KERNELS"
 
 

@@ -25,8 +25,6 @@ from smoa_kernels.kernels.table import answered
 from smoa_kernels.tuning.passes import Operands, experts_passes, in_dtype
 from smoa_kernels.tuning.plan import multiplied_in
 
-__all__ = ["WORKLOADS", "Operands", "Work", "configured"]
-
 Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
 """Two functions: one launches and returns the results, the other computes them by the definition."""
 

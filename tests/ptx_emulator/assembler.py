@@ -8,18 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-__all__ = [
-    "SIZES",
-    "Assembler",
-    "Instruction",
-    "Predicate",
-    "Statement",
-    "UnsupportedError",
-    "literal",
-    "split_list",
-    "vector",
-]
-
 SIZES = {
     **dict.fromkeys(("u8", "s8", "b8"), 1),
     **dict.fromkeys(("u16", "s16", "b16", "f16", "bf16"), 2),

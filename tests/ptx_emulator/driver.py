@@ -20,8 +20,6 @@ from triton.backends.nvidia.compiler import CUDABackend
 from benchmarks.fake_gpu import FakeDriver, FakeGpu
 from smoa_kernels.kernels.architectures import facts
 
-__all__ = ["Argument", "Kernel", "install"]
-
 
 @dataclass(frozen=True)
 class Argument:

@@ -22,8 +22,6 @@ from .driver import Argument, Kernel
 from .findings import Finding
 from .library import Job, Region, Report, Stat, library
 
-__all__ = ["EmulationError", "Launch", "activate", "launch", "launches", "program_of"]
-
 REPORTS = 4096
 PAGE = 4096
 NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which not every supported Python names

@@ -12,8 +12,6 @@ from smoa_kernels.backends import miscompiled
 
 from . import ARCH
 
-__all__ = ["ALLOWED", "ERRORS", "LACKS_FENCES", "NOTES", "OVERWRITES_OPERANDS", "Finding"]
-
 LACKS_FENCES = miscompiled(10, "bf16", triton.__version__) is not None
 """Whether this Triton leaves out fences between copies to shared memory and products that read it."""
 OVERWRITES_OPERANDS = miscompiled(ARCH // 10, "tf32", triton.__version__) is not None

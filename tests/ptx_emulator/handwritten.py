@@ -12,8 +12,6 @@ from . import ARCH, emulator
 from .driver import Argument, Kernel
 from .emulator import Launch
 
-__all__ = ["Change", "found", "found_when_broken", "run_ptx"]
-
 Change: TypeAlias = Callable[[str], str]
 
 MODULE = """

@@ -12,8 +12,6 @@ from .emulator import Launch
 from .handwritten import Change, run_ptx
 from .library import library
 
-__all__ = ["KINDS", "Operand", "run_wgmma"]
-
 KINDS = {"f16": (torch.float16, 16), "bf16": (torch.bfloat16, 16), "tf32": (torch.float32, 8)}
 """For each kind of operand, the dtype and the depth K of one product."""
 SWIZZLE_CODES = {16: 0, 128: 1, 64: 2, 32: 3}  # codes in a descriptor; 16 bytes: no swizzle

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 from .assembler import SIZES, Assembler, Statement, UnsupportedError, literal, vector
 
-__all__ = ["translate"]
-
 WGMMA_KINDS = ("f16", "bf16", "tf32")
 
 

@@ -18,8 +18,6 @@ from smoa_kernels.files import cache_folder
 from .assembler import Instruction
 from .findings import ERRORS, NOTES
 
-__all__ = ["Job", "Library", "Region", "Report", "Stat", "library", "obstacle"]
-
 CORE = Path(__file__).parent / "core"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 

@@ -17,8 +17,6 @@ import numpy as np
 from .assembler import SIZES, Assembler, Instruction, Statement, UnsupportedError, split_list
 from .instructions import translate
 
-__all__ = ["Parameter", "Program", "UnsupportedError", "parse"]
-
 SPECIAL_ROWS = ("%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%laneid", "%warpid")
 
 

@@ -9,8 +9,6 @@ from torch import Tensor
 from . import ARCH
 from .samples import cut_off
 
-__all__ = ["tensor_core_sums"]
-
 
 def tensor_core_sums(a: Tensor, b: Tensor) -> Tensor:
     """`a b`, summed like an A100's tensor cores (Fasi et al., 2021), or on sm_90 like an H100's (arXiv 2511.10909).
