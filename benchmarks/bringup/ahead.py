@@ -90,13 +90,13 @@ def _tuned(properties: SimpleNamespace) -> None:
 
 
 def tested(properties: SimpleNamespace, chosen: Sequence[str]) -> None:
-    """Load every form that tests ask for; forms.py notes them, in pytest's processes.
+    """Give Triton every form that tests launch, as forms.py notes them in pytest's processes.
 
     Args:
         properties: of the pretended GPU.
         chosen: the tests, as pytest's arguments.
     """
-    plugin = ("-p", "benchmarks.bringup.forms", "--assert=plain", "--tb=no")  # whatever a test finds is wrong
+    plugin = ("-p", "benchmarks.bringup.forms", "--assert=plain", "--tb=no")  # its findings mean nothing
     with tempfile.TemporaryDirectory() as folder:
         told = {"BRINGUP_FORMS": json.dumps({"folder": folder, "gpu": vars(properties)})}
         subprocess.run(

@@ -1,6 +1,6 @@
-"""A pytest plugin that notes the forms of kernels which tests launch. It compiles and runs none of them.
+"""A pytest plugin that notes the forms of the kernels that tests launch, and neither compiles nor runs them.
 
-`ahead.py` starts pytest with it. Numbers are missing, so most tests fail, after their last launch or before.
+`ahead.py` starts pytest with it. Results are never written, so most tests fail; their later launches are not noted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _gpu = SimpleNamespace(**_given["gpu"])
 
 
 def _note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-    """Write a line: the kernel's name, and what its `preload` takes. Being true, it stops Triton before it compiles."""
+    """Write a line: the kernel's name, and what its `preload` takes. True tells Triton not to compile, nor to launch."""
     with _noted.open("a", encoding="utf-8") as lines:
         lines.write(f"{fn.name} {compile['specialization_data']}\n")
     return True
