@@ -21,7 +21,7 @@ _gpu = SimpleNamespace(**_given["gpu"])
 
 
 def _note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-    """Write a line: the kernel's name, and what its `preload` takes. True tells Triton not to compile, nor to launch."""
+    """Write a line: the kernel's name, and what its `preload` takes. True stops Triton before it compiles."""
     with _noted.open("a", encoding="utf-8") as lines:
         lines.write(f"{fn.name} {compile['specialization_data']}\n")
     return True
