@@ -36,7 +36,7 @@ SCRIPT = re.compile(
 WIDEST_CODE = 88
 # The one rule for K and the order of blocks: the same words wherever it is given.
 RULE = (
-    "spectral blocks, K=2, r=8. If speed or memory matters more, take contiguous blocks, K=4, r=32",
+    "spectral blocks, K=2, r=8. If speed or memory matters more, take contiguous blocks, K=4",
     ("README.md", "docs/choosing.md", "docs/experts.md"),
 )
 SUFFIXES = (".py", ".c", ".h", ".md", ".svg")
