@@ -68,7 +68,7 @@ def test_fully_sharded_gathers_layers_twice_and_the_rest_once() -> None:
     norms, rest = (2 * 32 + 1) * 4096, 2 * 128256 * 4096  # embedding and head
     factors = 4 * plan.trained_parameters
     assert plan.traffic["gather"] == 7 / 8 * (2 * (2 * (32 * layer + norms) + factors) + 2 * rest)
-    assert plan.memory["gathered"] == 2 * (2 * layer + factors / 32) + 2 * rest
+    assert plan.memory["gathered layers"] == 2 * (2 * layer + factors / 32) + 2 * rest
 
 
 def test_padding_is_not_trained() -> None:

@@ -64,7 +64,10 @@ def _row(label: str, found: Plan, capacity: int) -> dict[str, str]:
     return {
         "": label,
         "trained, M": f"{found.trained_parameters / 1e6:,.1f}",
-        **{part: gb(memory[part]) for part in ("weights", "gradients", "optimizer", "labels", "gathered")},
+        **{
+            part: gb(memory[part])
+            for part in ("weights", "gradients", "optimizer", "labels", "gathered layers")
+        },
         "activations": gb(memory["activations"] + memory["logits"]),
         "workspace": gb(memory["workspace"]),
         "GB in all": gb(total),
@@ -72,7 +75,7 @@ def _row(label: str, found: Plan, capacity: int) -> dict[str, str]:
         "sent, GB": gb(sum(found.traffic.values())),
         "compute, s": f"{found.compute_seconds:.2f}",
         "sending, s": f"{found.traffic_seconds:.3f}",
-        " ": "predicted",
+        "kind": "predicted",
     }
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..backends import Backend, load_backend, resolve_backend
+from ..backends.native import backend as native
 from ..definition.packed import PackedAdapter, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sign_rows, sketch_distance, sketch_of_products
@@ -339,15 +340,24 @@ class LayerSlots:
 
     def _modulated(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
         """`x (W0 ∘ (1 + BA))ᵀ + b` (T, N) with the adapter of one slot, by our operator."""
-        outputs = []
+        y = x.new_empty(len(x), self.shape[0])
         for at, part in enumerate(self.slices):
-            own_bias = None if bias is None else bias[part.start : part.stop].to(x.dtype)
-            if self.ranks[slot][at]:
-                adapter, backend = self._adapter(slot, at, weight)
-                outputs.append(backend.forward(x, own_bias, adapter, "auto", None))
+            own, own_bias = y[:, part.start : part.stop], None
+            if bias is not None:
+                own_bias = bias[part.start : part.stop].to(x.dtype)
+            if not self.ranks[slot][at]:
+                found = F.linear(x, weight[part.start : part.stop], own_bias)
             else:
-                outputs.append(F.linear(x, weight[part.start : part.stop], own_bias))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+                adapter, backend = self._adapter(slot, at, weight)
+                if backend is native:
+                    found = native.forward(x, own_bias, adapter, "auto", None, out=own)
+                else:
+                    found = backend.forward(x, own_bias, adapter, "auto", None)
+            if len(self.slices) == 1:
+                return found
+            if found is not own:
+                own.copy_(found)
+        return y
 
     def _adapter(self, slot: int, at: int, weight: Tensor) -> tuple[PackedAdapter, Backend]:
         """A slot's adapter in the operator's form, over a slice of W0, and the backend that computes it.

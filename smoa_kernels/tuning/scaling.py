@@ -78,7 +78,7 @@ def predict(
         "optimizer": (6 if full else 2) * trained / shards,  # two moments, and a float32 copy of the base
         "labels": d.layers * _LABELS * sides if method == "smoa" else 0,
         # Two whole decoder layers, the current and the next one, and embedding and head until backward ends.
-        "gathered": root + 2 * (_HALF * layer + factors / d.layers) if shards > 1 else 0,
+        "gathered layers": root + 2 * (_HALF * layer + factors / d.layers) if shards > 1 else 0,
         "activations": tokens * _HALF * _activations(d),
         "logits": tokens * d.vocabulary * (_HALF + _SINGLE),
         "workspace": max(_workspace(method, problem) for problem in problems),

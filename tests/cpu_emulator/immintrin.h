@@ -136,6 +136,8 @@ EMULATED __m512i unpacked_(__m512i a, __m512i b, int size, int upper) {
     }
     return line;
 }
+EMULATED __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return unpacked_(a, b, 2, 0); }
+EMULATED __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return unpacked_(a, b, 2, 1); }
 EMULATED __m512i _mm512_unpacklo_epi32(__m512i a, __m512i b) { return unpacked_(a, b, 4, 0); }
 EMULATED __m512i _mm512_unpackhi_epi32(__m512i a, __m512i b) { return unpacked_(a, b, 4, 1); }
 EMULATED __m512i _mm512_unpacklo_epi64(__m512i a, __m512i b) { return unpacked_(a, b, 8, 0); }

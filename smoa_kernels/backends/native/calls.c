@@ -13,8 +13,8 @@ static const i64 *index_of(const void *all, i64 bytes, i64 first, i64 count, i64
     return to;
 }
 
-/* Calls `function` for the layer, or for each expert that has pairs. y has `cols` columns. */
-static i64 for_each(const call *c, i64 (*function)(const call *), i64 cols) {
+/* Calls `function` for the layer, or for each expert that has pairs. */
+static i64 for_each(const call *c, i64 (*function)(const call *)) {
     if (!c->experts) return function(c);
     arena a = workspace_of(c->workspace);
     i64 *row_index = take(&a, c->layer.rows * 8), *col_index = take(&a, c->layer.cols * 8), most = 0, first = 0;
@@ -30,7 +30,7 @@ static i64 for_each(const call *c, i64 (*function)(const call *), i64 cols) {
         l->weight = element(l->weight, e * c->weight_step, l->dtype);
         l->A = element(l->A, e * c->A_step, l->factor_dtype), l->B = element(l->B, e * c->B_step, l->factor_dtype);
         one.x = element(c->x, first * c->x_stride, c->dtype), one.dy = element(c->dy, first * c->dy_stride, c->dtype);
-        one.y = (char *)c->y + first * cols * bytes_of(c->dtype);
+        one.y = (char *)c->y + first * c->y_stride * bytes_of(c->dtype);
         one.dA = (char *)c->dA + e * l->rank * l->cols * bytes_of(l->factor_dtype);
         one.dB = (char *)c->dB + e * l->rank * l->rows * bytes_of(l->factor_dtype);
         most = greatest(most, function(&one));
@@ -40,7 +40,7 @@ static i64 for_each(const call *c, i64 (*function)(const call *), i64 cols) {
 
 static product product_of(const call *c, layer l) {
     return (product){.l = l, .algorithm = c->algorithm, .tokens = c->tokens, .total = c->tokens, .threads = c->threads, .dtype = (int)c->dtype,
-                     .tiles = c->path == TILES_PATH, .bias = c->bias, .y = c->y, .workspace = workspace_of(c->workspace)};
+                     .tiles = c->path == TILES_PATH, .bias = c->bias, .y = c->y, .y_stride = c->y_stride, .workspace = workspace_of(c->workspace)};
 }
 
 static i64 forward(const call *c) {
@@ -51,7 +51,7 @@ static i64 forward(const call *c) {
 }
 
 /* y (tokens, rows) = x W0ᵀ + dropout(x) ΔWᵀ + b. No dimension is 0, here and below. */
-i64 smoa_forward(const call *c) { return for_each(c, forward, c->layer.rows); }
+i64 smoa_forward(const call *c) { return for_each(c, forward); }
 
 static i64 input(const call *c) {
     product p = product_of(c, transposed(c->layer));
@@ -64,10 +64,10 @@ static i64 input(const call *c) {
 }
 
 /* y (tokens, cols) = dX = dY W_eff; under dropout dY W0 plus the masked dY ΔW. */
-i64 smoa_input(const call *c) { return for_each(c, input, c->layer.cols); }
+i64 smoa_input(const call *c) { return for_each(c, input); }
 
 /* dA (rank, cols) and dB (rows, rank), dense, in the dtype of A and B, from dY (tokens, rows) and x (tokens, cols). */
-i64 smoa_gradient(const call *c) { return for_each(c, factor_gradients, 0); }
+i64 smoa_gradient(const call *c) { return for_each(c, factor_gradients); }
 
 /* Whether indices and offsets give each of `count` coordinates to exactly one block; `seen` has one byte per coordinate. */
 static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 blocks, uint8_t *seen) {
@@ -102,7 +102,7 @@ static i64 misfit(const call *c) {
 
 /* 0 if each row and each column of the layer is in exactly one block, else 1. `updates` of experts becomes 0 where ΔW is zero. The
  * workspace must have one byte per coordinate of the longer side. */
-i64 smoa_check(const call *c) { return for_each(c, misfit, 0); }
+i64 smoa_check(const call *c) { return for_each(c, misfit); }
 
 /* Dropout's masks, a bit per element, from the numbers that torch's generator draws on a CPU (definition/dropout.py): the Mersenne Twister
  * MT19937 (Matsumoto and Nishimura 1998), a whole state at a time, in loops that compilers vectorise. */

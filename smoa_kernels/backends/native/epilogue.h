@@ -3,50 +3,24 @@
  */
 #pragma once
 
-#include "gemm.h"
+#include "pack_tiles.h"
 
 /* --- y ------------------------------------------------------------------------------------------------------------------ */
 
-/* Writes rows of y: float32 sums, plus the bias unless it is NULL, plus the old y where `add`. */
-static void finish_rows(const float *sums, i64 first, i64 end, i64 cols, const void *bias, int add, void *y, int dtype) {
-    for (i64 t = first; t < end; t++)
+enum { ROWS_BELOW = 6 };
+
+/* y (+)= sums + bias for some rows of float32 sums; the bias may be NULL. Each number is rounded once. */
+INLINE void finish_rows(const float *sums, i64 stride, i64 count, i64 cols, const void *bias, int add, void *y, i64 y_stride, int dtype) {
+    for (i64 t = 0; t < count; t++)
         for (i64 c = 0; c < cols; c += LANES) {
-            vf value = widen(sums + t * cols, c, cols - c, FLOAT32);
+            void *to = (char *)y + (t * y_stride + c) * bytes_of(dtype);
+            vf value = widen(sums + t * stride, c, cols - c, FLOAT32);
+            __builtin_prefetch((char *)to + ROWS_BELOW * y_stride * bytes_of(dtype), 1); /* a piece of C has left the cache */
             if (bias) value += widen(bias, c, cols - c, dtype);
-            if (add) value += widen(y, t * cols + c, cols - c, dtype);
-            narrow(y, t * cols + c, cols - c, value, dtype);
+            if (add) value += widen(to, 0, cols - c, dtype);
+            narrow(to, 0, cols - c, value, dtype);
         }
 }
-
-#if HAS_TILES
-/* Where C goes: rows of y in bfloat16. */
-typedef struct {
-    half *y;
-    i64 stride;
-} rounded_rows;
-
-/* C = y, as it is in memory. */
-TARGET_BF16 static int begin_with_y(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
-    const rounded_rows *to = g->context;
-    for (i64 t = 0; t < height; t++)
-        for (i64 c = 0; c < width; c += PANEL) {
-            __m512i found = _mm512_maskz_loadu_epi16(first_halves(width - c), to->y + (i + t) * to->stride + j + c);
-            store(g->C + t * g->stride + c, HALF_WIDENED(found, 0));
-            store(g->C + t * g->stride + c + SIDE, HALF_WIDENED(found, 1));
-        }
-    return 1;
-}
-
-TARGET_BF16 static void round_panel(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
-    const rounded_rows *to = g->context;
-    for (i64 t = 0; t < height; t++)
-        for (i64 c = 0; c < width; c += PANEL) {
-            const float *from = g->C + t * g->stride + c;
-            _mm512_mask_storeu_epi16(to->y + (i + t) * to->stride + j + c, first_halves(width - c), narrowed(load(from), load(from + SIDE)));
-        }
-}
-#endif
-
 
 /* --- dA and dB ---------------------------------------------------------------------------------------------------------- */
 

@@ -113,6 +113,6 @@ static i64 few_product(product p) {
     write_labels(l->row_index, l->row_offsets, l->blocks, row_label);
     write_labels(l->col_index, l->col_offsets, l->blocks, col_label);
     in_parallel(few_part, &job, l->rows, ROWS, p.threads);
-    finish_rows(job.y, 0, p.tokens, l->rows, p.bias, 0, p.y, p.dtype);
+    finish_rows(job.y, l->rows, p.tokens, l->rows, p.bias, 0, p.y, p.y_stride, p.dtype);
     return floats_of(&a);
 }

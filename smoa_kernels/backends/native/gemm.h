@@ -1,22 +1,22 @@
 /* The blocked GEMM C (+)= left rightᵀ after Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008).
  *
- * Every product of a layer and its gradients is a call of `gemm`. The parts that differ:
+ * Every product of a layer and its gradients is a call of `gemm`, or of `multiply_tiles` where operands are packed before. What differs:
  *
  *   operand.h      the matrices that are read: three dtypes, two memory orders, rows or terms permuted by an index, elements dropped;
  *   pack.h         packs a piece of an operand in panels of floats and modulates a weight meanwhile (W0 ∘ (1 + s B A), or W0 ∘ s B A);
  *   pack_tiles.h   packs in tiles of bfloat16;
  *   microkernel.h  multiplies panels by FMA, vdpbf16ps or AMX;
- *   epilogue.h     finishes a piece of C: adds a bias and rounds once, permutes, or contracts it with A and B.
+ *   epilogue.h     finishes rows of C: adds a bias or what was there and rounds once, or contracts them with A and B.
  *
  * Two files call it: product.h (y and dX) and gradient.h (dA and dB). calls.c exports the functions; its `for_each` loops over experts.
  *
  * Example: a bfloat16 backward on AMX is two calls. `blocked_product` computes dX = dY W_eff: `tile_rows` packs dY in left tiles;
- * `weight_tiles` reads columns of W0, modulates them and packs them in right tiles that stay in the L2 cache; `pairs_panel` multiplies
- * 32 tokens by 32 columns in four tiles of C, over all terms; `round_panel` rounds C once. Under dropout the masked dY ΔW is written to dX
- * first, and C begins with it (`begin_with_y`). `factor_gradients` computes dA and dB: the terms of a block's G = dYᵀ x are tokens, so
- * `pack_terms` transposes both operands; `contract_slab` turns rows of G into H = s G ∘ W0 and adds Bᵀ H to dA and H Aᵀ to dB.
+ * `weight_tiles` reads columns of W0, modulates them and packs them in right tiles that stay in the L2 cache; `tile_panel` multiplies
+ * 32 tokens by 32 columns in four tiles, over all terms; meanwhile `finish_rows` rounds the last four once and writes them to dX. Under
+ * dropout it adds the masked dY ΔW, which was written to dX first. `factor_gradients` computes dA and dB: the terms of a block's G = dYᵀ x
+ * are tokens, so `pack_terms` transposes both operands; `contract_slab` turns rows of G into H = s G ∘ W0 and adds Bᵀ H to dA and H Aᵀ to dB.
  *
- * To add AVX10 with 512-bit vectors, which multiplies the same tiles, add a branch beside `has_amx()` in `pairs_panel` and its name in
+ * To add AVX10 with 512-bit vectors, which multiplies the same tiles, add a branch beside `has_amx()` in `tile_panel` and its name in
  * `find_bf16`. A processor with shorter vectors or other tiles needs a format and a packing of its own.
  *
  * No function allocates memory or keeps state between calls. The order of a sum does not depend on the number of threads, except in dA
@@ -24,7 +24,7 @@
  */
 #pragma once
 
-#include "pack_tiles.h"
+#include "epilogue.h"
 
 /* Starts threads of the OpenMP runtime that torch has loaded: a second pool would compete with it. Weak: NULL without that runtime. */
 void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
@@ -64,24 +64,73 @@ static local_rooms take_rooms(arena *a, i64 threads, i64 bytes) { return (local_
 
 static arena room_of(const local_rooms *rooms, i64 thread) { return (arena){rooms->base ? rooms->base + thread * rooms->bytes : NULL, 0}; }
 
-/* A matrix product. */
-typedef struct gemm gemm_job;
-struct gemm {
+/* A matrix product C (+)= left rightᵀ. C may be bfloat16 if all terms are summed in registers. */
+typedef struct {
     int format;
     i64 depth, terms; /* all terms of a sum; terms that are packed and summed in registers at a time */
     operand left, right;
-    const adapter *adapter;               /* of the right operand, or NULL */
-    const half *left_tiles, *right_tiles; /* instead of the operands: both packed in tiles already, from their first rows on */
-    i64 right_rows;                       /* rows of the right operand that are packed together */
-    float *C;
+    const adapter *adapter; /* of the right operand, or NULL */
+    i64 right_rows;         /* rows of the right operand that are packed together */
+    void *C;
     i64 stride;
-    int add;
-    /* With an epilogue, C is a buffer (PANEL, right_rows); the epilogue takes it piece by piece, from row i and column j of the product.
-     * `begin`, or NULL, may write initial sums to C; it returns whether it did. */
-    int (*begin)(const gemm_job *, i64 i, i64 height, i64 j, i64 width);
-    void (*epilogue)(const gemm_job *, i64 i, i64 height, i64 j, i64 width);
-    void *context;
-};
+    int dtype, add;
+} gemm_job;
+
+#if HAS_TILES
+/* Multiplies operands in PAIRS or SPLIT3, up to two pairs of them in one sum. */
+TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int count, i64 i_count, i64 j_count, epilogue *take, const void *context) {
+    _Alignas(64) float sums[PANEL * PANEL];
+    finished last = {.rows = 0};
+    int tall = i_count > j_count; /* the operand with fewer rows is in the inner loop, and stays in a cache */
+    begin_tiles(format);
+    for (i64 outer = 0; outer < greatest(i_count, j_count); outer += PANEL)
+        for (i64 inner = 0; inner < least(i_count, j_count); inner += PANEL) {
+            i64 i = tall ? outer : inner, j = tall ? inner : outer, rows = least(PANEL, i_count - i), columns = least(PANEL, j_count - j);
+            packed panels[2];
+            for (int n = 0; n < count; n++) {
+                panels[n] = operands[n];
+                panels[n].left += i * row_size(format, operands[n].depth), panels[n].right += j * row_size(format, operands[n].right_depth);
+            }
+            tile_panel(format, panels, count, rows, columns, sums, &last);
+            last = (finished){take, context, sums, i, rows, j, columns};
+        }
+    take_rows(&last, PANEL);
+    end_tiles(format);
+}
+
+/* The epilogue of a job whose C, which begins with the sums' first row and column, is float32. */
+INLINE void add_to_C(const void *context, const float *sums, i64 row, i64 count, i64 col, i64 width) {
+    const gemm_job *g = context;
+    float *to = (float *)g->C + row * g->stride + col;
+    for (; count > 0; count--, sums += PANEL, to += g->stride)
+        for (int q = 0; q < 2; q++) {
+            __mmask16 valid = first_lanes(width - q * SIDE), added = g->add ? valid : 0;
+            __builtin_prefetch(to + q * SIDE + ROWS_BELOW * g->stride, 1);
+            __m512 before = _mm512_maskz_loadu_ps(added, to + q * SIDE);
+            _mm512_mask_storeu_ps(to + q * SIDE, valid, _mm512_add_ps(before, _mm512_load_ps(sums + q * SIDE)));
+        }
+}
+
+/* The same for bfloat16, where all terms are in the sums. */
+INLINE void round_to_C(const void *context, const float *sums, i64 row, i64 count, i64 col, i64 width) {
+    const gemm_job *g = context;
+    finish_rows(sums, PANEL, count, width, NULL, g->add, (half *)g->C + row * g->stride + col, g->stride, BFLOAT16);
+}
+
+TARGET_BF16 static __attribute__((noinline)) void multiply_split(const gemm_job *g, const packed *both, i64 i_count, i64 j_count) {
+    multiply_tiles(SPLIT3, both, 1, i_count, j_count, add_to_C, g);
+}
+
+TARGET_BF16 static __attribute__((noinline)) void multiply_pairs(const gemm_job *g, const packed *both, i64 i_count, i64 j_count) {
+    if (g->dtype == FLOAT32)
+        multiply_tiles(PAIRS, both, 1, i_count, j_count, add_to_C, g);
+    else
+        multiply_tiles(PAIRS, both, 1, i_count, j_count, round_to_C, g);
+}
+#else
+#define multiply_split(g, both, i_count, j_count) ((void)(both))
+#define multiply_pairs(g, both, i_count, j_count) ((void)(both))
+#endif
 
 /* Rows that are packed together. The right ones stay in the L2 cache; each further group of left rows packs the right operand again. */
 static i64 right_rows_of(int format) { return format == SPLIT3 ? 2 * NC : NC; }
@@ -101,31 +150,28 @@ static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 ri
 
 /* Multiplies some rows of the left operand by some rows of the right one; C points to the product of the first two. */
 static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j_count, arena workspace) {
-    int f = g->format, packed = g->left_tiles != NULL;
-    i64 high = left_height(f), most = left_rows_of(f), kc = greatest(1, least(g->terms, g->depth));
-    packing_room room = {0};
-    if (!packed) room = packing_room_of(&workspace, f, i_count, g->right_rows, g->depth, g->terms);
-    begin_tiles(f);
+    int f = g->format;
+    i64 most = left_rows_of(f), kc = greatest(1, least(g->terms, g->depth));
+    packing_room room = packing_room_of(&workspace, f, i_count, g->right_rows, g->depth, g->terms);
     for (i64 i = 0; i < i_count; i += most) {
         i64 height = least(most, i_count - i), k = 0;
         do {
-            i64 deep = least(kc, g->depth - k), size = row_size(f, deep);
-            const float *left = packed ? (const float *)g->left_tiles + i * size : room.left;
-            if (!packed) pack_left(f, &g->left, i_first + i, height, k, deep, room.left, room.scratch);
+            i64 deep = least(kc, g->depth - k);
+            pack_left(f, &g->left, i_first + i, height, k, deep, room.left, room.scratch);
             for (i64 j = 0; j < j_count; j += g->right_rows) {
                 i64 width = least(g->right_rows, j_count - j);
-                const float *right = packed ? (const float *)g->right_tiles + j * size : room.right;
-                if (!packed) pack_right(f, &g->right, g->adapter, j_first + j, width, k, deep, room.right, room.scratch);
-                for (i64 r = 0; r < height; r += high) {
-                    i64 rows = least(high, height - r);
-                    float *c = g->epilogue ? g->C : g->C + (i + r) * g->stride + j;
-                    int add = g->begin ? g->begin(g, i + r, rows, j, width) : g->add || k > 0;
-                    multiply(f, deep, left + r * size, right, c, g->stride, rows, width, add);
-                    if (g->epilogue) g->epilogue(g, i + r, rows, j, width);
-                }
+                packed both = {room.left, room.right, deep, deep};
+                gemm_job part = *g;
+                part.C = (char *)g->C + (i * g->stride + j) * bytes_of(g->dtype), part.add = g->add || k > 0;
+                pack_right(f, &g->right, g->adapter, j_first + j, width, k, deep, room.right, room.scratch);
+                if (f == FLOATS)
+                    fma_panels(deep, room.left, room.right, part.C, g->stride, height, width, part.add);
+                else if (f == PAIRS)
+                    multiply_pairs(&part, &both, height, width);
+                else
+                    multiply_split(&part, &both, height, width);
             }
             k += kc;
         } while (k < g->depth);
     }
-    end_tiles(f);
 }

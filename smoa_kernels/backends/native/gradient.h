@@ -109,18 +109,19 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
          * block: when a block has fewer panels than there are threads, other threads take the next block's. */
         i64 height = height_of(l, k), width = width_of(l, k), turn = (thread + k) % g->threads;
         if (!width || !rank_of(l, k)) continue;
-        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = g->format == PAIRS ? g->tokens : KC, .left = g->dy, .right = g->x,
-                            .right_rows = g->format == PAIRS ? PANEL : right_rows_of(g->format), .C = r.G, .stride = round_up(width, PANEL)};
+        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = KC, .left = g->dy, .right = g->x,
+                            .right_rows = right_rows_of(g->format), .C = r.G, .stride = round_up(width, PANEL)};
         product.left.rows = l->contiguous ? NULL : l->row_index;
         product.right.rows = l->contiguous ? NULL : l->col_index;
         end = share_of(height, PANEL, turn + 1, g->threads);
         for (first = share_of(height, PANEL, turn, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
-            if (g->format == PAIRS) {
-                product.left_tiles = g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size;
-                product.right_tiles = g->x_tiles + padded_before(l->col_offsets, k) * size;
-            }
-            gemm(&product, l->row_offsets[k] + first, count, l->col_offsets[k], width, r.rest);
+            packed tiles = {(float *)(g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size),
+                            (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens};
+            if (g->format == PAIRS)
+                multiply_pairs(&product, &tiles, count, width);
+            else
+                gemm(&product, l->row_offsets[k] + first, count, l->col_offsets[k], width, r.rest);
             contract_slab(g, &r, k, first, count, g->dA + thread * l->rank * g->factors.A_stride);
         }
     }

@@ -89,7 +89,7 @@ class Call(ctypes.Structure):
         ("layer", Layer),
         *_integers("path algorithm tokens dtype"),
         *_pointers("x dy"),
-        *_integers("x_stride dy_stride"),
+        *_integers("x_stride dy_stride y_stride"),
         *_pointers("keep bias y dA dB workspace"),
         *_integers("threads experts"),
         *_pointers("ends paths updates row_index col_index"),
@@ -166,7 +166,7 @@ class Call(ctypes.Structure):
     ) -> None:
         """Call one of `FUNCTIONS`, under its name in a profile, with the workspace that it asks for.
 
-        Rows of x, or dY, need not be adjacent. `results` are contiguous, each by the name of its field.
+        Rows of x, dY and y need not be adjacent. `results`, each by the name of its field, are contiguous but for y.
         """
         kept = [bias if bias is None else bias.contiguous()]
         for field, given in (("x", x), ("dy", dy)):
@@ -178,6 +178,7 @@ class Call(ctypes.Structure):
         self.bias = _address(kept[0])
         for field, result in results.items():
             setattr(self, field, result.data_ptr())
+        self.y_stride = results["y"].stride(0) if "y" in results else 0
         self.workspace = 0
         function = getattr(library(), name)
         room = workspace(tokens, function(ctypes.byref(self)))

@@ -1,4 +1,4 @@
-/* Micro-kernels: C (+)= left rightᵀ of packed panels, one for each instruction set. `multiply`, at the end, chooses among them.
+/* Micro-kernels: C (+)= left rightᵀ of packed panels, one for each instruction set.
  *
  *   format   left panel        right panel       instructions                      for
  *   FLOATS   MR rows           NR rows           FMA of AVX2 or AVX-512            every dtype, widened
@@ -80,6 +80,22 @@ static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const
         fma_tile(MR / 4, depth, a, b, c, stride, height, width, add);
 }
 
+/* C (rows, columns) (+)= left rightᵀ of consecutive left and right panels. */
+static void fma_panels(i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
+    for (i64 i = 0; i < rows; i += MR)
+        for (i64 j = 0; j < columns; j += NR)
+            fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i), least(NR, columns - j), add);
+}
+
+/* A left and a right operand in PAIRS or SPLIT3, or a panel of each. Of the right one's `right_depth` terms `depth` are multiplied. */
+typedef struct {
+    const float *left, *right;
+    i64 depth, right_depth;
+} packed;
+
+/* Takes sums (count, PANEL) to where rows from `row` on and `width` columns from `col` on of a product belong. */
+typedef void epilogue(const void *context, const float *sums, i64 row, i64 count, i64 col, i64 width);
+
 /* Packing tiles and vdpbf16ps take vectors of 512 bits; every processor with AMX has these. */
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
 #define HAS_TILES 1
@@ -157,28 +173,20 @@ TARGET_BF16 static inline void zero_sums(void) {
     _tile_zero(3);
 }
 
-TARGET_BF16 static inline void load_sums(const float *from, i64 stride) {
-    WRITTEN;
-    _tile_loadd(0, from, stride * 4);
-    _tile_loadd(1, from + SIDE, stride * 4);
-    _tile_loadd(2, from + SIDE * stride, stride * 4);
-    _tile_loadd(3, from + SIDE * stride + SIDE, stride * 4);
-}
-
-TARGET_BF16 static inline void store_sums(float *to, i64 stride) {
-    _tile_stored(0, to, stride * 4);
-    _tile_stored(1, to + SIDE, stride * 4);
-    _tile_stored(2, to + SIDE * stride, stride * 4);
-    _tile_stored(3, to + SIDE * stride + SIDE, stride * 4);
+TARGET_BF16 static inline void store_sums(float *to) {
+    _tile_stored(0, to, PANEL * 4);
+    _tile_stored(1, to + SIDE, PANEL * 4);
+    _tile_stored(2, to + SIDE * PANEL, PANEL * 4);
+    _tile_stored(3, to + SIDE * PANEL + SIDE, PANEL * 4);
 }
 
 /* C (rows, columns * SIDE) (+)= left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows by two. With SIDE
  * independent sums no addition waits for the last one to the same sum. */
-TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, int add, float *c, i64 stride) {
+TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, int add, float *c) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
-        for (int q = 0; q < columns; q++) sum[i][q] = add ? _mm512_load_ps(c + i * stride + q * SIDE) : _mm512_setzero_ps();
+        for (int q = 0; q < columns; q++) sum[i][q] = add ? _mm512_load_ps(c + i * PANEL + q * SIDE) : _mm512_setzero_ps();
     for (; steps > 0; steps--, left += STEP, right += STEP)
         for (int p = 0; p < SIDE; p++) {
             __m512bh line[2];
@@ -193,16 +201,15 @@ TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *le
         }
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
-        for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * stride + q * SIDE, sum[i][q]);
+        for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * PANEL + q * SIDE, sum[i][q]);
 }
 
 /* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. */
-TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right, int add, float *c,
-                                                       i64 stride) {
+TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right, int add, float *c) {
     if (two)
-        dots_of(SIDE / 2, 2, steps, left, right, add, c, stride);
+        dots_of(SIDE / 2, 2, steps, left, right, add, c);
     else
-        dots_of(SIDE, 1, steps, left, right, add, c, stride);
+        dots_of(SIDE, 1, steps, left, right, add, c);
 }
 
 TARGET_BF16 static inline void load_left(const half *from) {
@@ -215,88 +222,83 @@ TARGET_BF16 static inline void load_right(const half *from) {
     _tile_loadd(7, from + TILE, 64);
 }
 
-TARGET_BF16 static inline void add_products(void) {
+/* `both`: the second left tile has rows too. */
+TARGET_BF16 static inline void add_products(int both) {
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
+    if (!both) return;
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
 }
 
-/* C (rows, columns) (+)= left rightᵀ of two panels of PAIRS. C has room for (PANEL, PANEL); the rest of it may be overwritten. */
-TARGET_BF16 static inline void pairs_panel(i64 steps, const half *left, const half *right, float *c, i64 stride, i64 rows,
-                                           i64 columns, int add) {
-    if (!has_amx()) {
-        int two = columns > SIDE; /* right tiles */
-        for (i64 i = 0; i < rows; i += two ? SIDE / 2 : SIDE)
-            dots(two, steps, left + i / SIDE * TILE + i % SIDE * TERMS, right, add, c + i * stride, stride);
-        return;
-    }
-    if (add)
-        load_sums(c, stride);
-    else
-        zero_sums();
-    for (; steps > 0; steps--, left += STEP, right += STEP) {
-        load_left(left);
-        load_right(right);
-        add_products();
-    }
-    store_sums(c, stride);
+/* Six of the nine products of the parts of SPLIT3; the other three are below float32's own rounding. The smallest come first. Each product
+ * keeps one operand of the last one. */
+TARGET_BF16 static inline void add_split_products(const half *left, const half *right) {
+    load_left(left + 2 * STEP);
+    load_right(right);
+    add_products(1);
+    load_left(left + STEP);
+    add_products(1);
+    load_right(right + STEP);
+    add_products(1);
+    load_left(left);
+    add_products(1);
+    load_right(right + 2 * STEP);
+    add_products(1);
+    load_right(right);
+    add_products(1);
 }
 
 static inline __mmask16 first_lanes(i64 count) {
     return count < SIDE ? (__mmask16)((1 << greatest(0, count)) - 1) : (__mmask16)~0;
 }
 
-/* Sums (PANEL, PANEL) of which some rows are not yet written to C. */
+/* Sums of which `rows` rows are still to be taken by the epilogue. */
 typedef struct {
-    const float *from;
-    float *to;
-    i64 stride, rows; /* rows: still to be written */
-    __mmask16 valid[2], added[2];
-} sums_to_write;
+    epilogue *take;
+    const void *context;
+    const float *sums;
+    i64 row, rows, col, width;
+} finished;
 
-INLINE void add_to_c(sums_to_write *s, i64 count) {
-    for (i64 i = least(count, s->rows); i > 0; i--, s->rows--, s->from += PANEL, s->to += s->stride)
-        for (int q = 0; q < 2; q++) {
-            float *to = s->to + q * SIDE;
-            __builtin_prefetch(to + 6 * s->stride, 1);
-            __m512 before = _mm512_maskz_loadu_ps(s->added[q], to);
-            _mm512_mask_storeu_ps(to, s->valid[q], _mm512_add_ps(before, _mm512_load_ps(s->from + q * SIDE)));
-        }
+TARGET_BF16 INLINE void take_rows(finished *f, i64 count) {
+    count = least(count, f->rows);
+    if (count) f->take(f->context, f->sums, f->row, count, f->col, f->width);
+    f->sums += count * PANEL, f->row += count, f->rows -= count;
 }
 
-/* C (rows, columns) (+)= left rightᵀ of one left panel of SPLIT3 and several right ones. Six of the nine products of their parts are added;
- * the other three are below float32's own rounding. The sums of one panel are written while the next one is multiplied. */
-TARGET_BF16 static void split_panels(i64 steps, const half *left, const half *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
-    _Alignas(64) float sums[PANEL * PANEL];
+/* sums = Σ left rightᵀ over `count` pairs of panels, of which `rows` and `columns` exist. AMX multiplies while the epilogue takes the last
+ * panel's sums: they were just stored, and who loads them at once waits. */
+TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 rows, i64 columns, float *sums, finished *last) {
+    i64 steps = 0, done = 0;
+    for (int n = 0; n < count; n++) steps += ceil_div(p[n].depth, TERMS);
     i64 together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
-    sums_to_write last = {.rows = 0};
-    for (i64 j = 0; j < columns; j += PANEL) {
-        const half *a = left;
-        zero_sums();
-        /* The smallest products come first. Each product keeps one operand of the last one. */
-        for (i64 k = 0; k < steps; k++, a += 3 * STEP, right += 3 * STEP) {
-            load_left(a + 2 * STEP);
-            load_right(right);
-            add_products();
-            load_left(a + STEP);
-            add_products();
-            load_right(right + STEP);
-            add_products();
-            load_left(a);
-            add_products();
-            load_right(right + 2 * STEP);
-            add_products();
-            load_right(right);
-            add_products();
-            if (k) add_to_c(&last, together); /* not in step 0: the sums were just stored, and loads would wait */
-        }
-        add_to_c(&last, PANEL);
-        store_sums(sums, PANEL);
-        __mmask16 first = first_lanes(columns - j), second = first_lanes(columns - j - SIDE);
-        last = (sums_to_write){sums, c + j, stride, rows, {first, second}, {add ? first : 0, add ? second : 0}};
+    if (!has_amx()) {
+        int two = columns > SIDE; /* right tiles */
+        take_rows(last, PANEL);
+        for (int n = 0; n < count; n++)
+            for (i64 i = 0; i < rows; i += two ? SIDE / 2 : SIDE)
+                dots(two, ceil_div(p[n].depth, TERMS), (const half *)p[n].left + i / SIDE * TILE + i % SIDE * TERMS, (const half *)p[n].right,
+                     n > 0, sums + i * PANEL);
+        return;
     }
-    add_to_c(&last, PANEL);
+    zero_sums();
+    for (int n = 0; n < count; n++) {
+        const half *left = (const half *)p[n].left, *right = (const half *)p[n].right;
+        i64 step = format == SPLIT3 ? 3 * STEP : STEP;
+        for (i64 k = 0; k < p[n].depth; k += TERMS, left += step, right += step) {
+            if (format == SPLIT3)
+                add_split_products(left, right);
+            else {
+                load_left(left);
+                load_right(right);
+                add_products(rows > SIDE);
+            }
+            if (done++) take_rows(last, together);
+        }
+    }
+    take_rows(last, PANEL);
+    store_sums(sums);
 }
 #else
 #define HAS_TILES 0
@@ -305,15 +307,3 @@ static int has_amx(void) { return 0; }
 #define begin_tiles(format) ((void)(format))
 #define end_tiles(format) ((void)(format))
 #endif
-
-/* C (rows, columns) (+)= left rightᵀ of one left panel, `rows` of whose rows are stored, and consecutive right panels. */
-static void multiply(int format, i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
-#if HAS_TILES
-    i64 steps = ceil_div(depth, TERMS);
-    if (format == SPLIT3) split_panels(steps, (const half *)left, (const half *)right, c, stride, rows, columns, add);
-    for (i64 j = 0; j < columns && format == PAIRS; j += PANEL)
-        pairs_panel(steps, (const half *)left, (const half *)right + j * steps * TERMS, c + j, stride, rows, least(PANEL, columns - j), add);
-#endif
-    for (i64 j = 0; j < columns && format == FLOATS; j += NR)
-        fma_panel(depth, left, right + j * depth, c + j, stride, rows, least(NR, columns - j), add);
-}

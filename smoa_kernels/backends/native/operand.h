@@ -71,7 +71,7 @@ typedef struct {
     i64 path, algorithm; /* FEW_TOKENS, FLOAT or TILES_PATH; MERGED, SPLIT or UPDATE */
     i64 tokens, dtype;   /* dtype: of x, dY, y and bias */
     const void *x, *dy;
-    i64 x_stride, dy_stride;
+    i64 x_stride, dy_stride, y_stride;
     const uint16_t *keep; /* dropout's mask of x; NULL: no dropout */
     const void *bias;     /* or NULL */
     void *y, *dA, *dB;

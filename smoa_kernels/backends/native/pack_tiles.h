@@ -149,12 +149,6 @@ INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
     return _mm512_permutex2var_epi16(first, at, second);
 }
 
-/* Interleaves 16 halves at `two` and 16 halves at `two + apart` to a line of pairs. */
-INLINE __m512i paired(const half *two, i64 apart) {
-    return pairs_in(_mm512_castsi256_si512(_mm256_loadu_si256((const void *)two)),
-                    _mm512_castsi256_si512(_mm256_loadu_si256((const void *)(two + apart))), 0);
-}
-
 /* Packs up to SIDE rows with contiguous terms, masked by `keep`, in left or right tiles a step apart; missing rows and terms become 0.
  * Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher follows. */
 INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width, const uint16_t *keep, i64 keep_words, half *to) {

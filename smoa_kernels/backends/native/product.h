@@ -5,7 +5,7 @@
  */
 #pragma once
 
-#include "epilogue.h"
+#include "gemm.h"
 
 enum {
     BAND = 512, /* tokens of x and y that are permuted at a time: they stay in a cache */
@@ -15,10 +15,10 @@ enum {
 /* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
 static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx() ? SPLIT3 : FLOATS; }
 
-/* A call, or some tokens of it: y (tokens, rows), contiguous, from x (tokens, cols) in the same dtype. */
+/* A call, or some tokens of it: y (tokens, rows) from x (tokens, cols) in the same dtype. */
 typedef struct {
     layer l;
-    i64 algorithm, tokens, total, threads, x_stride;
+    i64 algorithm, tokens, total, threads, x_stride, y_stride, C_stride;
     int dtype, tiles; /* tiles: multiply in bfloat16 */
     const void *x, *bias;
     const uint16_t *x_keep, *y_keep;
@@ -26,17 +26,17 @@ typedef struct {
     arena workspace;
     /* In the workspace. */
     factors factors;
-    float *C;
+    void *C; /* float32, or y */
     adapter merged;
     local_rooms rooms;
-    /* For y in bfloat16: rows of W0 that are multiplied together; x and dropout(x) as tiles; a buffer for the last tokens' columns. */
+    /* For y in bfloat16: rows of W0 that are multiplied together; x and dropout(x) as tiles; panels of y, transposed: (rows, PANEL tokens). */
     i64 together, groups;
-    half *x_tiles, *kept_tiles, *last_columns;
+    half *x_tiles, *kept_tiles, *columns;
 } product;
 
 /* Advances by `count` tokens. */
 static void next_tokens(product *p, i64 count) {
-    p->x = element(p->x, count * p->x_stride, p->dtype), p->y = (char *)p->y + count * p->l.rows * bytes_of(p->dtype);
+    p->x = element(p->x, count * p->x_stride, p->dtype), p->y = (char *)p->y + count * p->y_stride * bytes_of(p->dtype);
     if (p->x_keep) p->x_keep += count * words(p->l.cols);
     if (p->y_keep) p->y_keep += count * words(p->l.rows);
 }
@@ -86,14 +86,8 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     i64 high = left_height(g.format), row = share_of(rows, PANEL, side, sides), count = share_of(rows, PANEL, side + 1, sides) - row;
     first = share_of(p->tokens, high, band, bands), end = share_of(p->tokens, high, band + 1, bands);
     if (first == end || !count) return;
-    g.C = p->C + first * rows + row, g.stride = rows, g.add = p->algorithm == SPLIT;
-#if HAS_TILES
-    rounded_rows to = {(half *)p->y + first * rows + row, rows};
-    if (p->tiles) {
-        g.C = take(&room, PANEL * g.right_rows * 4), g.stride = g.right_rows;
-        g.context = &to, g.begin = p->y_keep ? begin_with_y : NULL, g.epilogue = round_panel, g.add = 0;
-    }
-#endif
+    g.dtype = p->tiles ? BFLOAT16 : FLOAT32, g.stride = p->C_stride, g.add = p->tiles ? p->y_keep != NULL : p->algorithm == SPLIT;
+    g.C = (char *)p->C + (first * g.stride + row) * bytes_of(g.dtype);
     gemm(&g, first, end - first, row, count, room);
 }
 
@@ -109,22 +103,22 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
         for (i64 k = 0; k < l->blocks; k++) {
             const i64 *rows = l->row_index + l->row_offsets[k];
             i64 height = height_of(l, k), width = width_of(l, k), in_order = l->contiguous;
-            float *to = p->C + first * l->rows;
+            float *to = (float *)p->C + first * p->C_stride;
             if (!width || !rank_of(l, k)) {
                 for (i64 t = 0; t < count; t++)
-                    for (i64 i = 0; i < height; i++) to[t * l->rows + rows[i]] = 0;
+                    for (i64 i = 0; i < height; i++) to[t * p->C_stride + rows[i]] = 0;
                 continue;
             }
             adapter m = adapter_of_block(l, &p->factors, k, 0, 0);
             gemm_job g = {.format = format, .depth = width, .terms = terms_of(p->total), .left = x_of(p), .right = weight_of_block(l, k, 0, 0),
                           .adapter = &m, .right_rows = right_rows_of(format), .C = in_order ? to + l->row_offsets[k] : C,
-                          .stride = in_order ? l->rows : height};
+                          .stride = in_order ? p->C_stride : height};
             if (in_order)
                 g.left.start = l->col_offsets[k];
             else
                 g.left.cols = l->col_index + l->col_offsets[k];
             gemm(&g, first, count, 0, height, room);
-            for (i64 t = 0; t < count; t++, to += l->rows) {
+            for (i64 t = 0; t < count; t++, to += p->C_stride) {
                 const uint16_t *keep = p->y_keep ? p->y_keep + (first + t) * words(l->rows) : NULL;
                 if (!in_order)
                     scatter(C + t * height, rows, height, keep, to);
@@ -138,7 +132,9 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
 static void finish(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     (void)thread;
-    finish_rows(p->C, first, end, p->l.rows, p->bias, p->algorithm == UPDATE, p->y, p->dtype);
+    i64 rows = p->l.rows;
+    void *to = (char *)p->y + first * p->y_stride * bytes_of(p->dtype);
+    finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, rows, p->bias, p->algorithm == UPDATE, to, p->y_stride, p->dtype);
 }
 
 /* Bytes of workspace per thread. */
@@ -147,7 +143,6 @@ static i64 product_room(const product *p) {
     int format = format_of(p->total, wide);
     gemm_job g = weight_product(p);
     arena weight = {0}, update = {0};
-    if (p->tiles) take(&weight, PANEL * g.right_rows * 4);
     packing_room_of(&weight, g.format, p->tokens, g.right_rows, g.depth, g.terms);
     take(&update, p->tiles ? 0 : least(BAND, p->tokens) * tallest_of(&p->l) * 4);
     if (!p->tiles) packing_room_of(&update, format, least(BAND, p->tokens), right_rows_of(format), wide, KC);
@@ -162,7 +157,7 @@ static i64 blocked_product(product p) {
     arena a = p.workspace;
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm != MERGED, l->scaling);
-    p.C = in_y ? p.y : take(&a, most * l->rows * 4);
+    p.C = in_y ? p.y : take(&a, most * l->rows * 4), p.C_stride = in_y ? p.y_stride : l->rows;
     int32_t *row_label = take(&a, (l->rows + PANEL) * 4), *col_label = take(&a, (l->cols + PANEL) * 4);
     p.rooms = take_rooms(&a, p.threads, product_room(&p));
     if (!a.base) return floats_of(&a);
@@ -191,9 +186,8 @@ static i64 blocked_product(product p) {
 typedef struct {
     const product *p;
     half *W0, *delta;
-    float *scratch, *C;
+    float *scratch;
     const i64 *rows;
-    i64 before, steps; /* before: steps of x before the block's columns; steps: how many overlap them */
 } row_room;
 
 static row_room row_room_of(const product *p, arena *a) {
@@ -201,8 +195,8 @@ static row_room row_room_of(const product *p, arena *a) {
     i64 width = (ceil_div(widest_of(l), TERMS) + 1) * TERMS, alone = p->algorithm == UPDATE;
     row_room r = {.p = p};
     r.W0 = take(a, alone ? 0 : p->together * round_up(l->cols, TERMS) * 2);
-    r.delta = take(a, p->together * width * 2), r.C = take(a, PANEL * PANEL * 4);
-    r.scratch = take(a, 4 * greatest(scratch_size(PAIRS, l->cols), round_up(l->rows, TERMS) * PANEL / 2)); /* shared with a panel of columns */
+    r.delta = take(a, p->together * width * 2);
+    r.scratch = take(a, 4 * scratch_size(PAIRS, l->cols));
     return r;
 }
 
@@ -220,37 +214,21 @@ static void pack_x(void *it, i64 thread, i64 panel, i64 end) {
     pack_right(PAIRS, &x, NULL, panel * PANEL, count, 0, l->cols, (float *)(p->x_tiles + at), scratch);
 }
 
-/* C = ΔW's rows times dropout(x), over the block's own terms. */
-TARGET_BF16 static int begin_with_delta(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
-    const row_room *r = g->context;
-    const half *x = r->p->x_keep ? r->p->kept_tiles : r->p->x_tiles;
-    if (!r->steps) return 0;
-    pairs_panel(r->steps, r->delta + i * r->steps * TERMS, x + j * round_up(r->p->l.cols, TERMS) + r->before * STEP, g->C, g->stride,
-                height, width, 0);
-    return 1;
-}
-
-/* Where PANEL tokens of y lie transposed until `turn_columns`: in y's own memory, or in a buffer for a last, partial panel. */
-static half *columns_at(const product *p, i64 first) {
-    return p->tokens - first < PANEL ? p->last_columns : (half *)p->y + first * p->l.rows;
-}
-
-/* Adds the bias to C (rows, PANEL tokens), rounds it once and writes it as columns of y. */
-TARGET_BF16 static void write_columns(const gemm_job *g, i64 i, i64 height, i64 j, i64 width) {
-    const row_room *r = g->context;
+/* Adds the bias to sums (rows, PANEL tokens), rounds them once and writes them as columns of y. */
+TARGET_BF16 INLINE void write_columns(const void *context, const float *sums, i64 row, i64 count, i64 token, i64 tokens) {
+    const row_room *r = context;
     const product *p = r->p;
-    (void)width;
-    for (i64 n = 0; n < height; n++) {
-        const float *from = g->C + n * PANEL;
-        i64 row = r->rows[i + n];
+    half *to = p->columns + token * round_up(p->l.rows, TERMS);
+    (void)tokens;
+    for (i64 n = row; n < row + count; n++, sums += PANEL) {
         vf added = {0};
-        if (p->bias) added += value_at(p->bias, row, BFLOAT16);
-        _mm512_storeu_si512(columns_at(p, j) + row * PANEL, narrowed(load(from) + added, load(from + SIDE) + added));
+        if (p->bias) added += value_at(p->bias, r->rows[n], BFLOAT16);
+        _mm512_store_si512(to + r->rows[n] * PANEL, narrowed(load(sums) + added, load(sums + SIDE) + added));
     }
 }
 
 /* Multiplies groups of rows of W0 and ΔW, or of ΔW alone for dX, by all tokens. */
-static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
+TARGET_BF16 static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
     arena local = room_of(&p->rooms, thread);
@@ -261,48 +239,52 @@ static void multiply_rows(void *it, i64 thread, i64 first, i64 end) {
             if (group < first || group >= end) continue;
             i64 col = l->col_offsets[k], skip = col % TERMS, width = width_of(l, k), count = least(p->together, height_of(l, k) - n);
             adapter m = adapter_of_block(l, &p->factors, k, n, skip);
-            r.rows = l->row_index + l->row_offsets[k] + n, r.before = col / TERMS;
-            r.steps = width && m.rank ? ceil_div(skip + width, TERMS) : 0;
-            if (alone && r.steps) {
+            i64 before = col / TERMS, steps = width && m.rank ? ceil_div(skip + width, TERMS) : 0; /* steps of x before and in the block */
+            r.rows = l->row_index + l->row_offsets[k] + n;
+            if (alone && steps) {
                 operand block = weight_of_block(l, k, n, skip);
                 pack_right(PAIRS, &block, &m, 0, count, 0, skip + width, (float *)r.delta, r.scratch);
-                turn_tiles(ceil_div(count, PANEL) * r.steps * 2, r.delta);
+                turn_tiles(ceil_div(count, PANEL) * steps * 2, r.delta);
             }
             operand W0 = weight_of(l);
             W0.rows = r.rows, W0.cols = l->contiguous ? NULL : l->col_index;
             if (!alone) pack_left(PAIRS, &W0, 0, count, 0, l->cols, (float *)r.W0, r.scratch);
-            for (i64 i = 0; i < count && r.steps && !alone; i += SIDE, m.B += SIDE) {
+            for (i64 i = 0; i < count && steps && !alone; i += SIDE, m.B += SIDE) {
                 i64 tile = i % PANEL * TERMS, panel = i / PANEL * PANEL;
-                delta_tiles(&m, least(SIDE, count - i), skip + width, r.W0 + panel * deep + r.before * STEP + tile,
-                            r.delta + panel * r.steps * TERMS + tile);
+                delta_tiles(&m, least(SIDE, count - i), skip + width, r.W0 + panel * deep + before * STEP + tile,
+                            r.delta + panel * steps * TERMS + tile);
             }
-            gemm_job g = {.format = PAIRS, .depth = alone ? 0 : l->cols, .terms = l->cols, .left_tiles = alone ? r.delta : r.W0,
-                          .right_tiles = p->x_tiles, .right_rows = PANEL, .C = r.C, .stride = PANEL, .begin = begin_with_delta,
-                          .epilogue = write_columns, .context = &r};
-            gemm(&g, 0, count, 0, p->tokens, local);
+            const half *x = p->x_keep ? p->kept_tiles : p->x_tiles;
+            packed operands[] = {{(float *)r.delta, (float *)(x + before * STEP), steps * TERMS, l->cols},
+                                 {(float *)r.W0, (float *)p->x_tiles, l->cols, l->cols}};
+            multiply_tiles(PAIRS, operands, alone ? 1 : 2, count, p->tokens, write_columns, &r);
         }
 }
 
 /* Transposes some panels of tokens back to rows of y and applies y's mask. */
 TARGET_BF16 static void turn_columns(void *it, i64 thread, i64 panel, i64 end) {
     const product *p = it;
-    arena local = room_of(&p->rooms, thread);
-    half *columns = (half *)row_room_of(p, &local).scratch;
-    for (i64 t = panel * PANEL, rows = p->l.rows; t < least(p->tokens, end * PANEL); t += SIDE) {
-        if (t % PANEL == 0) memcpy(columns, columns_at(p, t), (size_t)(rows * PANEL) * sizeof *columns);
-        for (i64 c = 0; c < rows; c += TERMS) {
-            __m512i r[SIDE];
+    i64 rows = p->l.rows, deep = round_up(rows, TERMS);
+    (void)thread;
+    for (; panel < end; panel++)
+        for (i64 c = 0; c < deep; c += TERMS)
+            for (int upper = 0; upper < 2; upper++) {
+                const half *from = p->columns + (panel * deep + c) * PANEL;
+                __m512i r[SIDE];
 #pragma GCC unroll 16
-            for (int i = 0; i < SIDE; i++) r[i] = paired(columns + (c + 2 * i) * PANEL + t % PANEL, PANEL);
-            transpose_lines(r);
+                for (int i = 0; i < SIDE; i++, from += 2 * PANEL) {
+                    __m512i one = _mm512_load_si512(from), other = _mm512_load_si512(from + PANEL);
+                    r[i] = upper ? _mm512_unpackhi_epi16(one, other) : _mm512_unpacklo_epi16(one, other);
+                }
+                transpose_lines(r);
 #pragma GCC unroll 16
-            for (int i = 0; i < SIDE; i++) {
-                if (t + i >= p->tokens) continue;
-                if (p->y_keep) r[i] = drop(r[i], p->y_keep + (t + i) * words(rows), c);
-                _mm512_mask_storeu_epi16((half *)p->y + (t + i) * rows + c, first_halves(rows - c), r[i]);
+                for (int i = 0; i < SIDE; i++) {
+                    i64 t = panel * PANEL + i / 4 * 8 + upper * 4 + i % 4; /* unpacking takes four of eight tokens */
+                    if (t >= p->tokens) continue;
+                    if (p->y_keep) r[i] = drop(r[i], p->y_keep + t * words(rows), c);
+                    _mm512_mask_storeu_epi16((half *)p->y + t * p->y_stride + c, first_halves(rows - c), r[i]);
+                }
             }
-        }
-    }
 }
 
 /* y = x W0ᵀ + dropout(x) ΔWᵀ + b, or x ΔWᵀ; returns the size of the workspace that it needs, in floats. */
@@ -316,7 +298,7 @@ static i64 rows_by_tokens(product p) {
     for (i64 k = 0; k < l->blocks; k++) p.groups += ceil_div(height_of(l, k), p.together);
     p.factors = factors_of(&a, l, 1, l->scaling);
     p.x_tiles = take(&a, size), p.kept_tiles = take(&a, p.x_keep ? size : 0);
-    p.last_columns = take(&a, l->rows * PANEL * 2);
+    p.columns = take(&a, round_up(most, PANEL) * round_up(l->rows, TERMS) * 2);
     row_room_of(&p, &local), p.rooms = take_rooms(&a, p.threads, local.bytes);
     for (; a.base && remaining > 0; remaining -= most, next_tokens(&p, most)) {
         p.tokens = least(most, remaining);
