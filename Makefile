@@ -214,8 +214,8 @@ quality: $(BIN)/.dev ## run one task of the quality study: make quality TASK=tre
 	$(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) $(ARGS)
 	$(BIN)/python -m benchmarks.quality report
 
-quality-moe: $(BIN)/.dev ## LoRA and SMoA on the experts of a tiny model with random weights; writes the table in benchmarks/results/scripts.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality_moe $(ARGS)
+quality-moe: ## the same for LoRA and SMoA on the experts of a tiny model with random weights
+	$(MAKE) quality TASK=experts ARGS='--method none --method LoRA --method "SMoA K=4, r=32" --method "contiguous K=4, r=32"'
 
 # Newer versions of pip refuse bigbench because of a dependency that is not needed here.
 quality-data: $(BIN)/.dev ## install the data of the multiple-choice tasks (86 MB, and 358 MB for siqa)

@@ -1,18 +1,17 @@
-"""The grids of problems that are measured, by kind of device."""
+"""The problems that are measured: on a CPU, and on a GPU, where `make bench` compares those of a bring-up."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
 
 from smoa_kernels.definition.precision import has_gemm
+from smoa_kernels.kernels.spec import GRANULE
+from smoa_kernels.tuning.roofline import Problem
 
 from .protocol import DEVICE
-from .providers import Case
+from .providers import BF16, Case
 
-BF16 = torch.bfloat16
 MOST_BY_LOOPS = 2**28
 """Most multiplications of a forward by torch's loops: half a second; the backward takes several."""
 
@@ -34,25 +33,12 @@ CPU_LAYERS = (
     Case(128, 384, 1536, 2, 16),
     Case(128, 576, 1536, 2, 8, BF16),
 )
-# The cases that the cost model predicts for an H100, until one measures them.
-SQUARE = Case(8192, 4096, 4096, 4, 16, BF16)
-GPU_LAYERS = (
-    *(replace(SQUARE, num_blocks=blocks) for blocks in (1, 2, 4, 8)),
-    *(replace(SQUARE, dropout=0.05), replace(SQUARE, rank=64), replace(SQUARE, dtype=torch.float32)),
-    *(replace(SQUARE, out_features=14336), replace(SQUARE, in_features=14336)),
-    *(replace(SQUARE, tokens=tokens) for tokens in (64, 512)),
-)
 # Three numbers of tokens give the curve over T.
 CPU_MEMORY = (
     *(Case(tokens, 2048, 2048, 4, 16) for tokens in (128, 512, 2048)),
     Case(512, 2048, 2048, 4, 16, dropout=0.05),
     *(Case(tokens, 2048, 2048, 4, 16, BF16) for tokens in (512, 2048)),
 )
-GPU_MEMORY = (
-    *(replace(SQUARE, tokens=tokens) for tokens in (512, 2048, 8192)),
-    *(replace(SQUARE, dropout=0.05), replace(SQUARE, out_features=14336)),
-)
-LAYERS, MEMORY = (GPU_LAYERS, GPU_MEMORY) if DEVICE.type == "cuda" else (CPU_LAYERS, CPU_MEMORY)
 FEW_TOKENS = tuple(
     Case(tokens, 2048, 2048, 4, 8, dtype)
     for dtype in (torch.float32, BF16)
@@ -67,3 +53,52 @@ def skip_what_loops_multiply(multiplications: int, dtype: torch.dtype, smoke: bo
         pytest.skip(
             "torch has no GEMM of bfloat16 for this processor: it would take up to minutes for each pass"
         )
+
+
+# On a GPU
+
+SHAPES = ((4096, 4096), (14336, 4096))
+TOKENS = (8192, 2048, 1)
+BLOCKS, RANK = 4, 16
+ORDERS = ("spectral", "contiguous")
+
+SQUARE, DOWN = Case(8192, 4096, 4096, BLOCKS, RANK, BF16), Case(8192, 4096, 14336, BLOCKS, RANK, BF16)
+SQUARE_HIRA, DOWN_HIRA = Case(8192, 4096, 4096, 1, RANK, BF16), Case(8192, 4096, 14336, 1, RANK, BF16)
+CHECKED_CASES = (SQUARE, DOWN, SQUARE_HIRA, DOWN_HIRA)
+"""They are compared first, and their numbers are checked at their own size."""
+GATE_TOKENS = 256
+"""Of the other cases when their numbers are checked: the definition in float64 takes longer than all timings."""
+
+
+def operator_cases(smoke: bool) -> list[tuple[Case, str]]:
+    """Problems for the layer, each with an order of its blocks, from one token to several tiles of tokens."""
+    dtypes = (torch.float32,) if smoke else (torch.bfloat16, torch.float16, torch.float32)
+    tokens = (1, 21) if smoke else (1, 40, 300, 2000)
+    n, c = (48, 40) if smoke else (384, 640)
+    return [
+        (Case(t, n, c, BLOCKS, RANK, dtype), order) for dtype in dtypes for order in ORDERS for t in tokens
+    ]
+
+
+def headline_cases(smoke: bool) -> tuple[Case, ...]:
+    """The checked cases, then the other sizes; cases with the same weight and partition follow each other."""
+    if smoke:
+        return (Case(9, 48, 40, 2, 4), Case(1, 48, 40, 2, 4))
+    grid = (Case(tokens, n, c, BLOCKS, RANK, BF16) for n, c in SHAPES for tokens in TOKENS)
+    return tuple(dict.fromkeys((*CHECKED_CASES, *grid)))
+
+
+def tuned_layers(smoke: bool) -> list[Problem]:
+    """The shapes that are compared, with blocks of single coordinates and of granules."""
+    if smoke:
+        return [Problem(9, 48, 40, 2, 4, "fp32")]
+    sizes = ((tokens, n, c) for tokens in TOKENS for n, c in SHAPES)
+    return [
+        Problem(*size, BLOCKS, RANK, "bf16", granule, factors="bf16")
+        for size in sizes
+        for granule in (1, GRANULE)
+    ]
+
+
+GPU_CASES = headline_cases(smoke=False) if DEVICE.type == "cuda" else ()
+LAYERS, MEMORY = GPU_CASES or CPU_LAYERS, GPU_CASES or CPU_MEMORY

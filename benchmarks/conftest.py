@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from .machine import describe, load
-from .protocol import Run, Turns
-from .results import Result
+from .machine import describe
+from .results import measured
 
 _BEGIN = time.monotonic()
 
@@ -26,8 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The tests do not time by default; benchmarks do. pytest-benchmark's own table is left out: its rows would be
-    # rounds over all providers, which mean nothing.
+    # The tests do not time by default; benchmarks do. pytest-benchmark's own table is left out: its times are those of
+    # whole comparisons, which mean nothing.
     config.option.benchmark_disable = False
     config.option.benchmark_enable = True
     config.option.benchmark_quiet = True
@@ -49,34 +48,10 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
-    """Time providers in turns by the protocol and keep the seconds for the JSON.
+    """Time providers in turns (`results.measured`), and keep the result for the JSON."""
 
-    A round of pytest-benchmark is one round over all providers. There are as many rounds as fit into a budget of
-    seconds, but at least `least`. `verify` is a gate that checks results of the timed calls; it runs before anything is
-    recorded.
-    """
-
-    def run(
-        kind: str,
-        title: str,
-        params: Mapping[str, Any],
-        variants: Mapping[str, Run],
-        *,
-        baseline: str,
-        budget: float,
-        least: int = 7,
-        warmup: int = 2,
-        verify: Callable[[], None] = lambda: None,
-        bytes: Mapping[str, Mapping[str, int]] | None = None,
-    ) -> None:
-        turns = Turns(variants, baseline)
-        before = load()
-        one = turns.warm_up(1 if smoke else warmup)
-        rounds = 2 if smoke else max(least, min(40, int(budget / one) if one else least))
-        benchmark.pedantic(turns.round, rounds=rounds)
-        verify()
-        seconds = {phase: dict(comparison.seconds) for phase, comparison in turns.comparisons().items()}
-        result = Result(kind, title, dict(params), baseline, [before, load()], seconds, bytes or {})
+    def run(*about: Any, **options: Any) -> None:
+        result = benchmark.pedantic(measured, about, {**options, "smoke": smoke})
         benchmark.extra_info.update(vars(result))
 
     return run

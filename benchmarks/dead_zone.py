@@ -25,6 +25,7 @@ from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.adapter_folder.rounding import round_stochastically
 
 from .plots import svg
+from .tables import table
 
 FEATURES, TOKENS, RANK = 1024, 2048, 8
 DELTAS = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
@@ -68,13 +69,13 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
         "added to the rounded base (PEFT HiRA)": peft_hira,
     }
     relative = (direction @ A).square().mean().sqrt()
-    table: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for delta in DELTAS:
         B = direction * (delta / relative)
         truth = x.double() @ ((B.double() @ A.double()) * base.weight.double()).T
         for name, run in ways.items():
-            table[name].append(survival(run, B, truth))
-    return table
+            found[name].append(survival(run, B, truth))
+    return found
 
 
 def main() -> None:
@@ -86,16 +87,17 @@ def main() -> None:
     axes = figure.subplots(1, 2, sharey=True)
     for axis, dtype in zip(axes, (torch.bfloat16, torch.float16), strict=True):
         name = str(dtype).removeprefix("torch.")
-        print(f"\n{name}\n{'δ':>42} " + " ".join(f"{delta:>7.0e}" for delta in DELTAS))
-        for way, values in curves(dtype).items():
-            print(f"{way:>42} " + " ".join(f"{value:7.2f}" for value in values))
+        found = curves(dtype)
+        rows = [(way, *(f"{value:.2f}" for value in values)) for way, values in found.items()]
+        print(table((f"{name}, δ", *(f"{delta:.0e}" for delta in DELTAS)), rows))
+        for way, values in found.items():
             axis.semilogx(DELTAS, values, marker="o", label=way)
         axis.set(title=name, xlabel="relative size of the update, δ (rms)", ylim=(-0.1, 1.25))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of the adapter's output\nthat survives the forward")
     axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.62))
     out.write_text(svg(figure), encoding="utf-8")
-    print(f"\nwritten to {out}")
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

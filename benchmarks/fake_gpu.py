@@ -205,11 +205,18 @@ def install(devices: int = 1, properties: SimpleNamespace = H100) -> FakeGpu:
     gpu = FakeGpu(devices, properties)
 
     def compile_nothing(
-        self: Any, key: str, signature: object, device: int, constexprs: Any, options: Any, *rest: Any
+        self: Any,
+        key: str,
+        signature: object,
+        device: int,
+        constexprs: Any,
+        options: Any,
+        attributes: object,
+        warmup: bool,
     ) -> FakeKernel:
         chosen = {path: value for path, value in constexprs.items() if self.params[path[0]].is_constexpr}
         constants = f"{chosen} {options.num_warps} {options.num_stages}"
-        gpu.compiled.append((self, (signature, constexprs, rest[0], options)))
+        gpu.compiled.append((self, (signature, constexprs, attributes, options)))
         kernel = FakeKernel(gpu, self.fn.__name__, key, constants)
         self.device_caches[device][0][key] = kernel
         return kernel

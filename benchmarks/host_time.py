@@ -5,8 +5,8 @@
 It runs on a CPU with a pretended GPU (fake_gpu.py), so CUDA's own share of a launch and of torch's operators is
 missing. The layer is so small that its products take little time. The algorithms are those for many tokens: split in
 forward, merged for dX. Rows are measured in turns, many calls of each in a round. The table shows the thread's own
-time: the median of a round's calls, in the calmest round, because other programs share this machine's caches. A row of
-its own shows the pretended GPU's share. nn.Linear computes three products on the CPU, SMoA two.
+time: the median of a round's calls, in the calmest round, because other programs share this machine's caches.
+nn.Linear computes three products on the CPU, SMoA two.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import argparse
 import importlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
-from triton.runtime import driver
 
 from smoa_kernels import FusedSMoALinear
 
-from .fake_gpu import FakeGpu, FakeKernel, install, pretend_cpu
+from .fake_gpu import FakeGpu, install, pretend_cpu
+from .protocol import Turns
 
 TOKENS, FEATURES, BLOCKS, RANK = 16, 128, 4, 16
 WARM_UP, CALLS = 10, 60  # in a round
@@ -54,37 +55,27 @@ def measure(rounds: int) -> tuple[dict[str, float], list[str]]:
     layer(x).backward(dy)
     launches = [launch.kernel for launch in gpu.launches]
     gpu.recording = False
-    device, kernel, arguments = driver.active, FakeKernel(gpu, "", "", ""), (x,) * 10 + (1,) * 15
-
-    def pretended() -> None:  # the pretended driver's share of as many launches
-        for _ in launches:
-            stream = device.get_current_stream(device.get_current_device())
-            kernel.run(1, 1, 1, stream, None, None, None, None, None, *arguments)
-
     rows: dict[str, Callable[[], object]] = {
         "nn.Linear, forward": lambda: base(x),
         "nn.Linear, both": lambda: base(x).backward(dy),
         "SMoA, forward": lambda: layer(x),
         "SMoA, both": lambda: layer(x).backward(dy),
-        "of which the pretended GPU": pretended,
     }
-    return _medians(rows, rounds), launches
-
-
-def _medians(rows: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Microseconds of the calmest round, each row's own: the median of its calls."""
-    found: dict[str, list[float]] = {name: [] for name in rows}
+    turns = Turns({name: partial(host_seconds, run) for name, run in rows.items()}, "nn.Linear, both")
     for _ in range(rounds):
-        for name, run in rows.items():
-            for _ in range(WARM_UP):
-                run()
-            seconds = []
-            for _ in range(CALLS):
-                start = time.thread_time()
-                run()
-                seconds.append(time.thread_time() - start)
-            found[name].append(statistics.median(seconds))
-    return {name: min(medians) * 1e6 for name, medians in found.items()}
+        turns.round()
+    found = turns.comparisons()["host"].seconds
+    return {name: 1e6 * min(found[name]) for name in rows}, launches
+
+
+def host_seconds(run: Callable[[], object]) -> dict[str, float]:
+    """The thread's own time for a call: the median of many."""
+    seconds = []
+    for _ in range(WARM_UP + CALLS):
+        start = time.thread_time()
+        run()
+        seconds.append(time.thread_time() - start)
+    return {"host": statistics.median(seconds[WARM_UP:])}
 
 
 def main() -> None:

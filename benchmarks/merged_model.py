@@ -15,10 +15,10 @@ import argparse
 import json
 import math
 import shutil
-import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,18 +30,19 @@ import trec
 from peft import PeftModel
 from questions import Encoder, split
 from safetensors.torch import load_file
-from training import answer, next_token_scores, score
+from training import next_token_scores
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from smoa_kernels.peft import merge_to_folder, merged_weights
 
 from .machine import commit, cpu_name, load
-from .tables import table
+from .protocol import Turns
+from .tables import shown, table
 
 CONFIG = "adapter_config.json"
 ALPHAS = [1, 1 / 10, 1 / 50, 1 / 200]  # relative to the adapter's own
 DRAWS = {"nearest": 1, "stochastic": 4}
-ON_LOSS, ON_ANSWERS, BATCH = 48, 200, 16  # whole batches of questions, from the first of the test split
+ON_LOSS, BATCH = 48, 16  # whole batches of questions, from the first of the test split
 WAYS = list(product(("merge_to_folder", "PEFT"), ("5GB", "60MB")))  # tools; the size of a file
 RUNS = 3
 
@@ -88,9 +89,6 @@ def rounding(original: Path, trained: Path, scratch: Path) -> None:
             total += float(F.cross_entropy(scores, batch.targets, reduction="sum"))
         return total / ON_LOSS
 
-    def answers(model: Any) -> list[str]:
-        return answer(model, encoder, test[:ON_ANSWERS], BATCH, torch.device("cpu"))
-
     without = loss(loaded(base))
     rows = [["δ"], [f"loss ({without:.3f} without the adapter)"], *([f"kept, {way}"] for way in DRAWS)]
     for alpha in ALPHAS:
@@ -100,20 +98,13 @@ def rounding(original: Path, trained: Path, scratch: Path) -> None:
         (adapter / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         model = PeftModel.from_pretrained(loaded(base), str(adapter))
         delta, errors = update(base, adapter)
-        whole, given = loss(model), answers(model) if alpha == 1 else []
+        whole = loss(model)
         cells = [f"{delta:.1e}", f"{whole:.3f}"]
-        if given:
-            print(f"with the adapter {score(given, test[:ON_ANSWERS]).right} of {ON_ANSWERS} right")
         for way, draws in DRAWS.items():
             kept = []
             for seed in range(draws):
                 merge_to_folder(base, adapter, merged, rounding=way, seed=seed)
-                model = loaded(merged)
-                kept.append((without - loss(model)) / (without - whole))
-                if given and seed == 0:
-                    found = answers(model)
-                    differ = sum(one != other for one, other in zip(found, given, strict=True))
-                    print(f"{way} {score(found, test[:ON_ANSWERS]).right} right, {differ} differ")
+                kept.append((without - loss(loaded(merged))) / (without - whole))
                 shutil.rmtree(merged)
             print(f"δ = {delta:.1e}, {way}: error of the stored ΔW {100 * errors[way]:.1f} %", flush=True)
             cells.append(" to ".join(f"{share:.3f}" for share in sorted({min(kept), max(kept)})))
@@ -148,18 +139,24 @@ def merge(
 
 def memory(base: Path, adapter: Path, out: Path) -> None:
     """Print memory and time of each way to merge; the ways take turns."""
-    runs: dict[tuple[str, str], list[tuple[float, float, list[float]]]] = {way: [] for way in WAYS}
-    for way in WAYS * RUNS:
+    files: dict[str, list[float]] = {}
+
+    def run(name: str, tool: str, most: str) -> dict[str, float]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            runs[way].append(fresh.submit(merge, *way, base, adapter, out).result())
+            grown, seconds, files[name] = fresh.submit(merge, tool, most, base, adapter, out).result()
         shutil.rmtree(out)
+        return {"resident set grew by, GB": grown, "processor time, s": seconds}
+
+    ways = {" ".join(way): way for way in WAYS}
+    turns = Turns({name: partial(run, name, *way) for name, way in ways.items()}, next(iter(ways)))
+    for _ in range(RUNS):
+        turns.round()
+    found = turns.comparisons()
     rows = []
-    for (tool, _), results in runs.items():
-        grown, seconds, (files, *_) = zip(*results, strict=True)
-        cells = (f"{min(grown):.2f} to {max(grown):.2f}", f"{statistics.median(seconds):.1f}")
-        rows.append((tool, f"{len(files)}, largest {max(files):.2f}", *cells))
-    headings = ("", "files, GB", "resident set grew by, GB", "processor time, s (median)")
-    print(table(headings, rows), flush=True)
+    for name, (tool, _) in ways.items():
+        cells = (shown(each.time(name)) for each in found.values())
+        rows.append((tool, f"{len(files[name])}, largest {max(files[name]):.2f}", *cells))
+    print(table(("", "files, GB", *found), rows), flush=True)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from .protocol import DEVICE
 if TYPE_CHECKING:
     import peft  # takes seconds, so only processes that compare import it
 
+BF16 = torch.bfloat16
 FROZEN, LORA, HIRA, PAPER, SMOA = "frozen", "PEFT LoRA", "PEFT HiRA", "paper, dense", "SMoA"
 CONTIGUOUS = f"{SMOA}, contiguous"  # with contiguous blocks; those of SMOA are spectral
 ACCELERATED = f"{HIRA}, accelerated"  # by smoa_kernels.peft.accelerate_hira

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from .machine import LIMIT, commit, cpu_name
 from .providers import HIRA, LORA, SMOA
-from .results import Run, write
+from .results import RESULTS, ROOT, Run, write
 from .tables import ratios, table
 
-ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
 MAIN_JOB = RESULTS / "main-job"
 SERVING = RESULTS / "serving" / "summary.json"  # by `python -m benchmarks.serving --summary`
 METHODS = {"smoa": SMOA, "lora": LORA, "hira": HIRA}
@@ -36,16 +33,16 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 )
 
 
-def with_section(text: str, content: str, start: str = START) -> str:
-    """A page, such as the README, with new text between `start` and `END`.
+def with_section(text: str, content: str) -> str:
+    """The README with new text between `START` and `END`.
 
     Raises:
         ValueError: the markers are not there, once each and in order.
     """
-    if text.count(start) != 1 or text.count(END) != 1 or text.index(start) > text.index(END):
-        raise ValueError(f"the page must hold {start} and then {END}, once each")
-    before, _, rest = text.partition(start)
-    return f"{before}{start}\n\n{content.strip()}\n\n{END}{rest.partition(END)[2]}"
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"the page must hold {START} and then {END}, once each")
+    before, _, rest = text.partition(START)
+    return f"{before}{START}\n\n{content.strip()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def keep_job(summary: dict[str, Any]) -> None:

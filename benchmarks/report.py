@@ -18,8 +18,8 @@ import typer
 
 from . import protocol, tables
 from .providers import LORA
-from .readme import README, RESULTS, keep_job, section, with_section
-from .results import Run, compact, read, read_all, write
+from .readme import README, keep_job, section, with_section
+from .results import RESULTS, Run, compact, read, read_all, write
 
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("The layer", "layer", ("both", "forward", "backward")),

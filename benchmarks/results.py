@@ -1,19 +1,25 @@
-"""Reads and writes runs: pytest-benchmark's JSON, or its compact form, which is committed."""
+"""Runs of the suite: measures their results, reads and writes them.
+
+Their JSON is pytest-benchmark's, or a compact form, which is committed.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from smoa_kernels.files import replace_file
 
-from .machine import EDITED
-from .protocol import Comparison, Figure
+from . import protocol
+from .machine import EDITED, load
+from .protocol import Comparison, Figure, Turns
 
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 DIGITS = 5  # of each second that is kept
 
 
@@ -75,6 +81,20 @@ class Run:
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     findings: Mapping[str, Any] = field(default_factory=dict)
 
+    def with_results(self, *results: Result) -> Run:
+        """The run with more results, which replace earlier ones of the same kind and title."""
+        names = {(r.kind, r.title) for r in results}
+        kept = [r for r in self.results if (r.kind, r.title) not in names]
+        return replace(self, results=(*kept, *results))
+
+    def with_finding(self, stage: str, finding: Any) -> Run:
+        """The run with a stage's finding, which replaces an earlier one."""
+        return replace(self, findings={**self.findings, stage: finding})
+
+    def with_stage(self, stage: str, **status: Any) -> Run:
+        """The run with a stage's status."""
+        return replace(self, stages={**self.stages, stage: status})
+
     @property
     def on_gpu(self) -> bool:
         """Whether a GPU was measured."""
@@ -102,6 +122,42 @@ class Run:
     def find(self, kind: str, **params: Any) -> Result | None:
         """The first of :meth:`select`, or None."""
         return next(iter(self.select(kind, **params)), None)
+
+
+def measured(
+    kind: str,
+    title: str,
+    params: Mapping[str, Any],
+    variants: Mapping[str, protocol.Run],
+    *,
+    baseline: str,
+    budget: float,
+    smoke: bool,
+    least: int = 7,
+    most: int = 40,
+    warmup: int = 2,
+    verify: Callable[[], None] = lambda: None,
+    bytes: Mapping[str, Mapping[str, int]] | None = None,
+) -> Result:
+    """Time providers in turns by the protocol, in as many rounds as fit into a budget of seconds.
+
+    Args:
+        kind, title, params, baseline, bytes: of the result.
+        variants: the run of each provider.
+        budget: seconds.
+        smoke: two rounds.
+        least, most: rounds.
+        warmup: rounds before them.
+        verify: a gate that checks results of the timed calls.
+    """
+    turns = Turns(variants, baseline)
+    before = load()
+    one = turns.warm_up(1 if smoke else warmup)
+    for _ in range(2 if smoke else max(least, min(most, int(budget / one) if one else least))):
+        turns.round()
+    verify()
+    seconds = {phase: dict(found.seconds) for phase, found in turns.comparisons().items()}
+    return Result(kind, title, dict(params), baseline, [before, load()], seconds, bytes or {})
 
 
 def read(path: Path) -> Run:

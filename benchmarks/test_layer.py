@@ -13,12 +13,13 @@ from torch import nn
 from smoa_kernels.backends.eager import choose_algorithm
 from smoa_kernels.definition.precision import has_gemm
 
-from .cases import BF16, FEW_TOKENS, LAYERS, MEMORY, skip_what_loops_multiply
+from .cases import FEW_TOKENS, LAYERS, MEMORY, skip_what_loops_multiply
 from .conftest import Measure
 from .gate import check_layers
 from .memory import footprint
 from .protocol import DEVICE, Run, pass_seconds, timed
 from .providers import (
+    BF16,
     DEFAULT_HIRA,
     FROZEN,
     HIRA,

@@ -18,13 +18,13 @@ from smoa_kernels.peft import accelerate_hira, decelerate_hira
 from smoa_kernels.peft.hira.layer import Accelerated
 from smoa_kernels.peft.layer import SMoALayer
 
-from .cases import BF16, skip_what_loops_multiply
+from .cases import skip_what_loops_multiply
 from .conftest import Measure
 from .gate import RedGateError
 from .memory import allocated
 from .models import RANK, adapter_configs, base_model, model_name
 from .protocol import DEVICE, timed
-from .providers import ACCELERATED, HIRA, LORA, name_of
+from .providers import ACCELERATED, BF16, HIRA, LORA, name_of
 
 
 def adapted(

@@ -18,7 +18,6 @@ import chats
 import smollm2
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig, PeftConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -36,15 +35,14 @@ from trl import (
     SFTTrainer,
 )
 
-from smoa_kernels.peft import SMoAConfig
-
 from .machine import cpu_name, load
-from .models import RANK, TARGETS
+from .models import adapter_configs
 from .protocol import Turns, laps
+from .providers import LORA, SMOA
 from .tables import shown, table
 
 STEPS, ROUNDS = 10, 3
-LEARNING_RATE = {"SMoA": 1e-2, "LoRA": 1e-3}
+LEARNING_RATE = {SMOA: 1e-2, LORA: 1e-3}
 WHAT = {"sft": "loss", "dpo": "loss", "grpo": "reward", "reward": "loss"}
 """What each kind of trainer shows."""
 SHARED: dict[str, Any] = {
@@ -60,28 +58,23 @@ SHARED: dict[str, Any] = {
 }
 
 
-def adapter(method: str, task: str) -> PeftConfig:
-    """The configuration of an adapter, SMoA's with K=2."""
-    shared: dict[str, Any] = {"r": RANK, "target_modules": TARGETS, "task_type": task}
-    return SMoAConfig(num_blocks=2, **shared) if method == "SMoA" else LoraConfig(lora_alpha=RANK, **shared)
-
-
 def make(kind: str, method: str, folder: str) -> Any:
     """A trainer of one kind with one adapter."""
     base = smollm2.cached_model()
-    task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+    config = adapter_configs(num_blocks=2)[method]
+    config.task_type = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
     torch.manual_seed(0)
     if kind == "reward":
         model = AutoModelForSequenceClassification.from_pretrained(base, dtype=torch.float32, num_labels=1)
     else:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     # A reward model's head is new, trained in full, and takes the adapter's rate: 1e-2 is too much for it.
-    rate = LEARNING_RATE["LoRA" if kind == "reward" else method]
+    rate = LEARNING_RATE[LORA if kind == "reward" else method]
     arguments = {"output_dir": folder, "learning_rate": rate, **SHARED}
     shared = {
         "model": model,
         "processing_class": AutoTokenizer.from_pretrained(base),
-        "peft_config": adapter(method, task),
+        "peft_config": config,
     }
     turns = chats.turns(chats.read_corpus(chats.locate()))[:200]
     answers = [turn["completion"] for turn in turns]
@@ -100,8 +93,8 @@ def make(kind: str, method: str, folder: str) -> Any:
             for i, turn in enumerate(turns)
         ]
     )
-    config, trainer = (DPOConfig, DPOTrainer) if kind == "dpo" else (RewardConfig, RewardTrainer)
-    return trainer(args=config(per_device_train_batch_size=2, **arguments), train_dataset=pairs, **shared)
+    settings, trainer = (DPOConfig, DPOTrainer) if kind == "dpo" else (RewardConfig, RewardTrainer)
+    return trainer(args=settings(per_device_train_batch_size=2, **arguments), train_dataset=pairs, **shared)
 
 
 def brevity(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
@@ -121,14 +114,14 @@ def compare(kind: str) -> list[str]:
         logs[method] = trainer.state.log_history
         return {"step": seconds / STEPS}
 
-    turns = Turns({method: partial(run, method) for method in LEARNING_RATE}, "LoRA")
+    turns = Turns({method: partial(run, method) for method in LEARNING_RATE}, LORA)
     for _ in range(ROUNDS):
         turns.round()
     found, cells = turns.comparisons()["step"], []
     for method in LEARNING_RATE:
         values = [log[WHAT[kind]] for log in logs[method] if WHAT[kind] in log]
         cells.append(f"{values[0]:.3f} → {values[-1]:.3f}")
-    figures = (*map(found.time, LEARNING_RATE), found.ratio("SMoA"))
+    figures = (*map(found.time, LEARNING_RATE), found.ratio(SMOA))
     return [kind, *cells, *map(shown, figures)]
 
 
@@ -137,7 +130,7 @@ def main(kinds: list[str]) -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
     print(f"{cpu_name()}, 1 thread, {load():.0f} processes running or waiting")
-    headings = ("trainer", "SMoA", "LoRA", "SMoA, s per step", "LoRA, s per step", "ratio")
+    headings = ("trainer", *LEARNING_RATE, *(f"{method}, s per step" for method in LEARNING_RATE), "ratio")
     print(table(headings, [compare(kind) for kind in kinds or WHAT]))
 
 

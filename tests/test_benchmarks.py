@@ -34,9 +34,9 @@ from benchmarks.providers import (
     lora,
     smoa,
 )
-from benchmarks.readme import README, RESULTS, section, with_section
+from benchmarks.readme import README, section, with_section
 from benchmarks.report import main, page
-from benchmarks.results import compact, read_all
+from benchmarks.results import RESULTS, compact, read_all
 from benchmarks.test_layer import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check

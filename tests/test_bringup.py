@@ -4,14 +4,15 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from places import ctrl_c  # noqa: F401
+from places import ctrl_c, python  # noqa: F401
 
 from benchmarks.bringup import __main__ as bringup
 from benchmarks.bringup import stages
-from benchmarks.bringup.cases import headline_cases, operator_cases
+from benchmarks.cases import headline_cases, operator_cases
 from benchmarks.providers import FROZEN, LORA, Case
 from benchmarks.results import Result, Run, read
 from smoa_kernels.kernels.launch import short_way
@@ -134,6 +135,44 @@ def test_pytests_output_is_read() -> None:
     assert finding["skipped"] == ["[1] tests/test_a.py:4: no GPU"]
     stopped = bringup.pytest_finding(PYTEST.partition("=== FAILURES")[0])
     assert stopped == {**finding, "failed": ["tests/test_a.py::test_two"], "skipped": []}
+
+
+def test_kernels_are_compiled_in_at_most_half_of_a_stages_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[str, object], str]:
+        asked.append((command[2], seconds))
+        return {"status": "done", "seconds": 100.0, "error": ""}, ""
+
+    gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(bringup, "run_stage", stage)
+    status, _ = bringup._run("headline", tmp_path, tmp_path / "log", smoke=False)
+    assert asked == [("benchmarks.bringup.ahead", 120.0), ("benchmarks.bringup", 140.0)]
+    assert status["seconds"] == 200.0
+
+
+TESTS_FORMS = """\
+import os
+os.environ.pop("TRITON_INTERPRET", None)
+from benchmarks.bringup.ahead import tested
+from benchmarks.fake_gpu import H100, install
+gpu = install()
+tested(H100, ["-n", "0", "tests/kernels/test_permute.py"])
+kernels, forms = zip(*gpu.compiled)
+print(*{kernel.__name__ for kernel in kernels}, len(forms), *sorted({form[0]["x_ptr"] for form in forms}))
+"""
+
+
+def test_forms_of_the_numerical_tests_are_known_before_they_run() -> None:
+    """Those of a kernel's tests, in the dtypes that they compute in."""
+    out, errors = python(TESTS_FORMS, PYTHONWARNINGS="ignore").communicate(timeout=300)
+    assert out, errors
+    name, count, *dtypes = out.split()
+    assert (name, dtypes) == ("permute_kernel", ["*bf16", "*fp16", "*fp32"])
+    assert int(count) > len(dtypes)
 
 
 # Comparisons

@@ -18,7 +18,6 @@ from questions import Encoder, Question, same_text
 from torch import nn
 from training import next_token_scores
 
-from benchmarks import quality_moe
 from benchmarks.quality import data, store
 from benchmarks.quality.__main__ import RECORDS
 from benchmarks.quality.analysis import Study, differences, mean_of, t_quantile
@@ -36,7 +35,6 @@ from benchmarks.quality.models import (
 from benchmarks.quality.report import EQUALS, LORA, page
 from benchmarks.quality.study import best_rate, rate_beyond
 from benchmarks.quality.tasks import TASKS
-from benchmarks.readme import with_section
 from smoa_kernels import BlockPartition
 
 pytestmark = pytest.mark.slow
@@ -47,12 +45,6 @@ pytestmark = pytest.mark.slow
 def test_the_results_page_agrees_with_the_records() -> None:
     written = (RECORDS.parent / "quality.md").read_text("utf-8")
     assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"
-
-
-def test_the_table_of_experts_is_what_its_records_say() -> None:
-    written = quality_moe.PAGE.read_text("utf-8")
-    table = quality_moe.page(store.read(quality_moe.RECORDS))
-    assert written == with_section(written, table, quality_moe.START), "run `make quality-moe`"
 
 
 def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:

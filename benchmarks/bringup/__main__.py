@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -20,9 +21,8 @@ from typing import Any
 
 import torch
 
-from ..machine import EDITED
-from ..results import compact, read, write
-from .state import ROOT, fresh, path_of, with_finding, with_stage
+from ..machine import EDITED, commit, describe
+from ..results import RESULTS, ROOT, Run, compact, read, write
 
 GRACE = 5.0  # seconds between interrupting a stage and killing it
 SECONDS = {"operator": 60.0, "headline": 240.0, "tests": 475.0, "tune": 475.0}
@@ -32,10 +32,8 @@ OUT_OF_TIME = 3  # exit code of a stage that noticed by itself that its time was
 GPU_BYTES = 2 * 2**30  # GPU memory of one test process: the context, its kernels and its tensors
 SMOKE_TESTS = ("tests/test_reference.py",)
 # Left out: many random problems and long trainings take more time than the stage has.
-LEFT_OUT = (
-    "tests/test_soak.py",
-    "tests/test_fuzz.py",
-)
+LEFT_OUT = ("tests/test_soak.py", "tests/test_fuzz.py")
+NUMERICAL_TESTS = ("-m", "numerical or gpu", *(f"--ignore={file}" for file in LEFT_OUT))
 SMOKE_PATIENCE = 4  # a rehearsal's limits are longer, because it may share the machine
 
 
@@ -52,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    out = options.out or ROOT / (".benchmarks/bringup" if options.smoke else "benchmarks/results")
+    out = options.out or (ROOT / ".benchmarks" / "bringup" if options.smoke else RESULTS)
     if options.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
         os.environ["SMOA_CACHE"] = str(out.resolve() / "cache")
     if not (options.smoke or torch.cuda.is_available()):
         parser.error("there is no GPU here; --smoke rehearses on the CPU")
-    run = fresh(options.smoke)
-    path = path_of(out, run)
+    run = Run(describe(options.smoke), commit(), time.strftime("%Y-%m-%d"), ())
+    path = out / f"bringup-{run.slug}.json"
     if options.stage is not None:
         return _in_stage(options.stage, path, options.until, options.smoke)
     if options.resume and path.is_file():
@@ -77,12 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if run.stages.get(name, {}).get("status") == "done":
             print(f"{name}: done before", flush=True)
             continue
-        seconds = SECONDS[name] * (SMOKE_PATIENCE if options.smoke else 1)
-        command = _command(name, out, seconds, options.smoke)
-        status, output = run_stage(command, path.with_suffix(".log"), seconds)
-        run = with_stage(read(path), name, **status)
+        status, output = _run(name, out, path.with_suffix(".log"), options.smoke)
+        run = read(path).with_stage(name, **status)
         if name == "tests":
-            run = with_finding(run, "tests", pytest_finding(output))
+            run = run.with_finding("tests", pytest_finding(output))
         write(path, compact(run))
         write(path.with_suffix(".md"), page(run))
         print(
@@ -95,6 +91,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(found["status"] == "done" for found in run.stages.values()) else 1
 
 
+def _run(name: str, out: Path, log: Path, smoke: bool) -> tuple[dict[str, Any], str]:
+    """Run a stage within its time, as `run_stage` does.
+
+    On NVIDIA's GPUs its kernels are compiled first, in at most half of the time. The stage compiles the rest.
+    """
+    left, before = SECONDS[name] * (SMOKE_PATIENCE if smoke else 1), 0.0
+    if not smoke and torch.version.hip is None:
+        found = torch.cuda.get_device_properties(0)
+        gpu = {name: getattr(found, name) for name in ("major", "minor", "multi_processor_count")}
+        command = [sys.executable, "-m", "benchmarks.bringup.ahead", name, "--gpu", json.dumps(gpu)]
+        status, output = run_stage(command, log, left / 2)
+        if status["status"] == "interrupted":
+            return status, output
+        before = status["seconds"]
+    status, output = run_stage(_command(name, out, left - before, smoke), log, left - before)
+    return {**status, "seconds": status["seconds"] + before}, output
+
+
 def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
     """The command of a stage's process: pytest for the tests, else this module again."""
     if name != "tests":
@@ -105,8 +119,7 @@ def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
     if torch.cuda.is_available():
         workers = max(1, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES)
     parallel = ["-n", "auto", "--maxprocesses", str(workers), "--dist", "worksteal"]
-    every = ("-m", "numerical or gpu", *(f"--ignore={file}" for file in LEFT_OUT))
-    chosen = SMOKE_TESTS if smoke else every
+    chosen = SMOKE_TESTS if smoke else NUMERICAL_TESTS
     return [sys.executable, "-m", "pytest", *parallel, "-vv", "-rfEs", "--tb=short", *chosen]
 
 
@@ -171,28 +184,12 @@ def _in_stage(name: str, path: Path, until: float, smoke: bool) -> int:
     from .stages import STAGES, Job, OutOfTimeError
 
     deadline = time.monotonic() + until - time.time()
-    if not smoke:
-        _compile_ahead(name, deadline)
     try:
         STAGES[name](Job(read(path), lambda run: write(path, compact(run)), deadline, smoke))
     except OutOfTimeError as error:
         print(error, file=sys.stderr)
         return OUT_OF_TIME
     return 0
-
-
-def _compile_ahead(name: str, deadline: float) -> None:
-    """Compile a stage's kernels in parallel, on NVIDIA's GPUs, for at most half of the time that is left.
-
-    The stage itself compiles the kernels that failed here.
-    """
-    if torch.version.hip is not None:
-        return
-    with suppress(Exception):
-        gpu = torch.cuda.get_device_properties(0)
-        sizes = (f"--{each}={getattr(gpu, each)}" for each in ("major", "minor", "multi_processor_count"))
-        command = [sys.executable, "-m", "benchmarks.bringup.ahead", name, *sizes]
-        subprocess.run(command, cwd=ROOT, timeout=(deadline - time.monotonic()) / 2, check=False)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,21 @@
     python -m benchmarks.bringup.ahead              # every stage for an H100, in two processes; `make gpu-dry-run`
     python -m benchmarks.bringup.ahead headline     # a stage on a GPU starts with this; Triton's cache keeps the result
 
-A stage's launches come from the backend on a pretended GPU (benchmarks/fake_gpu.py). The stage of the tests is left
-out: pytest's workers compile their tests' kernels in parallel.
+A stage's launches come from the backend on a pretended GPU (benchmarks/fake_gpu.py), those of the tests from the tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -31,9 +34,11 @@ from smoa_kernels.kernels.spec import ALGORITHM_KEYS, GRANULE
 from smoa_kernels.tuning.measure import workload
 from smoa_kernels.tuning.plan import jobs
 
+from ..cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from ..fake_gpu import H100, FakeGpu, Form, adapter, install
 from ..providers import Case
-from .cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
+from ..results import ROOT
+from .__main__ import NUMERICAL_TESTS, SECONDS
 
 CORES = 16  # about as many as a machine with a GPU has
 
@@ -46,10 +51,12 @@ def forget(gpu: FakeGpu) -> None:
     gpu.compiled.clear()
 
 
-def stage_forms(stage: str, gpu: FakeGpu) -> list[Form]:
+def stage_forms(stage: str, gpu: FakeGpu, processes: int) -> list[Form]:
     """The forms that a stage compiles on the pretended GPU."""
     forget(gpu)
-    if stage == "tune":
+    if stage == "tests":
+        tested(gpu.properties, ["-n", str(processes), *NUMERICAL_TESTS])
+    elif stage == "tune":
         _tuned(gpu.properties)
     else:
         with FakeTensorMode():
@@ -80,6 +87,32 @@ def _tuned(properties: SimpleNamespace) -> None:
             load = workload(job, torch.device("meta"))
             for config in job.candidates:
                 load.run(config)
+
+
+def tested(properties: SimpleNamespace, chosen: Sequence[str]) -> None:
+    """Give Triton every form that tests launch, as forms.py notes them in pytest's processes.
+
+    Args:
+        properties: of the pretended GPU.
+        chosen: the tests, as pytest's arguments.
+    """
+    plugin = ("-p", "benchmarks.bringup.forms", "--assert=plain", "--tb=no")  # its findings mean nothing
+    with tempfile.TemporaryDirectory() as folder:
+        told = {"BRINGUP_FORMS": json.dumps({"folder": folder, "gpu": vars(properties)})}
+        subprocess.run(
+            [sys.executable, "-m", "pytest", *plugin, *chosen],
+            cwd=ROOT,
+            env=os.environ | told | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        noted = {line for file in Path(folder).iterdir() for line in file.read_text("utf-8").splitlines()}
+    kernels = {kernel.fn.__name__: kernel.fn for kernel in KERNELS.values()}
+    for line in sorted(noted):
+        name, _, form = line.partition(" ")
+        if name in kernels:  # not a test's own
+            kernels[name].preload(form)
 
 
 def _layer(case: Case, order: str) -> PackedAdapter:
@@ -122,33 +155,30 @@ _waiting: list[Form] = []
 
 
 def main() -> None:
-    """Compile one stage into Triton's cache, or all stages into a temporary cache."""
+    """Compile one stage into Triton's cache, or all stages, each into a temporary cache."""
     parser = argparse.ArgumentParser(
         "python -m benchmarks.bringup.ahead", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("stage", nargs="?", choices=("operator", "headline", "tune"))
+    parser.add_argument("stage", nargs="?", choices=tuple(SECONDS))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    for name in ("major", "minor", "multi_processor_count"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(H100, name))
+    parser.add_argument("--gpu", type=json.loads, default={}, help="properties in JSON, where not an H100's")
     given = parser.parse_args()
-    properties = SimpleNamespace(
-        **{**vars(H100), **{n: v for n, v in vars(given).items() if n in vars(H100)}}
-    )
-    gpu = install(properties=properties)
+    gpu = install(properties=SimpleNamespace(**vars(H100) | given.gpu))
     if given.stage is not None:
-        for _ in compile_all(stage_forms(given.stage, gpu), given.jobs):
+        for _ in compile_all(stage_forms(given.stage, gpu, given.jobs), given.jobs):
             pass
         return
-    from .__main__ import SECONDS
-
-    for stage in ("operator", "headline", "tune"):
+    for stage, limit in SECONDS.items():
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TRITON_CACHE_DIR"] = folder
-            forms, start = stage_forms(stage, gpu), time.perf_counter()
-            seconds = sum(each for _, each in compile_all(forms, given.jobs))
+            start, before = time.perf_counter(), sum(os.times()[:4])
+            forms = stage_forms(stage, gpu, given.jobs)
+            finding = sum(os.times()[:4]) - before
+            compiling = sum(each for _, each in compile_all(forms, given.jobs))
         print(
-            f"{stage}: {len(forms)} forms, {seconds:.0f} s of CPU, {seconds / CORES:.0f} s on {CORES} cores of the "
-            f"stage's {SECONDS[stage]:.0f} (compiled; {time.perf_counter() - start:.0f} s here)",
+            f"{stage}: {len(forms)} forms, found in {finding:.0f} s of CPU and compiled in {compiling:.0f} s, "
+            f"{(finding + compiling) / CORES:.0f} s on {CORES} cores of the stage's {limit:.0f} "
+            f"({time.perf_counter() - start:.0f} s here)",
             flush=True,
         )
 

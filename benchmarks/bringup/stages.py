@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from smoa_kernels.kernels.table import SCHEMA, Choice, keep
 from smoa_kernels.tuning.measure import gpu_timer, tune
 from smoa_kernels.tuning.plan import jobs
 
+from ..cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from ..gate import check_layers
-from ..machine import load
 from ..memory import footprint
-from ..protocol import DEVICE, Turns, pass_seconds
+from ..protocol import DEVICE, pass_seconds
 from ..providers import (
     CONTIGUOUS,
     FROZEN,
@@ -36,9 +37,7 @@ from ..providers import (
     lora,
     smoa,
 )
-from ..results import Result, Run
-from .cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
-from .state import with_finding, with_results
+from ..results import Result, Run, measured
 
 SECONDS_PER_CASE = 1.2
 MOST_ROUNDS = 20
@@ -85,9 +84,9 @@ def operator(job: Job) -> None:
             raise OutOfTimeError(f"{len(cases) - done} of {len(cases)} problems are left")
         _, failed = _right(case, {SMOA: smoa("auto", "triton", order)})
         found[f"{case}, {order}"] = failed.get(SMOA, "right")
-        job.save(with_finding(job.run, "operator", found))
+        job.save(job.run.with_finding("operator", found))
     launchers = compare_launchers(*cases[1])
-    job.save(with_finding(with_finding(job.run, "operator", found), "launchers", launchers))
+    job.save(job.run.with_finding("operator", found).with_finding("launchers", launchers))
     if wrong := [f"{name}: {words}" for name, words in found.items() if words != "right"]:
         raise RuntimeError(f"{len(wrong)} of {len(cases)} problems are wrong, the first: {wrong[0]}")
 
@@ -145,12 +144,12 @@ def headline(job: Job) -> None:
         errors.pop(str(case), None)
         try:
             results, failed = _compare_one(case, job.smoke)
-            run = with_results(run, *results)
+            run = run.with_results(*results)
         except Exception as error:  # for example a case that does not fit in memory: go on with the others
             failed = {"all of them": _first_line(error)}
         if failed:
             errors[str(case)] = failed
-        run = with_finding(run, "headline", dict(errors))
+        run = run.with_finding("headline", dict(errors))
         job.save(run)
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
@@ -188,12 +187,9 @@ def _compare_one(case: Case, smoke: bool) -> tuple[list[Result], dict[str, str]]
 def _timed(case: Case, layers: Mapping[str, nn.Module], smoke: bool) -> Result:
     """Time every provider in turns."""
     x, dy = case.input(), case.output_gradient()
-    turns = Turns({name: partial(pass_seconds, layer, [x], dy) for name, layer in layers.items()}, FROZEN)
-    before, one = load(), turns.warm_up(1 if smoke else 2)
-    for _ in range(2 if smoke else max(5, min(MOST_ROUNDS, int(SECONDS_PER_CASE / one)))):
-        turns.round()
-    seconds = {phase: dict(found.seconds) for phase, found in turns.comparisons().items()}
-    return Result("layer", f"layer: {case}", case.record(), FROZEN, [before, load()], seconds)
+    runs = {name: partial(pass_seconds, layer, [x], dy) for name, layer in layers.items()}
+    limits: dict[str, Any] = {"budget": SECONDS_PER_CASE, "least": 5, "most": MOST_ROUNDS}
+    return measured("layer", f"layer: {case}", case.record(), runs, baseline=FROZEN, smoke=smoke, **limits)
 
 
 @lru_cache(maxsize=1)
@@ -235,7 +231,7 @@ def tune_shapes(job: Job) -> None:
         found = keep(identity(DEVICE)).entries
         entries = [found[one.key].to_json() for one in planned if one.key in found]
         finding = {"table": {"schema": SCHEMA, "entries": entries}, "problems": problems}
-        job.save(with_finding(job.run, "tune", finding))
+        job.save(job.run.with_finding("tune", finding))
     if problems:
         raise OutOfTimeError(f"{len(problems)} of {len(planned)} keys are not done")
 

@@ -12,12 +12,12 @@ from typing import Annotated
 import typer
 
 from ..machine import EDITED, commit
+from ..results import RESULTS
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
 from .study import run_share
 from .tasks import TASKS
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 RECORDS = RESULTS / "quality.jsonl"
 
 app = typer.Typer(add_completion=False, help=__doc__)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from .data import Choice
-from .methods import ALL
+from .methods import ALL, Method, update_spectrum
 
 PREFIX_BATCH = 32
 PROMPT = 1  # in a layout; padding is 0 and answer k is k + 2
@@ -131,7 +131,7 @@ class CutModel:
     Args:
         lower: embeddings and frozen layers; its last hidden state is the upper layers' input.
         upper: the rest.
-        tokenizer: the model's.
+        tokenizer: as :meth:`tokens` needs it.
         classes: in the order of the head's outputs.
         targets: sets of linear layers, by their names; each a pattern of the layers' names.
         new_head: whether the head is new and trained in full.
@@ -141,7 +141,7 @@ class CutModel:
         self,
         lower: nn.Module,
         upper: Upper,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         classes: Sequence[str],
         targets: dict[str, str],
         new_head: bool,
@@ -159,6 +159,14 @@ class CutModel:
             nn.init.normal_(model.head.weight, std=0.02)
             nn.init.zeros_(model.head.bias)
         return model
+
+    def adapt(self, method: Method, model: nn.Module, seed: int) -> nn.Module:
+        """Return the upper layers with a method's adapter, their base frozen."""
+        return method.adapt(model, self.targets, seed)
+
+    def spectrum(self, model: nn.Module) -> dict[str, float]:
+        """Return statistics of the singular values of the adapters' ΔW."""
+        return update_spectrum(model)
 
     def batch(self, questions: Sequence[Question]) -> Batch:
         """Look the questions up, or compute new ones, and pad."""
@@ -280,12 +288,15 @@ def halves_of_smollm2(layers: int) -> tuple[nn.Module, nn.Module, Tensor, PreTra
     folder = smollm2.cached_model()
     lower, body = (AutoModel.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
     embeddings = body.embed_tokens.weight
-    lower.layers = lower.layers[:-layers]
-    lower.config.num_hidden_layers = len(lower.layers)
-    lower.norm = nn.Identity()
-    body.layers = body.layers[-layers:]
-    body.embed_tokens = nn.Identity()
+    halve(lower, body, layers)
     return lower, body, embeddings, AutoTokenizer.from_pretrained(folder)
+
+
+def halve(lower: Any, body: Any, layers: int) -> None:
+    """Cut two copies of a decoder: one keeps what lies below the upper layers, the other these layers."""
+    lower.layers, body.layers = lower.layers[:-layers], body.layers[-layers:]
+    lower.config.num_hidden_layers = len(lower.layers)
+    lower.norm, body.embed_tokens = nn.Identity(), nn.Identity()
 
 
 def rows_of(embeddings: Tensor, tokens: Sequence[int]) -> nn.Linear:

@@ -13,7 +13,7 @@ from . import plots, store
 from .analysis import Mean, Study
 from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, ORDERS, SWEEPS
 from .study import best_rate
-from .tasks import MINILM, SMOLLM2, Task
+from .tasks import EXPERTS, MINILM, SMOLLM2, Task
 
 TEMPLATE = Path(__file__).with_name("page.md")
 LORA, LORA_HALF, HALF = "LoRA", "LoRA, r=4", "SMoA K=2"
@@ -70,6 +70,7 @@ def page(study: Study) -> str:
         f"{name}'s tasks": [task for task in study.tasks if task.model == model]
         for name, model in (("MiniLM", MINILM), ("SmolLM2", SMOLLM2))
     }
+    beside_lora = {LORA: [name for name in study.methods if name != LORA]}
     figures = {
         "machines": machines(study),
         "protocol": protocol(study),
@@ -88,7 +89,8 @@ def page(study: Study) -> str:
         "orders_by_model": differences(study, list(ORDERS.items()), by_model),
         "at_loras_rate": differences(study, AT_LORAS, and_all),
         "steady": steady(study),
-        "controls": variations(study, study.controls, {LORA: [n for n in study.methods if n != LORA]}),
+        "controls": variations(study, [task for task in study.controls if task is not EXPERTS], beside_lora),
+        "experts": variations(study, [task for task in study.controls if task is EXPERTS], beside_lora),
         "rates": listed(LEARNING_RATES),
         "chosen": chosen(study),
         **{name: variations(study, study.tasks, variants(name)) for name in ("alpha", "rank", "modules")},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from training import schedule, shuffled
 
 from . import data, store
-from .methods import BY_NAME, LADDER, LEARNING_RATES, METHODS, Method, update_spectrum
+from .methods import BY_NAME, LADDER, Method
 from .models import CutModel
 from .tasks import TASKS, Task
 
 SEARCH_SEED = 1000  # differs from all reported seeds
 EVALUATION_BATCH = 64
 SMOKE_QUESTIONS = 40
-
-Announce = Callable[[str], None]
 
 
 def searched(records: Sequence[dict[str, Any]], task: str, method: str) -> list[dict[str, Any]]:
@@ -58,28 +56,21 @@ class Slice:
     Args:
         task: the task.
         path: the records' file. Runs that are in it are not repeated.
-        announce: called for each run.
-        splits: other questions than the task's own, for tests.
-        rates: learning rates to try.
-        further: whether to go on along the ladder while the best rate is the least or the greatest tried.
+        rates: learning rates to try. The search goes on along the ladder while the best is the least or the greatest.
+        smoke: a few questions, and only the first rate.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        path: Path,
-        announce: Announce,
-        splits: Splits | None = None,
-        rates: Sequence[float] = LEARNING_RATES,
-        further: bool = True,
-    ) -> None:
-        self.task, self.path, self.announce, self.rates, self.further = task, path, announce, rates, further
-        self.splits = splits or data.prepare(task.read(), task.held_out)
+    def __init__(self, task: Task, path: Path, rates: Sequence[float], smoke: bool) -> None:
+        self.task, self.path, self.smoke = task, path, smoke
+        self.rates = rates[:1] if smoke else rates
+        self.splits = data.prepare(task.read(), task.held_out)
+        if smoke:
+            self.splits = Splits(*(part[:SMOKE_QUESTIONS] for part in self.splits))
         self.digest = data.digest(self.splits)
         self.model = task.cut(data.answers(self.splits), task.layers)
         self.provenance = store.provenance()
 
-    def run(self, seeds: int, methods: Sequence[Method] = METHODS) -> None:
+    def run(self, seeds: int, methods: Sequence[Method]) -> None:
         """Do the missing runs, method by method."""
         for method in methods:
             self.search(method)
@@ -91,7 +82,7 @@ class Slice:
         if self._trains(method) and method.rate_of is None:
             for lr in self.rates:
                 self._once(method, "search", lr, SEARCH_SEED, self.splits.validation)
-            while self.further and (beyond := self._next(method)) is not None:
+            while not self.smoke and (beyond := self._next(method)) is not None:
                 self._once(method, "search", beyond, SEARCH_SEED, self.splits.validation)
 
     def _next(self, method: Method) -> float | None:
@@ -125,7 +116,7 @@ class Slice:
             return
         result = train_and_judge(self.model, method, self.task, lr, seed, self.splits.train, judged_on)
         store.append(self.path, key | result | self.provenance)
-        self.announce(
+        print(
             f"{self.task.name}  {method.name:16} {stage:6} lr {lr:<6g} seed {seed:<4}"
             f" {result['accuracy']:6.1%}  loss {result['loss_end']:.3f}  {result['seconds']:.0f} s"
         )
@@ -145,7 +136,7 @@ def train_and_judge(
     base = cut.fresh(seed)
     head = list(base.head.parameters()) if cut.new_head else []
     method = method.sized(base, cut.targets)
-    model = method.adapt(base, cut.targets, seed)
+    model = cut.adapt(method, base, seed)
     adapter = [p for p in model.parameters() if p.requires_grad]
     for parameter in head:
         parameter.requires_grad_(True)
@@ -185,7 +176,7 @@ def train_and_judge(
         "parameters": sum(p.numel() for p in adapter),
         "step_seconds": median_high(seconds or [0.0]),
         "seconds": time.process_time() - begin,
-        **update_spectrum(model),
+        **cut.spectrum(model),
     }
 
 
@@ -207,11 +198,5 @@ def run_share(
 ) -> None:
     """Do some methods' runs of a task, on one thread. In this module: a spawned process cannot import `__main__`."""
     torch.set_num_threads(1)
-    whole = TASKS[task]
-    if smoke:
-        splits = Splits(*(part[:SMOKE_QUESTIONS] for part in data.prepare(whole.read(), whole.held_out)))
-        short = replace(whole, steps=2, batch_size=4)
-        part = Slice(short, records, print, splits, rates[:1], further=False)
-    else:
-        part = Slice(whole, records, print, rates=rates)
-    part.run(seeds, [BY_NAME[method] for method in methods])
+    whole = replace(TASKS[task], steps=2, batch_size=4) if smoke else TASKS[task]
+    Slice(whole, records, rates, smoke).run(seeds, [BY_NAME[method] for method in methods])

@@ -11,6 +11,7 @@ import smollm2
 from questions import Question
 
 from . import data
+from .experts import cut_experts
 from .models import CutModel, cut_minilm, cut_smollm2, cut_smollm2_choices
 
 
@@ -28,7 +29,7 @@ class Task:
         steps, batch_size: of every run.
         head_lr: of a new head, the same for all methods; 0 if there is none.
         held_out: one question in so many is for validation, and as many are for the test.
-        control: tests a condition of another task, so it has no part in averages over tasks.
+        control: has no part in averages over tasks, for it tests a condition of another task, or a random model.
     """
 
     name: str
@@ -59,6 +60,10 @@ _LONG: dict[str, Any] = {
     "steps": 180,
     "control": True,
 }
+EXPERTS = Task(
+    "experts", "TREC-6, experts", data.trec6, cut_experts, "a tiny Qwen3-MoE", of_layers=2, layers=2,
+    steps=200, batch_size=32, head_lr=1e-2, control=True,
+)  # fmt: skip
 _CHOICES: dict[str, Any] = {"cut": cut_smollm2_choices, "batch_size": 8, "held_out": 4}
 TASKS = {
     task.name: task
@@ -68,6 +73,7 @@ TASKS = {
         _minilm("opinions", "opinions", data.opinions),
         _TREC,
         replace(_TREC, **_LONG),
+        EXPERTS,
         replace(_TREC, name="csqa", title="CommonsenseQA", read=data.commonsense, **_CHOICES),
         replace(_TREC, name="siqa", title="Social IQa", read=data.social, layers=2, batch_size=8),
     )
