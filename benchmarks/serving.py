@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from smoa_kernels.backends import resolve_backend
+
 from .machine import cpu_name
 from .protocol import Turns
 from .tables import shown, table
@@ -101,6 +103,7 @@ def predicted(batch: int, rank: int) -> float:
 
 def measure(base: str, folder: Path, dtype: str, rounds: int, summary: Path | None) -> None:
     """Print decode and prefill of each case over the merged model's, and how long loading took."""
+    import torch
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
@@ -138,7 +141,8 @@ def measure(base: str, folder: Path, dtype: str, rounds: int, summary: Path | No
         ratios = {kind: round(figure.median, 3) for kind, figure in figures.items() if figure}
         told = {"device": cpu_name(), "threads": 1, "token_over_merged": ratios}
         summary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    print(f"Loading, s: {', '.join(loading)}")
+    backend = resolve_backend("auto", torch.device("cpu"), getattr(torch, dtype), 2)
+    print(f"The operator's backend: {backend}. Loading, s: {', '.join(loading)}")
 
 
 def main() -> None:
