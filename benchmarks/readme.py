@@ -131,8 +131,8 @@ def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
     return (
         f"First four rows (`make main-job`): SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, K=2, "
         f"{options['dtype']}, one seed; {before['questions']} test questions, untrained {_percent(before)}; ± is one "
-        "standard error over questions. Layers and steps (`make bench`): spectral, K=4; the layer has 2048 tokens, "
-        "2048×2048 and r=16. vLLM: [eight sequences](docs/serving.md#what-it-costs). "
+        "standard error over questions. Layers (2048 tokens, 2048×2048, r=16) and steps (512 tokens), by `make bench`: "
+        "spectral, K=4. vLLM: [eight sequences](docs/serving.md#what-it-costs). "
         f"All tables: {pages}."
     )
 

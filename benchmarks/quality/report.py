@@ -159,7 +159,7 @@ def machines(study: Study) -> str:
     same = sum((run["task"], run["data"]) in clean for run in dirty)
     uncommitted = (
         f" {len(dirty)} of {len(study.records)} runs were made with uncommitted changes ({EDITED} behind the commit); "
-        f"{same} of them had, by digest, the data of their task's committed runs."
+        f"{same} of them had the same data, by digest, as committed runs of their task."
     )
     said = f"**Measured on CPU**: {'; '.join(used)}; {versions}; commits {', '.join(commits)}."
     return said + (uncommitted if dirty else "")
@@ -298,7 +298,7 @@ def variations(study: Study, tasks: Sequence[Task], methods: Mapping[str, Sequen
             if len(both) > 1:
                 overall = points(study.difference(name, base, both))
                 rows.append((f"mean of {len(both)}", name, *[""] * 5, overall))
-    run = ("r", "parameters", "learning rate", "accuracy on test", "seeds", "minus its base")
+    run = ("r", "parameters", "learning rate (tried)", "accuracy on test", "seeds", "minus its base")
     return table(("task", "method", *run), rows)
 
 
@@ -333,7 +333,7 @@ def steady(study: Study) -> str:
         shares = (f"{count} of {len(runs)}" for count, runs in zip(spiked, (short, long), strict=True))
         accuracy = sum(run["accuracy"] for run in (*short, *long)) / max(1, len(short) + len(long))
         rows += [(method.name, *shares, f"{100 * accuracy:.1f}")] if short or long else []
-    return table(("method", "spiked in 60 steps", "in 180", "mean accuracy, %"), rows)
+    return table(("method", "spiked in 60 steps", "in 180", "accuracy of all, %"), rows)
 
 
 def costs(study: Study, task: Task) -> str:
