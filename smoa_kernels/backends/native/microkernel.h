@@ -87,7 +87,7 @@ static void fma_panels(i64 depth, const float *left, const float *right, float *
             fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i), least(NR, columns - j), add);
 }
 
-/* A left and a right operand in PAIRS or SPLIT3, or a panel of each. Of the right one's `right_depth` terms `depth` are multiplied. */
+/* A left and a right operand in PAIRS or SPLIT3, or a panel of each: `depth` terms are multiplied; the right one holds `right_depth`. */
 typedef struct {
     const float *left, *right;
     i64 depth, right_depth;

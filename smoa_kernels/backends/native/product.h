@@ -279,7 +279,7 @@ TARGET_BF16 static void turn_columns(void *it, i64 thread, i64 panel, i64 end) {
                 transpose_lines(r);
 #pragma GCC unroll 16
                 for (int i = 0; i < SIDE; i++) {
-                    i64 t = panel * PANEL + i / 4 * 8 + upper * 4 + i % 4; /* unpacking takes four of eight tokens */
+                    i64 t = panel * PANEL + i / 4 * 8 + upper * 4 + i % 4; /* of each eight tokens, unpacking gives the first or last four */
                     if (t >= p->tokens) continue;
                     if (p->y_keep) r[i] = drop(r[i], p->y_keep + t * words(rows), c);
                     _mm512_mask_storeu_epi16((half *)p->y + t * p->y_stride + c, first_halves(rows - c), r[i]);
