@@ -3,7 +3,8 @@
 - merged: `modulate` builds W_eff, one GEMM;
 - split: `permute` gathers x by block (`block_matmul` reads it where it lies if blocks consist of granules),
   `block_matmul` writes the adapter's output, and the base GEMM accumulates onto it and rounds once;
-- fused: for few tokens, base and adapter in one pass over W0; nothing is built.
+- fused: for few tokens, base and adapter in one pass over W0; nothing is built. A sum over a single column is not
+  fused: without its loop Triton 3.6, not 3.9, moves the sum's zeros behind wgmma.fence, which Hopper does not allow.
 
 Where the kernels gain little, the eager backend computes any part of a pass (`algorithms.choose_algorithm`).
 
@@ -64,7 +65,7 @@ def _forward(
         return eager.forward(x, bias, adapter, "auto", None)
     if algorithm == "merged":
         return F.linear(x, modulate.modulated_weight(adapter), bias)
-    if algorithm == "fused":
+    if algorithm == "fused" and adapter.weight.shape[1] > 1:
         return fused_linear(x, bias, adapter)
     xg = _by_block(x, adapter.partition, dropout)
     y = x.new_empty(x.shape[0], adapter.weight.shape[0])
@@ -130,7 +131,7 @@ def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) 
         algorithm = _chosen("input_gradient", dy, adapter)
         if algorithm == "eager":
             return eager.input_gradient(dy, adapter)
-        if algorithm == "fused":
+        if algorithm == "fused" and adapter.weight.shape[0] > 1:
             return fused_linear(dy, None, adapter.T)
         return dy @ modulate.modulated_weight(adapter)
     dyg = _by_block(dy, adapter.partition.T)

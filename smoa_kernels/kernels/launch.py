@@ -63,8 +63,9 @@ def heard_by(hear: Callable[[Launch, Pointers], object] | None) -> Iterator[None
 
 @dataclass
 class _ShortWay:
-    """`obstacle` says why Triton launches in this process; it is empty while the direct call works."""
+    """Whether the direct call was `taken` in this process, and the `obstacle` why Triton launches, empty if none."""
 
+    taken: bool = False
     obstacle: str = ""
 
 
@@ -324,6 +325,7 @@ class Launch:
             except Exception as error:  # Triton launches instead, and raises if it cannot
                 use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
             else:
+                short_way.taken = True
                 return
         if hear is not None and hear(self, pointers):
             return

@@ -52,6 +52,22 @@ def test_a_cached_layout_follows_torchs_setting_of_tf32(dtype: torch.dtype) -> N
             assert Layout.of(adapter) is layout
 
 
+@pytest.mark.parametrize(("shape", "launches"), [((1, 1), 0), ((40, 1), 1), ((1, 40), 1), ((40, 2), 2)])
+def test_a_sum_over_one_column_is_not_fused(
+    shape: tuple[int, int], launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """y sums over W0's columns, dX over its rows."""
+    case = Case("triton", "fused", torch.bfloat16)
+    p = case.problem(tokens=3, out_features=shape[0], in_features=shape[1], ranks=(2,))
+    summed: list[int] = []
+    fused = triton_backend.fused_linear
+    seen = lambda x, *rest: summed.append(x.shape[1]) or fused(x, *rest)  # noqa: E731
+    monkeypatch.setattr(triton_backend, "fused_linear", seen)
+    assert_within_budget(p.run(**case.options), case, p)
+    assert len(summed) == launches
+    assert 1 not in summed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("algorithm", ["split", "dropout"])

@@ -27,6 +27,7 @@ from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels import table
+from smoa_kernels.kernels.launch import _listener as listener
 from smoa_kernels.kernels.launch import short_way
 
 pytestmark = [
@@ -54,7 +55,7 @@ def start_anew() -> None:
     table.forget()
     verified.verdicts.cache_clear()
     verified._answers.clear()
-    short_way.obstacle = ""
+    short_way.taken, short_way.obstacle = False, ""
 
 
 @pytest.fixture
@@ -194,6 +195,36 @@ def test_a_broken_kernel_is_refused(
     assert warned(lambda: found.append(p.run(**case.options)))
     assert_within_budget(found[1], case, p)
     assert kernel not in launched or kernel == "permute_kernel"  # permute also gathers dY, without a mask
+
+
+def test_the_direct_call_is_compared_once(broken: Any, silent: None) -> None:
+    """The interpreter has no direct call, so this test says that it was taken."""
+    launched = broken("", nothing)
+    passes = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        p = replace(SPLIT, dtype=dtype).problem(**SIZES)
+        short_way.taken = True
+        launched.clear()
+        p.forward(**SPLIT.options)
+        passes.append(launched.count("block_matmul_kernel"))
+    assert passes == [3, 2, 2]  # the last pass of each is the user's own
+
+
+def test_a_wrong_direct_call_is_not_taken(cache: Path, broken: Any) -> None:
+    def spoil(out: Tensor) -> None:
+        if short_way.taken and listener.hear is None and not short_way.obstacle:
+            one_in_a_thousand(out)
+
+    broken("block_matmul_kernel", spoil)
+    p = SPLIT.problem(**SIZES)
+    short_way.taken = True
+    found: list[tuple[Tensor, ...]] = []
+    told = warned(lambda: found.append(p.run(**SPLIT.options)))
+    assert ["launched by Triton's own launcher" in message for message in told] == [True]
+    assert_within_budget(found[0], SPLIT, p)
+    (forms,) = json.loads(cache.read_bytes())["verdicts"].values()
+    assert "times what rounding explains" in forms.pop(verified.LAUNCHER)
+    assert set(forms.values()) == {""}
 
 
 PROGRAM = """
