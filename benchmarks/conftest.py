@@ -1,17 +1,17 @@
-"""Options, the pinned threads, and the JSON's contents."""
+"""Options, the one pinned thread, and the run's file."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from .machine import describe
-from .results import measured
+from .machine import commit, describe
+from .results import Result, Run, compact, measured, write
 
 _BEGIN = time.monotonic()
 
@@ -21,23 +21,11 @@ Measure = Callable[..., None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smoa-kernels")
     group.addoption("--smoke", action="store_true", help="tiny sizes: does every benchmark pass its gate")
-    group.addoption("--threads", type=int, default=1, help="intra-op threads (default 1)")
+    group.addoption("--results", type=Path, default=Path(".benchmarks/run.json"), help="the run's JSON file")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The tests do not time by default; benchmarks do. pytest-benchmark's own table is left out: its times are those of
-    # whole comparisons, which mean nothing.
-    config.option.benchmark_disable = False
-    config.option.benchmark_enable = True
-    config.option.benchmark_quiet = True
-    torch.set_num_threads(config.option.threads)
-
-
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.clear()
-    machine_info.update(describe(config.option.smoke))
-    # Taken at the end, when the JSON is written, so that gates and warm-ups count. `make bench` limits this time.
-    machine_info["suite_seconds"] = round(time.monotonic() - _BEGIN)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -46,12 +34,22 @@ def smoke(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.option.smoke)
 
 
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest, smoke: bool) -> Iterator[list[Result]]:
+    """The results so far; the run is written at the end, also after a failure or Ctrl-C."""
+    found: list[Result] = []
+    yield found
+    # Gates and warm-ups count, because `make bench` limits this time.
+    machine = {**describe(smoke), "suite_seconds": round(time.monotonic() - _BEGIN)}
+    date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    write(request.config.option.results, compact(Run(machine, commit(), date, tuple(found))))
+
+
 @pytest.fixture
-def measure(benchmark: BenchmarkFixture, smoke: bool) -> Measure:
-    """Time providers in turns (`results.measured`), and keep the result for the JSON."""
+def measure(results: list[Result], smoke: bool) -> Measure:
+    """Time providers in turns (`results.measured`), and keep the result."""
 
     def run(*about: Any, **options: Any) -> None:
-        result = benchmark.pedantic(measured, about, {**options, "smoke": smoke})
-        benchmark.extra_info.update(vars(result))
+        results.append(measured(*about, **options, smoke=smoke))
 
     return run

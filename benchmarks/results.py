@@ -1,7 +1,4 @@
-"""Runs of the suite: measures their results, reads and writes them.
-
-Their JSON is pytest-benchmark's, or a compact form, which is committed.
-"""
+"""Runs of the suite: measures their results, reads and writes them."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from typing import Any
 from smoa_kernels.files import replace_file
 
 from . import protocol
-from .machine import EDITED, load
-from .protocol import Comparison, Figure, Turns
+from .machine import load
+from .protocol import Comparison, Turns
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,19 +46,6 @@ class Result:
         """The seconds of one phase."""
         return Comparison(self.baseline, self.seconds[phase])
 
-    def time(self, phase: str, name: str) -> Figure | None:
-        """Seconds of a provider; None where it did not run."""
-        return self.comparison(phase).time(name)
-
-    def ratio(self, phase: str, name: str, over: str | None = None) -> Figure | None:
-        """A provider over another (the baseline unless given), pair by pair; None without both."""
-        return self.comparison(phase).ratio(name, over)
-
-    @property
-    def doubts(self) -> dict[str, str]:
-        """By phase, why its ratios are neither quoted nor judged; phases without a doubt are left out."""
-        return {phase: doubt for phase in self.seconds if (doubt := self.comparison(phase).doubt)}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -90,10 +74,6 @@ class Run:
     def with_finding(self, stage: str, finding: Any) -> Run:
         """The run with a stage's finding, which replaces an earlier one."""
         return replace(self, findings={**self.findings, stage: finding})
-
-    def with_stage(self, stage: str, **status: Any) -> Run:
-        """The run with a stage's status."""
-        return replace(self, stages={**self.stages, stage: status})
 
     @property
     def on_gpu(self) -> bool:
@@ -164,17 +144,10 @@ def read(path: Path) -> Run:
     """Read a run.
 
     Raises:
-        ValueError: the file is neither pytest-benchmark's JSON of this suite nor its compact form.
+        ValueError: the file is something else.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        if "benchmarks" in data:
-            return Run(
-                machine=data["machine_info"],
-                commit=_commit(data["commit_info"]),
-                date=data["datetime"][:16].replace("T", " "),
-                results=tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
-            )
         kept = {name: data.get(name, {}) for name in ("stages", "findings")}
         return Run(
             data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])), **kept
@@ -192,7 +165,7 @@ def read_all(folder: Path) -> list[Run]:
 
 
 def compact(run: Run) -> str:
-    """A run as the JSON that is committed, one result a line."""
+    """A run as JSON, one result a line."""
     lines = []
     for result in run.results:
         named = {"kind": result.kind, "title": result.title, "params": result.params}
@@ -214,10 +187,6 @@ def _result(found: Mapping[str, Any]) -> Result:
     """A result without further fields of older runs."""
     known = {field.name for field in fields(Result)}
     return Result(**{name: value for name, value in found.items() if name in known})
-
-
-def _commit(info: Mapping[str, Any]) -> str:
-    return str(info.get("id", "unknown"))[:10] + (EDITED if info.get("dirty") else "")
 
 
 def _rounded(value: Any) -> Any:
