@@ -13,7 +13,7 @@ from places import ctrl_c, python  # noqa: F401
 from benchmarks.bringup import __main__ as bringup
 from benchmarks.bringup import stages
 from benchmarks.cases import headline_cases, operator_cases
-from benchmarks.providers import FROZEN, LORA, Case
+from benchmarks.providers import LORA, Case
 from benchmarks.results import Result, Run, read
 
 pytestmark = pytest.mark.slow
@@ -161,16 +161,6 @@ def test_forms_of_the_numerical_tests_are_known_before_they_run() -> None:
     assert int(count) > len(dtypes)
 
 
-# Comparisons
-
-
-def layer(case: Case, **seconds: float) -> Result:
-    """A stable comparison: five rounds of the same seconds."""
-    rounds = {name: [value] * 5 for name, value in seconds.items()}
-    phases = dict.fromkeys(("both", "forward", "backward"), rounds)
-    return Result("layer", f"layer: {case}", case.record(), FROZEN, [0.0, 0.0], phases)
-
-
 def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = headline_cases(True)
     outcomes: dict[Case, dict[str, str] | None] = {first: None, second: {LORA: "wrong numbers"}}
@@ -182,7 +172,7 @@ def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.Mo
         failed = outcomes[case]
         if failed is None:
             raise RuntimeError("out of memory\nmore")
-        return [layer(case, frozen=1.0)], failed
+        return [Result("layer", f"layer: {case}", case.record())], failed
 
     def compare(seconds: float = 60.0) -> None:
         stages.headline(stages.Job(saved[-1], saved.append, time.monotonic() + seconds, True))

@@ -1,4 +1,4 @@
-"""The roofline (smoa_kernels/tuning/roofline.py): totals counted by hand, and the rule of "auto"."""
+"""The roofline (smoa_kernels/tuning/roofline.py): time and memory counted by hand, and the rule of "auto"."""
 
 import itertools
 import re
@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from smoa_kernels.backends.algorithms import admissible, choose_algorithm
+from smoa_kernels.backends.algorithms import GRAD_PART_TOKENS, admissible, choose_algorithm, partial_bytes
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, Part, Problem, estimate, parts
+from smoa_kernels.tuning.roofline import (
+    LAUNCH_SECONDS,
+    Part,
+    Problem,
+    backward_workspace,
+    estimate,
+    gradient_parts,
+    parts,
+)
 
 H100 = GPUS["h100"]
 DIRECTIONS = ("forward", "input_gradient")
@@ -163,3 +171,54 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
             assert seconds(p, "fused", stage) <= most * seconds(p, other, stage), (tokens, stage)
             tokens *= 2
         assert tokens > 1
+
+
+# Memory of the backward
+
+
+def test_workspace_by_hand() -> None:
+    """Partial sums are float32, ρ = 4: a slice per 128-wide tile of the other side."""
+    p = Problem(8192, 14336, 4096, 4, 16)
+    gathered, partials = 2 * 8192 * (14336 + 4096), 4 * 4 * (14336 * 8 + 4096 * 28)
+    stages = backward_workspace(p)
+    assert stages["factor gradients"] == gathered // 2 + 2 * partials  # two parts of the tokens
+    assert stages["input gradient"] == 112 * 2**20
+    fewer = backward_workspace(replace(p, tokens=8191))["factor gradients"]
+    assert fewer == gathered // 8192 * 8191 + partials
+    # Granules are read in place: only partials and W_eff remain. So is one block that fills its tiles.
+    partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
+    in_place = backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=8))
+    assert in_place == {"factor gradients": partials, "input gradient": w_eff}
+    one_block = backward_workspace(Problem(8192, 4096, 4096, 1, 16))
+    assert one_block["factor gradients"] == 4 * 16 * 2 * 4096 * 32
+
+
+@pytest.mark.parametrize(
+    ("problem", "counts"),
+    [
+        (Problem(8192, 4096, 4096, 4, 16), (4096, 4096)),
+        (Problem(8191, 4096, 4096, 4, 16), (8191,)),  # parts would be shorter than 64 steps
+        (Problem(8193, 4096, 4096, 4, 16), (4160, 4033)),  # whole steps except for the last part
+        (Problem(8192, 14336, 4096, 2, 256), (8192,)),  # partials of rank 128 take more
+        (Problem(8192, 4096, 4096, 1, 16), (8192,)),  # nothing is copied
+        (Problem(8192, 4096, 3072, 8, 16), (8192,)),  # 96 tiles do not fill a GPU: programs share the tokens
+        (Problem(0, 4096, 4096, 4, 16), (0,)),
+        (Problem(8192, 4096, 4096, 4, 16, granule=8), (8192,)),  # dY and x are read in place
+    ],
+    ids=str,
+)
+def test_into_how_many_parts_a_backward_gathers(problem, counts):
+    assert gradient_parts(problem) == counts
+
+
+@pytest.mark.parametrize("rank", [0, 16, 256])
+@pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (16390, 5900)])
+def test_a_longer_batch_takes_no_more_for_its_copies(shape, rank):
+    for tokens in (8192, 100_001, 1 << 20):
+        p = Problem(tokens, *shape, 4, rank)
+        found = gradient_parts(p)
+        assert sum(found) == tokens
+        assert min(found[:-1]) == max(found) < 2 * GRAD_PART_TOKENS
+        partials = len(found) * partial_bytes(p.features, p.num_blocks, p.max_rank)
+        copies = 2 * max(found) * sum(map(p.copied, shape))
+        assert backward_workspace(p)["factor gradients"] == copies + partials <= 2 * copies + partials
