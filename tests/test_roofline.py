@@ -10,7 +10,7 @@ import pytest
 from smoa_kernels.backends.algorithms import GRAD_PART_TOKENS, admissible, choose_algorithm, partial_bytes
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.tuning.gpus import GPUS, Gpu
+from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.roofline import (
     LAUNCH_SECONDS,
     Part,
@@ -26,10 +26,6 @@ DIRECTIONS = ("forward", "input_gradient")
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
 CONTIGUOUS = replace(SQUARE, granule=1024)
 GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
-
-
-def device(problem: Problem, way: str, gpu: Gpu = H100) -> float:
-    return estimate(problem, gpu, way).device_seconds()
 
 
 def over_frozen(problem: Problem, way: str) -> float:
