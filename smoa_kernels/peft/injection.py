@@ -148,8 +148,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             with naming(key), init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 weight.update_layer(adapter_name, peft_config.for_layer(key))
             self._injected[key] = weight
-            if adapter_name not in self.active_adapters:
-                weight.requires_grad_(False)
         return list(self._experts)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -186,8 +184,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 return
             new_module = self._new_layer(target, adapter_name, settings)
         self._injected[current_key] = new_module
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(
