@@ -232,10 +232,11 @@ class SMoALayer(BaseWeight):
         """The rank of each block, int32 (K,)."""
         return self._ready(adapter_name).ranks
 
-    def is_present(self, adapter_name: str) -> bool:
-        """Whether an adapter's tensors have values; on the meta device they have none until weights are loaded."""
+    def is_fresh(self, adapter_name: str) -> bool:
+        """Whether an adapter was just added and has values to draw; on the meta device weights will be loaded."""
         # Both are checked: blocks are on W0's device, and PEFT may leave factors on the CPU then.
-        return not (self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta)
+        on_meta = self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta
+        return not on_meta and self.awaits_blocks(adapter_name)
 
     def awaits_blocks(self, adapter_name: str) -> bool:
         """Whether an adapter's blocks are yet to be loaded."""
@@ -362,11 +363,11 @@ class SMoALayer(BaseWeight):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
-    """The layers of a model that hold an adapter, by name; a layer with several names is under each of them."""
+def layers_with(model: nn.Module, adapter_name: str, *, every_name: bool = True) -> dict[str, SMoALayer]:
+    """The layers of a model that hold an adapter, by name; one of several names is under `every_name` or the first."""
     return {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in model.named_modules(remove_duplicate=not every_name)
         if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
     }
 
