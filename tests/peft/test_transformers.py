@@ -3,7 +3,6 @@
 import pytest
 import torch
 from adapted import gentle, logits
-from peft import get_peft_model
 
 pytestmark = pytest.mark.usefixtures("transformers_adapters")
 
@@ -23,10 +22,3 @@ def test_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
     assert torch.equal(logits(loaded.eval(), tokens), expected)
     loaded.disable_adapters()
     assert torch.equal(logits(loaded, tokens), logits(make_model(), tokens))
-
-
-def test_another_base_is_noticed(llama, tmp_path):
-    get_peft_model(llama(), gentle(llama(), strict_base=True)).save_pretrained(tmp_path)
-    llama().load_adapter(tmp_path)
-    with pytest.raises(ValueError, match="another base weight in 14 layers"):
-        llama(seed=1).load_adapter(tmp_path)
