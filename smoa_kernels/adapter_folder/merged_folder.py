@@ -93,18 +93,7 @@ def merge_to_folder(
     if target.is_dir():  # an empty one
         target.rmdir()
     with replacing(target) as scratch:
-        done = 0
-        for file, names in split.filename_to_tensors.items():
-            shard: dict[str, Tensor] = {}
-            for name in names:
-                progress(done, len(merge.plan))
-                shard[name] = merge.tensor(name)
-                done += 1
-            save_file(shard, scratch / file, metadata={"format": "pt"})
-            # safetensors' files are their owner's alone
-            os.chmod(scratch / file, 0o666 & scratch.stat().st_mode)
-            del shard  # free it before the next one is made
-        progress(done, len(merge.plan))
+        _write_weights(merge, split, scratch, progress)
         _write_beside_weights(merge, split, scratch)
     changed = sum(planned.changed for planned in merge.plan.values())
     size, files = split.metadata["total_size"], tuple(split.filename_to_tensors)
@@ -133,6 +122,23 @@ def _split(merge: FolderMerge, max_shard_size: int | str) -> StateDictSplit:
         raise ValueError(
             f"max_shard_size must be a size such as '5GB', got {shown(max_shard_size)}"
         ) from error
+
+
+def _write_weights(
+    merge: FolderMerge, split: StateDictSplit, scratch: Path, progress: Callable[[int, int], None]
+) -> None:
+    done = 0
+    for file, names in split.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            progress(done, len(merge.plan))
+            shard[name] = merge.tensor(name)
+            done += 1
+        save_file(shard, scratch / file, metadata={"format": "pt"})
+        # safetensors' files are their owner's alone
+        os.chmod(scratch / file, 0o666 & scratch.stat().st_mode)
+        del shard  # free it before the next one is made
+    progress(done, len(merge.plan))
 
 
 def _write_beside_weights(merge: FolderMerge, split: StateDictSplit, scratch: Path) -> None:
