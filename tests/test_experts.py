@@ -60,7 +60,6 @@ def test_pairs_that_no_expert_counts_are_refused(backend: str) -> None:
 
 
 SHAPES: list[dict[str, object]] = [
-    {"pairs": (0, 0), "ranks": (3, 0, 2), "rows": 33, "cols": 57},
     {"pairs": (1,), "ranks": (2,), "rows": 1, "cols": 1},
     {"pairs": (0, 0, 1), "ranks": (2, 2), "rows": 16, "cols": 24},  # one token, routed to one expert
     {"pairs": (40, 0, 130), "ranks": (1, 3), "rows": 300, "cols": 290},  # several panels
@@ -89,6 +88,16 @@ def test_results_of_every_shape(
     p.assert_within_budget(found)
     idle = p.ends.diff(prepend=p.ends.new_zeros(1)) == 0
     assert not any(gradient[idle].any() for gradient in found[2:])
+
+
+@numerical
+@each_backend
+def test_no_token_at_all(backend: str) -> None:
+    p = make_problem(pairs=(0, 0), dtype=torch.float32)
+    y, dx, dA, dB = p.operator(backend)
+    assert (y.shape, dx.shape) == (p.dy.shape, p.x.shape)
+    assert not dA.any()
+    assert not dB.any()
 
 
 @numerical
