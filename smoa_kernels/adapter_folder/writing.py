@@ -43,7 +43,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
             for file in files:
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
-            if is_new:
+            if not folder.exists():  # another process may have made it meanwhile
                 scratch.rename(folder)
                 return
             for file in files:
