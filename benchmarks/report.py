@@ -3,8 +3,8 @@
     python -m benchmarks.report RUN.json …     # adds runs, then writes everything
     python -m benchmarks.report                # writes everything from the runs that are kept
 
-A run is the JSON of `make bench`, kept under its device's name, or the summary.json of `make finetune`, kept under its
-method's name. A new run replaces the old one.
+A run is the JSON of `make bench` (pytest --benchmark-json), kept in a compact form under its device's name, or the
+summary.json of `make finetune`, kept under its method's name. A new run replaces the old one.
 """
 
 from __future__ import annotations

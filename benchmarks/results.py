@@ -1,4 +1,7 @@
-"""Runs of the suite: measures their results, reads and writes them."""
+"""Runs of the suite: measures their results, reads and writes them.
+
+Their JSON is pytest-benchmark's, or a compact form, which is committed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 from smoa_kernels.files import replace_file
 
 from . import protocol
-from .machine import load
+from .machine import EDITED, load
 from .protocol import Comparison, Turns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,10 +147,13 @@ def read(path: Path) -> Run:
     """Read a run.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is neither pytest-benchmark's JSON of this suite nor its compact form.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if "benchmarks" in data:
+            head = data["machine_info"], _commit(data["commit_info"]), data["datetime"][:16].replace("T", " ")
+            return Run(*head, tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]))
         kept = {name: data.get(name, {}) for name in ("stages", "findings")}
         return Run(
             data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])), **kept
@@ -165,7 +171,7 @@ def read_all(folder: Path) -> list[Run]:
 
 
 def compact(run: Run) -> str:
-    """A run as JSON, one result a line."""
+    """A run as the JSON that is committed, one result a line."""
     lines = []
     for result in run.results:
         named = {"kind": result.kind, "title": result.title, "params": result.params}
@@ -187,6 +193,10 @@ def _result(found: Mapping[str, Any]) -> Result:
     """A result without further fields of older runs."""
     known = {field.name for field in fields(Result)}
     return Result(**{name: value for name, value in found.items() if name in known})
+
+
+def _commit(info: Mapping[str, Any]) -> str:
+    return str(info.get("id", "unknown"))[:10] + (EDITED if info.get("dirty") else "")
 
 
 def _rounded(value: Any) -> Any:

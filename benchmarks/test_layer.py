@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
 from smoa_kernels.backends.eager import choose_algorithm
@@ -29,7 +30,6 @@ from .providers import (
     few_token_algorithms,
     layer_providers,
 )
-from .results import Result
 
 
 def training_pass(layer: nn.Module, case: Case) -> Run:
@@ -77,14 +77,14 @@ def test_few_tokens(case: Case, smoke: bool, measure: Measure) -> None:
 
 
 @pytest.mark.parametrize("case", MEMORY, ids=str)
-def test_memory(case: Case, smoke: bool, results: list[Result]) -> None:
+def test_memory(case: Case, smoke: bool, benchmark: BenchmarkFixture) -> None:
     title, params = f"memory: {case}", case.record()
     skip_what_loops_multiply(case.multiplications, case.dtype, smoke)
     case = case.smoke() if smoke else case
     layers = checked(case, ("auto",) if case.dropout else ("auto", "split"))
-    found = {name: footprint(layer, case) for name, layer in layers.items()}
+    found = benchmark.pedantic(lambda: {name: footprint(layer, case) for name, layer in layers.items()})
     x_bytes = case.input().nbytes
     saved = found[SMOA]["saved"]
     assert x_bytes <= saved <= x_bytes + 8  # x, and at most the seed beside it
     assert saved <= found[LORA]["saved"]
-    results.append(Result("memory", title, params, bytes=found))
+    benchmark.extra_info.update(kind="memory", title=title, params=params, bytes=found)

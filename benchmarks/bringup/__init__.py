@@ -8,7 +8,7 @@ numerical test; tune: a table for this GPU.
     python -m benchmarks.bringup --smoke          # tiny, in Triton's interpreter, on any CPU; `make gpu-smoke`
     python -m benchmarks.bringup.ahead            # how long the stages compile; needs no GPU; `make gpu-dry-run`
 
-It needs torch, triton, numpy, pytest, pytest-xdist, hypothesis, peft and transformers, a source checkout and no
-network. Each stage is a process of its own with a time limit. A stage that fails, hangs or loses the GPU does not stop
-the others, and its results until then are on disk.
+It needs torch, triton, numpy, pytest, pytest-xdist, pytest-benchmark, hypothesis, peft and transformers, a source
+checkout and no network. Each stage is a process of its own with a time limit. A stage that fails, hangs or loses the
+GPU does not stop the others, and its results until then are on disk.
 """
