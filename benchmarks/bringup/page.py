@@ -40,7 +40,6 @@ def page(run: Run) -> str:
         "## The layer against float64",
         "\n".join(f"- {name}: {words}" for name, words in run.findings.get("operator", {}).items())
         or "Not run.",
-        _launchers(run),
         "## Numerical tests",
         _tests(run),
         "## Tuning",
@@ -77,17 +76,6 @@ def _headline(run: Run, gpu: Gpu) -> str:
             cells.append(f"{'–' if found is None else found.short()} ({predicted:.2f})")
         rows.append(cells)
     return tables.table((f"{run.label} (predicted for {gpu.name})", *WAYS), rows)
-
-
-def _launchers(run: Run) -> str:
-    found = run.findings.get("launchers")
-    if found is None:
-        return ""
-    told = f" Ours is not used: {found['obstacle']}." if found["obstacle"] else ""
-    return (
-        f"The same pass launched our own way and Triton's gives the same bits, and takes the host {found['ours']:.0f} "
-        f"and {found['triton']:.0f} µs, {run.label}.{told}"
-    )
 
 
 def _tests(run: Run) -> str:
