@@ -129,7 +129,7 @@ def _run(
     question = operation, layout, factors, bucket(x.shape[0]), ieee, dropout is None
     sound = _answers.get(question)
     if sound is None:
-        allowed = _ALLOWED[precision_of(x.dtype, ieee=ieee).name]
+        allowed = ALLOWED[precision_of(x.dtype, ieee=ieee).name]
         with _one_at_a_time:
             sound = _verify(run, backends, x, adapter, dropout, allowed)
         if sound is not None:
@@ -157,7 +157,7 @@ def _in_torch(dropout: Dropout | None) -> Dropout | None:
 
 # How far two right results may lie apart, as a share of the norm of a row or column. In half types twice the spacing of
 # numbers; in TF32 more, since cuBLAS may truncate operands; in float32 long sums have different orders.
-_ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
+ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
 _FEWEST = 32  # numbers of a row or column that is compared by itself
 # Each number must satisfy |ours - eager's| <= share * (|eager's| + _OUTLIER * r). r is the root mean square of its row
 # or column, whichever is larger. Rounding the terms of a sum moves a number by share * r / 7 on average, so two
@@ -203,9 +203,9 @@ def _verify(
         if not new():
             return True
         expected = run(theirs, probe, _in_torch(dropout))
-        distance = again = _distance(found, expected, allowed)
-        if distance is not None and LAUNCHER not in known.forms:
-            again = _distance(run(ours, probe, dropout), expected, allowed)
+        far = again = distance(found, expected, allowed)
+        if far is not None and LAUNCHER not in known.forms:
+            again = distance(run(ours, probe, dropout), expected, allowed)
     except _RefusedError as error:
         return known.refuse(heard[-1:], str(error))
     except torch.OutOfMemoryError as error:
@@ -214,12 +214,10 @@ def _verify(
         if not new():
             raise
         return known.refuse(new(), f"{type(error).__name__}: {first_line(error)}")
-    if distance is None or again is None:
+    if far is None or again is None:
         return None
-    if not distance <= 1:
-        return known.refuse(
-            new(), f"results differ from eager's by {distance:.3g} times what rounding explains"
-        )
+    if not far <= 1:
+        return known.refuse(new(), f"results differ from eager's by {far:.3g} times what rounding explains")
     if not again <= 1:
         use_tritons_launcher(f"results of the short way differ by {again:.3g} times what rounding explains")
     known.add(dict.fromkeys([*new(), *[LAUNCHER] * short_way.taken], ""))
@@ -233,7 +231,7 @@ def _with_random_factors(adapter: Any) -> Any:
     return replace(adapter, A=A, B=B.div_(A.shape[-2] ** 0.5), scaling=torch.ones_like(adapter.scaling))
 
 
-def _distance(found: Any, expected: Any, allowed: float) -> float | None:
+def distance(found: Any, expected: Any, allowed: float) -> float | None:
     """The largest distance of a row, column or number over the allowed one; None if eager's result proves nothing."""
     shares = []
     for ours, theirs in zip(_matrices(found), _matrices(expected), strict=True):
