@@ -42,8 +42,8 @@ def test_totals_by_hand() -> None:
     # Passes, forward: x·Aᵀ and h·Bᵀ one each, scaling 2, the sum 3; backward: scaling 2, four products, the sum 3.
     lora = (1 + 1 + 2 + 3) * x + (2 + 4 + 3) * x
     assert over_frozen(SQUARE, "lora") == pytest.approx(1 + (lora + 10 * start) / frozen, rel=2e-3)
-    # Two parts, each of two gathers and a product, then two sums. Scattered blocks read all of W0, two times.
-    grads = max(unit / 4, 2 * x + 2 * w) + 2 * gather + (2 * 3 + 2) * start
+    # Two gathers, a product and two sums. Scattered blocks read all of W0.
+    grads = max(unit / 4, 2 * x + w) + 2 * gather + 5 * start
     merged = build + grads + build + 2 * start
     assert over_frozen(SQUARE, "merged") == pytest.approx(1 + merged / frozen, rel=5e-3)
     forward = 1.25 * w + gather + unit / 4 + x + 3 * start  # the base GEMM reads y again

@@ -8,9 +8,8 @@
 
 Where the kernels gain little, the eager backend computes any part of a pass (`algorithms.choose_algorithm`).
 
-Backward: `block_grad` computes dA and dB. Long batches are gathered in parts (`algorithms.gradient_parts`), and the
-copies are freed before dX needs its workspace. dX is merged in every dtype (a rounded W_eff is a second-order error
-there), split under dropout, fused for few tokens.
+Backward: `block_grad` computes dA and dB. Its gathered copies of dY and x are freed before dX needs its workspace.
+dX is merged in every dtype (a rounded W_eff is a second-order error there), split under dropout, fused for few tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
 from ..kernels.spec import Key, bucket, granule_of
 from . import Gradients, eager
-from .algorithms import ALGORITHMS, admissible, choose_algorithm, gradient_parts
+from .algorithms import ALGORITHMS, admissible, choose_algorithm
 from .block_order import is_batch
 
 __all__ = [
@@ -100,29 +99,11 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
 def factor_gradients(
     dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) by the kernels, which gather a long batch in parts, or by torch's operators. On the current device."""
+    """(dA, dB) by the kernels or by torch's operators. On the current device."""
     if dropout is None and _chosen("factor_gradients", dy, adapter) == "eager":
         return eager.factor_gradients(dy, x, adapter)
-    partition, layout = adapter.partition, Layout.of(adapter)
-    pieces = [(dy, x)]
-    # With granules nothing is gathered; a dropout mask counts tokens from the first, so it takes no parts.
-    if dropout is None and layout.granule == 1:
-        sizes = _gradient_parts(layout, dy.shape[0])
-        if len(sizes) > 1:  # one part needs no views, which take time too
-            pieces = list(zip(dy.split(sizes), x.split(sizes), strict=True))
-    rows = partition.T
-
-    def gathered(part: int) -> tuple[Tensor, Tensor]:
-        dy, x = pieces[part]
-        return _by_block(dy, rows), _by_block(x, partition, dropout)
-
-    return block_grad(len(pieces), gathered, adapter)
-
-
-@table.remembered
-def _gradient_parts(layout: Layout, tokens: int) -> tuple[int, ...]:
-    """How many tokens the backward gathers at a time, without dropout."""
-    return gradient_parts(tokens, layout.features, layout.num_blocks, layout.rank)
+    dyg = _by_block(dy, adapter.partition.T)
+    return block_grad(dyg, _by_block(x, adapter.partition, dropout), adapter)
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:

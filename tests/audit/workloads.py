@@ -140,7 +140,7 @@ def _block_grad(operands: Operands) -> Work:
     dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
     xg = x if key.granule > 1 and not key.dropout else gather_columns(x, p, key.padded_in)
     return (
-        lambda: block_grad(1, lambda _: (dyg, xg), adapter),
+        lambda: block_grad(dyg, xg, adapter),
         lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None),
     )
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from kernel_cases import Guarded
 from problems import Case, LinearProblem, assert_within_budget, cases, make_problem
-from test_block_grad import in_one_part
+from test_block_grad import block_gradients
 from test_block_matmul import small_matmul
 from torch import Tensor
 
@@ -96,9 +96,9 @@ def test_factor_gradients(
     dyg, xg = gathered(p)
     adapter = p.adapter()
     with coordinate_by_coordinate(monkeypatch):
-        expected = in_one_part(dyg, xg, adapter)
+        expected = block_gradients(dyg, xg, adapter)
     for operands in ((p.dy, p.x), (p.dy, xg), (dyg, p.x), (dyg, xg)):
-        found = in_one_part(*operands, adapter)
+        found = block_gradients(*operands, adapter)
         assert all(map(torch.equal, found, expected))
 
 
@@ -146,13 +146,13 @@ def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
     """Padded rows and strided columns: nothing outside the tensors is touched."""
     p = problem_of("granules", torch.float32, device)
     adapter = p.adapter()
-    expected = in_one_part(p.dy, p.x, adapter)
+    expected = block_gradients(p.dy, p.x, adapter)
     near = p.adapter(lambda tensor: guarded(tensor, row_padding=3))
     for dy, x in (
         (guarded(p.dy, row_padding=5), guarded(p.x, row_padding=8)),
         tuple(torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in (p.dy, p.x)),
     ):
-        found = in_one_part(dy, x, near)
+        found = block_gradients(dy, x, near)
         assert all(map(torch.equal, found, expected))
         delta = modulated_blocks(near, (32, 64))
         out = guarded(torch.zeros_like(p.dy), row_padding=5)
