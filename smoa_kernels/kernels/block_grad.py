@@ -271,7 +271,7 @@ def _launch(
     """The launch, and how many partials of dA and of dB it has."""
     padded_rows, padded_cols = widths
     dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
-    config, precision = layout.choose(
+    config = layout.choose(
         "block_grad",
         tokens=tokens,
         padded_out=padded_rows,
@@ -299,7 +299,6 @@ def _launch(
         stride_xk=0 if x_in_place else x_stride[1],
         DY_IN_PLACE=dy_in_place,
         X_IN_PLACE=x_in_place,
-        INPUT_PRECISION=precision,
         BLOCK_R=RANK_CHUNK,
     )
     return launch, (splits * tiles_n, splits * tiles_c)

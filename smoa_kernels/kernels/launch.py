@@ -140,17 +140,21 @@ class Layout(NamedTuple):
         """W0's, and the activations'."""
         return PRECISIONS[self.precision].dtype
 
-    def choose(self, kernel: str, **sizes: Any) -> tuple[Any, str]:
-        """Return the launch parameters by :func:`table.select`, and how float32 products round.
+    @property
+    def input_precision(self) -> str:
+        """How float32 products round, "tf32" or "ieee"."""
+        return input_precision(self.dtype, allow_tf32=self.precision == "tf32")
+
+    def choose(self, kernel: str, **sizes: Any) -> Any:
+        """Return the launch parameters by :func:`table.select`.
 
         Args:
             kernel: one of `KERNELS`.
             sizes: further fields of `spec.Key`.
         """
-        precision = input_precision(self.dtype, allow_tf32=self.precision == "tf32")
         N, C = self.features
         sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
-        return select(kernel, self.device, self.dtype, precision, **sizes), precision
+        return select(kernel, self.device, self.dtype, self.input_precision, **sizes)
 
     def experts_sizes(self, pairs: int) -> dict[str, Any]:
         """Fields of `spec.Key` for an adapter of experts. `tokens` is the average number of pairs of an expert."""
@@ -158,13 +162,15 @@ class Layout(NamedTuple):
         sides = {"granule": self.granule, "transposed": self.transposed}
         return {"tokens": tokens, "factors": self.factors, **sides}
 
-    def numbers(self) -> dict[str, int]:
-        """Sizes and strides as kernels name them."""
+    def numbers(self) -> dict[str, Any]:
+        """Sizes, strides and constants as kernels name them."""
         N, C = self.features
-        numbers = {"N": N, "C": C, "rank": self.rank, "num_blocks": self.num_blocks, "GRANULE": self.granule}
+        numbers = {"N": N, "C": C, "rank": self.rank, "num_blocks": self.num_blocks}
+        constants = {"GRANULE": self.granule, "INDEXED": self.indexed, "W_TRANSPOSED": self.transposed}
+        constants |= {"INPUT_PRECISION": self.input_precision}
         names = (*_EXPERTS_STRIDES, *_BLOCKS) if self.experts else _STRIDES
         strides = zip(names, self.strides, strict=True)
-        return numbers | {f"stride_{name}": stride for name, stride in strides}
+        return numbers | constants | {f"stride_{name}": stride for name, stride in strides}
 
 
 Pointers: TypeAlias = Mapping[str, Tensor | None]
