@@ -40,16 +40,6 @@ def test_roofline_takes_the_order_of_blocks_as_a_layer_does(capsys):
     assert "K=8 spectral in granules of 8" in capsys.readouterr().out
 
 
-def test_roofline_marks_the_choice(capsys):
-    for arguments, chosen in (
-        (["--tokens", "16"], "fused"),
-        (["--dtype", "fp32"], "merged"),
-        (["--dtype", "tf32"], "split"),
-    ):
-        assert main(["roofline", *arguments]) == 0
-        assert f'"auto" runs: {chosen}' in capsys.readouterr().out
-
-
 def test_without_arguments_every_command_is_shown_in_its_group_with_an_example_that_parses(capsys):
     assert main([]) == 0
     out = capsys.readouterr().out

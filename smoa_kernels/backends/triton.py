@@ -10,14 +10,19 @@ Where the kernels gain little, the eager backend computes any part of a pass (`a
 
 Backward: `block_grad` computes dA and dB. Its gathered copies of dY and x are freed before dX needs its workspace.
 dX is merged in every dtype (a rounded W_eff is a second-order error there), split under dropout, fused for few tokens.
+
+Experts: one launch computes all of them. Nothing of W0's size is built, and the host does not wait for `ends`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..definition.dropout import Dropout
+from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import accumulate
@@ -27,6 +32,8 @@ from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
 from ..kernels.common import block_width
 from ..kernels.fused_linear import fused_linear
+from ..kernels.grouped_grad import grouped_grad
+from ..kernels.grouped_linear import grouped_linear
 from ..kernels.launch import Layout, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
@@ -38,6 +45,8 @@ from .block_order import is_batch
 __all__ = [
     "ALGORITHMS",
     "backward",
+    "experts_backward",
+    "experts_product",
     "factor_gradients",
     "forward",
     "input_gradient",
@@ -88,6 +97,25 @@ def backward(
         if needs_x:
             dx = input_gradient(dy, adapter, dropout)
     return dx, dA, dB
+
+
+def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
+    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+
+    def product(x: Tensor) -> Tensor:
+        with on_device(x.device):
+            return grouped_linear(x, ends, adapter)
+
+    return product
+
+
+def experts_backward(
+    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    with on_device(dy.device):
+        dA, dB = (None, None) if x is None else grouped_grad(dy, x, ends, adapter)
+        return grouped_linear(dy, ends, adapter.T) if needs_x else None, dA, dB
 
 
 def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:

@@ -40,7 +40,7 @@ from ..kernels.architectures import architecture, assembler, identity
 from ..kernels.launch import Launch, Layout, Pointers, heard_by, short_way, use_tritons_launcher
 from ..kernels.spec import bucket
 from ..kernels.table import keep, read, user_table
-from . import Gradients, eager, experts, experts_triton, triton
+from . import Gradients, eager, experts, triton
 from .kernels_dropout import KernelsDropout
 
 ALGORITHMS = triton.ALGORITHMS
@@ -118,11 +118,11 @@ def _run(
     dropout: Dropout | None = None,
 ) -> Any:
     """Run an operation by the kernels if they are verified for it, else by eager with the same mask."""
-    backends: tuple[Any, Any] = triton, eager
+    theirs: Any = eager
     if isinstance(adapter, PackedAdapter):
         layout: tuple[object, ...] = Layout.of(adapter)
     else:
-        backends, w, blocks = (experts_triton, experts), adapter.weight, adapter.blocks
+        theirs, w, blocks = experts, adapter.weight, adapter.blocks
         layout = w.device, w.dtype, w.shape, w.stride(), blocks.granule, blocks.is_contiguous
     # These properties decide which forms are launched. If two sets launch the same forms, the second compares nothing.
     factors, ieee = (adapter.A.dtype, adapter.A.shape[-2]), gemm_is_ieee(x.dtype, "cuda")
@@ -131,19 +131,19 @@ def _run(
     if sound is None:
         allowed = ALLOWED[precision_of(x.dtype, ieee=ieee).name]
         with _one_at_a_time:
-            sound = _verify(run, backends, x, adapter, dropout, allowed)
+            sound = _verify(run, theirs, x, adapter, dropout, allowed)
         if sound is not None:
             _answers[question] = sound
     if sound:
-        return run(backends[0], adapter, dropout)
-    if backends[1] is experts and torch.cuda.is_current_stream_capturing():
+        return run(triton, adapter, dropout)
+    if theirs is experts and torch.cuda.is_current_stream_capturing():
         state = "not verified yet" if sound is None else "refused"
         raise RuntimeError(
             f"a CUDA graph cannot hold experts whose kernels are {state}: torch's operators compute instead, and they "
             "read the numbers of pairs on the host. Run a step of these sizes before the capture; `smoa-kernels info` "
             "lists the kernels"
         )
-    return run(backends[1], adapter, _in_torch(dropout))
+    return run(theirs, adapter, _in_torch(dropout))
 
 
 def _in_torch(dropout: Dropout | None) -> Dropout | None:
@@ -179,14 +179,14 @@ def _is_verified(device: torch.device) -> bool:
 
 
 def _verify(
-    run: Run, backends: tuple[Any, Any], x: Tensor, adapter: Any, dropout: Dropout | None, allowed: float
+    run: Run, theirs: Any, x: Tensor, adapter: Any, dropout: Dropout | None, allowed: float
 ) -> bool | None:
     """Whether the forms that an operation launches are right; None if they cannot be compared now."""
     if not _is_verified(x.device):
         return True
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() or not x.any():
         return None
-    (ours, theirs), known, probe = backends, verdicts(x.device), _with_random_factors(adapter)
+    known, probe = verdicts(x.device), _with_random_factors(adapter)
     heard: list[str] = []
 
     def hear(launch: Launch, pointers: Pointers) -> None:
@@ -199,13 +199,13 @@ def _verify(
 
     try:
         with heard_by(hear):
-            found = run(ours, probe, dropout)
+            found = run(triton, probe, dropout)
         if not new():
             return True
         expected = run(theirs, probe, _in_torch(dropout))
         far = again = distance(found, expected, allowed)
         if far is not None and LAUNCHER not in known.forms:
-            again = distance(run(ours, probe, dropout), expected, allowed)
+            again = distance(run(triton, probe, dropout), expected, allowed)
     except _RefusedError as error:
         return known.refuse(heard[-1:], str(error))
     except torch.OutOfMemoryError as error:

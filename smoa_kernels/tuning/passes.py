@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ..backends import eager, experts, experts_triton, triton
+from ..backends import eager, experts, triton
 from ..backends.kernels_dropout import KernelsDropout
 from ..definition.dropout import Dropout
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
@@ -146,7 +146,7 @@ def passes(layer: Problem, device: torch.device) -> dict[str, Pass]:
     if layer.experts:
         for turned in (False, True):  # models store (E, N, C) or (E, C, N)
             given = Operands(key._replace(transposed=turned), form, device, filled=filled).experts()
-            both = _of_experts(experts_triton, *given), _of_experts(experts, *given)
+            both = _of_experts(triton, *given), _of_experts(experts, *given)
             found |= _joined(*both, ", W0 transposed" * turned)
         return found
     operands = Operands(key, form, device, filled=filled)

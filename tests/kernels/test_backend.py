@@ -30,13 +30,10 @@ from smoa_kernels import operator
 from smoa_kernels.backends import algorithms, eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.precision import PRECISIONS
-from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import Layout
-from smoa_kernels.kernels.spec import Key
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.plan import candidates, multiplied_in
+from smoa_kernels.tuning.plan import multiplied_in
 
 pytestmark = pytest.mark.numerical
 
@@ -100,42 +97,6 @@ def test_cases_that_the_kernels_refuse(change: dict[str, object], words: str) ->
 def test_algorithm_of_another_backend() -> None:
     with pytest.raises(ValueError, match="merged, split, fused on backend 'triton', got 'expanded'"):
         make_problem(dtype=torch.float32).forward(backend="triton", algorithm="expanded")
-
-
-@pytest.mark.parametrize(
-    ("stage", "dtype", "tokens", "expected"),
-    [
-        ("forward", torch.bfloat16, 64, "fused"),
-        ("forward", torch.bfloat16, 65, "split"),
-        ("input_gradient", torch.bfloat16, 64, "fused"),
-        ("input_gradient", torch.bfloat16, 65, "merged"),
-        ("input_gradient", torch.float32, 32, "fused"),  # in TF32
-        ("input_gradient", torch.float32, 33, "merged"),
-    ],
-)
-def test_auto_is_fused_for_few_tokens(
-    stage: str, dtype: torch.dtype, tokens: int, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On an H100. With more tokens, y takes "split", which does not round W_eff, and dX takes "merged"."""
-    monkeypatch.setattr(triton_backend, "architecture", lambda device: "sm_90")
-    size, rank = 4096, 16
-    labels = torch.zeros(size, dtype=torch.uint8)
-    adapter = PackedAdapter(
-        torch.empty(size, size, dtype=dtype),
-        torch.empty(rank, size, dtype=dtype),
-        torch.empty(size, rank, dtype=dtype),
-        BlockPartition.from_labels(labels, labels, 1),
-        torch.tensor([rank], dtype=torch.int32),
-        torch.ones(()),
-    )
-    x = torch.empty(tokens, size, dtype=dtype)
-    table.forget()
-    precision = "tf32" if dtype == torch.float32 else "bf16"
-    with multiplied_in(precision):
-        assert triton_backend._chosen(stage, x, adapter) == expected
-    table.forget()
-    key = Key(stage, precision, rank, 1, size, size, tokens)
-    assert candidates(key, "sm_90", GPUS["h100"].multiprocessors)[0] == expected  # the tuner tries it first
 
 
 @pytest.mark.parametrize(

@@ -210,19 +210,6 @@ def interrupt(choice: Choice, launch: object = None) -> float:
     raise KeyboardInterrupt
 
 
-def test_a_rerun_after_ctrl_c_measures_only_the_rest() -> None:
-    def timer(choice: Choice, launch: Callable[[], object]) -> float:
-        return (interrupt if choice == SECOND else scripted(SCRIPT))(choice, launch)
-
-    with pytest.raises(KeyboardInterrupt):
-        tune([permute_job()], CPU, timer=timer)
-    assert reasons() == {FIRST: None, SECOND: INTERRUPTED}
-    timed: list[Choice] = []
-    tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
-    assert timed == [SECOND, THIRD]
-    assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == SPEED
-
-
 # Write 1 checks that the table is writable; writes 4 and 5 are the second candidate's mark and its time.
 @pytest.mark.parametrize(("call", "expected"), [(4, INTERRUPTED), (5, None)])
 def test_ctrl_c_while_the_table_is_written(
