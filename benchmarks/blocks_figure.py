@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.reference import delta_weight
 
 from .plots import COLOURS, svg
 from .providers import LORA, SMOA
@@ -36,7 +37,7 @@ def example() -> tuple[BlockPartition, Tensor, Tensor]:
     partition = BlockPartition.from_weight(weight, BLOCKS)
     ranks = torch.full((BLOCKS,), RANK // BLOCKS, dtype=torch.int32)
     A, B = torch.randn(RANK // BLOCKS, COLS), torch.randn(ROWS, RANK // BLOCKS)
-    delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=1.0)
+    delta = delta_weight(PackedAdapter(weight, A, B, partition, ranks, torch.ones(())))
     lora = torch.randn(ROWS, RANK, dtype=torch.float64) @ torch.randn(RANK, COLS, dtype=torch.float64)
     return partition, delta, lora
 

@@ -14,7 +14,7 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import _grouped_linear
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.reference import delta_weight
 from smoa_kernels.peft import Experts, SMoAConfig
 
 from .gate import check_error
@@ -195,11 +195,8 @@ def defined(
     for name, weight in experts.weights.items() if isinstance(experts, Experts) else ():
         adapter = weight.packed("default", weight.base_weight().to(dtype))
         A, B = (t.detach().to(dtype).requires_grad_() for t in (adapter.A, adapter.B))
-        layers, s = zip(adapter.experts(range(len(A))), A, B, strict=True), float(adapter.scaling)
-        deltas = [
-            reference_delta_weight(e.weight, a, b, e.partition, e.ranks, scaling=s) for e, a, b in layers
-        ]
-        total = adapter.weight + torch.stack(deltas)
+        each = replace(adapter, A=A, B=B).experts(range(len(A)))
+        total = adapter.weight + torch.stack([delta_weight(one) for one in each])
         changed[name] = total.transpose(1, 2) if weight.fan_in_fan_out else total
         leaves += [A, B]
     y = functional_call(base, changed, (leaves[0], index, leaves[1]))

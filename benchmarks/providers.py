@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.backends import native_obstacle, triton_obstacle
+from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import precision_of
-from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.reference import delta_weight
 from smoa_kernels.tuning.roofline import Problem
 
 from .protocol import DEVICE
@@ -172,7 +173,7 @@ def _partition(case: Case) -> BlockPartition:
 
 def smoa_delta(layer: FusedSMoALinear, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The definition's ΔW with a layer's blocks, ranks and scaling."""
-    return reference_delta_weight(weight, A, B, layer.partition, layer.smoa_ranks, scaling=layer.smoa_scaling)
+    return delta_weight(PackedAdapter(weight, A, B, layer.partition, layer.smoa_ranks, layer.smoa_scaling))
 
 
 def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..backends import eager
 from ..definition.block_rule import BlockRule
+from ..definition.experts import ExpertBlocks
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.shard import LayerShard
@@ -98,7 +99,10 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     def joined(self, partitions: Sequence[BlockPartition]) -> Any:
         """The blocks of W0 from the partitions of its matrices, or from one that all share."""
-        return partitions[0]
+        if not self.stack:
+            return partitions[0]
+        rows, cols = ([getattr(p, side) for p in partitions] for side in ("row_block", "col_block"))
+        return ExpertBlocks.from_labels(torch.stack(rows), torch.stack(cols), partitions[0].num_blocks)
 
     @property
     def parameter(self) -> nn.Parameter | None:

@@ -14,7 +14,8 @@ from smoa_kernels.backends.kernels_dropout import KernelsDropout
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.reference import factor_gradients, reference_delta_weight
+from smoa_kernels.definition.reference import delta_weight as defined_delta
+from smoa_kernels.definition.reference import factor_gradients
 from smoa_kernels.definition.reference import forward as reference_forward
 from smoa_kernels.kernels.block_grad import block_grad
 from smoa_kernels.kernels.block_matmul import block_matmul
@@ -49,8 +50,7 @@ def in_dtype(adapter: Any, dtype: torch.dtype) -> Any:
 
 def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
     """ΔW (N, C) by the definition, computed in `dtype`."""
-    a = in_dtype(adapter, dtype)
-    return reference_delta_weight(a.weight, a.A, a.B, a.partition, a.ranks, scaling=a.scaling)
+    return defined_delta(in_dtype(adapter, dtype))
 
 
 def forward(x: Tensor, adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from networks import Traffic, assert_as_one_process, batch, blocks, build, part
-from processes import Processes
+from networks import Traffic, assert_as_one_process, batch, blocks, build, each_kind, in_groups, in_two, part
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,16 +25,14 @@ def wrapped(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, find_unused_parameters=False)
 
 
-def equals_one_process(kind: str) -> None:
+@in_groups
+@each_kind
+def test_gradients_are_those_of_the_joint_batch(kind: str) -> None:
     assert_as_one_process(kind, wrapped, part, depth=DEPTH)
 
 
-@pytest.mark.parametrize("kind", ["fused", "peft"])
-def test_gradients_are_those_of_the_joint_batch(group: Processes, kind: str) -> None:
-    group.run(equals_one_process, kind)
-
-
-def sends_the_factors() -> None:
+@in_groups
+def test_traffic_is_the_bytes_of_the_factors() -> None:
     model = build("fused", torch.float32, depth=DEPTH)
     parallel = wrapped(model)
     bucketed: list[Tensor] = []
@@ -60,10 +57,6 @@ def sends_the_factors() -> None:
     assert sum(bytes_of) == expected
     assert backward.bytes["allreduce"] == expected
     assert set(backward.calls) == {"allreduce"}
-
-
-def test_traffic_is_the_bytes_of_the_factors(group: Processes) -> None:
-    group.run(sends_the_factors)
 
 
 # Labels are agreed on once.
@@ -97,7 +90,8 @@ def sent_buffers(model: nn.Module) -> set[int]:
     return {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers}
 
 
-def shares_labels() -> None:
+@in_two
+def test_labels_are_shared() -> None:
     untold = Normed()
     assert id(untold.lin.smoa_row_block) in sent_buffers(untold)
     model = Normed()
@@ -118,7 +112,8 @@ def shares_labels() -> None:
     assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}
 
 
-def shares_labels_of_peft() -> None:
+@in_two
+def test_labels_of_pefts_layers_are_shared() -> None:
     from peft import get_peft_model
 
     from smoa_kernels.peft import SMoAConfig
@@ -154,15 +149,3 @@ def test_without_processes_names_are_noted() -> None:
     ignored = model._ddp_params_and_buffers_to_ignore
     assert {"lin.smoa_row_block", "lin.smoa_ranks", "lin.smoa_sketch"} <= set(ignored)
     assert not any(name.startswith("norm") for name in ignored)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        shares_labels,
-        shares_labels_of_peft,
-    ],
-    ids=lambda body: body.__name__,
-)
-def test_in_two_processes(two: Processes, body: Callable[[], None]) -> None:
-    two.run(body)

@@ -7,10 +7,9 @@ import torch
 from kernel_cases import (
     assert_within_budget,
 )
-from problems import LinearProblem, make_problem
+from problems import LinearProblem, make_problem, reference_linear
 from torch import Tensor
 
-from smoa_kernels.definition.reference import reference_linear
 from smoa_kernels.kernels.fused_linear import fused_linear
 
 pytestmark = pytest.mark.numerical

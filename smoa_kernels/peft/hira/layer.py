@@ -83,17 +83,15 @@ class Accelerated(nn.Module):
     def _skips_base_layer(self, x: Tensor) -> bool:
         """Whether the base layer's product with x can be computed without calling the base layer."""
         base, (_, scaling) = self.base_layer, cast(Any, self._block)
+        weight = base.weight
+        fits = not weight.requires_grad and (weight.dtype == x.dtype or autocast_enabled(x))
         return (
-            base.weight.device == scaling.device == x.device
+            weight.device == scaling.device == x.device
             # Hooks on the layer run only if it is called.
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not (base._backward_hooks or base._backward_pre_hooks)
-            and (self.is_quantized or self._weight_fits(x))
+            and (self.is_quantized or fits)
         )
-
-    def _weight_fits(self, x: Tensor) -> bool:
-        weight = self.base_layer.weight
-        return not weight.requires_grad and (weight.dtype == x.dtype or autocast_enabled(x))
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dropout_p: float) -> Tensor:
         base, (partition, scaling), r = self.base_layer, cast(Any, self._block), A.shape[0]
