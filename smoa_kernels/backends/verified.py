@@ -12,8 +12,8 @@ adapter's part would be lost in the base's.
 A comparison takes one pass of the kernels and one of eager, once per form, and the memory of eager's pass and of the
 results. A GPU's first one takes a second pass of the kernels, by the direct call that replaces Triton's launcher.
 Verdicts are kept in the tuning table's file, for one GPU, Triton, ptxas and source of the kernels. While a CUDA graph
-is captured nothing can be compared: eager computes forms that were not verified before. For experts eager reads on the
-host, which a graph cannot hold, so there is an error. `SMOA_VERIFY=0` turns verification off.
+is captured nothing can be compared: eager computes forms that were not verified before, for experts as in
+`experts_masked.py`. `SMOA_VERIFY=0` turns verification off.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ..kernels.architectures import architecture, assembler, identity
 from ..kernels.launch import Launch, Layout, Pointers, heard_by, short_way, use_tritons_launcher
 from ..kernels.spec import bucket
 from ..kernels.table import keep, read, user_table
-from . import Gradients, eager, experts, triton
+from . import Gradients, eager, experts, experts_masked, triton
 from .kernels_dropout import KernelsDropout
 
 ALGORITHMS = triton.ALGORITHMS
@@ -137,11 +137,12 @@ def _run(
     if sound:
         return run(triton, adapter, dropout)
     if theirs is experts and torch.cuda.is_current_stream_capturing():
-        state = "not verified yet" if sound is None else "refused"
-        raise RuntimeError(
-            f"a CUDA graph cannot hold experts whose kernels are {state}: torch's operators compute instead, and they "
-            "read the numbers of pairs on the host. Run a step of these sizes before the capture; `smoa-kernels info` "
-            "lists the kernels"
+        theirs = experts_masked
+        refused = "are refused: every expert multiplies all pairs"
+        unknown = "are not verified: every expert multiplies all pairs; run a step of these sizes before the capture"
+        warnings.warn(
+            f"a CUDA graph of experts is captured whose kernels {unknown if sound is None else refused}",
+            stacklevel=2,
         )
     return run(theirs, adapter, _in_torch(dropout))
 

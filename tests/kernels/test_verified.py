@@ -21,9 +21,10 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
-from smoa_kernels.backends import eager, verified
+from smoa_kernels.backends import eager, experts, experts_masked, verified
 from smoa_kernels.backends.kernels_dropout import KernelsDropout
 from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import _listener as listener
@@ -317,28 +318,33 @@ def test_a_compiled_decode_step_is_captured_after_its_first_call(
     assert "fused_linear_kernel" in launched
 
 
-@pytest.mark.parametrize("state", ["not verified yet", "refused"])
-def test_experts_are_captured_only_if_verified(
-    state: str, broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("blocks", "refused"), [("own", False), ("contiguous", False), ("contiguous", True)])
+def test_experts_that_were_not_verified_are_captured_without_waiting(
+    blocks: str, refused: bool, broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise torch's operators would read on the host."""
-    launched = broken("grouped_linear_kernel", not_a_number if state == "refused" else nothing)
-    e = make_experts(dtype=torch.float32, pairs=(30, 0, 40, 7), blocks="contiguous")
-    if state == "refused":
+    launched = broken("grouped_linear_kernel", not_a_number if refused else nothing)
+    e = make_experts(dtype=torch.float32, pairs=(30, 0, 40, 7), blocks=blocks)
+    if refused:
         warned(lambda: e.operator("triton"))
         launched.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with pytest.raises(RuntimeError, match=f"{state}.*before the capture"):
-            e.operator("triton")
-    assert not launched
-    if state == "refused":
-        return
-    e.operator("triton")
-    launched.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    e.assert_within_budget(e.operator("triton"))
-    assert launched
+    monkeypatch.setattr(experts, "spans", lambda ends: pytest.fail("the host waited"))
+    found: list[Any] = []
+    told = warned(lambda: found.append(e.operator("triton")))
+    e.assert_within_budget(found[0])
+    assert not launched
+    assert all("every expert multiplies all pairs" in message for message in told)
+    assert ["are refused" in message for message in told] == [refused] * 2
+    assert ["before the capture" in message for message in told] == [not refused] * 2
+
+
+def test_masked_experts_sum_beyond_the_range_of_float16() -> None:
+    e = make_experts(pairs=(30, 0, 40, 7)).to(torch.float16, torch.float32)
+    e = replace(e, x=e.x * 300, dy=e.dy * 300)
+    _, *found = experts_masked.experts_backward(e.dy, e.x, e.ends, e.adapter, needs_x=False)
+    _, _, *exact = e.to(torch.float64).run(reference_experts_linear)
+    for gradient, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

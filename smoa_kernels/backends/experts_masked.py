@@ -1,0 +1,104 @@
+"""Experts in torch operators that do not wait for the device: every expert multiplies all pairs, masks select its own.
+
+A CUDA graph takes this while it is captured if the kernels are not verified (`verified.py`). It does E times the work
+of `experts.py`, which reads `ends` on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..definition.experts import ExpertsAdapter
+from ..definition.precision import accumulate
+from . import Gradients
+from .block_order import row_panels
+
+_PANEL = 4096  # pairs that are copied at a time, in A's dtype
+
+
+class _Expert(NamedTuple):
+    """One expert's W0, factors and pairs.
+
+    Attributes:
+        weight: W0 (N, C).
+        A: (ρ, C), at least float32; its padding is zero.
+        B: (N, ρ), the same.
+        same: (N, C), where a row's and a column's blocks are equal.
+        modulation: s·BA, zero elsewhere.
+        pairs: (P, 1), whether a pair is this expert's.
+    """
+
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    same: Tensor
+    modulation: Tensor
+    pairs: Tensor
+
+
+def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
+    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+
+    def product(x: Tensor) -> Tensor:
+        y = x.new_zeros(x.shape[0], adapter.weight.shape[1])
+        for one in _experts(x.shape[0], ends, adapter):
+            delta = (one.modulation * one.weight).to(x.dtype)
+            y = torch.where(one.pairs, accumulate(x @ delta.T, x, one.weight), y)
+        return y
+
+    return product
+
+
+def experts_backward(
+    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    dx = dy.new_zeros(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
+    dA, dB = (None, None) if x is None else (torch.empty_like(adapter.A), torch.empty_like(adapter.B))
+    for e, one in enumerate(_experts(dy.shape[0], ends, adapter)):
+        if dx is not None:
+            dx = torch.where(one.pairs, dy @ (one.weight + one.modulation * one.weight).to(dy.dtype), dx)
+        if x is not None and dA is not None and dB is not None:
+            G = _sums(dy, x, one)
+            H = torch.where(one.same, G * one.weight.to(G.dtype) * adapter.scaling, 0)
+            dA[e], dB[e] = one.B.T @ H, H @ one.A.T
+    return dx, dA, dB
+
+
+def _sums(dy: Tensor, x: Tensor, one: _Expert) -> Tensor:
+    """`G = Σ_p dy_pᵀ x_p` (N, C) over an expert's pairs, summed in A's dtype; only a panel's copies are as wide."""
+    G = one.A.new_zeros(one.weight.shape)
+    for panel in zip(*(row_panels(each, _PANEL) for each in (dy, x, one.pairs)), strict=True):
+        dy_part, x_part, pairs = panel
+        G.addmm_(torch.where(pairs, dy_part, 0).to(G.dtype).T, torch.where(pairs, x_part, 0).to(G.dtype))
+    return G
+
+
+def _experts(pairs: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[_Expert]:
+    blocks, device = adapter.blocks, adapter.weight.device
+    owner = torch.bucketize(torch.arange(pairs, dtype=ends.dtype, device=device), ends, right=True)[:, None]
+    ranks = torch.arange(adapter.A.shape[1], device=device)
+    dtype = torch.promote_types(adapter.weight.dtype, torch.float32)
+    for e, (weight, A, B) in enumerate(zip(adapter.weight, adapter.A, adapter.B, strict=True)):
+        rows = _labels(weight.shape[0], blocks.row_offsets, blocks.row_index, e)
+        cols = _labels(weight.shape[1], blocks.col_offsets, blocks.col_index, e)
+        A = torch.where(ranks[:, None] < adapter.ranks[cols], A, 0).to(dtype)
+        B = torch.where(ranks < adapter.ranks[rows][:, None], B, 0).to(dtype)
+        same = rows[:, None] == cols
+        modulation = torch.where(same, B @ A * adapter.scaling, 0)
+        yield _Expert(weight, A, B, same, modulation, owner == e)
+
+
+def _labels(size: int, offsets: Tensor, index: Tensor | None, e: int) -> Tensor:
+    """The block of each of expert e's rows, or columns."""
+    slots = torch.arange(size, dtype=offsets.dtype, device=offsets.device)
+    labels = torch.bucketize(slots, offsets[e % len(offsets)], right=True) - 1
+    return (
+        labels
+        if index is None
+        else torch.empty_like(labels).scatter_(0, index[e % len(index)].long(), labels)
+    )
