@@ -224,6 +224,7 @@ EMULATED void _tile_loadd(int t, const void *from, long stride) {
     _tile_zero(t);
     EACH(sizes_.rows[t], memcpy(&tiles_[t][i], (const char *)from + i * stride, sizes_.bytes[t]));
 }
+#define _tile_stream_loadd _tile_loadd /* the same, past the L1 cache */
 EMULATED void _tile_stored(int t, void *to, long stride) {
     const __m512i *tile = tile_(t);
     EACH(sizes_.rows[t], memcpy((char *)to + i * stride, &tile[i], sizes_.bytes[t]));

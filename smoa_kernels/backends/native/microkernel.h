@@ -14,6 +14,7 @@
 #include "operand.h"
 
 enum { FLOATS, PAIRS, SPLIT3 };
+enum { NEITHER, LEFT, RIGHT };
 
 enum {
     /* A tile of C fills 14 × 2 of 32 vector registers, or 6 × 2 of 16; operands take the others. */
@@ -222,6 +223,17 @@ TARGET_BF16 static inline void load_right(const half *from) {
     _tile_loadd(7, from + TILE, 64);
 }
 
+/* The same past the L1 cache, where the other operand stays. */
+TARGET_BF16 static inline void stream_left(const half *from) {
+    _tile_stream_loadd(4, from, 64);
+    _tile_stream_loadd(5, from + TILE, 64);
+}
+
+TARGET_BF16 static inline void stream_right(const half *from) {
+    _tile_stream_loadd(6, from, 64);
+    _tile_stream_loadd(7, from + TILE, 64);
+}
+
 /* `both`: the second left tile has rows too. */
 TARGET_BF16 static inline void add_products(int both) {
     _tile_dpbf16ps(0, 4, 6);
@@ -270,7 +282,7 @@ TARGET_BF16 INLINE void take_rows(finished *f, i64 count) {
 
 /* sums = Σ left rightᵀ over `count` pairs of panels, of which `rows` and `columns` exist. AMX multiplies while the epilogue takes the last
  * panel's sums, but not in the first step: they were just stored, and loads would wait. */
-TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 rows, i64 columns, float *sums, finished *last) {
+TARGET_BF16 INLINE void tile_panel(int format, int streamed, const packed *p, int count, i64 rows, i64 columns, float *sums, finished *last) {
     i64 steps = 0, done = 0;
     for (int n = 0; n < count; n++) steps += ceil_div(p[n].depth, TERMS);
     i64 together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
@@ -291,8 +303,8 @@ TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 r
             if (format == SPLIT3)
                 add_split_products(left, right);
             else {
-                load_left(left);
-                load_right(right);
+                streamed == LEFT ? stream_left(left) : load_left(left);
+                streamed == RIGHT ? stream_right(right) : load_right(right);
                 add_products(rows > SIDE);
             }
             if (done++) take_rows(last, together);

@@ -149,10 +149,11 @@ INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
     return _mm512_permutex2var_epi16(first, at, second);
 }
 
-/* Packs up to SIDE rows with contiguous terms, masked by `keep`, in left or right tiles a step apart; missing rows and terms become 0.
+/* Packs up to SIDE rows with contiguous terms, masked by `keep`, in left or right tiles, `apart` each; missing rows and terms become 0.
  * Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher follows. */
-INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width, const uint16_t *keep, i64 keep_words, half *to) {
-    for (i64 c = 0; c < width; c += TERMS, to += STEP) {
+INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width, const uint16_t *keep, i64 keep_words, i64 apart,
+                       half *to) {
+    for (i64 c = 0; c < width; c += TERMS, to += apart) {
         __m512i r[SIDE];
 #pragma GCC unroll 16
         for (int i = 0; i < SIDE; i++) {
@@ -170,17 +171,17 @@ INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width
 /* Where the line of terms c and c + 1 is, c even, in right tiles a step apart. */
 static inline i64 line_of(i64 c) { return (c & ~(i64)(TERMS - 1)) * PANEL + (c & (TERMS - 2)) * SIDE; }
 
-/* Terms `one` and `other` of right tiles as a line of pairs. */
+/* Terms `one` and `other` of consecutive right tiles as a line of pairs. */
 INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
     /* For each row: which half of the first line and which of the second to take, the lower or the upper of the row's pair. */
     static const uint32_t each[] = {0x00000, 0x20002, 0x40004, 0x60006, 0x80008, 0xa000a, 0xc000c, 0xe000e,
                                     0x100010, 0x120012, 0x140014, 0x160016, 0x180018, 0x1a001a, 0x1c001c, 0x1e001e};
     static const uint32_t upper[2][2] = {{0x200000, 0x210000}, {0x200001, 0x210001}};
     __m512i order = _mm512_add_epi32(_mm512_loadu_si512(each), _mm512_set1_epi32((int)upper[one & 1][other & 1]));
-    return _mm512_permutex2var_epi16(_mm512_load_si512(tiles + line_of(one)), order, _mm512_load_si512(tiles + line_of(other)));
+    return _mm512_permutex2var_epi16(_mm512_load_si512(tiles + (one & ~(i64)1) * SIDE), order, _mm512_load_si512(tiles + (other & ~(i64)1) * SIDE));
 }
 
-/* Permutes terms of right tiles by `index` to right tiles, or to left ones; all lie a step apart. */
+/* Permutes terms of consecutive right tiles by `index` to right tiles, or to left ones, a step apart. */
 INLINE void pick_terms(int as_left, const half *tiles, const i64 *index, i64 count, half *to) {
     for (i64 c = 0; c < count; to += STEP) {
         __m512i r[SIDE];
@@ -209,9 +210,10 @@ static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_
             row[r] = (const half *)o->data + (o->rows ? o->rows[at] : at) * o->row_stride;
         }
         if (as_left && !o->cols)
-            tile_group(1, row, count - i, depth, NULL, 0, tiles);
+            tile_group(1, row, count - i, depth, NULL, 0, STEP, tiles);
         else
-            tile_group(0, row, count - i, o->cols ? o->width : depth, keep_of(o, first + i), words(o->width), o->cols ? scratch : tiles);
+            tile_group(0, row, count - i, o->cols ? o->width : depth, keep_of(o, first + i), words(o->width), o->cols ? TILE : STEP,
+                       o->cols ? scratch : tiles);
         if (o->cols) as_left ? pick_terms(1, scratch, o->cols, depth, tiles) : pick_terms(0, scratch, o->cols, depth, tiles);
     }
 }
