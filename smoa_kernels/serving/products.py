@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -122,14 +121,16 @@ class Slice:
         start: the first row.
         stop: the last row, excluded.
         A: the factors of all slots as the engine stores them, (slots, 1, most ranks, C).
-        B: (slots, 1, stop - start, most ranks).
+        B: (slots, 1, n, most ranks), n the number of rows.
+        base: the product of the whole layer.
     """
 
     start: int
     stop: int
     A: Tensor
     B: Tensor
-    product: Product = field(init=False)  # with these rows of W0
+    base: Product
+    weight: Tensor | None = field(default=None, init=False)  # these rows of W0, if at hand
     # By slot: r_k of each block, the operator's form with its backend, and the copied blocks.
     ranks: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False)
     packed: dict[int, tuple[PackedAdapter, Backend]] = field(default_factory=dict, init=False)
@@ -144,6 +145,11 @@ class Slice:
         """These rows of a tensor that has all rows of W0 along `dim`."""
         return whole.narrow(dim, self.start, self.stop - self.start)
 
+    def hold(self, weight: Tensor | None) -> None:
+        """Take these rows of W0 (N, C), or drop them."""
+        self.weight = None if weight is None else self.of(weight)
+        self.packed.clear()  # they hold the old ones
+
     def fill(self, slot: int, ranks: tuple[int, ...]) -> None:
         """Record r_k of a slot's adapter, () if it has none here. One with B = 0, as before training, is none."""
         for held in (self.ranks, self.packed, self.blocks):
@@ -151,13 +157,19 @@ class Slice:
         if self.B[slot, 0, :, : sum(ranks)].any():
             self.ranks[slot] = ranks
 
-    def output(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
-        """`x (W0 ∘ (1 + BA))ᵀ + b` (T, n) with the adapter of one slot, by our operator."""
-        weight, own_bias = self.of(weight), None if bias is None else self.of(bias).to(x.dtype)
-        if slot not in self.ranks:
-            return F.linear(x, weight, own_bias)
-        adapter, backend = self._adapter(slot, weight)
-        return backend.forward(x, own_bias, adapter, "auto", None)
+    def distance(self, sketch: Tensor) -> float:
+        """The distance of these rows of W0 from their sketch, by products with random signs."""
+        products = self.of(self.base(sign_rows(self.A.shape[-1], self.A)), 1)
+        return sketch_distance(sketch, sketch_of_products(products, sketch))
+
+    def output(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
+        """`x (W0 ∘ (1 + BA))ᵀ + b` (T, n) with the adapter of one slot, by our operator. W0 must be at hand."""
+        own_bias = None if bias is None else self.of(bias).to(x.dtype)
+        if slot in self.ranks:
+            adapter, backend = self._adapter(slot)
+            return backend.forward(x, own_bias, adapter, "auto", None)
+        assert self.weight is not None
+        return F.linear(x, self.weight, own_bias)
 
     def update(self, x: Tensor, slots: Tensor, *, recorded: bool = False) -> Tensor:
         """`x (W0 ∘ BA)ᵀ` (T, n), float32, with the adapter of each token's slot, by products with W0."""
@@ -166,28 +178,29 @@ class Slice:
             return x.new_zeros(len(x), self.stop - self.start, dtype=torch.float32)
         A = self.A.index_select(0, slots)[:, 0, :rank]
         B = self.B.index_select(0, slots)[:, 0, :, :rank].transpose(1, 2)
-        return (self.product((x[:, None] * A).flatten(0, 1)).float().view_as(B) * B).sum(1)
+        rows = (x[:, None] * A).flatten(0, 1)
+        products = self.of(self.base(rows), 1) if self.weight is None else F.linear(rows, self.weight)
+        return (products.float().view_as(B) * B).sum(1)
 
-    def update_by_blocks(self, x: Tensor, slots: Tensor, weight: Tensor) -> Tensor:
+    def update_by_blocks(self, x: Tensor, slots: Tensor) -> Tensor:
         """The same by products with W0's blocks, which are copied at an adapter's first token."""
-        ways = [self._way(slot, weight) for slot in slots.tolist()]
+        ways = [self._way(slot) for slot in slots.tolist()]
         if len(set(ways)) == 1 and ways[0] is not None:
             return ways[0].update(x, slots)
         update = x.new_zeros(len(x), self.stop - self.start, dtype=torch.float32)
         for way in set(ways):
             if way is not None:
                 own = torch.tensor([token for token, other in enumerate(ways) if other is way])
-                found = way.update(x.index_select(0, own), slots.index_select(0, own))
-                update.index_copy_(0, own, found)
+                update.index_copy_(0, own, way.update(x.index_select(0, own), slots.index_select(0, own)))
         return update
 
-    def _way(self, slot: int, weight: Tensor) -> DiagonalBlocks | Slice | None:
+    def _way(self, slot: int) -> DiagonalBlocks | Slice | None:
         """What computes the update of a slot's adapter: blocks, which adapters share, or this if all of W0 is one."""
         if slot in self.blocks:
             return self.blocks[slot]
         if len(self.ranks.get(slot, ())) < 2:
             return self if slot in self.ranks else None
-        adapter, _ = self._adapter(slot, self.of(weight))
+        adapter, _ = self._adapter(slot)
         same = (blocks for blocks in set(self.blocks.values()) if blocks.add(slot, adapter))
         blocks = next(same, None)
         if blocks is None:
@@ -196,15 +209,17 @@ class Slice:
         self.blocks[slot] = blocks
         return blocks
 
-    def _adapter(self, slot: int, weight: Tensor) -> tuple[PackedAdapter, Backend]:
-        """A slot's adapter in the operator's form, over these rows of W0, and the backend that computes it."""
+    def _adapter(self, slot: int) -> tuple[PackedAdapter, Backend]:
+        """A slot's adapter in the operator's form, and the backend that computes it."""
         if slot not in self.packed:
+            assert self.weight is not None
             ranks = self.ranks[slot]
             stacked = self.A[slot, 0, : sum(ranks)], self.B[slot, 0, :, : sum(ranks)]
             A, B, partition = packed_from_stacked(*stacked, ranks)
             sizes, s = torch.tensor(ranks, dtype=torch.int32, device=A.device), scaling_tensor(1.0, A.device)
-            backend = load_backend(resolve_backend("auto", weight.device, weight.dtype, max(ranks)))
-            self.packed[slot] = PackedAdapter(weight, A, B, partition, sizes, s, ranks), backend
+            adapter = PackedAdapter(self.weight, A, B, partition, sizes, s, ranks)
+            backend = resolve_backend("auto", A.device, self.weight.dtype, max(ranks))
+            self.packed[slot] = adapter, load_backend(backend)
         return self.packed[slot]
 
 
@@ -230,13 +245,9 @@ class LayerSlots:
         self._hold(self.weight)
 
     def _hold(self, weight: Tensor | None) -> None:
-        """Take W0 if it is at hand; the slices then multiply by their rows of it."""
         self.weight = weight
         for part in self.slices:
-            if weight is None:
-                part.product = lambda x, part=part: part.of(self.product(x), 1)  # type: ignore[misc]
-            else:
-                part.product = partial(F.linear, weight=part.of(weight))
+            part.hold(weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -245,18 +256,8 @@ class LayerSlots:
 
     def fill(self, slot: int, ranks: Sequence[tuple[int, ...]]) -> None:
         """Record a slot's adapter: r_k of each slice, () of one without an adapter of ours."""
-        for part, own in zip(self.slices, ranks, strict=True):
+        for part, own in zip(self.slices, ranks, strict=False):
             part.fill(slot, own)
-
-    def distances(self, sketches: Mapping[int, Tensor]) -> dict[int, float]:
-        """The distance of each slice's W0 from its sketch, by products with random signs."""
-        if not sketches:
-            return {}
-        products = self.product(sign_rows(self.shape[1], self.slices[0].A))
-        return {
-            at: sketch_distance(sketch, sketch_of_products(self.slices[at].of(products, 1), sketch))
-            for at, sketch in sketches.items()
-        }
 
     def output(
         self,
@@ -277,19 +278,31 @@ class LayerSlots:
             recorded: use operators and shapes that depend on T only, for a CUDA graph that any step replays.
         """
         if recorded:
-            return self._recorded_output(x, base(), bias, step.slots[: len(x)])
+            return self._recorded(x, base(), bias, step.slots[: len(x)])
         groups = {slot: own for slot, own in step.groups.items() if any(slot in p.ranks for p in self.slices)}
         if not groups:
             return base()
-        tokens, alone = sum(map(len, groups.values())), len(groups) == 1
-        weight = self._weight_for(tokens, x)
-        if weight is not None and alone and tokens == len(x):
-            return self._modulated(x, bias, weight, *groups)
-        y = base() if self.weight is None or tokens < len(x) else x.new_empty(len(x), self.shape[0])
+        tokens = sum(map(len, groups.values()))
+        rows = tokens * sum(part.most_ranks for part in self.slices)
+        # Without W0 the base product has that many rows. Reading W0 takes C.
+        read = self.weight is None and (self.keep or rows > self.shape[1] + tokens)
+        if read:
+            self._hold(read_weight(self.product, self.shape[1], x))
+        y = self._mixed(x, bias, Step(groups, step.slots), base)
+        if read and not self.keep:
+            self._hold(None)
+        return y
+
+    def _mixed(self, x: Tensor, bias: Tensor | None, step: Step, base: Callable[[], Tensor]) -> Tensor:
+        tokens, alone = sum(map(len, step.groups.values())), len(step.groups) == 1
+        plain, whole = self.weight is not None, tokens == len(x)
+        if plain and alone and whole:
+            return self._modulated(x, bias, *step.groups)
+        y = x.new_empty(len(x), self.shape[0]) if plain and whole else base()
         few = []
-        for slot, own in groups.items():
-            if weight is not None and (alone or len(own) >= MANY_TOKENS):
-                y.index_copy_(0, own, self._modulated(x.index_select(0, own), bias, weight, slot))
+        for slot, own in step.groups.items():
+            if plain and (alone or len(own) >= MANY_TOKENS):
+                y.index_copy_(0, own, self._modulated(x.index_select(0, own), bias, slot))
             else:
                 few.append(own)
         for own in torch.cat(few).split(self._most_tokens) if few else ():
@@ -297,7 +310,7 @@ class LayerSlots:
             y.index_copy_(0, own, self._updated(own_x, own_y, bias, slots))
         return y
 
-    def _recorded_output(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
+    def _recorded(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
         parts = zip(*(side.split(self._most_tokens) for side in (x, y, slots.clamp_min(0))), strict=True)
         found = torch.cat([self._updated(x, y, bias, own, recorded=True) for x, y, own in parts])
         return torch.where((slots >= 0)[:, None], found, y)
@@ -306,25 +319,8 @@ class LayerSlots:
     def _most_tokens(self) -> int:
         return max(1, MOST_ROWS // self.slices[0].A.shape[2])
 
-    def _weight_for(self, tokens: int, x: Tensor) -> Tensor | None:
-        """W0 if it is at hand, may be kept, or takes fewer rows of the base product than the adapters; else None."""
-        if self.weight is not None:
-            return self.weight
-        rows = tokens * sum(part.most_ranks for part in self.slices)
-        if not self.keep and rows <= self.shape[1] + tokens:
-            return None
-        weight = read_weight(self.product, self.shape[1], x)
-        if self.keep:
-            self._hold(weight)
-        return weight
-
-    def _modulated(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
-        """`x (W0 ∘ (1 + BA))ᵀ + b` (T, N) with the adapter of one slot, by our operator."""
-        y = _side_by_side([part.output(x, bias, weight, slot) for part in self.slices])
-        if weight is not self.weight:
-            for part in self.slices:
-                part.packed.clear()  # else they would keep W0
-        return y
+    def _modulated(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
+        return _side_by_side([part.output(x, bias, slot) for part in self.slices])
 
     def _updated(
         self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor, *, recorded: bool = False
@@ -335,7 +331,7 @@ class LayerSlots:
         would hide a small update. Without W0 y is rounded already, so in half precision a small update is lost.
         """
         if self._copies and self.weight is not None and not recorded:
-            update = _side_by_side([part.update_by_blocks(x, slots, self.weight) for part in self.slices])
+            update = _side_by_side([part.update_by_blocks(x, slots) for part in self.slices])
         else:
             update = _side_by_side([part.update(x, slots, recorded=recorded) for part in self.slices])
         if self.weight is None:

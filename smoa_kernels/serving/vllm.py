@@ -137,18 +137,16 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
 
 def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
     """Raise unless the model has every layer of the adapter, in its shape. Warn if W0 is another weight."""
-    left = dict(adapter.layers)
-    distances: dict[str, float] = {}
+    left, far = dict(adapter.layers), []
     for name, module in manager.modules.items():
-        names = _parts(manager, name)
+        names = manager.packed_modules.get(name, [name])
         parts = {at: left.pop(part) for at, part in enumerate(names) if part in left}
         if not parts:
             continue
-        slots = getattr(module, "_smoa_slots", None)
+        slots, base = getattr(module, "_smoa_slots", None), module.base_layer
         if not isinstance(slots, LayerSlots) or len(slots.slices) != len(names):
             reason = slots if isinstance(slots, str) else "vLLM packs other layers into one"
             raise ValueError(f"{adapter.folder}: {name} takes LoRA alone: {reason}; {MERGE}")
-        base = module.base_layer
         for at, factors in parts.items():
             shape = base.output_sizes[at] if len(names) > 1 else base.output_size, base.input_size
             trained = factors.B.shape[0], factors.A.shape[1]
@@ -156,25 +154,19 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
                 raise ValueError(
                     f"{adapter.folder} was trained over another model: its {names[at]} is {trained}, here it is {shape}"
                 )
-        if module.tp_size == 1:
-            sketches = {at: factors.sketch for at, factors in parts.items() if factors.sketch is not None}
-            distances |= {names[at]: distance for at, distance in slots.distances(sketches).items()}
+            if factors.sketch is not None and module.tp_size == 1:
+                distance = slots.slices[at].distance(factors.sketch)
+                if not distance <= TOLERANCE:
+                    far.append(names[at])
     if left and import_module("vllm.distributed").get_pp_group().world_size == 1:
         raise ValueError(
             f"{adapter.folder}: vLLM has no layer {next(iter(left))} that takes adapters; {MERGE}"
         )
-    far = [name for name, distance in distances.items() if not distance <= TOLERANCE]
     if far:
         message = f"{adapter.folder} was trained over another base: W0 is another in {', '.join(far[:3])}"
         if adapter.strict_base:
             raise ValueError(message)
-        _log.warning("%s (%d of %d layers)", message, len(far), len(distances))
-
-
-def _parts(manager: Any, name: str) -> list[str]:
-    """The adapter's names for the layers that vLLM packs into one."""
-    parts: list[str] = manager.packed_modules.get(name, [name])
-    return parts
+        _log.warning("%s (%d of %d layers)", message, len(far), len(adapter.layers))
 
 
 # Slots.
@@ -212,8 +204,12 @@ def _hindrance(module: Any) -> str | None:
 def _layer_slots(module: Any) -> LayerSlots:
     base, method = module.base_layer, module._get_quant_method()
     ends = list(itertools.accumulate(module.output_slices))
+
+    def product(x: Tensor) -> Any:
+        return method.apply(base, x, None)
+
     slices = [
-        Slice(*part)
+        Slice(*part, product)
         for part in zip([0, *ends], ends, module.lora_a_stacked, module.lora_b_stacked, strict=False)
     ]
     plain = isinstance(method, import_module("vllm.model_executor.layers.linear").UnquantizedLinearMethod)
@@ -221,7 +217,7 @@ def _layer_slots(module: Any) -> LayerSlots:
     if weight is not None and tuple(weight.shape) != (ends[-1], slices[0].A.shape[-1]):
         weight = None  # repacked
     keep = plain and os.environ.get(KEEP_VARIABLE, "1") != "0"
-    return LayerSlots(lambda rows: method.apply(base, rows, None), slices, weight, keep)
+    return LayerSlots(product, slices, weight, keep)
 
 
 @_instead_of("vllm.lora.model_manager.LoRAModelManager.activate_adapter", "self lora_id")
@@ -232,7 +228,9 @@ def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> 
         ranks = getattr(self.list_adapters()[lora_id], "smoa_ranks", {})
         for name, module in self.modules.items():
             if isinstance(getattr(module, "_smoa_slots", None), LayerSlots):
-                module._smoa_slots.fill(slot, [ranks.get(part, ()) for part in _parts(self, name)])
+                module._smoa_slots.fill(
+                    slot, [ranks.get(part, ()) for part in self.packed_modules.get(name, [name])]
+                )
     return moved
 
 
@@ -283,14 +281,13 @@ def _apply_base_forward(original: Callable[..., Any], self: Any, x: Tensor) -> A
     return _adapted(self, x, original(self, x), bias)
 
 
-def _output(layer: Any, x: Tensor, bias: Tensor | None, base: Callable[[], Tensor]) -> Tensor:
+def _output(layer: Any, x: Tensor, bias: Tensor | None, base: Callable[[], Tensor]) -> Any:
     """A layer's output (T, N) in this step; `base` gives vLLM's."""
     step = getattr(layer.punica_wrapper, "smoa_step", None)
     recorded = _is_recorded(x)
     if step is None or not (layer.punica_wrapper.smoa_has_adapters if recorded else step.groups):
         return base()
-    found: Tensor = layer._smoa_slots.output(x, bias, step, base, recorded=recorded)
-    return found
+    return layer._smoa_slots.output(x, bias, step, base, recorded=recorded)
 
 
 def _adapted(layer: Any, x: Tensor, output: Tensor, bias: Tensor | None) -> Tensor:

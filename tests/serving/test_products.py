@@ -46,6 +46,7 @@ class Layer:
                 start + n,
                 torch.zeros(SLOTS, 1, MOST_RANKS, C, dtype=dtype),
                 torch.zeros(SLOTS, 1, n, MOST_RANKS, dtype=dtype),
+                self.product,
             )
             for start, n in zip(starts, SIZES, strict=True)
         ]
@@ -218,10 +219,6 @@ def test_shards_have_the_products_of_the_whole(ranks):
 
 def test_w0_is_recognised_by_its_products():
     layer = Layer(torch.bfloat16)
-    sketches = {
-        0: sketch_weight(layer.weight[: SIZES[0]].float()),
-        1: sketch_weight(torch.randn(SIZES[1], C)),
-    }
-    near, far = layer.slots.distances(sketches).values()
-    assert near < TOLERANCE / 4
-    assert far > 2 * TOLERANCE
+    first, second = layer.slots.slices
+    assert first.distance(sketch_weight(first.of(layer.weight).float())) < TOLERANCE / 4
+    assert second.distance(sketch_weight(torch.randn(SIZES[1], C))) > 2 * TOLERANCE
