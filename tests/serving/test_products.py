@@ -94,6 +94,7 @@ MIXTURES = {
     "one slot beside the base": [-1, 1, -1, 1, 1],
     "all slots": [0, 1, 2, 3, -1, 2, 1],
     "all slots, one with many tokens": [0, 1, 2, -1, *[1] * 12, 0],
+    "a token of two slots": [0, 1],
     "an empty slot": [3, 3],
     "the base alone": [-1, -1],
 }
