@@ -32,7 +32,6 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.bringup.ahead import compile_all, forget
 from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, Form, adapter, install
-from smoa_kernels.backends import experts_triton
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
@@ -89,9 +88,9 @@ def experts_passes(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         empty((), dtype=torch.float32),
     )
     ends, x, dy = empty(experts, dtype=torch.int32), empty(300, in_features), empty(300, out_features)
-    yield "experts", lambda: experts_triton.experts_product(ends, layer)(x)
+    yield "experts", lambda: backend.experts_product(ends, layer)(x)
     # dX alone: without CUDA, torch cannot fake the copies of dA and of a B with other strides.
-    yield "experts' backward", lambda: experts_triton.experts_backward(dy, None, ends, layer, needs_x=True)
+    yield "experts' backward", lambda: backend.experts_backward(dy, None, ends, layer, needs_x=True)
 
 
 def devices(gpu: FakeGpu) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smoa_kernels.backends.algorithms import GRAD_PART_TOKENS, admissible, choose_algorithm, partial_bytes
+from smoa_kernels.backends.algorithms import admissible, choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.tuning.gpus import GPUS
@@ -17,7 +17,6 @@ from smoa_kernels.tuning.roofline import (
     Problem,
     backward_workspace,
     estimate,
-    gradient_parts,
     parts,
 )
 
@@ -46,8 +45,8 @@ def test_totals_by_hand() -> None:
     # Passes, forward: x·Aᵀ and h·Bᵀ one each, scaling 2, the sum 3; backward: scaling 2, four products, the sum 3.
     lora = (1 + 1 + 2 + 3) * x + (2 + 4 + 3) * x
     assert over_frozen(SQUARE, "lora") == pytest.approx(1 + (lora + 10 * start) / frozen, rel=2e-3)
-    # Two parts, each of two gathers and a product, then two sums. Scattered blocks read all of W0, two times.
-    grads = max(unit / 4, 2 * x + 2 * w) + 2 * gather + (2 * 3 + 2) * start
+    # Two gathers, a product and two sums. Scattered blocks read all of W0.
+    grads = max(unit / 4, 2 * x + w) + 2 * gather + 5 * start
     merged = build + grads + build + 2 * start
     assert over_frozen(SQUARE, "merged") == pytest.approx(1 + merged / frozen, rel=5e-3)
     forward = 1.25 * w + gather + unit / 4 + x + 3 * start  # the base GEMM reads y again
@@ -177,44 +176,11 @@ def test_workspace_by_hand() -> None:
     p = Problem(8192, 14336, 4096, 4, 16)
     gathered, partials = 2 * 8192 * (14336 + 4096), 4 * 4 * (14336 * 8 + 4096 * 28)
     stages = backward_workspace(p)
-    assert stages["factor gradients"] == gathered // 2 + 2 * partials  # two parts of the tokens
+    assert stages["factor gradients"] == gathered + partials
     assert stages["input gradient"] == 112 * 2**20
-    fewer = backward_workspace(replace(p, tokens=8191))["factor gradients"]
-    assert fewer == gathered // 8192 * 8191 + partials
     # Granules are read in place: only partials and W_eff remain. So is one block that fills its tiles.
     partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
     in_place = backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=8))
     assert in_place == {"factor gradients": partials, "input gradient": w_eff}
     one_block = backward_workspace(Problem(8192, 4096, 4096, 1, 16))
     assert one_block["factor gradients"] == 4 * 16 * 2 * 4096 * 32
-
-
-@pytest.mark.parametrize(
-    ("problem", "counts"),
-    [
-        (Problem(8192, 4096, 4096, 4, 16), (4096, 4096)),
-        (Problem(8191, 4096, 4096, 4, 16), (8191,)),  # parts would be shorter than 64 steps
-        (Problem(8193, 4096, 4096, 4, 16), (4160, 4033)),  # whole steps except for the last part
-        (Problem(8192, 14336, 4096, 2, 256), (8192,)),  # partials of rank 128 take more
-        (Problem(8192, 4096, 4096, 1, 16), (8192,)),  # nothing is copied
-        (Problem(8192, 4096, 3072, 8, 16), (8192,)),  # 96 tiles do not fill a GPU: programs share the tokens
-        (Problem(0, 4096, 4096, 4, 16), (0,)),
-        (Problem(8192, 4096, 4096, 4, 16, granule=8), (8192,)),  # dY and x are read in place
-    ],
-    ids=str,
-)
-def test_into_how_many_parts_a_backward_gathers(problem, counts):
-    assert gradient_parts(problem) == counts
-
-
-@pytest.mark.parametrize("rank", [0, 16, 256])
-@pytest.mark.parametrize("shape", [(4096, 4096), (28672, 4096), (16390, 5900)])
-def test_a_longer_batch_takes_no_more_for_its_copies(shape, rank):
-    for tokens in (8192, 100_001, 1 << 20):
-        p = Problem(tokens, *shape, 4, rank)
-        found = gradient_parts(p)
-        assert sum(found) == tokens
-        assert min(found[:-1]) == max(found) < 2 * GRAD_PART_TOKENS
-        partials = len(found) * partial_bytes(p.features, p.num_blocks, p.max_rank)
-        copies = 2 * max(found) * sum(map(p.copied, shape))
-        assert backward_workspace(p)["factor gradients"] == copies + partials <= 2 * copies + partials
