@@ -11,7 +11,7 @@ from smoa_kernels.backends.algorithms import admissible, choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, Part, Problem, estimate, parts
+from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, Part, Problem, backward_workspace, estimate, parts
 
 H100 = GPUS["h100"]
 DIRECTIONS = ("forward", "input_gradient")
@@ -119,6 +119,27 @@ def test_operands_read_in_place(change: dict[str, int], in_place: bool) -> None:
     assert p.in_place == in_place
     for way in ("merged", "split"):
         assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
+
+
+def test_backward_workspace():
+    p = Problem(8192, 14336, 4096, 4, 16)
+    stages = backward_workspace(p)
+    gathered = 2 * 8192 * (14336 + 4096)
+    partials = 4 * 4 * (14336 * 8 + 4096 * 28)  # float32, ρ = 4; a slice per 128-wide tile of the other side
+    assert gathered == 288 * 2**20
+    assert stages["factor gradients"] == gathered + partials
+    assert stages["input gradient"] == 112 * 2**20
+
+
+def test_granules_are_read_in_place():
+    """Only partials and W_eff remain."""
+    p = Problem(8192, 4096, 4096, 4, 16, granule=8)
+    partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
+    assert backward_workspace(p) == {"factor gradients": partials, "input gradient": w_eff}
+
+
+def test_one_block_that_fills_its_tiles_is_not_gathered():
+    assert backward_workspace(Problem(8192, 4096, 4096, 1, 16))["factor gradients"] == 4 * 16 * 2 * 4096 * 32
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
