@@ -211,9 +211,8 @@ class AdapterState(nn.Linear):
             TypeError, ValueError: a tensor is missing, unexpected or does not fit. The message names it.
             RuntimeError: the layer is merged, or on the meta device without `assign`.
         """
-        if isinstance(
-            state_dict, Mapping
-        ):  # here, since _load_from_state_dict is not told whether it is strict
+        # Here, since _load_from_state_dict is not told whether it is strict.
+        if isinstance(state_dict, Mapping):
             check_keys("FusedSMoALinear", self._own_tensors(), state_dict, strict=strict)
         return super().load_state_dict(state_dict, strict, assign)
 

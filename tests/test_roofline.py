@@ -1,4 +1,4 @@
-"""The roofline (smoa_kernels/tuning/roofline.py): totals counted by hand, and the rule of "auto"."""
+"""The roofline (smoa_kernels/tuning/roofline.py): time and memory counted by hand, and the rule of "auto"."""
 
 import itertools
 import re
@@ -10,18 +10,21 @@ import pytest
 from smoa_kernels.backends.algorithms import admissible, choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, Part, Problem, backward_workspace, estimate, parts
+from smoa_kernels.tuning.gpus import GPUS
+from smoa_kernels.tuning.roofline import (
+    LAUNCH_SECONDS,
+    Part,
+    Problem,
+    backward_workspace,
+    estimate,
+    parts,
+)
 
 H100 = GPUS["h100"]
 DIRECTIONS = ("forward", "input_gradient")
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
 CONTIGUOUS = replace(SQUARE, granule=1024)
 GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
-
-
-def device(problem: Problem, way: str, gpu: Gpu = H100) -> float:
-    return estimate(problem, gpu, way).device_seconds()
 
 
 def over_frozen(problem: Problem, way: str) -> float:
@@ -121,27 +124,6 @@ def test_operands_read_in_place(change: dict[str, int], in_place: bool) -> None:
         assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
 
 
-def test_backward_workspace():
-    p = Problem(8192, 14336, 4096, 4, 16)
-    stages = backward_workspace(p)
-    gathered = 2 * 8192 * (14336 + 4096)
-    partials = 4 * 4 * (14336 * 8 + 4096 * 28)  # float32, ρ = 4; a slice per 128-wide tile of the other side
-    assert gathered == 288 * 2**20
-    assert stages["factor gradients"] == gathered + partials
-    assert stages["input gradient"] == 112 * 2**20
-
-
-def test_granules_are_read_in_place():
-    """Only partials and W_eff remain."""
-    p = Problem(8192, 4096, 4096, 4, 16, granule=8)
-    partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
-    assert backward_workspace(p) == {"factor gradients": partials, "input gradient": w_eff}
-
-
-def test_one_block_that_fills_its_tiles_is_not_gathered():
-    assert backward_workspace(Problem(8192, 4096, 4096, 1, 16))["factor gradients"] == 4 * 16 * 2 * 4096 * 32
-
-
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
 @pytest.mark.parametrize("dtype", KERNEL_PRECISIONS)
 def test_auto_never_rounds_the_forwards_weight(arch, dtype):
@@ -184,3 +166,21 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
             assert seconds(p, "fused", stage) <= most * seconds(p, other, stage), (tokens, stage)
             tokens *= 2
         assert tokens > 1
+
+
+# Memory of the backward
+
+
+def test_workspace_by_hand() -> None:
+    """Partial sums are float32, ρ = 4: a slice per 128-wide tile of the other side."""
+    p = Problem(8192, 14336, 4096, 4, 16)
+    gathered, partials = 2 * 8192 * (14336 + 4096), 4 * 4 * (14336 * 8 + 4096 * 28)
+    stages = backward_workspace(p)
+    assert stages["factor gradients"] == gathered + partials
+    assert stages["input gradient"] == 112 * 2**20
+    # Granules are read in place: only partials and W_eff remain. So is one block that fills its tiles.
+    partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
+    in_place = backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=8))
+    assert in_place == {"factor gradients": partials, "input gradient": w_eff}
+    one_block = backward_workspace(Problem(8192, 4096, 4096, 1, 16))
+    assert one_block["factor gradients"] == 4 * 16 * 2 * 4096 * 32

@@ -168,9 +168,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(
-            target, ExpertsWeight
-        ):  # it has the parameter's name, which only target_parameters adapts
+        # It has the parameter's name, which only target_parameters adapts.
+        if isinstance(target, ExpertsWeight):
             return
         settings = peft_config.for_layer(current_key)
         with naming(current_key):

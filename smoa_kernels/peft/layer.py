@@ -154,8 +154,10 @@ class SMoALayer(BaseWeight):
             )
         settings = self.settings[adapter_name]
         with gathered(self.innermost()), present(self, self.innermost()):
-            known = self.known_blocks(settings.rule) if partition is None else partition
-            partition = self.build_blocks(settings.rule) if known is None else known
+            if partition is None:
+                partition = self.known_blocks(settings.rule)
+            if partition is None:
+                partition = self.joined([compute() for compute in self.computations(settings.rule)])
             sketch = self.base_sketch()
         if settings.config.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)

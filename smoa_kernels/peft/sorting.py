@@ -68,7 +68,7 @@ def _sorted_at_once(
         pool = ThreadPoolExecutor(at_once, "smoa-sorting", initializer=within_one_thread)
         try:
             for key, (_, layer, rule) in weights.items():
-                begun[key] = [pool.submit(each) for each in layer.decompositions(rule)]
+                begun[key] = [pool.submit(each) for each in layer.computations(rule)]
             found = {}
             for key, (name, layer, _) in weights.items():
                 with naming(name):
