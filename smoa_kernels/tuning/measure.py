@@ -256,8 +256,7 @@ def workload(job: Job, device: torch.device) -> Workload:
     """The operation that looks a job's key up, on operands that are the same at each call.
 
     An algorithm's key times the whole operation, and so does one of experts, whose partial results torch adds. Another
-    kernel's key times its launches alone, and those that add its partial results. Only the first launch's tensors are
-    kept: it is launched again in place of the others.
+    kernel's key times its first launch alone, and those that add its partial results.
     """
     operation = passes(job.layer, device)[job.operation]
     whole = job.key.kernel in ALGORITHM_KEYS or job.layer.experts > 0
@@ -265,30 +264,29 @@ def workload(job: Job, device: torch.device) -> Workload:
 
     def run(choice: Choice) -> tuple[Sequence[Tensor | None], Callable[[], object]]:
         tried = choice if isinstance(choice, str) else _Tried(**vars(choice))
-        own: list[Callable[[], object]] = []
-        sums: list[Callable[[], object]] = []
+        launches: list[Callable[[], object]] = []
         touched: set[int] = set()
 
         def hear(launch: Launch, pointers: Pointers) -> bool:
             again = partial(launch, **pointers)
             if not isinstance(launch.config, _Tried):
                 if launch.kernel is adds and _address(pointers["partials_ptr"]) in touched:
-                    sums.append(again)
+                    launches.append(again)
                 return False
             with heard_by(None), blamed():
                 again()
-            if not own:
+            if not launches:
+                launches.append(again)
                 touched.update(_address(tensor) for tensor in pointers.values())
-            own.append(own[0] if own else again)
             return True
 
         answers = {**job.answers, job.key: tried}
         is_algorithm = isinstance(choice, str)  # every failure of the pass is its own
         with answered(answers.get), heard_by(hear), blamed() if is_algorithm else nullcontext():
             results = operation.run()
-        if not (whole or own):
+        if not (whole or launches):
             raise LookupError(f"the pass launched no {job.key.kernel}, so there is nothing to time")
-        again = partial(run, choice) if whole else lambda: [launch() for launch in own + sums]
+        again = partial(run, choice) if whole else lambda: [launch() for launch in launches]
         return results, again
 
     return Workload(job.layer.precision, run, operation.expected)

@@ -105,7 +105,7 @@ def test_strides_and_guards(
         turned = layout == "column-major" and tensor.ndim == 2
         return guarded(tensor.T.contiguous().T if turned else tensor, row_padding=8)
 
-    for ours, theirs in zip(kernel(p, place), plain(kernel, granules), strict=True):
+    for ours, theirs in zip(list(kernel(p, place)), plain(kernel, granules), strict=True):
         if layout == "column-major":  # a transposed weight is summed in another order
             assert relative_error(ours, theirs) < 1e-6
         else:
@@ -120,7 +120,7 @@ def test_offsets_beyond_int32(kernel: Callable[..., Iterator[Tensor]]) -> None:
     def place(tensor: Tensor) -> Tensor:
         return far_apart(tensor, 2**31 // 8) if len(tensor) == 12 else tensor
 
-    for ours, theirs in zip(kernel(p, place), kernel(p, lambda tensor: tensor), strict=True):
+    for ours, theirs in zip(list(kernel(p, place)), list(kernel(p, lambda tensor: tensor)), strict=True):
         assert torch.equal(ours, theirs)
 
 
