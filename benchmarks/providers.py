@@ -159,7 +159,7 @@ def smoa(
             algorithm=algorithm,
             backend=backend,
         )
-        _fill(layer)
+        fill(layer)
         return layer
 
     return build
@@ -220,17 +220,17 @@ def _inject(case: Case, config: peft.PeftConfig, factors: torch.dtype | None = N
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(factors or case.dtype)
-    _fill(model)
+    fill(model)
     return model
 
 
-def _fill(model: nn.Module) -> None:
+def fill(model: nn.Module, std: float = 0.05) -> None:
     """Make B nonzero, because an adapter that does nothing cannot be checked."""
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "_B" in name:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=std)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -353,13 +353,13 @@ def test_one_wrong_number_shows_among_millions(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(512, 400, generator=generator), torch.randn(4096, 400, generator=generator)
     x[:, :3] *= 100
-    allowed = verified._ALLOWED[precision_of(dtype, ieee=True).name]
+    allowed = verified.ALLOWED[precision_of(dtype, ieee=True).name]
     exact = x.to(dtype).double() @ w.to(dtype).double().T
     found, expected = exact.to(dtype), (x @ w.to(dtype).float().T).to(dtype)
-    assert verified._distance(found, expected, allowed) <= 1
+    assert verified.distance(found, expected, allowed) <= 1
     usual = max(numbers.square().mean().sqrt() for numbers in (exact[300], exact[:, 2000]))
     found[300, 2000] += 8 * allowed * usual
-    assert verified._distance(found, expected, allowed) > 1
+    assert verified.distance(found, expected, allowed) > 1
 
 
 def test_it_can_be_turned_off(broken: Any, silent: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,7 +381,7 @@ def test_zeros_and_overflow_say_nothing(cache: Path) -> None:
 def test_no_memory_to_compare(cache: Path, silent: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """This process uses eager; the next one tries again."""
     p = SPLIT.problem(**SIZES)
-    monkeypatch.setattr(verified, "_distance", lambda *_: raising(torch.OutOfMemoryError("40 GiB"))(p.x))
+    monkeypatch.setattr(verified, "distance", lambda *_: raising(torch.OutOfMemoryError("40 GiB"))(p.x))
     told = warned(lambda: p.forward(**SPLIT.options))
     assert [message.partition(": ")[2].startswith("there is no memory to verify") for message in told] == [
         True
