@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -62,17 +63,11 @@ def test_traffic_is_the_bytes_of_the_factors() -> None:
 # Labels are agreed on once.
 
 
-class Normed(nn.Module):
+def normed() -> nn.Sequential:
     """An adapted layer, followed by one with buffers that must be broadcast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.lin = FusedSMoALinear.from_linear(nn.Linear(12, 10), r=5, num_blocks=3)
-        self.norm = nn.BatchNorm1d(10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.lin(x))
+    torch.manual_seed(0)
+    lin = FusedSMoALinear.from_linear(nn.Linear(12, 10), r=5, num_blocks=3)
+    return nn.Sequential(OrderedDict(lin=lin, norm=nn.BatchNorm1d(10)))
 
 
 def other_labels() -> BlockPartition:
@@ -92,9 +87,9 @@ def sent_buffers(model: nn.Module) -> set[int]:
 
 @in_two
 def test_labels_are_shared() -> None:
-    untold = Normed()
+    untold = normed()
     assert id(untold.lin.smoa_row_block) in sent_buffers(untold)
-    model = Normed()
+    model = normed()
     if dist.get_rank() == 1:
         model.lin.partition = other_labels()
         model.lin.smoa_ranks = torch.tensor([1, 2, 2], dtype=torch.int32)
@@ -144,7 +139,7 @@ def test_a_process_outside_the_group_is_refused(call: Callable[..., object]) -> 
 
 
 def test_without_processes_names_are_noted() -> None:
-    model = Normed()
+    model = normed()
     ignore_buffers(model)
     ignored = model._ddp_params_and_buffers_to_ignore
     assert {"lin.smoa_row_block", "lin.smoa_ranks", "lin.smoa_sketch"} <= set(ignored)
