@@ -228,13 +228,11 @@ class LayerSlots:
     """A layer's computation with the adapters in the engine's slots.
 
     Args:
-        product: the base layer's product.
         slices: one for each layer that is packed into this one.
         weight: W0 (N, C) if it is at hand, unquantised.
         keep: if it is not, whether to read W0 at the first token of an adapter and keep it.
     """
 
-    product: Product
     slices: Sequence[Slice]
     weight: Tensor | None
     keep: bool
@@ -255,7 +253,10 @@ class LayerSlots:
         return self.slices[-1].stop, self.slices[0].A.shape[-1]
 
     def fill(self, slot: int, ranks: Sequence[tuple[int, ...]]) -> None:
-        """Record a slot's adapter: r_k of each slice, () of one without an adapter of ours."""
+        """Record a slot's adapter: r_k of each slice, () of one without an adapter of ours.
+
+        vLLM may cut a layer into more slices than an adapter has layers for it; it then takes none of ours.
+        """
         for part, own in zip(self.slices, ranks, strict=False):
             part.fill(slot, own)
 
@@ -287,7 +288,7 @@ class LayerSlots:
         # Without W0 the base product has that many rows. Reading W0 takes C.
         read = self.weight is None and (self.keep or rows > self.shape[1] + tokens)
         if read:
-            self._hold(read_weight(self.product, self.shape[1], x))
+            self._hold(read_weight(self.slices[0].base, self.shape[1], x))
         y = self._mixed(x, bias, Step(groups, step.slots), base)
         if read and not self.keep:
             self._hold(None)
@@ -330,7 +331,7 @@ class LayerSlots:
         With W0 the sum is rounded once, after the addition, and a bias is added to the rounded sum: added before, it
         would hide a small update. Without W0 y is rounded already, so in half precision a small update is lost.
         """
-        if self._copies and self.weight is not None and not recorded:
+        if self._copies and not recorded:
             update = _side_by_side([part.update_by_blocks(x, slots) for part in self.slices])
         else:
             update = _side_by_side([part.update(x, slots, recorded=recorded) for part in self.slices])

@@ -217,7 +217,7 @@ def _layer_slots(module: Any) -> LayerSlots:
     if weight is not None and tuple(weight.shape) != (ends[-1], slices[0].A.shape[-1]):
         weight = None  # repacked
     keep = plain and os.environ.get(KEEP_VARIABLE, "1") != "0"
-    return LayerSlots(product, slices, weight, keep)
+    return LayerSlots(slices, weight, keep)
 
 
 @_instead_of("vllm.lora.model_manager.LoRAModelManager.activate_adapter", "self lora_id")

@@ -50,7 +50,7 @@ class Layer:
             )
             for start, n in zip(starts, SIZES, strict=True)
         ]
-        self.slots = LayerSlots(self.product, slices, self.weight if weight else None, keep)
+        self.slots = LayerSlots(slices, self.weight if weight else None, keep)
         self.modulation = torch.zeros(SLOTS, sum(SIZES), C)
         for slot, ranks in self.RANKS.items():
             for part, own in zip(slices, ranks, strict=True):
