@@ -5,8 +5,8 @@ round by round, each round in another order (drawn from a fixed seed). So if the
 all of them, and no provider always runs after the same other one. A ratio divides the seconds of two providers *in the
 same round*. A figure is the median of these ratios, with its quartiles.
 
-The call before a short one changes its time. So a provider that takes less than 10 ms has several turns in a round,
-between those of the others, at most ten and at most 20 ms in all; its seconds are their mean.
+A short call's time depends on the call before it. So a provider that takes less than 10 ms has several turns in a
+round, between those of the others, at most ten and at most 20 ms in all; its seconds are their mean.
 
 If the interquartile range of the baseline is above 15 % of its median, the machine was too unsteady: the ratios are
 printed and marked noisy, but neither quoted nor judged. The same holds for a benchmark that ran in one round only.

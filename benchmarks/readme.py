@@ -85,10 +85,10 @@ def section(runs: list[Run]) -> str:
 def _job_rows(device: str, summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     where = f"{_processor(device)}, {summaries['smoa']['machine']['threads']} threads"
     cells = {
-        "fine-tuning a model: trained parameters": lambda s: f"{s['trainable_parameters']:,}",
+        "trained parameters": lambda s: f"{s['trainable_parameters']:,}",
         "accuracy, %": lambda s: _percent(s["accuracy_after"]),
         "seconds a step": lambda s: f"{s['median_step_seconds']:.2f}",
-        "peak memory of the process, GiB": lambda s: f"{s['peak_memory_bytes'] / 2**30:.2f}",
+        "peak memory, GiB": lambda s: f"{s['peak_memory_bytes'] / 2**30:.2f}",
     }
     return [(where, words, *map(cell, summaries.values())) for words, cell in cells.items()]
 
@@ -129,8 +129,9 @@ def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
     return (
         f"First four rows (`make main-job`): SmolLM2-135M on TREC-6, {options['steps']} steps, r={options['r']}, K=2, "
         f"{options['dtype']}, one seed; {before['questions']} test questions, untrained {_percent(before)}; ± is one "
-        "standard error over questions. Layers (2048 tokens, 2048×2048, r=16) and steps (512 tokens), by `make bench`: "
-        "spectral, K=4. vLLM: [eight sequences](docs/serving.md#what-it-costs). "
+        "standard error. Layers (2048 tokens, 2048×2048, r=16) and steps (512 tokens): spectral, K=4; layers are "
+        "slower at K=2, faster with contiguous blocks. LoRA and HiRA are PEFT's, in vLLM's row "
+        "[vLLM's and ours](docs/serving.md#what-it-costs). "
         f"All tables: {pages}."
     )
 
