@@ -157,10 +157,9 @@ class Slice:
         if self.B[slot, 0, :, : sum(ranks)].any():
             self.ranks[slot] = ranks
 
-    def distance(self, sketch: Tensor) -> float:
-        """The distance of these rows of W0 from their sketch, by products with random signs."""
-        products = self.of(self.base(sign_rows(self.A.shape[-1], self.A)), 1)
-        return sketch_distance(sketch, sketch_of_products(products, sketch))
+    def distance(self, sketch: Tensor, products: Tensor) -> float:
+        """The distance of these rows of W0 from their sketch, by the layer's `sign_products`."""
+        return sketch_distance(sketch, sketch_of_products(self.of(products, 1), sketch))
 
     def output(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         """`x (W0 ∘ (1 + BA))ᵀ + b` (T, n) with the adapter of one slot, by our operator. W0 must be at hand."""
@@ -177,7 +176,7 @@ class Slice:
         if not rank:
             return x.new_zeros(len(x), self.stop - self.start, dtype=torch.float32)
         A = self.A.index_select(0, slots)[:, 0, :rank]
-        B = self.B.index_select(0, slots)[:, 0, :, :rank].transpose(1, 2)
+        B = self.B[:, 0, :, :rank].transpose(1, 2).index_select(0, slots)
         rows = (x[:, None] * A).flatten(0, 1)
         products = self.of(self.base(rows), 1) if self.weight is None else F.linear(rows, self.weight)
         return (products.float().view_as(B) * B).sum(1)
@@ -259,6 +258,10 @@ class LayerSlots:
         """
         for part, own in zip(self.slices, ranks, strict=False):
             part.fill(slot, own)
+
+    def sign_products(self) -> Tensor:
+        """W0's products with the random signs of a sketch, (32, N)."""
+        return self.slices[0].base(sign_rows(self.shape[1], self.slices[0].A))
 
     def output(
         self,

@@ -147,6 +147,8 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
         if not isinstance(slots, LayerSlots) or len(slots.slices) != len(names):
             reason = slots if isinstance(slots, str) else "vLLM packs other layers into one"
             raise ValueError(f"{adapter.folder}: {name} takes LoRA alone: {reason}; {MERGE}")
+        # A sketch is of all of W0, and a shard has only a part.
+        products = slots.sign_products() if module.tp_size == 1 else None
         for at, factors in parts.items():
             shape = base.output_sizes[at] if len(names) > 1 else base.output_size, base.input_size
             trained = factors.B.shape[0], factors.A.shape[1]
@@ -154,8 +156,8 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
                 raise ValueError(
                     f"{adapter.folder} was trained over another model: its {names[at]} is {trained}, here it is {shape}"
                 )
-            if factors.sketch is not None and module.tp_size == 1:
-                distance = slots.slices[at].distance(factors.sketch)
+            if factors.sketch is not None and products is not None:
+                distance = slots.slices[at].distance(factors.sketch, products)
                 if not distance <= TOLERANCE:
                     far.append(names[at])
     if left and import_module("vllm.distributed").get_pp_group().world_size == 1:
