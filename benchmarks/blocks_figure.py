@@ -1,6 +1,6 @@
 """Draw the blocks that SMoA adapts: a weight in its own and in spectral order, and the singular values of updates.
 
-    python -m benchmarks.blocks_figure --out docs/blocks.svg
+    python -m benchmarks.blocks_figure      # docs/blocks.svg
 
 The figure shows real numbers: a weight of random directions and a falling spectrum, the blocks that `BlockPartition`
 finds in it, and the updates of a random SMoA and a random LoRA adapter.
@@ -8,19 +8,18 @@ finds in it, and the updates of a random SMoA and a random LoRA adapter.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.reference import delta_weight
 
 from .plots import COLOURS, svg
 from .providers import LORA, SMOA
+from .results import ROOT, write
 
 ROWS, COLS, BLOCKS, RANK = 48, 64, 4, 8
 # Okabe and Ito's colours, as in the other figures: first for the background, then one for each block.
@@ -36,7 +35,7 @@ def example() -> tuple[BlockPartition, Tensor, Tensor]:
     partition = BlockPartition.from_weight(weight, BLOCKS)
     ranks = torch.full((BLOCKS,), RANK // BLOCKS, dtype=torch.int32)
     A, B = torch.randn(RANK // BLOCKS, COLS), torch.randn(ROWS, RANK // BLOCKS)
-    delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=1.0)
+    delta = delta_weight(PackedAdapter(weight, A, B, partition, ranks, torch.ones(())))
     lora = torch.randn(ROWS, RANK, dtype=torch.float64) @ torch.randn(RANK, COLS, dtype=torch.float64)
     return partition, delta, lora
 
@@ -83,6 +82,4 @@ def figure() -> Figure:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/blocks.svg"))
-    parser.parse_args().out.write_text(svg(figure()), encoding="utf-8")
+    write(ROOT / "docs" / "blocks.svg", svg(figure()))

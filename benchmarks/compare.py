@@ -55,7 +55,7 @@ def ratios(run: Run) -> dict[Name, Figure]:
         for result in run.results
         for phase, seconds in result.seconds.items()
         for name in seconds
-        if name != result.baseline and (figure := result.ratio(phase, name)) is not None
+        if name != result.baseline and (figure := result.comparison(phase).ratio(name)) is not None
     }
 
 
@@ -74,7 +74,7 @@ def main(
     new: Annotated[Path, typer.Argument(help="JSON of the run after.")],
 ) -> None:
     """Say what changed between two runs beyond noise."""
-    print(report(read(old), read(new)))
+    print(report(read(old), read(new)), end="")
 
 
 def report(old: Run, new: Run) -> str:
@@ -88,7 +88,7 @@ def report(old: Run, new: Run) -> str:
     bytes = [
         (*name, was.short(), now.short(), f"{_factor((name, was, now)):.2f}") for name, was, now in counted
     ]
-    parts = (
+    return tables.paragraphs(
         f"old: {tables.machine_line(old)}\nnew: {tables.machine_line(new)}",
         "" if old.slug == new.slug else "The machines differ, and so may what they are fast at.",
         tables.table(("ratio, median [quartiles]", "phase", "", *columns), times),
@@ -97,7 +97,6 @@ def report(old: Run, new: Run) -> str:
         f"Changed: {slower} slower, {len(times) - slower} faster, {len(bytes)} sizes. The same: "
         f"{same + same_sizes}. Not compared, since they are noisy or of one round: {doubtful}.",
     )
-    return "\n\n".join(part.strip() for part in parts if part)
 
 
 def _factor(one: Change) -> float:

@@ -1,4 +1,4 @@
-"""Options, the pinned threads, and the JSON's contents."""
+"""The option, the one pinned thread, and the JSON's contents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ Measure = Callable[..., None]
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("smoa-kernels")
     group.addoption("--smoke", action="store_true", help="tiny sizes: does every benchmark pass its gate")
-    group.addoption("--threads", type=int, default=1, help="intra-op threads (default 1)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_disable = False
     config.option.benchmark_enable = True
     config.option.benchmark_quiet = True
-    torch.set_num_threads(config.option.threads)
+    torch.set_num_threads(1)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Draw the dead zones of half precision: how much of a small update's output survives a bf16 or fp16 forward.
 
-    python -m benchmarks.dead_zone --out docs/dead_zone.svg
+    python -m benchmarks.dead_zone      # docs/dead_zone.svg
 
 Survival is the projection of `y - y_base` on the exact adapter output, both in float64: 1 if the whole adapter output
 arrives, 0 if rounding removes it. δ is the update's size relative to the weights, in rms. Measured on the machine that
@@ -10,9 +10,7 @@ multiply, because the compiled code of some processors would widen the halves to
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -25,6 +23,7 @@ from smoa_kernels import BlockPartition, smoa_linear
 from smoa_kernels.adapter_folder.rounding import round_stochastically
 
 from .plots import svg
+from .results import ROOT, write
 from .tables import table
 
 FEATURES, TOKENS, RANK = 1024, 2048, 8
@@ -80,9 +79,6 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
 
 def main() -> None:
     """Measure, print the table and draw the figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("docs/dead_zone.svg"))
-    out = parser.parse_args().out
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, dtype in zip(axes, (torch.bfloat16, torch.float16), strict=True):
@@ -96,8 +92,7 @@ def main() -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("share of the adapter's output\nthat survives the forward")
     axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(0.0, 0.62))
-    out.write_text(svg(figure), encoding="utf-8")
-    print(f"written to {out}")
+    write(ROOT / "docs" / "dead_zone.svg", svg(figure))
 
 
 if __name__ == "__main__":

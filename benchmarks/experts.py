@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,12 +13,12 @@ from transformers import Qwen3MoeConfig
 from transformers.integrations.moe import _grouped_linear
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.reference import delta_weight
 from smoa_kernels.peft import Experts, SMoAConfig
 
 from .gate import check_error
 from .protocol import DEVICE
-from .providers import CONTIGUOUS, FROZEN, LORA, SMOA
+from .providers import CONTIGUOUS, FROZEN, LORA, SMOA, name_of
 
 IDEAL = "ideal grouped LoRA"
 """LoRA with its two products grouped over experts, like the frozen one: no library's, but the least LoRA could cost."""
@@ -47,15 +46,15 @@ class ExpertsCase:
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {**asdict(self), "tokens": self.tokens, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {**asdict(self), "tokens": self.tokens, "dtype": name_of(self.dtype)}
 
     def smoke(self) -> ExpertsCase:
         """The same on tiny sizes."""
         return replace(self, pairs=min(self.pairs, 2), hidden=16, intermediate=24, experts=4)
 
     def __str__(self) -> str:
-        p, pairs = self.record(), f"{self.pairs} pairs, " if self.pairs else ""
-        return f"{pairs}H={self.hidden}, I={self.intermediate}, E={self.experts}, {p['dtype']}"
+        pairs = f"{self.pairs} pairs, " if self.pairs else ""
+        return f"{pairs}H={self.hidden}, I={self.intermediate}, E={self.experts}, {name_of(self.dtype)}"
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states, each token's experts (each as often as any other) and routing weights."""
@@ -152,12 +151,13 @@ def providers(case: ExpertsCase) -> dict[str, nn.Module]:
     return made
 
 
-def check(case: ExpertsCase, layers: Mapping[str, nn.Module]) -> None:
-    """Check ours, and frozen, against transformers' loop over W_eff in float64.
+def checked(case: ExpertsCase) -> dict[str, nn.Module]:
+    """Every provider's layer, after ours and frozen were checked against transformers' loop over W_eff in float64.
 
     Raises:
         RedGateError: naming the case, the provider and the tensor.
     """
+    layers = providers(case)
     for name, layer in layers.items():
         experts: Any = layer.get_submodule("experts") if hasattr(layer, "experts") else None
         # LoRA's layers are not checked: one is PEFT's, one an ideal.
@@ -172,6 +172,7 @@ def check(case: ExpertsCase, layers: Mapping[str, nn.Module]) -> None:
             names = ("y", "dX", "routing", *("dA" if i % 2 == 0 else "dB" for i in range(len(found) - 3)))
             for what, value, exact, plain in zip(names, found, truth, same, strict=True):
                 check_error(f"{case}: {what} of {name}", value, exact, plain)
+    return layers
 
 
 def computed(
@@ -195,11 +196,8 @@ def defined(
     for name, weight in experts.weights.items() if isinstance(experts, Experts) else ():
         adapter = weight.packed("default", weight.base_weight().to(dtype))
         A, B = (t.detach().to(dtype).requires_grad_() for t in (adapter.A, adapter.B))
-        layers, s = zip(adapter.experts(range(len(A))), A, B, strict=True), float(adapter.scaling)
-        deltas = [
-            reference_delta_weight(e.weight, a, b, e.partition, e.ranks, scaling=s) for e, a, b in layers
-        ]
-        total = adapter.weight + torch.stack(deltas)
+        each = replace(adapter, A=A, B=B).experts(range(len(A)))
+        total = adapter.weight + torch.stack([delta_weight(one) for one in each])
         changed[name] = total.transpose(1, 2) if weight.fan_in_fan_out else total
         leaves += [A, B]
     y = functional_call(base, changed, (leaves[0], index, leaves[1]))

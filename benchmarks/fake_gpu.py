@@ -4,18 +4,16 @@ Everything up to the launch is Triton's own code: binding and specialising the a
 the lookup. Nothing is compiled: a `FakeKernel` replaces the compiled kernel, so the driver's share of a launch is
 missing. The process must not interpret (`TRITON_INTERPRET`).
 
-    >>> gpu = install(devices=2)
-    >>> with gpu.on(1):
-    ...     kernel[(4,)](x, y, BLOCK=64)
+    >>> gpu = install()
+    >>> kernel[(4,)](x, y, BLOCK=64)
     >>> gpu.launches
-    [Launch(kernel='kernel', form=..., device=1, stream=101, ...)]
+    [Launch(kernel='kernel', form=..., device=0, stream=100, ...)]
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -83,19 +81,6 @@ class FakeGpu:
     launches: list[Launch] = field(default_factory=list)
     recording: bool = True
 
-    def stream(self, device: int) -> int:
-        """The current stream of a device, another for each."""
-        return 100 + device
-
-    @contextmanager
-    def on(self, device: int) -> Iterator[None]:
-        """Make a device the current one."""
-        before, self.current = self.current, device
-        try:
-            yield
-        finally:
-            self.current = before
-
     def exchange(self, device: int) -> int:
         """Make a device the current one; returns the one before. A negative number changes nothing."""
         before = self.current
@@ -138,23 +123,11 @@ class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows n
         """The function that launches."""
         return self._record
 
-    def _record(
-        self,
-        grid_0: int,
-        grid_1: int,
-        grid_2: int,
-        stream: int,
-        _function: object,
-        _packed: object,
-        _metadata: object,
-        _enter_hook: object,
-        _leave_hook: object,
-        *arguments: object,
-    ) -> None:
+    def _record(self, *given: Any) -> None:
+        """Note a launch: Triton gives the grid, the stream, five things of its own, and the kernel's arguments."""
         if self.gpu.recording:
-            plain = (one for one in arguments if not isinstance(one, torch.Tensor))
-            numbers = grid_0, grid_1, grid_2, *plain
-            launch = Launch(self.name, self.form, self.constants, self.gpu.current, stream, numbers)
+            numbers = *given[:3], *(one for one in given[9:] if not isinstance(one, torch.Tensor))
+            launch = Launch(self.name, self.form, self.constants, self.gpu.current, given[3], numbers)
             self.gpu.launches.append(launch)
 
 
@@ -183,7 +156,7 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
 
     def get_current_stream(self, device: int) -> int:
         """The current stream of a device."""
-        return self.gpu.stream(device)
+        return 100 + device  # another for each
 
     def get_active_torch_device(self) -> torch.device:
         """The current device."""

@@ -40,30 +40,23 @@ class Goal:
 
     def _figure(self, result: Result) -> Figure | None:
         if self.what in result.seconds:
-            return (
-                result.ratio(self.what, self.name, self.over)
-                if self.over
-                else result.time(self.what, self.name)
-            )
+            found = result.comparison(self.what)
+            return found.ratio(self.name, self.over) if self.over else found.time(self.name)
         sizes = {name: counted[self.what] for name, counted in result.bytes.items() if self.what in counted}
         if not {self.name, self.over} <= sizes.keys():
             return None
         base = sizes[self.above] if self.above else 0
         return Figure.of([(sizes[self.name] - base) / (sizes[self.over] - base)])
 
-    def verdict(self, run: Run) -> str:
+    def verdict(self, figure: Figure, result: Result) -> str:
         """Met, or missed by how much; nothing is judged on a noisy machine or by a single round."""
-        found = self.measure(run)
-        if found is None:
-            return "not measured"
-        figure, result = found
         if figure.doubt:
             return f"{figure.doubt}, not judged"
         if figure.median <= self.limit:
             return "met"
         missed = f"missed by {figure.median - self.limit:.2f} ({figure.median / self.limit - 1:.0%})"
         phases = [phase for phase in result.seconds if phase != self.what] if self.what == "both" else []
-        parts = [(phase, result.ratio(phase, self.name, self.over)) for phase in phases]
+        parts = [(phase, result.comparison(phase).ratio(self.name, self.over)) for phase in phases]
         return (
             missed
             + ": " * bool(parts)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.backends import native_obstacle, triton_obstacle
+from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import precision_of
-from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.reference import delta_weight
 from smoa_kernels.tuning.roofline import Problem
 
 from .protocol import DEVICE
@@ -158,7 +159,7 @@ def smoa(
             algorithm=algorithm,
             backend=backend,
         )
-        _fill(layer)
+        fill(layer)
         return layer
 
     return build
@@ -172,7 +173,7 @@ def _partition(case: Case) -> BlockPartition:
 
 def smoa_delta(layer: FusedSMoALinear, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The definition's ΔW with a layer's blocks, ranks and scaling."""
-    return reference_delta_weight(weight, A, B, layer.partition, layer.smoa_ranks, scaling=layer.smoa_scaling)
+    return delta_weight(PackedAdapter(weight, A, B, layer.partition, layer.smoa_ranks, layer.smoa_scaling))
 
 
 def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider]:
@@ -219,17 +220,17 @@ def _inject(case: Case, config: peft.PeftConfig, factors: torch.dtype | None = N
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(factors or case.dtype)
-    _fill(model)
+    fill(model)
     return model
 
 
-def _fill(model: nn.Module) -> None:
+def fill(model: nn.Module, std: float = 0.05) -> None:
     """Make B nonzero, because an adapter that does nothing cannot be checked."""
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "_B" in name:
-                parameter.normal_(std=0.05)
+                parameter.normal_(std=std)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from .machine import LIMIT, commit, cpu_name
 from .providers import HIRA, LORA, SMOA
 from .results import RESULTS, ROOT, Run, write
-from .tables import ratios, table
+from .tables import paragraphs, ratios, table
 
 README = ROOT / "README.md"
 MAIN_JOB = RESULTS / "main-job"
@@ -71,17 +71,15 @@ def section(runs: list[Run]) -> str:
     own = str(jobs["smoa"]["processor"])
     summaries = {name: job["summary"] for name, job in jobs.items()}
     rows = _job_rows(own, summaries)
-    on_cpu = sorted((run for run in runs if not run.on_gpu), key=lambda run: run.machine["device"] != own)
-    rows += [row for run in on_cpu for row in _rows(run)]
+    rows += [row for run in runs if not run.on_gpu for row in _rows(run)]
     rows.append(_serving_row())
     processors = [row[0].partition(",")[0] for row in rows]  # those of one processor together
     rows.sort(key=lambda row: processors.index(row[0].partition(",")[0]))
-    parts = [
+    return paragraphs(
         table(("Measured on CPU", "", "SMoA", "LoRA", "HiRA"), rows),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
         _explained(summaries["smoa"], runs),
-    ]
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    )
 
 
 def _job_rows(device: str, summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -101,7 +99,7 @@ def _rows(run: Run) -> list[tuple[str, ...]]:
     rows = []
     for words, kind, phase, params in ROWS:
         if (result := run.find(kind, **params)) is not None:
-            figures = [result.ratio(phase, name) for name in METHODS.values()]
+            figures = map(result.comparison(phase).ratio, METHODS.values())
             rows.append((where, words, *("–" if figure is None else figure.short() for figure in figures)))
     return rows
 

@@ -40,30 +40,16 @@ def page(runs: list[Run]) -> str:
     words = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     text = words.format(
         protocol=inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2],
-        runs="\n\n".join(map(_run_page, runs)) or NONE_YET,
+        runs=tables.paragraphs(*map(_run_page, runs)) if runs else NONE_YET,
     )
-    return "\n\n".join(part.strip() for part in text.split("\n\n") if part.strip()) + "\n"
-
-
-def generate(folder: Path, readme: Path | None) -> list[Path]:
-    """Write every page of the runs in a folder; returns the paths."""
-    runs = read_all(folder)
-    files = {folder / "README.md": page(runs)}
-    if readme is not None:
-        files[readme] = with_section(readme.read_text(encoding="utf-8"), section(runs))
-    for path, text in files.items():
-        write(path, text)
-    return list(files)
+    return tables.paragraphs(*text.split("\n\n"))
 
 
 def main(
     runs: Annotated[list[Path] | None, typer.Argument(help="JSON files of runs to add.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of results.")] = RESULTS,
-    readme: Annotated[
-        Path | None, typer.Option(help="README whose section is written; the project's with its own results.")
-    ] = None,
 ) -> None:
-    """Add runs to a folder of results and write its tables and the README's section."""
+    """Add runs to a folder of results and write its tables; of the project's own results the README's section, too."""
     ours = out.resolve() == RESULTS
     for path in runs or []:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -74,7 +60,12 @@ def main(
         if ours and run.machine["smoke"]:
             raise typer.BadParameter("a --smoke run measures nothing: give another --out", param_hint="RUNS")
         write(out / f"{run.slug}.json", compact(run))
-    for path in generate(out, readme or (README if ours else None)):
+    kept = read_all(out)
+    files = {out / "README.md": page(kept)}
+    if ours:
+        files[README] = with_section(README.read_text(encoding="utf-8"), section(kept))
+    for path, text in files.items():
+        write(path, text)
         print(f"written: {path}")
 
 
@@ -82,7 +73,7 @@ def _run_page(run: Run) -> str:
     timed = [result for result in run.results if result.seconds]
     doubtful = []
     for result in timed:
-        if doubts := result.doubts:
+        if doubts := {p: doubt for p in result.seconds if (doubt := result.comparison(p).doubt)}:
             phases = "" if len(doubts) == len(result.seconds) else f", {' and '.join(doubts)}"
             doubtful.append(f"{result.title}{phases} ({next(iter(doubts.values()))})")
     steady = f"{len(timed) - len(doubtful)} of {len(timed)} comparisons are steady"
@@ -102,7 +93,7 @@ def _run_page(run: Run) -> str:
         if kind == "experts" and results:
             blocks.append(tables.ratios(run, results, "both", over=LORA))
         blocks.append(tables.counted(run, results) if results else "Not measured in this run.")
-    return "\n\n".join(block.strip() for block in blocks if block.strip())
+    return tables.paragraphs(*blocks)
 
 
 if __name__ == "__main__":

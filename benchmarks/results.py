@@ -16,7 +16,7 @@ from smoa_kernels.files import replace_file
 
 from . import protocol
 from .machine import EDITED, load
-from .protocol import Comparison, Figure, Turns
+from .protocol import Comparison, Turns
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -49,19 +49,6 @@ class Result:
         """The seconds of one phase."""
         return Comparison(self.baseline, self.seconds[phase])
 
-    def time(self, phase: str, name: str) -> Figure | None:
-        """Seconds of a provider; None where it did not run."""
-        return self.comparison(phase).time(name)
-
-    def ratio(self, phase: str, name: str, over: str | None = None) -> Figure | None:
-        """A provider over another (the baseline unless given), pair by pair; None without both."""
-        return self.comparison(phase).ratio(name, over)
-
-    @property
-    def doubts(self) -> dict[str, str]:
-        """By phase, why its ratios are neither quoted nor judged; phases without a doubt are left out."""
-        return {phase: doubt for phase in self.seconds if (doubt := self.comparison(phase).doubt)}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -90,10 +77,6 @@ class Run:
     def with_finding(self, stage: str, finding: Any) -> Run:
         """The run with a stage's finding, which replaces an earlier one."""
         return replace(self, findings={**self.findings, stage: finding})
-
-    def with_stage(self, stage: str, **status: Any) -> Run:
-        """The run with a stage's status."""
-        return replace(self, stages={**self.stages, stage: status})
 
     @property
     def on_gpu(self) -> bool:
@@ -169,12 +152,8 @@ def read(path: Path) -> Run:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if "benchmarks" in data:
-            return Run(
-                machine=data["machine_info"],
-                commit=_commit(data["commit_info"]),
-                date=data["datetime"][:16].replace("T", " "),
-                results=tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]),
-            )
+            head = data["machine_info"], _commit(data["commit_info"]), data["datetime"][:16].replace("T", " ")
+            return Run(*head, tuple(_result(b["extra_info"]) for b in data["benchmarks"] if b["extra_info"]))
         kept = {name: data.get(name, {}) for name in ("stages", "findings")}
         return Run(
             data["machine"], data["commit"], data["date"], tuple(map(_result, data["results"])), **kept

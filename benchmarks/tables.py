@@ -29,6 +29,11 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return head + "\n".join(lines) + "\n"
 
 
+def paragraphs(*parts: str) -> str:
+    """A page's text: its parts with blank lines between them; empty ones are left out."""
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+
+
 def shown(figure: Figure | None) -> str:
     """A figure as a cell."""
     return "–" if figure is None else str(figure)
@@ -64,7 +69,7 @@ def ratios(
     for result in results:
         c = result.comparison(phase)
         base = f"{Figure.of(c.seconds[c.baseline]).median * 1e3:.3g} ms, {c.spread:.0%}"
-        rows.append((case_name(result), base, *(shown(result.ratio(phase, name, over)) for name in names)))
+        rows.append((case_name(result), base, *(shown(c.ratio(name, over)) for name in names)))
     words, baseline = "forward + backward" if phase == "both" else phase, results[0].baseline
     heading = f"{words} over {over or baseline}, {run.label}"
     return table((heading, f"{baseline}, spread", *(NAMES.get(n, n) for n in names)), rows)
@@ -86,8 +91,8 @@ def goals(run: Run) -> str:
     rows = []
     for goal in GOALS:
         found = goal.measure(run)
-        figure = found[0] if found else None
-        rows.append((goal.text, f"≤ {goal.limit:.2f}", shown(figure), goal.verdict(run)))
+        cells = (str(found[0]), goal.verdict(*found)) if found else ("–", "not measured")
+        rows.append((goal.text, f"≤ {goal.limit:.2f}", *cells))
     return table((f"ratio, {run.label}", "goal", "median [quartiles]", ""), rows)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from .conftest import Measure
-from .experts import ExpertsCase, check, providers
+from .experts import ExpertsCase, checked
 from .memory import allocated
 from .protocol import halves, pass_seconds, timed
 from .providers import FROZEN
@@ -26,8 +26,7 @@ ONE_TOKEN = (ExpertsCase(0, 256, 512), ExpertsCase(0, 2048, 768))
 def test_training_pass(case: ExpertsCase, smoke: bool, measure: Measure) -> None:
     title, params = f"experts: {case}", case.record()
     case = case.smoke() if smoke else case
-    layers = providers(case)
-    check(case, layers)
+    layers = checked(case)
     memory = {}
     for name, layer in layers.items():
         forward, backward = halves(layer, case.inputs(), case.output_gradient())
@@ -44,8 +43,7 @@ def test_training_pass(case: ExpertsCase, smoke: bool, measure: Measure) -> None
 def test_one_token(case: ExpertsCase, smoke: bool, measure: Measure) -> None:
     title, params = f"one token through experts: {case}", case.record()
     case = case.smoke() if smoke else case
-    layers = providers(case)
-    check(case, layers)
+    layers = checked(case)
     x, *rest = case.inputs()
     runs = {
         name: timed("forward", torch.no_grad()(partial(layer, x.detach(), *rest)))

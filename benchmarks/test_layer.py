@@ -37,12 +37,6 @@ def training_pass(layer: nn.Module, case: Case) -> Run:
     return partial(pass_seconds, layer, [case.input()], case.output_gradient())
 
 
-def forward_alone(layer: nn.Module, case: Case) -> Run:
-    """Seconds of a forward that records nothing."""
-    x = case.input().detach()
-    return timed("forward", torch.no_grad()(lambda: layer(x)))
-
-
 def checked(case: Case, algorithms: Sequence[str], without: Sequence[str] = ()) -> dict[str, nn.Module]:
     """Every provider's layer, after its gate."""
     providers = layer_providers(case, algorithms)
@@ -75,7 +69,10 @@ def test_few_tokens(case: Case, smoke: bool, measure: Measure) -> None:
     case = case.smoke() if smoke else case
     # HiRA and the paper's way build a dense weight for every token; the layer's benchmark times them.
     layers = checked(case, few_token_algorithms(), without=(HIRA, DEFAULT_HIRA, PAPER))
-    runs = {name: forward_alone(layer, case) for name, layer in layers.items()}
+    runs = {
+        name: timed("forward", torch.no_grad()(partial(layer, case.input().detach())))
+        for name, layer in layers.items()
+    }
     measure("few tokens", title, params, runs, baseline=FROZEN, budget=2, warmup=5)
 
 

@@ -24,7 +24,9 @@ from .gate import RedGateError
 from .memory import allocated
 from .models import RANK, adapter_configs, base_model, model_name
 from .protocol import DEVICE, timed
-from .providers import ACCELERATED, BF16, HIRA, LORA, name_of
+from .providers import ACCELERATED, BF16, HIRA, LORA, fill, name_of
+
+BATCH, LENGTH, BLOCKS = 16, 32, 4
 
 
 def adapted(
@@ -37,11 +39,7 @@ def adapted(
     model: nn.Module = peft.get_peft_model(
         base_model(smoke).to(dtype), config, autocast_adapter_dtype=float32_factors
     )
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "_B" in name:
-                parameter.normal_(std=0.01)
+    fill(model, std=0.01)
     return model
 
 
@@ -105,18 +103,9 @@ def check_gradients(models: dict[str, nn.Module], tokens: Tensor) -> None:
         pytest.param(BF16, False, id="bfloat16 factors"),
     ],
 )
-@pytest.mark.parametrize(("batch", "length", "blocks"), [(16, 32, 4)])
-def test_step(
-    batch: int,
-    length: int,
-    blocks: int,
-    dtype: torch.dtype,
-    float32_factors: bool,
-    smoke: bool,
-    measure: Measure,
-) -> None:
-    skip_what_loops_multiply(batch * length * 135_000_000, dtype, smoke)  # once for each weight and token
-    configs = adapter_configs(blocks)
+def test_step(dtype: torch.dtype, float32_factors: bool, smoke: bool, measure: Measure) -> None:
+    skip_what_loops_multiply(BATCH * LENGTH * 135_000_000, dtype, smoke)  # once for each weight and token
+    configs = adapter_configs(BLOCKS)
     configs[ACCELERATED] = configs[HIRA]
     models: dict[str, Any] = {
         name: adapted(config, smoke, dtype, float32_factors) for name, config in configs.items()
@@ -124,7 +113,7 @@ def test_step(
     accelerate_hira(models[ACCELERATED])
     vocabulary = models[LORA].config.vocab_size
     torch.manual_seed(2)
-    tokens = torch.randint(vocabulary, (batch, length + 1), device=DEVICE)
+    tokens = torch.randint(vocabulary, (BATCH, LENGTH + 1), device=DEVICE)
     check_gradients(models, tokens[:2])
     steps = {name: training_step(model, tokens) for name, model in models.items()}
     for step in steps.values():
@@ -134,13 +123,13 @@ def test_step(
     measure(
         "step",
         f"training step: {model_name(smoke)}, {name_of(dtype)}{' factors too' if others else ''}, "
-        f"{batch} x {length} tokens, r={RANK}, K={blocks}",
+        f"{BATCH} x {LENGTH} tokens, r={RANK}, K={BLOCKS}",
         {
             "model": model_name(smoke),
-            "batch": batch,
-            "length": length,
+            "batch": BATCH,
+            "length": LENGTH,
             "rank": RANK,
-            "num_blocks": blocks,
+            "num_blocks": BLOCKS,
             "dtype": name_of(dtype),
             **others,
         },

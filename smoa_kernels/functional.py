@@ -10,7 +10,6 @@ from torch import Tensor
 from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES, algorithms_of, resolve_backend
 from .checks import check_choice
 from .definition.arguments import (
-    autocast_enabled,
     check_block_ranks,
     check_dropout,
     check_partition,
@@ -20,6 +19,7 @@ from .definition.arguments import (
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
+from .definition.precision import autocast_enabled
 from .operator import LinearCall, call_linear
 
 

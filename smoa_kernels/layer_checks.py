@@ -5,7 +5,6 @@ torch copies the tensors of a state dict that fit and then reports the rest. Her
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,6 @@ from .definition.dropout import WIDEST
 from .definition.partition import BlockPartition
 from .definition.precision import DTYPES
 from .definition.ranks import resolve_ranks
-from .definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 
 LABELS = ("smoa_row_block", "smoa_col_block", "smoa_ranks")
 
@@ -168,17 +166,3 @@ def partition_in(
             f"got {ranks.tolist()}; build the layer with r={int(ranks.sum())} and those block_ranks"
         )
     return BlockPartition.from_labels(rows, cols, num_blocks)
-
-
-def check_base(name: str, weight: Tensor, sketch: Tensor, *, strict: bool) -> None:
-    """Warn, or raise an error where `strict`, if an adapter with this sketch was trained over another weight."""
-    distance = sketch_distance(sketch, sketch_weight(weight))
-    if distance <= TOLERANCE:  # false for NaN too
-        return
-    message = (
-        f"{name}: the adapter was trained over another base weight (they differ by about {distance:.0%}, "
-        f"the same base in another precision by at most {TOLERANCE:.0%}); load the base weight that it was trained over"
-    )
-    if strict:
-        raise ValueError(f"{message}; strict_base=True refuses it")
-    warnings.warn(message, UserWarning, stacklevel=2)

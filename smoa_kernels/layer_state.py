@@ -14,12 +14,11 @@ from .definition.block_rule import BlockRule
 from .definition.packed import draw_A, scaling_tensor
 from .definition.partition import BlockPartition, label_dtype
 from .definition.shard import LayerShard
-from .definition.sketch import SKETCH_SIZE, sketch_weight
+from .definition.sketch import SKETCH_SIZE, check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
 from .layer_checks import (
     LABELS,
     Settings,
-    check_base,
     check_fit,
     check_keys,
     check_tensors,
@@ -212,9 +211,8 @@ class AdapterState(nn.Linear):
             TypeError, ValueError: a tensor is missing, unexpected or does not fit. The message names it.
             RuntimeError: the layer is merged, or on the meta device without `assign`.
         """
-        if isinstance(
-            state_dict, Mapping
-        ):  # here, since _load_from_state_dict is not told whether it is strict
+        # Here, since _load_from_state_dict is not told whether it is strict.
+        if isinstance(state_dict, Mapping):
             check_keys("FusedSMoALinear", self._own_tensors(), state_dict, strict=strict)
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -249,7 +247,8 @@ class AdapterState(nn.Linear):
             )
             weight = given.get("weight", self.weight)
             if "smoa_sketch" in given and not weight.is_meta:
-                check_base(name, weight, given["smoa_sketch"], strict=self.strict_base)
+                distance = sketch_distance(given["smoa_sketch"], sketch_weight(weight))
+                check_base({name: distance}, strict=self.strict_base)
         elif "weight" in given and self._rule.needs_weight:
             check_weight(whole(given["weight"]))  # before it is copied and sorted
         before = len(missing_keys)

@@ -4,18 +4,18 @@ It runs in its own process because the tests' process interprets kernels. Triton
 (benchmarks/fake_gpu.py), and so is every operand: torch's fake tensors have a device, shapes and strides, but no data.
 The code under test is the package's own and Triton's.
 
-    python tests/launches.py devices
-    python tests/launches.py forms
-    python tests/launches.py remembered
-    python tests/launches.py hooks
-    python tests/launches.py "short way"
+    python tests/launches.py devices           # or another of the functions named at the end
+    python tests/launches.py first_step 2      # also compiles its forms for sm_90, in two processes
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,8 +30,8 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.runtime.jit import JITFunction
 
-from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, adapter, install
-from smoa_kernels.backends import experts_triton
+from benchmarks.bringup.ahead import compile_all, forget
+from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, Form, adapter, install
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
@@ -88,9 +88,9 @@ def experts_passes(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         empty((), dtype=torch.float32),
     )
     ends, x, dy = empty(experts, dtype=torch.int32), empty(300, in_features), empty(300, out_features)
-    yield "experts", lambda: experts_triton.experts_product(ends, layer)(x)
+    yield "experts", lambda: backend.experts_product(ends, layer)(x)
     # dX alone: without CUDA, torch cannot fake the copies of dA and of a B with other strides.
-    yield "experts' backward", lambda: experts_triton.experts_backward(dy, None, ends, layer, needs_x=True)
+    yield "experts' backward", lambda: backend.experts_backward(dy, None, ends, layer, needs_x=True)
 
 
 def devices(gpu: FakeGpu) -> list[dict[str, Any]]:
@@ -247,14 +247,41 @@ def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
     return found
 
 
+FIRST_STEP, OTHERS = 4096, (4000, 3072, 2500)  # tokens of a batch, and of others that are a little shorter
+
+
+def first_step(gpu: FakeGpu) -> dict[str, dict[str, Any]]:
+    """Forms that the first training step of Llama-3-8B's layers compiles, and how many more other lengths compile.
+
+    bf16 under the float32 factors that PEFT keeps. The forms are compiled if processes are asked for.
+    """
+
+    def step(granule: int, tokens: int) -> list[Form]:
+        for shape in (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336):
+            for name, call in passes(adapter(*shape, "cuda:0", torch.float32, granule), tokens):
+                if name in ("auto", "backward"):
+                    call()
+        return list(gpu.compiled)
+
+    told: dict[str, dict[str, Any]] = {}
+    for order, granule in (("spectral", 1), ("granules of 8", 8)):
+        forget(gpu)
+        found = step(granule, FIRST_STEP)
+        more = [step(granule, tokens) for tokens in OTHERS][-1]
+        told[order] = {"forms": len(found), "more for other lengths": len(more) - len(found)}
+        told[order]["kernels"] = sorted(kernel.__name__ for kernel, _ in found)
+        if sys.argv[2:]:
+            with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
+                os.environ["TRITON_CACHE_DIR"] = folder
+                start = time.perf_counter()
+                each = list(compile_all(found, int(sys.argv[2])))
+                told[order] |= {"seconds": time.perf_counter() - start, "each": each}
+    return told
+
+
 if __name__ == "__main__":
     pretended = install(devices=2)
     with FakeTensorMode():
-        what = {
-            "devices": devices,
-            "forms": forms,
-            "remembered": remembered,
-            "hooks": hooks,
-            "short way": without_short_way,
-        }[sys.argv[1]]
+        functions = (devices, forms, remembered, hooks, without_short_way, first_step)
+        what = {function.__name__: function for function in functions}[sys.argv[1]]
         print(json.dumps(what(pretended)))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
 from smoa_kernels.backends import BACKEND_CHOICES, algorithms_of, resolve_backend
+from smoa_kernels.definition import reference
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks, scaling_tensor
-from smoa_kernels.definition.reference import reference_delta_weight, reference_linear
 from smoa_kernels.kernels.spec import padding_multiple
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -59,6 +59,24 @@ ORDERS: dict[str, dict[str, Any]] = {
 
 # The second order of each case, in turn. The eager backend has its own code for contiguous blocks in every algorithm.
 _IN_TURN = ("contiguous", "short granules", "contiguous", "random")
+
+
+def packed(
+    weight: Tensor, A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor, *, scaling: float | Tensor
+) -> PackedAdapter:
+    return PackedAdapter(weight, A, B, partition, ranks, scaling_tensor(scaling, weight.device))
+
+
+def reference_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *factors: Any,
+    scaling: float,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """The definition, with the arguments of `smoa_linear`."""
+    return reference.forward(x, bias, packed(weight, *factors, scaling=scaling), "auto", dropout)
 
 
 @dataclass(frozen=True)
@@ -118,10 +136,8 @@ class LinearProblem:
         `mask` replaces `dropout`: the adapter's input is multiplied by it.
         """
 
-        def masked(
-            x: Tensor, weight: Tensor, bias: Tensor | None, *adapter: object, scaling: float
-        ) -> Tensor:
-            delta = reference_delta_weight(weight, *adapter, scaling=scaling)  # type: ignore[arg-type]
+        def masked(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Any, scaling: float) -> Tensor:
+            delta = reference.delta_weight(packed(weight, *factors, scaling=scaling))
             return F.linear(x, weight, bias) + F.linear(x * mask, delta)
 
         if mask is None:
@@ -141,14 +157,12 @@ class LinearProblem:
 
     def delta_weight(self) -> Tensor:
         """ΔW by the definition, in the problem's dtype."""
-        adapter = (self.A, self.B, self.partition, self.ranks)
-        return reference_delta_weight(self.weight, *adapter, scaling=self.scaling)
+        return reference.delta_weight(self.adapter())
 
     def adapter(self, place: Callable[[Tensor], Tensor] = lambda t: t) -> PackedAdapter:
         """The packed adapter; each of its matrices passes through `place` (strides, guards)."""
         matrices = map(place, (self.weight, self.A, self.B))
-        scaling = scaling_tensor(self.scaling, self.weight.device)
-        return PackedAdapter(*matrices, self.partition, self.ranks, scaling)
+        return packed(*matrices, self.partition, self.ranks, scaling=self.scaling)
 
     def layer(self, **settings: object) -> FusedSMoALinear:
         """A layer made from these tensors; its blocks come from W0's spectrum unless `partition` is given."""

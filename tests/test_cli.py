@@ -24,7 +24,7 @@ def test_roofline_prints_every_way_as_predicted(capsys):
     assert len(rows) == len(WAYS)
     (chosen,) = (row for row in rows if "*" in row)
     assert "SMoA split*" in chosen
-    assert "1.54" in chosen
+    assert "1.53" in chosen
 
 
 def test_roofline_takes_the_order_of_blocks_as_a_layer_does(capsys):
@@ -38,16 +38,6 @@ def test_roofline_takes_the_order_of_blocks_as_a_layer_does(capsys):
     assert f" {expected.launches()} " in row
     assert main([*DEFAULT, "--blocks", "8", "--granule", "8"]) == 0
     assert "K=8 spectral in granules of 8" in capsys.readouterr().out
-
-
-def test_roofline_marks_the_choice(capsys):
-    for arguments, chosen in (
-        (["--tokens", "16"], "fused"),
-        (["--dtype", "fp32"], "merged"),
-        (["--dtype", "tf32"], "split"),
-    ):
-        assert main(["roofline", *arguments]) == 0
-        assert f'"auto" runs: {chosen}' in capsys.readouterr().out
 
 
 def test_without_arguments_every_command_is_shown_in_its_group_with_an_example_that_parses(capsys):

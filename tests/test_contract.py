@@ -28,6 +28,7 @@ from problems import (
     error_over_budget,
     in_orders,
     interpreted,
+    reference_linear,
     relative_error,
     small_update,
     some,
@@ -42,7 +43,6 @@ from torch_calls import Calls, on_threads, saved_tensors
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.definition.precision import has_gemm
-from smoa_kernels.definition.reference import reference_linear
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("poisoned_memory")]
 

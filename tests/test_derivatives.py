@@ -15,7 +15,8 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.backends import load_backend
-from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.reference import delta_weight
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Tensor], Tensor]
@@ -49,8 +50,8 @@ def linear(layer: FusedSMoALinear) -> Loss:
     def forward(given: Parameters, x: Tensor) -> Tensor:
         A, B = given["smoa_A"], given["smoa_B"]
         blocks = layer.partition, layer.smoa_ranks
-        delta = reference_delta_weight(layer.weight, A, B, *blocks, scaling=layer.smoa_scaling)
-        return F.linear(x, layer.weight + delta, layer.bias)
+        adapter = PackedAdapter(layer.weight, A, B, *blocks, layer.smoa_scaling)
+        return F.linear(x, layer.weight + delta_weight(adapter), layer.bias)
 
     return forward
 

@@ -3,14 +3,13 @@
 # ruff: noqa: F811  fixtures are imported by name
 
 import json
-import os
 import shutil
-import signal
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import psutil  # PEFT's own requirement
 import pytest
 import torch
 import torch.distributed as dist
@@ -124,8 +123,8 @@ def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
     while not any(path.suffix != ".partial" for path in checkpoints.glob("step-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    (victim,) = (pid for pid in children(process.pid) if environment(pid).get("RANK") == "1")
-    os.kill(victim, signal.SIGKILL)
+    (victim,) = (one for one in psutil.Process(process.pid).children() if one.environ().get("RANK") == "1")
+    victim.kill()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "SIGKILL" in err  # the launcher names the killed process
@@ -138,16 +137,6 @@ def test_a_killed_process_ends_the_run_which_resumes_on_another_number(
     assert summary["status"] == "complete"
     assert len(summary["loss"]) == 150
     assert summary["loss"][: len(before)] == before
-
-
-def children(pid: int) -> list[int]:
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
-
-
-def environment(pid: int) -> dict[str, str]:
-    entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
 
 
 def test_bad_runs_are_refused_in_one_line(

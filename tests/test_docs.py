@@ -32,8 +32,6 @@ COMMAND = re.compile(r"(?:^ {4}|`)((?:make|smoa-kernels) [^`\n#]*)", re.MULTILIN
 SCRIPT = re.compile(
     r"(?:python|-per-node 2|launch --multi_gpu --num_processes 2) (?:-m )?([\w/.]+)((?: [^`\n#]*)?)"
 )
-# Characters of a line of code that the site shows on a window of 1280 pixels.
-WIDEST_CODE = 88
 # The one rule for K and the order of blocks: the same words wherever it is given.
 RULE = (
     "spectral blocks, K=2, r=8. If speed or memory matters more, take contiguous blocks, K=4",
@@ -130,13 +128,6 @@ def test_guides_are_no_laboratory_notes(page: str) -> None:
     assert not found, found[0]
 
 
-def test_the_sites_menu_has_every_page() -> None:
-    """Every page of the site stands in mkdocs.yml; `make docs` fails for a missing one."""
-    menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
-    in_menu = set(re.findall(r"([\w/]+\.md)$", menu, re.MULTILINE))
-    assert {page.relative_to(ROOT / "docs").as_posix() for page in GUIDES + INTERNALS} <= in_menu
-
-
 @every_page
 def test_commands_exist(page: Path) -> None:
     """Targets exist in the Makefile; commands have the options that pages mention."""
@@ -170,14 +161,6 @@ def test_scripts_exist(page: Path) -> None:
         source = "".join(file.read_text(encoding="utf-8") for file in files)
         for option in re.findall(r"--([a-z][\w-]*)", options):
             assert re.search(rf"\b{re.sub('-', '[-_]', option)}\b", source), f"{script} --{option}"
-
-
-@every_page
-def test_code_fits_the_site(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for fenced, indented in re.findall(r"^```\w*\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n)+)", text, re.M | re.S):
-        for line in fenced.splitlines() + [line[4:] for line in indented.splitlines()]:
-            assert len(line) <= WIDEST_CODE, line
 
 
 @pytest.mark.parametrize("page", RULE[1])
@@ -382,29 +365,3 @@ def arguments(it: Any) -> list[str]:
             fields[base.__module__.startswith("smoa_kernels")] += vars(base).get("__annotations__", ())
         found = [name for name in fields[True] if name not in fields[False]]
     return [name for name in found if name not in ("self", "args", "kwargs")]
-
-
-# The site
-
-
-@pytest.fixture(scope="module")
-def hooks() -> Any:
-    pytest.importorskip("mkdocs", reason="needs the docs extra")
-    spec = importlib.util.spec_from_file_location("site_hooks", ROOT / "docs" / "site" / "hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_notebook_is_a_page_with_its_pictures(hooks: Any) -> None:
-    text = hooks._notebook(NOTEBOOK.read_text(encoding="utf-8"))
-    assert len(re.findall(r"!\[\w[^\]]+\]\(data:image/png;base64,[^)\s]+\)\n", text)) == 2
-    assert all(part in text for part in ("\n```python\n", "\n```text\n", "\n| SMoA | 829,440 |"))
-
-
-def test_every_public_name_is_in_the_reference(hooks: Any) -> None:
-    text = hooks._python()  # fails, as `make docs` does, where a name has no docstring
-    for module in hooks.MODULES:
-        assert all(f"::: {module}.{name}\n" in text for name in importlib.import_module(module).__all__)

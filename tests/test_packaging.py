@@ -43,16 +43,21 @@ def build(kind: str, source: Path, folder: Path) -> Path:
     return folder / built.stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def names(wheel: Path) -> list[str]:
+def contents(wheel: Path) -> dict[str, bytes]:
+    """The package's files."""
     with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
+        return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
 
 
 def dist_info(wheel: Path, name: str) -> str:
     with zipfile.ZipFile(wheel) as archive:
         (path,) = (path for path in archive.namelist() if path.endswith(f".dist-info/{name}"))
         return archive.read(path).decode()
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    return email.message_from_string(dist_info(wheel, "METADATA"))
 
 
 def requirements(metadata: Message, extra: str, system: str) -> set[str]:
@@ -62,8 +67,8 @@ def requirements(metadata: Message, extra: str, system: str) -> set[str]:
     return {r.name.replace("-", "_") for r in found if r.marker is None or r.marker.evaluate(where)}
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(names: list[str]) -> None:
-    package = {name for name in names if ".dist-info/" not in name}
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    package = set(contents(wheel))
     on_disk = {
         path.relative_to(ROOT).as_posix()
         for path in PACKAGE.rglob("*")
@@ -98,14 +103,7 @@ def test_the_sdist_builds_the_same_wheel_for_any_machine_where_nothing_compiles(
     assert contents(pure) == {n: data for n, data in contents(wheel).items() if not n.endswith(".so")}
 
 
-def contents(wheel: Path) -> dict[str, bytes]:
-    """The package's files."""
-    with zipfile.ZipFile(wheel) as archive:
-        return {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
-
-
-def test_metadata(wheel: Path) -> None:
-    metadata = email.message_from_string(dist_info(wheel, "METADATA"))
+def test_metadata(wheel: Path, metadata: Message) -> None:
     assert metadata["Name"] == "smoa-kernels"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert dist_info(wheel, "licenses/LICENSE") == (ROOT / "LICENSE").read_text(encoding="utf-8")
@@ -123,9 +121,8 @@ def test_metadata(wheel: Path) -> None:
     ]
 
 
-def test_the_long_description_has_no_relative_link(wheel: Path) -> None:
+def test_the_long_description_has_no_relative_link(metadata: Message) -> None:
     """PyPI has none of our files, so each link of the README leads to the version's tag or to another site."""
-    metadata = email.message_from_string(dist_info(wheel, "METADATA"))
     (label, _, repository) = metadata["Project-URL"].partition(", ")
     assert label == "Repository"
     text, readme = metadata.get_payload(), (ROOT / "README.md").read_text(encoding="utf-8")
@@ -143,9 +140,8 @@ EXTRAS = {"adapter_folder": "peft", "peft": "peft", "serving": "peft", "cli": "c
 
 
 @pytest.mark.parametrize("extra", ["peft", "cli", ""])
-def test_every_import_is_declared(wheel: Path, extra: str) -> None:
+def test_every_import_is_declared(metadata: Message, extra: str) -> None:
     """An undeclared package may be present through another one, but is missing on some machine."""
-    metadata = email.message_from_string(dist_info(wheel, "METADATA"))
     allowed = requirements(metadata, extra, "Linux") | set(sys.stdlib_module_names)
     imported = set()
     for path in PACKAGE.rglob("*.py"):

@@ -83,17 +83,6 @@ def test_stored_runs_outlive_a_crash_and_are_known_again(tmp_path: Path) -> None
     assert store.key_of(kept[0]) != store.key_of(kept[1])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"head_lr": 0.5}, r"have head_lr .* and 0\.5"), ({"num_blocks": 99}, "have num_blocks .* and 99")],
-    ids=["of a task", "of a method"],
-)
-def test_two_settings_are_refused(change: dict[str, Any], message: str) -> None:
-    record = store.read(RECORDS)[0]
-    with pytest.raises(ValueError, match=f"{message}: a report is of one setting"):
-        store.check_one_setting([record, record, record | change])
-
-
 def test_an_interval_against_tables_and_a_worked_example() -> None:
     """Differences 1, 2, 3, 4, 5: mean 3, standard error √(2.5 / 5), times 2.7764."""
     for freedom, expected in ((1, 12.7062), (30, 2.0423)):

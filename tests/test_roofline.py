@@ -1,4 +1,4 @@
-"""The roofline (smoa_kernels/tuning/roofline.py): totals counted by hand, and the rule of "auto"."""
+"""The roofline (smoa_kernels/tuning/roofline.py): time and memory counted by hand, and the rule of "auto"."""
 
 import itertools
 import re
@@ -10,18 +10,21 @@ import pytest
 from smoa_kernels.backends.algorithms import admissible, choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import LAUNCH_SECONDS, Part, Problem, estimate, parts
+from smoa_kernels.tuning.gpus import GPUS
+from smoa_kernels.tuning.roofline import (
+    LAUNCH_SECONDS,
+    Part,
+    Problem,
+    backward_workspace,
+    estimate,
+    parts,
+)
 
 H100 = GPUS["h100"]
 DIRECTIONS = ("forward", "input_gradient")
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
 CONTIGUOUS = replace(SQUARE, granule=1024)
 GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
-
-
-def device(problem: Problem, way: str, gpu: Gpu = H100) -> float:
-    return estimate(problem, gpu, way).device_seconds()
 
 
 def over_frozen(problem: Problem, way: str) -> float:
@@ -42,8 +45,8 @@ def test_totals_by_hand() -> None:
     # Passes, forward: x·Aᵀ and h·Bᵀ one each, scaling 2, the sum 3; backward: scaling 2, four products, the sum 3.
     lora = (1 + 1 + 2 + 3) * x + (2 + 4 + 3) * x
     assert over_frozen(SQUARE, "lora") == pytest.approx(1 + (lora + 10 * start) / frozen, rel=2e-3)
-    # Two parts, each of two gathers and a product, then two sums. Scattered blocks read all of W0, two times.
-    grads = max(unit / 4, 2 * x + 2 * w) + 2 * gather + (2 * 3 + 2) * start
+    # Two gathers, a product and two sums. Scattered blocks read all of W0.
+    grads = max(unit / 4, 2 * x + w) + 2 * gather + 5 * start
     merged = build + grads + build + 2 * start
     assert over_frozen(SQUARE, "merged") == pytest.approx(1 + merged / frozen, rel=5e-3)
     forward = 1.25 * w + gather + unit / 4 + x + 3 * start  # the base GEMM reads y again
@@ -163,3 +166,21 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
             assert seconds(p, "fused", stage) <= most * seconds(p, other, stage), (tokens, stage)
             tokens *= 2
         assert tokens > 1
+
+
+# Memory of the backward
+
+
+def test_workspace_by_hand() -> None:
+    """Partial sums are float32, ρ = 4: a slice per 128-wide tile of the other side."""
+    p = Problem(8192, 14336, 4096, 4, 16)
+    gathered, partials = 2 * 8192 * (14336 + 4096), 4 * 4 * (14336 * 8 + 4096 * 28)
+    stages = backward_workspace(p)
+    assert stages["factor gradients"] == gathered + partials
+    assert stages["input gradient"] == 112 * 2**20
+    # Granules are read in place: only partials and W_eff remain. So is one block that fills its tiles.
+    partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
+    in_place = backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=8))
+    assert in_place == {"factor gradients": partials, "input gradient": w_eff}
+    one_block = backward_workspace(Problem(8192, 4096, 4096, 1, 16))
+    assert one_block["factor gradients"] == 4 * 16 * 2 * 4096 * 32

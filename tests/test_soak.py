@@ -10,12 +10,11 @@ import os
 
 import pytest
 import torch
-from problems import DEVICE, make_problem
+from problems import DEVICE, make_problem, reference_linear
 from torch import Tensor
 
 from smoa_kernels import smoa_linear
 from smoa_kernels.backends import triton_obstacle
-from smoa_kernels.definition.reference import reference_linear
 
 pytestmark = [pytest.mark.numerical, pytest.mark.slow]
 

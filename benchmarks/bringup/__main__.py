@@ -8,14 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ GRACE = 5.0  # seconds between interrupting a stage and killing it
 SECONDS = {"operator": 60.0, "headline": 240.0, "tests": 475.0, "tune": 475.0}
 """The stages in order, each with its time limit, which includes the start of its process."""
 OUT_OF_TIME = 3  # exit code of a stage that noticed by itself that its time was short
-
-GPU_BYTES = 2 * 2**30  # GPU memory of one test process: the context, its kernels and its tensors
-SMOKE_TESTS = ("tests/test_reference.py",)
-# Left out: many random problems and long trainings take more time than the stage has.
-LEFT_OUT = ("tests/test_soak.py", "tests/test_fuzz.py")
-NUMERICAL_TESTS = ("-m", "numerical or gpu", *(f"--ignore={file}" for file in LEFT_OUT))
 SMOKE_PATIENCE = 4  # a rehearsal's limits are longer, because it may share the machine
 
 
@@ -75,10 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if run.stages.get(name, {}).get("status") == "done":
             print(f"{name}: done before", flush=True)
             continue
-        status, output = _run(name, out, path.with_suffix(".log"), options.smoke)
-        run = read(path).with_stage(name, **status)
-        if name == "tests":
-            run = run.with_finding("tests", pytest_finding(output))
+        status = _run(name, out, path.with_suffix(".log"), options.smoke)
+        run = read(path)
+        run = replace(run, stages={**run.stages, name: status})
         write(path, compact(run))
         write(path.with_suffix(".md"), page(run))
         print(
@@ -91,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(found["status"] == "done" for found in run.stages.values()) else 1
 
 
-def _run(name: str, out: Path, log: Path, smoke: bool) -> tuple[dict[str, Any], str]:
+def _run(name: str, out: Path, log: Path, smoke: bool) -> dict[str, Any]:
     """Run a stage within its time, as `run_stage` does.
 
     On NVIDIA's GPUs its kernels are compiled first, in at most half of the time. The stage compiles the rest.
@@ -101,33 +93,21 @@ def _run(name: str, out: Path, log: Path, smoke: bool) -> tuple[dict[str, Any], 
         found = torch.cuda.get_device_properties(0)
         gpu = {name: getattr(found, name) for name in ("major", "minor", "multi_processor_count")}
         command = [sys.executable, "-m", "benchmarks.bringup.ahead", name, "--gpu", json.dumps(gpu)]
-        status, output = run_stage(command, log, left / 2)
+        status = run_stage(command, log, left / 2)
         if status["status"] == "interrupted":
-            return status, output
+            return status
         before = status["seconds"]
-    status, output = run_stage(_command(name, out, left - before, smoke), log, left - before)
-    return {**status, "seconds": status["seconds"] + before}, output
+    command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--out", str(out.resolve())]
+    command += ["--until", str(time.time() + left - before - GRACE), *["--smoke"] * smoke]
+    status = run_stage(command, log, left - before)
+    return {**status, "seconds": status["seconds"] + before}
 
 
-def _command(name: str, out: Path, seconds: float, smoke: bool) -> list[str]:
-    """The command of a stage's process: pytest for the tests, else this module again."""
-    if name != "tests":
-        until = str(time.time() + seconds - GRACE)
-        command = [sys.executable, "-m", "benchmarks.bringup", "--stage", name, "--out", str(out.resolve())]
-        return [*command, "--until", until, *(["--smoke"] if smoke else [])]
-    workers = 2
-    if torch.cuda.is_available():
-        workers = max(1, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES)
-    parallel = ["-n", "auto", "--maxprocesses", str(workers), "--dist", "worksteal"]
-    chosen = SMOKE_TESTS if smoke else NUMERICAL_TESTS
-    return [sys.executable, "-m", "pytest", *parallel, "-vv", "-rfEs", "--tb=short", *chosen]
-
-
-def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[str, Any], str]:
+def run_stage(command: Sequence[str], log: Path, seconds: float) -> dict[str, Any]:
     """Run a command with a time limit, appending its output to a log.
 
     Returns:
-        Its status ("done", "failed", "out of time" or "interrupted"), seconds and error, and its output.
+        Its status ("done", "failed", "out of time" or "interrupted"), seconds and error.
     """
     start, limit_passed = time.monotonic(), False
     with log.open("ab") as stream:
@@ -152,7 +132,7 @@ def run_stage(command: Sequence[str], log: Path, seconds: float) -> tuple[dict[s
         error = f"stopped after {seconds:.0f} s"
     elif status == "failed" and process.returncode < 0:
         error = f"ended by signal {-process.returncode}. {error}".strip()
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "error": error}, output
+    return {"status": status, "seconds": round(time.monotonic() - start, 1), "error": error}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -165,18 +145,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def pytest_finding(output: str) -> Mapping[str, Any]:
-    """Outcomes of the tests from pytest's output: counts, failures, and reasons of skips."""
-    outcomes = re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (\S.*)$", output, re.MULTILINE)
-    counts = Counter(outcome.lower() for outcome, _ in outcomes)
-    reasons = re.findall(r"^(?:FAILED|ERROR) (\S.*)$", output, re.MULTILINE)  # of a complete run
-    return {
-        "counts": dict(sorted(counts.items())),
-        "failed": reasons or [name for outcome, name in outcomes if outcome in ("FAILED", "ERROR")],
-        "skipped": re.findall(r"^SKIPPED (\[\d+\] .+)$", output, re.MULTILINE),
-    }
 
 
 def _in_stage(name: str, path: Path, until: float, smoke: bool) -> int:

@@ -38,7 +38,8 @@ from ..cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_l
 from ..fake_gpu import H100, FakeGpu, Form, adapter, install
 from ..providers import Case
 from ..results import ROOT
-from .__main__ import NUMERICAL_TESTS, SECONDS
+from .__main__ import SECONDS
+from .stages import NUMERICAL_TESTS
 
 CORES = 16  # about as many as a machine with a GPU has
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from smoa_kernels.kernels.table import Entry
 from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.plan import describe, describe_choice, winner
 from smoa_kernels.tuning.roofline import Problem, estimate
 
 from .. import tables
@@ -27,7 +25,7 @@ def page(run: Run) -> str:
     """The whole page."""
     gpu = published(run.machine["device"])
     layers = run.select("layer")
-    sections = [
+    return tables.paragraphs(
         f"# Bring-up on {run.machine['device']}",
         f"{run.label}, commit {run.commit}, {run.date}; "
         + ", ".join(f"{name} {version}" for name, version in run.machine["versions"].items())
@@ -42,7 +40,6 @@ def page(run: Run) -> str:
         "## The layer against float64",
         "\n".join(f"- {name}: {words}" for name, words in run.findings.get("operator", {}).items())
         or "Not run.",
-        _launchers(run),
         "## Numerical tests",
         _tests(run),
         "## Tuning",
@@ -51,8 +48,7 @@ def page(run: Run) -> str:
         *(tables.ratios(run, layers, phase) for phase in ("both", "forward", "backward") if layers),
         "## Memory of one training pass",
         tables.counted(run, run.select("memory")) or "Nothing was measured.",
-    ]
-    return "\n\n".join(section.strip() for section in sections if section.strip()) + "\n"
+    )
 
 
 def published(device: str) -> Gpu:
@@ -63,36 +59,23 @@ def published(device: str) -> Gpu:
 
 def _stages(run: Run) -> str:
     rows = [
-        (name, str(found["status"]), f"{found['seconds']:.0f}", str(found.get("error") or ""))
+        (name, found["status"], f"{found['seconds']:.0f}", found["error"].replace("|", "/"))
         for name, found in run.stages.items()
     ]
-    return tables.table(
-        ("stage", "status", "seconds", "what went wrong"), [tuple(map(_cell, row)) for row in rows]
-    )
+    return tables.table(("stage", "status", "seconds", "what went wrong"), rows)
 
 
 def _headline(run: Run, gpu: Gpu) -> str:
     """A row for each case: the measurement, marked if the machine was noisy, and the prediction."""
     rows = []
     for result in run.select("layer"):
-        problem, cells = _problem(result), [tables.case_name(result)]
+        problem, both, cells = _problem(result), result.comparison("both"), [tables.case_name(result)]
         frozen = estimate(problem, gpu, "frozen").seconds()
         for name, way in WAYS.items():
-            predicted, found = estimate(problem, gpu, way).seconds() / frozen, result.ratio("both", name)
+            predicted, found = estimate(problem, gpu, way).seconds() / frozen, both.ratio(name)
             cells.append(f"{'–' if found is None else found.short()} ({predicted:.2f})")
         rows.append(cells)
     return tables.table((f"{run.label} (predicted for {gpu.name})", *WAYS), rows)
-
-
-def _launchers(run: Run) -> str:
-    found = run.findings.get("launchers")
-    if found is None:
-        return ""
-    told = f" Ours is not used: {found['obstacle']}." if found["obstacle"] else ""
-    return (
-        f"The same pass launched our own way and Triton's gives the same bits, and takes the host {found['ours']:.0f} "
-        f"and {found['triton']:.0f} µs, {run.label}.{told}"
-    )
 
 
 def _tests(run: Run) -> str:
@@ -108,21 +91,11 @@ def _tuning(run: Run) -> str:
     found = run.findings.get("tune")
     if found is None:
         return "Not run."
-    entries = [Entry.from_json(entry) for entry in found["table"]["entries"]]
-    rows = [
-        (describe(entry.key), describe_choice(best.choice), f"{best.seconds * 1e6:.1f}")
-        for entry in entries
-        if (best := winner(entry)) is not None and best.seconds is not None
-    ]
-    told = f"{len(found['problems'])} keys are not done.\n\n" if found["problems"] else ""
-    headings = ("problem", "fastest", f"µs, {run.label}")
-    note = "The JSON file's `findings.tune.table` is the table itself; send it to us and it ships.\n\n"
-    return f"{told}{note}{tables.table(headings, rows)}"
+    return (
+        f"{len(found['table']['entries'])} keys are tuned, {len(found['problems'])} are not done. The JSON file's "
+        "`findings.tune.table` is the table itself; send it to us and it ships."
+    )
 
 
 def _problem(result: Result) -> Problem:
     return Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])}).problem()
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")

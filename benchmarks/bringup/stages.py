@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -42,6 +44,11 @@ from ..results import Result, Run, measured
 SECONDS_PER_CASE = 1.2
 MOST_ROUNDS = 20
 LAUNCHER_ROUNDS = 30
+GPU_BYTES = 2 * 2**30  # GPU memory of one test process: the context, its kernels and its tensors
+SMOKE_TESTS = ("tests/test_reference.py",)
+# Left out: many random problems and long trainings take more time than the stage has.
+LEFT_OUT = ("tests/test_soak.py", "tests/test_fuzz.py")
+NUMERICAL_TESTS = ("-m", "numerical or gpu", *(f"--ignore={file}" for file in LEFT_OUT))
 
 
 @dataclass(frozen=True)
@@ -85,17 +92,17 @@ def operator(job: Job) -> None:
         _, failed = _right(case, {SMOA: smoa("auto", "triton", order)})
         found[f"{case}, {order}"] = failed.get(SMOA, "right")
         job.save(job.run.with_finding("operator", found))
-    launchers = compare_launchers(*cases[1])
-    job.save(job.run.with_finding("operator", found).with_finding("launchers", launchers))
+    launchers = {"our launcher and Triton's": f"{compare_launchers(*cases[1])}, {job.run.label}"}
+    job.save(job.run.with_finding("operator", found | launchers))
     if wrong := [f"{name}: {words}" for name, words in found.items() if words != "right"]:
         raise RuntimeError(f"{len(wrong)} of {len(cases)} problems are wrong, the first: {wrong[0]}")
 
 
-def compare_launchers(case: Case, order: str) -> dict[str, object]:
+def compare_launchers(case: Case, order: str) -> str:
     """Compare our own launcher with Triton's `kernel[grid](...)` on a layer's forward and backward.
 
     Returns:
-        The host's median microseconds of a forward and a backward by each launcher, and the error of ours, if any.
+        In words, the host's median microseconds of both passes by each launcher, and why ours is not used, if so.
 
     Raises:
         RuntimeError: their results differ by a bit.
@@ -121,7 +128,8 @@ def compare_launchers(case: Case, order: str) -> dict[str, object]:
         short_way.obstacle = obstacle
     if not all(map(torch.equal, found, expected)):
         raise RuntimeError("kernels that are launched our own way and Triton's give different results")
-    return {"ours": ours, "triton": tritons, "obstacle": obstacle}
+    told = f" (not used: {obstacle})" if obstacle else ""
+    return f"the same bits; the host takes {ours:.0f} µs by ours{told}, {tritons:.0f} µs by Triton's"
 
 
 def headline(job: Job) -> None:
@@ -215,6 +223,52 @@ def _right(case: Case, built: Mapping[str, Provider]) -> tuple[dict[str, nn.Modu
     return right, failed
 
 
+class Outcomes:
+    """A pytest plugin that saves what became of the tests, at most once a second and at the end."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.saved = job, 0.0
+        self.counts: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note a test's outcome: that of its call, or that of its fixtures if they failed or skipped it."""
+        if report.when == "call" or not report.passed:
+            self.counts[report.outcome] += 1
+            if report.failed:
+                crash = getattr(report.longrepr, "reprcrash", None)  # none where a process died
+                words: str = crash.message if crash else report.longreprtext
+                self.failed.append(f"{report.nodeid} - {words.splitlines()[0]}")
+            if isinstance(report.longrepr, tuple):  # where and why it was skipped
+                self.skipped[report.longrepr[2]] += 1
+        if time.monotonic() > self.saved + 1:
+            self.pytest_sessionfinish()
+
+    def pytest_sessionfinish(self) -> None:
+        """Save, also after an interrupt."""
+        skipped = [f"[{count}] {reason}" for reason, count in self.skipped.items()]
+        found = {"counts": dict(sorted(self.counts.items())), "failed": self.failed, "skipped": skipped}
+        self.job.save(self.job.run.with_finding("tests", found))
+        self.saved = time.monotonic()
+
+
+def numerical_tests(job: Job) -> None:
+    """Run every numerical test, in parallel processes.
+
+    Raises:
+        RuntimeError: some failed, or pytest ended otherwise.
+    """
+    workers, outcomes = 2, Outcomes(job)
+    if DEVICE.type == "cuda":
+        workers = max(1, torch.cuda.get_device_properties(0).total_memory // GPU_BYTES)
+    parallel = ["-n", "auto", "--maxprocesses", str(workers), "--dist", "worksteal"]
+    chosen = SMOKE_TESTS if job.smoke else NUMERICAL_TESTS
+    code = pytest.main([*parallel, "-vv", "--tb=short", *chosen], [outcomes])
+    if code != pytest.ExitCode.OK:
+        raise RuntimeError(f"{len(outcomes.failed)} tests failed; pytest's exit code is {int(code)}")
+
+
 def tune_shapes(job: Job) -> None:
     """Tune a small set of shapes.
 
@@ -246,6 +300,6 @@ def interpreter_timer(choice: Choice, launch: Callable[[], object]) -> float:
 STAGES: Mapping[str, Callable[[Job], None]] = {
     "operator": operator,
     "headline": headline,
+    "tests": numerical_tests,
     "tune": tune_shapes,
 }
-"""The stages of this file; pytest runs the tests, before the tuning."""

@@ -36,10 +36,6 @@ def run(
         list[float] | None,
         typer.Option(help="Learning rates to begin with; the search goes on from them along the ladder."),
     ] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes of one thread that share the methods; else one a core."),
-    ] = None,
     records: Records = RECORDS,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Run although code is not committed; the records say so.")
@@ -48,7 +44,10 @@ def run(
         bool, typer.Option("--smoke", help="Two steps on a few questions: does every method run.")
     ] = False,
 ) -> None:
-    """Do the runs of these tasks that are not yet in the records; those that are done outlive Ctrl-C and kills."""
+    """Do the runs of these tasks that are not yet in the records; those that are done outlive Ctrl-C and kills.
+
+    Processes of one thread, one a core, share the methods.
+    """
     for option, given, allowed in (
         ("--task", task, tuple(TASKS)),
         ("--method", method or [], tuple(BY_NAME)),
@@ -65,7 +64,7 @@ def run(
             "code is not committed, so nobody could repeat these runs: commit it, or --allow-dirty"
         )
     chosen = method or [m.name for m in SWEEPS[sweep]]
-    jobs = min(jobs or os.cpu_count() or 1, len(chosen))
+    jobs = min(os.cpu_count() or 1, len(chosen))
     shares = [chosen[k::jobs] for k in range(jobs)]
     for name in task:
         do = partial(run_share, name, records, smoke, rate or LEARNING_RATES, seeds)

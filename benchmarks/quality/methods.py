@@ -71,12 +71,15 @@ class Method:
         rank = round(self.r * width(model, targets[ALL]) / width(model, targets[self.modules]))
         return replace(self, r=rank, as_large=False)
 
-    def adapt(self, model: nn.Module, targets: dict[str, str], seed: int) -> nn.Module:
-        """Return the model with this adapter, its factors drawn from torch's generator, its base frozen."""
+    def adapt(self, model: nn.Module, targets: dict[str, Any], seed: int) -> nn.Module:
+        """Return the model with this adapter, its factors drawn from torch's generator, its base frozen.
+
+        `targets` are PEFT's arguments that name what is adapted.
+        """
         model.requires_grad_(False)
         if self.kind == "none":
             return model
-        shared: dict[str, Any] = {"r": self.r, "target_modules": targets[self.modules]}
+        shared: dict[str, Any] = {"r": self.r, **targets}
         alpha = self.scaling * self.r
         if self.kind == "lora":
             adapted: nn.Module = get_peft_model(model, LoraConfig(**shared, lora_alpha=alpha))
@@ -202,7 +205,7 @@ def shuffle_blocks(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def update_spectrum(model: nn.Module) -> dict[str, float]:
-    """Return statistics of the singular values of ΔW, means over the layers; zeros without an adapter.
+    """Return statistics of the singular values of ΔW, means over the linear layers; nothing without any.
 
     "rank" and "effective_rank" are divided by the largest possible rank; the latter is Roy and Vetterli's (2007),
     `e^H(τ / Σ τ)` of the singular values τ, not of their energies. "energy_8" is the share of `Σ τ²` in the first 8.
@@ -214,8 +217,8 @@ def update_spectrum(model: nn.Module) -> dict[str, float]:
             update = adapter.get_delta_weight("default").float()
             if isinstance(layer, HiraLayer):  # PEFT returns the factor that multiplies W0
                 update = update * adapter.base_layer.weight
-            if not update.isfinite().all():
-                continue  # the run diverged
+            if update.dim() > 2 or not update.isfinite().all():
+                continue  # the stack of an expert's matrices, or the run diverged
             values = torch.linalg.svdvals(update)
             noise = values[0] * max(update.shape) * torch.finfo(values.dtype).eps
             energies = values.double().square()
@@ -226,5 +229,4 @@ def update_spectrum(model: nn.Module) -> dict[str, float]:
                     **{f"energy_{n}": float(energies[:n].sum() / energies.sum()) for n in LEADING},
                 }
             )
-    names = ("rank", "effective_rank", *(f"energy_{n}" for n in LEADING))
-    return {name: sum(one[name] for one in found) / max(1, len(found)) for name in names}
+    return {name: sum(one[name] for one in found) / len(found) for name in (found[0] if found else ())}

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from .data import Choice
-from .methods import ALL, Method, update_spectrum
+from .methods import ALL, Method
 
 PREFIX_BATCH = 32
 PROMPT = 1  # in a layout; padding is 0 and answer k is k + 2
@@ -162,11 +162,7 @@ class CutModel:
 
     def adapt(self, method: Method, model: nn.Module, seed: int) -> nn.Module:
         """Return the upper layers with a method's adapter, their base frozen."""
-        return method.adapt(model, self.targets, seed)
-
-    def spectrum(self, model: nn.Module) -> dict[str, float]:
-        """Return statistics of the singular values of the adapters' ΔW."""
-        return update_spectrum(model)
+        return method.adapt(model, {"target_modules": self.targets[method.modules]}, seed)
 
     def batch(self, questions: Sequence[Question]) -> Batch:
         """Look the questions up, or compute new ones, and pad."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..machine import EDITED
 from ..results import write
-from ..tables import table
+from ..tables import paragraphs, table
 from . import plots, store
 from .analysis import Mean, Study
 from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, ORDERS, SWEEPS
@@ -91,21 +91,17 @@ def page(study: Study) -> str:
         "steady": steady(study),
         "controls": variations(study, [task for task in study.controls if task is not EXPERTS], beside_lora),
         "experts": variations(study, [task for task in study.controls if task is EXPERTS], beside_lora),
-        "rates": listed(LEARNING_RATES),
+        "rates": ", ".join(f"{rate:g}" for rate in LEARNING_RATES),
         "chosen": chosen(study),
         **{name: variations(study, study.tasks, variants(name)) for name in ("alpha", "rank", "modules")},
-        "costs": "\n\n".join(costs(study, task).strip() for task in study.tasks),
+        "costs": paragraphs(*(costs(study, task) for task in study.tasks)),
     }
     sections = TEMPLATE.read_text(encoding="utf-8").split("\n## ")
     measured = [
         part for part in sections if any(text for name, text in figures.items() if f"\n{{{name}}}\n" in part)
     ]
-    parts = (
-        "\n## ".join(measured)
-        .format_map({name: text.strip() for name, text in figures.items()})
-        .split("\n\n")
-    )
-    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
+    text = "\n## ".join(measured).format_map({name: text.strip() for name, text in figures.items()})
+    return paragraphs(*text.split("\n\n"))
 
 
 # Words
@@ -144,11 +140,6 @@ def word(mean: Mean) -> str:
     return "above zero" if mean.low > 0 else "below zero"
 
 
-def listed(rates: Iterable[float]) -> str:
-    """Rates in a sentence."""
-    return ", ".join(f"{rate:g}" for rate in rates)
-
-
 def machines(study: Study) -> str:
     """The machines and versions of the runs, and how many of these cannot be repeated from their commit alone."""
     used = sorted({f"{r['machine']['device']}, {r['machine']['threads']} thread" for r in study.records})
@@ -173,7 +164,8 @@ def devices(study: Study, methods: Iterable[str]) -> str:
 
 def verdicts(study: Study) -> str:
     """The study's questions, as the figures answer them."""
-    lines = [f"- **Goal, half of LoRA's parameters** ({HALF}): {at_half(study)}"] if within(study) else []
+    half = at_half(study)
+    lines = [f"- **Goal, half of LoRA's parameters** ({HALF}): {half}"] if half else []
     for words, ours, theirs in QUESTIONS:
         mean = study.difference(ours, theirs, study.tasks)
         if mean is not None:
@@ -182,33 +174,21 @@ def verdicts(study: Study) -> str:
 
 
 def at_half(study: Study) -> str:
-    """On how many tasks SMoA at half of LoRA's parameters is within LoRA's standard error, or above LoRA."""
-    held = within(study)
-    good = [name for name, is_within in held.items() if is_within]
-    learned = [task.title for task in study.tasks if task.title in held and some_method_learned(study, task)]
-    both = [name for name in good if name in learned]
-    return (
-        "mean accuracy within one standard error of LoRA's, or above, "
-        f"on {len(good)} of {len(held)} tasks{': ' + ', '.join(good) if good else ''}; "
-        f"of the {len(learned)} where some method is significantly better than no adapter, on {len(both)}. "
-        f"The goal was {ENOUGH} of five: {'met' if len(good) >= ENOUGH else 'missed'}."
-    )
-
-
-def within(study: Study) -> dict[str, bool]:
-    """By task: whether SMoA at half of LoRA's parameters is within LoRA's standard error, or above LoRA."""
-    found = {}
+    """On how many tasks SMoA at half of LoRA's parameters is within LoRA's standard error, or above; "" without any."""
+    held, learned = {}, []
     for task in study.tasks:
         ours, theirs = study.mean(task.name, HALF), study.mean(task.name, LORA)
         if ours and theirs and theirs.seeds > 1:
-            found[task.title] = ours.value >= theirs.value - theirs.standard_error
-    return found
-
-
-def some_method_learned(study: Study, task: Task) -> bool:
-    """Whether some adapter is significantly better than no adapter there."""
-    gains = [study.difference(name, "none", [task]) for name in study.methods if name != "none"]
-    return any(gain is not None and gain.low > 0 for gain in gains)
+            held[task.title] = ours.value >= theirs.value - theirs.standard_error
+            gains = [study.difference(name, "none", [task]) for name in study.methods if name != "none"]
+            learned += [task.title] * any(gain is not None and gain.low > 0 for gain in gains)
+    good = [name for name, is_within in held.items() if is_within]
+    return bool(held) * (
+        "mean accuracy within one standard error of LoRA's, or above, "
+        f"on {len(good)} of {len(held)} tasks{': ' + ', '.join(good) if good else ''}; of the {len(learned)} where "
+        f"some method is significantly better than no adapter, on {len(set(good) & set(learned))}. "
+        f"The goal was {ENOUGH} of five: {'met' if len(good) >= ENOUGH else 'missed'}."
+    )
 
 
 # Tables

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training import schedule, shuffled
 
 from . import data, store
-from .methods import BY_NAME, LADDER, Method
+from .methods import BY_NAME, LADDER, Method, update_spectrum
 from .models import CutModel
 from .tasks import TASKS, Task
 
@@ -176,7 +176,7 @@ def train_and_judge(
         "parameters": sum(p.numel() for p in adapter),
         "step_seconds": median_high(seconds or [0.0]),
         "seconds": time.process_time() - begin,
-        **cut.spectrum(model),
+        **update_spectrum(model),
     }
 
 

@@ -65,9 +65,8 @@ class Architecture:
             name, pattern = rename_source_key(part, renamings, converters, prefix, state)
             if pattern is None:
                 self.renamed[name] = part
-            elif (
-                len(self._converters[pattern].target_patterns) == 1
-            ):  # else the parameter is a part of a tensor
+            # Of several targets each parameter is a part of a tensor.
+            elif len(self._converters[pattern].target_patterns) == 1:
                 self.parts[name].append(part)
                 self._patterns[part] = pattern
 

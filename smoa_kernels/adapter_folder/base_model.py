@@ -66,11 +66,7 @@ class BaseModel:
         stored = self.stored_name(name)
         if stored is not None:
             return self.read(stored)
-        return self.assembled(name) if name in self.architecture.parts else None
-
-    def assembled(self, name: str) -> Tensor:
-        """Make a parameter of its parts, as transformers does while it loads them."""
-        return self.architecture.assemble(name, self.read)
+        return self.architecture.assemble(name, self.read) if name in self.architecture.parts else None
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Give every tensor by its stored name, file by file; mapped into memory, so that none is read yet."""

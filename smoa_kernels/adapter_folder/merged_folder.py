@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..checks import check_path, shown
 from .merging import FolderMerge
+from .writing import replacing
 
 # Weights in other formats; a copy would hold the base's values.
 _OTHER_FORMATS = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx", "onnx_data", "ot")
@@ -92,19 +90,10 @@ def merge_to_folder(
     target = _new_folder(out)
     merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
     split = _split(merge, max_shard_size)
-    with _renamed_when_whole(target) as scratch:
-        done = 0
-        for file, names in split.filename_to_tensors.items():
-            shard: dict[str, Tensor] = {}
-            for name in names:
-                progress(done, len(merge.plan))
-                shard[name] = merge.tensor(name)
-                done += 1
-            save_file(shard, scratch / file, metadata={"format": "pt"})
-            # safetensors' files are their owner's alone
-            os.chmod(scratch / file, 0o666 & scratch.stat().st_mode)
-            del shard  # free it before the next one is made
-        progress(done, len(merge.plan))
+    if target.is_dir():  # an empty one
+        target.rmdir()
+    with replacing(target) as scratch:
+        _write_weights(merge, split, scratch, progress)
         _write_beside_weights(merge, split, scratch)
     changed = sum(planned.changed for planned in merge.plan.values())
     size, files = split.metadata["total_size"], tuple(split.filename_to_tensors)
@@ -135,6 +124,23 @@ def _split(merge: FolderMerge, max_shard_size: int | str) -> StateDictSplit:
         ) from error
 
 
+def _write_weights(
+    merge: FolderMerge, split: StateDictSplit, scratch: Path, progress: Callable[[int, int], None]
+) -> None:
+    done = 0
+    for file, names in split.filename_to_tensors.items():
+        shard: dict[str, Tensor] = {}
+        for name in names:
+            progress(done, len(merge.plan))
+            shard[name] = merge.tensor(name)
+            done += 1
+        save_file(shard, scratch / file, metadata={"format": "pt"})
+        # safetensors' files are their owner's alone
+        os.chmod(scratch / file, 0o666 & scratch.stat().st_mode)
+        del shard  # free it before the next one is made
+    progress(done, len(merge.plan))
+
+
 def _write_beside_weights(merge: FolderMerge, split: StateDictSplit, scratch: Path) -> None:
     """Write everything in a model's folder except its weights; the configuration last."""
     if split.is_sharded:
@@ -149,27 +155,6 @@ def _write_beside_weights(merge: FolderMerge, split: StateDictSplit, scratch: Pa
         found = (path for pattern in (*_TOKENIZER, *_TEMPLATES) for path in merge.adapter.glob(pattern))
         _copy(merge.adapter, scratch, found)
     _write_json(scratch / "config.json", _configuration(merge))
-
-
-@contextmanager
-def _renamed_when_whole(target: Path) -> Iterator[Path]:
-    scratch = target.parent / f".{target.name}.merging-{uuid.uuid4().hex[:8]}"
-    try:
-        try:
-            scratch.mkdir(parents=True)
-            yield scratch
-            for file in scratch.rglob("*"):
-                if file.is_file():
-                    with file.open("rb+") as stream:
-                        os.fsync(stream.fileno())
-            if target.is_dir():
-                target.rmdir()
-            scratch.rename(target)
-        except (OSError, SafetensorError) as error:  # a full disk's error names the hidden folder, or nothing
-            raise OSError(f"cannot merge into {target}, which was not written: {error}") from error
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def _beside_weights(base: Path) -> Iterator[Path]:

@@ -180,9 +180,10 @@ class FolderMerge:
             if name not in self._made_of:
                 return change.effective(self._model.read(stored))
             if stored not in self._parts:
-                whole = self._model.assembled(name)
+                architecture = self._model.architecture
+                whole = architecture.assemble(name, self._model.read)
                 _check_shape(whole.shape, change)
-                self._parts = self._model.architecture.take_apart(name, change.effective(whole))
+                self._parts = architecture.take_apart(name, change.effective(whole))
                 if self._parts.keys() != set(self._made_of[name]):
                     raise ValueError(
                         "transformers cannot split it into the stored tensors: merge with merge_and_unload()"

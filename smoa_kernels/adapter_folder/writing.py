@@ -5,56 +5,58 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import shutil
+import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from .format import CONFIG_NAME, METHOD, WEIGHTS_NAME
 
-# Prefix of the hidden folder that a save writes to.
+# Part of the name of the hidden folder that a save writes to.
 _SCRATCH = ".saving-"
 
 
 @contextmanager
 def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a new folder to write to, whose files move into `folder` when the block ends without an exception.
+    """Give a hidden folder to write to, which becomes `folder` when the block ends without an exception.
 
-    All files are on the disk before the first one moves, and configurations move last. Where an exception ends the
-    block, `folder` stays as it was. A kill between two moves leaves files of both saves, which :func:`check_seal`
-    notices.
+    All files are on the disk by then. A new folder is renamed. In an old one files are replaced, configurations last;
+    a kill between two of them leaves files of both saves, which :func:`check_seal` notices. Where an exception ends the
+    block, `folder` stays as it was.
 
     Raises:
         OSError: the files could not be written; the message names `folder`.
     """
     folder = Path(folder)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    is_new, name = not folder.exists(), f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
+    # In an old folder, beside which another file system may begin.
+    scratch = folder.parent / f".{folder.name}{name}" if is_new else folder / name
     try:
-        with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as name:
-            scratch = Path(name)
-            try:
-                yield scratch
-                files = [file for file in scratch.rglob("*") if file.is_file()]
-                for file in files:
-                    (folder / file.relative_to(scratch)).parent.mkdir(parents=True, exist_ok=True)
-                    with file.open("rb+") as stream:
-                        os.fsync(stream.fileno())
-            # A full disk's error names no file, or one in the scratch folder; safetensors' errors are not OSErrors.
-            except (OSError, SafetensorError) as error:
-                if getattr(error, "errno", 0) is None:  # of the hub's client, or of a block inside this one
-                    raise
-                raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
-            for file in sorted(files, key=lambda file: file.name == CONFIG_NAME):
-                os.replace(file, folder / file.relative_to(scratch))
-    except BaseException:
-        if is_new:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+        try:
+            scratch.mkdir(parents=True)
+            yield scratch
+            files = [file for file in scratch.rglob("*") if file.is_file()]
+            for file in files:
+                with file.open("rb+") as stream:
+                    os.fsync(stream.fileno())
+            if not folder.exists():  # another process may have made it meanwhile
+                scratch.rename(folder)
+                return
+            for file in files:
+                (folder / file.relative_to(scratch)).parent.mkdir(parents=True, exist_ok=True)
+        # A full disk's error names no file, or one in the scratch folder; safetensors' errors are not OSErrors.
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", 0) is None:  # of the hub's client, or of a block inside this one
+                raise
+            raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
+        for file in sorted(files, key=lambda file: file.name == CONFIG_NAME):
+            os.replace(file, folder / file.relative_to(scratch))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The triton backend's choices: algorithms, the rule of "auto" without a tuning table, and parts of a long batch.
+"""The triton backend's choices: algorithms, the rule of "auto" without a tuning table, and sizes of its workspace.
 
 Nothing here needs Triton, so that the predictions (`tuning/roofline.py`) can use the same sizes.
 """
@@ -22,14 +22,6 @@ BATCH_ROWS = 20_000
 BATCH_ROWS_IEEE = 2_600
 
 GRAD_TILE = 128  # block_grad writes one rank-sized partial for each tile of this many rows or columns
-GRAD_STEP = 64  # tokens in one step of its main loop
-# The backward gathers all tokens at once, or at least this many, so that a program's end takes a ninth of its time.
-GRAD_PART_TOKENS = 64 * GRAD_STEP
-# With more ranks the partials of a part are no longer small beside its copies of dY and x. At 4096², K = 4, ρ = 64 in
-# bf16 the partials take 16 MiB and the copies 64 MiB.
-GRAD_PART_RANKS = 64
-# Fewest tiles of G for parts: as many as a large GPU has multiprocessors, so that each launch fills it.
-GRAD_PART_TILES = 128
 
 
 def admissible(stage: str, dtype: str) -> tuple[str, ...]:
@@ -107,33 +99,3 @@ def partial_bytes(features: tuple[int, int], num_blocks: int, rank: int) -> int:
     N, C = features
     row_tiles, col_tiles = (math.ceil(padded(n, num_blocks) / num_blocks / GRAD_TILE) for n in features)
     return 4 * partial_width(rank) * (N * col_tiles + C * row_tiles)
-
-
-def gradient_parts(tokens: int, features: tuple[int, int], num_blocks: int, rank: int) -> tuple[int, ...]:
-    """How many tokens the backward gathers at a time for dA and dB: all of them, or parts of `GRAD_PART_TOKENS`.
-
-    dA and dB are sums over tokens, so they can be summed part by part, and the gathered copies of dY and x then take
-    the memory of a part. But each part writes partials of its own and runs the end of every program again. So there is
-    one part if G has fewer tiles than `GRAD_PART_TILES`, or if ρ is so large that partials take much more.
-
-    Args:
-        tokens: T.
-        features: N and C.
-        num_blocks: K.
-        rank: ρ.
-
-    Example:
-        >>> gradient_parts(8192, (4096, 4096), num_blocks=4, rank=4)
-        (4096, 4096)
-        >>> gradient_parts(8191, (4096, 4096), num_blocks=4, rank=4)
-        (8191,)
-    """
-    widths = [padded(n, num_blocks) for n in features]
-    tiles = num_blocks * math.prod(math.ceil(width / num_blocks / GRAD_TILE) for width in widths)
-    most = tokens // GRAD_PART_TOKENS
-    if most < 2 or tiles < GRAD_PART_TILES or rank > GRAD_PART_RANKS:
-        return (tokens,)
-    # Whole steps, so that only the last part can end in a step that is not full.
-    each = math.ceil(tokens / most / GRAD_STEP) * GRAD_STEP
-    whole, rest = divmod(tokens, each)
-    return (each,) * whole + ((rest,) if rest else ())

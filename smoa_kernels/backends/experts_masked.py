@@ -15,8 +15,9 @@ from torch import Tensor
 from ..definition.experts import ExpertsAdapter
 from ..definition.precision import accumulate
 from . import Gradients
-from .algorithms import GRAD_PART_TOKENS
 from .block_order import row_panels
+
+_PANEL = 4096  # pairs that are copied at a time, in A's dtype
 
 
 class _Expert(NamedTuple):
@@ -71,7 +72,7 @@ def experts_backward(
 def _sums(dy: Tensor, x: Tensor, one: _Expert) -> Tensor:
     """`G = Σ_p dy_pᵀ x_p` (N, C) over an expert's pairs, summed in A's dtype; only a panel's copies are as wide."""
     G = one.A.new_zeros(one.weight.shape)
-    for panel in zip(*(row_panels(each, GRAD_PART_TOKENS) for each in (dy, x, one.pairs)), strict=True):
+    for panel in zip(*(row_panels(each, _PANEL) for each in (dy, x, one.pairs)), strict=True):
         dy_part, x_part, pairs = panel
         G.addmm_(torch.where(pairs, dy_part, 0).to(G.dtype).T, torch.where(pairs, x_part, 0).to(G.dtype))
     return G

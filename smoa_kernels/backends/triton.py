@@ -8,17 +8,21 @@
 
 Where the kernels gain little, the eager backend computes any part of a pass (`algorithms.choose_algorithm`).
 
-Backward: `block_grad` computes dA and dB. Long batches are gathered in parts (`algorithms.gradient_parts`), and the
-copies are freed before dX needs its workspace. dX is merged in every dtype (a rounded W_eff is a second-order error
-there), split under dropout, fused for few tokens.
+Backward: `block_grad` computes dA and dB. Its gathered copies of dY and x are freed before dX needs its workspace.
+dX is merged in every dtype (a rounded W_eff is a second-order error there), split under dropout, fused for few tokens.
+
+Experts: one launch computes all of them. Nothing of W0's size is built, and the host does not wait for `ends`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..definition.dropout import Dropout
+from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import accumulate
@@ -28,17 +32,21 @@ from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
 from ..kernels.common import block_width
 from ..kernels.fused_linear import fused_linear
+from ..kernels.grouped_grad import grouped_grad
+from ..kernels.grouped_linear import grouped_linear
 from ..kernels.launch import Layout, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
 from ..kernels.spec import Key, bucket, granule_of
 from . import Gradients, eager
-from .algorithms import ALGORITHMS, admissible, choose_algorithm, gradient_parts
+from .algorithms import ALGORITHMS, admissible, choose_algorithm
 from .block_order import is_batch
 
 __all__ = [
     "ALGORITHMS",
     "backward",
+    "experts_backward",
+    "experts_product",
     "factor_gradients",
     "forward",
     "input_gradient",
@@ -91,6 +99,25 @@ def backward(
     return dx, dA, dB
 
 
+def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
+    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+
+    def product(x: Tensor) -> Tensor:
+        with on_device(x.device):
+            return grouped_linear(x, ends, adapter)
+
+    return product
+
+
+def experts_backward(
+    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
+) -> Gradients:
+    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    with on_device(dy.device):
+        dA, dB = (None, None) if x is None else grouped_grad(dy, x, ends, adapter)
+        return grouped_linear(dy, ends, adapter.T) if needs_x else None, dA, dB
+
+
 def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
     """`W_eff`, (N, C) in W0's dtype; written to `out` where that is given."""
     with on_device(adapter.weight.device):
@@ -100,29 +127,11 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
 def factor_gradients(
     dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) by the kernels, which gather a long batch in parts, or by torch's operators. On the current device."""
+    """(dA, dB) by the kernels or by torch's operators. On the current device."""
     if dropout is None and _chosen("factor_gradients", dy, adapter) == "eager":
         return eager.factor_gradients(dy, x, adapter)
-    partition, layout = adapter.partition, Layout.of(adapter)
-    pieces = [(dy, x)]
-    # With granules nothing is gathered; a dropout mask counts tokens from the first, so it takes no parts.
-    if dropout is None and layout.granule == 1:
-        sizes = _gradient_parts(layout, dy.shape[0])
-        if len(sizes) > 1:  # one part needs no views, which take time too
-            pieces = list(zip(dy.split(sizes), x.split(sizes), strict=True))
-    rows = partition.T
-
-    def gathered(part: int) -> tuple[Tensor, Tensor]:
-        dy, x = pieces[part]
-        return _by_block(dy, rows), _by_block(x, partition, dropout)
-
-    return block_grad(len(pieces), gathered, adapter)
-
-
-@table.remembered
-def _gradient_parts(layout: Layout, tokens: int) -> tuple[int, ...]:
-    """How many tokens the backward gathers at a time, without dropout."""
-    return gradient_parts(tokens, layout.features, layout.num_blocks, layout.rank)
+    dyg = _by_block(dy, adapter.partition.T)
+    return block_grad(dyg, _by_block(x, adapter.partition, dropout), adapter)
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:

@@ -40,7 +40,7 @@ from ..kernels.architectures import architecture, assembler, identity
 from ..kernels.launch import Launch, Layout, Pointers, heard_by, short_way, use_tritons_launcher
 from ..kernels.spec import bucket
 from ..kernels.table import keep, read, user_table
-from . import Gradients, eager, experts, experts_masked, experts_triton, triton
+from . import Gradients, eager, experts, experts_masked, triton
 from .kernels_dropout import KernelsDropout
 
 ALGORITHMS = triton.ALGORITHMS
@@ -118,25 +118,24 @@ def _run(
     dropout: Dropout | None = None,
 ) -> Any:
     """Run an operation by the kernels if they are verified for it, else by eager with the same mask."""
-    backends: tuple[Any, Any] = triton, eager
+    theirs: Any = eager
     if isinstance(adapter, PackedAdapter):
         layout: tuple[object, ...] = Layout.of(adapter)
     else:
-        backends, w, blocks = (experts_triton, experts), adapter.weight, adapter.blocks
+        theirs, w, blocks = experts, adapter.weight, adapter.blocks
         layout = w.device, w.dtype, w.shape, w.stride(), blocks.granule, blocks.is_contiguous
     # These properties decide which forms are launched. If two sets launch the same forms, the second compares nothing.
     factors, ieee = (adapter.A.dtype, adapter.A.shape[-2]), gemm_is_ieee(x.dtype, "cuda")
     question = operation, layout, factors, bucket(x.shape[0]), ieee, dropout is None
     sound = _answers.get(question)
     if sound is None:
-        allowed = _ALLOWED[precision_of(x.dtype, ieee=ieee).name]
+        allowed = ALLOWED[precision_of(x.dtype, ieee=ieee).name]
         with _one_at_a_time:
-            sound = _verify(run, backends, x, adapter, dropout, allowed)
+            sound = _verify(run, theirs, x, adapter, dropout, allowed)
         if sound is not None:
             _answers[question] = sound
     if sound:
-        return run(backends[0], adapter, dropout)
-    theirs = backends[1]
+        return run(triton, adapter, dropout)
     if theirs is experts and torch.cuda.is_current_stream_capturing():
         theirs = experts_masked
         refused = "are refused: every expert multiplies all pairs"
@@ -159,7 +158,7 @@ def _in_torch(dropout: Dropout | None) -> Dropout | None:
 
 # How far two right results may lie apart, as a share of the norm of a row or column. In half types twice the spacing of
 # numbers; in TF32 more, since cuBLAS may truncate operands; in float32 long sums have different orders.
-_ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
+ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
 _FEWEST = 32  # numbers of a row or column that is compared by itself
 # Each number must satisfy |ours - eager's| <= share * (|eager's| + _OUTLIER * r). r is the root mean square of its row
 # or column, whichever is larger. Rounding the terms of a sum moves a number by share * r / 7 on average, so two
@@ -181,14 +180,14 @@ def _is_verified(device: torch.device) -> bool:
 
 
 def _verify(
-    run: Run, backends: tuple[Any, Any], x: Tensor, adapter: Any, dropout: Dropout | None, allowed: float
+    run: Run, theirs: Any, x: Tensor, adapter: Any, dropout: Dropout | None, allowed: float
 ) -> bool | None:
     """Whether the forms that an operation launches are right; None if they cannot be compared now."""
     if not _is_verified(x.device):
         return True
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() or not x.any():
         return None
-    (ours, theirs), known, probe = backends, verdicts(x.device), _with_random_factors(adapter)
+    known, probe = verdicts(x.device), _with_random_factors(adapter)
     heard: list[str] = []
 
     def hear(launch: Launch, pointers: Pointers) -> None:
@@ -201,13 +200,13 @@ def _verify(
 
     try:
         with heard_by(hear):
-            found = run(ours, probe, dropout)
+            found = run(triton, probe, dropout)
         if not new():
             return True
         expected = run(theirs, probe, _in_torch(dropout))
-        distance = again = _distance(found, expected, allowed)
-        if distance is not None and LAUNCHER not in known.forms:
-            again = _distance(run(ours, probe, dropout), expected, allowed)
+        far = again = distance(found, expected, allowed)
+        if far is not None and LAUNCHER not in known.forms:
+            again = distance(run(triton, probe, dropout), expected, allowed)
     except _RefusedError as error:
         return known.refuse(heard[-1:], str(error))
     except torch.OutOfMemoryError as error:
@@ -216,12 +215,10 @@ def _verify(
         if not new():
             raise
         return known.refuse(new(), f"{type(error).__name__}: {first_line(error)}")
-    if distance is None or again is None:
+    if far is None or again is None:
         return None
-    if not distance <= 1:
-        return known.refuse(
-            new(), f"results differ from eager's by {distance:.3g} times what rounding explains"
-        )
+    if not far <= 1:
+        return known.refuse(new(), f"results differ from eager's by {far:.3g} times what rounding explains")
     if not again <= 1:
         use_tritons_launcher(f"results of the short way differ by {again:.3g} times what rounding explains")
     known.add(dict.fromkeys([*new(), *[LAUNCHER] * short_way.taken], ""))
@@ -235,7 +232,7 @@ def _with_random_factors(adapter: Any) -> Any:
     return replace(adapter, A=A, B=B.div_(A.shape[-2] ** 0.5), scaling=torch.ones_like(adapter.scaling))
 
 
-def _distance(found: Any, expected: Any, allowed: float) -> float | None:
+def distance(found: Any, expected: Any, allowed: float) -> float | None:
     """The largest distance of a row, column or number over the allowed one; None if eager's result proves nothing."""
     shares = []
     for ours, theirs in zip(_matrices(found), _matrices(expected), strict=True):

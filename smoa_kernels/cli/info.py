@@ -30,6 +30,7 @@ from ..kernels.table import SHIPPED, read, user_table
 from .output import console, write_json
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
+_HAS_TRITON, _NO_TRITON = importlib.util.find_spec("triton") is not None, "triton is not installed"
 _OURS = ("SMOA_CACHE", "SMOA_VERIFY")
 _VARIABLES = (
     "SMOA_",
@@ -82,13 +83,13 @@ def _collect() -> dict[str, dict[str, str]]:
             "platform": platform.platform(),
             **{name: _version(name) for name in _PACKAGES},
             "torch is built for": _runtime(),
-            "ptxas": _ptxas(),
+            "ptxas": _ptxas() if _HAS_TRITON else _NO_TRITON,
             "GPU driver": _driver(),
         },
         "devices": _devices(),
         "backends": {name: f"no: {why}" if why else "works" for name, why in backends().items()},
-        "tuning tables": _tables(),
-        "kernels": _kernels(),
+        "tuning tables": _tables() if _HAS_TRITON else {"none": _NO_TRITON},
+        "kernels": _kernels() if _HAS_TRITON else {"none": _NO_TRITON},
         "folders": {"cache": str(cache_folder())},
         "environment": dict.fromkeys(_OURS, "not set") | _environment(),
     }
@@ -104,8 +105,6 @@ def _environment() -> dict[str, str]:
 
 def _ptxas() -> str:
     """Triton's assemblers; the architecture decides which one it uses."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     return ", ".join(
         f"{assembler(arch).removeprefix('ptxas ')} for {arch}" for arch in ("sm_80", "sm_90", "sm_100")
     )
@@ -136,8 +135,6 @@ def _driver() -> str:
 
 def _tables() -> dict[str, str]:
     """Every tuning table on disk, the user's before the shipped ones."""
-    if importlib.util.find_spec("triton") is None:
-        return {"none": "triton is not installed"}
     # GPUs of the same name may differ if one is cut into slices, so each is judged.
     here = list(dict.fromkeys(map(identity, _gpus())))
     found: dict[str, str] = {}
@@ -155,8 +152,6 @@ def _tables() -> dict[str, str]:
 
 def _kernels() -> dict[str, str]:
     """The verdicts on the kernels' forms on each GPU here, and the kernels that have not run there yet."""
-    if importlib.util.find_spec("triton") is None:
-        return {"none": "triton is not installed"}
     from ..backends.verified import LAUNCHER, verdicts
 
     found: dict[str, str] = {}
@@ -212,8 +207,7 @@ def _devices() -> dict[str, str]:
             f"{properties.name}, capability {properties.major}.{properties.minor}, "
             f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
         )
-        has_triton = importlib.util.find_spec("triton") is not None
         # In TF32, because what is known of all precisions holds there too.
-        if has_triton and (why := miscompiled_on(torch.device("cuda", index), "tf32")):
+        if _HAS_TRITON and (why := miscompiled_on(torch.device("cuda", index), "tf32")):
             devices[f"cuda:{index}"] += f"; {why}"
     return devices

@@ -49,29 +49,16 @@ def progress_of(doing: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON as :func:`write_bytes` writes."""
-    write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file atomically; write directly to a pipe or device such as /dev/stdout.
+    """Write JSON: replace a file atomically; write directly to a pipe or device such as /dev/stdout.
 
     Raises:
         ValueError: the file cannot be written; the message says why.
     """
-    check_place(path)
+    text = (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(data)
+            path.write_bytes(text)
         else:
-            replace_file(path, data)
+            replace_file(path, text)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error
-
-
-def check_place(path: Path) -> None:
-    """Raise a ValueError if a file cannot be at `path`; commands check this before long computations."""
-    if not path.parent.is_dir():
-        raise ValueError(f"cannot write {path}: {path.parent} is not a folder; make it first")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder; name a file in it")

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import check_dense, check_kind, check_number, check_probability, layout_of
 from .dropout import WIDEST
 from .partition import BlockPartition
+from .precision import autocast_enabled
 
 
 def check_tensors(
@@ -136,12 +137,6 @@ def check_ranks(ranks: Tensor, block_ranks: Sequence[int] | None, rho: int) -> N
         raise ValueError(f"ranks must lie in [0, {rho}], A's rows, got {given}")
     if block_ranks is not None and list(block_ranks) != given:
         raise ValueError(f"block_ranks must be the numbers in ranks, {given}, got {list(block_ranks)}")
-
-
-def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on where x is."""
-    # Meta tensors have no autocast, and asking whether a device has it breaks the graph in torch 2.11.
-    return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def _check_dense(x: Tensor, **others: Any) -> None:

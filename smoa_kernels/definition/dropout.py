@@ -60,7 +60,7 @@ class Dropout:
 
     @property
     def least_kept(self) -> int:
-        """The lowest level that is kept: the threshold as a signed number (see :meth:`levels`)."""
+        """The threshold as a signed number: an element whose 16 bits, read as an int16, are at least it is kept."""
         return self.threshold - _LEVELS // 2
 
     def multiplier(self, x: Tensor) -> Tensor:
@@ -69,26 +69,17 @@ class Dropout:
 
     def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
         """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens."""
-        levels = self.levels(columns)
+        on_host, per_token = draws(self.seed.device), self.words_per_token(columns)
+        words = drawn_words(self.seed, per_token) if on_host else hashed_words(self.seed, per_token)
+        own = slice(self.column_offset, self.column_offset + columns)
 
         def fill(out: Tensor) -> Tensor:
-            for rows in out.split(MASK_ROWS) if draws(self.seed.device) else (out,):
-                torch.ge(levels(rows.shape[0]), self.least_kept, out=rows).mul_(self.scale)
+            for rows in out.split(MASK_ROWS) if on_host else (out,):
+                levels = words(rows.shape[0]).view(torch.int16)[:, own]
+                torch.ge(levels, self.least_kept, out=rows).mul_(self.scale)
             return out
 
         return fill
-
-    def levels(self, columns: int) -> Callable[[int], Tensor]:
-        """Return a function that draws levels, int16 (tokens, columns), for the given number of next tokens.
-
-        An element is kept if its level is at least `least_kept`. On the CPU a call takes at most `MASK_ROWS` tokens;
-        the next call overwrites its result.
-        """
-        words = (drawn_words if draws(self.seed.device) else hashed_words)(
-            self.seed, self.words_per_token(columns)
-        )
-        own = slice(self.column_offset, self.column_offset + columns)
-        return lambda tokens: words(tokens).view(torch.int16)[:, own]
 
     def words_per_token(self, columns: int) -> int:
         """64-bit numbers drawn per token, for the columns of all shards."""

@@ -78,15 +78,15 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Turn autocast off on `tensor`'s device where it is on, so that products keep the operands' dtype.
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    # Meta tensors have no autocast, and asking whether a device has it breaks the graph in torch 2.11.
+    return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
-    The meta device has no autocast, so nothing is turned off there.
-    """
-    device = tensor.device.type
-    if tensor.is_meta or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Turn autocast off on `tensor`'s device where it is on, so that products keep the operands' dtype."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled(tensor) else nullcontext()
 
 
 def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:

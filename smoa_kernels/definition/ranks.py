@@ -8,17 +8,12 @@ from ..checks import MOST_RANKS, check_blocks, check_count, shown
 from .partition import BlockPartition
 
 
-def split_rank(r: int, num_blocks: int) -> list[int]:
-    """Share a rank budget evenly: block k gets `r // K + (k < r % K)` (docs/definition.md)."""
-    return [r // num_blocks + (k < r % num_blocks) for k in range(num_blocks)]
-
-
 def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the rank of each block: `block_ranks` after checking it, or an even split of r where it is None."""
+    """Return the rank of each block: `block_ranks` after checking it, or where it is None `r // K + (k < r % K)`."""
     check_count("r", r, most=MOST_RANKS)
     check_blocks(num_blocks)
     if block_ranks is None:
-        return tuple(split_rank(r, num_blocks))
+        return tuple(r // num_blocks + (k < r % num_blocks) for k in range(num_blocks))
     if not isinstance(block_ranks, Sequence):
         raise TypeError(f"block_ranks must be a list of ints, got {shown(block_ranks)}")
     ranks = tuple(block_ranks)

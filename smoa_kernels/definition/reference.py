@@ -1,7 +1,7 @@
 """The definition in plain PyTorch (docs/definition.md): a loop over blocks.
 
-Slow and obvious. Every fast path is tested against `reference_linear` and its gradients by autograd, and these are
-tested against the C oracle. `forward` and `backward` do the same for a `PackedAdapter`, with the gradients written out.
+Slow and obvious. Every fast path is tested against `forward` and its gradients by autograd, and these are tested
+against the C oracle. `backward` has the gradients written out.
 """
 
 from __future__ import annotations
@@ -12,49 +12,31 @@ from torch import Tensor
 
 from .dropout import Dropout
 from .packed import PackedAdapter
-from .partition import BlockPartition
 
 
-def reference_delta_weight(
-    weight: Tensor, A: Tensor, B: Tensor, partition: BlockPartition, ranks: Tensor, *, scaling: float | Tensor
-) -> Tensor:
+def delta_weight(adapter: PackedAdapter) -> Tensor:
     """Compute `ΔW[rows_k, cols_k] = s · (B_k A_k) ∘ W0[rows_k, cols_k]`, zero elsewhere; shape (N, C).
 
-    Args:
-        weight: W0 (N, C).
-        A: packed (ρ, C).
-        B: packed (N, ρ).
-        partition: blocks of W0.
-        ranks: int (K,), r_k ≤ ρ.
-        scaling: s.
-
     Example:
+        >>> from smoa_kernels import BlockPartition
         >>> halves = torch.tensor([0, 0, 1, 1])
         >>> partition, ranks = BlockPartition.from_labels(halves, halves, 2), torch.tensor([1, 1])
         >>> weight, A, B = torch.full((4, 4), 3.0), torch.ones(1, 4), torch.ones(4, 1)
-        >>> reference_delta_weight(weight, A, B, partition, ranks, scaling=2.0)[0].tolist()
+        >>> delta_weight(PackedAdapter(weight, A, B, partition, ranks, torch.tensor(2.0)))[0].tolist()
         [6.0, 6.0, 0.0, 0.0]
     """
+    weight, A, B, partition = adapter.weight, adapter.A, adapter.B, adapter.partition
     delta = torch.zeros_like(weight)
-    for k, rank in enumerate(ranks.tolist()):
+    for k, rank in enumerate(adapter.ranks.tolist()):
         rows, cols = partition.rows(k), partition.cols(k)
         block = (rows[:, None], cols)
         product = B[rows, :rank] @ A[:rank, cols]
-        delta = delta.index_put(block, (scaling * product * weight[block]).to(delta.dtype))
+        delta = delta.index_put(block, (adapter.scaling * product * weight[block]).to(delta.dtype))
     return delta
 
 
-def reference_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    partition: BlockPartition,
-    ranks: Tensor,
-    *,
-    scaling: float | Tensor,
-    dropout: Dropout | None = None,
+def forward(
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
 
@@ -62,27 +44,10 @@ def reference_linear(
     times.
 
     Args:
-        dropout: the active one, or None; the others are those of :func:`smoa_kernels.smoa_linear`.
-
-    Example:
-        >>> weight = torch.randn(6, 4)
-        >>> partition = BlockPartition.from_weight(weight, num_blocks=2)
-        >>> A, B, ranks = torch.randn(1, 4), torch.zeros(6, 1), torch.ones(2, dtype=torch.int32)
-        >>> reference_linear(torch.randn(3, 4), weight, None, A, B, partition, ranks, scaling=0.5).shape
-        torch.Size([3, 6])
+        algorithm: any; there is one way.
+        dropout: the active one, or None.
     """
-    delta = reference_delta_weight(weight, A, B, partition, ranks, scaling=scaling)
-    return F.linear(x, weight, bias) + F.linear(_dropped(x, dropout), delta)
-
-
-def forward(
-    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
-) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N)."""
-    a = adapter
-    return reference_linear(
-        x, a.weight, bias, a.A, a.B, a.partition, a.ranks, scaling=a.scaling, dropout=dropout
-    )
+    return F.linear(x, adapter.weight, bias) + F.linear(_dropped(x, dropout), delta_weight(adapter))
 
 
 def backward(
@@ -96,7 +61,7 @@ def backward(
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
     """`dX = dY W0 + dropoutᵀ(dY ΔW)`."""
-    return dy @ adapter.weight + _dropped(dy @ _delta(adapter), dropout)
+    return dy @ adapter.weight + _dropped(dy @ delta_weight(adapter), dropout)
 
 
 def factor_gradients(
@@ -113,12 +78,6 @@ def factor_gradients(
         dA[:rank, cols] = B[rows, :rank].T @ H
         dB[rows, :rank] = H @ A[:rank, cols].T
     return dA, dB
-
-
-def _delta(adapter: PackedAdapter) -> Tensor:
-    return reference_delta_weight(
-        adapter.weight, adapter.A, adapter.B, adapter.partition, adapter.ranks, scaling=adapter.scaling
-    )
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:

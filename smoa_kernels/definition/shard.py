@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-if (
-    TYPE_CHECKING
-):  # torch.distributed.tensor takes about a second to import, and only a shard's methods need it
+# torch.distributed.tensor takes about a second to import, and only a shard's methods need it.
+if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 

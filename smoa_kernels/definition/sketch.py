@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import struct
+import warnings
+from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
@@ -63,6 +65,26 @@ def sketch_distance(first: Tensor, second: Tensor) -> float:
     difference = first.detach().float().cpu() - second.detach().float().cpu()
     projections = difference[:-1].square().mean().sqrt()
     return float(torch.maximum(projections, difference[-1].abs()))
+
+
+def check_base(distances: Mapping[str, float], *, strict: bool) -> None:
+    """Warn, or raise a ValueError where `strict`, if an adapter was trained over other weights than these layers'.
+
+    Args:
+        distances: by layer, that of its base weight from the one that was trained over. NaN is another weight.
+        strict: whether to refuse.
+    """
+    others = {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
+    if not others:
+        return
+    name = max(others, key=others.__getitem__)
+    message = (
+        f"the adapter was trained over another base weight in {len(others)} layers, for one {name} (it differs by "
+        f"about {others[name]:.0%}, the same base in another precision by at most {TOLERANCE:.0%})"
+    )
+    if strict:
+        raise ValueError(f"{message}; strict_base=True refuses it")
+    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _signs(size: int, side: int, device: torch.device) -> Tensor:

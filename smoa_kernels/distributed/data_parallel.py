@@ -12,10 +12,12 @@ from ..checks import check_kind
 from ..layers import FusedSMoALinear
 
 
-def check_group(process_group: dist.ProcessGroup | None) -> None:
-    """Raise a TypeError for -100, which `dist.new_group` returns to a process outside the group."""
-    if process_group is not None:
-        check_kind("process_group", process_group, dist.ProcessGroup)
+def first_process(process_group: dist.ProcessGroup | None) -> int:
+    """The global rank of a group's first process; a TypeError for -100, which `dist.new_group` returns to others."""
+    if process_group is None:
+        return 0
+    check_kind("process_group", process_group, dist.ProcessGroup)
+    return dist.get_global_rank(process_group, 0)
 
 
 def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -75,8 +77,7 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
     Raises:
         TypeError: this process is not in the group.
     """
-    check_group(process_group)
-    source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    source = first_process(process_group)
     for name, buffer in smoa_buffers(model).items():
         if buffer.is_meta:
             continue
@@ -110,7 +111,7 @@ def average_gradients(
     Raises:
         TypeError: this process is not in the group.
     """
-    check_group(process_group)
+    first_process(process_group)
 
     def average(parameter: nn.Parameter) -> None:
         assert parameter.grad is not None  # the hook runs after it was set

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import granules
 from ..definition.spectral_order import order_source, spectral_orders
-from .data_parallel import check_group
+from .data_parallel import first_process
 
 
 @contextmanager
@@ -33,8 +33,7 @@ def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[N
     Raises:
         TypeError: this process is not in the group.
     """
-    check_group(process_group)
-    source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    source = first_process(process_group)
     first = dist.get_rank() == source
 
     def orders(weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:

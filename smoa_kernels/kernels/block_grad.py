@@ -6,20 +6,20 @@
 G is never in memory. One program accumulates one tile of G_k over its tokens in registers, multiplies it by the tile
 of W0 and contracts it with the tile's rows of B and columns of A. It writes only these small partial results. A second
 kernel, `sum_partials.py`, adds them in a fixed order, without atomics, so two runs agree bit for bit. The contraction
-is linear in G, so the tokens can be split among programs and among launches.
+is linear in G, so the tokens can be split among programs.
 
 Layout of the pointers: dy (T, K, P_n) and x (T, K, P_c) padded block-major with zeros in padding, last stride 1; or,
 if blocks consist of granules, dy (T, N) and x (T, C) in the layer's own order; weight (N, C), a (ρ, C), b (N, ρ) in the
 layer's own coordinates, any strides, read through row_index (N), col_index (C) int64 and row_offsets, col_offsets
 (K + 1) int32; ranks (K) int32; scaling one element; partial_b (splits · column tiles, N, R) and partial_a
-(splits · row tiles, C, R) float32, contiguous, one launch's after the other's.
+(splits · row tiles, C, R) float32, contiguous.
 
 R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of 128 bits, one store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -226,20 +226,16 @@ def dot_parts(a, b, acc, IN_PARTS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
 
 
 def block_grad(
-    parts: int,
-    gathered: Callable[[int], tuple[Tensor, Tensor]],
+    dyg: Tensor,
+    xg: Tensor,
     adapter: PackedAdapter,
 ) -> tuple[Tensor, Tensor]:
     """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
-    The tokens come a part at a time, and their partials stay float32 until the parts are summed.
-
     Args:
-        parts: number of parts, at least 1.
-        gathered: gives dyg and xg of a part, from `permute.gather_columns`: dY (T_part, K, P_n) in W0's dtype,
-            gathered by rows of W0, and the adapter's input (T_part, K, P_c), gathered by columns and masked by dropout.
-            If blocks consist of granules (`spec.granule_of`), they may be in their own order, (T_part, N) and
-            (T_part, C). The last part is freed before the next is asked for. No T_part is larger than the first.
+        dyg: dY (T, K, P_n) in W0's dtype, gathered by rows of W0, from `permute.gather_columns`. If blocks consist of
+            granules (`spec.granule_of`), dY itself, (T, N), is allowed.
+        xg: the adapter's input (T, K, P_c), gathered by columns and masked by dropout, or (T, C).
         adapter: weight, factors, partition, ranks and scaling.
     """
     A, B, partition = adapter.A, adapter.B, adapter.partition
@@ -247,29 +243,18 @@ def block_grad(
     if dA.numel() == 0 or dB.numel() == 0:
         return dA, dB
     layout, pointers = described(adapter)
-    tokens = 0  # of the first part
-    for part in range(parts):
-        dyg, xg = gathered(part)
-        tokens = tokens or dyg.shape[0]
-        dyg = dyg if dyg.stride(-1) == 1 else dyg.contiguous()
-        xg = xg if xg.stride(-1) == 1 else xg.contiguous()
-        # Operands in their own order are tiled like gathered ones; the kernel masks what lies past a block's end.
-        widths = (
-            block_width(partition.row_sizes) if dyg.ndim == 2 else dyg.shape[2],
-            block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
-        )
-        strides = dyg.stride(), xg.stride()
-        launch, slots = _launch(layout, tokens, dyg.shape[0], widths, *strides)
-        if part == 0:
-            width = partial_width(layout.rank)
-            (slots_a, slots_b), (N, C) = slots, layout.features
-            partial_a = dyg.new_empty(parts * slots_a, C, width, dtype=torch.float32)
-            partial_b = dyg.new_empty(parts * slots_b, N, width, dtype=torch.float32)
-        # With one part, which is usual, no views are made: they take time.
-        here_a = partial_a if parts == 1 else partial_a.narrow(0, part * slots_a, slots_a)
-        here_b = partial_b if parts == 1 else partial_b.narrow(0, part * slots_b, slots_b)
-        launch(dy_ptr=dyg, x_ptr=xg, partial_a_ptr=here_a, partial_b_ptr=here_b, **pointers)
-        del dyg, xg  # before the next are gathered
+    dyg = dyg if dyg.stride(-1) == 1 else dyg.contiguous()
+    xg = xg if xg.stride(-1) == 1 else xg.contiguous()
+    # Operands in their own order are tiled like gathered ones; the kernel masks what lies past a block's end.
+    widths = (
+        block_width(partition.row_sizes) if dyg.ndim == 2 else dyg.shape[2],
+        block_width(partition.col_sizes) if xg.ndim == 2 else xg.shape[2],
+    )
+    launch, (slots_a, slots_b) = _launch(layout, dyg.shape[0], widths, dyg.stride(), xg.stride())
+    width, (N, C) = partial_width(layout.rank), layout.features
+    partial_a = dyg.new_empty(slots_a, C, width, dtype=torch.float32)
+    partial_b = dyg.new_empty(slots_b, N, width, dtype=torch.float32)
+    launch(dy_ptr=dyg, x_ptr=xg, partial_a_ptr=partial_a, partial_b_ptr=partial_b, **pointers)
     sum_partials(partial_a, dA, transposed=True)
     sum_partials(partial_b, dB)
     return dA, dB
@@ -279,15 +264,14 @@ def block_grad(
 def _launch(
     layout: Layout,
     tokens: int,
-    tokens_here: int,
     widths: tuple[int, int],
     dy_stride: Sequence[int],
     x_stride: Sequence[int],
 ) -> tuple[Launch, tuple[int, int]]:
-    """A part's launch, and how many partials of dA and of dB it has; `tokens` are those of the first part."""
+    """The launch, and how many partials of dA and of dB it has."""
     padded_rows, padded_cols = widths
     dy_in_place, x_in_place = len(dy_stride) == 2, len(x_stride) == 2
-    config, precision = layout.choose(
+    config = layout.choose(
         "block_grad",
         tokens=tokens,
         padded_out=padded_rows,
@@ -304,7 +288,7 @@ def _launch(
         (programs, splits),
         config,
         layout,
-        T=tokens_here,
+        T=tokens,
         tokens_per_split=-(-tokens // (splits * config.block_t)) * config.block_t,
         tiles_n=tiles_n,
         tiles_c=tiles_c,
@@ -315,7 +299,6 @@ def _launch(
         stride_xk=0 if x_in_place else x_stride[1],
         DY_IN_PLACE=dy_in_place,
         X_IN_PLACE=x_in_place,
-        INPUT_PRECISION=precision,
         BLOCK_R=RANK_CHUNK,
     )
     return launch, (splits * tiles_n, splits * tiles_c)

@@ -163,7 +163,7 @@ def _launch(
 ) -> Launch:
     padded_rows, padded_cols = widths
     in_place, natural, transposed = len(x_stride) == 2, len(out_stride) == 2, delta_stride[2] != 1
-    config, precision = layout.choose(
+    config = layout.choose(
         "block_matmul",
         tokens=tokens,
         padded_out=padded_rows,
@@ -195,7 +195,6 @@ def _launch(
         IN_PLACE=in_place,
         TRANSPOSED=transposed,
         SCATTER=natural,
-        INPUT_PRECISION=precision,
     )
 
 

@@ -196,7 +196,7 @@ def _launch(
     has_bias: bool,
 ) -> Launch:
     rank = layout.rank
-    config, precision = layout.choose(
+    config = layout.choose(
         "fused_linear",
         tokens=tokens,
         transposed=layout.transposed,
@@ -213,8 +213,6 @@ def _launch(
         split=config.split,
         stride_xt=x_stride[0],
         stride_xc=x_stride[1],
-        INPUT_PRECISION=precision,
-        W_TRANSPOSED=layout.transposed,
         HAS_BIAS=has_bias and config.split == 1,
         SIDE_BY_SIDE=layout.num_blocks > 1 and 0 < rank * layout.num_blocks <= chunk,
         RANK_BLOCK=chunk,

@@ -197,7 +197,7 @@ def _launches(
     Each comes with its experts and the largest number of partial results of an expert.
     """
     N, experts = layout.features[0], layout.experts
-    config, precision = layout.choose(
+    config = layout.choose(
         "grouped_grad" if layout.granule > 1 else "grouped_grad_gathered",
         **layout.experts_sizes(pairs),
     )
@@ -217,8 +217,6 @@ def _launches(
             parts=parts,
             stride_dyp=strides[0],
             stride_xp=strides[1],
-            INDEXED=layout.indexed,
-            INPUT_PRECISION=precision,
             BLOCKS=power_of_two(layout.num_blocks, 16),
             BLOCK_R=RANKS,
         )

@@ -228,7 +228,7 @@ def _launch(
     base: bool,
 ) -> Launch:
     N = layout.features[0]
-    config, precision = layout.choose(
+    config = layout.choose(
         "grouped_linear" if base else "grouped_linear_gathered",
         **layout.experts_sizes(pairs),
     )
@@ -246,11 +246,8 @@ def _launch(
         num_blocks=blocks,
         stride_xp=stride_xp,
         GRANULE=layout.granule if adapter else granule_of(0, (N,)),
-        INDEXED=layout.indexed,
         ADAPTER=adapter,
         BASE=base,
-        W_TRANSPOSED=layout.transposed,
-        INPUT_PRECISION=precision,
         EXPERTS=power_of_two(layout.experts, 16),
         BLOCKS=power_of_two(blocks, 16),
         RANK_BLOCK=min(

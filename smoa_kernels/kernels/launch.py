@@ -140,17 +140,21 @@ class Layout(NamedTuple):
         """W0's, and the activations'."""
         return PRECISIONS[self.precision].dtype
 
-    def choose(self, kernel: str, **sizes: Any) -> tuple[Any, str]:
-        """Return the launch parameters by :func:`table.select`, and how float32 products round.
+    @property
+    def input_precision(self) -> str:
+        """How float32 products round, "tf32" or "ieee"."""
+        return input_precision(self.dtype, allow_tf32=self.precision == "tf32")
+
+    def choose(self, kernel: str, **sizes: Any) -> Any:
+        """Return the launch parameters by :func:`table.select`.
 
         Args:
             kernel: one of `KERNELS`.
             sizes: further fields of `spec.Key`.
         """
-        precision = input_precision(self.dtype, allow_tf32=self.precision == "tf32")
         N, C = self.features
         sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
-        return select(kernel, self.device, self.dtype, precision, **sizes), precision
+        return select(kernel, self.device, self.dtype, self.input_precision, **sizes)
 
     def experts_sizes(self, pairs: int) -> dict[str, Any]:
         """Fields of `spec.Key` for an adapter of experts. `tokens` is the average number of pairs of an expert."""
@@ -158,13 +162,15 @@ class Layout(NamedTuple):
         sides = {"granule": self.granule, "transposed": self.transposed}
         return {"tokens": tokens, "factors": self.factors, **sides}
 
-    def numbers(self) -> dict[str, int]:
-        """Sizes and strides as kernels name them."""
+    def numbers(self) -> dict[str, Any]:
+        """Sizes, strides and constants as kernels name them."""
         N, C = self.features
-        numbers = {"N": N, "C": C, "rank": self.rank, "num_blocks": self.num_blocks, "GRANULE": self.granule}
+        numbers = {"N": N, "C": C, "rank": self.rank, "num_blocks": self.num_blocks}
+        constants: dict[str, Any] = {"GRANULE": self.granule, "INPUT_PRECISION": self.input_precision}
+        constants |= {"INDEXED": self.indexed, "W_TRANSPOSED": self.transposed}
         names = (*_EXPERTS_STRIDES, *_BLOCKS) if self.experts else _STRIDES
         strides = zip(names, self.strides, strict=True)
-        return numbers | {f"stride_{name}": stride for name, stride in strides}
+        return numbers | constants | {f"stride_{name}": stride for name, stride in strides}
 
 
 Pointers: TypeAlias = Mapping[str, Tensor | None]
@@ -231,31 +237,6 @@ def _described(
     }
 
 
-class Form(NamedTuple):
-    """A compiled kernel, loaded on a device, and the arguments that running it needs.
-
-    Attributes:
-        kernel: Triton's object; Triton unloads the kernel once nothing refers to it. `run`, `function` and `metadata`
-            are its parts.
-        device: number of the device that it is loaded on.
-        stream: function that returns the current stream of a device.
-    """
-
-    kernel: CompiledKernel
-    run: Callable[..., None]
-    function: Any
-    metadata: Any
-    device: int
-    stream: Callable[[int], int]
-
-    @classmethod
-    def of(cls, kernel: CompiledKernel) -> Form:
-        """Make a form of a kernel that was just launched."""
-        active = driver.active
-        parts = kernel.run, kernel.function, kernel.packed_metadata
-        return cls(kernel, *parts, active.get_current_device(), active.get_current_stream)
-
-
 class Launch:
     """A launch of a kernel, complete except for its pointers, and the compiled forms that it used so far.
 
@@ -265,8 +246,8 @@ class Launch:
     A form depends on the launch, on the dtypes of the pointers, and on whether 16 divides their addresses. Forms are
     remembered for addresses that 16 divides. Triton launches in all other cases: the first time, with other addresses,
     and while a profiler has hooks on launches. We rely on two properties of Triton: a launch returns the compiled
-    kernel, and the kernel's `run` launches it, as in PyTorch's compiler. If a launch returns anything else, nothing is
-    remembered.
+    kernel, which stays loaded while something refers to it, and the kernel's `run` launches it, as in PyTorch's
+    compiler. If a launch returns anything else, nothing is remembered.
 
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
@@ -287,7 +268,7 @@ class Launch:
         self._pointers = tuple(name for name in names if name.endswith("_ptr"))
         self._numbers = tuple(known[name] for name in names[len(self._pointers) :])
         self.kernel, self._grid, self.config = kernel, (*grid, 1, 1)[:3], config
-        self._forms: dict[tuple[object, ...], Form] = {}
+        self._forms: dict[tuple[object, ...], CompiledKernel] = {}
 
     def __call__(self, **pointers: Tensor | None) -> None:
         """Launch on the current device.
@@ -310,12 +291,12 @@ class Launch:
         unheard = hear is None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave)
         if form is not None and unheard:
             try:
-                stream = form.stream(form.device)
+                stream = driver.active.get_current_stream(driver.active.get_current_device())
                 form.run(
                     *self._grid,
                     stream,
                     form.function,
-                    form.metadata,
+                    form.packed_metadata,
                     None,
                     None,
                     None,
@@ -331,11 +312,8 @@ class Launch:
             return
         compiled = self.kernel[self._grid](*tensors, *self._numbers, **self.config.options)
         # The interpreter compiles nothing.
-        if not address & 15 and isinstance(compiled, CompiledKernel) and not short_way.obstacle:
-            try:
-                self._forms[tuple(dtypes)] = Form.of(compiled)
-            except AttributeError as error:
-                use_tritons_launcher(f"this Triton has another launcher ({error})")
+        if not address & 15 and isinstance(compiled, CompiledKernel):
+            self._forms[tuple(dtypes)] = compiled
 
     def form(self, pointers: Pointers) -> str:
         """A launch's form: a kernel, the dtypes of its pointers, and its compile-time arguments and options."""

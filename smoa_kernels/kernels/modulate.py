@@ -134,7 +134,7 @@ def _weight_launch(
     out_stride: Sequence[int],
 ) -> Launch:
     N, C = layout.features
-    config, precision = layout.choose("modulated_weight", factors=layout.factors)
+    config = layout.choose("modulated_weight", factors=layout.factors)
     return Launch(
         modulated_weight_kernel,
         (-(-N // config.block_n) * -(-C // config.block_c),),
@@ -142,7 +142,6 @@ def _weight_launch(
         layout,
         stride_on=out_stride[0],
         stride_oc=out_stride[1],
-        INPUT_PRECISION=precision,
         RANK_BLOCK=rank_block(layout.rank),
     )
 
@@ -253,7 +252,7 @@ def modulated_blocks(
 @remembered
 def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> Launch:
     padded_rows, padded_cols = widths
-    config, precision = layout.choose(
+    config = layout.choose(
         "modulated_blocks",
         padded_out=padded_rows,
         padded_in=padded_cols,
@@ -267,7 +266,6 @@ def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> Launch:
         layout,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
-        INPUT_PRECISION=precision,
         RANK_BLOCK=rank_block(layout.rank),
     )
 

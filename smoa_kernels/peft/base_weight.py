@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..backends import eager
 from ..definition.block_rule import BlockRule
+from ..definition.experts import ExpertBlocks
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.shard import LayerShard
@@ -81,14 +82,13 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             return 0.0
         return max(map(sketch_distance, sketch.view(-1, own.shape[-1]), own.view(-1, own.shape[-1])))
 
-    def build_blocks(self, rule: BlockRule) -> Any:
-        """Compute the blocks of W0; reads W0 only if they depend on its values."""
-        if rule.needs_weight:
-            return self.joined([compute() for compute in self.decompositions(rule)])
-        return self.joined([rule.of_shape((self.out_features, self.in_features), self.adapter_device)])
+    def computations(self, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
+        """Functions that compute the blocks of each matrix of W0; a single one if all share their blocks.
 
-    def decompositions(self, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
-        """Functions that compute the spectral blocks of each matrix of W0; a single one if all share their blocks."""
+        W0 is read only if its values decide.
+        """
+        if not rule.needs_weight:
+            return [partial(rule.of_shape, (self.out_features, self.in_features), self.adapter_device)]
         weight = self.base_weight().detach()
         if not self.stack:
             return [partial(rule.build, weight)]
@@ -98,7 +98,10 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     def joined(self, partitions: Sequence[BlockPartition]) -> Any:
         """The blocks of W0 from the partitions of its matrices, or from one that all share."""
-        return partitions[0]
+        if not self.stack:
+            return partitions[0]
+        rows, cols = ([getattr(p, side) for p in partitions] for side in ("row_block", "col_block"))
+        return ExpertBlocks.from_labels(torch.stack(rows), torch.stack(cols), partitions[0].num_blocks)
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -152,7 +155,10 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         merged: Iterable[Tensor] = self._merged([*before, *names], self.base_weight())
         if safe_merge:
             merged = list(merged)
-            _check_finite(merged, names)
+            if not all(bool(torch.isfinite(weight).all()) for weight in merged):
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
+                )
         if stored is None:
             quantized = requantize(self, *merged)
             self._stored_layer = self._stored_layer or (quantized,)
@@ -232,10 +238,3 @@ def _sum(adapters: Sequence[PackedAdapter]) -> Tensor:
 def _check_unsharded(weight: Tensor) -> None:
     if hasattr(weight, "full_tensor"):
         raise RuntimeError("the base weight is sharded by fully_shard: call unshard() on the module first")
-
-
-def _check_finite(merged: Iterable[Tensor], names: Sequence[str]) -> None:
-    if not all(bool(torch.isfinite(weight).all()) for weight in merged):
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
-        )

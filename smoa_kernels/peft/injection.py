@@ -57,7 +57,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
     _experts: Sequence[str] = ()  # during an injection: the fused weights to adapt
-    _injected: dict[str, SMoALayer]  # during an injection: the layers adapted so far, by name
     snapshots: dict[str, Snapshot]  # of the model before each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -85,7 +84,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         config, before = self.peft_config[adapter_name], Snapshot(model)
         if config.is_from_file and is_new:
             self.snapshots[adapter_name] = before  # kept until the weights were checked
-        self._injected = {}
         try:
             if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
                 # The name is part of the parameters' names, and of the folder that the adapter is saved in.
@@ -99,13 +97,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 if excluded:
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+            injected = layers_with(model, adapter_name, every_name=False)
             if not (config.is_from_file or config.inference_mode):  # else weights will be loaded
-                fresh = {
-                    name: layer for name, layer in self._injected.items() if layer.is_present(adapter_name)
-                }
+                fresh = {name: layer for name, layer in injected.items() if layer.is_fresh(adapter_name)}
                 initialize_all(fresh, adapter_name)
             if config.use_lora_rate:
-                settings = {name: layer.settings[adapter_name] for name, layer in self._injected.items()}
+                settings = {name: layer.settings[adapter_name] for name, layer in injected.items()}
                 self.peft_config[adapter_name] = config.with_alphas_of(settings)
         except BaseException:  # Ctrl-C too: sorting a large model takes minutes
             if is_new:
@@ -113,7 +110,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            injected, self._experts, self._injected = self._injected, (), {}
+            self._experts = ()
         for pattern, keys in config.unmatched_patterns(list(injected)).items():
             warnings.warn(
                 f"The following {pattern} keys did not match any targeted module and were ignored: {keys}.",
@@ -147,9 +144,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             weight = module.weight(parameter_name)
             with naming(key), init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 weight.update_layer(adapter_name, peft_config.for_layer(key))
-            self._injected[key] = weight
-            if adapter_name not in self.active_adapters:
-                weight.requires_grad_(False)
         return list(self._experts)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -174,20 +168,15 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(
-            target, ExpertsWeight
-        ):  # it has the parameter's name, which only target_parameters adapts
+        # It has the parameter's name, which only target_parameters adapts.
+        if isinstance(target, ExpertsWeight):
             return
         settings = peft_config.for_layer(current_key)
         with naming(current_key):
             if isinstance(target, SMoALayer):
                 target.update_layer(adapter_name, settings)
-                self._injected[current_key] = target
                 return
             new_module = self._new_layer(target, adapter_name, settings)
-        self._injected[current_key] = new_module
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(

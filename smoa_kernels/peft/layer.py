@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -154,8 +154,10 @@ class SMoALayer(BaseWeight):
             )
         settings = self.settings[adapter_name]
         with gathered(self.innermost()), present(self, self.innermost()):
-            known = self.known_blocks(settings.rule) if partition is None else partition
-            partition = self.build_blocks(settings.rule) if known is None else known
+            if partition is None:
+                partition = self.known_blocks(settings.rule)
+            if partition is None:
+                partition = self.joined([compute() for compute in self.computations(settings.rule)])
             sketch = self.base_sketch()
         if settings.config.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)
@@ -224,18 +226,19 @@ class SMoALayer(BaseWeight):
         for each, partition in zip(self._each(B), partitions, strict=True):
             each.mul_(padding_masks(partition, ranks, B.shape[-1])[1])
 
-    def partition(self, adapter_name: str) -> BlockPartition:
-        """The blocks of an adapter; computed now if none were loaded."""
-        return cast(BlockPartition, self._ready(adapter_name).partition)
+    def partition(self, adapter_name: str) -> Any:
+        """The `BlockPartition` of an adapter, of experts the `ExpertBlocks`; computed now if none was loaded."""
+        return self._ready(adapter_name).partition
 
     def ranks(self, adapter_name: str) -> Tensor:
         """The rank of each block, int32 (K,)."""
         return self._ready(adapter_name).ranks
 
-    def is_present(self, adapter_name: str) -> bool:
-        """Whether an adapter's tensors have values; on the meta device they have none until weights are loaded."""
+    def is_fresh(self, adapter_name: str) -> bool:
+        """Whether an adapter was just added and has values to draw; on the meta device weights will be loaded."""
         # Both are checked: blocks are on W0's device, and PEFT may leave factors on the CPU then.
-        return not (self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta)
+        on_meta = self.smoa_A[adapter_name].is_meta or self.smoa_blocks[adapter_name].is_meta
+        return not on_meta and self.awaits_blocks(adapter_name)
 
     def awaits_blocks(self, adapter_name: str) -> bool:
         """Whether an adapter's blocks are yet to be loaded."""
@@ -270,9 +273,10 @@ class SMoALayer(BaseWeight):
 
     def _partitions(self, adapter_name: str) -> Sequence[BlockPartition]:
         """The blocks of each matrix."""
-        return [self.partition(adapter_name)]
+        blocks = self.partition(adapter_name)
+        return blocks.partitions(range(*self.stack)) if self.stack else [blocks]
 
-    def packed(self, adapter_name: str, weight: Tensor) -> PackedAdapter:
+    def packed(self, adapter_name: str, weight: Tensor) -> Any:
         """Pair an adapter with W0 (N, C), or this process's part of it; autograd sees the factors."""
         ready = self._ready(adapter_name)
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
@@ -281,7 +285,8 @@ class SMoALayer(BaseWeight):
         return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling, ready.block_ranks)
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
-        return [self.packed(adapter_name, weight)]
+        packed = self.packed(adapter_name, weight)
+        return packed.experts(range(*self.stack)) if self.stack else [packed]
 
     def _ready(self, adapter_name: str) -> Prepared:
         """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
@@ -360,11 +365,11 @@ class SMoALayer(BaseWeight):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
-    """The layers of a model that hold an adapter, by name; a layer with several names is under each of them."""
+def layers_with(model: nn.Module, adapter_name: str, *, every_name: bool = True) -> dict[str, SMoALayer]:
+    """The layers of a model that hold an adapter, by name; one of several names is under `every_name` or the first."""
     return {
         name: module
-        for name, module in model.named_modules(remove_duplicate=False)
+        for name, module in model.named_modules(remove_duplicate=not every_name)
         if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
     }
 

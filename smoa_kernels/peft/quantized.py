@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import resolve_backend
-from ..definition.arguments import autocast_enabled
 from ..definition.dropout import Dropout, draw_seed
 from ..definition.packed import PackedAdapter
-from ..definition.precision import without_autocast
+from ..definition.precision import autocast_enabled, without_autocast
 from ..functional import smoa_linear
 from ..operator import LinearCall, call_linear_backward
 

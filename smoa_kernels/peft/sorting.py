@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,22 +19,9 @@ from .layer import SMoALayer
 # Sorting a square weight takes five to seven times its bytes in float32; a wide one takes less. Experts are small, so
 # as many are sorted at once as there are threads.
 MAX_AT_ONCE = 8
-# So many decompositions take minutes, and a bar shows them.
-MANY = 256
+# So many weights take minutes, and a bar shows them.
+MANY = 64
 _BAR = "sorting weights (block_order='contiguous' sorts none)"
-
-
-class _Weight(NamedTuple):
-    """A weight that is to be sorted, in the first layer that has it."""
-
-    name: str
-    layer: SMoALayer
-    rule: BlockRule
-
-    @property
-    def decompositions(self) -> int:
-        """The number of its decompositions."""
-        return self.layer.stack[0] if self.layer.stack and self.rule.block_order == "spectral" else 1
 
 
 def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
@@ -48,49 +35,46 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
     rules = {layer: layer.settings[adapter_name].rule for layer in layers.values()}
     # The keys are made before any weight is loaded: an offloaded one is a new object each time it is loaded.
     keys = {layer: _key(layer, rule) for layer, rule in rules.items()}
-    wanted: dict[Any, _Weight] = {}
+    # The weights that are to be sorted, each in the first layer that has it.
+    wanted: dict[Any, tuple[str, SMoALayer, BlockRule]] = {}
     for name, layer in layers.items():
         if rules[layer].needs_weight and layer.known_blocks(rules[layer]) is None:
-            wanted.setdefault(keys[layer], _Weight(name, layer, rules[layer]))
-    total = sum(weight.decompositions for weight in wanted.values())
-    with tqdm(total=total, desc=_BAR, disable=total < MANY) as bar:
-        found = _sorted_at_once({key: each for key, each in wanted.items() if _is_at_hand(each.layer)}, bar)
+            wanted.setdefault(keys[layer], (name, layer, rules[layer]))
+    with tqdm(total=len(wanted), desc=_BAR, disable=len(wanted) < MANY) as bar:
+        found = _sorted_at_once({key: each for key, each in wanted.items() if _is_at_hand(each[1])}, bar)
         for name, layer in layers.items():
             key = keys[layer]
             with naming(name):
                 layer.initialize(adapter_name, found.get(key))
             if key not in found:
                 found[key] = layer.partition(adapter_name)
-                bar.update(wanted[key].decompositions if key in wanted else 0)
+                bar.update(key in wanted)
 
 
-def _sorted_at_once(weights: Mapping[Any, _Weight], bar: tqdm[Any]) -> dict[Any, Any]:
+def _sorted_at_once(
+    weights: Mapping[Any, tuple[str, SMoALayer, BlockRule]], bar: tqdm[Any]
+) -> dict[Any, Any]:
     """Compute the spectral blocks of weights in CPU memory, each on one thread: labels must not depend on threads."""
     # Within `shared_spectra` all processes must ask for one weight after another, in the same order.
     if not weights or order_source.get() is not spectral_orders:
         return {}
     at_once = torch.get_num_threads()
-    if not all(weight.layer.stack for weight in weights.values()):
+    if not all(layer.stack for _, layer, _ in weights.values()):
         at_once = min(at_once, MAX_AT_ONCE)
     with one_thread():
         if torch.get_num_threads() != 1:  # in vLLM's process: each would take all threads
             at_once = 1
-
-        def counted(compute: Callable[[], BlockPartition]) -> BlockPartition:
-            found = compute()
-            bar.update()
-            return found
-
         begun: dict[Any, list[Future[BlockPartition]]] = {}
         pool = ThreadPoolExecutor(at_once, "smoa-sorting", initializer=within_one_thread)
         try:
             for key, (_, layer, rule) in weights.items():
-                begun[key] = [pool.submit(counted, each) for each in layer.decompositions(rule)]
+                begun[key] = [pool.submit(each) for each in layer.computations(rule)]
             found = {}
             for key, (name, layer, _) in weights.items():
                 with naming(name):
                     # No local name for a future: its error's traceback refers to this frame, which would be a cycle.
                     found[key] = layer.joined(list(map(Future.result, begun.pop(key))))
+                bar.update()
             return found
         finally:
             begun.clear()

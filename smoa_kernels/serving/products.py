@@ -9,10 +9,8 @@ a token becomes a row of the base layer's own product, whatever its quantisation
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,8 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..backends import Backend, load_backend, resolve_backend
-from ..backends.native import backend as native
-from ..definition.packed import PackedAdapter, padding_masks, scaling_tensor
+from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sign_rows, sketch_distance, sketch_of_products
 
@@ -35,31 +32,15 @@ Product = Callable[[Tensor], Tensor]
 """x (T, C) -> x W0ᵀ (T, N), without the bias."""
 
 
-class Group(NamedTuple):
-    """The tokens of one slot in a step."""
+class Step(NamedTuple):
+    """Which tokens of a step have an adapter of ours."""
 
-    slot: int
-    tokens: Tensor  # int64, on the device of the activations
-    slots: Tensor  # the slot of each token
-    size: int
-
-    @classmethod
-    def of(cls, slot: int, tokens: Tensor) -> Group:
-        """The group of these tokens."""
-        return cls(slot, tokens, torch.full_like(tokens, slot), len(tokens))
-
-
-class Slice(NamedTuple):
-    """Rows `start` to `stop` of a layer's W0 and, as the engine stores them, the factors of all slots for these."""
-
-    start: int
-    stop: int
-    A: Tensor  # (slots, 1, most ranks, C)
-    B: Tensor  # (slots, 1, stop - start, most ranks)
+    groups: Mapping[int, Tensor]  # by slot: the tokens, int64 on the device of the activations
+    slots: Tensor  # int64, on that device: the slot of each token, -1 for others
 
 
 def packed_from_stacked(A: Tensor, B: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor, BlockPartition]:
-    """Undo the stacking of a shard: A (r, C), B (N, r) -> packed (ρ, C), (N, ρ), and the blocks.
+    """Undo the stacking of a shard: A (r, C), B (N, r) -> packed (ρ, C), (N, ρ), zero in their padding, and the blocks.
 
     A coordinate belongs to the block of its first factor that is not zero. One whose factors are all zero adds
     nothing, whatever its block.
@@ -70,10 +51,10 @@ def packed_from_stacked(A: Tensor, B: Tensor, ranks: Sequence[int]) -> tuple[Ten
     cols, rows = block[(A != 0).byte().argmax(0)], block[(B != 0).byte().argmax(1)]
     within = torch.arange(max(ranks), device=A.device)
 
-    # The factors of each coordinate's block; further ones are padding.
-    of_cols, of_rows = ((first[side][:, None] + within).clamp_max_(len(block) - 1) for side in (cols, rows))
+    # The factors of each coordinate's block; further ones are zero: other blocks' or, at the end, one more.
+    of_cols, of_rows = ((first[side][:, None] + within).clamp_max_(len(block)) for side in (cols, rows))
     partition = BlockPartition.from_labels(rows, cols, len(ranks))
-    return A.gather(0, of_cols.T), B.gather(1, of_rows), partition
+    return F.pad(A, (0, 0, 0, 1)).gather(0, of_cols.T), F.pad(B, (0, 1)).gather(1, of_rows), partition
 
 
 def read_weight(product: Product, in_features: int, like: Tensor) -> Tensor:
@@ -82,112 +63,189 @@ def read_weight(product: Product, in_features: int, like: Tensor) -> Tensor:
     return torch.cat([product(rows).T for rows in identity.split(MOST_ROWS)], 1)
 
 
-@dataclass(eq=False)
-class SharedBlocks:
-    """W0's diagonal blocks one after another, and the factors of the adapters that have these blocks.
+class DiagonalBlocks:
+    """A copy of W0's diagonal blocks, and the factors of the adapters that have these blocks.
 
-    Each block is padded to n rows and c columns, those of the largest. The padding of A is zero, that of W0 is not.
+    Args:
+        weight: W0 (N, C).
+        partition: the blocks.
+        slots: how many slots there are.
     """
 
-    partition: BlockPartition
-    weight: Tensor  # (K, c, n), transposed; the only block is W0 (N, C) itself
-    cols: Tensor  # int64 (K c,): the column of W0 at each place
-    places: Tensor  # int64 (N,): where each row of W0 is among the K n
-    # By slot: A (ρ, K c), B (ρ, K, n).
-    factors: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _last: tuple[Sequence[int], Tensor, Tensor] | None = None
+    def __init__(self, weight: Tensor, partition: BlockPartition, slots: int) -> None:
+        self.partition = partition
+        rows = partition.row_index.split(list(partition.row_sizes))
+        cols = partition.col_index.split(list(partition.col_sizes))
+        # (K, n) and (K, c), each block padded to the size of the largest.
+        self.rows, self.cols = (pad_sequence(side, batch_first=True) for side in (rows, cols))
+        (blocks, n), c = self.rows.shape, self.cols.shape[1]
 
-    @classmethod
-    def of(cls, weight: Tensor, partition: BlockPartition) -> SharedBlocks:
-        """Copy the blocks of W0 (N, C)."""
-        rows = _by_block(partition.row_index, partition.row_sizes)
-        cols = _by_block(partition.col_index, partition.col_sizes)
-        places = torch.empty_like(partition.row_index)
-        within = torch.arange(rows.numel(), device=rows.device).view_as(rows)
-        for own, size, place in zip(rows, partition.row_sizes, within, strict=True):
-            places[own[:size]] = place[:size]
-        blocks = weight[rows[:, None], cols[:, :, None]] if partition.num_blocks > 1 else weight
-        return cls(partition, blocks, cols.flatten(), places)
+        # (K, c, n), zero where padded. Transposed, because bmm is several times slower over a transposed weight.
+        self.weight = weight.new_zeros(blocks, c, n)
+        # Where each row of W0 is among the K n.
+        self.places = torch.empty_like(partition.row_index)
+        for k, (row, col) in enumerate(zip(rows, cols, strict=True)):
+            self.weight[k, : len(col), : len(row)] = weight[row][:, col].T
+            self.places[row] = torch.arange(k * n, k * n + len(row), device=row.device)
+        self.A = weight.new_zeros(blocks, slots, 0, c)  # (K, slots, ρ, c)
+        self.B = weight.new_zeros(blocks, slots, 0, n, dtype=torch.float32)
 
     def add(self, slot: int, adapter: PackedAdapter) -> bool:
         """Take the factors of a slot's adapter. False if it has other blocks."""
         own, p = self.partition, adapter.partition
-        if own.num_blocks != p.num_blocks:
-            return False
         # A coordinate whose factors are zero may be in any block.
         rows, cols = own.row_block == p.row_block, own.col_block == p.col_block
         if not ((rows | ~adapter.B.any(1)).all() and (cols | ~adapter.A.any(0)).all()):
             return False
-        A_mask, B_mask = padding_masks(p, adapter.ranks, len(adapter.A))
-        A = _by_block((adapter.A * A_mask).T[own.col_index], own.col_sizes).movedim(2, 0)
-        B = _by_block((adapter.B * B_mask).float()[own.row_index], own.row_sizes).movedim(2, 0)
-        self.factors[slot] = A.flatten(1), B.contiguous()
+        rank = len(adapter.A)
+        more = max(0, rank - self.A.shape[2])
+        self.A, self.B = (F.pad(factors, (0, 0, 0, more)) for factors in (self.A, self.B))
+        self.A[:, slot], self.B[:, slot] = 0, 0
+        self.A[:, slot, :rank] = adapter.A[:, self.cols].transpose(0, 1)
+        self.B[:, slot, :rank] = adapter.B[self.rows].transpose(1, 2)
         return True
 
-    def remove(self, slot: int) -> None:
-        """Forget the factors of a slot's adapter, if they are here."""
-        if self.factors.pop(slot, None) is not None:
-            self._last = None
-
-    def update(self, x: Tensor, slots: Sequence[int]) -> Tensor:
+    def update(self, x: Tensor, slots: Tensor) -> Tensor:
         """`x (W0 ∘ BA)ᵀ` (T, N), float32, with the adapter of each token's slot."""
-        step = max(1, MOST_ROWS // max(A.shape[0] for A, _ in self.factors.values()))
-        if len(slots) <= step:
-            return self._part(x, slots)
-        return torch.cat([self._part(x[i : i + step], slots[i : i + step]) for i in range(0, len(x), step)])
-
-    def _part(self, x: Tensor, slots: Sequence[int]) -> Tensor:
-        A, B = self._of_tokens(slots)
-        rho, blocks, n = B.shape[1:]
-        rows = (x.index_select(1, self.cols)[:, None] * A).view(len(x) * rho, blocks, -1).transpose(0, 1)
-        # bmm is several times slower over a transposed weight.
-        products = torch.bmm(rows, self.weight) if blocks > 1 else F.linear(rows[0], self.weight)
-        update = (products.view(blocks, len(x), rho, n) * B.permute(2, 0, 1, 3)).sum(2)
-        return update.transpose(0, 1).flatten(1).index_select(1, self.places)
-
-    def _of_tokens(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A (T, ρ, K c) and B (T, ρ, K, n) of each token's adapter."""
-        if self._last is not None and self._last[0] == slots:
-            return self._last[1:]
-        factors = [self.factors[slot] for slot in slots]
-        join: Callable[[list[Tensor]], Tensor] = torch.stack
-        if len({A.shape[0] for A, _ in factors}) > 1:
-            join = partial(pad_sequence, batch_first=True)  # slower
-        A, B = (join(side) for side in map(list, zip(*factors, strict=True)))
-        # The next token of each sequence has the same adapter. For more tokens it would take memory.
-        if len(slots) <= len(self.factors):
-            self._last = slots, A, B
-        return A, B
+        A, B = (factors.index_select(1, slots) for factors in (self.A, self.B))
+        own = x.index_select(1, self.cols.flatten()).view(len(x), len(A), 1, -1).transpose(0, 1)
+        products = torch.bmm((own * A).flatten(1, 2), self.weight).view_as(B)
+        return (products * B).sum(2).transpose(0, 1).flatten(1).index_select(1, self.places)
 
 
-def _by_block(tensor: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Entries (N, …) in block order -> (K, most, …), each block padded with zeros."""
-    return pad_sequence(list(torch.split(tensor, list(sizes))), batch_first=True)
+@dataclass(eq=False)
+class Slice:
+    """Rows `start` to `stop` of a layer's W0: one of the layers that are packed into it, with its adapters.
+
+    Args:
+        start: the first row.
+        stop: the last row, excluded.
+        A: the factors of all slots as the engine stores them, (slots, 1, most ranks, C).
+        B: (slots, 1, n, most ranks), n the number of rows.
+        base: the product of the whole layer.
+    """
+
+    start: int
+    stop: int
+    A: Tensor
+    B: Tensor
+    base: Product
+    weight: Tensor | None = field(default=None, init=False)  # these rows of W0, if at hand
+    # By slot: r_k of each block, the operator's form with its backend, and the copied blocks.
+    ranks: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False)
+    packed: dict[int, tuple[PackedAdapter, Backend]] = field(default_factory=dict, init=False)
+    blocks: dict[int, DiagonalBlocks] = field(default_factory=dict, init=False)
+
+    @property
+    def most_ranks(self) -> int:
+        """The most ranks of any adapter."""
+        return max((sum(ranks) for ranks in self.ranks.values()), default=0)
+
+    def of(self, whole: Tensor, dim: int = 0) -> Tensor:
+        """These rows of a tensor that has all rows of W0 along `dim`."""
+        return whole.narrow(dim, self.start, self.stop - self.start)
+
+    def hold(self, weight: Tensor | None) -> None:
+        """Take these rows of W0 (N, C), or drop them."""
+        self.weight = None if weight is None else self.of(weight)
+        self.packed.clear()  # they hold the old ones
+
+    def fill(self, slot: int, ranks: tuple[int, ...]) -> None:
+        """Record r_k of a slot's adapter, () if it has none here. One with B = 0, as before training, is none."""
+        for held in (self.ranks, self.packed, self.blocks):
+            held.pop(slot, None)
+        if self.B[slot, 0, :, : sum(ranks)].any():
+            self.ranks[slot] = ranks
+
+    def distance(self, sketch: Tensor) -> float:
+        """The distance of these rows of W0 from their sketch, by products with random signs."""
+        products = self.of(self.base(sign_rows(self.A.shape[-1], self.A)), 1)
+        return sketch_distance(sketch, sketch_of_products(products, sketch))
+
+    def output(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
+        """`x (W0 ∘ (1 + BA))ᵀ + b` (T, n) with the adapter of one slot, by our operator. W0 must be at hand."""
+        own_bias = None if bias is None else self.of(bias).to(x.dtype)
+        if slot in self.ranks:
+            adapter, backend = self._adapter(slot)
+            return backend.forward(x, own_bias, adapter, "auto", None)
+        assert self.weight is not None
+        return F.linear(x, self.weight, own_bias)
+
+    def update(self, x: Tensor, slots: Tensor, *, recorded: bool = False) -> Tensor:
+        """`x (W0 ∘ BA)ᵀ` (T, n), float32, with the adapter of each token's slot, by products with W0."""
+        rank = self.A.shape[2] if recorded else self.most_ranks
+        if not rank:
+            return x.new_zeros(len(x), self.stop - self.start, dtype=torch.float32)
+        A = self.A.index_select(0, slots)[:, 0, :rank]
+        B = self.B.index_select(0, slots)[:, 0, :, :rank].transpose(1, 2)
+        rows = (x[:, None] * A).flatten(0, 1)
+        products = self.of(self.base(rows), 1) if self.weight is None else F.linear(rows, self.weight)
+        return (products.float().view_as(B) * B).sum(1)
+
+    def update_by_blocks(self, x: Tensor, slots: Tensor) -> Tensor:
+        """The same by products with W0's blocks, which are copied at an adapter's first token."""
+        ways = [self._way(slot) for slot in slots.tolist()]
+        if len(set(ways)) == 1 and ways[0] is not None:
+            return ways[0].update(x, slots)
+        update = x.new_zeros(len(x), self.stop - self.start, dtype=torch.float32)
+        for way in set(ways):
+            if way is not None:
+                own = torch.tensor([token for token, other in enumerate(ways) if other is way])
+                update.index_copy_(0, own, way.update(x.index_select(0, own), slots.index_select(0, own)))
+        return update
+
+    def _way(self, slot: int) -> DiagonalBlocks | Slice | None:
+        """What computes the update of a slot's adapter: blocks, which adapters share, or this if all of W0 is one."""
+        if slot in self.blocks:
+            return self.blocks[slot]
+        if len(self.ranks.get(slot, ())) < 2:
+            return self if slot in self.ranks else None
+        adapter, _ = self._adapter(slot)
+        same = (blocks for blocks in set(self.blocks.values()) if blocks.add(slot, adapter))
+        blocks = next(same, None)
+        if blocks is None:
+            blocks = DiagonalBlocks(adapter.weight, adapter.partition, len(self.A))
+            blocks.add(slot, adapter)
+        self.blocks[slot] = blocks
+        return blocks
+
+    def _adapter(self, slot: int) -> tuple[PackedAdapter, Backend]:
+        """A slot's adapter in the operator's form, and the backend that computes it."""
+        if slot not in self.packed:
+            assert self.weight is not None
+            ranks = self.ranks[slot]
+            stacked = self.A[slot, 0, : sum(ranks)], self.B[slot, 0, :, : sum(ranks)]
+            A, B, partition = packed_from_stacked(*stacked, ranks)
+            sizes, s = torch.tensor(ranks, dtype=torch.int32, device=A.device), scaling_tensor(1.0, A.device)
+            adapter = PackedAdapter(self.weight, A, B, partition, sizes, s, ranks)
+            backend = resolve_backend("auto", A.device, self.weight.dtype, max(ranks))
+            self.packed[slot] = adapter, load_backend(backend)
+        return self.packed[slot]
 
 
 @dataclass
 class LayerSlots:
-    """The adapters that a layer has in the engine's slots.
+    """A layer's computation with the adapters in the engine's slots.
 
     Args:
-        product: the base layer's product.
         slices: one for each layer that is packed into this one.
         weight: W0 (N, C) if it is at hand, unquantised.
         keep: if it is not, whether to read W0 at the first token of an adapter and keep it.
     """
 
-    product: Product
     slices: Sequence[Slice]
     weight: Tensor | None
     keep: bool
-    ranks: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
-    packed: dict[tuple[int, int], tuple[PackedAdapter, Backend]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.most = [0] * len(self.slices)  # the most ranks of any adapter, by slice
-        self.shared: list[list[SharedBlocks]] = [[] for _ in self.slices]
         # W0 that lies in the engine may change, and copies would take memory that the engine has planned.
         self._copies = self.keep and self.weight is None
+        self._hold(self.weight)
+
+    def _hold(self, weight: Tensor | None) -> None:
+        self.weight = weight
+        for part in self.slices:
+            part.hold(weight)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -195,197 +253,93 @@ class LayerSlots:
         return self.slices[-1].stop, self.slices[0].A.shape[-1]
 
     def fill(self, slot: int, ranks: Sequence[tuple[int, ...]]) -> None:
-        """Record a slot's adapter: r_k of each slice, () of one without an adapter. No ranks at all: a LoRA adapter."""
-        self.ranks.pop(slot, None)
-        self.packed = {key: adapter for key, adapter in self.packed.items() if key[0] != slot}
-        for blocks in itertools.chain.from_iterable(self.shared):
-            blocks.remove(slot)
-        self.shared = [[blocks for blocks in own if blocks.factors] for own in self.shared]
-        if any(ranks):
-            self.ranks[slot] = list(ranks)
-        totals = [[sum(own) for own in adapter] for adapter in self.ranks.values()]
-        self.most = [max(own) for own in zip(*totals, strict=True)] or [0] * len(self.slices)
+        """Record a slot's adapter: r_k of each slice, () of one without an adapter of ours.
 
-    def distances(self, sketches: Mapping[int, Tensor]) -> dict[int, float]:
-        """The distance of each slice's W0 from its sketch, by products with random signs."""
-        if not sketches:
-            return {}
-        products = self.product(sign_rows(self.shape[1], self.slices[0].A))
-        found = {}
-        for at, sketch in sketches.items():
-            own = products[:, self.slices[at].start : self.slices[at].stop]
-            found[at] = sketch_distance(sketch, sketch_of_products(own, sketch))
-        return found
+        vLLM may cut a layer into more slices than an adapter has layers for it; it then takes none of ours.
+        """
+        for part, own in zip(self.slices, ranks, strict=False):
+            part.fill(slot, own)
 
     def output(
-        self, x: Tensor, bias: Tensor | None, groups: Sequence[Group], base: Callable[[], Tensor]
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        step: Step,
+        base: Callable[[], Tensor],
+        *,
+        recorded: bool = False,
     ) -> Tensor:
         """Compute `y = x W0ᵀ + b + x (W0 ∘ BA)ᵀ` (T, N) with the adapter of each token.
 
         Args:
             x: (T, C).
             bias: (N,) or None.
-            groups: the tokens of each slot that holds an adapter of ours.
+            step: the tokens with adapters.
             base: gives y, of which only the rows of the other tokens are kept.
+            recorded: use operators and shapes that depend on T only, for a CUDA graph that any step replays.
         """
-        groups = [group for group in groups if group.slot in self.ranks]
+        if recorded:
+            return self._recorded(x, base(), bias, step.slots[: len(x)])
+        groups = {slot: own for slot, own in step.groups.items() if any(slot in p.ranks for p in self.slices)}
         if not groups:
             return base()
-        weight = self._weight_for(groups, x)
-        if weight is not None and groups[0].size == len(x):
-            return self._modulated(x, bias, weight, groups[0].slot)
-        whole = weight is not None and sum(group.size for group in groups) == len(x)
-        y = x.new_empty(len(x), self.shape[0]) if whole else base()
+        tokens = sum(map(len, groups.values()))
+        rows = tokens * sum(part.most_ranks for part in self.slices)
+        # Without W0 the base product has that many rows. Reading W0 takes C.
+        read = self.weight is None and (self.keep or rows > self.shape[1] + tokens)
+        if read:
+            self._hold(read_weight(self.slices[0].base, self.shape[1], x))
+        y = self._mixed(x, bias, Step(groups, step.slots), base)
+        if read and not self.keep:
+            self._hold(None)
+        return y
+
+    def _mixed(self, x: Tensor, bias: Tensor | None, step: Step, base: Callable[[], Tensor]) -> Tensor:
+        tokens, alone = sum(map(len, step.groups.values())), len(step.groups) == 1
+        plain, whole = self.weight is not None, tokens == len(x)
+        if plain and alone and whole:
+            return self._modulated(x, bias, *step.groups)
+        y = x.new_empty(len(x), self.shape[0]) if plain and whole else base()
         few = []
-        for group in groups:
-            if weight is not None and (len(groups) == 1 or group.size >= MANY_TOKENS):
-                own = x.index_select(0, group.tokens)
-                y.index_copy_(0, group.tokens, self._modulated(own, bias, weight, group.slot))
+        for slot, own in step.groups.items():
+            if plain and (alone or len(own) >= MANY_TOKENS):
+                y.index_copy_(0, own, self._modulated(x.index_select(0, own), bias, slot))
             else:
-                few.append(group)
-        if few:
-            tokens = torch.cat([group.tokens for group in few])
-            own = x.index_select(0, tokens)
-            if self._copies and weight is not None:
-                update = self._by_blocks(own, [group.slot for group in few for _ in range(group.size)])
-            else:
-                slots = torch.cat([group.slots for group in few])
-                update = self._by_rows(own, slots, self.most, weight)
-            others = y if weight is not None else y.index_select(0, tokens)
-            y.index_copy_(0, tokens, _added(update, own, others, bias, weight))
+                few.append(own)
+        for own in torch.cat(few).split(self._most_tokens) if few else ():
+            own_x, own_y, slots = (side.index_select(0, own) for side in (x, y, step.slots))
+            y.index_copy_(0, own, self._updated(own_x, own_y, bias, slots))
         return y
 
-    def recorded_output(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
-        """Compute the same by operators and shapes that depend on T only, for a CUDA graph that any step replays.
+    def _recorded(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
+        parts = zip(*(side.split(self._most_tokens) for side in (x, y, slots.clamp_min(0))), strict=True)
+        found = torch.cat([self._updated(x, y, bias, own, recorded=True) for x, y, own in parts])
+        return torch.where((slots >= 0)[:, None], found, y)
 
-        Args:
-            x: (T, C).
-            y: (T, N), the output, which tokens of other adapters keep.
-            bias: (N,) or None.
-            slots: int64 (T,), on the device: the slot of each of our tokens, -1 for others.
+    @property
+    def _most_tokens(self) -> int:
+        return max(1, MOST_ROWS // self.slices[0].A.shape[2])
+
+    def _modulated(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
+        return _side_by_side([part.output(x, bias, slot) for part in self.slices])
+
+    def _updated(
+        self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor, *, recorded: bool = False
+    ) -> Tensor:
+        """The output with the adapter of each token's slot, by rows: added to y, or if W0 is at hand to `x W0ᵀ + b`.
+
+        With W0 the sum is rounded once, after the addition, and a bias is added to the rounded sum: added before, it
+        would hide a small update. Without W0 y is rounded already, so in half precision a small update is lost.
         """
-        most = [part.A.shape[2] for part in self.slices]
-        update = self._by_rows(x, slots.clamp_min(0), most, self.weight)
-        return torch.where((slots >= 0)[:, None], _added(update, x, y, bias, self.weight), y)
-
-    def _weight_for(self, groups: Sequence[Group], x: Tensor) -> Tensor | None:
-        """W0 if it is at hand, may be kept, or takes fewer rows of the base product than the adapters; else None."""
-        if self.weight is not None:
-            return self.weight
-        tokens = sum(group.size for group in groups)
-        rows = tokens * sum(self.most)
-        if not self.keep and rows <= self.shape[1] + tokens:
-            return None
-        weight = read_weight(self.product, self.shape[1], x)
-        self.weight = weight if self.keep else None
-        return weight
-
-    def _by_rows(self, x: Tensor, slots: Tensor, most: Sequence[int], weight: Tensor | None) -> Tensor:
-        """`Σ_t B[:, t] ∘ ((A[t] ∘ x) W0ᵀ)` (T, N), float32.
-
-        `most` are the ranks of each slice; `slots` (T,) is the slot of each token.
-        """
-        total = x.new_zeros(len(x), self.shape[0], dtype=torch.float32)
-        for (start, stop, all_A, all_B), rank in zip(self.slices, most, strict=True):
-            step = max(1, MOST_ROWS // (rank or 1))
-            for first in range(0, len(x) if rank else 0, step):
-                own = slots[first : first + step]
-                A = all_A.index_select(0, own)[:, 0, :rank]
-                B = all_B.index_select(0, own)[:, 0, :, :rank].transpose(1, 2)
-                rows = (x[first : first + step, None] * A).flatten(0, 1)
-                products = (
-                    self.product(rows)[:, start:stop]
-                    if weight is None
-                    else F.linear(rows, weight[start:stop])
-                )
-                total[first : first + step, start:stop] = (products.float().view_as(B) * B).sum(1)
-        return total
-
-    def _by_blocks(self, x: Tensor, slots: Sequence[int]) -> Tensor:
-        """The same by products with W0's blocks; `slots` has the slot of each token."""
-        updates = []
-        for at, part in enumerate(self.slices):
-            found = ((slot, self._blocks(slot, at)) for slot in set(slots) if self.ranks[slot][at])
-            blocks = {slot: own for slot, own in found if own is not None}
-            kinds = set(blocks.values())
-            if len(kinds) == 1 and len(blocks) == len(set(slots)):
-                updates.append(kinds.pop().update(x, slots))
-                continue
-            update = x.new_zeros(len(x), part.stop - part.start, dtype=torch.float32)
-            for kind in kinds:
-                own = [token for token, slot in enumerate(slots) if blocks.get(slot) is kind]
-                update[own] = kind.update(x[own], [slots[token] for token in own])
-            updates.append(update)
-        return updates[0] if len(updates) == 1 else torch.cat(updates, 1)
-
-    def _blocks(self, slot: int, at: int) -> SharedBlocks | None:
-        """W0's blocks of a slot's adapter, copied at its first token unless another adapter has the same.
-
-        None if B is zero, as before training: then nothing tells which rows are in which block.
-        """
-        for blocks in self.shared[at]:
-            if slot in blocks.factors:
-                return blocks
-        assert self.weight is not None
-        adapter, _ = self._adapter(slot, at, self.weight)
-        if not adapter.B.any():
-            return None
-        for blocks in self.shared[at]:
-            if blocks.add(slot, adapter):
-                return blocks
-        blocks = SharedBlocks.of(adapter.weight, adapter.partition)
-        blocks.add(slot, adapter)
-        self.shared[at].append(blocks)
-        return blocks
-
-    def _modulated(self, x: Tensor, bias: Tensor | None, weight: Tensor, slot: int) -> Tensor:
-        """`x (W0 ∘ (1 + BA))ᵀ + b` (T, N) with the adapter of one slot, by our operator."""
-        y = x.new_empty(len(x), self.shape[0])
-        for at, part in enumerate(self.slices):
-            own, own_bias = y[:, part.start : part.stop], None
-            if bias is not None:
-                own_bias = bias[part.start : part.stop].to(x.dtype)
-            if not self.ranks[slot][at]:
-                found = F.linear(x, weight[part.start : part.stop], own_bias)
-            else:
-                adapter, backend = self._adapter(slot, at, weight)
-                if backend is native:
-                    found = native.forward(x, own_bias, adapter, "auto", None, out=own)
-                else:
-                    found = backend.forward(x, own_bias, adapter, "auto", None)
-            if len(self.slices) == 1:
-                return found
-            if found is not own:
-                own.copy_(found)
-        return y
-
-    def _adapter(self, slot: int, at: int, weight: Tensor) -> tuple[PackedAdapter, Backend]:
-        """A slot's adapter in the operator's form, over a slice of W0, and the backend that computes it.
-
-        Between steps it holds W0 only if that is kept anyway.
-        """
-        kept = weight is self.weight
-        if (slot, at) not in self.packed:
-            ranks, part = self.ranks[slot][at], self.slices[at]
-            rank = sum(ranks)
-            A, B, partition = packed_from_stacked(part.A[slot, 0, :rank], part.B[slot, 0, :, :rank], ranks)
-            sizes, s = torch.tensor(ranks, dtype=torch.int32, device=A.device), scaling_tensor(1.0, A.device)
-            own = weight[part.start : part.stop].to(weight.device if kept else "meta")
-            backend = load_backend(resolve_backend("auto", weight.device, weight.dtype, max(ranks)))
-            self.packed[slot, at] = PackedAdapter(own, A, B, partition, sizes, s, ranks), backend
-        adapter, backend = self.packed[slot, at]
-        if not kept:
-            adapter = replace(adapter, weight=weight[self.slices[at].start : self.slices[at].stop])
-        return adapter, backend
+        if self._copies and not recorded:
+            update = _side_by_side([part.update_by_blocks(x, slots) for part in self.slices])
+        else:
+            update = _side_by_side([part.update(x, slots, recorded=recorded) for part in self.slices])
+        if self.weight is None:
+            return (y + update).to(y.dtype)
+        total = update.to(x.dtype).addmm_(x, self.weight.T)
+        return total if bias is None else total.add_(bias)
 
 
-def _added(update: Tensor, x: Tensor, y: Tensor, bias: Tensor | None, weight: Tensor | None) -> Tensor:
-    """The update plus the base's output: y, or if W0 is at hand `x W0ᵀ + b`.
-
-    With W0 the sum is rounded once, after the addition, and a bias is added to the rounded sum: added before, it would
-    hide a small update. Without W0 y is rounded already, so in half precision a small update is lost.
-    """
-    if weight is None:
-        return (y + update).to(y.dtype)
-    total = update.to(x.dtype).addmm_(x, weight.T)
-    return total if bias is None else total.add_(bias)
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

@@ -1,7 +1,7 @@
 """Times the candidates of each problem on a GPU, checks their numbers, and writes the results to the user's table.
 
-A choice whose numbers are wrong is never timed: its error against the definition in float64 may be at most twice that
-of the definition in the kernel's own dtype. An exception is recorded against a choice only if its own launch raised it.
+A choice whose numbers are wrong is never timed: they are compared with torch's operators, as on a kernel's first use
+(`backends/verified.py`). An exception is recorded against a choice only if its own launch raised it.
 After another kernel's failure, or a lack of memory, a later run tries the choice again. Ctrl-C keeps the results so
 far. A candidate that ends the process is not tried again: it is saved as unfinished before it runs, and its result
 replaces that entry.
@@ -22,8 +22,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from ..backends.verified import ALLOWED, distance
 from ..checks import first_line
-from ..definition.precision import PRECISIONS
 from ..kernels import KERNELS
 from ..kernels.architectures import identity
 from ..kernels.launch import Launch, Pointers, heard_by, on_device
@@ -226,41 +226,26 @@ class Workload:
     Attributes:
         precision: of the operands, one of `precision.KERNEL_PRECISIONS`.
         run: runs with a choice; returns the results, and what is timed.
-        defined: the results by the definition, with the operands in a dtype.
+        expected: the results by torch's operators.
     """
 
     precision: str
-    run: Callable[[Choice], tuple[Sequence[Tensor], Callable[[], object]]]
-    defined: Callable[[torch.dtype], Sequence[Tensor]]
+    run: Callable[[Choice], tuple[Sequence[Tensor | None], Callable[[], object]]]
+    expected: Callable[[], Sequence[Tensor | None]]
 
     def prepare(self) -> None:
-        """Compute the expected results, once; this needs more memory than any choice."""
+        """Compute the expected results, once."""
         _ = self._expected
 
-    def check(self, results: Sequence[Tensor]) -> None:
-        """Compare.
-
-        Raises:
-            FailedError: naming the error and what was allowed.
-        """
-        for value, truth, allowed in zip(results, *self._expected, strict=True):
-            error = _relative(value.double(), truth)
-            if not error <= allowed:
-                raise FailedError(f"wrong numbers: relative error {error:.1e}, at most {allowed:.1e}")
-
     @cached_property
-    def _expected(self) -> tuple[Sequence[Tensor], Sequence[float]]:
-        exact = self.defined(torch.float64)
-        precision = PRECISIONS[self.precision]
-        same = self.defined(precision.dtype)
-        budgets = [2 * _relative(s.double(), t) + precision.floor for s, t in zip(same, exact, strict=True)]
-        return exact, budgets
+    def _expected(self) -> Sequence[Tensor | None]:
+        return self.expected()
 
-
-def _relative(value: Tensor, truth: Tensor) -> float:
-    norm = float(torch.linalg.vector_norm(truth))
-    error = float(torch.linalg.vector_norm(value - truth))
-    return error / norm if norm else error
+    def check(self, results: Sequence[Tensor | None]) -> None:
+        """Raise a FailedError if results differ from the expected ones by more than rounding explains."""
+        found = distance(tuple(results), tuple(self._expected), ALLOWED[self.precision])
+        if found is None or not found <= 1:
+            raise FailedError(f"wrong numbers: they differ by {found} times what rounding explains")
 
 
 class _Tried(Config):
@@ -271,42 +256,40 @@ def workload(job: Job, device: torch.device) -> Workload:
     """The operation that looks a job's key up, on operands that are the same at each call.
 
     An algorithm's key times the whole operation, and so does one of experts, whose partial results torch adds. Another
-    kernel's key times its launches alone, and those that add its partial results. Only the first launch's tensors are
-    kept: it is launched again in place of the others.
+    kernel's key times its first launch alone, and those that add its partial results.
     """
     operation = passes(job.layer, device)[job.operation]
     whole = job.key.kernel in ALGORITHM_KEYS or job.layer.experts > 0
     adds = KERNELS["sum_partials"].fn
 
-    def run(choice: Choice) -> tuple[Sequence[Tensor], Callable[[], object]]:
+    def run(choice: Choice) -> tuple[Sequence[Tensor | None], Callable[[], object]]:
         tried = choice if isinstance(choice, str) else _Tried(**vars(choice))
-        own: list[Callable[[], object]] = []
-        sums: list[Callable[[], object]] = []
+        launches: list[Callable[[], object]] = []
         touched: set[int] = set()
 
         def hear(launch: Launch, pointers: Pointers) -> bool:
             again = partial(launch, **pointers)
             if not isinstance(launch.config, _Tried):
                 if launch.kernel is adds and _address(pointers["partials_ptr"]) in touched:
-                    sums.append(again)
+                    launches.append(again)
                 return False
             with heard_by(None), blamed():
                 again()
-            if not own:
+            if not launches:
+                launches.append(again)
                 touched.update(_address(tensor) for tensor in pointers.values())
-            own.append(own[0] if own else again)
             return True
 
         answers = {**job.answers, job.key: tried}
         is_algorithm = isinstance(choice, str)  # every failure of the pass is its own
         with answered(answers.get), heard_by(hear), blamed() if is_algorithm else nullcontext():
             results = operation.run()
-        if not (whole or own):
+        if not (whole or launches):
             raise LookupError(f"the pass launched no {job.key.kernel}, so there is nothing to time")
-        again = partial(run, choice) if whole else lambda: [launch() for launch in own + sums]
+        again = partial(run, choice) if whole else lambda: [launch() for launch in launches]
         return results, again
 
-    return Workload(job.layer.precision, run, operation.defined)
+    return Workload(job.layer.precision, run, operation.expected)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -1,19 +1,18 @@
-"""The passes of a layer on random operands, by the kernels and by the definition, for the tuner and the audit."""
+"""The passes of a layer on random operands, by the kernels and by torch's operators, for the tuner."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..backends import experts_triton, triton
+from ..backends import eager, experts, triton
 from ..backends.kernels_dropout import KernelsDropout
-from ..definition import reference
 from ..definition.dropout import Dropout
-from ..definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
+from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS
@@ -114,24 +113,19 @@ class Operands:
         return adapter, ends.to(device), x, dy
 
 
-AnAdapter = TypeVar("AnAdapter", PackedAdapter, ExpertsAdapter)
-
-
-def in_dtype(adapter: AnAdapter, dtype: torch.dtype) -> AnAdapter:
-    """The adapter with its weight and factors in `dtype`."""
-    return replace(adapter, weight=adapter.weight.to(dtype), A=adapter.A.to(dtype), B=adapter.B.to(dtype))
-
-
 class Pass(NamedTuple):
     """One operation of a layer.
 
     Attributes:
         run: computes it by the kernels, with the algorithm and the launch parameters that are in force.
-        defined: computes it by the definition in a dtype.
+        expected: computes it by torch's operators.
     """
 
-    run: Callable[[], Sequence[Tensor]]
-    defined: Callable[[torch.dtype], Sequence[Tensor]]
+    run: Callable[[], Sequence[Tensor | None]]
+    expected: Callable[[], Sequence[Tensor | None]]
+
+
+Operations: TypeAlias = dict[str, Callable[[], Sequence[Tensor | None]]]
 
 
 def passes(layer: Problem, device: torch.device) -> dict[str, Pass]:
@@ -146,64 +140,45 @@ def passes(layer: Problem, device: torch.device) -> dict[str, Pass]:
     sizes = layer.precision, layer.max_rank, layer.num_blocks, *layer.features
     granule = GRANULE if layer.in_place else 1
     form, filled = "contiguous" if granule > 1 else "", device.type != "meta"  # blocks of granules mostly are
+    tokens = -(-layer.tokens // max(layer.experts, 1))
+    key = Key("", *sizes, tokens, granule=granule, factors=layer.factors)
+    found: dict[str, Pass] = {}
     if layer.experts:
-        key = Key("", *sizes, -(-layer.tokens // layer.experts), granule=granule, factors=layer.factors)
-        stored, turned = (  # models store (E, N, C) or (E, C, N)
-            experts_passes(Operands(key._replace(transposed=turned), form, device, filled=filled))
-            for turned in (False, True)
-        )
-        return stored | {f"{name}, W0 transposed": one for name, one in turned.items()}
-    key = Key("", *sizes, layer.tokens, granule=granule, factors=layer.factors)
+        for turned in (False, True):  # models store (E, N, C) or (E, C, N)
+            given = Operands(key._replace(transposed=turned), form, device, filled=filled).experts()
+            both = _of_experts(triton, *given), _of_experts(experts, *given)
+            found |= _joined(*both, ", W0 transposed" * turned)
+        return found
     operands = Operands(key, form, device, filled=filled)
     adapter = operands.adapter()
-    x, dy = (operands.tensor(layer.tokens, features) for features in reversed(layer.features))
+    x, dy = (operands.tensor(tokens, features) for features in reversed(layer.features))
     seed = torch.zeros(1, dtype=torch.int64, device=device)
-    dropped = _layer(x, dy, adapter, Dropout(seed, DROPOUT), KernelsDropout(seed, DROPOUT))
-    return _layer(x, dy, adapter, None, None) | {f"{name}, dropout": one for name, one in dropped.items()}
+    for name, ours, theirs in (
+        ("", None, None),
+        (", dropout", Dropout(seed, DROPOUT), KernelsDropout(seed, DROPOUT)),
+    ):
+        both = _of_layer(triton, x, dy, adapter, ours), _of_layer(eager, x, dy, adapter, theirs)
+        found |= _joined(*both, name)
+    return found
 
 
-def _layer(
-    x: Tensor, dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None, mask: Dropout | None
-) -> dict[str, Pass]:
+def _joined(ours: Operations, theirs: Operations, ending: str) -> dict[str, Pass]:
+    return {f"{name}{ending}": Pass(run, theirs[name]) for name, run in ours.items()}
+
+
+def _of_layer(
+    backend: Any, x: Tensor, dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None
+) -> Operations:
     return {
-        "forward": Pass(
-            lambda: [triton.forward(x, None, adapter, "auto", dropout)],
-            lambda dtype: [reference.forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", mask)],
-        ),
-        "input_gradient": Pass(
-            lambda: [triton.input_gradient(dy, adapter, dropout)],
-            lambda dtype: [reference.input_gradient(dy.to(dtype), in_dtype(adapter, dtype), mask)],
-        ),
-        "factor_gradients": Pass(
-            lambda: triton.factor_gradients(dy, x, adapter, dropout),
-            lambda dtype: reference.factor_gradients(
-                dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), mask
-            ),
-        ),
+        "forward": lambda: [backend.forward(x, None, adapter, "auto", dropout)],
+        "input_gradient": lambda: backend.backward(dy, None, adapter, dropout, needs_x=True)[:1],
+        "factor_gradients": lambda: backend.backward(dy, x, adapter, dropout, needs_x=False)[1:],
     }
 
 
-def experts_passes(operands: Operands) -> dict[str, Pass]:
-    """The operations of a layer of experts by name."""
-    adapter, ends, x, dy = operands.experts()
-
-    def run(needs_x: bool) -> Sequence[Tensor]:
-        given = None if needs_x else x
-        found = experts_triton.experts_backward(dy, given, ends, adapter, needs_x=needs_x)
-        return [gradient for gradient in found if gradient is not None]
-
-    def gradients(dtype: torch.dtype) -> Sequence[Tensor]:
-        of_dtype = in_dtype(adapter, dtype)
-        leaves = [one.to(dtype).clone().requires_grad_() for one in (x, of_dtype.A, of_dtype.B)]
-        with torch.enable_grad():
-            y = reference_experts_linear(leaves[0], ends, replace(of_dtype, A=leaves[1], B=leaves[2]))
-        return torch.autograd.grad(y, leaves, dy.to(dtype))
-
+def _of_experts(backend: Any, adapter: ExpertsAdapter, ends: Tensor, x: Tensor, dy: Tensor) -> Operations:
     return {
-        "experts": Pass(
-            lambda: [experts_triton.experts_product(ends, adapter)(x)],
-            lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))],
-        ),
-        "experts' input": Pass(lambda: run(True), lambda dtype: gradients(dtype)[:1]),
-        "experts' factors": Pass(lambda: run(False), lambda dtype: gradients(dtype)[1:]),
+        "experts": lambda: [backend.experts_product(ends, adapter)(x)],
+        "experts' input": lambda: backend.experts_backward(dy, None, ends, adapter, needs_x=True)[:1],
+        "experts' factors": lambda: backend.experts_backward(dy, x, ends, adapter, needs_x=False)[1:],
     }

@@ -61,11 +61,8 @@ def jobs(layers: Sequence[Problem], arch: str, multiprocessors: int, names: Sequ
     """
     found: dict[Key, Job] = {}
     for layer in layers:
-        most = bucket(layer.tokens)
-        # The backward cuts batches of other lengths into other parts.
-        for tokens in dict.fromkeys((most, layer.tokens, most // 2 + 1)):
-            for job in _asked(replace(layer, tokens=tokens), arch, multiprocessors):
-                found.setdefault(job.key, job)
+        for job in _asked(replace(layer, tokens=bucket(layer.tokens)), arch, multiprocessors):
+            found.setdefault(job.key, job)
     asked = [job for key, job in found.items() if not names or key.kernel in names]
     if absent := set(names) - {job.key.kernel for job in asked}:
         raise ValueError(

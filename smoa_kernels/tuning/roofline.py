@@ -155,22 +155,15 @@ def parts(problem: Problem, way: str) -> tuple[Part, ...]:
     return tuple(count.parts)
 
 
-def gradient_parts(p: Problem) -> tuple[int, ...]:
-    """:func:`algorithms.gradient_parts`: one part where kernels read dY and x in place."""
-    if not any(map(p.copied, p.features)):
-        return (p.tokens,)
-    return algorithms.gradient_parts(p.tokens, p.features, p.num_blocks, p.max_rank)
-
-
 def backward_workspace(p: Problem) -> Mapping[str, int]:
     """Bytes that each of our backward's two stages holds beyond its inputs and results; never both at once.
 
-    "factor gradients" holds dY and x of one part of the tokens, if they are gathered, and all partials. They are freed
-    before "input gradient", which holds W_eff. A BLAS library's own memory is not counted.
+    "factor gradients" holds dY and x, if they are gathered, and all partials. They are freed before "input gradient",
+    which holds W_eff. A BLAS library's own memory is not counted.
     """
-    size, tokens = PRECISIONS[p.precision].dtype.itemsize, gradient_parts(p)
-    gathered = max(tokens) * sum(map(p.copied, p.features)) * size
-    partials = len(tokens) * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
+    size = PRECISIONS[p.precision].dtype.itemsize
+    gathered = p.tokens * sum(map(p.copied, p.features)) * size
+    partials = algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
     return {"factor gradients": gathered + partials, "input gradient": math.prod(p.features) * size}
 
 
@@ -209,22 +202,19 @@ class _Count:
         """W_eff = W0 ∘ (1 + s·mask·BA): reads W0 once and writes W_eff once."""
         self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
 
-    def gather(self, name: str, features: int, launches: int = 1) -> None:
+    def gather(self, name: str, features: int) -> None:
         if width := self.p.copied(features):
-            self.add(f"gather {name}", 0, self.T * (features + width), launches=launches)
+            self.add(f"gather {name}", 0, self.T * (features + width))
 
     def factor_gradients(self) -> None:
-        """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials.
-
-        Each part of the tokens reads W0's blocks and the factors again, and writes partials of its own.
-        """
-        p, launches = self.p, len(gradient_parts(self.p))
-        self.gather("dY", self.N, launches)
-        self.gather("x", self.C, launches)
-        partials = launches * algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
-        flops = self.unit // p.num_blocks + launches * 4 * self.block_w * p.max_rank
-        moved = self.x_blocks + self.dy_blocks + launches * (self.read_w + self.factors)
-        self.add("block gradients", flops, moved, bytes=partials, launches=launches)
+        """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials."""
+        p = self.p
+        self.gather("dY", self.N)
+        self.gather("x", self.C)
+        partials = algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
+        flops = self.unit // p.num_blocks + 4 * self.block_w * p.max_rank
+        moved = self.x_blocks + self.dy_blocks + self.read_w + self.factors
+        self.add("block gradients", flops, moved, bytes=partials)
         self.add("sum partials", partials // 4, self.factors, bytes=partials, launches=2)  # of dA and of dB
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from smoa_kernels.backends.kernels_dropout import KernelsDropout
 from smoa_kernels.definition.dropout import Dropout
+from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.reference import factor_gradients, reference_delta_weight
+from smoa_kernels.definition.reference import delta_weight as defined_delta
+from smoa_kernels.definition.reference import factor_gradients
 from smoa_kernels.definition.reference import forward as reference_forward
 from smoa_kernels.kernels.block_grad import block_grad
 from smoa_kernels.kernels.block_matmul import block_matmul
 from smoa_kernels.kernels.fused_linear import fused_linear
+from smoa_kernels.kernels.grouped_grad import grouped_grad
+from smoa_kernels.kernels.grouped_linear import grouped_linear
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import Config, partial_width
 from smoa_kernels.kernels.sum_partials import sum_partials
 from smoa_kernels.kernels.table import answered
-from smoa_kernels.tuning.passes import Operands, experts_passes, in_dtype
+from smoa_kernels.tuning.passes import Operands
 from smoa_kernels.tuning.plan import multiplied_in
 
 Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
@@ -38,10 +43,14 @@ def configured(kernel: str, config: Config, precision: str = "fp32") -> Iterator
         yield
 
 
+def in_dtype(adapter: Any, dtype: torch.dtype) -> Any:
+    """The adapter with its weight and factors in `dtype`."""
+    return replace(adapter, weight=adapter.weight.to(dtype), A=adapter.A.to(dtype), B=adapter.B.to(dtype))
+
+
 def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
     """ΔW (N, C) by the definition, computed in `dtype`."""
-    a = in_dtype(adapter, dtype)
-    return reference_delta_weight(a.weight, a.A, a.B, a.partition, a.ranks, scaling=a.scaling)
+    return defined_delta(in_dtype(adapter, dtype))
 
 
 def forward(x: Tensor, adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
@@ -131,17 +140,29 @@ def _block_grad(operands: Operands) -> Work:
     dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
     xg = x if key.granule > 1 and not key.dropout else gather_columns(x, p, key.padded_in)
     return (
-        lambda: block_grad(1, lambda _: (dyg, xg), adapter),
+        lambda: block_grad(dyg, xg, adapter),
         lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None),
     )
 
 
 def _grouped_linear(operands: Operands) -> Work:
-    return experts_passes(operands)["experts"]
+    adapter, ends, x, _ = operands.experts()
+    return (
+        lambda: [grouped_linear(x, ends, adapter)],
+        lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))],
+    )
 
 
 def _grouped_grad(operands: Operands) -> Work:
-    return experts_passes(operands)["experts' factors"]
+    adapter, ends, x, dy = operands.experts()
+
+    def defined(dtype: torch.dtype) -> Sequence[Tensor]:
+        a = in_dtype(adapter, dtype)
+        A, B = a.A.clone().requires_grad_(), a.B.clone().requires_grad_()
+        y = reference_experts_linear(x.to(dtype), ends, replace(a, A=A, B=B))
+        return torch.autograd.grad(y, (A, B), dy.to(dtype))
+
+    return lambda: grouped_grad(dy, x, ends, adapter), defined
 
 
 def _sum_partials(operands: Operands) -> Work:

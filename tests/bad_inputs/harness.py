@@ -65,6 +65,18 @@ def one(*values: int) -> Tensor:
     return torch.tensor(values)
 
 
+# Settings that `FusedSMoALinear` and `SMoAConfig` both have.
+SETTINGS: list[Change] = [
+    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
+    ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
+    ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
+    ({"block_order": "sorted"}, ValueError, "block_order must be one of spectral, .*, got 'sorted'"),
+    ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
+    ({"block_seed": -1}, ValueError, "block_seed must be at least 0, got -1"),
+    ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, .* got 'fast'"),
+    ({"backend": ["eager"]}, ValueError, "backend must be one of .* got .'eager'"),
+]
+
 # Rare kinds of tensors, and a number too large for a float.
 NESTED = torch.nested.nested_tensor([torch.randn(2, 57), torch.randn(3, 57)])
 FLOAT8 = torch.ones(4, 57).to(torch.float8_e4m3fn)

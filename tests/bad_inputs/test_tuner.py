@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from .harness import Change, World, check, rows
+from .harness import SETTINGS, Change, World, check, rows
 
 pytest.importorskip("transformers", reason="needs the peft extra")
 
@@ -18,10 +18,7 @@ NAN = float("nan")
 HUGE = 10**12
 
 CONFIGURATIONS: list[Change] = [
-    ({"r": 0}, ValueError, "r must be at least 1, got 0"),
     ({"r": HUGE}, ValueError, "r must be at most 65536, got 1000000000000"),
-    ({"num_blocks": 0}, ValueError, "num_blocks must be at least 1, got 0"),
-    ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
     ({"block_ranks": [3, 2, 3]}, ValueError, "block_ranks must have num_blocks=2 entries, got 3"),
     ({"block_ranks": [9, -1]}, ValueError, "block_ranks must not be negative"),
     ({"smoa_dropout": 1.0}, ValueError, r"smoa_dropout must lie in \[0, 1\), got 1.0"),
@@ -33,15 +30,12 @@ CONFIGURATIONS: list[Change] = [
     ({"rank_pattern": {"(": 3}}, ValueError, r"a key of rank_pattern must be a regular expression, got '\('"),
     ({"alpha_pattern": {"q": "x"}}, TypeError, r"alpha_pattern\['q'\] must be a number, got 'x'"),
     ({"num_blocks_pattern": {"q": 1.5}}, TypeError, r"num_blocks_pattern\['q'\] must be an int"),
-    ({"block_order": "sorted"}, ValueError, "block_order must be one of spectral, .*, got 'sorted'"),
     ({"target_parameters": "down_proj"}, TypeError, "target_parameters must be .* names, got 'down_proj'"),
     (
         {"target_parameters": ["a"], "smoa_dropout": 0.1},
         ValueError,
         "smoa_dropout must be 0 where target_param",
     ),
-    ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
-    ({"block_seed": -1}, ValueError, "block_seed must be at least 0, got -1"),
     ({"block_order_pattern": {"q": "x"}}, ValueError, r"block_order_pattern\['q'\] must be one of spectral"),
     ({"granule_pattern": {"q": 0}}, ValueError, r"granule_pattern\['q'\] must be at least 1, got 0"),
     ({"target_modules": 5}, TypeError, "target_modules must be a list of names, or one, got 5"),
@@ -57,9 +51,7 @@ CONFIGURATIONS: list[Change] = [
         "`layers_to_transform` cannot be used when `target_modules` is a str",
     ),
     ({"bias": "some"}, ValueError, "bias must be one of none, all, smoa_only, got 'some'"),
-    ({"backend": ["eager"]}, ValueError, "backend must be one of .* got .'eager'"),
     ({"weights_sha256": 5}, TypeError, "weights_sha256 must be a str, got 5"),
-    ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, .* got 'fast'"),
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
     ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
     ({"use_lora_rate": "lora"}, TypeError, "use_lora_rate must be True or False, got 'lora'"),
@@ -72,7 +64,7 @@ CONFIGURATIONS: list[Change] = [
 ]
 
 
-@rows("settings", CONFIGURATIONS)
+@rows("settings", [*SETTINGS, *CONFIGURATIONS])
 def test_configuration(settings: dict[str, Any], error: type[Exception], words: str, world: World) -> None:
     check(world, lambda _: SMoAConfig(**settings), error, words)
 

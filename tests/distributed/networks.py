@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
@@ -20,6 +21,10 @@ from smoa_kernels.peft import SMoAConfig
 
 IN, HIDDEN, BLOCKS, RANK = 20, 30, 3, 7
 DOUBLE = 1e-10
+
+# A test runs in each process of a group of two, of four, or of both sizes in turn (`conftest.py`).
+in_two, in_four, in_groups = map(pytest.mark.usefixtures, ("two", "four", "group"))
+each_kind = pytest.mark.parametrize("kind", ["fused", "peft"])
 
 
 class Feedforward(nn.Module):

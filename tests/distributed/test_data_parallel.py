@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-from networks import Traffic, assert_as_one_process, batch, blocks, build, part
-from processes import Processes
+from networks import Traffic, assert_as_one_process, batch, blocks, build, each_kind, in_groups, in_two, part
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,16 +26,14 @@ def wrapped(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, find_unused_parameters=False)
 
 
-def equals_one_process(kind: str) -> None:
+@in_groups
+@each_kind
+def test_gradients_are_those_of_the_joint_batch(kind: str) -> None:
     assert_as_one_process(kind, wrapped, part, depth=DEPTH)
 
 
-@pytest.mark.parametrize("kind", ["fused", "peft"])
-def test_gradients_are_those_of_the_joint_batch(group: Processes, kind: str) -> None:
-    group.run(equals_one_process, kind)
-
-
-def sends_the_factors() -> None:
+@in_groups
+def test_traffic_is_the_bytes_of_the_factors() -> None:
     model = build("fused", torch.float32, depth=DEPTH)
     parallel = wrapped(model)
     bucketed: list[Tensor] = []
@@ -62,24 +60,14 @@ def sends_the_factors() -> None:
     assert set(backward.calls) == {"allreduce"}
 
 
-def test_traffic_is_the_bytes_of_the_factors(group: Processes) -> None:
-    group.run(sends_the_factors)
-
-
 # Labels are agreed on once.
 
 
-class Normed(nn.Module):
+def normed() -> nn.Sequential:
     """An adapted layer, followed by one with buffers that must be broadcast."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.lin = FusedSMoALinear.from_linear(nn.Linear(12, 10), r=5, num_blocks=3)
-        self.norm = nn.BatchNorm1d(10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.lin(x))
+    torch.manual_seed(0)
+    lin = FusedSMoALinear.from_linear(nn.Linear(12, 10), r=5, num_blocks=3)
+    return nn.Sequential(OrderedDict(lin=lin, norm=nn.BatchNorm1d(10)))
 
 
 def other_labels() -> BlockPartition:
@@ -97,10 +85,11 @@ def sent_buffers(model: nn.Module) -> set[int]:
     return {id(buffer) for buffer in DistributedDataParallel(model).modules_buffers}
 
 
-def shares_labels() -> None:
-    untold = Normed()
+@in_two
+def test_labels_are_shared() -> None:
+    untold = normed()
     assert id(untold.lin.smoa_row_block) in sent_buffers(untold)
-    model = Normed()
+    model = normed()
     if dist.get_rank() == 1:
         model.lin.partition = other_labels()
         model.lin.smoa_ranks = torch.tensor([1, 2, 2], dtype=torch.int32)
@@ -118,7 +107,8 @@ def shares_labels() -> None:
     assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}
 
 
-def shares_labels_of_peft() -> None:
+@in_two
+def test_labels_of_pefts_layers_are_shared() -> None:
     from peft import get_peft_model
 
     from smoa_kernels.peft import SMoAConfig
@@ -149,20 +139,8 @@ def test_a_process_outside_the_group_is_refused(call: Callable[..., object]) -> 
 
 
 def test_without_processes_names_are_noted() -> None:
-    model = Normed()
+    model = normed()
     ignore_buffers(model)
     ignored = model._ddp_params_and_buffers_to_ignore
     assert {"lin.smoa_row_block", "lin.smoa_ranks", "lin.smoa_sketch"} <= set(ignored)
     assert not any(name.startswith("norm") for name in ignored)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        shares_labels,
-        shares_labels_of_peft,
-    ],
-    ids=lambda body: body.__name__,
-)
-def test_in_two_processes(two: Processes, body: Callable[[], None]) -> None:
-    two.run(body)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,10 @@ from networks import (
     batch,
     blocks,
     build,
+    each_kind,
+    in_four,
+    in_groups,
+    in_two,
     layers,
     part,
     step,
@@ -46,17 +49,15 @@ def shard(model: nn.Module, mesh: DeviceMesh | None = None, **options: object) -
     return fully_shard(model, mesh=mesh, **options)
 
 
-def equals_one_process(kind: str) -> None:
+@in_groups
+@each_kind
+def test_gradients_are_those_of_the_joint_batch(kind: str) -> None:
     model = assert_as_one_process(kind, shard, part, depth=DEPTH)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("kind", ["fused", "peft"])
-def test_gradients_are_those_of_the_joint_batch(group: Processes, kind: str) -> None:
-    group.run(equals_one_process, kind)
-
-
-def gathers_once_per_pass() -> None:
+@in_groups
+def test_each_pass_gathers_a_block_once() -> None:
     model = shard(build("fused", torch.float32, depth=DEPTH))
     x, target = part(batch(torch.float32))
     x.requires_grad_()  # otherwise the first block has no backward that gathers
@@ -78,11 +79,8 @@ def gathers_once_per_pass() -> None:
     assert backward.bytes["reduce_scatter_base"] == padded
 
 
-def test_each_pass_gathers_a_block_once(group: Processes) -> None:
-    group.run(gathers_once_per_pass)
-
-
-def keeps_factors_whole() -> None:
+@in_two
+def test_factors_that_stay_whole() -> None:
     truth = step(build("fused", torch.float64, depth=DEPTH), *batch(torch.float64))
     model = build("fused", torch.float64, depth=DEPTH)
     factors = {p for p in model.parameters() if p.requires_grad}
@@ -97,7 +95,8 @@ def keeps_factors_whole() -> None:
     assert traffic.bytes["allreduce"] == sum(p.numel() * 8 for p in factors)
 
 
-def trains_in_half_precision() -> None:
+@in_two
+def test_half_precision() -> None:
     truth = step(build("fused", torch.float64, depth=DEPTH), *batch(torch.float64))
     single = step(build("fused", torch.bfloat16, depth=DEPTH), *batch(torch.bfloat16))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -112,7 +111,9 @@ def trains_in_half_precision() -> None:
         ), name
 
 
-def composes_with_tensor_parallelism(kind: str) -> None:
+@in_four
+@each_kind
+def test_two_dimensional_mesh(kind: str) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = assert_as_one_process(
         kind,
@@ -123,12 +124,8 @@ def composes_with_tensor_parallelism(kind: str) -> None:
     assert all(p.device_mesh.ndim == 2 for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("kind", ["fused", "peft"])
-def test_two_dimensional_mesh(four: Processes, kind: str) -> None:
-    four.run(composes_with_tensor_parallelism, kind)
-
-
-def merges_after_unshard() -> None:
+@in_two
+def test_a_merge_after_unshard() -> None:
     model = shard(build("fused", torch.float64))
     up = layers(model)[0]
     with pytest.raises(RuntimeError, match=r"sharded by fully_shard: call unshard\(\)"):
@@ -200,7 +197,7 @@ def load(kind: str, how: str, folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("how", ["shards", "tensor"])
-@pytest.mark.parametrize("kind", ["fused", "peft"])
+@each_kind
 def test_checkpoints_fit_any_world_size(
     kind: str, how: str, two: Processes, four: Processes, tmp_path: Path
 ) -> None:
@@ -219,16 +216,3 @@ def test_checkpoints_fit_any_world_size(
         assert result.keys() == expected.keys()
         for name, value in expected.items():
             assert relative_error(result[name], value) < DOUBLE, name
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        keeps_factors_whole,
-        trains_in_half_precision,
-        merges_after_unshard,
-    ],
-    ids=lambda body: body.__name__,
-)
-def test_in_two_processes(two: Processes, body: Callable[[], None]) -> None:
-    two.run(body)

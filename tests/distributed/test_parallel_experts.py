@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Processes
+from networks import in_two
 from tiny_experts import adapt, tiny_experts
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -45,15 +45,12 @@ def losses(model: nn.Module, tokens: Tensor) -> list[Tensor]:
     return found
 
 
-def trains_as_one_process(way: str) -> None:
+@in_two
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_train_as_in_one_process(way: str) -> None:
     tokens = torch.randint(3, 64, (4, 7), generator=torch.Generator().manual_seed(1))
     expected = torch.stack(losses(adapted(), tokens))
     assert (expected.diff() < -1e-3).all()
     found = torch.stack(losses(WAYS[way](), tokens.chunk(2)[dist.get_rank()]))
     dist.all_reduce(found)
     torch.testing.assert_close(found / 2, expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_experts_train_as_in_one_process(two: Processes, way: str) -> None:
-    two.run(trains_as_one_process, way)

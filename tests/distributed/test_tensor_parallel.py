@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib.util
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -16,12 +17,14 @@ from networks import (
     batch,
     blocks,
     build,
+    each_kind,
+    in_groups,
+    in_two,
     layers,
     step,
     whole,
 )
 from problems import relative_error
-from processes import Processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -31,6 +34,7 @@ from smoa_kernels.definition import spectral_order
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
 
 pytestmark = pytest.mark.slow  # each starts a group of processes
+each_dropout = pytest.mark.parametrize("dropout", [0.0, 0.4])
 
 
 def parallelize(model: nn.Module, mesh: object = None) -> nn.Module:
@@ -62,17 +66,6 @@ def counted_spectra() -> Iterator[list[torch.Tensor]]:
         spectral_order.spectral_centroids = original
 
 
-def contiguous_blocks_need_no_spectrum(kind: str, dropout: float) -> None:
-    """Each process's part of contiguous blocks is contiguous too."""
-    with counted_spectra() as computed:
-        equals_one_process(kind, dropout, False)
-        cut = layers(parallelize(build(kind, torch.float64, spectral=False)))
-    assert not computed
-    for layer in cut:
-        partition = layer.partition if kind == "fused" else layer.partition("default")
-        assert partition.is_contiguous
-
-
 def equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
     """Gradients are placed like their parameters; replicated factors have the same bits on all processes."""
     model = assert_as_one_process(kind, parallelize, dropout=dropout, spectral=spectral)
@@ -93,19 +86,30 @@ def equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
             assert all(torch.equal(part, parts[0]) for part in parts), name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("kind", ["fused", "peft"])
-def test_equals_one_process(group: Processes, kind: str, dropout: float) -> None:
-    group.run(equals_one_process, kind, dropout, True)
+@in_groups
+@each_kind
+@each_dropout
+def test_equals_one_process(kind: str, dropout: float) -> None:
+    equals_one_process(kind, dropout, True)
 
 
-@pytest.mark.parametrize("kind", ["fused", "peft"])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_shards_that_miss_a_block(group: Processes, kind: str, dropout: float) -> None:
-    group.run(contiguous_blocks_need_no_spectrum, kind, dropout)
+@in_groups
+@each_kind
+@each_dropout
+def test_shards_that_miss_a_block(kind: str, dropout: float) -> None:
+    """Contiguous blocks need no spectrum, and each process's part of them is contiguous too."""
+    with counted_spectra() as computed:
+        equals_one_process(kind, dropout, False)
+        cut = layers(parallelize(build(kind, torch.float64, spectral=False)))
+    assert not computed
+    for layer in cut:
+        partition = layer.partition if kind == "fused" else layer.partition("default")
+        assert partition.is_contiguous
 
 
-def merges(kind: str) -> None:
+@in_groups
+@each_kind
+def test_merged_weights(kind: str) -> None:
     x, _ = batch(torch.float64)
     single, model = build(kind, torch.float64).eval(), parallelize(build(kind, torch.float64)).eval()
     before = model(x)
@@ -124,12 +128,8 @@ def merges(kind: str) -> None:
     assert relative_error(model(x), before) == 0
 
 
-@pytest.mark.parametrize("kind", ["fused", "peft"])
-def test_merged_weights(group: Processes, kind: str) -> None:
-    group.run(merges, kind)
-
-
-def sequence_parallel() -> None:
+@in_groups
+def test_sequence_parallel_layouts() -> None:
     expected = step(build("fused", torch.float64, dropout=0.4), *batch(torch.float64))
     model = build("fused", torch.float64, dropout=0.4)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -148,11 +148,8 @@ def sequence_parallel() -> None:
         assert relative_error(whole(ours[name]) / mesh.size(), expected[name]) < DOUBLE, name
 
 
-def test_sequence_parallel_layouts(group: Processes) -> None:
-    group.run(sequence_parallel)
-
-
-def two_adapters() -> None:
+@in_two
+def test_two_adapters() -> None:
     def both() -> nn.Module:
         from peft import PeftModel
 
@@ -171,7 +168,9 @@ def two_adapters() -> None:
     assert_close(ours, expected)
 
 
-def spectra_are_shared() -> int:
+@in_two
+def test_the_order_is_computed_once() -> None:
+    """Contiguous blocks need neither a spectrum nor communication."""
     with counted_spectra() as computed, shared_spectra():
         fused, peft = build("fused", torch.float64), build("peft", torch.float64)
     for layer, other in zip(layers(fused), layers(peft), strict=True):
@@ -184,15 +183,11 @@ def spectra_are_shared() -> int:
             build(kind, torch.float64, spectral=False)
     assert not none
     assert not traffic.calls
-    return len(computed)
+    assert len(computed) == (0 if dist.get_rank() else 4)
 
 
-def test_the_order_is_computed_once(two: Processes) -> None:
-    """Contiguous blocks need neither a spectrum nor communication."""
-    assert two.run(spectra_are_shared) == [4, 0]
-
-
-def refuses() -> None:
+@in_two
+def test_refused() -> None:
     merged = build("fused", torch.float64)
     layers(merged)[0].merge()
     with pytest.raises(ValueError, match="merged: unmerge it"):
@@ -218,7 +213,9 @@ def refuses() -> None:
         peft.add_adapter("late", peft.peft_config["default"])
 
 
-def refuses_quantized() -> None:
+@in_two
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the quantized extra")
+def test_a_quantized_base_is_refused() -> None:
     import bitsandbytes as bnb
     from peft import get_peft_model
 
@@ -235,12 +232,8 @@ def refuses_quantized() -> None:
     model(torch.randn(3, 64))
 
 
-def test_a_quantized_base_is_refused(two: Processes) -> None:
-    pytest.importorskip("bitsandbytes", reason="needs the quantized extra")
-    two.run(refuses_quantized)
-
-
-def awaits_labels() -> None:
+@in_two
+def test_labels_that_are_yet_to_be_loaded() -> None:
     from smoa_kernels.peft import SMoAConfig
 
     model = build("peft", torch.float64)
@@ -251,7 +244,8 @@ def awaits_labels() -> None:
     assert not isinstance(layers(model)[0].smoa_A["default"], DTensor)
 
 
-def several_dropouts() -> None:
+@in_two
+def test_several_dropouts() -> None:
     from smoa_kernels.peft import SMoAConfig
 
     model = build("peft", torch.float64, dropout=0.1)
@@ -263,7 +257,8 @@ def several_dropouts() -> None:
         model(batch(torch.float64)[0])
 
 
-def unloads() -> None:
+@in_two
+def test_unloaded() -> None:
     single, model = build("peft", torch.float64), parallelize(build("peft", torch.float64))
     for one, cut in zip(layers(single.merge_and_unload()), layers(model.merge_and_unload()), strict=True):
         assert type(cut) is nn.Linear
@@ -271,26 +266,11 @@ def unloads() -> None:
         assert relative_error(cut.bias.full_tensor(), one.bias) == 0
 
 
-def compiles() -> None:
+@in_two
+def test_compiled() -> None:
     torch._dynamo.reset()
     assert_as_one_process(
         "fused",
         lambda model: torch.compile(parallelize(model), backend="aot_eager", fullgraph=True),
         dropout=0.4,
     )
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        two_adapters,
-        refuses,
-        awaits_labels,
-        several_dropouts,
-        unloads,
-        compiles,
-    ],
-    ids=lambda body: body.__name__,
-)
-def test_in_two_processes(two: Processes, body: Callable[[], None]) -> None:
-    two.run(body)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from networks import batch, build
+from networks import batch, build, each_kind
 from processes import Processes
 from torch import nn
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 STEPS, RATE = 5, 20.0
 
 
-@pytest.mark.parametrize("kind", ["peft", "fused"])
+@each_kind
 def test_partitioned_training_is_that_of_one_process(kind: str, two: Processes) -> None:
     model = build(kind, torch.float32)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)

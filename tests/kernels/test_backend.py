@@ -1,4 +1,4 @@
-"""The "triton" backend: long batches in parts, unchecked ranks, and cases that the kernels do not run.
+"""The "triton" backend: unchecked ranks, and cases that the kernels do not run.
 
 tests/test_contract.py tests what all backends promise, tests/test_devices.py old GPUs.
 """
@@ -22,7 +22,6 @@ from problems import (
     assert_within_budget,
     cases,
     make_problem,
-    relative_error,
     small_update,
     survival,
 )
@@ -31,13 +30,10 @@ from smoa_kernels import operator
 from smoa_kernels.backends import algorithms, eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.precision import PRECISIONS
-from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import Layout
-from smoa_kernels.kernels.spec import Key
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.plan import candidates, multiplied_in
+from smoa_kernels.tuning.plan import multiplied_in
 
 pytestmark = pytest.mark.numerical
 
@@ -66,33 +62,6 @@ def test_a_sum_over_one_column_is_not_fused(
     assert_within_budget(p.run(**case.options), case, p)
     assert len(summed) == launches
     assert 1 not in summed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("algorithm", ["split", "dropout"])
-def test_a_long_batch_is_gathered_in_parts(
-    dtype: torch.dtype, algorithm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The limits are 64 tokens and one tile here, 4096 and 128 on a GPU. With dropout nothing is split."""
-    case = Case("triton", algorithm, dtype)
-    p = case.problem(tokens=150, out_features=90, in_features=70, ranks=(3, 2), random_labels=True)
-    whole = p.run(**case.options)
-    monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 64)
-    monkeypatch.setattr(algorithms, "GRAD_PART_TILES", 1)
-    asked_anew = triton_backend._gradient_parts.__wrapped__  # the cached answer is for the whole batch
-    monkeypatch.setattr(triton_backend, "_gradient_parts", asked_anew)
-    gathered: list[int] = []
-    by_block = triton_backend._by_block
-    seen = lambda x, *rest: gathered.append(x.shape[0]) or by_block(x, *rest)  # noqa: E731
-    monkeypatch.setattr(triton_backend, "_by_block", seen)
-    parts = p.run(**case.options)
-    # The forward gathers x; each part of the backward gathers dY and x. With dropout, dX gathers dY once more.
-    assert gathered == ([150] * 4 if case.dropout else [150, 128, 128, 22, 22])
-    for name, ours, theirs in zip(NAMES, parts, whole, strict=True):
-        error = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
-        assert relative_error(ours, theirs) <= (error if name in ("dA", "dB") else 0.0), name
-    assert_within_budget(parts, case, p)
 
 
 @pytest.mark.parametrize("case", [case for case in cases("triton") if case.dtype == torch.float32], ids=str)
@@ -128,42 +97,6 @@ def test_cases_that_the_kernels_refuse(change: dict[str, object], words: str) ->
 def test_algorithm_of_another_backend() -> None:
     with pytest.raises(ValueError, match="merged, split, fused on backend 'triton', got 'expanded'"):
         make_problem(dtype=torch.float32).forward(backend="triton", algorithm="expanded")
-
-
-@pytest.mark.parametrize(
-    ("stage", "dtype", "tokens", "expected"),
-    [
-        ("forward", torch.bfloat16, 64, "fused"),
-        ("forward", torch.bfloat16, 65, "split"),
-        ("input_gradient", torch.bfloat16, 64, "fused"),
-        ("input_gradient", torch.bfloat16, 65, "merged"),
-        ("input_gradient", torch.float32, 32, "fused"),  # in TF32
-        ("input_gradient", torch.float32, 33, "merged"),
-    ],
-)
-def test_auto_is_fused_for_few_tokens(
-    stage: str, dtype: torch.dtype, tokens: int, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On an H100. With more tokens, y takes "split", which does not round W_eff, and dX takes "merged"."""
-    monkeypatch.setattr(triton_backend, "architecture", lambda device: "sm_90")
-    size, rank = 4096, 16
-    labels = torch.zeros(size, dtype=torch.uint8)
-    adapter = PackedAdapter(
-        torch.empty(size, size, dtype=dtype),
-        torch.empty(rank, size, dtype=dtype),
-        torch.empty(size, rank, dtype=dtype),
-        BlockPartition.from_labels(labels, labels, 1),
-        torch.tensor([rank], dtype=torch.int32),
-        torch.ones(()),
-    )
-    x = torch.empty(tokens, size, dtype=dtype)
-    table.forget()
-    precision = "tf32" if dtype == torch.float32 else "bf16"
-    with multiplied_in(precision):
-        assert triton_backend._chosen(stage, x, adapter) == expected
-    table.forget()
-    key = Key(stage, precision, rank, 1, size, size, tokens)
-    assert candidates(key, "sm_90", GPUS["h100"].multiprocessors)[0] == expected  # the tuner tries it first
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,12 @@
 """block_grad: dB_k = H_k A_kᵀ and dA_k = B_kᵀ H_k with H_k = s · (dyg_kᵀ xg_k) ∘ W0_k; G is never stored."""
 
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from audit.workloads import configured
 from kernel_cases import (
-    Guarded,
     assert_within_budget,
-    each_dtype,
-    far_apart,
 )
 from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor
@@ -42,15 +38,15 @@ def gather(problem: LinearProblem, multiple: int = TILE) -> tuple[Tensor, Tensor
     )
 
 
-def in_one_part(
+def block_gradients(
     dyg: Tensor, xg: Tensor, adapter: PackedAdapter, config: Config = SMALL
 ) -> tuple[Tensor, Tensor]:
     with configured("block_grad", config):
-        return block_grad(1, lambda part: (dyg, xg), adapter)
+        return block_grad(dyg, xg, adapter)
 
 
 def gradients(problem: LinearProblem, config: Config = SMALL) -> tuple[Tensor, Tensor]:
-    return in_one_part(*gather(problem, config.block_c), problem.adapter(), config)
+    return block_gradients(*gather(problem, config.block_c), problem.adapter(), config)
 
 
 def expected(problem: LinearProblem) -> tuple[Tensor, Tensor]:
@@ -80,68 +76,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
             if ((mine.double() - true).abs() > 4 * 2**-23 * size).any():
                 assert_within_budget(mine, theirs, true)
             assert not mine[~used].any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("split", [0, 1, 3])
-@pytest.mark.parametrize("sizes", [(70,), (32, 32, 6), (48, 22), (35, 35)], ids=str)
-@each_dtype
-def test_launches_in_parts_agree_with_one(
-    dtype: torch.dtype, sizes: tuple[int, ...], split: int, device: torch.device
-) -> None:
-    """Partial sums stay float32 and are rounded once, at the end. Each part is freed before the next is gathered."""
-    problem = make_problem(tokens=70, random_labels=True).on(device).to(dtype)
-    alive: list[weakref.ref[Tensor]] = []
-
-    def gathered(part: int) -> tuple[Tensor, Tensor]:
-        assert not any(tensor() is not None for tensor in alive)
-        first = sum(sizes[:part])
-        tokens = slice(first, first + sizes[part])
-        found = gather(replace(problem, x=problem.x[tokens], dy=problem.dy[tokens]))
-        alive.extend(map(weakref.ref, found))
-        return found
-
-    config = replace(SMALL, split=split)
-    with configured("block_grad", config):
-        parts = block_grad(len(sizes), gathered, problem.adapter())
-    assert len(alive) == 2 * len(sizes)
-    truth = expected(problem.to(torch.float64))
-    for mine, theirs, true in zip(parts, expected(problem), truth, strict=True):
-        assert_within_budget(mine, theirs, true)
-    if len(sizes) == 1:
-        assert all(map(torch.equal, parts, gradients(problem, config)))
-
-
-def test_no_gradient_crosses_into_padding_or_other_memory(guarded: Guarded, device: torch.device) -> None:
-    """Inputs are strided with NaN around them, and the factors' padding is NaN: neither is used."""
-    problem = make_problem(tokens=21, ranks=(3, 0, 20), random_labels=True, fill_padding=False)
-    problem = problem.on(device).to(torch.float32)
-    whole = gradients(problem)
-    used_A, used_B = padding_masks(problem.partition, problem.ranks, 20)
-    problem.A[~used_A] = float("nan")
-    problem.B[~used_B] = float("nan")
-    adapter = problem.adapter(lambda tensor: guarded(tensor, row_padding=3))
-    dyg, xg = (guarded(blocked, row_padding=16) for blocked in gather(problem))
-    for mine, theirs in zip(in_one_part(dyg, xg, adapter), whole, strict=True):
-        assert torch.equal(mine, theirs)
-    apart = [torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in (dyg, xg)]
-    for mine, theirs in zip(in_one_part(*apart, adapter), whole, strict=True):
-        assert torch.equal(mine, theirs)
-
-
-def test_offsets_beyond_int32(device: torch.device) -> None:
-    problem = make_problem(tokens=12).on(device).to(torch.bfloat16)
-    dyg, xg = gather(problem)
-    apart = far_apart(dyg, 2**31 // 8)
-    for mine, theirs in zip(in_one_part(apart, xg, problem.adapter()), gradients(problem), strict=True):
-        assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("split", [0, 1])
-def test_no_tokens(split: int, device: torch.device) -> None:
-    problem = make_problem(tokens=0).on(device).to(torch.float32)
-    for gradient in gradients(problem, replace(SMALL, split=split)):
-        assert not gradient.any()
 
 
 def test_no_rank(device: torch.device) -> None:

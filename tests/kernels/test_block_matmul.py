@@ -4,10 +4,8 @@ import pytest
 import torch
 from audit.workloads import configured
 from kernel_cases import (
-    Guarded,
     assert_within_budget,
     each_dtype,
-    far_apart,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
@@ -74,34 +72,3 @@ def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: to
     assert_within_budget(dx, problem.dy @ problem.delta_weight(), truth)
     natural = torch.empty_like(dx)
     assert torch.equal(small_matmul(dyg, adapter.T, delta, out=natural), dx)
-
-
-def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
-    """Padded rows of y, a transposed y and separate x blocks: nothing outside the tensors is touched."""
-    problem = make_problem(tokens=21, random_labels=True).on(device).to(torch.float32)
-    adapter = problem.adapter(lambda tensor: guarded(tensor, row_padding=3))
-    expected = output(problem)
-    delta = guarded(blocks(adapter))
-    xg = guarded(gather(problem.x, adapter, delta.shape[2]), row_padding=16)
-    for out in (
-        guarded(torch.zeros_like(expected), row_padding=5),
-        guarded(torch.zeros_like(expected.T), row_padding=5).T,
-    ):
-        out.fill_(float("nan"))
-        assert torch.equal(small_matmul(xg, adapter, delta, out=out), expected)
-    every_other = torch.stack([xg, torch.full_like(xg, float("nan"))], -1)[..., 0]
-    assert torch.equal(small_matmul(every_other, adapter, delta, out=out), expected)
-
-
-def test_offsets_beyond_int32(device: torch.device) -> None:
-    problem = make_problem(tokens=12, fill_padding=False).on(device).to(torch.bfloat16)
-    out = far_apart(problem.dy, 2**31 // 8, filled=False)
-    adapter = problem.adapter()
-    delta = blocks(adapter)
-    small_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out)
-    assert torch.equal(out, output(problem))
-
-
-def test_no_tokens(device: torch.device) -> None:
-    problem = make_problem(tokens=0).on(device).to(torch.float32)
-    assert output(problem).shape == (0, 33)

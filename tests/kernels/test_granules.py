@@ -5,9 +5,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from kernel_cases import Guarded
 from problems import Case, LinearProblem, assert_within_budget, cases, make_problem
-from test_block_grad import in_one_part
+from test_block_grad import block_gradients
 from test_block_matmul import small_matmul
 from torch import Tensor
 
@@ -96,9 +95,9 @@ def test_factor_gradients(
     dyg, xg = gathered(p)
     adapter = p.adapter()
     with coordinate_by_coordinate(monkeypatch):
-        expected = in_one_part(dyg, xg, adapter)
+        expected = block_gradients(dyg, xg, adapter)
     for operands in ((p.dy, p.x), (p.dy, xg), (dyg, p.x), (dyg, xg)):
-        found = in_one_part(*operands, adapter)
+        found = block_gradients(*operands, adapter)
         assert all(map(torch.equal, found, expected))
 
 
@@ -140,24 +139,6 @@ def test_dropout(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
     with coordinate_by_coordinate(monkeypatch):
         expected = moved()
     assert all(map(torch.equal, moved(), expected))
-
-
-def test_strides_and_guards(guarded: Guarded, device: torch.device) -> None:
-    """Padded rows and strided columns: nothing outside the tensors is touched."""
-    p = problem_of("granules", torch.float32, device)
-    adapter = p.adapter()
-    expected = in_one_part(p.dy, p.x, adapter)
-    near = p.adapter(lambda tensor: guarded(tensor, row_padding=3))
-    for dy, x in (
-        (guarded(p.dy, row_padding=5), guarded(p.x, row_padding=8)),
-        tuple(torch.stack([t, torch.full_like(t, float("nan"))], -1)[..., 0] for t in (p.dy, p.x)),
-    ):
-        found = in_one_part(dy, x, near)
-        assert all(map(torch.equal, found, expected))
-        delta = modulated_blocks(near, (32, 64))
-        out = guarded(torch.zeros_like(p.dy), row_padding=5)
-        whole = small_matmul(p.x, adapter, delta, out=torch.empty_like(p.dy))
-        assert torch.equal(small_matmul(x, near, delta, out=out), whole)
 
 
 @pytest.mark.parametrize("order", ["contiguous", "random"])

@@ -13,7 +13,7 @@ from expert_problems import ExpertsProblem, make_problem, on
 from kernel_cases import Guarded, far_apart
 from torch import Tensor
 
-from smoa_kernels.backends.experts_triton import experts_backward, experts_product
+from smoa_kernels.backends.triton import experts_backward, experts_product
 from smoa_kernels.definition.experts import ExpertBlocks
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.common import OLD_TRITON, tiles_of_segments

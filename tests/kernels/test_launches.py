@@ -67,7 +67,7 @@ def test_hooks_on_launches_are_called_while_there_are_any() -> None:
 @pytest.mark.slow
 def test_without_the_short_way_triton_launches() -> None:
     """If the short way raises, or Triton lacks a private name, Triton launches the same kernels after one warning."""
-    found = launches("short way")
+    found = launches("without_short_way")
     kernels = found["short"][0][0]
     words = {
         "short": "",
@@ -83,11 +83,7 @@ def test_without_the_short_way_triton_launches() -> None:
 
 @pytest.mark.slow
 def test_the_first_step_compiles_few_forms() -> None:
-    """The layers of Llama-3-8B. Other batch lengths compile no more forms (tests/first_step.py)."""
-    program = "import os, runpy; os.environ.pop('TRITON_INTERPRET', None); "
-    process = python(program + "runpy.run_module('first_step', run_name='__main__')", PYTHONWARNINGS="ignore")
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    for counts in json.loads(out).values():
+    """The layers of Llama-3-8B. Other batch lengths compile no more forms."""
+    for counts in launches("first_step").values():
         assert 4 <= counts["forms"] <= 24
         assert counts["more for other lengths"] == 0

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 from kernel_cases import (
-    Guarded,
     assert_within_budget,
     each_dtype,
 )
@@ -48,33 +47,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
     assert_within_budget(weight, effective(same), effective(truth))
     blocks = modulated_blocks(adapter, padded(rounded.partition, 16, 32))
     assert_within_budget(from_blocks(blocks, rounded.partition), same.delta_weight(), truth.delta_weight())
-
-
-@pytest.mark.parametrize("row_padding", [0, 5])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_strides_and_guards(
-    transposed: bool, row_padding: int, guarded: Guarded, device: torch.device
-) -> None:
-    """Padded rows and column-major weights: nothing outside the tensors is touched."""
-    problem = make_problem(out_features=70, in_features=45, ranks=(3, 0, 20)).on(device)
-    problem = problem.to(torch.float32)
-    if transposed:
-        problem.weight.set_(problem.weight.T.contiguous().T)
-    adapter = problem.adapter(lambda tensor: guarded(tensor, row_padding=row_padding))
-    expected, truth = effective(problem), effective(problem.to(torch.float64))
-    weight = modulated_weight(adapter)
-    assert (weight.stride(0) < weight.stride(1)) == transposed
-    assert_within_budget(weight, expected, truth)
-    assert_within_budget(modulated_weight(adapter.T), expected.T, truth.T)
-    out = guarded(torch.zeros_like(problem.weight), row_padding=3)
-    assert modulated_weight(adapter, out=out) is out
-    assert torch.equal(out, weight)
-    blocks = modulated_blocks(adapter, padded(problem.partition))
-    assert_within_budget(
-        from_blocks(blocks, problem.partition),
-        problem.delta_weight(),
-        problem.to(torch.float64).delta_weight(),
-    )
 
 
 @each_dtype

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from audit.workloads import configured
-from kernel_cases import Guarded, each_dtype, far_apart, shipped_here
+from kernel_cases import each_dtype, shipped_here
 from torch import Tensor
 
 from smoa_kernels.definition.dropout import Dropout
@@ -57,16 +57,6 @@ def mask(
 
 def seed(value: int, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.int64, device=device)
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_strides_and_guards(transposed: bool, guarded: Guarded, device: torch.device) -> None:
-    partition = random_partition(37, 3, device)
-    x = torch.randn(37, 21, device=device).T if transposed else torch.randn(21, 37, device=device)
-    out = guarded(torch.zeros_like(x), row_padding=7)
-    blocked = gather(guarded(x, row_padding=5), partition)
-    assert torch.equal(blocked, gathered_by_hand(x, partition))
-    assert torch.equal(scatter(guarded(blocked), partition, out), x)
 
 
 def test_no_tokens_and_no_columns(device: torch.device) -> None:
@@ -134,12 +124,3 @@ def test_dropout_of_almost_nothing_and_almost_all(device: torch.device) -> None:
     assert bool((mask(Dropout(seed(1, device), 0.0), 30, partition) == 1).all())
     nearly_all = mask(Dropout(seed(1, device), 1 - 2**-16), 30, partition)
     assert set(nearly_all.unique().tolist()) <= {0.0, 65536.0}
-
-
-def test_offsets_beyond_int32(device: torch.device) -> None:
-    partition = random_partition(8, 2, device)
-    values = torch.arange(32.0, device=device).view(4, 8).half()
-    x, out = (far_apart(values, 2**30, filled) for filled in (True, False))
-    blocked = gather(x, partition)
-    assert torch.equal(blocked, gathered_by_hand(values, partition))
-    assert torch.equal(scatter(blocked, partition, out), values)

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
-from adapted import CONFIG, WEIGHTS, adapt, contents, layers
+import torch
+from adapted import CONFIG, WEIGHTS, adapt, contents, gentle, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 
+from smoa_kernels.adapter_folder.writing import replacing
 from smoa_kernels.peft import SMoAConfig
 
 
@@ -103,10 +105,39 @@ def test_a_save_keeps_other_files_of_the_folder(llama, tmp_path):
     assert PeftModel.from_pretrained(llama(), tmp_path / "other").peft_config["default"].r == 4
 
 
+def test_a_folder_that_another_process_makes_meanwhile(tmp_path):
+    new = tmp_path / "new"
+    with replacing(new) as scratch:
+        new.mkdir()
+        (new / "theirs").write_text("other")
+        (scratch / "ours").write_text("own")
+    assert contents(new) == {"theirs": b"other", "ours": b"own"}
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_other_methods_files_are_written_as_before(llama, tmp_path):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
     assert PeftModel.from_pretrained(llama(), tmp_path).peft_type == "LORA"
+
+
+@pytest.mark.numerical
+@pytest.mark.usefixtures("transformers_adapters")
+def test_transformers_own_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
+    """They bypass PEFT's tuner."""
+    model = make_model()
+    model.add_adapter(gentle(model))
+    model.eval()
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path)
+    loaded = make_model()
+    with monkeypatch.context() as loading:  # no spectral order is computed
+        loading.delattr("smoa_kernels.definition.spectral_order.spectral_centroids")
+        loaded.load_adapter(tmp_path)
+        logits(loaded, tokens)
+    assert torch.equal(logits(loaded.eval(), tokens), expected)
+    loaded.disable_adapters()
+    assert torch.equal(logits(loaded, tokens), logits(make_model(), tokens))
 
 
 def test_a_pickle_is_neither_written_nor_read(make_model, folder):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from adapted import WEIGHTS, assert_refused, edit_config, edit_weights
-from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
+from merge_models import trained
+from peft import HiraConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny_models import tiny_gpt2
 from torch import nn
@@ -25,21 +26,12 @@ def targets(model):
     return {"target_modules": names, "fan_in_fan_out": conv1d}
 
 
-def save(model, config, folder):
-    model = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in (p for name, p in model.named_parameters() if "hira_" in name or "smoa_" in name):
-            parameter.copy_(0.2 * torch.randn(parameter.shape))
-    model.save_pretrained(folder)
-    return model.eval()
-
-
 @pytest.fixture
 def hira(make_model, base, tmp_path):
     """A HiRA folder whose configuration names the base's folder, and its accelerated model."""
     model = make_model()
     settings = {"r": 4, "hira_dropout": 0.25, "modules_to_save": ["lm_head"], **targets(model)}
-    model = save(model, HiraConfig(**settings), tmp_path / "hira")
+    model = trained(model, HiraConfig(**settings), tmp_path / "hira")
     edit_config(tmp_path / "hira", base_model_name_or_path=str(base))
     accelerate_hira(model)
     return tmp_path / "hira", model
@@ -75,7 +67,7 @@ def test_there_and_back(hira, base, make_model, tokens, tmp_path, capsys):
 def test_ranks_are_the_files(base, make_model, tmp_path):
     """PEFT 0.21.2 ignores `rank_pattern` for plain layers; other tools and releases may not."""
     model = make_model()
-    save(model, HiraConfig(r=4, **targets(model)), tmp_path / "hira")
+    trained(model, HiraConfig(r=4, **targets(model)), tmp_path / "hira")
 
     def narrow(state):
         name = next(key for key in state if key.endswith("hira_A"))
@@ -98,7 +90,7 @@ def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
     """PEFT corrects `fan_in_fan_out` for each layer, whatever the configuration says."""
     base, hira, smoa = (tmp_path / name for name in ("base", "hira", "smoa"))
     tiny_gpt2().save_pretrained(base)
-    save(tiny_gpt2(), HiraConfig(r=4, target_modules=["attn.c_proj"]), hira)
+    trained(tiny_gpt2(), HiraConfig(r=4, target_modules=["attn.c_proj"]), hira)
     hira_to_smoa(hira, smoa, base)
     PeftModel.from_pretrained(tiny_gpt2(), smoa, strict_base=True)
 
@@ -113,7 +105,7 @@ def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
 )
 def test_settings_that_hira_lacks_are_refused(settings, message, tmp_path, capsys):
     defaults = {"r": 4, "num_blocks": 1, "target_modules": ["0"]}
-    save(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(**{**defaults, **settings}), tmp_path / "smoa")
+    trained(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(**{**defaults, **settings}), tmp_path / "smoa")
     arguments = ["convert", str(tmp_path / "smoa"), str(tmp_path / "out")]
     assert_refused(capsys, lambda *given: main(list(given)), message, *arguments)
     assert not (tmp_path / "out").exists()
@@ -124,7 +116,7 @@ def test_settings_that_hira_lacks_are_refused(settings, message, tmp_path, capsy
     [(nn.Embedding(5, 6), "0 is an embedding"), (nn.Conv1d(3, 4, 2), "0 is a convolution")],
 )
 def test_layers_that_smoa_lacks_are_refused(layer, message, tmp_path):
-    save(nn.Sequential(layer), HiraConfig(r=2, target_modules=["0"]), tmp_path / "hira")
+    trained(nn.Sequential(layer), HiraConfig(r=2, target_modules=["0"]), tmp_path / "hira")
     with pytest.raises(ValueError, match=message):
         hira_to_smoa(tmp_path / "hira", tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
@@ -136,10 +128,10 @@ def test_bad_folders_are_refused(hira, base, tmp_path):
         hira_to_smoa(folder, folder)
     with pytest.raises(TypeError, match="out"):
         hira_to_smoa(folder, 3)
-    save(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]), tmp_path / "lora")
+    trained(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]), tmp_path / "lora")
     with pytest.raises(ValueError, match="LORA"):
         convert_adapter(tmp_path / "lora", tmp_path / "out")
-    save(nn.Sequential(nn.Linear(8, 6)), HiraConfig(r=2, target_modules=["0"]), tmp_path / "small")
+    trained(nn.Sequential(nn.Linear(8, 6)), HiraConfig(r=2, target_modules=["0"]), tmp_path / "small")
     with pytest.raises(ValueError, match="lacks"):
         hira_to_smoa(tmp_path / "small", tmp_path / "out", base)
     with pytest.raises(ValueError, match="base must be given"):

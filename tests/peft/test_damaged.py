@@ -58,6 +58,10 @@ def only_x(state, _):
     state["x"] = torch.ones(1)
 
 
+def of_another_base(folder):
+    adapt(tiny_llama(num_hidden_layers=1, seed=1), strict_base=True).save_pretrained(folder)
+
+
 def of_lora(folder):
     get_peft_model(base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
 
@@ -78,6 +82,7 @@ OF_FILES = {
     "no folder": (lambda f: f.rename(f.parent / "x"), "there is no adapter_config.json in|Can't find"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"there is no {WEIGHTS} in"),
     "other method": (of_lora, "an adapter of the method 'LORA', not SMOA"),
+    "another base": (of_another_base, "another base weight in 7 layers, .* strict_base=True refuses"),
     "task": (lambda f: edit_config(f, task_type="7"), f"{CONFIG}: Invalid task type"),
 }
 OF_LAYERS = {
@@ -122,7 +127,7 @@ DOORS = {
 }
 # Damages that a door need not find: the file is consistent, or PEFT and transformers refuse it in their own words.
 PASSES = {
-    "inspect": {"layer", "unknown", "other layer", "task"},
+    "inspect": {"another base", "layer", "unknown", "other layer", "task"},
     "hotswap": {"unknown"},
     "over an adapter": OF_FILES,  # only the tensors are read again
     "transformers": {"no folder", "no weights", "other method", "task"},

@@ -41,12 +41,6 @@ TINY = PreTrainedConfig(
 )
 
 
-class Layer(nn.Module):
-    def __init__(self, experts):
-        super().__init__()
-        self.experts = experts
-
-
 @pytest.mark.parametrize(("module", "name"), CLASSES, ids=[name for _, name in CLASSES])
 def test_class(module, name):
     experts_class = getattr(importlib.import_module(f"transformers.models.{module}"), name)
@@ -59,7 +53,9 @@ def test_class(module, name):
     x, index, routing = torch.randn(9, 32), torch.randint(6, (9, 2)), torch.rand(9, 2)
     expected = plain(x, index, routing)
     targets = [f"experts.{weight}" for weight, parameter in plain.named_parameters() if parameter.ndim == 3]
-    model = get_peft_model(Layer(plain), config(target_parameters=targets, init_weights=True))
+    model = get_peft_model(
+        nn.ModuleDict({"experts": plain}), config(target_parameters=targets, init_weights=True)
+    )
     (experts,) = (module for module in model.modules() if isinstance(module, Experts))
     assert len(experts.weights) == 2
     assert torch.equal(experts(x, index, routing), expected)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import WEIGHTS
+from adapted import CONFIG, WEIGHTS
 from draws import share
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -25,8 +25,6 @@ from smoa_kernels.peft import SMoAConfig, SMoALayer
 pytest.importorskip("hypothesis", reason="hypothesis draws the damage")
 from hypothesis import given
 from hypothesis import strategies as st
-
-CONFIG = "adapter_config.json"
 
 # The warning for weights whose digest does not match the configuration; it comes before all other checks.
 pytestmark = [

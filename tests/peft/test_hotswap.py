@@ -122,7 +122,6 @@ def test_one_exchanged_in_inference_mode_can_be_trained(tmp_path, tokens):
         ({"base": {"num_hidden_layers": 3}}, "no place for 21 tensors of the adapter, for one .*layers.2"),
         ({"modules_to_save": ["lm_head"]}, "bias and modules_to_save: .*lm_head.weight"),
         ({"base": {"hidden_size": 64}}, "size mismatch for .*q_proj.smoa_A"),
-        ({"base": {"seed": 1}}, "trained over another base weight in 14 layers"),
     ],
 )
 def test_another_shape_or_base_is_refused_by_name(pair, tmp_path, settings, message):

@@ -133,7 +133,7 @@ def test_killed(folders, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*folders, out))], capture_output=True)
     assert done.returncode == -signal.SIGKILL
     (left,) = (path for path in tmp_path.iterdir() if path.name not in ("base", "adapter"))
-    assert left.name.startswith(".out.merging-")
+    assert left.name.startswith(".out.saving-")
     assert list(left.glob("*.safetensors"))
     assert not (left / "config.json").exists()
     merge_to_folder(*folders, out)
@@ -145,7 +145,7 @@ def test_a_failed_write_names_the_place(folders, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("smoa_kernels.adapter_folder.merged_folder.save_file", full)
-    with pytest.raises(OSError, match=r"cannot merge into .*out, which was not written: .*No space left"):
+    with pytest.raises(OSError, match=r"cannot save to .*out, which is as it was: .*No space left"):
         merge_to_folder(*folders, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

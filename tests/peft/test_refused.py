@@ -82,13 +82,6 @@ def test_another_base_weight_is_noticed(folder, make_model, tokens):
     path, expected = folder
     with pytest.warns(UserWarning, match="trained over another base weight in"):
         PeftModel.from_pretrained(make_model(seed=1), path)
-    model = make_model(seed=1)
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=r"another base weight .* strict_base=True refuses"),
-    ):
-        PeftModel.from_pretrained(model, path, strict_base=True)
-    assert not hasattr(model, "peft_config")
     same = PeftModel.from_pretrained(make_model().bfloat16(), path, strict_base=True).eval()
     close = logits(same, tokens).float()
     assert (close - expected).norm() < 0.03 * expected.norm()

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.adapter_folder.format import blocks_size, pack_blocks, unpack_blocks
-from smoa_kernels.definition.reference import reference_delta_weight
+from smoa_kernels.definition.reference import delta_weight
 from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.base_weight import BaseWeight
@@ -33,12 +33,10 @@ def test_layer_equals_the_reference(make_model):
     model = adapt(make_model(), smoa_alpha=3.0)
     for layer in layers(model).values():
         x = torch.randn(4, layer.in_features)
-        partition, ranks = layer.partition("default"), layer.ranks("default")
-        weight = layer.base_weight()
-        assert partition == BlockPartition.from_weight(weight, 3)
-        delta = reference_delta_weight(
-            weight, layer.smoa_A["default"], layer.smoa_B["default"], partition, ranks, scaling=3 / 5
-        )
+        adapter = layer.packed("default", layer.base_weight())
+        assert adapter.partition == BlockPartition.from_weight(adapter.weight, 3)
+        assert adapter.scaling == 3 / 5
+        delta = delta_weight(adapter)
         torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ delta.T, rtol=1e-5, atol=1e-5)
         stored = layer.get_delta_weight("default")
         assert stored.shape == layer.base_layer.weight.shape

@@ -1,9 +1,5 @@
 """A tiny Llama and adapters of it, for the serving tests."""
 
-import os
-import sys
-from pathlib import Path
-
 import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 from tokenizers import Tokenizer
@@ -52,14 +48,3 @@ def save_adapter(base, config, folder, size=0.5):
                 parameter.normal_(std=size * (0.1 if "lora" in name else 1))
     model.save_pretrained(str(folder))
     return folder
-
-
-def environ() -> dict[str, str]:
-    """Environment variables that let vLLM run on a CPU beside other processes."""
-    openmp = Path(sys.prefix, "lib", "libiomp5.so")
-    variables = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-    }
-    return {**os.environ, **variables, "LD_PRELOAD": str(openmp) if openmp.exists() else ""}

@@ -12,7 +12,7 @@ from torch import nn
 
 from smoa_kernels.adapter_folder.format import PREFIX
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.serving.factors import read_served, served_method
+from smoa_kernels.serving.factors import read_served
 
 UNEQUAL = SMoAConfig(
     r=6, num_blocks=3, block_ranks=[4, 0, 2], target_modules=["0", "2"], smoa_alpha=3, alpha_pattern={"2": 9},
@@ -52,16 +52,12 @@ def test_the_product_of_the_factors_is_the_update_over_w0(config, tmp_path):
     assert adapter.rank == max(len(factors.A) for factors in adapter.layers.values())
 
 
-@pytest.mark.parametrize("method", [None, "SMOA", "HIRA"])
-def test_the_method_is_known_by_the_configuration(method, tmp_path):
-    assert served_method(tmp_path) is None
-    if method is None:
-        save(LoraConfig(r=2, target_modules=["0"]), tmp_path)
-    else:
-        save(CONFIGS[method.lower()], tmp_path)
-    assert served_method(tmp_path) == method
+def test_folders_of_other_methods_are_left_to_the_engine(tmp_path):
+    assert read_served(tmp_path) is None
+    save(LoraConfig(r=2, target_modules=["0"]), tmp_path)
+    assert read_served(tmp_path) is None
     (tmp_path / "adapter_config.json").write_text("[")
-    assert served_method(tmp_path) is None
+    assert read_served(tmp_path) is None
 
 
 @pytest.mark.parametrize("method", ["smoa", "hira"])

@@ -11,7 +11,7 @@ from smoa_kernels import BlockPartition
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.sketch import TOLERANCE, sketch_weight
 from smoa_kernels.serving import products
-from smoa_kernels.serving.products import Group, LayerSlots, Slice, packed_from_stacked, read_weight
+from smoa_kernels.serving.products import LayerSlots, Slice, Step, packed_from_stacked, read_weight
 
 C, SIZES, SLOTS, MOST_RANKS = 24, (20, 12), 4, 8
 
@@ -46,10 +46,11 @@ class Layer:
                 start + n,
                 torch.zeros(SLOTS, 1, MOST_RANKS, C, dtype=dtype),
                 torch.zeros(SLOTS, 1, n, MOST_RANKS, dtype=dtype),
+                self.product,
             )
             for start, n in zip(starts, SIZES, strict=True)
         ]
-        self.slots = LayerSlots(self.product, slices, self.weight if weight else None, keep)
+        self.slots = LayerSlots(slices, self.weight if weight else None, keep)
         self.modulation = torch.zeros(SLOTS, sum(SIZES), C)
         for slot, ranks in self.RANKS.items():
             for part, own in zip(slices, ranks, strict=True):
@@ -74,8 +75,12 @@ class Layer:
 
     def output(self, x, slot_of):
         slot_of = torch.tensor(slot_of)
-        groups = [Group.of(int(s), (slot_of == s).nonzero().flatten()) for s in slot_of.unique() if s >= 0]
-        return self.slots.output(x, self.bias, groups, lambda: F.linear(x, self.weight, self.bias))
+        groups = {int(s): (slot_of == s).nonzero().flatten() for s in slot_of.unique() if s >= 0}
+        step = Step(groups, slot_of)
+        return self.slots.output(x, self.bias, step, lambda: F.linear(x, self.weight, self.bias))
+
+    def recorded_output(self, x, slot_of, y):
+        return self.slots.output(x, self.bias, Step({}, slot_of), lambda: y, recorded=True)
 
     def check(self, x, slot_of):
         """The output is the definition's."""
@@ -89,6 +94,7 @@ MIXTURES = {
     "one slot beside the base": [-1, 1, -1, 1, 1],
     "all slots": [0, 1, 2, 3, -1, 2, 1],
     "all slots, one with many tokens": [0, 1, 2, -1, *[1] * 12, 0],
+    "a token of two slots": [0, 1],
     "an empty slot": [3, 3],
     "the base alone": [-1, -1],
 }
@@ -116,9 +122,7 @@ def test_a_recorded_step_serves_any_other(given, monkeypatch):
     monkeypatch.setattr(products, "MOST_ROWS", 24)
     layer, x = Layer(**given), torch.randn(7, C)
     y = F.linear(x, layer.weight, layer.bias)
-    recorded = make_fx(lambda slots: layer.slots.recorded_output(x, y, layer.bias, slots))(
-        torch.full((7,), -1)
-    )
+    recorded = make_fx(lambda slots: layer.recorded_output(x, slots, y))(torch.full((7,), -1))
     for slot_of in ([-1] * 7, [1] * 7, [0, 1, 2, 3, -1, 2, 1]):
         found = recorded(torch.tensor(slot_of))
         torch.testing.assert_close(found.double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4)
@@ -153,7 +157,7 @@ def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of, recorded
         base = F.linear(x.double(), layer.weight.double(), layer.bias.double())
         true = layer.expected(x, slot_of) - base
         if recorded:
-            y = layer.slots.recorded_output(x, base.bfloat16(), layer.bias, torch.tensor(slot_of))
+            y = layer.recorded_output(x, torch.tensor(slot_of), base.bfloat16())
         else:
             y = layer.output(x, slot_of)
         kept.append(torch.stack([((y - base) * true).sum(), true.square().sum()]))
@@ -161,17 +165,20 @@ def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of, recorded
     assert 0.9 < part / whole < 1.1
 
 
-def test_a_slot_that_is_filled_anew_forgets_the_old_adapter():
-    layer = Layer(weight=True)
-    x = torch.randn(2, C)
-    layer.output(x, [1, 1])
+@pytest.mark.parametrize("slot_of", [[1, 1], [0, 1, 2]])
+@pytest.mark.parametrize("given", [{"weight": True}, {"keep": True}], ids=["W0", "W0 read"])
+def test_a_slot_that_is_filled_anew_forgets_the_old_adapter(given, slot_of):
+    layer = Layer(**given)
+    x = torch.randn(len(slot_of), C)
+    layer.output(x, slot_of)
     for part in layer.slots.slices:
-        part.A[1], part.B[1] = part.A[0], part.B[0]
+        part.A[1], part.B[1] = part.A[0], part.B[0] * 2
     layer.slots.fill(1, Layer.RANKS[0])
-    layer.modulation[1] = layer.modulation[0]
-    layer.check(x, [1, 1])
-    layer.slots.fill(1, [])
-    assert layer.slots.output(x, None, [Group.of(1, torch.tensor([0]))], lambda: "base") == "base"
+    layer.modulation[1] = layer.modulation[0] * 2
+    layer.check(x, slot_of)
+    layer.slots.fill(1, [(), ()])
+    layer.modulation[1] = 0
+    layer.check(x, slot_of)
 
 
 def test_adapters_with_the_same_blocks_share_one_copy_of_them(monkeypatch):
@@ -184,32 +191,20 @@ def test_adapters_with_the_same_blocks_share_one_copy_of_them(monkeypatch):
     part.A[2, 0, :, 5], part.B[2, 0, 7] = 0, 0
     layer.modulation[2, : SIZES[0]] = part.B[2, 0] @ part.A[2, 0]
     layer.slots.fill(2, [(1, 0, 2), (1, 2)])
-    part.B[3] = 0
     layer.slots.fill(3, [(1, 0, 2), ()])  # not trained yet
     x, slot_of = torch.randn(7, C), [0, 1, 2, 3, 2, 1, 1]
     layer.check(x, slot_of)
-    assert [sorted(blocks.factors) for blocks in layer.slots.shared[0]] == [[0], [1, 2]]
+    assert set(part.blocks) == {1, 2}  # all of W0 is slot 0's only block
+    assert part.blocks[1] is part.blocks[2]
     for slot in (1, 2):
-        layer.slots.fill(slot, [])
-    assert [sorted(blocks.factors) for blocks in layer.slots.shared[0]] == [[0]]
-
-
-def test_factors_of_the_last_step_serve_the_next_if_its_tokens_have_the_same_adapters():
-    layer = Layer(keep=True)
-    for slots in ([0, 1], [0, 1], [1, 0], [0, 1]):
-        x = torch.randn(2, C)
-        layer.check(x, slots)
-    for part in layer.slots.slices:
-        part.B[1] *= 2
-    layer.slots.fill(1, Layer.RANKS[1])
-    layer.modulation[1] *= 2
-    layer.check(x, [0, 1])
+        layer.slots.fill(slot, [(), ()])
+    assert not part.blocks
 
 
 def test_w0_in_the_engine_is_not_copied():
     layer = Layer(weight=True, keep=True)
     layer.output(torch.randn(2, C), [0, 1])
-    assert layer.slots.shared == [[], []]
+    assert not any(part.blocks for part in layer.slots.slices)
 
 
 @pytest.mark.parametrize("ranks", [(4,), (3, 0, 5), (1, 1, 1)])
@@ -225,10 +220,6 @@ def test_shards_have_the_products_of_the_whole(ranks):
 
 def test_w0_is_recognised_by_its_products():
     layer = Layer(torch.bfloat16)
-    sketches = {
-        0: sketch_weight(layer.weight[: SIZES[0]].float()),
-        1: sketch_weight(torch.randn(SIZES[1], C)),
-    }
-    near, far = layer.slots.distances(sketches).values()
-    assert near < TOLERANCE / 4
-    assert far > 2 * TOLERANCE
+    first, second = layer.slots.slices
+    assert first.distance(sketch_weight(first.of(layer.weight).float())) < TOLERANCE / 4
+    assert second.distance(sketch_weight(torch.randn(SIZES[1], C))) > 2 * TOLERANCE

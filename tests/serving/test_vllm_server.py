@@ -2,26 +2,23 @@
 
 import json
 import shutil
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 
 import pytest
-from served import CONFIGS, environ, save_adapter, save_model
+import serve
+from served import CONFIGS, save_adapter, save_model
 
 from smoa_kernels.peft import SMoAConfig
 
 pytestmark = pytest.mark.slow
-PORT = 8766
 PROMPT = " ".join(f"w{word}" for word in range(3, 12))
 
 
 def post(path, **body):
     """The status and the text of a response."""
     request = urllib.request.Request(
-        f"http://127.0.0.1:{PORT}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{serve.URL}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
@@ -37,30 +34,14 @@ def completion(model):
 
 
 @pytest.fixture(scope="module")
-def server(base, adapters, tmp_path_factory):
+def server(base, adapters):
     """One slot on the device and two on the host, so that most requests evict an adapter."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    options = "--served-model-name base --enable-lora --max-lora-rank 8 --max-loras 1 --max-cpu-loras 2"
-    options += f" --enforce-eager --max-model-len 64 --dtype float32 --port {PORT} --lora-modules"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", base, *options.split()]
-    command += [f"smoa={adapters['smoa4']}", f"lora={adapters['lora']}"]
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, env={**environ(), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}, stdout=stream, stderr=stream
-        )
-        try:
-            ready = False
-            while not ready:
-                assert process.poll() is None, log.read_text()[-4000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5)
-                    ready = True
-                except OSError:
-                    time.sleep(0.5)
+    modules = {"smoa": adapters["smoa4"], "lora": adapters["lora"]}
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        environment.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        with serve.server(str(base), modules, "--max-lora-rank 8 --max-loras 1 --max-cpu-loras 2"):
             yield
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
 
 
 @pytest.fixture(scope="module")

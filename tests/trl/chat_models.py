@@ -6,13 +6,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from smoa_kernels.peft import SMoAConfig
 
@@ -82,6 +83,10 @@ def save_base(folder: Path) -> Path:
     return folder
 
 
+def load_base(folder: Path, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+
+
 def adapter(**settings: Any) -> SMoAConfig:
     return SMoAConfig(
         **{"r": 4, "num_blocks": 2, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings}
@@ -146,6 +151,16 @@ def plain_loop(model: nn.Module, batches: list[dict[str, Any]], loss_of: Any) ->
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def assert_trains_as(
+    plain: nn.Module, trainer: Any, loss_of: Any, rel: float
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Train; each loss is that of the plain loop. Returns the inputs and the loss of each step."""
+    batches, losses = recorded(trainer)
+    trainer.train()
+    assert losses == pytest.approx(plain_loop(plain, batches, loss_of), rel=rel)
+    return batches, losses
 
 
 def log_probs(model: nn.Module, tokens: Tensor, kept: Tensor) -> Tensor:

@@ -15,17 +15,16 @@ from chat_models import (
     QUESTIONS,
     adapter,
     assert_base_is,
+    assert_trains_as,
     base_state,
+    load_base,
     log_probs,
-    plain_loop,
-    recorded,
     tokenizer,
     twin,
 )
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 BETA = 0.5
@@ -37,10 +36,6 @@ PAIRS = [
     }
     for i, question in enumerate(QUESTIONS)
 ]
-
-
-def load_base(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def trainer(model: Any, folder: Path, **settings: Any) -> DPOTrainer:
@@ -73,12 +68,8 @@ def preference_loss(reference: nn.Module) -> Any:
 def test_the_reference_of_a_new_adapter_is_the_base(base: Path, tmp_path: Path) -> None:
     run = trainer(load_base(base), tmp_path, peft_config=adapter())
     plain, before = twin(run, load_base(base), adapter()), base_state(run.model)
-    batches, losses = recorded(run)
-    run.train()
+    _, losses = assert_trains_as(plain, run, preference_loss(load_base(base).eval()), rel=1e-3)
     assert losses[0] == pytest.approx(math.log(2), rel=1e-6)
-    assert losses == pytest.approx(
-        plain_loop(plain, batches, preference_loss(load_base(base).eval())), rel=1e-3
-    )
     assert losses[-1] < losses[0]
     assert_base_is(run.model, before)
 
@@ -96,10 +87,8 @@ def test_the_reference_of_a_loaded_adapter_is_a_copy_of_it(base: Path, tmp_path:
     run = trainer(loaded(is_trainable=True), tmp_path)
     assert sorted(run.model.peft_config) == ["default", "ref"]
     plain = loaded(is_trainable=True)
-    batches, losses = recorded(run)
-    run.train()
+    batches, losses = assert_trains_as(plain, run, preference_loss(loaded().eval()), rel=1e-3)
     assert losses[0] == pytest.approx(math.log(2), rel=1e-6)
-    assert losses == pytest.approx(plain_loop(plain, batches, preference_loss(loaded().eval())), rel=1e-3)
     tokens = batches[0]["input_ids"]
     run.model.eval().set_adapter("ref")
     assert torch.equal(run.model(tokens).logits, loaded().eval()(tokens).logits)

@@ -14,9 +14,8 @@ from chat_models import (
     QUESTIONS,
     TARGETS,
     adapter,
+    assert_trains_as,
     chat,
-    plain_loop,
-    recorded,
     tokenizer,
     trained,
     twin,
@@ -75,9 +74,7 @@ def test_losses_are_those_of_plain_torch_and_a_saved_model_loads(
     run = trainer(base, tmp_path, **settings)
     assert any("score" in name for name in trained(run.model))
     plain = twin(run, load_base(base), adapter(**{"task_type": "SEQ_CLS", **settings}))
-    batches, losses = recorded(run)
-    run.train()
-    assert losses == pytest.approx(plain_loop(plain, batches, preference_loss), rel=1e-3)
+    batches, losses = assert_trains_as(plain, run, preference_loss, rel=1e-3)
     assert losses[-1] < losses[0]
     if settings.get("task_type", "SEQ_CLS") is None:
         return

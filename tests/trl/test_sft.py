@@ -14,10 +14,11 @@ from chat_models import (
     QUESTIONS,
     adapter,
     assert_base_is,
+    assert_trains_as,
     base_state,
     chat,
+    load_base,
     log_probs,
-    plain_loop,
     recorded,
     tokenizer,
     trained,
@@ -26,7 +27,6 @@ from chat_models import (
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 CHATS = [
@@ -40,10 +40,6 @@ BATCHES = {
 }
 
 
-def load_base(folder: Path, attention: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-
-
 def trainer(
     base: Path,
     folder: Path,
@@ -53,7 +49,7 @@ def trainer(
     **settings: Any,
 ) -> Any:
     return SFTTrainer(
-        model=load_base(base, attention),
+        model=load_base(base, attn_implementation=attention),
         args=SFTConfig(output_dir=str(folder), **{**PLAIN, "assistant_only_loss": True, **settings}),
         train_dataset=Dataset.from_list([{"messages": messages} for messages in CHATS * 4]),
         processing_class=tokenizer(),
@@ -84,12 +80,13 @@ def test_losses_are_those_of_plain_torch_on_one_chat_at_a_time(
     base: Path, tmp_path: Path, way: str, attention: str
 ) -> None:
     run = trainer(base, tmp_path, attention=attention, **BATCHES[way])
-    plain, before = twin(run, load_base(base, attention), adapter()), base_state(run.model)
-    batches, losses = recorded(run)
-    run.train()
+    plain, before = (
+        twin(run, load_base(base, attn_implementation=attention), adapter()),
+        base_state(run.model),
+    )
+    batches, _ = assert_trains_as(plain, run, answer_loss, rel=1e-4)
     if way == "packed":
         assert max(len(sequences(batch)) for batch in batches) > PLAIN["per_device_train_batch_size"]
-    assert losses == pytest.approx(plain_loop(plain, batches, answer_loss), rel=1e-4)
     for name, parameter in trained(run.model).items():
         torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-2, atol=1e-4)
     assert_base_is(run.model, before)
@@ -147,5 +144,5 @@ def test_the_pages_example_runs(base: Path, tmp_path: Path, monkeypatch: pytest.
     (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     dataset = Dataset.from_list([{"messages": messages} for messages in CHATS])
-    exec(compile(code, "example", "exec"), {"model": load_base(base, "sdpa"), "dataset": dataset})
+    exec(compile(code, "example", "exec"), {"model": load_base(base), "dataset": dataset})
     assert Path("runs/chat/adapter/adapter_model.safetensors").is_file()

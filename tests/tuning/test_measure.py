@@ -26,9 +26,8 @@ from tuning_cases import (
     write,
 )
 
-from smoa_kernels.backends import algorithms
 from smoa_kernels.kernels.architectures import identity
-from smoa_kernels.kernels.launch import Launch, Pointers, heard_by
+from smoa_kernels.kernels.launch import heard_by
 from smoa_kernels.kernels.spec import Config, Key
 from smoa_kernels.kernels.table import INTERRUPTED, UNFINISHED, Choice, Trial, keep
 from smoa_kernels.tuning import measure
@@ -72,7 +71,7 @@ def test_the_fastest_wins_every_time_is_kept_and_a_rerun_repeats_nothing() -> No
     "layer", [Problem(17, 70, 90, 2, 5), Problem(33, 48, 40, 2, 4, "fp32", 8, experts=3)]
 )
 def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Problem) -> None:
-    """Real operands and real kernels, in the interpreter: each result matches the definition."""
+    """Real operands and real kernels, in the interpreter: each result matches that of torch's operators."""
     planned = [replace(job, candidates=job.candidates[:2]) for job in jobs([layer], "cpu", 1)]
     assert tune(planned, CPU, timer=scripted(lambda choice: 1.0)) == {}
     found = kept()
@@ -145,32 +144,18 @@ def test_neither_another_kernels_failure_nor_a_lack_of_memory_is_recorded(
     assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == SPEED
 
 
-@pytest.mark.parametrize(
-    ("kernel", "tokens", "own", "sums"), [("permute", 128, 1, 0), ("block_grad", 128, 2, 2)]
-)
-def test_only_launches_with_the_key_are_timed_and_one_part_is_kept(
-    kernel: str, tokens: int, own: int, sums: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A backward that gathers 150 tokens as 128 and 22: dY and x are permuted twice each, G is computed twice."""
-    monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 64)
-    monkeypatch.setattr(algorithms, "GRAD_PART_TILES", 1)
-    layer = Problem(150, 140, 90, 2, 5, "fp32")
-    job = next(
-        one
-        for one in jobs([layer], "cpu", 1, [kernel])
-        if (one.operation, one.key.tokens) == ("factor_gradients", tokens)
+def test_only_launches_with_the_key_and_sums_of_their_parts_are_timed() -> None:
+    """Of a backward that gathers dY and x, computes G, and adds the parts of dA and of dB."""
+    (job,) = (
+        job
+        for job in jobs([Problem(150, 140, 90, 2, 5, "fp32")], "cpu", 1, ["block_grad"])
+        if job.operation == "factor_gradients"
     )
     _, again = workload(job, CPU).run(job.candidates[0])
-    heard: list[tuple[str, int]] = []
-
-    def hear(launch: Launch, pointers: Pointers) -> None:
-        heard.append((launch.kernel.__name__, next(iter(pointers.values())).data_ptr()))  # type: ignore[union-attr]
-
-    with heard_by(hear):
+    heard: list[str] = []
+    with heard_by(lambda launch, pointers: heard.append(launch.kernel.__name__)):
         again()
-    names = [name for name, _ in heard]
-    assert names == own * [f"{kernel}_kernel"] + sums * ["sum_partials_kernel"]
-    assert len({address for name, address in heard if name == f"{kernel}_kernel"}) == 1
+    assert heard == ["block_grad_kernel", *["sum_partials_kernel"] * 2]
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
@@ -182,7 +167,7 @@ def test_a_choice_with_wrong_numbers_is_never_timed(factor: float, monkeypatch: 
     timed: list[Choice] = []
     tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
     assert timed == [FIRST, THIRD]
-    assert str(reasons()[SECOND]).startswith("wrong numbers: relative error")
+    assert str(reasons()[SECOND]).startswith("wrong numbers: they differ by")
 
 
 def test_the_budget_ends_a_run_and_the_rest_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,14 +189,14 @@ def test_the_budget_ends_a_run_and_the_rest_is_told(monkeypatch: pytest.MonkeyPa
 def test_a_problem_too_large_for_memory_costs_one_job_and_blames_no_candidate(
     where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out_of_memory(dtype: torch.dtype) -> list[Tensor]:
+    def out_of_memory() -> list[Tensor]:
         raise torch.OutOfMemoryError("out of memory")
 
     def load(job: Job, device: torch.device) -> Workload:
         good = workload(job, device)
         if job.key.tokens == 8:
             return good
-        return replace(good, defined=out_of_memory if where == "truth" else 1 / 0)
+        return replace(good, expected=out_of_memory if where == "truth" else 1 / 0)
 
     monkeypatch.setattr(measure, "workload", load)
     large = permute_job(16)
@@ -223,19 +208,6 @@ def test_a_problem_too_large_for_memory_costs_one_job_and_blames_no_candidate(
 
 def interrupt(choice: Choice, launch: object = None) -> float:
     raise KeyboardInterrupt
-
-
-def test_a_rerun_after_ctrl_c_measures_only_the_rest() -> None:
-    def timer(choice: Choice, launch: Callable[[], object]) -> float:
-        return (interrupt if choice == SECOND else scripted(SCRIPT))(choice, launch)
-
-    with pytest.raises(KeyboardInterrupt):
-        tune([permute_job()], CPU, timer=timer)
-    assert reasons() == {FIRST: None, SECOND: INTERRUPTED}
-    timed: list[Choice] = []
-    tune([permute_job()], CPU, timer=scripted(SCRIPT, timed))
-    assert timed == [SECOND, THIRD]
-    assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == SPEED
 
 
 # Write 1 checks that the table is writable; writes 4 and 5 are the second candidate's mark and its time.

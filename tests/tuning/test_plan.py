@@ -8,7 +8,6 @@ import torch
 from tuning_cases import FORWARD, needs_interpreter
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import algorithms
 from smoa_kernels.backends.algorithms import padded
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
@@ -96,12 +95,7 @@ def test_a_kernel_that_no_layer_asks_for_is_an_error(names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("tokens", "order", "granule"), [(19, "spectral", 1), (150, "spectral", 1), (150, "contiguous", 8)]
 )
-def test_the_problems_of_a_training_step_are_tuned(
-    tokens: int, order: str, granule: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The backward gathers 150 tokens as 128 and then 22."""
-    monkeypatch.setattr(algorithms, "GRAD_PART_TOKENS", 64)
-    monkeypatch.setattr(algorithms, "GRAD_PART_TILES", 1)
+def test_the_problems_of_a_training_step_are_tuned(tokens: int, order: str, granule: int) -> None:
     n, c = (140, 90) if granule == 1 else (144, 96)
     layer = FusedSMoALinear(c, n, r=5, num_blocks=2, block_order=order, backend="triton")
     asked: set[Key] = set()

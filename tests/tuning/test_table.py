@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import LinearProblem, make_problem
+from problems import make_problem
 from tuning_cases import (
     CPU,
     FORWARD,
@@ -30,12 +30,14 @@ from tuning_cases import (
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.cli import info
 from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import architectures, table
 from smoa_kernels.kernels.architectures import identity
 from smoa_kernels.kernels.launch import Launch
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import SCHEMA, Trial, fastest, keep, user_table
+from smoa_kernels.tuning.plan import multiplied_in
 
 pytestmark = needs_interpreter
 
@@ -165,73 +167,24 @@ def test_lengths_that_come_again_are_remembered(monkeypatch: pytest.MonkeyPatch)
     assert asked.count(1) == 1
 
 
-def algorithm_entry(dtype: str, kernel: str = "forward") -> None:
-    """Times of the algorithms; the first name is the fastest."""
-    problem = make_problem(ranks=(3, 2), tokens=8)
-    factors = "fp32" if dtype == "tf32" else dtype
-    key = Key(kernel, dtype, 3, 2, *problem.weight.shape, 8, factors=factors)
-    names = ("merged", "split", "fused") if kernel == "forward" else ("merged", "fused")
-    put(entry(key, {name: float(i + 1) for i, name in enumerate(names)}))
-
-
 @pytest.mark.parametrize(
-    ("dtype", "precision", "dropout", "expected"),
-    [
-        (torch.bfloat16, "none", False, "split"),
-        (torch.float16, "none", False, "split"),
-        (torch.float32, "tf32", False, "split"),
-        (torch.float32, "ieee", False, "merged"),
-        (torch.float32, "ieee", True, "split"),
-    ],
+    ("precision", "expected"), [("bf16", "split"), ("fp16", "split"), ("tf32", "split"), ("fp32", "merged")]
 )
-def test_a_table_never_chooses_wrong_numbers(
-    dtype: torch.dtype, precision: str, dropout: bool, expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ "merged" is always the fastest. It is taken only if W_eff keeps its bits and there is no dropout."""
-    for name in ("bf16", "fp16", "tf32", "fp32"):
-        algorithm_entry(name)
-    problem = make_problem(ranks=(3, 2), tokens=8).to(dtype)
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = precision
-    try:
-        taken = taken_by(problem, monkeypatch, dropout_p=0.3 if dropout else 0.0)
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-    assert taken["forward"] == expected
-
-
-def taken_by(problem: LinearProblem, monkeypatch: pytest.MonkeyPatch, **options: object) -> dict[str, str]:
-    """The algorithms of a training step, recognised by the kernels it calls."""
-    calls: list[str] = []
-    called_in = {
-        "modulated_weight": triton_backend.modulate,
-        "fused_linear": triton_backend,
-        "block_matmul": triton_backend,
-    }
-    for name, module in called_in.items():
-        original = getattr(module, name)
-
-        def seen(
-            *args: object, name: str = name, original: Callable[..., object] = original, **kwargs: object
-        ) -> object:
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, seen)
-    if options.get("dropout_p"):
-        options["dropout_seed"] = torch.tensor(3)
-    problem.run(backend="triton", **options)
-    names = {"modulated_weight": "merged", "fused_linear": "fused", "block_matmul": "split"}
-    return {"forward": names[calls[0]], "input_gradient": names[calls[-1]]}
-
-
-@pytest.mark.slow
-def test_measured_winners_replace_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make_problem(ranks=(3, 2), tokens=8).to(torch.bfloat16)
-    assert taken_by(problem, monkeypatch) == {"forward": "fused", "input_gradient": "fused"}  # the rule
-    algorithm_entry("bf16")
-    algorithm_entry("bf16", "input_gradient")
-    assert taken_by(problem, monkeypatch) == {"forward": "split", "input_gradient": "merged"}
+def test_a_table_never_chooses_wrong_numbers(precision: str, expected: str) -> None:
+    """ "merged" is the fastest. y takes it only if W_eff keeps its bits; without a table "fused" is the rule."""
+    problem = make_problem(ranks=(3, 2), tokens=8).to(PRECISIONS[precision].dtype)
+    adapter, sizes = problem.adapter(), (3, 2, *problem.weight.shape, 8)
+    factors = "fp32" if precision == "tf32" else precision
+    with multiplied_in(precision):
+        assert triton_backend._chosen("forward", problem.x, adapter) == "fused"
+        for stage, names in (
+            ("forward", ("merged", "split", "fused")),
+            ("input_gradient", ("merged", "fused")),
+        ):
+            seconds = {name: float(place + 1) for place, name in enumerate(names)}
+            put(entry(Key(stage, precision, *sizes, factors=factors), seconds))
+        assert triton_backend._chosen("forward", problem.x, adapter) == expected
+        assert triton_backend._chosen("input_gradient", problem.dy, adapter) == "merged"
 
 
 # Reading tables

@@ -31,9 +31,8 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[str], int]:
     if not wanted:
         return [], 0
     found, named = [], []
-    inside: set[nn.Module] = (
-        set()
-    )  # modules inside `Experts`; their parameters are found at the path of `Experts`
+    # Modules inside `Experts`; their parameters are found at the path of `Experts`.
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in inside:
             continue

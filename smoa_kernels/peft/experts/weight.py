@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...backends import resolve_backend
-from ...definition.experts import ExpertBlocks, ExpertsAdapter
-from ...definition.packed import PackedAdapter
-from ...definition.partition import BlockPartition
+from ...definition.experts import ExpertsAdapter
 from ...experts import experts_linear
 from ..layer import SMoALayer
 
@@ -97,30 +95,13 @@ class ExpertsWeight(SMoALayer, nn.Module):
         backend = resolve_backend(settings.backend, weight.device, weight.dtype, adapter.A.shape[1])
         return lambda x: experts_linear(x.to(weight.dtype), ends, adapter, backend)
 
-    def packed(self, adapter_name: str, weight: Tensor) -> ExpertsAdapter:  # type: ignore[override]  # of experts
+    def packed(self, adapter_name: str, weight: Tensor) -> ExpertsAdapter:
         """Pair an adapter with W0 (E, N, C); autograd sees the factors."""
         ready = self._ready(adapter_name)
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         if A.dtype not in (weight.dtype, torch.float32):
             A, B = A.to(weight.dtype), B.to(weight.dtype)
-        return ExpertsAdapter(weight, A, B, self.partition(adapter_name), ready.ranks, ready.scaling)
-
-    def partition(self, adapter_name: str) -> ExpertBlocks:  # type: ignore[override]  # of experts
-        """The blocks of all experts; computed now if none were loaded."""
-        return cast(ExpertBlocks, self._ready(adapter_name).partition)
-
-    def joined(self, partitions: Sequence[BlockPartition]) -> ExpertBlocks:
-        """The blocks of all experts from the partitions of each, or from one that all share."""
-        rows, cols = (
-            torch.stack([getattr(p, side) for p in partitions]) for side in ("row_block", "col_block")
-        )
-        return ExpertBlocks.from_labels(rows, cols, partitions[0].num_blocks)
-
-    def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
-        return self.packed(adapter_name, weight).experts(range(self.stack[0]))
-
-    def _partitions(self, adapter_name: str) -> list[BlockPartition]:
-        return self.partition(adapter_name).partitions(range(self.stack[0]))
+        return ExpertsAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         weight = self._stored_weight()

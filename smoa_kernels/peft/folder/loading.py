@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ...adapter_folder.format import CONFIG_NAME, METHOD, STATE_KEYS
 from ...adapter_folder.reading import read_json
-from ...definition.sketch import TOLERANCE
+from ...definition.sketch import check_base
 from ..config import SMoAConfig
 from ..layer import layers_with
 from ..offload import gathered, present
@@ -47,25 +46,15 @@ def check_adapter(
             "loaded"
         )
     holds_adapter = any(key in places for key in state)
-    others: dict[str, float] = {}
+    distances = {}
     for name, layer in layers.items():
         given = {key: state.get(f"{name}.{key}.{adapter_name}") for key in STATE_KEYS}
         if holds_adapter or layer.awaits_blocks(adapter_name):
             sketch = layer.check_state(name, adapter_name, given)
             if sketch is not None:
                 with gathered(layer.innermost()), present(layer, layer.innermost()):
-                    distance = layer.base_distance(sketch)
-                if not distance <= TOLERANCE:
-                    others[name] = distance
-    if others:
-        name = max(others, key=lambda name: others[name])
-        message = (
-            f"the adapter was trained over another base weight in {len(others)} layers, for one {name} (it differs "
-            f"by about {others[name]:.0%}, the same base in another precision by at most {TOLERANCE:.0%})"
-        )
-        if strict_base:
-            raise ValueError(f"{message}; strict_base=True refuses it")
-        warnings.warn(message, UserWarning, stacklevel=2)
+                    distances[name] = layer.base_distance(sketch)
+    check_base(distances, strict=strict_base)
 
 
 def install_named_read() -> None:

@@ -19,9 +19,9 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ...definition.arguments import autocast_enabled
 from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
+from ...definition.precision import autocast_enabled
 from ..dequantize import keep_packing, read_weight
 from ..quantized import adapted_linear, dequantized_linear
 
@@ -31,10 +31,6 @@ def _one_block(out_features: int, in_features: int, device: torch.device) -> tup
     """The single block and the scale 1 of layers of this shape, which share them."""
     partition = BlockPartition.contiguous((out_features, in_features), 1, device=device)
     return partition, scaling_tensor(1.0, device)
-
-
-def _rank(r: int, device: torch.device) -> Tensor:
-    return torch.full((1,), r, dtype=torch.int32, device=device)
 
 
 class Accelerated(nn.Module):
@@ -48,7 +44,6 @@ class Accelerated(nn.Module):
     pefts_class: type[nn.Module]
     is_quantized = False
     _block: tuple[BlockPartition, Tensor] | None = None  # None while the weight is on the meta device
-    _ranks: dict[int, Tensor]  # int32 (1,), by r
     _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
 
     # PEFT's attributes.
@@ -56,7 +51,6 @@ class Accelerated(nn.Module):
     hira_A: nn.ParameterDict
     hira_B: nn.ParameterDict
     hira_dropout: nn.ModuleDict
-    r: dict[str, int]
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
@@ -83,21 +77,19 @@ class Accelerated(nn.Module):
     def _skips_base_layer(self, x: Tensor) -> bool:
         """Whether the base layer's product with x can be computed without calling the base layer."""
         base, (_, scaling) = self.base_layer, cast(Any, self._block)
+        weight = base.weight
+        fits = not weight.requires_grad and (weight.dtype == x.dtype or autocast_enabled(x))
         return (
-            base.weight.device == scaling.device == x.device
+            weight.device == scaling.device == x.device
             # Hooks on the layer run only if it is called.
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not (base._backward_hooks or base._backward_pre_hooks)
-            and (self.is_quantized or self._weight_fits(x))
+            and (self.is_quantized or fits)
         )
-
-    def _weight_fits(self, x: Tensor) -> bool:
-        weight = self.base_layer.weight
-        return not weight.requires_grad and (weight.dtype == x.dtype or autocast_enabled(x))
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dropout_p: float) -> Tensor:
         base, (partition, scaling), r = self.base_layer, cast(Any, self._block), A.shape[0]
-        ranks = self._ranks[r] if r in self._ranks else _rank(r, A.device)  # newly made for a sum of several
+        ranks = torch.full((1,), r, dtype=torch.int32, device=A.device)
         if not self.is_quantized:
             weight = base.weight.T if self.fan_in_fan_out else base.weight
             adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, [r])
@@ -118,20 +110,14 @@ class Accelerated(nn.Module):
         # Kept for later calls, so they must be ordinary tensors even if this call is in inference mode.
         with torch.inference_mode(False), _disable_current_modes():
             self._block = _one_block(self.out_features, self.in_features, base.weight.device)
-            self._ranks = {r: _rank(r, base.weight.device) for r in self.r.values()}
 
     def give_back(self) -> None:
         """Make the layer PEFT's again: remove the tensors made for forward and restore its class."""
         if self._repacks:
             self.base_layer.support_avx512bf16_for_cpu = True
-        for made in ("_block", "_ranks", "_repacks"):
+        for made in ("_block", "_repacks"):
             vars(self).pop(made, None)
         self.__class__ = self.pefts_class  # type: ignore[assignment]
-
-    def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, as PEFT does."""
-        super().update_layer(*args, **kwargs)  # type: ignore[misc]  # PEFT's class, which comes next, has it
-        self.make_ready()
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]

@@ -1,0 +1,133 @@
+"""Every kernel of a layer takes operands of any strides, touches nothing beside them, and takes no tokens at all."""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import pytest
+import torch
+from audit.workloads import configured
+from kernel_cases import Guarded, far_apart, shipped_here
+from problems import LinearProblem, make_problem, relative_error
+from test_block_grad import block_gradients
+from test_block_grad import gather as gather_both
+from test_block_matmul import blocks, small_matmul
+from test_modulate import padded
+from test_permute import gather, scatter
+from torch import Tensor
+
+from smoa_kernels.definition.packed import padding_masks
+from smoa_kernels.kernels.fused_linear import fused_linear
+from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
+from smoa_kernels.kernels.spec import granule_of
+
+pytestmark = pytest.mark.numerical
+
+Place = Callable[[Tensor], Tensor]
+
+
+def in_place(p: LinearProblem) -> bool:
+    """Whether kernels read x and dY where they lie."""
+    return granule_of(p.partition.granularity, p.partition.shape) > 1
+
+
+def modulate(p: LinearProblem, place: Place) -> Iterator[Tensor]:
+    adapter = p.adapter(place)
+    out = place(torch.full_like(p.weight, torch.nan))
+    assert modulated_weight(adapter, out=out) is out
+    yield from (out, modulated_weight(adapter), modulated_blocks(adapter, padded(p.partition)))
+
+
+def permute(p: LinearProblem, place: Place) -> Iterator[Tensor]:
+    blocked = gather(place(p.x), p.partition)
+    yield blocked
+    yield scatter(blocked, p.partition, place(torch.full_like(p.x, torch.nan)))
+
+
+def fused(p: LinearProblem, place: Place) -> Iterator[Tensor]:
+    adapter = p.adapter(place)
+    for config, _ in shipped_here("fused_linear")[:2]:
+        with configured(
+            "fused_linear", config
+        ):  # left before a yield, or two generators would leave in another order
+            found = fused_linear(place(p.x), p.bias, adapter), fused_linear(place(p.dy), None, adapter.T)
+        yield from found
+
+
+def block_matmul(p: LinearProblem, place: Place) -> Iterator[Tensor]:
+    adapter = p.adapter(place)
+    delta = place(blocks(adapter))
+    x = place(p.x) if in_place(p) else place(gather_both(p)[1])
+    yield small_matmul(x, adapter, delta, out=place(torch.full_like(p.dy, torch.nan)))
+
+
+def block_grad(p: LinearProblem, place: Place) -> Iterator[Tensor]:
+    dy, x = (p.dy, p.x) if in_place(p) else gather_both(p)
+    yield from block_gradients(place(dy), place(x), p.adapter(place))
+
+
+KERNELS = modulate, permute, fused, block_matmul, block_grad
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+
+
+def problem(tokens: int, granules: bool, dtype: torch.dtype = torch.float32) -> LinearProblem:
+    sizes = {"tokens": tokens, "ranks": (3, 0, 20), "fill_padding": False, "dtype": dtype}
+    if granules:
+        return make_problem(out_features=80, in_features=144, block_order="random", granule=8, **sizes)  # type: ignore[arg-type]
+    return make_problem(out_features=70, in_features=45, random_labels=True, **sizes)  # type: ignore[arg-type]
+
+
+@cache
+def plain(kernel: Callable[..., Iterator[Tensor]], granules: bool) -> list[Tensor]:
+    return list(kernel(problem(21, granules), lambda tensor: tensor))
+
+
+@pytest.mark.parametrize(
+    ("granules", "layout"),
+    [
+        (False, "padded rows"),
+        (False, "column-major"),
+        (True, "padded rows"),
+        pytest.param(True, "column-major", marks=pytest.mark.slow),
+        pytest.param(False, "every other number", marks=pytest.mark.slow),
+        pytest.param(True, "every other number", marks=pytest.mark.slow),
+    ],
+)
+@each_kernel
+def test_strides_and_guards(
+    kernel: Callable[..., Iterator[Tensor]], granules: bool, layout: str, guarded: Guarded
+) -> None:
+    """NaN lies around the operands and in the factors' padding."""
+    p = problem(21, granules)
+    used_A, used_B = padding_masks(p.partition, p.ranks, 20)
+    p.A[~used_A], p.B[~used_B] = torch.nan, torch.nan
+
+    def place(tensor: Tensor) -> Tensor:
+        if layout == "every other number":
+            return torch.stack([tensor, torch.full_like(tensor, torch.nan)], -1)[..., 0]
+        turned = layout == "column-major" and tensor.ndim == 2
+        return guarded(tensor.T.contiguous().T if turned else tensor, row_padding=8)
+
+    for ours, theirs in zip(list(kernel(p, place)), plain(kernel, granules), strict=True):
+        if layout == "column-major":  # a transposed weight is summed in another order
+            assert relative_error(ours, theirs) < 1e-6
+        else:
+            assert torch.equal(ours, theirs)
+
+
+@each_kernel
+def test_offsets_beyond_int32(kernel: Callable[..., Iterator[Tensor]]) -> None:
+    """Of x, dY and y; W0's are those of experts (test_grouped.py)."""
+    p = problem(12, False, torch.bfloat16)
+
+    def place(tensor: Tensor) -> Tensor:
+        return far_apart(tensor, 2**31 // 8) if len(tensor) == 12 else tensor
+
+    for ours, theirs in zip(list(kernel(p, place)), list(kernel(p, lambda tensor: tensor)), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@each_kernel
+def test_no_tokens(kernel: Callable[..., Iterator[Tensor]]) -> None:
+    p = problem(0, False)
+    found = list(kernel(p, lambda tensor: tensor))
+    assert kernel is modulate or not any(result.any() for result in found)
