@@ -129,7 +129,7 @@ def test_the_long_description_has_no_relative_link(metadata: Message) -> None:
     found = re.findall(r"(!?)\[[^\]]*\]\(([^)]*)\)", text)
     assert len(found) == len(re.findall(r"\]\([^)]*\)", readme)) > 20
     for picture, url in found:
-        if not url.startswith("https://arxiv.org/"):
+        if not url.startswith(("https://arxiv.org/", "https://openreview.net/")):
             start = f"{repository}/{'raw' if picture else 'blob'}/v{metadata['Version']}/"
             assert url.startswith(start), url
             assert (ROOT / url.removeprefix(start).partition("#")[0]).is_file(), url
