@@ -138,22 +138,6 @@ def test_contiguous_blocks_equal_indexed_ones(tokens: int, form: str, dtype: tor
 
 
 @needs_library
-@each_dtype
-@pytest.mark.parametrize("algorithm", ["auto", "split"])
-@pytest.mark.parametrize("tokens", [4, 50])
-def test_y_goes_to_rows_that_are_not_adjacent(tokens: int, algorithm: str, dtype: torch.dtype) -> None:
-    """The same bits as without `out`, and nothing beside it is written."""
-    p = on_cpu(dtype, tokens=tokens, out_features=61, in_features=147, ranks=(3, 0, 18))
-    room = torch.full((tokens, 70), 7.0, dtype=dtype)
-    y = backend.forward(p.x, p.bias, p.adapter(), algorithm, None, out=room[:, 3:64])
-    assert torch.equal(y, backend.forward(p.x, p.bias, p.adapter(), algorithm, None))
-    if backend.route(p.x, p.weight, len(p.A), algorithm) != Path.EAGER:
-        assert y.data_ptr() == room[:, 3:].data_ptr()
-    room[:, 3:64] = 7
-    assert (room == 7).all()
-
-
-@needs_library
 @pytest.mark.parametrize("granule", [8, 16, 3])
 @pytest.mark.parametrize("masked", [False, True])
 @each_dtype

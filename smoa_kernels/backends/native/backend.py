@@ -116,12 +116,8 @@ def forward(
     adapter: PackedAdapter,
     algorithm: str,
     dropout: Dropout | None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU.
-
-    Where compiled code runs it writes y to `out` (T, N), if given, whose rows need not be adjacent, and returns it.
-    """
+    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
     biased = None if bias is None else (bias.shape, bias.dtype, bias.device)
     arguments = x.shape, x.dtype, x.device, biased, algorithm, torch.get_num_threads()
     # Serving keeps the adapter, and in it the call: making one takes as long as a few tokens of a small layer.
@@ -141,7 +137,7 @@ def forward(
         call = call or Call.of(adapter, mask)
         call.plan(path, Algorithm.MERGED if algorithm != "split" and mask is None else Algorithm.SPLIT)
         call.planned_for = arguments
-    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0])) if out is None else out
+    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     call.run("smoa_forward", x=x, bias=bias, y=y)
     adapter.layout = kept if dropout is not None else call
     return y
