@@ -51,15 +51,15 @@ def train(function: object, steps: int, dtype: torch.dtype, **options: object) -
         inside = p.partition.row_block[:, None] == p.partition.col_block
         wanted = weight.double() * (1 + 0.3 * (target.B @ target.A) * inside) @ wanted.to(DEVICE)
         factors = [p.A.to(wide).requires_grad_(), torch.zeros_like(p.B, dtype=wide).requires_grad_()]
-        layers.append((weight, factors, {"partition": p.partition, "ranks": p.ranks, "scaling": 1.0}))
+        layers.append((weight, factors, (p.partition, p.ranks)))
     optimizer = torch.optim.Adam([factor for _, factors, _ in layers for factor in factors], 3e-3)
     generator, late = torch.Generator().manual_seed(0), []
     for step in range(steps):
         x = torch.randn(16, SHAPES[0][1], generator=generator, dtype=torch.float64, device="cpu")
         x = x.to(DEVICE, torch.bfloat16)
         y = x.to(dtype)
-        for weight, factors, frozen in layers:
-            y = function(y, weight, None, *factors, **frozen, **options)  # type: ignore[operator]
+        for weight, factors, blocks in layers:
+            y = function(y, weight, None, *factors, *blocks, scaling=1.0, **options)  # type: ignore[operator]
         loss = (y.to(wide) - (x.double() @ wanted.T).to(wide)).square().mean()
         optimizer.zero_grad()
         loss.backward()
