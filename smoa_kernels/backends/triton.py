@@ -3,8 +3,9 @@
 - merged: `modulate` builds W_eff, one GEMM;
 - split: `permute` gathers x by block (`block_matmul` reads it where it lies if blocks consist of granules),
   `block_matmul` writes the adapter's output, and the base GEMM accumulates onto it and rounds once;
-- fused: for few tokens, base and adapter in one pass over W0; nothing is built. A sum over a single column is not
-  fused: without its loop Triton 3.6, not 3.9, moves the sum's zeros behind wgmma.fence, which Hopper does not allow.
+- fused: for few tokens, base and adapter in one pass over W0; nothing is built. A sum of a single term (C = 1;
+  for dX N = 1) is not fused: Triton 3.6 then removes the loop and clears the sum after wgmma.fence, which Hopper does
+  not allow (emulated). Triton 3.9 does not.
 
 Where the kernels gain little, the eager backend computes any part of a pass (`algorithms.choose_algorithm`).
 

@@ -9,11 +9,11 @@ Dropout's mask is the same in both.
 The comparison uses large random factors. The user's B is zero at the first step and small for long, so an error in the
 adapter's part would be lost in the base's.
 
-A comparison takes one pass of the kernels and one of eager, once per form, and the memory of eager's pass and of the
-results. A GPU's first one takes a second pass of the kernels, by the direct call that replaces Triton's launcher.
-Verdicts are kept in the tuning table's file, for one GPU, Triton, ptxas and source of the kernels. While a CUDA graph
-is captured nothing can be compared: eager computes forms that were not verified before, for experts as in
-`experts_masked.py`. `SMOA_VERIFY=0` turns verification off.
+Each new form costs one pass of the kernels, one of eager and the memory of both, once. A GPU's first form costs one
+pass of the kernels more: `kernels.launch` calls a kernel that it knows directly, not by Triton's launcher, and this
+call is checked too. Verdicts are kept in the tuning table's file, for one GPU, Triton, ptxas and source of the kernels.
+While a CUDA graph is captured nothing can be compared: eager computes forms that were not verified before, for experts
+as in `experts_masked.py`. `SMOA_VERIFY=0` turns verification off.
 """
 
 from __future__ import annotations

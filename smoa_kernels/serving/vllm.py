@@ -111,7 +111,11 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
         folder = Path(utils.get_adapter_absolute_path(lora_request.lora_path))
     except FileNotFoundError:
         return original(self, lora_request)  # which reports the error
-    adapter = read_served(folder)
+    try:
+        adapter = read_served(folder)
+    except FileNotFoundError as error:  # the weights are missing; vLLM's server answers this with 404
+        missing = import_module("vllm.exceptions").LoRAAdapterNotFoundError
+        raise missing(lora_request.lora_name, f"{lora_request.lora_path} ({error})") from error
     if adapter is None:
         return original(self, lora_request)
     most = self.lora_config.max_lora_rank
@@ -137,9 +141,10 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
 
 def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
     """Raise unless the model has every layer of the adapter, in its shape. Warn if W0 is another weight."""
-    left, far = dict(adapter.layers), []
+    left, kinds, far = dict(adapter.layers), set(), []
     for name, module in manager.modules.items():
         names = manager.packed_modules.get(name, [name])
+        kinds.update(part.rpartition(".")[2] for part in names)
         parts = {at: left.pop(part) for at, part in enumerate(names) if part in left}
         if not parts:
             continue
@@ -160,10 +165,11 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
                 distance = slots.slices[at].distance(factors.sketch, products)
                 if not distance <= TOLERANCE:
                     far.append(names[at])
-    if left and import_module("vllm.distributed").get_pp_group().world_size == 1:
-        raise ValueError(
-            f"{adapter.folder}: vLLM has no layer {next(iter(left))} that takes adapters; {MERGE}"
-        )
+    # Under pipeline parallelism another process may have a layer, but not a kind of layers that this one lacks.
+    alone = import_module("vllm.distributed").get_pp_group().world_size == 1
+    for name in left:
+        if alone or name.rpartition(".")[2] not in kinds:
+            raise ValueError(f"{adapter.folder}: vLLM has no layer {name} that takes adapters; {MERGE}")
     if far:
         message = f"{adapter.folder} was trained over another base: W0 is another in {', '.join(far[:3])}"
         if adapter.strict_base:

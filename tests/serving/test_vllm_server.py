@@ -66,6 +66,11 @@ def truncated(folder, base, adapters):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def without_weights(folder, base, adapters):
+    shutil.copytree(adapters["smoa2"], folder)
+    (folder / "adapter_model.safetensors").unlink()
+
+
 def another_model(folder, base, adapters):
     wider = save_model(folder.parent / "wider", hidden_size=192, num_attention_heads=6)
     save_adapter(wider, CONFIGS["smoa2"](), folder)
@@ -83,12 +88,13 @@ def the_head(folder, base, adapters):
     ("make", "message"),
     [
         (lambda *_: None, "bad"),
+        (without_weights, "there is no adapter_model.safetensors"),
         (truncated, "truncated or corrupt"),
         (another_model, "trained over another model"),
         (too_many_ranks, "rank 16 is greater than max_lora_rank 8"),
         (the_head, "lm_head"),
     ],
-    ids=["no folder", "truncated", "another model", "too many ranks", "the head"],
+    ids=["no folder", "no weights", "truncated", "another model", "too many ranks", "the head"],
 )
 def test_a_bad_adapter_is_refused_and_the_others_are_served(make, message, before, base, adapters, tmp_path):
     make(tmp_path / "bad", base, adapters)
