@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import typer
 from torch import nn
 
+from benchmarks import machine
 from benchmarks.compare import LEAST, changes
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.goals import GOALS
@@ -188,3 +190,21 @@ def test_a_ratio_changed_where_ranges_are_apart_and_medians_more_than_five_perce
     name = ("layer", "both", SMOA)
     found, same, in_doubt = changes({name: Figure(1.00, 1.02, 1.04)}, {name: new}, LEAST)
     assert (len(found), same, in_doubt) == (changed, 1 - changed - doubtful, doubtful)
+
+
+def test_a_commit_says_whether_code_was_not_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger results do not count as a change of code."""
+    code, results = tmp_path / "benchmarks" / "code.py", tmp_path / "benchmarks" / "results" / "runs.jsonl"
+    results.parent.mkdir(parents=True)
+    for path in (code, results):
+        path.write_text("1\n")
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=b commit -q -m c"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    monkeypatch.setattr(machine, "__file__", str(code))
+    commit = machine.commit()
+    results.write_text("2\n")
+    assert machine.commit() == commit
+    code.write_text("2\n")
+    assert machine.commit() == commit + machine.EDITED

@@ -15,6 +15,7 @@ from benchmarks.bringup import stages
 from benchmarks.cases import headline_cases, operator_cases
 from benchmarks.providers import LORA, Case
 from benchmarks.results import Result, Run, read
+from smoa_kernels.kernels.launch import short_way
 
 pytestmark = pytest.mark.slow
 
@@ -190,3 +191,25 @@ def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.Mo
     compare()  # nothing is left to do
     assert asked == [first, second, first, second]
     assert saved[-1].findings["headline"] == {}
+
+
+def test_both_launchers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours fails in its pass. Triton's is told apart by the obstacle that stands in our launcher's way meanwhile."""
+    monkeypatch.setattr(short_way, "obstacle", "")
+    monkeypatch.setattr(stages, "LAUNCHER_ROUNDS", 1)
+    build, obstacles = stages.smoa("split", "triton", "random"), []
+
+    def fails(*_: object) -> None:
+        obstacles.append(short_way.obstacle)
+        short_way.obstacle = short_way.obstacle or "TypeError: no"
+
+    def watched(case: Case) -> torch.nn.Module:
+        layer = build(case)
+        layer.register_forward_hook(fails)
+        return layer
+
+    monkeypatch.setattr(stages, "smoa", lambda *_: watched)
+    found = stages.compare_launchers(*operator_cases(True)[1])
+    assert obstacles == ["", "compared"]
+    assert short_way.obstacle == "TypeError: no"
+    assert "not used: TypeError: no" in found

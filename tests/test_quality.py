@@ -69,6 +69,17 @@ def test_the_kept_records_are_of_the_study_as_it_is() -> None:
             assert all(kept[name] == wanted[name] for name in names if name not in ("dtype", "data"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"head_lr": 0.5}, r"have head_lr .* and 0\.5"), ({"num_blocks": 99}, "have num_blocks .* and 99")],
+    ids=["of a task", "of a method"],
+)
+def test_two_settings_are_refused(change: dict[str, Any], message: str) -> None:
+    record = store.read(RECORDS)[0]
+    with pytest.raises(ValueError, match=f"{message}: a report is of one setting"):
+        store.check_one_setting([record, record, record | change])
+
+
 def test_stored_runs_outlive_a_crash_and_are_known_again(tmp_path: Path) -> None:
     path, kept = tmp_path / "runs.jsonl", store.read(RECORDS)[:2]
     assert store.read(path) == []

@@ -90,9 +90,7 @@ def merge_to_folder(
     target = _new_folder(out)
     merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
     split = _split(merge, max_shard_size)
-    if target.is_dir():  # an empty one
-        target.rmdir()
-    with replacing(target) as scratch:
+    with replacing(target, whole=True) as scratch:
         _write_weights(merge, split, scratch, progress)
         _write_beside_weights(merge, split, scratch)
     changed = sum(planned.changed for planned in merge.plan.values())

@@ -21,18 +21,22 @@ _SCRATCH = ".saving-"
 
 
 @contextmanager
-def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(folder: str | os.PathLike[str], *, whole: bool = False) -> Iterator[Path]:
     """Give a hidden folder to write to, which becomes `folder` when the block ends without an exception.
 
     All files are on the disk by then. A new folder is renamed. In an old one files are replaced, configurations last;
     a kill between two of them leaves files of both saves, which :func:`check_seal` notices. Where an exception ends the
     block, `folder` stays as it was.
 
+    Args:
+        folder: what is written.
+        whole: it is new or empty and no mount point, and is always renamed.
+
     Raises:
         OSError: the files could not be written; the message names `folder`.
     """
     folder = Path(folder)
-    is_new, name = not folder.exists(), f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
+    is_new, name = whole or not folder.exists(), f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
     # In an old folder, beside which another file system may begin.
     scratch = folder.parent / f".{folder.name}{name}" if is_new else folder / name
     try:
@@ -43,7 +47,9 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[Path]:
             for file in files:
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
-            if not folder.exists():  # another process may have made it meanwhile
+            if whole or not folder.exists():  # another process may have made it meanwhile
+                if folder.exists():
+                    folder.rmdir()  # an error if it is not empty
                 scratch.rename(folder)
                 return
             for file in files:

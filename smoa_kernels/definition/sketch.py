@@ -78,9 +78,10 @@ def check_base(distances: Mapping[str, float], *, strict: bool) -> None:
     if not others:
         return
     name = max(others, key=others.__getitem__)
+    where = name if len(distances) == 1 else f"{len(others)} layers, for one {name}"
     message = (
-        f"the adapter was trained over another base weight in {len(others)} layers, for one {name} (it differs by "
-        f"about {others[name]:.0%}, the same base in another precision by at most {TOLERANCE:.0%})"
+        f"the adapter was trained over another base weight in {where} (it differs by about {others[name]:.0%}, the "
+        f"same base in another precision by at most {TOLERANCE:.0%}); load the base that it was trained over"
     )
     if strict:
         raise ValueError(f"{message}; strict_base=True refuses it")

@@ -19,7 +19,7 @@ from .layer import SMoALayer
 # Sorting a square weight takes five to seven times its bytes in float32; a wide one takes less. Experts are small, so
 # as many are sorted at once as there are threads.
 MAX_AT_ONCE = 8
-# So many weights take minutes, and a bar shows them.
+# So many matrices take minutes, and a bar shows them.
 MANY = 64
 _BAR = "sorting weights (block_order='contiguous' sorts none)"
 
@@ -40,7 +40,8 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
     for name, layer in layers.items():
         if rules[layer].needs_weight and layer.known_blocks(rules[layer]) is None:
             wanted.setdefault(keys[layer], (name, layer, rules[layer]))
-    with tqdm(total=len(wanted), desc=_BAR, disable=len(wanted) < MANY) as bar:
+    matrices = sum(layer.stack[0] if layer.stack else 1 for _, layer, _ in wanted.values())
+    with tqdm(total=len(wanted), desc=_BAR, disable=matrices < MANY) as bar:
         found = _sorted_at_once({key: each for key, each in wanted.items() if _is_at_hand(each[1])}, bar)
         for name, layer in layers.items():
             key = keys[layer]

@@ -10,7 +10,7 @@ a token becomes a row of the base layer's own product, whatever its quantisation
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -148,7 +148,10 @@ class Slice:
     def hold(self, weight: Tensor | None) -> None:
         """Take these rows of W0 (N, C), or drop them."""
         self.weight = None if weight is None else self.of(weight)
-        self.packed.clear()  # they hold the old ones
+        shape = self.stop - self.start, self.A.shape[-1]
+        own = torch.empty(shape, device="meta") if self.weight is None else self.weight
+        for slot, (adapter, backend) in self.packed.items():
+            self.packed[slot] = replace(adapter, weight=own), backend
 
     def fill(self, slot: int, ranks: tuple[int, ...]) -> None:
         """Record r_k of a slot's adapter, () if it has none here. One with B = 0, as before training, is none."""
@@ -292,10 +295,11 @@ class LayerSlots:
         read = self.weight is None and (self.keep or rows > self.shape[1] + tokens)
         if read:
             self._hold(read_weight(self.slices[0].base, self.shape[1], x))
-        y = self._mixed(x, bias, Step(groups, step.slots), base)
-        if read and not self.keep:
-            self._hold(None)
-        return y
+        try:
+            return self._mixed(x, bias, Step(groups, step.slots), base)
+        finally:
+            if read and not self.keep:
+                self._hold(None)
 
     def _mixed(self, x: Tensor, bias: Tensor | None, step: Step, base: Callable[[], Tensor]) -> Tensor:
         tokens, alone = sum(map(len, step.groups.values())), len(step.groups) == 1
@@ -309,19 +313,18 @@ class LayerSlots:
                 y.index_copy_(0, own, self._modulated(x.index_select(0, own), bias, slot))
             else:
                 few.append(own)
-        for own in torch.cat(few).split(self._most_tokens) if few else ():
-            own_x, own_y, slots = (side.index_select(0, own) for side in (x, y, step.slots))
+        most = max(1, MOST_ROWS // max(part.most_ranks for part in self.slices))
+        for own in torch.cat(few).split(most) if few else ():
+            own_x, slots = (side.index_select(0, own) for side in (x, step.slots))
+            own_y = y if plain else y.index_select(0, own)
             y.index_copy_(0, own, self._updated(own_x, own_y, bias, slots))
         return y
 
     def _recorded(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
-        parts = zip(*(side.split(self._most_tokens) for side in (x, y, slots.clamp_min(0))), strict=True)
+        most = max(1, MOST_ROWS // self.slices[0].A.shape[2])
+        parts = zip(*(side.split(most) for side in (x, y, slots.clamp_min(0))), strict=True)
         found = torch.cat([self._updated(x, y, bias, own, recorded=True) for x, y, own in parts])
         return torch.where((slots >= 0)[:, None], found, y)
-
-    @property
-    def _most_tokens(self) -> int:
-        return max(1, MOST_ROWS // self.slices[0].A.shape[2])
 
     def _modulated(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         return _side_by_side([part.output(x, bias, slot) for part in self.slices])

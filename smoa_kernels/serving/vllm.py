@@ -52,6 +52,10 @@ _hooks: list[tuple[str, str, Callable[..., Any] | None]] = [
 ]
 
 
+# Replacing it only saves time, on a CPU.
+_OPTIONAL = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_logits"
+
+
 def _instead_of(path: str, parameters: str) -> Callable[..., Callable[..., Any]]:
     def note(function: Callable[..., Any]) -> Callable[..., Any]:
         _hooks.append((path, parameters, function))
@@ -73,9 +77,11 @@ def register() -> None:
         tested = f"it was tested with vLLM {TESTED_VERSION}; {MERGE}"
         _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, tested)
         return
-    for path, _, function in _hooks:
+    for path, parameters, function in _hooks:
+        if function is None or _difference(path, parameters) is not None:
+            continue  # only called, or the optional one
         owner, name = _find(path)
-        if function is not None and not hasattr(getattr(owner, name), "is_smoa"):
+        if not hasattr(getattr(owner, name), "is_smoa"):
             setattr(owner, name, _wrapped(getattr(owner, name), function))
 
 
@@ -90,15 +96,17 @@ def _wrapped(original: Callable[..., Any], function: Callable[..., Any]) -> Call
 
 def obstacle() -> str | None:
     """Name a method of vLLM that differs from the version tested; None if none does."""
-    for path, parameters, _ in _hooks:
-        try:
-            found = getattr(*_find(path))
-        except (ImportError, AttributeError):
-            return f"this vLLM has no {path}"
-        given = " ".join(inspect.signature(found).parameters)
-        if given != parameters:
-            return f"this vLLM's {path} takes ({given}) and not ({parameters})"
-    return None
+    needed = ((path, parameters) for path, parameters, _ in _hooks if path != _OPTIONAL)
+    return next((found for one in needed if (found := _difference(*one)) is not None), None)
+
+
+def _difference(path: str, parameters: str) -> str | None:
+    try:
+        found = getattr(*_find(path))
+    except (ImportError, AttributeError):
+        return f"this vLLM has no {path}"
+    given = " ".join(inspect.signature(found).parameters)
+    return None if given == parameters else f"this vLLM's {path} takes ({given}) and not ({parameters})"
 
 
 # Loading.
@@ -141,7 +149,7 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
 
 def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
     """Raise unless the model has every layer of the adapter, in its shape. Warn if W0 is another weight."""
-    left, kinds, far = dict(adapter.layers), set(), []
+    left, kinds, far, compared = dict(adapter.layers), set[str](), list[str](), 0
     for name, module in manager.modules.items():
         names = manager.packed_modules.get(name, [name])
         kinds.update(part.rpartition(".")[2] for part in names)
@@ -152,8 +160,6 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
         if not isinstance(slots, LayerSlots) or len(slots.slices) != len(names):
             reason = slots if isinstance(slots, str) else "vLLM packs other layers into one"
             raise ValueError(f"{adapter.folder}: {name} takes LoRA alone: {reason}; {MERGE}")
-        # A sketch is of all of W0, and a shard has only a part.
-        products = slots.sign_products() if module.tp_size == 1 else None
         for at, factors in parts.items():
             shape = base.output_sizes[at] if len(names) > 1 else base.output_size, base.input_size
             trained = factors.B.shape[0], factors.A.shape[1]
@@ -161,10 +167,12 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
                 raise ValueError(
                     f"{adapter.folder} was trained over another model: its {names[at]} is {trained}, here it is {shape}"
                 )
-            if factors.sketch is not None and products is not None:
-                distance = slots.slices[at].distance(factors.sketch, products)
-                if not distance <= TOLERANCE:
-                    far.append(names[at])
+        sketches = {at: factors.sketch for at, factors in parts.items() if factors.sketch is not None}
+        if sketches and module.tp_size == 1:  # a sketch is of all of W0, and a shard has only a part
+            products = slots.sign_products()
+            compared += len(sketches)
+            distances = {at: slots.slices[at].distance(sketch, products) for at, sketch in sketches.items()}
+            far += [names[at] for at, distance in distances.items() if not distance <= TOLERANCE]
     # Under pipeline parallelism another process may have a layer, but not a kind of layers that this one lacks.
     alone = import_module("vllm.distributed").get_pp_group().world_size == 1
     for name in left:
@@ -174,7 +182,7 @@ def _check_fits(adapter: ServedAdapter, manager: Any) -> None:
         message = f"{adapter.folder} was trained over another base: W0 is another in {', '.join(far[:3])}"
         if adapter.strict_base:
             raise ValueError(message)
-        _log.warning("%s (%d of %d layers)", message, len(far), len(adapter.layers))
+        _log.warning("%s (%d of %d layers)", message, len(far), compared)
 
 
 # Slots.
@@ -313,10 +321,7 @@ def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
         flat.copy_(y)
 
 
-@_instead_of(
-    "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU.add_lora_logits",
-    "self y x lora_a_stacked lora_b_stacked scale buffer kwargs",
-)
+@_instead_of(_OPTIONAL, "self y x lora_a_stacked lora_b_stacked scale buffer kwargs")
 def _add_lora_logits(original: Callable[..., Any], self: Any, *args: Any, **options: Any) -> Any:
     """Skip LoRA's update of the logits if no token has a LoRA adapter.
 

@@ -234,8 +234,13 @@ class Workload:
     expected: Callable[[], Sequence[Tensor | None]]
 
     def prepare(self) -> None:
-        """Compute the expected results, once."""
-        _ = self._expected
+        """Compute the expected results, once.
+
+        Raises:
+            RuntimeError: torch's operators gave zeros, or numbers that are not finite: they prove nothing.
+        """
+        if distance(tuple(self._expected), tuple(self._expected), 1) is None:
+            raise RuntimeError("torch's operators gave only zeros, or numbers that are not finite")
 
     @cached_property
     def _expected(self) -> Sequence[Tensor | None]:
@@ -244,8 +249,9 @@ class Workload:
     def check(self, results: Sequence[Tensor | None]) -> None:
         """Raise a FailedError if results differ from the expected ones by more than rounding explains."""
         found = distance(tuple(results), tuple(self._expected), ALLOWED[self.precision])
-        if found is None or not found <= 1:
-            raise FailedError(f"wrong numbers: they differ by {found} times what rounding explains")
+        assert found is not None  # `prepare` has looked
+        if not found <= 1:
+            raise FailedError(f"wrong numbers: they differ by {found:.3g} times what rounding explains")
 
 
 class _Tried(Config):

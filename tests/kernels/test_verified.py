@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from expert_problems import make_problem as make_experts
+from places import python
 from problems import DEVICE, Case, assert_within_budget, kept
 from torch import Tensor
 from triton.compiler.errors import CompilationError
@@ -224,6 +225,38 @@ def test_a_wrong_direct_call_is_not_taken(cache: Path, broken: Any) -> None:
     (forms,) = json.loads(cache.read_bytes())["verdicts"].values()
     assert "times what rounding explains" in forms.pop(verified.LAUNCHER)
     assert set(forms.values()) == {""}
+
+
+PROGRAM = """
+import sys, torch
+from triton.runtime.interpreter import InterpretedFunction
+from smoa_kernels.backends import verified
+from problems import Case
+verified._is_verified = lambda device: True
+torch.cuda.is_current_stream_capturing = lambda: False
+launch = InterpretedFunction.__getitem__
+def launcher(kernel, grid):
+    def run(*args, **options):
+        print(kernel.__name__)
+        launch(kernel, grid)(*args, **options)
+        if sys.argv[1] == "broken":
+            args[kernel.arg_names.index("out_ptr")].fill_(1)
+    return run
+InterpretedFunction.__getitem__ = launcher
+case = Case("triton", "fused", torch.float32)
+case.problem(tokens=64, out_features=96, in_features=80, ranks=(3, 2)).forward(**case.options)
+"""
+
+
+def test_a_second_process_reads_the_verdict(cache: Path) -> None:
+    found = []
+    for state in ("broken", "sound"):
+        process = python(PROGRAM, state, TRITON_INTERPRET="1")
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        found.append((out.split(), errors.count("a GPU kernel is refused")))
+    assert found[0][0]
+    assert found == [(found[0][0], 1), ([], 1)]
 
 
 def test_a_damaged_file_is_ignored(cache: Path) -> None:

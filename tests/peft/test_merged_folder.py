@@ -102,10 +102,13 @@ def test_existing_files_are_not_overwritten(folders, tmp_path):
     assert loaded(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("at", [0, 7, 21])
-def test_interrupted(at, folders, tmp_path):
+def test_interrupted(at, exists, folders, tmp_path):
     """At the first tensor, in between, or after the last: no file remains, not even a hidden folder."""
-    before = sorted(tmp_path.iterdir())
+    if exists:
+        (tmp_path / "out").mkdir()
+    before = sorted(tmp_path.rglob("*"))
 
     def interrupt(done, total):
         assert total == 21
@@ -114,7 +117,7 @@ def test_interrupted(at, folders, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         merge_to_folder(*folders, tmp_path / "out", max_shard_size="10KB", progress=interrupt)
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 KILLED = """
@@ -140,14 +143,30 @@ def test_killed(folders, tmp_path):
     assert loaded(out)
 
 
-def test_a_failed_write_names_the_place(folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_failed_write_names_the_place(exists, folders, tmp_path, monkeypatch):
+    if exists:
+        (tmp_path / "out").mkdir()
+    names = ["adapter", "base", *["out"] * exists]
+
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("smoa_kernels.adapter_folder.merged_folder.save_file", full)
     with pytest.raises(OSError, match=r"cannot save to .*out, which is as it was: .*No space left"):
         merge_to_folder(*folders, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_folder_that_another_process_fills_meanwhile_is_left_alone(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+
+    def fill(done, total):
+        (tmp_path / "out" / "theirs").touch()
+
+    with pytest.raises(OSError, match=r"cannot save to .*out, which is as it was: .*not empty"):
+        merge_to_folder(*folders, tmp_path / "out", progress=fill)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
 
 
 def test_files_beside_the_weights(folders, tmp_path, capsys):

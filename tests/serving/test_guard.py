@@ -47,7 +47,23 @@ def test_all_are_wrapped_once(made_up):
     assert plugin.obstacle() is None
 
 
-@pytest.mark.parametrize("path", METHODS)
+@pytest.mark.parametrize("change", ["missing", "another signature"])
+def test_one_that_only_saves_time_may_differ(change, made_up):
+    methods = METHODS | {plugin._OPTIONAL: "self y"}
+    if change == "missing":
+        del methods[plugin._OPTIONAL]
+    now = made_up(methods)
+    before = now()
+    assert plugin.obstacle() is None
+    plugin.register()
+    wrapped = now()
+    called = {path for path, _, function in plugin._hooks if function is None}
+    assert {path for path in methods if wrapped[path] is before[path]} == called | (
+        methods.keys() & {plugin._OPTIONAL}
+    )
+
+
+@pytest.mark.parametrize("path", [path for path in METHODS if path != plugin._OPTIONAL])
 @pytest.mark.parametrize("change", ["missing", "another signature"])
 def test_none_is_wrapped_where_one_differs(path, change, made_up, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)

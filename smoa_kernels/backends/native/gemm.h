@@ -83,8 +83,8 @@ TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int c
                                        const void *context) {
     _Alignas(64) float sums[PANEL * PANEL];
     finished last = {.rows = 0};
-    /* The operand with fewer rows is in the inner loop and stays in the L2 cache. A panel of the other one stays in the L1 cache, whole or in
-     * part, if the inner one's tiles bypass that cache. With more than L1_DEPTH terms this was slower. */
+    /* The operand with fewer rows is in the inner loop and stays in the L2 cache. Its tiles are loaded past the L1 cache, so a panel of the
+     * other operand stays there. With more than L1_DEPTH terms in the last pair, which is W0's, this was slower (measured, AMX). */
     enum { L1_DEPTH = 1536 };
     int tall = i_count > j_count;
     int streamed = format == PAIRS && operands[count - 1].depth <= L1_DEPTH ? (tall ? RIGHT : LEFT) : NEITHER;

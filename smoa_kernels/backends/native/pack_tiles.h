@@ -343,7 +343,7 @@ TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 fir
 
 /* Floats of scratch for an operand with `width` elements along a row. */
 static i64 scratch_size(int format, i64 width) {
-    return format == FLOATS ? 0 : greatest(NC * KC, format == PAIRS ? round_up(width, TERMS) * SIDE : 0) + SPILL;
+    return format == FLOATS ? 0 : greatest(NC * KC, format == PAIRS ? round_up(width, TERMS) * SIDE / 2 : 0) + SPILL;
 }
 
 /* Packs right panels: rows first to first + count, terms k to k + depth. If `m` is given, modulates them while they are in the cache.

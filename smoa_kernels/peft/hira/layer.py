@@ -33,6 +33,10 @@ def _one_block(out_features: int, in_features: int, device: torch.device) -> tup
     return partition, scaling_tensor(1.0, device)
 
 
+def _rank(r: int, device: torch.device) -> Tensor:
+    return torch.full((1,), r, dtype=torch.int32, device=device)
+
+
 class Accelerated(nn.Module):
     """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible.
 
@@ -44,6 +48,7 @@ class Accelerated(nn.Module):
     pefts_class: type[nn.Module]
     is_quantized = False
     _block: tuple[BlockPartition, Tensor] | None = None  # None while the weight is on the meta device
+    _ranks: dict[int, Tensor]  # int32 (1,), by r
     _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
 
     # PEFT's attributes.
@@ -51,6 +56,7 @@ class Accelerated(nn.Module):
     hira_A: nn.ParameterDict
     hira_B: nn.ParameterDict
     hira_dropout: nn.ModuleDict
+    r: dict[str, int]
     active_adapters: list[str]
     disable_adapters: bool
     merged: bool
@@ -89,7 +95,7 @@ class Accelerated(nn.Module):
 
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dropout_p: float) -> Tensor:
         base, (partition, scaling), r = self.base_layer, cast(Any, self._block), A.shape[0]
-        ranks = torch.full((1,), r, dtype=torch.int32, device=A.device)
+        ranks = self._ranks[r] if r in self._ranks else _rank(r, A.device)  # newly made for a sum of several
         if not self.is_quantized:
             weight = base.weight.T if self.fan_in_fan_out else base.weight
             adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, [r])
@@ -110,12 +116,13 @@ class Accelerated(nn.Module):
         # Kept for later calls, so they must be ordinary tensors even if this call is in inference mode.
         with torch.inference_mode(False), _disable_current_modes():
             self._block = _one_block(self.out_features, self.in_features, base.weight.device)
+            self._ranks = {r: _rank(r, base.weight.device) for r in self.r.values()}
 
     def give_back(self) -> None:
         """Make the layer PEFT's again: remove the tensors made for forward and restore its class."""
         if self._repacks:
             self.base_layer.support_avx512bf16_for_cpu = True
-        for made in ("_block", "_repacks"):
+        for made in ("_block", "_ranks", "_repacks"):
             vars(self).pop(made, None)
         self.__class__ = self.pefts_class  # type: ignore[assignment]
 
