@@ -190,8 +190,7 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, *HALF
             for one in (AMX, AVX2)
             for form in ("auto", "merged", "dropout")
         ),
-        (AMX, BFLOAT16, 8, "auto", Path.FEW),
-        (AVX512_BF16, BFLOAT16, 8, "auto", Path.TILES),
+        *((one, BFLOAT16, 8, "auto", Path.FEW) for one in (AMX, AVX512_BF16)),
         *((one, BFLOAT16, 9, "auto", Path.TILES) for one in (AMX, AVX512_BF16)),
         (AMX, BFLOAT16, 4, "dropout", Path.TILES),
         (AMX, BFLOAT16, 50, "merged", Path.EAGER),
