@@ -77,6 +77,7 @@ ROUTES = (
     Route(Path.FEW, algorithms=("auto",), most=(4, 16), contiguous="terms"),
     Route(Path.FEW, algorithms=("auto",), most=(8, 4), contiguous="terms"),
     Route(Path.FEW, algorithms=("auto",), needs=("no amx",), most=(8, 8), contiguous="terms"),
+    Route(Path.FEW, algorithms=("auto",), needs=("no amx",), most=(12, 4), contiguous="terms"),
     Route(Path.TILES, _BF16, _SPLIT, needs=("bf16",), contiguous="rows"),
     Route(Path.EAGER, _HALF, needs=("half GEMM",)),
     Route(Path.FLOAT),
