@@ -24,23 +24,6 @@ from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee, pre
 from ..kernels.architectures import gpu_properties
 from .native.library import obstacle as library_obstacle
 
-__all__ = [
-    "ALGORITHM_CHOICES",
-    "BACKEND_CHOICES",
-    "MOST_TRITON_RANKS",
-    "Backend",
-    "ExpertsBackend",
-    "Gradients",
-    "algorithms_of",
-    "load_backend",
-    "load_experts_backend",
-    "miscompiled",
-    "miscompiled_on",
-    "native_obstacle",
-    "resolve_backend",
-    "triton_obstacle",
-]
-
 BACKEND_CHOICES = ("auto", "eager", "native", "triton", "reference")
 ALGORITHM_CHOICES = ("auto", "merged", "split", "expanded", "fused")
 

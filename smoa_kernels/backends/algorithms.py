@@ -1,4 +1,4 @@
-"""The triton backend's choices: algorithms, the rule of "auto" without a tuning table, and sizes of its workspace.
+"""The triton backend's choices: the rule of "auto" without a tuning table, and sizes of its workspace.
 
 Nothing here needs Triton, so that the predictions (`tuning/roofline.py`) can use the same sizes.
 """
@@ -10,8 +10,6 @@ import math
 from ..definition.precision import PRECISIONS
 from ..kernels.architectures import facts
 from ..kernels.spec import ALGORITHM_KEYS, padding_multiple, partial_width
-
-ALGORITHMS = ("merged", "split", "fused")
 
 # Above these ρ the fused kernel takes the rank in chunks and loads nothing ahead.
 FUSED_MAX_RANK = 64

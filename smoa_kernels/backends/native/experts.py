@@ -13,8 +13,6 @@ from .. import Gradients, experts
 from .backend import Path, gradient_path, route
 from .library import KINDS, Algorithm, Call, along_memory, dense, obstacle
 
-__all__ = ["experts_backward", "experts_product"]
-
 
 def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
     """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.

@@ -23,22 +23,6 @@ from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
 from ..pages import workspace
 
-__all__ = [
-    "FUNCTIONS",
-    "KINDS",
-    "Algorithm",
-    "Call",
-    "Mask",
-    "along_memory",
-    "dense",
-    "drawn",
-    "has",
-    "library",
-    "lies_along_memory",
-    "obstacle",
-    "with_rows",
-]
-
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes that compiled code takes, and their numbers in `operand.h`."""
 
