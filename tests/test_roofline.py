@@ -93,15 +93,15 @@ def test_a_pass_takes_the_longer_of_host_and_device() -> None:
 
 
 def test_bytes_in_place_by_hand() -> None:
-    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns. Copies are padded to 64."""
+    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns."""
     p = Problem(8, 32, 16, 2, 2, "fp32", granule=8)
     size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
     scattered = replace(p, granule=1)
     assert part(scattered, "split", "build ΔW blocks").bytes == size * (3 * blocks + factors)  # all of W0
-    assert part(scattered, "split", "block matmul").bytes == size * (8 * 2 * 64 + blocks + y)
+    assert part(scattered, "split", "block matmul").bytes == size * (x + blocks + y)
     assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
     assert part(p, "split", "block matmul").bytes == size * (x + blocks + y)
-    partials = 4 * 4 * (32 + 16)  # float32, 4 ranks of padding, one tile on each side
+    partials = 4 * (32 + 16)  # float32, one tile on each side
     found = part(p, "split", "block gradients", "backward")
     assert found.bytes == size * (x + y + blocks + factors) + partials
 
@@ -175,12 +175,9 @@ def test_workspace_by_hand() -> None:
     """Partial sums are float32, ρ = 4: a slice per 128-wide tile of the other side."""
     p = Problem(8192, 14336, 4096, 4, 16)
     gathered, partials = 2 * 8192 * (14336 + 4096), 4 * 4 * (14336 * 8 + 4096 * 28)
-    stages = backward_workspace(p)
-    assert stages["factor gradients"] == gathered + partials
-    assert stages["input gradient"] == 112 * 2**20
-    # Granules are read in place: only partials and W_eff remain. So is one block that fills its tiles.
-    partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
-    in_place = backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=8))
-    assert in_place == {"factor gradients": partials, "input gradient": w_eff}
-    one_block = backward_workspace(Problem(8192, 4096, 4096, 1, 16))
-    assert one_block["factor gradients"] == 4 * 16 * 2 * 4096 * 32
+    assert backward_workspace(p) == gathered + partials
+    # Granules are read in place, and so is one block. Partials are freed before W_eff is built.
+    w_eff = 2 * 4096 * 4096
+    assert backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=8)) == w_eff
+    assert backward_workspace(Problem(8192, 4096, 4096, 1, 16)) == w_eff
+    assert Problem(8192, 4096, 4096, 1, 16).partial_bytes == 4 * 16 * 2 * 4096 * 32

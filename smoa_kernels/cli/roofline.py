@@ -61,7 +61,7 @@ def roofline(
     problem = Problem(tokens, *features, blocks, rank, dtype, together)
     chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
     estimates = {way: estimate(problem, GPUS[gpu], way) for way in WAYS}
-    workspace = max(backward_workspace(problem).values())
+    workspace = backward_workspace(problem)
 
     out = console()
     order = block_order if granule == 1 else f"{block_order} in granules of {granule}"

@@ -107,8 +107,7 @@ def _activations(d: Decoder) -> int:
 
 def _workspace(method: str, p: Problem) -> float:
     """Bytes of a layer's backward. LoRA: one output; SMoA: by the roofline."""
-    ours = max(backward_workspace(p).values())
-    return {"full": 0, "lora": p.tokens * p.out_features * _HALF, "smoa": ours}[method]
+    return {"full": 0, "lora": p.tokens * p.out_features * _HALF, "smoa": backward_workspace(p)}[method]
 
 
 def _seconds(problem: Problem, gpu: Gpu, method: str, *, is_head: bool = False) -> float:
