@@ -31,14 +31,13 @@ from ..kernels import modulate, table
 from ..kernels.architectures import architecture
 from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
-from ..kernels.common import block_width
 from ..kernels.fused_linear import fused_linear
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
 from ..kernels.launch import Layout, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
-from ..kernels.spec import Key, bucket, granule_of
+from ..kernels.spec import Key, block_width, bucket, granule_of
 from . import Gradients, eager
 from .algorithms import admissible, choose_algorithm
 from .block_order import is_batch

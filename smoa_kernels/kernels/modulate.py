@@ -240,7 +240,7 @@ def modulated_blocks(
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
-        widths: P_n and P_c, from :func:`padded_width`.
+        widths: P_n and P_c, from :func:`block_width`.
     """
     layout, pointers = described(adapter)
     out = adapter.weight.new_empty(layout.num_blocks, *widths)

@@ -96,7 +96,7 @@ def gather_columns(
     Args:
         x: (T, C), any strides.
         partition: its blocks of columns are grouped; `partition.T` groups dY by rows of W0.
-        width: P, from :func:`padded_width`.
+        width: P, from :func:`block_width`.
         dropout: its mask multiplies the copy.
     """
     blocked = x.new_empty(x.shape[0], len(partition.col_sizes), width)

@@ -210,7 +210,9 @@ class _Count:
         self.gather("dY", self.N)
         self.gather("x", self.C)
         flops = self.unit // p.num_blocks + 4 * self.block_w * p.max_rank
-        self.add("block gradients", flops, self.x + self.y + self.read_w + self.factors, bytes=p.partial_bytes)
+        self.add(
+            "block gradients", flops, self.x + self.y + self.read_w + self.factors, bytes=p.partial_bytes
+        )
         # Of dA and of dB.
         self.add("sum partials", p.partial_bytes // 4, self.factors, bytes=p.partial_bytes, launches=2)
 

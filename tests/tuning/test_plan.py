@@ -11,8 +11,7 @@ from smoa_kernels import FusedSMoALinear
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.common import block_width
-from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
+from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, block_width, bucket
 from smoa_kernels.tuning.plan import candidates, check_layer, jobs
 from smoa_kernels.tuning.roofline import Problem
 
