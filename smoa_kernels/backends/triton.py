@@ -34,7 +34,7 @@ from ..kernels.block_matmul import block_matmul
 from ..kernels.fused_linear import fused_linear
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
-from ..kernels.launch import Layout, on_device
+from ..kernels.launch import Layout, described, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
 from ..kernels.spec import Key, block_width, bucket, granule_of
@@ -159,7 +159,7 @@ def _delta_blocks(adapter: PackedAdapter) -> Tensor:
 
 def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
     """Choose the algorithm of "auto" without dropout, for one of `spec.ALGORITHM_KEYS`."""
-    layout = Layout.of(adapter)
+    layout, _ = described(adapter)
     batch = layout.num_blocks if is_batch(adapter) else 0
     return _choose(stage, layout, bucket(x.shape[0]), batch)
 

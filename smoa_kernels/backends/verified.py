@@ -37,7 +37,7 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import gemm_is_ieee, precision_of
 from ..kernels.architectures import architecture, assembler, identity
-from ..kernels.launch import Launch, Layout, Pointers, heard_by, short_way, use_tritons_launcher
+from ..kernels.launch import Launch, Pointers, described, heard_by, short_way, use_tritons_launcher
 from ..kernels.spec import bucket
 from ..kernels.table import keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
@@ -120,7 +120,7 @@ def _run(
     """Run an operation by the kernels if they are verified for it, else by eager with the same mask."""
     theirs: Any = eager
     if isinstance(adapter, PackedAdapter):
-        layout: tuple[object, ...] = Layout.of(adapter)
+        layout: tuple[object, ...] = described(adapter)[0]
     else:
         theirs, w, blocks = experts, adapter.weight, adapter.blocks
         layout = w.device, w.dtype, w.shape, w.stride(), blocks.granule, blocks.is_contiguous

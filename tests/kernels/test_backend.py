@@ -31,7 +31,7 @@ from smoa_kernels.backends import algorithms, eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import PRECISIONS
-from smoa_kernels.kernels.launch import Layout
+from smoa_kernels.kernels.launch import described
 from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.plan import multiplied_in
 
@@ -43,9 +43,9 @@ def test_a_cached_layout_follows_torchs_setting_of_tf32(dtype: torch.dtype) -> N
     adapter = make_problem(dtype=dtype).adapter()
     for precision in ("tf32", "fp32", "tf32"):
         with multiplied_in(precision):
-            layout = Layout.of(adapter)
+            layout, _ = described(adapter)
             assert layout.precision == ("bf16" if dtype == torch.bfloat16 else precision)
-            assert Layout.of(adapter) is layout
+            assert described(adapter)[0] is layout
 
 
 @pytest.mark.parametrize(("shape", "launches"), [((1, 1), 0), ((40, 1), 1), ((1, 40), 1), ((40, 2), 2)])

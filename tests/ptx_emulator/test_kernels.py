@@ -22,7 +22,7 @@ from . import ARCH, emulator
 
 PAIRS = 72  # the average of four experts: one has several tiles, and each has a partial last tile
 TOKENS, OUT_FEATURES, IN_FEATURES, BLOCKS = 512, 256, 512, 2
-# Errors allowed beside twice the same-dtype one. TF32 keeps 10 bits of an operand; what it is compared with, maybe more.
+# Errors allowed beside twice the same-dtype one. TF32 keeps 10 bits of an operand; the other product may keep more.
 FLOORS = {"bf16": 1e-4, "fp16": 1e-5, "tf32": 2e-3, "fp32": 1e-6}
 
 
