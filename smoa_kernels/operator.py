@@ -198,11 +198,6 @@ class _Linear(torch.autograd.Function):
     """`linear` with its derivatives; its arguments are the operator's."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        """Call the operator, below all transforms of `torch.func`."""
-        return below_autograd(linear, *args)
-
-    @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save x if the factors' gradients need it, the factors, the seed, and references to frozen tensors."""
         x, bias, _, *flat = inputs
@@ -238,11 +233,6 @@ class _Linear(torch.autograd.Function):
 
 class _LinearBackward(torch.autograd.Function):
     """`linear_backward` with its own derivative; its arguments are the operator's."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        """Call the operator, below all transforms of `torch.func`."""
-        return below_autograd(linear_backward, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
@@ -325,11 +315,12 @@ def register(
         schema: "name(arguments) -> results".
         kernel: computes it, on any device.
         fake: makes results of the right shapes and dtypes, without values.
-        function: the autograd function that calls :func:`below_autograd`. Its arguments are the operator's.
+        function: the autograd function. Its arguments are the operator's, which its `forward` will be.
         formula: computes it in forward mode, or raises an error.
     """
     name = library.define(schema)
     operator = getattr(torch.ops.smoa, name).default
+    function.forward = staticmethod(partial(_below_autograd, operator))
     untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
     unbound = _without_binding(function, operator)
 
@@ -340,7 +331,7 @@ def register(
             return formula(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return (function if torch._C._are_functorch_transforms_active() else unbound).apply(*args)
-        return below_autograd(operator, *args)
+        return _below_autograd(operator, *args)
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state():
@@ -365,7 +356,7 @@ def _without_binding(function: Any, operator: Any) -> Any:
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = below_autograd(operator, *args)
+        output = _below_autograd(operator, *args)
         function.setup_context(ctx, args, output)
         return output
 
@@ -373,7 +364,7 @@ def _without_binding(function: Any, operator: Any) -> Any:
     return type(function.__name__, (function,), {name: staticmethod(one) for name, one in methods.items()})
 
 
-def below_autograd(operator: Any, *args: Any) -> Any:
+def _below_autograd(operator: Any, *args: Any) -> Any:
     """Call an operator without recording its derivative."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
