@@ -158,7 +158,21 @@ def _with_leading_dimensions(y: Tensor, x: Tensor) -> Tensor:
 
 
 def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
-    """Compute `linear` by the reference, which torch differentiates in x, bias, A and B, and batches.
+    """Compute `linear` by the reference, which torch differentiates in x, bias, A and B, and batches."""
+    bias = None if bias is None else bias.to(x.dtype)
+    adapter, dropout = _for_reference(x, *flat)
+    return reference.forward(x, bias, adapter, algorithm, dropout)
+
+
+def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
+    """Compute `linear_backward` as the derivative of :func:`formula`, differentiable in dy, x, A and B."""
+    adapter, dropout = _for_reference(dy, *flat)
+    found = reference.backward(dy, x, adapter, dropout, needs_x=needs_x)
+    return or_empty(found, (dy, adapter.A, adapter.B))
+
+
+def _for_reference(x: Tensor, *flat: Any) -> tuple[PackedAdapter, Dropout | None]:
+    """A call's adapter, with the weight in x's dtype, and dropout.
 
     Raises:
         RuntimeError: the kernels' dropout is on; the reference has another mask.
@@ -171,24 +185,7 @@ def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tenso
         )
     numbers = adapter.block_ranks  # a batch of models has a batch of ranks, all equal
     ranks = adapter.ranks if numbers is None else torch.tensor(numbers, dtype=adapter.ranks.dtype)
-    adapter = replace(adapter, weight=adapter.weight.to(x.dtype), ranks=ranks)
-    bias = None if bias is None else bias.to(x.dtype)
-    y = reference.forward(_as_matrix(x), bias, adapter, "auto", dropout)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    """Compute `linear_backward` as the derivative of :func:`formula`, differentiable in dy, x, A and B."""
-    weight, A, B, *rest = flat
-    # Without x only dX is needed, which does not depend on x.
-    at = dy.new_zeros(*dy.shape[:-1], weight.shape[1]) if x is None else x
-
-    def forward(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return formula(x, None, "auto", weight, A, B, *rest)
-
-    dx, dA, dB = torch.func.vjp(forward, at, A, B)[1](dy)
-    factors = (dA.new_empty(0), dB.new_empty(0)) if x is None else (dA, dB)
-    return dx if needs_x else dy.new_empty(0), *factors
+    return replace(adapter, weight=adapter.weight.to(x.dtype), ranks=ranks), dropout
 
 
 # Derivatives
