@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import load_backend
-from .definition import reference
 from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
 from .definition.packed import PackedAdapter
@@ -154,25 +153,21 @@ def _with_leading_dimensions(y: Tensor, x: Tensor) -> Tensor:
     return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
 
 
-# The same in plain operators
+# The same by the reference, which torch differentiates in x, bias, dY, A and B, and batches
 
 
 def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
-    """Compute `linear` by the reference, which torch differentiates in x, bias, A and B, and batches."""
-    bias = None if bias is None else bias.to(x.dtype)
-    adapter, dropout = _for_reference(x, *flat)
-    return reference.forward(x, bias, adapter, algorithm, dropout)
+    """Compute `linear` by the reference."""
+    return _forward(x, bias, algorithm, *_for_reference(*flat))
 
 
 def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    """Compute `linear_backward` as the derivative of :func:`formula`, differentiable in dy, x, A and B."""
-    adapter, dropout = _for_reference(dy, *flat)
-    found = reference.backward(dy, x, adapter, dropout, needs_x=needs_x)
-    return or_empty(found, (dy, adapter.A, adapter.B))
+    """Compute `linear_backward` by the reference."""
+    return _backward(dy, x, needs_x, *_for_reference(*flat))
 
 
-def _for_reference(x: Tensor, *flat: Any) -> tuple[PackedAdapter, Dropout | None]:
-    """A call's adapter, with the weight in x's dtype, and dropout.
+def _for_reference(*flat: Any) -> tuple[Any, ...]:
+    """The same call for the reference.
 
     Raises:
         RuntimeError: the kernels' dropout is on; the reference has another mask.
@@ -183,9 +178,9 @@ def _for_reference(x: Tensor, *flat: Any) -> tuple[PackedAdapter, Dropout | None
             "under dropout backend 'triton' has a gradient and nothing further (its mask is drawn inside the kernels): "
             "no second derivative, forward mode or batch; use backend='eager' or no dropout"
         )
-    numbers = adapter.block_ranks  # a batch of models has a batch of ranks, all equal
-    ranks = adapter.ranks if numbers is None else torch.tensor(numbers, dtype=adapter.ranks.dtype)
-    return replace(adapter, weight=adapter.weight.to(x.dtype), ranks=ranks), dropout
+    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
+        adapter = replace(adapter, ranks=torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype))
+    return LinearCall(adapter, dropout, "reference").flatten()
 
 
 # Derivatives

@@ -1,7 +1,7 @@
 """Which backend runs where: "eager" anywhere, "native" on x86 CPUs, "triton" on GPUs, "reference" for tests.
 
-A backend is a module that obeys :class:`Backend`. In each of them but the reference, the function that computes dA and
-dB is called `factor_gradients`, and the one that computes dX `input_gradient`.
+A backend is a module that obeys :class:`Backend`. In each of them the function that computes dA and dB is called
+`factor_gradients`, and the one that computes dX `input_gradient`.
 """
 
 from __future__ import annotations

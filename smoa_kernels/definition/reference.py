@@ -1,11 +1,10 @@
 """The definition in plain PyTorch (docs/definition.md): a loop over blocks.
 
-Slow and obvious. Every fast path is tested against it and its gradients by torch, and these against the C oracle.
+Slow and obvious. Every fast path is tested against `forward` and its gradients by autograd, and these are tested
+against the C oracle. `backward` has the gradients written out. Torch differentiates both, any number of times.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +40,7 @@ def forward(
 ) -> Tensor:
     """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
 
-    Nothing is checked. The dropout mask is the eager backend's. Torch differentiates it in any mode, any number of
-    times.
+    Nothing is checked. The dropout mask is the eager backend's.
 
     Args:
         algorithm: any; there is one way.
@@ -54,15 +52,31 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients (dX, dA, dB) of :func:`forward` by torch: dX where `needs_x`, dA and dB where x is given."""
-    # Without x only dX is needed, which does not depend on x.
-    at = dy.new_zeros(*dy.shape[:-1], adapter.weight.shape[1]) if x is None else x
+    """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
+    dx = input_gradient(dy, adapter, dropout) if needs_x else None
+    dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, dropout)
+    return dx, dA, dB
 
-    def y(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return forward(x, None, replace(adapter, A=A, B=B), "auto", dropout)
 
-    dx, dA, dB = torch.func.vjp(y, at, adapter.A, adapter.B)[1](dy)
-    return dx if needs_x else None, *((None, None) if x is None else (dA, dB))
+def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
+    """`dX = dY W0 + dropoutᵀ(dY ΔW)`."""
+    return dy @ adapter.weight + _dropped(dy @ delta_weight(adapter), dropout)
+
+
+def factor_gradients(
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    """(dA, dB): `H_k = s·(dY_kᵀ dropout(x)_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`."""
+    A, B, partition = adapter.A, adapter.B, adapter.partition
+    dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+    dropped, slots = _dropped(x, dropout), torch.arange(A.shape[0], device=A.device)
+    for k, rank in enumerate(adapter.ranks.tolist()):
+        rows, cols = partition.rows(k), partition.cols(k)
+        G = dy[:, rows].T @ dropped[:, cols]
+        H = (adapter.scaling * G * adapter.weight[rows[:, None], cols]).to(A.dtype)
+        dA = dA.index_put((slots[:rank, None], cols), B[rows, :rank].T @ H)
+        dB = dB.index_put((rows[:, None], slots[:rank]), H @ A[:rank, cols].T)
+    return dA, dB
 
 
 def _dropped(x: Tensor, dropout: Dropout | None) -> Tensor:

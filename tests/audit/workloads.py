@@ -14,8 +14,8 @@ from smoa_kernels.backends.kernels_dropout import KernelsDropout
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.reference import backward as reference_backward
 from smoa_kernels.definition.reference import delta_weight as defined_delta
+from smoa_kernels.definition.reference import factor_gradients
 from smoa_kernels.definition.reference import forward as reference_forward
 from smoa_kernels.kernels.block_grad import block_grad
 from smoa_kernels.kernels.block_matmul import block_matmul
@@ -139,13 +139,10 @@ def _block_grad(operands: Operands) -> Work:
     x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
     dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
     xg = x if key.granule > 1 and not key.dropout else gather_columns(x, p, key.padded_in)
-
-    def defined(dtype: torch.dtype) -> Sequence[Tensor]:
-        return reference_backward(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None, needs_x=False)[
-            1:
-        ]
-
-    return lambda: block_grad(dyg, xg, adapter), defined
+    return (
+        lambda: block_grad(dyg, xg, adapter),
+        lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None),
+    )
 
 
 def _grouped_linear(operands: Operands) -> Work:
