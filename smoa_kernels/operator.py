@@ -216,11 +216,7 @@ class _Linear(torch.autograd.Function):
         _check_seed(of_call)
         if of_x is not None and of_bias is None and _is_one_call(of_call, flat):
             return _linear(x.movedim(of_x, 0), bias, algorithm, *flat), 0
-
-        def one(x: Tensor, bias: Tensor | None, *tensors: Any) -> Tensor:
-            return formula(x, bias, algorithm, *tensors, *flat[_TENSORS:])
-
-        return _vmap(one, (of_x, of_bias, *of_call[:_TENSORS]))(x, bias, *flat[:_TENSORS]), 0
+        return _vmap(formula, in_dims)(*inputs), 0
 
 
 class _LinearBackward(torch.autograd.Function):
@@ -250,18 +246,14 @@ class _LinearBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Gradients, tuple[Any, ...]]:
         """A batch of dY is one more leading dimension for dX; each sample's dA and dB come from the formula."""
         dy, x, needs_x, *flat = inputs
-        of_dy, of_x, _, *of_call = in_dims
+        of_dy, _, _, *of_call = in_dims
         _check_seed(of_call)
         joined = of_dy is not None and needs_x and _is_one_call(of_call, flat)
         needs_x = needs_x and not joined
-
-        def one(dy: Tensor, x: Tensor | None, *tensors: Any) -> Gradients:
-            return formula_gradients(dy, x, needs_x, *tensors, *flat[_TENSORS:])
-
         found: Gradients = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
         dims: tuple[Any, ...] = None, None, None
         if needs_x or x is not None:
-            found = _vmap(one, (of_dy, of_x, *of_call[:_TENSORS]))(dy, x, *flat[:_TENSORS])
+            found = _vmap(formula_gradients, in_dims)(dy, x, needs_x, *flat)
             dims = 0, 0, 0
         if joined:
             dx, *_ = _linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
