@@ -74,32 +74,6 @@ class LinearCall(NamedTuple):
         return LinearCall(adapter, dropout, backend)
 
 
-def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
-    """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ`, differentiable in x, bias, A and B.
-
-    Args:
-        x: (..., C); y is (..., N) in its dtype.
-        bias: (N,) or None.
-        algorithm: "auto" or one that the call's backend has.
-        call: the other arguments.
-    """
-    y: Tensor = _linear(x, bias, algorithm, *call.flatten())
-    return y
-
-
-def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> Gradients:
-    """Compute (dX, dA, dB) of :func:`call_linear`, empty where not needed.
-
-    Args:
-        dy: (..., N).
-        x: (..., C), or None where neither dA nor dB is needed.
-        needs_x: whether dX is needed.
-        call: the forward's.
-    """
-    found: Gradients = _linear_backward(dy, x, needs_x, *call.flatten())
-    return found
-
-
 # The operators' kernels
 
 
@@ -203,7 +177,7 @@ class _Linear(torch.autograd.Function):
         """Gradients in x, bias, A and B."""
         x, *tensors = ctx.saved_tensors
         needs_x, needs_bias, _, _, needs_A, needs_B, *others = ctx.needs_input_grad
-        dx, dA, dB = _linear_backward(dy, x, needs_x, *tensors, *ctx.settings)
+        dx, dA, dB = call_linear_backward(dy, x, needs_x, *tensors, *ctx.settings)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
         factors = dA if needs_A else None, dB if needs_B else None
         return dx if needs_x else None, dbias, None, None, *factors, *[None] * len(others)
@@ -215,7 +189,7 @@ class _Linear(torch.autograd.Function):
         of_x, of_bias, _, *of_call = in_dims
         _check_seed(of_call)
         if of_x is not None and of_bias is None and _is_one_call(of_call, flat):
-            return _linear(x.movedim(of_x, 0), bias, algorithm, *flat), 0
+            return call_linear(x.movedim(of_x, 0), bias, algorithm, *flat), 0
         return _vmap(formula, in_dims)(*inputs), 0
 
 
@@ -256,7 +230,7 @@ class _LinearBackward(torch.autograd.Function):
             found = _vmap(formula_gradients, in_dims)(dy, x, needs_x, *flat)
             dims = 0, 0, 0
         if joined:
-            dx, *_ = _linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
+            dx, *_ = call_linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
             found, dims = (dx, *found[1:]), (0, *dims[1:])
         return found, dims
 
@@ -355,7 +329,7 @@ def _below_autograd(operator: Any, *args: Any) -> Any:
 
 
 _LIBRARY = torch.library.Library("smoa", "DEF")
-linear, _linear = register(
+linear, call_linear = register(
     _LIBRARY,
     f"linear(Tensor x, Tensor? bias, str algorithm, {_CALL}) -> Tensor",
     kernel=_forward,
@@ -363,7 +337,9 @@ linear, _linear = register(
     function=_Linear,
     formula=formula,
 )
-linear_backward, _linear_backward = register(
+"""`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C), a bias or None, an algorithm, and a flat :class:`LinearCall`."""
+
+linear_backward, call_linear_backward = register(
     _LIBRARY,
     f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
@@ -371,3 +347,4 @@ linear_backward, _linear_backward = register(
     function=_LinearBackward,
     formula=formula_gradients,
 )
+"""Its (dX, dA, dB), empty where not needed, for dy (..., N), x where dA or dB is needed, and whether dX is."""
