@@ -111,7 +111,11 @@ class BlockOrder:
         elif self.row_index is None or self.col_index is None:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
         else:
-            weight, run, turned = self.weight, self.col_index.run, self.weight.stride(0) < self.weight.stride(1)
+            weight, run, turned = (
+                self.weight,
+                self.col_index.run,
+                self.weight.stride(0) < self.weight.stride(1),
+            )
             rows, cols = self.rows(self.row_index.places), self.cols(self.col_index.places, 0)
             if turned:  # columns are the rows of memory
                 weight, run, rows, cols = weight.T, self.row_index.run, cols, rows
