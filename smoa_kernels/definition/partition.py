@@ -239,7 +239,7 @@ class BlockPartition:
             *(_offsets(row_sizes, row_block.device), _offsets(col_sizes, col_block.device)),
         )
         is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
-        return cls.from_tensors(tensors, [*row_sizes, *col_sizes, _granularity(sides), is_contiguous])
+        return cls.from_tensors(tensors, [*row_sizes, *col_sizes, granularity(sides), is_contiguous])
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
@@ -371,10 +371,11 @@ def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
     return every[every < size]
 
 
-def _granularity(sides: Sequence[Tensor]) -> int:
-    """The greatest common divisor of the positions where labels change."""
-    places = [(side[1:] != side[:-1]).nonzero().flatten() + 1 for side in sides]
-    return math.gcd(*torch.cat(places).tolist()) or max(1, *(side.numel() for side in sides))
+def granularity(sides: Sequence[Tensor]) -> int:
+    """The greatest common divisor of the positions where labels (n,), or those of any expert (E, n), change."""
+    stacks = [torch.atleast_2d(side) for side in sides]
+    places = [(side[:, 1:] != side[:, :-1]).any(0).nonzero().flatten() + 1 for side in stacks]
+    return math.gcd(*torch.cat(places).tolist()) or max(1, *(side.shape[1] for side in stacks))
 
 
 def _offsets(sizes: Sequence[int], device: torch.device) -> Tensor:
