@@ -72,7 +72,7 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
 def _forward(x: Tensor, *flat: Any) -> Tensor:
     ends, adapter, backend = ExpertsCall.unflatten(*flat)
     with without_autocast(x):
-        return load_experts_backend(backend).experts_product(ends, adapter)(x)
+        return load_experts_backend(backend).experts_forward(x, ends, adapter)
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:

@@ -17,8 +17,6 @@ Experts: one launch computes all of them. Nothing of W0's size is built, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -90,20 +88,16 @@ def backward(
     return dx, dA, dB
 
 
-def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
-
-    def product(x: Tensor) -> Tensor:
-        with on_device(x.device):
-            return grouped_linear(x, ends, adapter)
-
-    return product
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+    with on_device(x.device):
+        return grouped_linear(x, ends, adapter)
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
     with on_device(dy.device):
         dA, dB = (None, None) if x is None else grouped_grad(dy, x, ends, adapter)
         return grouped_linear(dy, ends, adapter.T) if needs_x else None, dA, dB

@@ -88,20 +88,16 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
     return W_eff
 
 
-def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
-
-    def product(x: Tensor) -> Tensor:
-        y: Tensor = _run("experts", lambda of, adapter, _: of.experts_product(ends, adapter)(x), x, adapter)
-        return y
-
-    return product
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+    y: Tensor = _run("experts", lambda of, adapter, _: of.experts_forward(x, ends, adapter), x, adapter)
+    return y
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
 
     def run(backend: Any, adapter: Any, _: Any) -> Any:
         return backend.experts_backward(dy, x, ends, adapter, needs_x=needs_x)

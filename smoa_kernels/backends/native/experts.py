@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,33 +13,28 @@ from .backend import Path, gradient_path, route
 from .library import KINDS, Algorithm, Call, along_memory, dense, obstacle
 
 
-def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
 
     torch computes for an expert whose ΔW is zero, so that y equals that of the model without an adapter.
     """
-    weight, plain = adapter.weight, experts.experts_product(ends, adapter)
-    if not _fits(adapter, ends):
-        return plain
-    every = _EveryExpert(ends, adapter, find_updates=True)
-
-    def product(x: Tensor) -> Tensor:
-        if not _takes(weight, x, weight.shape[2]) or not every.choose_paths(x, transposed=False):
-            return plain(x)
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for e, start, end in every.spans:
-            if not every.updates[e]:
-                experts.base_output(x[start:end], weight[e], out=y[start:end])
-        every.call.run("smoa_forward", x=x, y=y)
-        return y
-
-    return product
+    weight = adapter.weight
+    fits = _fits(adapter, ends) and _takes(weight, x, weight.shape[2])
+    every = _EveryExpert(ends, adapter, find_updates=True) if fits else None
+    if every is None or not every.choose_paths(x, transposed=False):
+        return experts.experts_forward(x, ends, adapter)
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for e, start, end in every.spans:
+        if not every.updates[e]:
+            experts.base_output(x[start:end], weight[e], out=y[start:end])
+    every.call.run("smoa_forward", x=x, y=y)
+    return y
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given.
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given.
 
     dA and dB of an expert without pairs are zero.
     """
