@@ -72,6 +72,8 @@ def predict(
     root = _HALF * d.vocabulary * d.hidden * (1 if d.tied else 2)  # embedding and head
     base = root + _HALF * (d.layers * layer + (2 * d.layers + 1) * d.hidden)
     held, trained = base + factors, base if full else factors
+    one_output = tokens * _HALF * max(p.out_features for p in problems)
+    workspace = {"full": 0, "lora": one_output, "smoa": max(map(backward_workspace, problems))}
     memory = {
         "weights": held / shards,
         "gradients": trained / shards,
@@ -81,7 +83,7 @@ def predict(
         "gathered layers": root + 2 * (_HALF * layer + factors / d.layers) if shards > 1 else 0,
         "activations": tokens * _HALF * _activations(d),
         "logits": tokens * d.vocabulary * (_HALF + _SINGLE),
-        "workspace": max(_workspace(method, problem) for problem in problems),
+        "workspace": workspace[method],
     }
     # Decoder layers are gathered in forward and in backward, embedding and head once.
     share = (gpus - 1) / gpus
@@ -103,11 +105,6 @@ def _activations(d: Decoder) -> int:
     """
     query, key = d.widths
     return (d.layers + 4) * d.hidden + 2 * query + 2 * key + 3 * d.intermediate
-
-
-def _workspace(method: str, p: Problem) -> float:
-    """Bytes of a layer's backward. LoRA: one output; SMoA: by the roofline."""
-    return {"full": 0, "lora": p.tokens * p.out_features * _HALF, "smoa": backward_workspace(p)}[method]
 
 
 def _seconds(problem: Problem, gpu: Gpu, method: str, *, is_head: bool = False) -> float:
