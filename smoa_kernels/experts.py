@@ -122,9 +122,7 @@ class _ExpertsBackward(torch.autograd.Function):
         """Save nothing."""
 
 
-_LIBRARY = torch.library.Library("smoa", "FRAGMENT")
 _, _experts = register(
-    _LIBRARY,
     f"experts_linear(Tensor x, {_CALL}) -> Tensor",
     kernel=_forward,
     fake=_forward_fake,
@@ -132,7 +130,6 @@ _, _experts = register(
     formula=_no_further_derivative,
 )
 _, _experts_backward = register(
-    _LIBRARY,
     f"experts_linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
     fake=backward_fake,

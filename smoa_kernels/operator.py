@@ -254,8 +254,10 @@ _vmap: Any = partial(torch.vmap, randomness="same")
 # Registration
 
 
+_LIBRARY = torch.library.Library("smoa", "DEF")
+
+
 def register(
-    library: torch.library.Library,
     schema: str,
     *,
     kernel: Callable[..., Any],
@@ -263,20 +265,19 @@ def register(
     function: Any,
     formula: Callable[..., Any],
 ) -> tuple[Any, Callable[..., Any]]:
-    """Define an opaque operator with its shapes and its derivative; return it, and the function that Python calls.
+    """Define an opaque operator of "smoa" with its derivative; return it, and the function that Python calls.
 
     That function records the derivative and then calls the operator, so that the dispatcher converts the arguments
     once. Compilers get the operator itself. `torch.library.register_autograd` searches the schema for each argument.
 
     Args:
-        library: of the namespace "smoa".
         schema: "name(arguments) -> results".
         kernel: computes it, on any device.
         fake: makes results of the right shapes and dtypes, without values.
         function: the autograd function. Its arguments are the operator's, which its `forward` will be.
         formula: computes it in forward mode, or raises an error.
     """
-    name = library.define(schema)
+    name = _LIBRARY.define(schema)
     operator = getattr(torch.ops.smoa, name).default
     function.forward = staticmethod(partial(_below_autograd, operator))
     untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
@@ -301,9 +302,9 @@ def register(
     def opaque(*args: Any) -> Any:
         return (untraced if "torch._dynamo" in sys.modules else kernel)(*args)
 
-    library.impl(name, opaque, "CompositeExplicitAutograd")
-    library.impl(name, recorded, "Autograd")
-    torch.library.register_fake(f"smoa::{name}", fake, lib=library)
+    _LIBRARY.impl(name, opaque, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, recorded, "Autograd")
+    torch.library.register_fake(f"smoa::{name}", fake, lib=_LIBRARY)
     return operator, call
 
 
@@ -328,9 +329,7 @@ def _below_autograd(operator: Any, *args: Any) -> Any:
         return operator(*args)
 
 
-_LIBRARY = torch.library.Library("smoa", "DEF")
 linear, call_linear = register(
-    _LIBRARY,
     f"linear(Tensor x, Tensor? bias, str algorithm, {_CALL}) -> Tensor",
     kernel=_forward,
     fake=_forward_fake,
@@ -340,7 +339,6 @@ linear, call_linear = register(
 """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C), a bias or None, an algorithm, and a flat :class:`LinearCall`."""
 
 linear_backward, call_linear_backward = register(
-    _LIBRARY,
     f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
     fake=backward_fake,
