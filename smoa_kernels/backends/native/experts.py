@@ -10,7 +10,7 @@ from torch import Tensor
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, experts
 from .backend import Path, gradient_path, route
-from .library import KINDS, Algorithm, Call, along_memory, dense, obstacle
+from .library import KINDS, Algorithm, Call, dense, obstacle
 
 
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
@@ -69,15 +69,13 @@ class _EveryExpert:
     """
 
     def __init__(self, ends: Tensor, adapter: ExpertsAdapter, *, find_updates: bool) -> None:
-        weight, A, B, blocks = along_memory(adapter.weight), adapter.A, adapter.B, adapter.blocks
-        last, count = ends.tolist(), weight.shape[0]
+        A, B, blocks, count = adapter.A, adapter.B, adapter.blocks, adapter.weight.shape[0]
+        last = ends.tolist()
         if last != sorted(last) or last[0] < 0:
             raise ValueError(_MISFIT)
-        self._weight, self._rank, self._pairs = weight[0], A.shape[1], last[-1]
         self.spans, self.paths = experts.spans(ends), (ctypes.c_int64 * count)()
         self.updates = (ctypes.c_int64 * count)(*[1] * count)
-        offsets = [dense(one, torch.int32) for one in (blocks.row_offsets, blocks.col_offsets)]
-        ends, ranks = dense(ends, torch.int32), dense(adapter.ranks, torch.int32)
+        ends = dense(ends, torch.int32)
         index = [
             dense(one, torch.int16 if one.dtype == torch.int16 else torch.int32)
             for one in (blocks.row_index, blocks.col_index)
@@ -85,9 +83,8 @@ class _EveryExpert:
         ]
         self._kept = ends, index
         self.call = call = Call(algorithm=Algorithm.MERGED, experts=count, ends=ends.data_ptr())
-        call.describe(
-            weight, A, B, ranks, [None, None], offsets, blocks.is_contiguous, adapter.scaling.item()
-        )
+        weight, offsets = call.describe(adapter, blocks, (None, None))
+        self._weight, self._rank, self._pairs = weight[0], A.shape[1], last[-1]
         call.weight_step, call.A_step, call.B_step = (one.stride(0) for one in (weight, A, B))
         call.row_offsets_step, call.col_offsets_step = map(_step, offsets)
         for side, one in zip(("row", "col"), index, strict=False):

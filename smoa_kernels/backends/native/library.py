@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from ...definition.dropout import Dropout
+from ...definition.experts import ExpertBlocks, ExpertsAdapter
 from ...definition.packed import PackedAdapter
+from ...definition.partition import BlockPartition
 from ..pages import workspace
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -91,17 +93,14 @@ class Call(ctypes.Structure):
         Raises:
             ValueError: indices or offsets of the blocks do not fit the weight.
         """
-        p, weight = adapter.partition, along_memory(adapter.weight)
+        p, call = adapter.partition, cls()
         index = [dense(one, torch.int64) for one in (p.row_index, p.col_index)]
-        offsets = [dense(one, torch.int32) for one in (p.row_offsets, p.col_offsets)]
-        ranks, scaling = dense(adapter.ranks, torch.int32), adapter.scaling.item()
-        call = cls()
-        call.describe(weight, adapter.A, adapter.B, ranks, index, offsets, p.is_contiguous, scaling)
+        weight, offsets = call.describe(adapter, p, index)
         if mask is not None:
             call.layer.scaling *= mask.scale
             call.keep, call._mask = mask.kept.data_ptr(), mask
         sizes = [*weight.shape, p.num_blocks + 1, p.num_blocks + 1, p.num_blocks]
-        if [one.numel() for one in (*index, *offsets, ranks)] != sizes or call.misfits(weight):
+        if [one.numel() for one in (*index, *offsets, adapter.ranks)] != sizes or call.misfits(weight):
             raise ValueError(
                 f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {p.num_blocks} "
                 "blocks, got indices or offsets that do not"
@@ -110,22 +109,21 @@ class Call(ctypes.Structure):
 
     def describe(
         self,
-        weight: Tensor,
-        A: Tensor,
-        B: Tensor,
-        ranks: Tensor,
+        adapter: PackedAdapter | ExpertsAdapter,
+        blocks: BlockPartition | ExpertBlocks,
         index: Sequence[Tensor | None],
-        offsets: Sequence[Tensor],
-        contiguous: bool,
-        scaling: float,
-    ) -> None:
-        """Set the layer, or of stacked operands the first one."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Set the layer, or the first expert's; returns W0 and the blocks' offsets as compiled code reads them."""
+        weight, A, B = along_memory(adapter.weight), adapter.A, adapter.B
+        offsets = [dense(one, torch.int32) for one in (blocks.row_offsets, blocks.col_offsets)]
+        ranks = dense(adapter.ranks, torch.int32)
         self.layer = Layer(
             *weight.shape[-2:], KINDS[weight.dtype], *weight.stride()[-2:], weight.data_ptr(),
             A.shape[-2], KINDS[A.dtype], *A.stride()[-2:], *B.stride()[-2:], A.data_ptr(), B.data_ptr(),
-            ranks.shape[0], contiguous, *map(_address, (ranks, *index, *offsets)), scaling,
+            ranks.shape[0], blocks.is_contiguous, *map(_address, (ranks, *index, *offsets)), adapter.scaling.item(),
         )  # fmt: skip
         self._kept = [weight, A, B, ranks, index, offsets]
+        return weight, offsets
 
     def misfits(self, weight: Tensor) -> bool:
         """Whether an index is out of range, which compiled code does not check; finds the experts with an update."""
