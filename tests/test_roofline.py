@@ -17,7 +17,6 @@ from smoa_kernels.tuning.roofline import (
     Problem,
     backward_workspace,
     estimate,
-    parts,
 )
 
 H100 = GPUS["h100"]
@@ -32,7 +31,7 @@ def over_frozen(problem: Problem, way: str) -> float:
 
 
 def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
-    (found,) = (p for p in parts(problem, way) if p.name == name and p.stage == stage)
+    (found,) = (p for p in estimate(problem, H100, way).parts if p.name == name and p.stage == stage)
     return found
 
 
@@ -121,7 +120,7 @@ def test_operands_read_in_place(change: dict[str, int], in_place: bool) -> None:
     p = replace(SQUARE, **change)
     assert p.in_place == in_place
     for way in ("merged", "split"):
-        assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
+        assert in_place != any(q.name.startswith("gather") for q in estimate(p, H100, way).parts)
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
@@ -156,7 +155,7 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
         if stage == "forward":
             return found.device_seconds("forward")
         names = ("fused dX",) if way == "fused" else ("build W_eff", "dX = dY·W")
-        return sum(p.seconds(found.rates) for p in found.parts if p.name in names)
+        return sum(p.seconds for p in found.parts if p.name in names)
 
     for stage, (n, c) in itertools.product(DIRECTIONS, ((2048, 2048), (8192, 8192), (4096, 14336))):
         tokens = 1

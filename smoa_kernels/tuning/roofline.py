@@ -25,7 +25,7 @@ from typing import Literal
 from ..backends.algorithms import FUSED_MAX_RANK
 from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE
-from .gpus import Gpu, Rates
+from .gpus import START_SECONDS, Gpu
 
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
@@ -96,21 +96,16 @@ class Part:
     Attributes:
         name: what it computes.
         stage: "forward" or "backward".
-        flops: floating-point operations.
         bytes: to and from memory.
+        seconds: on the device: its starts, and the longer of arithmetic and memory.
         launches: how often it is launched; 0 where another part's launch does it.
     """
 
     name: str
     stage: Pass
-    flops: float
     bytes: float
-    launches: int = 1
-
-    def seconds(self, rates: Rates) -> float:
-        """Time on the device: its starts, and the longer of arithmetic and memory."""
-        work = max(self.flops / rates.flops_per_second, self.bytes / rates.bytes_per_second)
-        return self.launches * rates.start_seconds + work
+    seconds: float
+    launches: int
 
 
 @dataclass(frozen=True)
@@ -119,13 +114,11 @@ class Estimate:
 
     Attributes:
         way: one of :data:`WAYS`.
-        parts: forward, then backward.
-        rates: of the GPU.
+        parts: the kernels that it runs, forward, then backward.
     """
 
     way: str
     parts: tuple[Part, ...]
-    rates: Rates
 
     def seconds(self, *stages: Pass) -> float:
         """Predicted time, launched kernel by kernel: of each pass the longer of host and device."""
@@ -133,7 +126,7 @@ class Estimate:
 
     def device_seconds(self, *stages: Pass) -> float:
         """Predicted time of the kernels alone."""
-        return sum(part.seconds(self.rates) for part in self.parts if part.stage in (stages or PASSES))
+        return sum(part.seconds for part in self.parts if part.stage in (stages or PASSES))
 
     def host_seconds(self, *stages: Pass) -> float:
         """Time that Python takes to launch them."""
@@ -146,14 +139,9 @@ class Estimate:
 
 def estimate(problem: Problem, gpu: Gpu, way: str) -> Estimate:
     """Predict the cost of one of :data:`WAYS` on one GPU."""
-    return Estimate(way, parts(problem, way), gpu.rates(problem.precision))
-
-
-def parts(problem: Problem, way: str) -> tuple[Part, ...]:
-    """The kernels that one of :data:`WAYS` runs on `problem`: forward, then backward."""
-    count = _Count(problem)
+    count = _Count(problem, gpu)
     _WAYS[way](count)
-    return tuple(count.parts)
+    return Estimate(way, tuple(count.parts))
 
 
 def backward_workspace(p: Problem) -> int:
@@ -170,8 +158,8 @@ def backward_workspace(p: Problem) -> int:
 class _Count:
     """Collects parts by the rules at the top of this file. Sizes are in elements."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.p = p = problem
+    def __init__(self, problem: Problem, gpu: Gpu) -> None:
+        self.p, self.gpu, p = problem, gpu, problem
         self.parts: list[Part] = []
         self.stage: Pass = "forward"
         self.T, (self.N, self.C), self.rank = p.tokens, p.features, p.rank
@@ -184,7 +172,8 @@ class _Count:
     def add(self, name: str, flops: float, elements: float, *, bytes: float = 0, launches: int = 1) -> None:
         """`elements` of the problem's dtype go to and from memory, and `bytes` of others."""
         moved = elements * PRECISIONS[self.p.precision].dtype.itemsize + bytes
-        self.parts.append(Part(name, self.stage, flops, moved, launches))
+        work = max(flops / self.gpu.flops_per_second(self.p.precision), moved / self.gpu.bytes_per_second)
+        self.parts.append(Part(name, self.stage, moved, launches * START_SECONDS + work, launches))
 
     def gemm(self, name: str, m: int, n: int, k: int) -> None:
         self.add(name, 2 * m * n * k, m * k + k * n + m * n)

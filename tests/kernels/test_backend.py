@@ -111,9 +111,9 @@ def test_eager_takes_many_tokens_of_one_batch(tokens: int, blocks: int, dtype: s
         assert algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90") != "eager"
         assert "eager" in algorithms.admissible(stage, dtype)
     precision = PRECISIONS[dtype]
-    rates = GPUS["h100"].rates(dtype)
-    share = 4 * precision.dtype.itemsize / blocks / rates.bytes_per_second
-    gemm = 2 * tokens / rates.flops_per_second + 2 * precision.dtype.itemsize / rates.bytes_per_second
+    gpu = GPUS["h100"]
+    share = 4 * precision.dtype.itemsize / blocks / gpu.bytes_per_second
+    gemm = 2 * tokens / gpu.flops_per_second(dtype) + 2 * precision.dtype.itemsize / gpu.bytes_per_second
     assert (share < 0.05 * gemm) == many
 
 
