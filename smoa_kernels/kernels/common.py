@@ -54,11 +54,6 @@ def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:
     return "tf32" if allow_tf32 or dtype != torch.float32 else "ieee"
 
 
-def rank_block(rank: int) -> int:
-    """RANK_BLOCK of `rank_product`. `tl.dot` takes no fewer than 16; the zeros beyond a small rank cost nothing."""
-    return 16 if rank <= 16 else 32
-
-
 @triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """acc + a b, accumulated in float32."""

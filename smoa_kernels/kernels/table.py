@@ -272,10 +272,10 @@ def read(path: Path, now: Identity) -> Table:
         return Table(broken="is not a table of smoa-kernels")
     if data.get("schema") != SCHEMA:
         return Table(broken=f"has schema {shown(data.get('schema'))}, this version knows {SCHEMA}")
-    kept = data.get("verdicts")
-    table = Table(
-        verdicts={v: f for v, f in kept.items() if _are_verdicts(f)} if isinstance(kept, dict) else {}
-    )
+    table, kept = Table(), data.get("verdicts")
+    for versions, forms in kept.items() if isinstance(kept, dict) else ():
+        if isinstance(forms, dict) and all(isinstance(reason, str) for reason in forms.values()):
+            table.verdicts[versions] = forms
     for number, raw in enumerate(data["entries"], start=1):
         try:
             if raw["identity"] == asdict(now):
@@ -289,10 +289,6 @@ def read(path: Path, now: Identity) -> Table:
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             table.skipped.append((f"entry {number}: {why}"[:300], raw))
     return table
-
-
-def _are_verdicts(forms: Any) -> bool:
-    return isinstance(forms, dict) and all(isinstance(reason, str) for reason in forms.values())
 
 
 def keep(
