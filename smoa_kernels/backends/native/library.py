@@ -10,10 +10,10 @@ import functools
 import hashlib
 import os
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class Call(ctypes.Structure):
         kept = [bias if bias is None else bias.contiguous()]
         for field, given in (("x", x), ("dy", dy)):
             if given is not None:
-                kept.append(tokens := with_rows(given))
+                kept.append(tokens := given if given.stride(1) == 1 else given.contiguous())
                 setattr(self, field, tokens.data_ptr())
                 setattr(self, f"{field}_stride", tokens.stride(0))
         self.tokens, self.dtype, self.threads = tokens.shape[0], KINDS[tokens.dtype], torch.get_num_threads()
@@ -165,7 +165,8 @@ class Call(ctypes.Structure):
         function = getattr(library(), name)
         room = workspace(tokens, function(ctypes.byref(self)))
         self.workspace = room.data_ptr()
-        with named(name):
+        # A running profiler by itself sees operators only.
+        with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
             function(ctypes.byref(self))
 
 
@@ -275,11 +276,6 @@ def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
     return Mask(kept, dropout.scale)
 
 
-def named(name: str) -> AbstractContextManager[Any]:
-    """Show the code within under this name in a running profiler, which by itself sees operators only."""
-    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
-
-
 def along_memory(matrix: Tensor) -> Tensor:
     """The matrix, or stack of matrices, if it :func:`lies_along_memory`, else a contiguous copy."""
     return matrix if lies_along_memory(matrix) else matrix.contiguous()
@@ -289,11 +285,6 @@ def lies_along_memory(matrix: Tensor) -> bool:
     """Whether rows or columns of a matrix, or of each of a stack, are contiguous and share no memory."""
     (rows, cols), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
     return (along == 1 and down >= cols) or (down == 1 and along >= rows)
-
-
-def with_rows(matrix: Tensor) -> Tensor:
-    """The matrix if its rows are contiguous, else a copy."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
