@@ -13,10 +13,10 @@ from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.roofline import (
     LAUNCH_SECONDS,
+    Estimate,
     Part,
     Problem,
     backward_workspace,
-    estimate,
 )
 
 H100 = GPUS["h100"]
@@ -27,11 +27,11 @@ GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 
 
 def over_frozen(problem: Problem, way: str) -> float:
-    return estimate(problem, H100, way).seconds() / estimate(problem, H100, "frozen").seconds()
+    return Estimate(problem, H100, way).seconds() / Estimate(problem, H100, "frozen").seconds()
 
 
 def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
-    (found,) = (p for p in estimate(problem, H100, way).parts if p.name == name and p.stage == stage)
+    (found,) = (p for p in Estimate(problem, H100, way).parts if p.name == name and p.stage == stage)
     return found
 
 
@@ -75,7 +75,7 @@ def test_launches() -> None:
     p, q = (replace(found, tokens=256) for found in (SQUARE, CONTIGUOUS))
     found, in_place = (
         [
-            [estimate(of, H100, way).launches(stage) for stage in ("forward", "backward")]
+            [Estimate(of, H100, way).launches(stage) for stage in ("forward", "backward")]
             for way in ("frozen", "lora", "merged", "split", "fused")
         ]
         for of in (p, q)
@@ -85,7 +85,7 @@ def test_launches() -> None:
 
 
 def test_a_pass_takes_the_longer_of_host_and_device() -> None:
-    few, many = estimate(replace(SQUARE, tokens=64), H100, "lora"), estimate(SQUARE, H100, "lora")
+    few, many = Estimate(replace(SQUARE, tokens=64), H100, "lora"), Estimate(SQUARE, H100, "lora")
     assert few.seconds() == few.host_seconds() == pytest.approx(12 * LAUNCH_SECONDS)
     assert many.seconds() == pytest.approx(many.device_seconds())
     assert many.device_seconds() > many.host_seconds()
@@ -120,7 +120,7 @@ def test_operands_read_in_place(change: dict[str, int], in_place: bool) -> None:
     p = replace(SQUARE, **change)
     assert p.in_place == in_place
     for way in ("merged", "split"):
-        assert in_place != any(q.name.startswith("gather") for q in estimate(p, H100, way).parts)
+        assert in_place != any(q.name.startswith("gather") for q in Estimate(p, H100, way).parts)
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
@@ -151,7 +151,7 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
     """Below the limit, fused is predicted to take at most `most` times the alternative, at r = 16."""
 
     def seconds(p: Problem, way: str, stage: str) -> float:
-        found = estimate(p, gpu, way)
+        found = Estimate(p, gpu, way)
         if stage == "forward":
             return found.device_seconds("forward")
         names = ("fused dX",) if way == "fused" else ("build W_eff", "dX = dY·W")

@@ -108,17 +108,42 @@ class Part:
     launches: int
 
 
-@dataclass(frozen=True)
+def backward_workspace(p: Problem) -> int:
+    """The most bytes that our backward holds beyond its inputs and results.
+
+    For dA and dB it holds dY and x, if they are gathered, and all partials. They are freed before dX is computed, which
+    takes W_eff. A BLAS library's own memory is not counted.
+    """
+    gathered = 0 if p.in_place else p.tokens * sum(p.features)
+    size = PRECISIONS[p.precision].dtype.itemsize
+    return max(gathered * size + p.partial_bytes, math.prod(p.features) * size)
+
+
 class Estimate:
     """The predicted cost of one way to run a problem on one GPU; `stages` are the passes that a method counts.
 
-    Attributes:
+    Parts are added by the rules at the top of this file. Sizes are in elements.
+
+    Args:
+        problem: the layer and its batch.
+        gpu: it runs on.
         way: one of :data:`WAYS`.
+
+    Attributes:
         parts: the kernels that it runs, forward, then backward.
     """
 
-    way: str
-    parts: tuple[Part, ...]
+    def __init__(self, problem: Problem, gpu: Gpu, way: str) -> None:
+        self.p, self.gpu, self.way, p = problem, gpu, way, problem
+        self.parts: list[Part] = []
+        self.stage: Pass = "forward"
+        self.T, (self.N, self.C), self.rank = p.tokens, p.features, p.rank
+        self.x, self.y, self.w = self.T * self.C, self.T * self.N, self.N * self.C
+        self.unit = 2 * self.T * self.w  # flops of the base layer's GEMM
+        self.block_w = self.w // p.num_blocks  # the diagonal blocks, and the elements that reading them moves
+        self.read_w = self.block_w if p.in_place else self.w
+        self.factors = p.max_rank * (self.N + self.C)
+        _WAYS[way](self)
 
     def seconds(self, *stages: Pass) -> float:
         """Predicted time, launched kernel by kernel: of each pass the longer of host and device."""
@@ -136,39 +161,6 @@ class Estimate:
         """Kernel launches."""
         return sum(part.launches for part in self.parts if part.stage in (stages or PASSES))
 
-
-def estimate(problem: Problem, gpu: Gpu, way: str) -> Estimate:
-    """Predict the cost of one of :data:`WAYS` on one GPU."""
-    count = _Count(problem, gpu)
-    _WAYS[way](count)
-    return Estimate(way, tuple(count.parts))
-
-
-def backward_workspace(p: Problem) -> int:
-    """The most bytes that our backward holds beyond its inputs and results.
-
-    For dA and dB it holds dY and x, if they are gathered, and all partials. They are freed before dX is computed, which
-    takes W_eff. A BLAS library's own memory is not counted.
-    """
-    gathered = 0 if p.in_place else p.tokens * sum(p.features)
-    size = PRECISIONS[p.precision].dtype.itemsize
-    return max(gathered * size + p.partial_bytes, math.prod(p.features) * size)
-
-
-class _Count:
-    """Collects parts by the rules at the top of this file. Sizes are in elements."""
-
-    def __init__(self, problem: Problem, gpu: Gpu) -> None:
-        self.p, self.gpu, p = problem, gpu, problem
-        self.parts: list[Part] = []
-        self.stage: Pass = "forward"
-        self.T, (self.N, self.C), self.rank = p.tokens, p.features, p.rank
-        self.x, self.y, self.w = self.T * self.C, self.T * self.N, self.N * self.C
-        self.unit = 2 * self.T * self.w  # flops of the base layer's GEMM
-        self.block_w = self.w // p.num_blocks  # the diagonal blocks, and the elements that reading them moves
-        self.read_w = self.block_w if p.in_place else self.w
-        self.factors = p.max_rank * (self.N + self.C)
-
     def add(self, name: str, flops: float, elements: float, *, bytes: float = 0, launches: int = 1) -> None:
         """`elements` of the problem's dtype go to and from memory, and `bytes` of others."""
         moved = elements * PRECISIONS[self.p.precision].dtype.itemsize + bytes
@@ -176,6 +168,7 @@ class _Count:
         self.parts.append(Part(name, self.stage, moved, launches * START_SECONDS + work, launches))
 
     def gemm(self, name: str, m: int, n: int, k: int) -> None:
+        """A product (m, k)·(k, n)."""
         self.add(name, 2 * m * n * k, m * k + k * n + m * n)
 
     def base(self) -> None:
@@ -190,6 +183,7 @@ class _Count:
         self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
 
     def gather(self, name: str, features: int) -> None:
+        """A copy in block order, of operands that are not read in place."""
         if not self.p.in_place:
             self.add(f"gather {name}", 0, 2 * self.T * features)
 
@@ -206,13 +200,13 @@ class _Count:
         self.add("sum partials", p.partial_bytes // 4, self.factors, bytes=p.partial_bytes, launches=2)
 
 
-def _frozen(c: _Count) -> None:
+def _frozen(c: Estimate) -> None:
     c.base()
     c.stage = "backward"
     c.base()
 
 
-def _lora(c: _Count) -> None:
+def _lora(c: Estimate) -> None:
     """PEFT: `result = result + lora_B(lora_A(x)) * scaling`."""
     c.base()
     c.gemm("h = x·Aᵀ", c.T, c.rank, c.C)
@@ -229,7 +223,7 @@ def _lora(c: _Count) -> None:
     c.add("add to dX", 0, 3 * c.x)
 
 
-def _hira(c: _Count) -> None:
+def _hira(c: Estimate) -> None:
     """PEFT: `result + F.linear(x, W0 * (Aᵀ Bᵀ)ᵀ)`; always one block."""
     c.base()
     c.gemm("BA", c.N, c.C, c.rank)
@@ -246,14 +240,14 @@ def _hira(c: _Count) -> None:
     c.gemm("dA", c.rank, c.C, c.N)
 
 
-def _merged(c: _Count) -> None:
+def _merged(c: Estimate) -> None:
     """One GEMM with W_eff, in forward and for dX."""
     c.build_weight()
     c.base()
     _merged_backward(c)
 
 
-def _split(c: _Count) -> None:
+def _split(c: Estimate) -> None:
     """The adapter first, block by block; then the base GEMM accumulates onto its result."""
     c.add("build ΔW blocks", 2 * c.block_w * c.p.max_rank, c.read_w + c.block_w + c.factors)
     c.gather("x", c.C)
@@ -264,14 +258,14 @@ def _split(c: _Count) -> None:
     _merged_backward(c)
 
 
-def _merged_backward(c: _Count) -> None:
+def _merged_backward(c: Estimate) -> None:
     c.stage = "backward"
     c.factor_gradients()
     c.build_weight()
     c.base()
 
 
-def _fused(c: _Count) -> None:
+def _fused(c: Estimate) -> None:
     """Base and adapter in one kernel: two products for each chunk of ranks; each chunk reads W0 again."""
     chunks = max(1, math.ceil(c.p.max_rank / FUSED_MAX_RANK))  # a rank of 0 still reads W0
     flops = 2 * chunks * c.unit / FUSED_EFFICIENCY

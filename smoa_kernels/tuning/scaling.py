@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .gpus import Gpu
 from .models import Decoder
-from .roofline import Problem, backward_workspace, estimate
+from .roofline import Estimate, Problem, backward_workspace
 
 NODE = 8  # GPUs that share the fast links
 NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
@@ -110,6 +110,6 @@ def _activations(d: Decoder) -> int:
 def _seconds(problem: Problem, gpu: Gpu, method: str, *, is_head: bool = False) -> float:
     """Seconds of a layer's kernels, whose forward runs twice; the head's runs once, without an adapter."""
     way = "frozen" if is_head else {"full": "frozen", "lora": "lora", "smoa": "split"}[method]
-    found = estimate(problem, gpu, way)
+    found = Estimate(problem, gpu, way)
     forwards = (1 if is_head else 2) + (method == "full")  # dW: a product of the size of forward's
     return forwards * found.device_seconds("forward") + found.device_seconds("backward")
