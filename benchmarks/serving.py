@@ -93,10 +93,10 @@ def predicted(batch: int, rank: int) -> float:
     """
     from smoa_kernels.tuning.gpus import GPUS
 
-    rates = GPUS["h100"].rates("bf16")
+    gpu = GPUS["h100"]
 
     def seconds_per_weight(rows: int) -> float:
-        return max(2 / rates.bytes_per_second, 2 * rows / rates.flops_per_second)
+        return max(2 / gpu.bytes_per_second, 2 * rows / gpu.flops_per_second("bf16"))
 
     return (seconds_per_weight(batch) + seconds_per_weight(batch * rank)) / seconds_per_weight(batch)
 

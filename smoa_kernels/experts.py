@@ -13,14 +13,13 @@ from torch import Tensor
 from .backends import load_experts_backend
 from .definition.experts import ExpertBlocks, ExpertsAdapter
 from .definition.precision import without_autocast
-from .operator import Gradients, backward_fake, below_autograd, or_empty, register
+from .operator import Gradients, backward_fake, or_empty, register
 
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ends, Tensor ranks, Tensor scaling, Tensor row_offsets, "
     "Tensor col_offsets, Tensor? row_index, Tensor? col_index, int granule, str backend"
 )
 _TENSORS = _CALL.count("Tensor")
-_PLAIN = "smoa_kernels.definition.experts.reference_experts_linear, in plain PyTorch, has one"
 
 
 class ExpertsCall(NamedTuple):
@@ -73,7 +72,7 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
 def _forward(x: Tensor, *flat: Any) -> Tensor:
     ends, adapter, backend = ExpertsCall.unflatten(*flat)
     with without_autocast(x):
-        return load_experts_backend(backend).experts_product(ends, adapter)(x)
+        return load_experts_backend(backend).experts_forward(x, ends, adapter)
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
@@ -89,11 +88,6 @@ def _forward_fake(x: Tensor, *flat: Any) -> Tensor:
 
 class _Experts(torch.autograd.Function):
     """`experts_linear` with its derivatives; its arguments are the operator's."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        """Call the operator."""
-        return below_autograd(_operator, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -113,42 +107,32 @@ class _Experts(torch.autograd.Function):
         return dx if needs_x else None, None, *factors, *[None] * len(others)
 
 
-class _ExpertsBackward(torch.autograd.Function):
-    """Raises an error if a second derivative is asked for."""
+def _no_further_derivative(ctx: Any, *grad_outputs: Any) -> Any:
+    raise RuntimeError(
+        "experts_linear has no second derivative and no forward mode; "
+        "smoa_kernels.definition.experts.reference_experts_linear, in plain PyTorch, has both"
+    )
 
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        """Call the operator."""
-        return below_autograd(_backward_operator, *args)
+
+class _ExpertsBackward(torch.autograd.Function):
+    backward = staticmethod(_no_further_derivative)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
         """Save nothing."""
 
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        """Raise an error."""
-        raise RuntimeError(f"experts_linear has no second derivative; {_PLAIN}")
 
-
-def _no_forward_mode(*args: Any) -> Any:
-    raise RuntimeError(f"experts_linear has no forward-mode derivative; {_PLAIN}")
-
-
-_LIBRARY = torch.library.Library("smoa", "FRAGMENT")
-_operator, _experts = register(
-    _LIBRARY,
+_, _experts = register(
     f"experts_linear(Tensor x, {_CALL}) -> Tensor",
     kernel=_forward,
     fake=_forward_fake,
     function=_Experts,
-    formula=_no_forward_mode,
+    formula=_no_further_derivative,
 )
-_backward_operator, _experts_backward = register(
-    _LIBRARY,
+_, _experts_backward = register(
     f"experts_linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
     fake=backward_fake,
     function=_ExpertsBackward,
-    formula=_no_forward_mode,
+    formula=_no_further_derivative,
 )

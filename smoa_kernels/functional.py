@@ -111,7 +111,8 @@ def smoa_linear(
     if dropout_p > 0:
         seed = draw_seed(x.device) if dropout_seed is None else dropout_seed
         dropout = Dropout(seed, dropout_p, column_offset, width)
-    return call_linear(x, bias, algorithm, LinearCall(adapter, dropout, backend))
+    y: Tensor = call_linear(x, bias, algorithm, *LinearCall(adapter, dropout, backend).flatten())
+    return y
 
 
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:

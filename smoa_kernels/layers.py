@@ -175,7 +175,7 @@ class FusedSMoALinear(AdapterState):
         shard = self._shard
         buffers: Any = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
         if shard is not None:
-            x, weight, (A, B) = shard.input(x), shard.weight(weight), shard.factors(A, B)
+            x, weight, A, B = shard.local(x), shard.weight(weight), shard.local(A), shard.local(B)
             bias = None if bias is None else shard.bias(bias)
         if buffers["smoa_base_weight"] is not None:
             check_input(x, weight)
@@ -251,7 +251,7 @@ class FusedSMoALinear(AdapterState):
         weight = self.weight if self.smoa_base_weight is None else self.smoa_base_weight
         weight, A, B = weight.detach(), self.smoa_A.detach(), self.smoa_B.detach()
         if self._shard is not None:
-            weight, (A, B) = self._shard.weight(weight), self._shard.factors(A, B)
+            weight, A, B = self._shard.weight(weight), self._shard.local(A), self._shard.local(B)
         return PackedAdapter(
             weight, A, B, self.partition, self.smoa_ranks, self.smoa_scaling, self.block_ranks
         )

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import load_backend
-from .definition import reference
 from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
 from .definition.packed import PackedAdapter
@@ -73,32 +72,6 @@ class LinearCall(NamedTuple):
         adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks)
         dropout = None if seed is None else Dropout(seed, p, column_offset, width)
         return LinearCall(adapter, dropout, backend)
-
-
-def call_linear(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
-    """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ`, differentiable in x, bias, A and B.
-
-    Args:
-        x: (..., C); y is (..., N) in its dtype.
-        bias: (N,) or None.
-        algorithm: "auto" or one that the call's backend has.
-        call: the other arguments.
-    """
-    y: Tensor = _linear(x, bias, algorithm, *call.flatten())
-    return y
-
-
-def call_linear_backward(dy: Tensor, x: Tensor | None, needs_x: bool, call: LinearCall) -> Gradients:
-    """Compute (dX, dA, dB) of :func:`call_linear`, empty where not needed.
-
-    Args:
-        dy: (..., N).
-        x: (..., C), or None where neither dA nor dB is needed.
-        needs_x: whether dX is needed.
-        call: the forward's.
-    """
-    found: Gradients = _linear_backward(dy, x, needs_x, *call.flatten())
-    return found
 
 
 # The operators' kernels
@@ -154,11 +127,21 @@ def _with_leading_dimensions(y: Tensor, x: Tensor) -> Tensor:
     return y if x.ndim == 2 else torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]])
 
 
-# The same in plain operators
+# The same by the reference, which torch differentiates in x, bias, dY, A and B, and batches
 
 
 def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
-    """Compute `linear` by the reference, which torch differentiates in x, bias, A and B, and batches.
+    """Compute `linear` by the reference."""
+    return _forward(x, bias, algorithm, *_for_reference(*flat))
+
+
+def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
+    """Compute `linear_backward` by the reference."""
+    return _backward(dy, x, needs_x, *_for_reference(*flat))
+
+
+def _for_reference(*flat: Any) -> tuple[Any, ...]:
+    """The same call for the reference.
 
     Raises:
         RuntimeError: the kernels' dropout is on; the reference has another mask.
@@ -169,26 +152,9 @@ def formula(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tenso
             "under dropout backend 'triton' has a gradient and nothing further (its mask is drawn inside the kernels): "
             "no second derivative, forward mode or batch; use backend='eager' or no dropout"
         )
-    numbers = adapter.block_ranks  # a batch of models has a batch of ranks, all equal
-    ranks = adapter.ranks if numbers is None else torch.tensor(numbers, dtype=adapter.ranks.dtype)
-    adapter = replace(adapter, weight=adapter.weight.to(x.dtype), ranks=ranks)
-    bias = None if bias is None else bias.to(x.dtype)
-    y = reference.forward(_as_matrix(x), bias, adapter, "auto", dropout)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    """Compute `linear_backward` as the derivative of :func:`formula`, differentiable in dy, x, A and B."""
-    weight, A, B, *rest = flat
-    # Without x only dX is needed, which does not depend on x.
-    at = dy.new_zeros(*dy.shape[:-1], weight.shape[1]) if x is None else x
-
-    def forward(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return formula(x, None, "auto", weight, A, B, *rest)
-
-    dx, dA, dB = torch.func.vjp(forward, at, A, B)[1](dy)
-    factors = (dA.new_empty(0), dB.new_empty(0)) if x is None else (dA, dB)
-    return dx if needs_x else dy.new_empty(0), *factors
+    if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
+        adapter = replace(adapter, ranks=torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype))
+    return LinearCall(adapter, dropout, "reference").flatten()
 
 
 # Derivatives
@@ -196,11 +162,6 @@ def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -
 
 class _Linear(torch.autograd.Function):
     """`linear` with its derivatives; its arguments are the operator's."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        """Call the operator, below all transforms of `torch.func`."""
-        return below_autograd(linear, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -216,7 +177,7 @@ class _Linear(torch.autograd.Function):
         """Gradients in x, bias, A and B."""
         x, *tensors = ctx.saved_tensors
         needs_x, needs_bias, _, _, needs_A, needs_B, *others = ctx.needs_input_grad
-        dx, dA, dB = _linear_backward(dy, x, needs_x, *tensors, *ctx.settings)
+        dx, dA, dB = call_linear_backward(dy, x, needs_x, *tensors, *ctx.settings)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
         factors = dA if needs_A else None, dB if needs_B else None
         return dx if needs_x else None, dbias, None, None, *factors, *[None] * len(others)
@@ -228,21 +189,12 @@ class _Linear(torch.autograd.Function):
         of_x, of_bias, _, *of_call = in_dims
         _check_seed(of_call)
         if of_x is not None and of_bias is None and _is_one_call(of_call, flat):
-            return _linear(x.movedim(of_x, 0), bias, algorithm, *flat), 0
-
-        def one(x: Tensor, bias: Tensor | None, *tensors: Any) -> Tensor:
-            return formula(x, bias, algorithm, *tensors, *flat[_TENSORS:])
-
-        return _vmap(one, (of_x, of_bias, *of_call[:_TENSORS]))(x, bias, *flat[:_TENSORS]), 0
+            return call_linear(x.movedim(of_x, 0), bias, algorithm, *flat), 0
+        return _vmap(formula, in_dims)(*inputs), 0
 
 
 class _LinearBackward(torch.autograd.Function):
     """`linear_backward` with its own derivative; its arguments are the operator's."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        """Call the operator, below all transforms of `torch.func`."""
-        return below_autograd(linear_backward, *args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Gradients) -> None:
@@ -268,21 +220,17 @@ class _LinearBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Gradients, tuple[Any, ...]]:
         """A batch of dY is one more leading dimension for dX; each sample's dA and dB come from the formula."""
         dy, x, needs_x, *flat = inputs
-        of_dy, of_x, _, *of_call = in_dims
+        of_dy, _, _, *of_call = in_dims
         _check_seed(of_call)
         joined = of_dy is not None and needs_x and _is_one_call(of_call, flat)
         needs_x = needs_x and not joined
-
-        def one(dy: Tensor, x: Tensor | None, *tensors: Any) -> Gradients:
-            return formula_gradients(dy, x, needs_x, *tensors, *flat[_TENSORS:])
-
         found: Gradients = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
         dims: tuple[Any, ...] = None, None, None
         if needs_x or x is not None:
-            found = _vmap(one, (of_dy, of_x, *of_call[:_TENSORS]))(dy, x, *flat[:_TENSORS])
+            found = _vmap(formula_gradients, in_dims)(dy, x, needs_x, *flat)
             dims = 0, 0, 0
         if joined:
-            dx, *_ = _linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
+            dx, *_ = call_linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
             found, dims = (dx, *found[1:]), (0, *dims[1:])
         return found, dims
 
@@ -306,8 +254,10 @@ _vmap: Any = partial(torch.vmap, randomness="same")
 # Registration
 
 
+_LIBRARY = torch.library.Library("smoa", "DEF")
+
+
 def register(
-    library: torch.library.Library,
     schema: str,
     *,
     kernel: Callable[..., Any],
@@ -315,46 +265,44 @@ def register(
     function: Any,
     formula: Callable[..., Any],
 ) -> tuple[Any, Callable[..., Any]]:
-    """Define an opaque operator with its shapes and its derivative; return it, and the function that Python calls.
+    """Define an opaque operator of "smoa" with its derivative; return it, and the function that Python calls.
 
     That function records the derivative and then calls the operator, so that the dispatcher converts the arguments
     once. Compilers get the operator itself. `torch.library.register_autograd` searches the schema for each argument.
 
     Args:
-        library: of the namespace "smoa".
         schema: "name(arguments) -> results".
         kernel: computes it, on any device.
         fake: makes results of the right shapes and dtypes, without values.
-        function: the autograd function that calls :func:`below_autograd`. Its arguments are the operator's.
+        function: the autograd function. Its arguments are the operator's, which its `forward` will be.
         formula: computes it in forward mode, or raises an error.
     """
-    name = library.define(schema)
+    name = _LIBRARY.define(schema)
     operator = getattr(torch.ops.smoa, name).default
+    function.forward = staticmethod(partial(_below_autograd, operator))
     untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
     unbound = _without_binding(function, operator)
 
     def recorded(*args: Any) -> Any:
+        transformed = torch._C._are_functorch_transforms_active()
         tangents = (forward_ad.unpack_dual(one).tangent for one in args if isinstance(one, Tensor))
         # The plain operator's result would have no tangent, which counts as zero.
-        if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
+        if forward_ad._current_level >= 0 and (transformed or any(one is not None for one in tangents)):
             return formula(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return (function if torch._C._are_functorch_transforms_active() else unbound).apply(*args)
-        return below_autograd(operator, *args)
+        if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return (function if transformed else unbound).apply(*args)
+        return _below_autograd(operator, *args)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
-            return operator(*args)
-        if not torch._C._are_functorch_transforms_active():
-            return recorded(*args)
-        return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
+        is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
+        return (operator if is_traced else recorded)(*args)
 
     def opaque(*args: Any) -> Any:
         return (untraced if "torch._dynamo" in sys.modules else kernel)(*args)
 
-    library.impl(name, opaque, "CompositeExplicitAutograd")
-    library.impl(name, recorded, "Autograd")
-    torch.library.register_fake(f"smoa::{name}", fake, lib=library)
+    _LIBRARY.impl(name, opaque, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, recorded, "Autograd")
+    torch.library.register_fake(f"smoa::{name}", fake, lib=_LIBRARY)
     return operator, call
 
 
@@ -365,7 +313,7 @@ def _without_binding(function: Any, operator: Any) -> Any:
     """
 
     def forward(ctx: Any, *args: Any) -> Any:
-        output = below_autograd(operator, *args)
+        output = _below_autograd(operator, *args)
         function.setup_context(ctx, args, output)
         return output
 
@@ -373,26 +321,26 @@ def _without_binding(function: Any, operator: Any) -> Any:
     return type(function.__name__, (function,), {name: staticmethod(one) for name, one in methods.items()})
 
 
-def below_autograd(operator: Any, *args: Any) -> Any:
+def _below_autograd(operator: Any, *args: Any) -> Any:
     """Call an operator without recording its derivative."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
 
-_LIBRARY = torch.library.Library("smoa", "DEF")
-linear, _linear = register(
-    _LIBRARY,
+linear, call_linear = register(
     f"linear(Tensor x, Tensor? bias, str algorithm, {_CALL}) -> Tensor",
     kernel=_forward,
     fake=_forward_fake,
     function=_Linear,
     formula=formula,
 )
-linear_backward, _linear_backward = register(
-    _LIBRARY,
+"""`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C), a bias or None, an algorithm, and a flat :class:`LinearCall`."""
+
+linear_backward, call_linear_backward = register(
     f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
     fake=backward_fake,
     function=_LinearBackward,
     formula=formula_gradients,
 )
+"""Its (dX, dA, dB), empty where not needed, for dy (..., N), x where dA or dB is needed, and whether dX is."""

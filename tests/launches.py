@@ -88,7 +88,7 @@ def experts_passes(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         empty((), dtype=torch.float32),
     )
     ends, x, dy = empty(experts, dtype=torch.int32), empty(300, in_features), empty(300, out_features)
-    yield "experts", lambda: backend.experts_product(ends, layer)(x)
+    yield "experts", lambda: backend.experts_forward(x, ends, layer)
     # dX alone: without CUDA, torch cannot fake the copies of dA and of a B with other strides.
     yield "experts' backward", lambda: backend.experts_backward(dy, None, ends, layer, needs_x=True)
 

@@ -18,7 +18,7 @@ from smoa_kernels.definition import reference
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks, scaling_tensor
-from smoa_kernels.kernels.spec import padding_multiple
+from smoa_kernels.kernels.spec import block_width
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where numerical tests compute; the kernels run on the CPU under Triton's interpreter (conftest.py)."""
@@ -339,12 +339,10 @@ def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
     ones = torch.ones_like(problem.x, dtype=torch.float32)
     if backend != "triton":
         return (dropout.multiplier(ones) != 0).double()
-    from smoa_kernels.kernels.common import padded_width  # needs triton
-    from smoa_kernels.kernels.permute import gather_columns, scatter_columns
+    from smoa_kernels.kernels.permute import gather_columns, scatter_columns  # needs triton
 
     blocks = problem.partition
-    width = padded_width(blocks.col_sizes, padding_multiple(blocks.col_sizes))
-    gathered = gather_columns(ones, blocks, width, dropout=dropout)
+    gathered = gather_columns(ones, blocks, block_width(blocks.col_sizes), dropout=dropout)
     mask = scatter_columns(gathered, blocks, torch.empty_like(ones))
     return (mask != 0).double()
 

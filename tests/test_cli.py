@@ -12,7 +12,7 @@ from typer.main import get_command
 from smoa_kernels.cli import info, main
 from smoa_kernels.cli.app import app
 from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.roofline import WAYS, Problem, estimate
+from smoa_kernels.tuning.roofline import WAYS, Estimate, Problem
 
 DEFAULT = ["roofline", "--gpu", "h100", "--tokens", "8192", "--shape", "4096x4096", "--rank", "16"]
 
@@ -32,7 +32,7 @@ def test_roofline_takes_the_order_of_blocks_as_a_layer_does(capsys):
     assert main([*DEFAULT, *order]) == 0
     out = capsys.readouterr().out
     assert "K=8 contiguous" in out
-    expected = estimate(Problem(8192, 4096, 4096, 8, 16, "fp16", granule=512), GPUS["h100"], "split")
+    expected = Estimate(Problem(8192, 4096, 4096, 8, 16, "fp16", granule=512), GPUS["h100"], "split")
     (row,) = (line for line in out.splitlines() if line.strip().startswith("SMoA split"))
     assert f"{expected.seconds('backward') * 1e3:.3f}" in row
     assert f" {expected.launches()} " in row

@@ -13,11 +13,10 @@ from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.roofline import (
     LAUNCH_SECONDS,
+    Estimate,
     Part,
     Problem,
     backward_workspace,
-    estimate,
-    parts,
 )
 
 H100 = GPUS["h100"]
@@ -28,11 +27,11 @@ GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
 
 
 def over_frozen(problem: Problem, way: str) -> float:
-    return estimate(problem, H100, way).seconds() / estimate(problem, H100, "frozen").seconds()
+    return Estimate(problem, H100, way).seconds() / Estimate(problem, H100, "frozen").seconds()
 
 
 def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
-    (found,) = (p for p in parts(problem, way) if p.name == name and p.stage == stage)
+    (found,) = (p for p in Estimate(problem, H100, way).parts if p.name == name and p.stage == stage)
     return found
 
 
@@ -76,7 +75,7 @@ def test_launches() -> None:
     p, q = (replace(found, tokens=256) for found in (SQUARE, CONTIGUOUS))
     found, in_place = (
         [
-            [estimate(of, H100, way).launches(stage) for stage in ("forward", "backward")]
+            [Estimate(of, H100, way).launches(stage) for stage in ("forward", "backward")]
             for way in ("frozen", "lora", "merged", "split", "fused")
         ]
         for of in (p, q)
@@ -86,22 +85,22 @@ def test_launches() -> None:
 
 
 def test_a_pass_takes_the_longer_of_host_and_device() -> None:
-    few, many = estimate(replace(SQUARE, tokens=64), H100, "lora"), estimate(SQUARE, H100, "lora")
+    few, many = Estimate(replace(SQUARE, tokens=64), H100, "lora"), Estimate(SQUARE, H100, "lora")
     assert few.seconds() == few.host_seconds() == pytest.approx(12 * LAUNCH_SECONDS)
     assert many.seconds() == pytest.approx(many.device_seconds())
     assert many.device_seconds() > many.host_seconds()
 
 
 def test_bytes_in_place_by_hand() -> None:
-    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns. Copies are padded to 64."""
+    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns."""
     p = Problem(8, 32, 16, 2, 2, "fp32", granule=8)
     size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
     scattered = replace(p, granule=1)
     assert part(scattered, "split", "build ΔW blocks").bytes == size * (3 * blocks + factors)  # all of W0
-    assert part(scattered, "split", "block matmul").bytes == size * (8 * 2 * 64 + blocks + y)
+    assert part(scattered, "split", "block matmul").bytes == size * (x + blocks + y)
     assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
     assert part(p, "split", "block matmul").bytes == size * (x + blocks + y)
-    partials = 4 * 4 * (32 + 16)  # float32, 4 ranks of padding, one tile on each side
+    partials = 4 * (32 + 16)  # float32, one tile on each side
     found = part(p, "split", "block gradients", "backward")
     assert found.bytes == size * (x + y + blocks + factors) + partials
 
@@ -121,7 +120,7 @@ def test_operands_read_in_place(change: dict[str, int], in_place: bool) -> None:
     p = replace(SQUARE, **change)
     assert p.in_place == in_place
     for way in ("merged", "split"):
-        assert in_place != any(q.name.startswith("gather") for q in parts(p, way))
+        assert in_place != any(q.name.startswith("gather") for q in Estimate(p, H100, way).parts)
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
@@ -152,11 +151,11 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
     """Below the limit, fused is predicted to take at most `most` times the alternative, at r = 16."""
 
     def seconds(p: Problem, way: str, stage: str) -> float:
-        found = estimate(p, gpu, way)
+        found = Estimate(p, gpu, way)
         if stage == "forward":
             return found.device_seconds("forward")
         names = ("fused dX",) if way == "fused" else ("build W_eff", "dX = dY·W")
-        return sum(p.seconds(found.rates) for p in found.parts if p.name in names)
+        return sum(p.seconds for p in found.parts if p.name in names)
 
     for stage, (n, c) in itertools.product(DIRECTIONS, ((2048, 2048), (8192, 8192), (4096, 14336))):
         tokens = 1
@@ -175,12 +174,9 @@ def test_workspace_by_hand() -> None:
     """Partial sums are float32, ρ = 4: a slice per 128-wide tile of the other side."""
     p = Problem(8192, 14336, 4096, 4, 16)
     gathered, partials = 2 * 8192 * (14336 + 4096), 4 * 4 * (14336 * 8 + 4096 * 28)
-    stages = backward_workspace(p)
-    assert stages["factor gradients"] == gathered + partials
-    assert stages["input gradient"] == 112 * 2**20
-    # Granules are read in place: only partials and W_eff remain. So is one block that fills its tiles.
-    partials, w_eff = 4 * 4 * 2 * 4096 * 8, 2 * 4096 * 4096
-    in_place = backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=8))
-    assert in_place == {"factor gradients": partials, "input gradient": w_eff}
-    one_block = backward_workspace(Problem(8192, 4096, 4096, 1, 16))
-    assert one_block["factor gradients"] == 4 * 16 * 2 * 4096 * 32
+    assert backward_workspace(p) == gathered + partials
+    # Granules are read in place, and so is one block. Partials are freed before W_eff is built.
+    w_eff = 2 * 4096 * 4096
+    assert backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=8)) == w_eff
+    assert backward_workspace(Problem(8192, 4096, 4096, 1, 16)) == w_eff
+    assert Problem(8192, 4096, 4096, 1, 16).partial_bytes == 4 * 16 * 2 * 4096 * 32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import Problem, estimate
+from smoa_kernels.tuning.roofline import Estimate, Problem
 
 from .. import tables
 from ..providers import FROZEN, HIRA, LORA, SMOA, Case
@@ -70,9 +70,9 @@ def _headline(run: Run, gpu: Gpu) -> str:
     rows = []
     for result in run.select("layer"):
         problem, both, cells = _problem(result), result.comparison("both"), [tables.case_name(result)]
-        frozen = estimate(problem, gpu, "frozen").seconds()
+        frozen = Estimate(problem, gpu, "frozen").seconds()
         for name, way in WAYS.items():
-            predicted, found = estimate(problem, gpu, way).seconds() / frozen, both.ratio(name)
+            predicted, found = Estimate(problem, gpu, way).seconds() / frozen, both.ratio(name)
             cells.append(f"{'–' if found is None else found.short()} ({predicted:.2f})")
         rows.append(cells)
     return tables.table((f"{run.label} (predicted for {gpu.name})", *WAYS), rows)

@@ -24,23 +24,6 @@ from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee, pre
 from ..kernels.architectures import gpu_properties
 from .native.library import obstacle as library_obstacle
 
-__all__ = [
-    "ALGORITHM_CHOICES",
-    "BACKEND_CHOICES",
-    "MOST_TRITON_RANKS",
-    "Backend",
-    "ExpertsBackend",
-    "Gradients",
-    "algorithms_of",
-    "load_backend",
-    "load_experts_backend",
-    "miscompiled",
-    "miscompiled_on",
-    "native_obstacle",
-    "resolve_backend",
-    "triton_obstacle",
-]
-
 BACKEND_CHOICES = ("auto", "eager", "native", "triton", "reference")
 ALGORITHM_CHOICES = ("auto", "merged", "split", "expanded", "fused")
 
@@ -101,18 +84,17 @@ class Backend(Protocol):
 class ExpertsBackend(Protocol):
     """The interface of a backend for experts; x has the dtype of the adapter's W0."""
 
-    def experts_product(self, ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-        """Return a function `y_p = x_p W0_eᵀ + x_p ΔW_eᵀ`, e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
+    def experts_forward(self, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+        """`y_p = x_p W0_eᵀ + x_p ΔW_eᵀ`, e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
 
         x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each, like `offs` of
-        `grouped_mm`. In half precision the adapter's output is added before the base GEMM rounds, once. All work that
-        does not need x is done before this returns.
+        `grouped_mm`. In half precision the adapter's output is added before the base GEMM rounds, once.
         """
 
     def experts_backward(
         self, dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
     ) -> Gradients:
-        """Gradients of `experts_product` for dy (P, N): dX where `needs_x`, dA and dB where x is given.
+        """Gradients of `experts_forward` for dy (P, N): dX where `needs_x`, dA and dB where x is given.
 
         Those of an expert without pairs are exactly zero.
         """

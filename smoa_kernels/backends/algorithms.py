@@ -1,17 +1,10 @@
-"""The triton backend's choices: algorithms, the rule of "auto" without a tuning table, and sizes of its workspace.
-
-Nothing here needs Triton, so that the predictions (`tuning/roofline.py`) can use the same sizes.
-"""
+"""The triton backend's rule of "auto" without a tuning table; nothing here needs Triton."""
 
 from __future__ import annotations
 
-import math
-
 from ..definition.precision import PRECISIONS
 from ..kernels.architectures import facts
-from ..kernels.spec import ALGORITHM_KEYS, padding_multiple, partial_width
-
-ALGORITHMS = ("merged", "split", "fused")
+from ..kernels.spec import ALGORITHM_KEYS
 
 # Above these ρ the fused kernel takes the rank in chunks and loads nothing ahead.
 FUSED_MAX_RANK = 64
@@ -20,8 +13,6 @@ FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in r
 # From this T·K on, the kernels are less than 5 % faster than cuBLAS alone on blocks that are one batch.
 BATCH_ROWS = 20_000
 BATCH_ROWS_IEEE = 2_600
-
-GRAD_TILE = 128  # block_grad writes one rank-sized partial for each tile of this many rows or columns
 
 
 def admissible(stage: str, dtype: str) -> tuple[str, ...]:
@@ -75,27 +66,3 @@ def choose_algorithm(stage: str, tokens: int, rank: int, dtype: str, arch: str, 
     if tokens <= limit and rank <= (FUSED_MAX_RANK_IEEE if precision.ieee else FUSED_MAX_RANK):
         return "fused"
     return "merged" if "merged" in admissible(stage, dtype) else "split"
-
-
-def padded(features: int, num_blocks: int) -> int:
-    """Width of the padded block-major layout of N or C coordinates that are cut evenly."""
-    widest = math.ceil(features / num_blocks)
-    multiple = padding_multiple((widest,))
-    return num_blocks * math.ceil(widest / multiple) * multiple
-
-
-def partial_bytes(features: tuple[int, int], num_blocks: int, rank: int) -> int:
-    """Bytes of the float32 partials of dA and dB that one launch of block_grad writes.
-
-    Within each block there is one slice of (R, tile) for each tile of the other side; R is `spec.partial_width`. Not
-    counted: a problem with fewer tiles than the GPU has multiprocessors also splits its tokens among programs, and each
-    split writes partials. They are small then.
-
-    Args:
-        features: N and C.
-        num_blocks: K.
-        rank: ρ.
-    """
-    N, C = features
-    row_tiles, col_tiles = (math.ceil(padded(n, num_blocks) / num_blocks / GRAD_TILE) for n in features)
-    return 4 * partial_width(rank) * (N * col_tiles + C * row_tiles)

@@ -61,21 +61,6 @@ class BlockOrder:
     batched: bool = False
 
     @property
-    def T(self) -> BlockOrder:
-        """The same for W_effᵀ: rows and columns swapped."""
-        return BlockOrder(
-            weight=self.weight.T,
-            A=self.B.T,
-            B=self.A.T,
-            row_index=self.col_index,
-            col_index=self.row_index,
-            ranks=self.ranks,
-            row_sizes=self.col_sizes,
-            col_sizes=self.row_sizes,
-            batched=self.batched,
-        )
-
-    @property
     def full(self) -> bool:
         """Whether every block has rank ρ, so that writing all blocks of a factor writes all of it."""
         return min(self.ranks) == self.A.shape[0]
@@ -125,20 +110,23 @@ class BlockOrder:
             yield self.batch(self.weight)
         elif self.row_index is None or self.col_index is None:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
-        elif self.weight.stride(0) < self.weight.stride(1):
-            yield from (block.T for block in self.T.weights())
         else:
-            width = self.weight.shape[1]
-            count = max(16, _ROW_BYTES // max(1, width * self.weight.itemsize))
-            whole = self.weight.new_empty(min(count, max(self.row_sizes)), width)
-            indices = zip(self.rows(self.row_index.places), self.cols(self.col_index.places, 0), strict=True)
-            for rows, cols in indices:
-                index = Index(cols, self.col_index.run)
-                block = self.weight.new_empty(rows.shape[0], cols.shape[0])
-                for some, out in zip(row_panels(rows, count), row_panels(block, count), strict=True):
-                    found = torch.index_select(self.weight, 0, some, out=whole[: some.shape[0]])
-                    select_columns(found, index, out)
-                yield block
+            weight, run, turned = (
+                self.weight,
+                self.col_index.run,
+                self.weight.stride(0) < self.weight.stride(1),
+            )
+            rows, cols = self.rows(self.row_index.places), self.cols(self.col_index.places, 0)
+            if turned:  # columns are the rows of memory
+                weight, run, rows, cols = weight.T, self.row_index.run, cols, rows
+            count = max(16, _ROW_BYTES // max(1, weight.shape[1] * weight.itemsize))
+            whole = weight.new_empty(min(count, weight.shape[0]), weight.shape[1])
+            for outer, inner in zip(rows, cols, strict=True):
+                block = weight.new_empty(outer.shape[0], inner.shape[0])
+                for some, out in zip(row_panels(outer, count), row_panels(block, count), strict=True):
+                    found = torch.index_select(weight, 0, some, out=whole[: some.shape[0]])
+                    select_columns(found, Index(inner, run), out)
+                yield block.T if turned else block
 
 
 def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,30 +12,26 @@ from ..definition.packed import PackedAdapter
 from . import Gradients, eager
 
 
-def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype.
 
     The base's part is a product of its own, so that y equals that of the model without an adapter if B is zero.
     """
-
-    def product(x: Tensor) -> Tensor:
-        y = x.new_empty(x.shape[0], adapter.weight.shape[1])
-        for _, pairs, layer in _active(len(x), ends, adapter):
-            if x.itemsize > 2:
-                base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
-            elif layer.B.any() and layer.scaling:
-                y[pairs] = eager.forward(x[pairs], None, layer, "auto", None)
-            else:
-                base_output(x[pairs], layer.weight, out=y[pairs])
-        return y
-
-    return product
+    y = x.new_empty(x.shape[0], adapter.weight.shape[1])
+    for _, pairs, layer in _active(len(x), ends, adapter):
+        if x.itemsize > 2:
+            base_output(x[pairs], layer.weight, out=y[pairs]).add_(eager.adapter_output(x[pairs], layer))
+        elif layer.B.any() and layer.scaling:
+            y[pairs] = eager.forward(x[pairs], None, layer, "auto", None)
+        else:
+            base_output(x[pairs], layer.weight, out=y[pairs])
+    return y
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
     dx = dy.new_empty(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
     dA, dB = (None, None) if x is None else (torch.zeros_like(adapter.A), torch.zeros_like(adapter.B))
     for e, pairs, layer in _active(len(dy), ends, adapter):

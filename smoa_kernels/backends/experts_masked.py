@@ -6,7 +6,7 @@ of `experts.py`, which reads `ends` on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,23 +40,19 @@ class _Expert(NamedTuple):
     pairs: Tensor
 
 
-def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
-
-    def product(x: Tensor) -> Tensor:
-        y = x.new_zeros(x.shape[0], adapter.weight.shape[1])
-        for one in _experts(x.shape[0], ends, adapter):
-            delta = (one.modulation * one.weight).to(x.dtype)
-            y = torch.where(one.pairs, accumulate(x @ delta.T, x, one.weight), y)
-        return y
-
-    return product
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+    y = x.new_zeros(x.shape[0], adapter.weight.shape[1])
+    for one in _experts(x.shape[0], ends, adapter):
+        delta = (one.modulation * one.weight).to(x.dtype)
+        y = torch.where(one.pairs, accumulate(x @ delta.T, x, one.weight), y)
+    return y
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
     dx = dy.new_zeros(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
     dA, dB = (None, None) if x is None else (torch.empty_like(adapter.A), torch.empty_like(adapter.B))
     for e, one in enumerate(_experts(dy.shape[0], ends, adapter)):

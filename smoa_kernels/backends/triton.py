@@ -17,8 +17,6 @@ Experts: one launch computes all of them. Nothing of W0's size is built, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,28 +29,18 @@ from ..kernels import modulate, table
 from ..kernels.architectures import architecture
 from ..kernels.block_grad import block_grad
 from ..kernels.block_matmul import block_matmul
-from ..kernels.common import block_width
 from ..kernels.fused_linear import fused_linear
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
-from ..kernels.launch import Layout, on_device
+from ..kernels.launch import Layout, described, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
-from ..kernels.spec import Key, bucket, granule_of
+from ..kernels.spec import Key, block_width, bucket, granule_of
 from . import Gradients, eager
-from .algorithms import ALGORITHMS, admissible, choose_algorithm
+from .algorithms import admissible, choose_algorithm
 from .block_order import is_batch
 
-__all__ = [
-    "ALGORITHMS",
-    "backward",
-    "experts_backward",
-    "experts_product",
-    "factor_gradients",
-    "forward",
-    "input_gradient",
-    "modulated_weight",
-]
+ALGORITHMS = ("merged", "split", "fused")
 
 
 def forward(
@@ -100,20 +88,16 @@ def backward(
     return dx, dA, dB
 
 
-def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
-
-    def product(x: Tensor) -> Tensor:
-        with on_device(x.device):
-            return grouped_linear(x, ends, adapter)
-
-    return product
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+    with on_device(x.device):
+        return grouped_linear(x, ends, adapter)
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
     with on_device(dy.device):
         dA, dB = (None, None) if x is None else grouped_grad(dy, x, ends, adapter)
         return grouped_linear(dy, ends, adapter.T) if needs_x else None, dA, dB
@@ -169,7 +153,7 @@ def _delta_blocks(adapter: PackedAdapter) -> Tensor:
 
 def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
     """Choose the algorithm of "auto" without dropout, for one of `spec.ALGORITHM_KEYS`."""
-    layout = Layout.of(adapter)
+    layout, _ = described(adapter)
     batch = layout.num_blocks if is_batch(adapter) else 0
     return _choose(stage, layout, bucket(x.shape[0]), batch)
 

@@ -37,7 +37,7 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import gemm_is_ieee, precision_of
 from ..kernels.architectures import architecture, assembler, identity
-from ..kernels.launch import Launch, Layout, Pointers, heard_by, short_way, use_tritons_launcher
+from ..kernels.launch import Launch, Pointers, described, heard_by, short_way, use_tritons_launcher
 from ..kernels.spec import bucket
 from ..kernels.table import keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
@@ -88,20 +88,16 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
     return W_eff
 
 
-def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
-
-    def product(x: Tensor) -> Tensor:
-        y: Tensor = _run("experts", lambda of, adapter, _: of.experts_product(ends, adapter)(x), x, adapter)
-        return y
-
-    return product
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
+    y: Tensor = _run("experts", lambda of, adapter, _: of.experts_forward(x, ends, adapter), x, adapter)
+    return y
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given."""
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
 
     def run(backend: Any, adapter: Any, _: Any) -> Any:
         return backend.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
@@ -120,7 +116,7 @@ def _run(
     """Run an operation by the kernels if they are verified for it, else by eager with the same mask."""
     theirs: Any = eager
     if isinstance(adapter, PackedAdapter):
-        layout: tuple[object, ...] = Layout.of(adapter)
+        layout: tuple[object, ...] = described(adapter)[0]
     else:
         theirs, w, blocks = experts, adapter.weight, adapter.blocks
         layout = w.device, w.dtype, w.shape, w.stride(), blocks.granule, blocks.is_contiguous

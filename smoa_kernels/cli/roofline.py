@@ -14,7 +14,7 @@ from ..checks import check_choice
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.precision import PRECISIONS
 from ..tuning.gpus import GPUS
-from ..tuning.roofline import PASSES, WAYS, Estimate, Problem, backward_workspace, estimate
+from ..tuning.roofline import PASSES, WAYS, Estimate, Problem, backward_workspace
 from .output import console, table_of
 
 LABELS = {
@@ -60,8 +60,8 @@ def roofline(
         together = math.gcd(*(size // blocks for size in features))
     problem = Problem(tokens, *features, blocks, rank, dtype, together)
     chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
-    estimates = {way: estimate(problem, GPUS[gpu], way) for way in WAYS}
-    workspace = max(backward_workspace(problem).values())
+    estimates = {way: Estimate(problem, GPUS[gpu], way) for way in WAYS}
+    workspace = backward_workspace(problem)
 
     out = console()
     order = block_order if granule == 1 else f"{block_order} in granules of {granule}"

@@ -8,10 +8,8 @@ Each pair of a token and one of its experts is a row of x. Pairs are sorted by e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 from .packed import PackedAdapter
-from .partition import BlockPartition, label_dtype
+from .partition import BlockPartition, granularity, label_dtype
 from .spectral_order import one_thread
 
 
@@ -59,10 +57,7 @@ class ExpertBlocks:
         with one_thread():
             sides = [labels.cpu().to(label_dtype(num_blocks)) for labels in (row_block, col_block)]
             sides = [side[:1] if bool((side == side[:1]).all()) else side for side in sides]
-            changes = [side[:, 1:] != side[:, :-1] for side in sides]
-            places = torch.cat([change.any(0).nonzero().flatten() + 1 for change in changes])
-            granule = math.gcd(*places.tolist()) or max(side.shape[1] for side in sides)
-            device = row_block.device
+            granule, device = granularity(sides), row_block.device
             offsets = [_offsets(side, num_blocks).to(device) for side in sides]
             if all(bool((side[:, 1:] >= side[:, :-1]).all()) for side in sides):
                 return cls(offsets[0], offsets[1], granule=granule)
@@ -93,15 +88,13 @@ class ExpertBlocks:
         """Make the partitions of some experts' weights; experts with shared blocks share one."""
         rows = _sides(self.row_offsets, self.row_index, experts)
         cols = _sides(self.col_offsets, self.col_index, experts)
-        if len(rows) == len(cols) == 1:
-            return [self._partition(rows[0], cols[0])] * len(experts)
-        return [self._partition(rows[e % len(rows)], cols[e % len(cols)]) for e in range(len(experts))]
-
-    def _partition(self, rows: _Side, cols: _Side) -> BlockPartition:
-        tensors = rows.labels, cols.labels, rows.places, cols.places, rows.offsets, cols.offsets
-        return BlockPartition.from_tensors(
-            tensors, [*rows.sizes, *cols.sizes, self.granule, self.is_contiguous]
-        )
+        found = []
+        for e in range(max(len(rows), len(cols))):
+            (row_tensors, row_sizes), (col_tensors, col_sizes) = rows[e % len(rows)], cols[e % len(cols)]
+            tensors = [one for pair in zip(row_tensors, col_tensors, strict=True) for one in pair]
+            sizes = [*row_sizes, *col_sizes, self.granule, self.is_contiguous]
+            found.append(BlockPartition.from_tensors(tensors, sizes))
+        return found * len(experts) if len(found) == 1 else found
 
 
 def _offsets(labels: Tensor, num_blocks: int) -> Tensor:
@@ -123,17 +116,10 @@ def _numbers(labels: Tensor, num_blocks: int) -> Tensor:
     return (labels + num_blocks * torch.arange(len(labels), device="cpu")[:, None]).flatten()
 
 
-class _Side(NamedTuple):
-    """Rows, or columns, of a partition."""
-
-    labels: Tensor
-    places: Tensor
-    offsets: Tensor
-    sizes: tuple[int, ...]
-
-
-def _sides(offsets: Tensor, index: Tensor | None, experts: Sequence[int]) -> list[_Side]:
-    """Rows, or columns, of some experts' partitions, made all at once; a single one if the experts share it."""
+def _sides(
+    offsets: Tensor, index: Tensor | None, experts: Sequence[int]
+) -> list[tuple[tuple[Tensor, Tensor, Tensor], list[int]]]:
+    """Labels, index and offsets of rows, or columns, and the blocks' sizes: of each expert, or one that all share."""
     size = int(offsets[0, -1])
     places = torch.arange(size, device=offsets.device)[None] if index is None else index
     offsets, places = (each if len(each) == 1 else each[list(experts)] for each in (offsets, places))
@@ -145,7 +131,7 @@ def _sides(offsets: Tensor, index: Tensor | None, experts: Sequence[int]) -> lis
     labels = runs.new_empty(count, size)
     labels.scatter_(1, places.expand(count, -1), runs.expand(count, -1))
     return [
-        _Side(labels[e], places[e % len(places)], offsets[e % len(offsets)], tuple(known[e % len(known)]))
+        ((labels[e], places[e % len(places)], offsets[e % len(offsets)]), known[e % len(known)])
         for e in range(count)
     ]
 

@@ -231,15 +231,14 @@ class BlockPartition:
         sides = both.split([row_block.shape[0], col_block.shape[0]])
         _check_range("row_block", sides[0], num_blocks)
         _check_range("col_block", sides[1], num_blocks)
-        row_sizes, col_sizes = (torch.bincount(side, minlength=num_blocks).tolist() for side in sides)
-        row_block, col_block = (one.long().to(label_dtype(num_blocks)) for one in (row_block, col_block))
-        tensors = (
-            *(row_block, col_block),
-            *(torch.argsort(row_block, stable=True), torch.argsort(col_block, stable=True)),
-            *(_offsets(row_sizes, row_block.device), _offsets(col_sizes, col_block.device)),
-        )
+        sizes = [torch.bincount(side, minlength=num_blocks).tolist() for side in sides]
+        labels = [one.long().to(label_dtype(num_blocks)) for one in (row_block, col_block)]
+        index = [torch.argsort(one, stable=True) for one in labels]
+        device = row_block.device
+        offsets = [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=device) for one in sizes]
         is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
-        return cls.from_tensors(tensors, [*row_sizes, *col_sizes, _granularity(sides), is_contiguous])
+        numbers = [*sizes[0], *sizes[1], granularity(sides), is_contiguous]
+        return cls.from_tensors([*labels, *index, *offsets], numbers)
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
@@ -371,14 +370,11 @@ def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
     return every[every < size]
 
 
-def _granularity(sides: Sequence[Tensor]) -> int:
-    """The greatest common divisor of the positions where labels change."""
-    places = [(side[1:] != side[:-1]).nonzero().flatten() + 1 for side in sides]
-    return math.gcd(*torch.cat(places).tolist()) or max(1, *(side.numel() for side in sides))
-
-
-def _offsets(sizes: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
+def granularity(sides: Sequence[Tensor]) -> int:
+    """The greatest common divisor of the positions where labels (n,), or those of any expert (E, n), change."""
+    stacks = [torch.atleast_2d(side) for side in sides]
+    places = [(side[:, 1:] != side[:, :-1]).any(0).nonzero().flatten() + 1 for side in stacks]
+    return math.gcd(*torch.cat(places).tolist()) or max(1, *(side.shape[1] for side in stacks))
 
 
 def _check_range(name: str, labels: Tensor, num_blocks: int) -> None:

@@ -19,33 +19,26 @@ class Precision:
     """One way of multiplying: how operands are stored and how their products round.
 
     Attributes:
-        name: its name in options, tuning tables and audit records.
+        name: its name in options, tuning tables and audit records; Triton's of `dtype`, but for "tf32".
         dtype: of the operands in memory.
         ieee: the operands are multiplied in float32 or float64 as IEEE 754 defines them, so nothing of a float32 weight
             is lost.
-        triton: Triton's name of `dtype`.
-        kernels: whether the Triton kernels take it, so that it is audited and tuned.
-        floor: relative error that the tuner allows beside twice the same-dtype error. TF32 keeps 10 bits of each
-            operand; the product that it is compared with may keep more.
     """
 
     name: str
     dtype: torch.dtype
     ieee: bool
-    triton: str
-    kernels: bool = True
-    floor: float = 0.0
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
         row.name: row
         for row in (
-            Precision("bf16", torch.bfloat16, ieee=False, triton="bf16", floor=1e-4),
-            Precision("fp16", torch.float16, ieee=False, triton="fp16", floor=1e-5),
-            Precision("tf32", torch.float32, ieee=False, triton="fp32", floor=2e-3),
-            Precision("fp32", torch.float32, ieee=True, triton="fp32", floor=1e-6),
-            Precision("fp64", torch.float64, ieee=True, triton="fp64", kernels=False),
+            Precision("bf16", torch.bfloat16, ieee=False),
+            Precision("fp16", torch.float16, ieee=False),
+            Precision("tf32", torch.float32, ieee=False),
+            Precision("fp32", torch.float32, ieee=True),
+            Precision("fp64", torch.float64, ieee=True),
         )
     }
 )
@@ -54,7 +47,7 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
 DTYPES = tuple(dict.fromkeys(row.dtype for row in PRECISIONS.values()))
 """Dtypes that a layer may compute in."""
 
-KERNEL_PRECISIONS = tuple(row.name for row in PRECISIONS.values() if row.kernels)
+KERNEL_PRECISIONS = tuple(name for name in PRECISIONS if name != "fp64")
 """Names of the precisions of the Triton kernels."""
 
 KERNEL_DTYPES = tuple(dict.fromkeys(PRECISIONS[name].dtype for name in KERNEL_PRECISIONS))

@@ -1,7 +1,7 @@
 """The definition in plain PyTorch (docs/definition.md): a loop over blocks.
 
 Slow and obvious. Every fast path is tested against `forward` and its gradients by autograd, and these are tested
-against the C oracle. `backward` has the gradients written out.
+against the C oracle. `backward` has the gradients written out. Torch differentiates both, any number of times.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ def forward(
 ) -> Tensor:
     """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
 
-    Nothing is checked. The dropout mask is the eager backend's. Torch differentiates it in any mode, any number of
-    times.
+    Nothing is checked. The dropout mask is the eager backend's.
 
     Args:
         algorithm: any; there is one way.
@@ -70,13 +69,13 @@ def factor_gradients(
     """(dA, dB): `H_k = s·(dY_kᵀ dropout(x)_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`."""
     A, B, partition = adapter.A, adapter.B, adapter.partition
     dA, dB = torch.zeros_like(A), torch.zeros_like(B)
-    dropped = _dropped(x, dropout)
+    dropped, slots = _dropped(x, dropout), torch.arange(A.shape[0], device=A.device)
     for k, rank in enumerate(adapter.ranks.tolist()):
         rows, cols = partition.rows(k), partition.cols(k)
         G = dy[:, rows].T @ dropped[:, cols]
         H = (adapter.scaling * G * adapter.weight[rows[:, None], cols]).to(A.dtype)
-        dA[:rank, cols] = B[rows, :rank].T @ H
-        dB[rows, :rank] = H @ A[:rank, cols].T
+        dA = dA.index_put((slots[:rank, None], cols), B[rows, :rank].T @ H)
+        dB = dB.index_put((rows[:, None], slots[:rank]), H @ A[:rank, cols].T)
     return dA, dB
 
 

@@ -43,9 +43,11 @@ class LayerShard:
         self.cols: slice = every if dim == 0 else part
         self.column_offset = 0 if dim == 0 else start
 
-    def input(self, x: Tensor) -> Tensor:
-        """This process's columns of x, a DTensor."""
-        return _local(x)
+    @staticmethod
+    def local(tensor: Tensor) -> Tensor:
+        """This process's part of x or a factor, a DTensor: of some it is the whole."""
+        apply: Any = _Local.apply
+        return cast(Tensor, apply(tensor))
 
     def output(self, y: Tensor) -> Tensor:
         """The layer's output, a DTensor: sharded if W0's rows are cut, else partial sums over the processes."""
@@ -58,7 +60,7 @@ class LayerShard:
 
     def weight(self, weight: Tensor) -> Tensor:
         """This process's part of W0, sharing its storage."""
-        mine = _local(weight)
+        mine = self.local(weight)
         expected = tuple(
             full if part == slice(None) else part.stop - part.start
             for full, part in zip(weight.shape, (self.rows, self.cols), strict=True)
@@ -67,13 +69,9 @@ class LayerShard:
             raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
         return mine
 
-    def factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """A's part and the whole B, or the whole A and B's part."""
-        return _local(A), _local(B)
-
     def bias(self, bias: Tensor) -> Tensor:
         """This process's part of the bias; an equal share of it if outputs are summed over processes."""
-        return _local(bias) if self._dim == 0 else _local(bias) / self._mesh.size()
+        return self.local(bias) if self._dim == 0 else self.local(bias) / self._mesh.size()
 
 
 class _Local(torch.autograd.Function):
@@ -96,8 +94,3 @@ class _Local(torch.autograd.Function):
         held = tuple(Partial() if placement.is_replicate() else placement for placement in placements)
         part = DTensor.from_local(gradient, mesh, held, run_check=False, shape=shape, stride=stride)
         return part.redistribute(placements=placements)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    apply: Any = _Local.apply
-    return cast(Tensor, apply(tensor))

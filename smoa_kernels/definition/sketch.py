@@ -33,14 +33,11 @@ def sketch_weight(weight: Tensor) -> Tensor:
     """Compute the sketch of a weight: float32 (33,) on its device, 32 projections and log2 of the norm."""
     weight = whole(weight).detach()
     with one_thread() if weight.numel() < _SMALL else nullcontext(), without_autocast(weight):
-        return _sketch(weight.to(torch.float32))
-
-
-def _sketch(weight: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)
-    u, v = (_signs(size, side, weight.device) for side, size in enumerate(weight.shape))
-    projections = ((u.T @ weight) * v.T).sum(1)
-    return torch.cat([projections / norm, norm.log2()[None]])
+        weight = weight.to(torch.float32)
+        norm = torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)
+        u, v = (_signs(size, side, weight.device) for side, size in enumerate(weight.shape))
+        projections = ((u.T @ weight) * v.T).sum(1)
+        return torch.cat([projections / norm, norm.log2()[None]])
 
 
 def sign_rows(in_features: int, like: Tensor) -> Tensor:

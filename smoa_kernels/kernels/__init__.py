@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     KERNELS: Mapping[str, Kernel]
 
-__all__ = ["KERNELS"]
-
 
 def __getattr__(name: str) -> Mapping[str, Kernel]:
     if name != "KERNELS":
@@ -30,19 +28,9 @@ def __getattr__(name: str) -> Mapping[str, Kernel]:
         permute,
         sum_partials,
     )
+    from .spec import Kernel
 
-    listed = (
-        modulate.MODULATED_WEIGHT,
-        modulate.MODULATED_BLOCKS,
-        permute.PERMUTE,
-        block_matmul.BLOCK_MATMUL,
-        fused_linear.FUSED_LINEAR,
-        block_grad.BLOCK_GRAD,
-        grouped_linear.GROUPED_LINEAR,
-        grouped_linear.GROUPED_LINEAR_GATHERED,
-        grouped_grad.GROUPED_GRAD,
-        grouped_grad.GROUPED_GRAD_GATHERED,
-        sum_partials.SUM_PARTIALS,
-    )
-    globals()[name] = kernels = {kernel.name: kernel for kernel in listed}
+    products = block_matmul, fused_linear, block_grad, grouped_linear, grouped_grad
+    values = [value for file in (modulate, permute, *products, sum_partials) for value in vars(file).values()]
+    globals()[name] = kernels = {value.name: value for value in values if isinstance(value, Kernel)}
     return kernels

@@ -32,7 +32,6 @@ class Architecture:
         shared_per_block: bytes of shared memory that one block may take.
         warp_size: threads per warp.
         fused_tokens: the most tokens of a half type for which `fused_linear` runs (`backends/algorithms.py`).
-        async_copies: global loads can go to shared memory without passing registers.
         same: names of architectures that are not audited and have at least these limits.
     """
 
@@ -41,7 +40,6 @@ class Architecture:
     shared_per_block: int
     warp_size: int = 32
     fused_tokens: int = 64
-    async_copies: bool = True
     same: tuple[str, ...] = ()
 
     @property
@@ -62,7 +60,7 @@ _ALL = (
     Architecture("sm_90", "HGMMA", 227 * _KIB),
     Architecture("sm_100", "UTCHMMA", 227 * _KIB, fused_tokens=16, same=("sm_103",)),
     Architecture("sm_120", "HMMA", 99 * _KIB, same=("sm_121",)),
-    Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, async_copies=False, same=("gfx950",)),
+    Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, same=("gfx950",)),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.name: arch for arch in _ALL})

@@ -30,9 +30,9 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from ..definition.precision import Precision
 from .architectures import Architecture, multiprocessors
-from .common import OLD_TRITON, block_slots, block_width, dot, round_to, to_tf32
+from .common import OLD_TRITON, block_slots, dot, round_to, to_tf32
 from .launch import Launch, Layout, described
-from .spec import PARTIAL_RANKS, Config, Kernel, partial_width, tile_divides
+from .spec import PARTIAL_RANKS, Config, Kernel, block_width, partial_width, tile_divides
 from .sum_partials import sum_partials
 from .table import remembered
 

@@ -6,7 +6,7 @@ one width P, a multiple of the tile, so that tiles never straddle blocks and the
 
     slot (k, p) holds coordinate index[offsets[k] + p], valid where p < offsets[k + 1] - offsets[k]
 
-`index` (int64) and `offsets` (int32, K + 1) are the partition's own tensors. The host knows P (`padded_width`), and
+`index` (int64) and `offsets` (int32, K + 1) are the partition's own tensors. The host knows P (`spec.block_width`), and
 kernels read the tensors, so a launch never waits for the device.
 
 **Offsets.** A number is made int64 before it is multiplied by a stride: T·N and T·C exceed 2³¹ in practice.
@@ -21,13 +21,9 @@ and seed are read through pointers: they are tensors on the device.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
-
-from .spec import padding_multiple
 
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -40,18 +36,6 @@ LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 
 # One Philox call serves this many consecutive tokens of a column, 16 bits each.
 TOKENS_PER_DRAW = tl.constexpr(8)
-
-
-@functools.cache  # asked at every call of a layer
-def padded_width(sizes: tuple[int, ...], multiple: int) -> int:
-    """P: the largest block, rounded up to a multiple of the tile."""
-    return -(-max(sizes) // multiple) * multiple
-
-
-@functools.cache
-def block_width(sizes: tuple[int, ...]) -> int:
-    """P of the backend's layout: blocks of these sizes are padded to this width."""
-    return padded_width(sizes, padding_multiple(sizes))
 
 
 def power_of_two(count: int, least: int = 1) -> int:
@@ -68,11 +52,6 @@ def input_precision(dtype: torch.dtype, *, allow_tf32: bool) -> str:
     if torch.version.hip is not None:
         return "ieee"
     return "tf32" if allow_tf32 or dtype != torch.float32 else "ieee"
-
-
-def rank_block(rank: int) -> int:
-    """RANK_BLOCK of `rank_product`. `tl.dot` takes no fewer than 16; the zeros beyond a small rank cost nothing."""
-    return 16 if rank <= 16 else 32
 
 
 @triton.jit

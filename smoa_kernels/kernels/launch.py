@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -34,7 +34,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS, gemm_is_ieee, precision_of
 from .common import input_precision
-from .spec import Config, granule_of
+from .spec import Config, Key, bucket, granule_of
 from .table import select
 
 _STAY: AbstractContextManager[None] = nullcontext()
@@ -125,11 +125,6 @@ class Layout(NamedTuple):
     factors: str
     strides: tuple[int, ...]
 
-    @classmethod
-    def of(cls, adapter: PackedAdapter | ExpertsAdapter) -> Layout:
-        """The layout of an adapter."""
-        return described(adapter)[0]
-
     @property
     def transposed(self) -> bool:
         """Whether W0 is read across its rows: its stride along C is not 1."""
@@ -145,16 +140,19 @@ class Layout(NamedTuple):
         """How float32 products round, "tf32" or "ieee"."""
         return input_precision(self.dtype, allow_tf32=self.precision == "tf32")
 
-    def choose(self, kernel: str, **sizes: Any) -> Any:
+    def choose(self, kernel: str, tokens: int | None = None, **sizes: Any) -> Config:
         """Return the launch parameters by :func:`table.select`.
 
         Args:
             kernel: one of `KERNELS`.
+            tokens: T, if the choice depends on it.
             sizes: further fields of `spec.Key`.
         """
-        N, C = self.features
-        sizes |= {"rank": self.rank, "blocks": self.num_blocks, "out_features": N, "in_features": C}
-        return select(kernel, self.device, self.dtype, self.input_precision, **sizes)
+        precision = precision_of(self.dtype, ieee=self.input_precision == "ieee").name
+        seen = 0 if tokens is None else bucket(tokens)
+        return select(
+            Key(kernel, precision, self.rank, self.num_blocks, *self.features, seen, **sizes), self.device
+        )
 
     def experts_sizes(self, pairs: int) -> dict[str, Any]:
         """Fields of `spec.Key` for an adapter of experts. `tokens` is the average number of pairs of an expert."""
@@ -182,36 +180,23 @@ def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers
     It keeps them until torch's setting of TF32 changes. Kernels over experts read A along C, so the A of a transposed
     adapter is copied; it is small.
     """
-    dtype = adapter.weight.dtype
-    precision = precision_of(dtype, ieee=gemm_is_ieee(dtype, "cuda")).name
+    w, a, b = adapter.weight, adapter.A, adapter.B
+    precision = precision_of(w.dtype, ieee=gemm_is_ieee(w.dtype, "cuda")).name
+    pointers: dict[str, Tensor | None] = {}
+    blocks: BlockPartition | ExpertBlocks
     if isinstance(adapter, PackedAdapter):
         known = adapter.layout
         if isinstance(known, tuple) and known[0].precision == precision:
             found: tuple[Layout, Pointers] = known
             return found
-        p = adapter.partition
-        layout, pointers = _described(adapter, precision, p, granule_of(p.granularity, p.shape), ())
-        pointers |= {"row_block_ptr": p.row_block, "col_block_ptr": p.col_block}
-        adapter.layout = layout, pointers  # whole, because another thread may read it at once
-        return layout, pointers
-    blocks = adapter.blocks
-    tensors = [getattr(blocks, name) for name in _BLOCKS]
-    apart = [0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors]
-    granule = granule_of(blocks.granule, adapter.weight.shape[1:])
-    return _described(adapter, precision, blocks, granule, apart)
-
-
-def _described(
-    adapter: PackedAdapter | ExpertsAdapter,
-    precision: str,
-    blocks: BlockPartition | ExpertBlocks,
-    granule: int,
-    apart: Sequence[int],
-) -> tuple[Layout, dict[str, Tensor | None]]:
-    w, a, b = adapter.weight, adapter.A, adapter.B
+        blocks, granularity, apart = adapter.partition, adapter.partition.granularity, []
+        pointers |= {"row_block_ptr": blocks.row_block, "col_block_ptr": blocks.col_block}
+    else:
+        blocks, granularity = adapter.blocks, adapter.blocks.granule
+        tensors = [getattr(blocks, name) for name in _BLOCKS]
+        apart = [0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors]
+        a = a if a.stride(2) == 1 else a.contiguous()
     *experts, N, C = w.shape
-    if experts and a.stride(2) != 1:
-        a = a.contiguous()
     layout = Layout(
         w.device,
         precision,
@@ -219,22 +204,22 @@ def _described(
         (N, C),
         a.shape[-2],
         blocks.num_blocks,
-        granule,
+        granule_of(granularity, (N, C)),
         not blocks.is_contiguous,
         precision_of(a.dtype, ieee=True).name,
         (*w.stride(), *a.stride(), *b.stride(), *apart),
     )
-    return layout, {
+    pointers |= {
         "w_ptr": w,
         "a_ptr": a,
         "b_ptr": b,
         "ranks_ptr": adapter.ranks,
         "scaling_ptr": adapter.scaling,
-        "row_index_ptr": blocks.row_index,
-        "col_index_ptr": blocks.col_index,
-        "row_offsets_ptr": blocks.row_offsets,
-        "col_offsets_ptr": blocks.col_offsets,
     }
+    pointers |= {f"{name}_ptr": getattr(blocks, name) for name in _BLOCKS}
+    if isinstance(adapter, PackedAdapter):
+        adapter.layout = layout, pointers  # whole, because another thread may read it at once
+    return layout, pointers
 
 
 class Launch:

@@ -21,10 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
-from .common import block_slots, rank_block, rank_product, round_to
+from .common import block_slots, power_of_two, rank_product, round_to
 from .launch import Launch, Layout, described
 from .spec import Config, Kernel
 from .table import remembered
+
+MOST_RANKS = 32  # that are multiplied at a time; `tl.dot` takes no fewer than 16
 
 
 @triton.jit
@@ -142,7 +144,7 @@ def _weight_launch(
         layout,
         stride_on=out_stride[0],
         stride_oc=out_stride[1],
-        RANK_BLOCK=rank_block(layout.rank),
+        RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank, 16)),
     )
 
 
@@ -240,7 +242,7 @@ def modulated_blocks(
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
-        widths: P_n and P_c, from :func:`padded_width`.
+        widths: P_n and P_c, from :func:`block_width`.
     """
     layout, pointers = described(adapter)
     out = adapter.weight.new_empty(layout.num_blocks, *widths)
@@ -266,7 +268,7 @@ def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> Launch:
         layout,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
-        RANK_BLOCK=rank_block(layout.rank),
+        RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank, 16)),
     )
 
 

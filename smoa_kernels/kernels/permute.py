@@ -22,9 +22,10 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.partition import BlockPartition
+from ..definition.precision import precision_of
 from .common import TOKENS_PER_DRAW, block_slots, dropout_draws, dropout_multiplier, round_to
 from .launch import Launch
-from .spec import Config, Kernel, granule_of
+from .spec import Config, Kernel, Key, bucket, granule_of
 from .table import remembered, select
 
 
@@ -96,7 +97,7 @@ def gather_columns(
     Args:
         x: (T, C), any strides.
         partition: its blocks of columns are grouped; `partition.T` groups dY by rows of W0.
-        width: P, from :func:`padded_width`.
+        width: P, from :func:`block_width`.
         dropout: its mask multiplies the copy.
     """
     blocked = x.new_empty(x.shape[0], len(partition.col_sizes), width)
@@ -152,17 +153,17 @@ def _launch(
     mask: tuple[int, int, float] | None,
 ) -> Launch:
     tokens, num_blocks, width = blocked_shape
-    config = select(
+    key = Key(
         "permute",
-        device,
-        dtype,
+        precision_of(dtype, ieee=True).name,
         blocks=num_blocks,
         in_features=features,
-        tokens=tokens,
+        tokens=bucket(tokens),
         padded_in=width,
         granule=granule,
         dropout=mask is not None,
     )
+    config = select(key, device)
     column_offset, threshold, scale = mask or (0, 0, 1.0)
     return Launch(
         permute_kernel,

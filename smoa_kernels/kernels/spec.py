@@ -24,9 +24,6 @@ ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
 GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
 
-# In the padded block-major layout each block's width is a multiple of the wide padding, or of the narrow one if no
-# block is wider than that. Every shipped tile divides the wide padding.
-WIDE_PADDING, NARROW_PADDING = 128, 64
 PARTIAL_RANKS = 4  # partials of dA and dB are padded to a multiple of this many ranks: 128 bits of float32
 
 
@@ -70,9 +67,10 @@ def bucket(tokens: int) -> int:
 
 
 @functools.cache  # asked at every call of a layer
-def padding_multiple(sizes: tuple[int, ...]) -> int:
-    """Blocks of these sizes are padded to a multiple of this number."""
-    return WIDE_PADDING if max(sizes) > NARROW_PADDING else NARROW_PADDING
+def block_width(sizes: tuple[int, ...]) -> int:
+    """P, the width that blocks of these sizes are padded to: 64, or a multiple of 128."""
+    multiple = 128 if max(sizes) > 64 else 64  # every shipped tile divides 128
+    return math.ceil(max(sizes) / multiple) * multiple
 
 
 def partial_width(rank: int) -> int:

@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition.precision import Precision
+from ..definition.precision import Precision, precision_of
 from .architectures import Architecture
 from .common import power_of_two, round_to
 from .launch import Launch
-from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel
+from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel, Key, bucket
 from .table import remembered, select
 
 
@@ -90,7 +90,8 @@ def _launch(
     transposed: bool,
 ) -> Launch:
     (parts, M, width), N = shape, out_shape[0 if transposed else 1]
-    config = select("sum_partials", device, dtype, out_features=N, tokens=M)
+    name = precision_of(dtype, ieee=True).name
+    config = select(Key("sum_partials", name, out_features=N, tokens=bucket(M)), device)
     block_n = min(power_of_two(width), 512)  # bounded, so that layers of many sizes share a compiled form
     block_m = config.block // block_n
     row_group = GRANULE if transposed and M % GRANULE == 0 else 1

@@ -29,10 +29,10 @@ from filelock import FileLock
 
 from .. import kernels
 from ..checks import check_choice, check_kind, shown
-from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS, precision_of
+from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..files import cache_folder, replace_file
 from .architectures import Identity, architecture, facts, identity, multiprocessors
-from .spec import ALGORITHM_KEYS, Config, Key, bucket
+from .spec import ALGORITHM_KEYS, Config, Key
 
 SCHEMA = 2
 SHIPPED = Path(__file__).resolve().parent / "tables"
@@ -77,28 +77,11 @@ def remembered(find: F) -> F:
     return cast(F, answers)
 
 
-def select(
-    kernel: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    precision: str = "ieee",
-    *,
-    tokens: int | None = None,
-    **sizes: Any,
-) -> Any:
-    """Return the launch parameters of `kernel`: those measured fastest for its problem, else the heuristic's.
-
-    Args:
-        kernel: one of `KERNELS`.
-        device: of the operands.
-        dtype: of the operands that the kernel multiplies or copies.
-        precision: how float32 products round, "tf32" or "ieee".
-        tokens: not yet bucketed; None if the kernel's choice does not depend on them.
-        sizes: the other fields of `Key`.
-    """
-    seen = 0 if tokens is None else bucket(tokens)
-    name = precision_of(dtype, ieee=precision == "ieee").name
-    return _selected(Key(kernel, name, tokens=seen, **sizes), device)
+def select(key: Key, device: torch.device) -> Config:
+    """Return a kernel's launch parameters: those measured fastest for its problem, else the heuristic's."""
+    default = kernels.KERNELS[key.kernel].default
+    found = fastest(key, device) or default(key, architecture(device), multiprocessors(device))
+    return cast(Config, found)
 
 
 @contextmanager
@@ -118,12 +101,6 @@ def answered(answer: Callable[[Key], Choice | None]) -> Iterator[None]:
 
 
 _answer: Callable[[Key], Choice | None] | None = None
-
-
-@remembered
-def _selected(key: Key, device: torch.device) -> Choice:
-    default = kernels.KERNELS[key.kernel].default
-    return fastest(key, device) or default(key, architecture(device), multiprocessors(device))
 
 
 def fastest(key: Key, device: torch.device, allowed: Sequence[Choice] | None = None) -> Choice | None:
@@ -295,10 +272,10 @@ def read(path: Path, now: Identity) -> Table:
         return Table(broken="is not a table of smoa-kernels")
     if data.get("schema") != SCHEMA:
         return Table(broken=f"has schema {shown(data.get('schema'))}, this version knows {SCHEMA}")
-    kept = data.get("verdicts")
-    table = Table(
-        verdicts={v: f for v, f in kept.items() if _are_verdicts(f)} if isinstance(kept, dict) else {}
-    )
+    table, kept = Table(), data.get("verdicts")
+    for versions, forms in kept.items() if isinstance(kept, dict) else ():
+        if isinstance(forms, dict) and all(isinstance(reason, str) for reason in forms.values()):
+            table.verdicts[versions] = forms
     for number, raw in enumerate(data["entries"], start=1):
         try:
             if raw["identity"] == asdict(now):
@@ -312,10 +289,6 @@ def read(path: Path, now: Identity) -> Table:
             why = f"no field {error}" if isinstance(error, KeyError) else str(error)
             table.skipped.append((f"entry {number}: {why}"[:300], raw))
     return table
-
-
-def _are_verdicts(forms: Any) -> bool:
-    return isinstance(forms, dict) and all(isinstance(reason, str) for reason in forms.values())
 
 
 def keep(

@@ -281,7 +281,7 @@ class SMoALayer(BaseWeight):
         ready = self._ready(adapter_name)
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         if self._shard is not None:
-            A, B = self._shard.factors(A, B)
+            A, B = self._shard.local(A), self._shard.local(B)
         return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling, ready.block_ranks)
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:

@@ -92,7 +92,7 @@ class Linear(SMoALayer, nn.Module):
         if shard is None:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
         weight, bias = self._stored_weight(), cast("Tensor | None", self.innermost().bias)
-        y = F.linear(shard.input(x), weight.T if self.fan_in_fan_out else weight)
+        y = F.linear(shard.local(x), weight.T if self.fan_in_fan_out else weight)
         return shard.output(y if bias is None else y + shard.bias(bias))
 
     def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -125,7 +125,7 @@ class Linear(SMoALayer, nn.Module):
             return adapted_linear(x, bias, adapter, **settings)
         part = {"column_offset": shard.column_offset, "global_in_features": self.in_features}
         bias = None if bias is None else shard.bias(bias)
-        return shard.output(adapted_linear(shard.input(x), bias, adapter, **part, **settings))
+        return shard.output(adapted_linear(shard.local(x), bias, adapter, **part, **settings))
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
         """Compute `dropout(x) ΔWᵀ` with a dense ΔW, to be added to the base layer's own output."""

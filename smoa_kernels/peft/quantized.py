@@ -112,7 +112,8 @@ class _DequantizedLinear(torch.autograd.Function):
         dropout = None
         if seed is not None:
             dropout = Dropout(seed, ctx.settings["dropout_p"], 0, adapter.weight.shape[1])
-        dx, dA, dB = call_linear_backward(dy, x, needs_x, LinearCall(adapter, dropout, backend))
+        call = LinearCall(adapter, dropout, backend)
+        dx, dA, dB = call_linear_backward(dy, x, needs_x, *call.flatten())
         dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
         gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
         return (*gradients, None, None, None, None)

@@ -15,22 +15,7 @@ _ACHIEVED_GEMM = 700 / 989
 # 1.70 and 1.73 of 2.04 (github.com/te42kyfo/gpu-benches, "scale").
 _ACHIEVED_MEMORY = 2.90 / 3.35
 # A kernel with next to no work in a CUDA graph on an H200 (gpu-benches, "gpu-small-kernels"; on an A100 1.4 µs).
-_START_SECONDS = 2.3e-6
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How fast a device works.
-
-    Attributes:
-        flops_per_second: of a large GEMM.
-        bytes_per_second: to and from memory, of a copy.
-        start_seconds: overhead of a kernel on the device.
-    """
-
-    flops_per_second: float
-    bytes_per_second: float
-    start_seconds: float = 0.0
+START_SECONDS = 2.3e-6
 
 
 @dataclass(frozen=True)
@@ -53,12 +38,16 @@ class Gpu:
     arch: str
     memory_gb: int
 
-    def rates(self, precision: str) -> Rates:
-        """The rates that it achieves in one of `precision.PRECISIONS`."""
+    def flops_per_second(self, precision: str) -> float:
+        """The rate that a large GEMM achieves in one of `precision.PRECISIONS`."""
         half, tf32, fp32, fp64 = self.tflops
         peaks = {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32, "fp64": fp64}
-        flops = _ACHIEVED_GEMM * peaks[precision] * 1e12
-        return Rates(flops, _ACHIEVED_MEMORY * self.memory_tbps * 1e12, _START_SECONDS)
+        return _ACHIEVED_GEMM * peaks[precision] * 1e12
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The rate that a copy achieves, to and from memory."""
+        return _ACHIEVED_MEMORY * self.memory_tbps * 1e12
 
 
 _ALL = (

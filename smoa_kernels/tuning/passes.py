@@ -178,7 +178,7 @@ def _of_layer(
 
 def _of_experts(backend: Any, adapter: ExpertsAdapter, ends: Tensor, x: Tensor, dy: Tensor) -> Operations:
     return {
-        "experts": lambda: [backend.experts_product(ends, adapter)(x)],
+        "experts": lambda: [backend.experts_forward(x, ends, adapter)],
         "experts' input": lambda: backend.experts_backward(dy, None, ends, adapter, needs_x=True)[:1],
         "experts' factors": lambda: backend.experts_backward(dy, x, ends, adapter, needs_x=False)[1:],
     }

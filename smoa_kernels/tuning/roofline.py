@@ -7,7 +7,7 @@ A way to run the layer is a list of parts, one for each kernel that a GPU would 
   are counted as their authors wrote them: PEFT's `result + lora_B(lora_A(x)) * scaling` is two products and two passes.
 - A GEMM that accumulates onto its output reads that output after its last multiplication, as a part of its own.
 - Blocks of scattered coordinates spread over all of W0, so reading them moves all of it. Blocks of whole granules of 8
-  move only themselves.
+  move only themselves. Copies in block order count without their padding.
 - A part takes its start time plus the longer of its flops at the rate of a large GEMM and its bytes at that of a copy.
 - Host and device work side by side: a pass that Python launches kernel by kernel takes as long as the slower of them.
   In a CUDA graph only the device's time counts.
@@ -19,20 +19,20 @@ slowdown of kernels that are bound by both arithmetic and memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..backends import algorithms
+from ..backends.algorithms import FUSED_MAX_RANK
 from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE
-from .gpus import Gpu, Rates
+from .gpus import START_SECONDS, Gpu
 
 Pass = Literal["forward", "backward"]
 PASSES: tuple[Pass, ...] = ("forward", "backward")
 
 # Share of a large GEMM's rate: the fused kernel makes an operand in its main loop. An assumption; not measured.
 FUSED_EFFICIENCY = 0.5
+GRAD_TILE = 128  # rows and columns of a tile of block_grad
 # Python's time per launch, autograd included (measured on CPU), for PEFT's LoRA and HiRA and for ours
 # (`make host-time`: 564 µs for the 9 launches of a forward and a backward).
 LAUNCH_SECONDS = 17e-6
@@ -82,10 +82,11 @@ class Problem:
         together = self.num_blocks == 1 or self.granule % GRANULE == 0
         return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
 
-    def copied(self, features: int) -> int:
-        """Width of the block-major copy that kernels read N or C coordinates from; 0 where they read in place."""
-        width = algorithms.padded(features, self.num_blocks)
-        return 0 if self.in_place or (self.num_blocks == 1 and width == features) else width
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of the float32 partials of dA and dB: a slice for each tile of the block's other side."""
+        row_tiles, col_tiles = (math.ceil(n / self.num_blocks / GRAD_TILE) for n in self.features)
+        return 4 * self.max_rank * (self.out_features * col_tiles + self.in_features * row_tiles)
 
 
 @dataclass(frozen=True)
@@ -95,36 +96,54 @@ class Part:
     Attributes:
         name: what it computes.
         stage: "forward" or "backward".
-        flops: floating-point operations.
         bytes: to and from memory.
+        seconds: on the device: its starts, and the longer of arithmetic and memory.
         launches: how often it is launched; 0 where another part's launch does it.
     """
 
     name: str
     stage: Pass
-    flops: float
     bytes: float
-    launches: int = 1
-
-    def seconds(self, rates: Rates) -> float:
-        """Time on the device: its starts, and the longer of arithmetic and memory."""
-        work = max(self.flops / rates.flops_per_second, self.bytes / rates.bytes_per_second)
-        return self.launches * rates.start_seconds + work
+    seconds: float
+    launches: int
 
 
-@dataclass(frozen=True)
+def backward_workspace(p: Problem) -> int:
+    """The most bytes that our backward holds beyond its inputs and results.
+
+    For dA and dB it holds dY and x, if they are gathered, and all partials. They are freed before dX is computed, which
+    takes W_eff. A BLAS library's own memory is not counted.
+    """
+    gathered = 0 if p.in_place else p.tokens * sum(p.features)
+    size = PRECISIONS[p.precision].dtype.itemsize
+    return max(gathered * size + p.partial_bytes, math.prod(p.features) * size)
+
+
 class Estimate:
     """The predicted cost of one way to run a problem on one GPU; `stages` are the passes that a method counts.
 
-    Attributes:
+    Parts are added by the rules at the top of this file. Sizes are in elements.
+
+    Args:
+        problem: the layer and its batch.
+        gpu: it runs on.
         way: one of :data:`WAYS`.
-        parts: forward, then backward.
-        rates: of the GPU.
+
+    Attributes:
+        parts: the kernels that it runs, forward, then backward.
     """
 
-    way: str
-    parts: tuple[Part, ...]
-    rates: Rates
+    def __init__(self, problem: Problem, gpu: Gpu, way: str) -> None:
+        self.p, self.gpu, self.way, p = problem, gpu, way, problem
+        self.parts: list[Part] = []
+        self.stage: Pass = "forward"
+        self.T, (self.N, self.C), self.rank = p.tokens, p.features, p.rank
+        self.x, self.y, self.w = self.T * self.C, self.T * self.N, self.N * self.C
+        self.unit = 2 * self.T * self.w  # flops of the base layer's GEMM
+        self.block_w = self.w // p.num_blocks  # the diagonal blocks, and the elements that reading them moves
+        self.read_w = self.block_w if p.in_place else self.w
+        self.factors = p.max_rank * (self.N + self.C)
+        _WAYS[way](self)
 
     def seconds(self, *stages: Pass) -> float:
         """Predicted time, launched kernel by kernel: of each pass the longer of host and device."""
@@ -132,7 +151,7 @@ class Estimate:
 
     def device_seconds(self, *stages: Pass) -> float:
         """Predicted time of the kernels alone."""
-        return sum(part.seconds(self.rates) for part in self.parts if part.stage in (stages or PASSES))
+        return sum(part.seconds for part in self.parts if part.stage in (stages or PASSES))
 
     def host_seconds(self, *stages: Pass) -> float:
         """Time that Python takes to launch them."""
@@ -142,53 +161,14 @@ class Estimate:
         """Kernel launches."""
         return sum(part.launches for part in self.parts if part.stage in (stages or PASSES))
 
-
-def estimate(problem: Problem, gpu: Gpu, way: str) -> Estimate:
-    """Predict the cost of one of :data:`WAYS` on one GPU."""
-    return Estimate(way, parts(problem, way), gpu.rates(problem.precision))
-
-
-def parts(problem: Problem, way: str) -> tuple[Part, ...]:
-    """The kernels that one of :data:`WAYS` runs on `problem`: forward, then backward."""
-    count = _Count(problem)
-    _WAYS[way](count)
-    return tuple(count.parts)
-
-
-def backward_workspace(p: Problem) -> Mapping[str, int]:
-    """Bytes that each of our backward's two stages holds beyond its inputs and results; never both at once.
-
-    "factor gradients" holds dY and x, if they are gathered, and all partials. They are freed before "input gradient",
-    which holds W_eff. A BLAS library's own memory is not counted.
-    """
-    size = PRECISIONS[p.precision].dtype.itemsize
-    gathered = p.tokens * sum(map(p.copied, p.features)) * size
-    partials = algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
-    return {"factor gradients": gathered + partials, "input gradient": math.prod(p.features) * size}
-
-
-class _Count:
-    """Collects parts by the rules at the top of this file. Sizes are in elements."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.p = p = problem
-        self.parts: list[Part] = []
-        self.stage: Pass = "forward"
-        self.T, (self.N, self.C), self.rank = p.tokens, p.features, p.rank
-        self.x, self.y, self.w = self.T * self.C, self.T * self.N, self.N * self.C
-        self.unit = 2 * self.T * self.w  # flops of the base layer's GEMM
-        self.block_w = self.w // p.num_blocks  # the diagonal blocks, and the elements that reading them moves
-        self.read_w = self.block_w if p.in_place else self.w
-        self.factors = p.max_rank * (self.N + self.C)
-        # What our products read of x and dY: themselves, or copies in block order.
-        self.x_blocks, self.dy_blocks = (self.T * (p.copied(n) or n) for n in (self.C, self.N))
-
     def add(self, name: str, flops: float, elements: float, *, bytes: float = 0, launches: int = 1) -> None:
         """`elements` of the problem's dtype go to and from memory, and `bytes` of others."""
         moved = elements * PRECISIONS[self.p.precision].dtype.itemsize + bytes
-        self.parts.append(Part(name, self.stage, flops, moved, launches))
+        work = max(flops / self.gpu.flops_per_second(self.p.precision), moved / self.gpu.bytes_per_second)
+        self.parts.append(Part(name, self.stage, moved, launches * START_SECONDS + work, launches))
 
     def gemm(self, name: str, m: int, n: int, k: int) -> None:
+        """A product (m, k)·(k, n)."""
         self.add(name, 2 * m * n * k, m * k + k * n + m * n)
 
     def base(self) -> None:
@@ -203,28 +183,30 @@ class _Count:
         self.add("build W_eff", 2 * self.w * self.p.max_rank, 2 * self.w + self.factors)
 
     def gather(self, name: str, features: int) -> None:
-        if width := self.p.copied(features):
-            self.add(f"gather {name}", 0, self.T * (features + width))
+        """A copy in block order, of operands that are not read in place."""
+        if not self.p.in_place:
+            self.add(f"gather {name}", 0, 2 * self.T * features)
 
     def factor_gradients(self) -> None:
         """Gather dY and x, accumulate G tile by tile, contract it with the factors, and sum the partials."""
         p = self.p
         self.gather("dY", self.N)
         self.gather("x", self.C)
-        partials = algorithms.partial_bytes(p.features, p.num_blocks, p.max_rank)
         flops = self.unit // p.num_blocks + 4 * self.block_w * p.max_rank
-        moved = self.x_blocks + self.dy_blocks + self.read_w + self.factors
-        self.add("block gradients", flops, moved, bytes=partials)
-        self.add("sum partials", partials // 4, self.factors, bytes=partials, launches=2)  # of dA and of dB
+        self.add(
+            "block gradients", flops, self.x + self.y + self.read_w + self.factors, bytes=p.partial_bytes
+        )
+        # Of dA and of dB.
+        self.add("sum partials", p.partial_bytes // 4, self.factors, bytes=p.partial_bytes, launches=2)
 
 
-def _frozen(c: _Count) -> None:
+def _frozen(c: Estimate) -> None:
     c.base()
     c.stage = "backward"
     c.base()
 
 
-def _lora(c: _Count) -> None:
+def _lora(c: Estimate) -> None:
     """PEFT: `result = result + lora_B(lora_A(x)) * scaling`."""
     c.base()
     c.gemm("h = x·Aᵀ", c.T, c.rank, c.C)
@@ -241,7 +223,7 @@ def _lora(c: _Count) -> None:
     c.add("add to dX", 0, 3 * c.x)
 
 
-def _hira(c: _Count) -> None:
+def _hira(c: Estimate) -> None:
     """PEFT: `result + F.linear(x, W0 * (Aᵀ Bᵀ)ᵀ)`; always one block."""
     c.base()
     c.gemm("BA", c.N, c.C, c.rank)
@@ -258,34 +240,34 @@ def _hira(c: _Count) -> None:
     c.gemm("dA", c.rank, c.C, c.N)
 
 
-def _merged(c: _Count) -> None:
+def _merged(c: Estimate) -> None:
     """One GEMM with W_eff, in forward and for dX."""
     c.build_weight()
     c.base()
     _merged_backward(c)
 
 
-def _split(c: _Count) -> None:
+def _split(c: Estimate) -> None:
     """The adapter first, block by block; then the base GEMM accumulates onto its result."""
     c.add("build ΔW blocks", 2 * c.block_w * c.p.max_rank, c.read_w + c.block_w + c.factors)
     c.gather("x", c.C)
     # Blocks run side by side on the same tokens: memory moves x once, copied or not.
-    c.add("block matmul", c.unit // c.p.num_blocks, c.x_blocks + c.block_w + c.y)
+    c.add("block matmul", c.unit // c.p.num_blocks, c.x + c.block_w + c.y)
     c.base()
     c.add("y, read to accumulate", 0, c.y, launches=0)
     _merged_backward(c)
 
 
-def _merged_backward(c: _Count) -> None:
+def _merged_backward(c: Estimate) -> None:
     c.stage = "backward"
     c.factor_gradients()
     c.build_weight()
     c.base()
 
 
-def _fused(c: _Count) -> None:
+def _fused(c: Estimate) -> None:
     """Base and adapter in one kernel: two products for each chunk of ranks; each chunk reads W0 again."""
-    chunks = max(1, math.ceil(c.p.max_rank / algorithms.FUSED_MAX_RANK))  # a rank of 0 still reads W0
+    chunks = max(1, math.ceil(c.p.max_rank / FUSED_MAX_RANK))  # a rank of 0 still reads W0
     flops = 2 * chunks * c.unit / FUSED_EFFICIENCY
     c.add("fused linear", flops, chunks * (c.x + c.w) + c.factors + c.y)
     c.stage = "backward"

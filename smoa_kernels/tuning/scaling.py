@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .gpus import Gpu
 from .models import Decoder
-from .roofline import Problem, backward_workspace, estimate
+from .roofline import Estimate, Problem, backward_workspace
 
 NODE = 8  # GPUs that share the fast links
 NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
@@ -72,6 +72,8 @@ def predict(
     root = _HALF * d.vocabulary * d.hidden * (1 if d.tied else 2)  # embedding and head
     base = root + _HALF * (d.layers * layer + (2 * d.layers + 1) * d.hidden)
     held, trained = base + factors, base if full else factors
+    one_output = tokens * _HALF * max(p.out_features for p in problems)
+    workspace = {"full": 0, "lora": one_output, "smoa": max(map(backward_workspace, problems))}
     memory = {
         "weights": held / shards,
         "gradients": trained / shards,
@@ -81,7 +83,7 @@ def predict(
         "gathered layers": root + 2 * (_HALF * layer + factors / d.layers) if shards > 1 else 0,
         "activations": tokens * _HALF * _activations(d),
         "logits": tokens * d.vocabulary * (_HALF + _SINGLE),
-        "workspace": max(_workspace(method, problem) for problem in problems),
+        "workspace": workspace[method],
     }
     # Decoder layers are gathered in forward and in backward, embedding and head once.
     share = (gpus - 1) / gpus
@@ -105,15 +107,9 @@ def _activations(d: Decoder) -> int:
     return (d.layers + 4) * d.hidden + 2 * query + 2 * key + 3 * d.intermediate
 
 
-def _workspace(method: str, p: Problem) -> float:
-    """Bytes of a layer's backward. LoRA: one output; SMoA: by the roofline."""
-    ours = max(backward_workspace(p).values())
-    return {"full": 0, "lora": p.tokens * p.out_features * _HALF, "smoa": ours}[method]
-
-
 def _seconds(problem: Problem, gpu: Gpu, method: str, *, is_head: bool = False) -> float:
     """Seconds of a layer's kernels, whose forward runs twice; the head's runs once, without an adapter."""
     way = "frozen" if is_head else {"full": "frozen", "lora": "lora", "smoa": "split"}[method]
-    found = estimate(problem, gpu, way)
+    found = Estimate(problem, gpu, way)
     forwards = (1 if is_head else 2) + (method == "full")  # dW: a product of the size of forward's
     return forwards * found.device_seconds("forward") + found.device_seconds("backward")

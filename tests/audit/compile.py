@@ -74,7 +74,7 @@ def _argument(value: Any) -> str | int | float | None:
     if isinstance(value, torch.Tensor):
         dtype = value.dtype
         if dtype.is_floating_point:
-            return f"*{precision_of(dtype, ieee=True).triton}"
+            return f"*{precision_of(dtype, ieee=True).name}"
         return f"*{'i' if dtype.is_signed else 'u'}{8 * dtype.itemsize}"
     return value  # type: ignore[no-any-return]
 

@@ -118,7 +118,7 @@ def broken_rules(record: Record) -> tuple[str, ...]:
     if not loads and "x_ptr" not in record.narrow:
         broken.append("no loads of wide operands found in the main loop")
     broken += _narrow(loads)
-    if arch.async_copies and not all(entry.asynchronous for entry in loads):
+    if not arch.is_amd and not all(entry.asynchronous for entry in loads):
         names = sorted({entry.pointer for entry in loads if not entry.asynchronous})
         broken.append(f"main-loop loads of {', '.join(names)} are not asynchronous")
     return tuple(broken)

@@ -15,6 +15,11 @@ from smoa_kernels.kernels.spec import Config
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
+def padded_width(sizes: tuple[int, ...], multiple: int) -> int:
+    """The largest block, rounded up to a multiple of a test's small tile."""
+    return -(-max(sizes) // multiple) * multiple
+
+
 def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
     """`err(ours) ≤ 2 · err(same-dtype reference) + tiny`, both against the float64 truth."""
     assert ours.dtype == theirs.dtype

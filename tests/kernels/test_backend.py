@@ -31,7 +31,7 @@ from smoa_kernels.backends import algorithms, eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import PRECISIONS
-from smoa_kernels.kernels.launch import Layout
+from smoa_kernels.kernels.launch import described
 from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.plan import multiplied_in
 
@@ -43,9 +43,9 @@ def test_a_cached_layout_follows_torchs_setting_of_tf32(dtype: torch.dtype) -> N
     adapter = make_problem(dtype=dtype).adapter()
     for precision in ("tf32", "fp32", "tf32"):
         with multiplied_in(precision):
-            layout = Layout.of(adapter)
+            layout, _ = described(adapter)
             assert layout.precision == ("bf16" if dtype == torch.bfloat16 else precision)
-            assert Layout.of(adapter) is layout
+            assert described(adapter)[0] is layout
 
 
 @pytest.mark.parametrize(("shape", "launches"), [((1, 1), 0), ((40, 1), 1), ((1, 40), 1), ((40, 2), 2)])
@@ -111,9 +111,9 @@ def test_eager_takes_many_tokens_of_one_batch(tokens: int, blocks: int, dtype: s
         assert algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90") != "eager"
         assert "eager" in algorithms.admissible(stage, dtype)
     precision = PRECISIONS[dtype]
-    rates = GPUS["h100"].rates(dtype)
-    share = 4 * precision.dtype.itemsize / blocks / rates.bytes_per_second
-    gemm = 2 * tokens / rates.flops_per_second + 2 * precision.dtype.itemsize / rates.bytes_per_second
+    gpu = GPUS["h100"]
+    share = 4 * precision.dtype.itemsize / blocks / gpu.bytes_per_second
+    gemm = 2 * tokens / gpu.flops_per_second(dtype) + 2 * precision.dtype.itemsize / gpu.bytes_per_second
     assert (share < 0.05 * gemm) == many
 
 

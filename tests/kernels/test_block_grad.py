@@ -7,13 +7,14 @@ import torch
 from audit.workloads import configured
 from kernel_cases import (
     assert_within_budget,
+    padded_width,
 )
 from problems import LinearProblem, make_problem, relative_error
 from torch import Tensor
 
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks
 from smoa_kernels.kernels.block_grad import block_grad, token_splits
-from smoa_kernels.kernels.common import OLD_TRITON, padded_width
+from smoa_kernels.kernels.common import OLD_TRITON
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.spec import Config
 

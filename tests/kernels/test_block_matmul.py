@@ -6,13 +6,13 @@ from audit.workloads import configured
 from kernel_cases import (
     assert_within_budget,
     each_dtype,
+    padded_width,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
 
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels.block_matmul import block_matmul
-from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import Config

@@ -14,10 +14,9 @@ from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels import launch, permute
-from smoa_kernels.kernels.common import block_width
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
-from smoa_kernels.kernels.spec import granule_of
+from smoa_kernels.kernels.spec import block_width, granule_of
 
 pytestmark = pytest.mark.numerical
 

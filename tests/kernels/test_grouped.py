@@ -13,7 +13,7 @@ from expert_problems import ExpertsProblem, make_problem, on
 from kernel_cases import Guarded, far_apart
 from torch import Tensor
 
-from smoa_kernels.backends.triton import experts_backward, experts_product
+from smoa_kernels.backends.triton import experts_backward, experts_forward
 from smoa_kernels.definition.experts import ExpertBlocks
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.common import OLD_TRITON, tiles_of_segments
@@ -50,7 +50,7 @@ def problem(
 def results(p: ExpertsProblem) -> tuple[Tensor, ...]:
     """y, dX, dA and dB of the backend."""
     found = experts_backward(p.dy, p.x, p.ends, p.adapter, needs_x=True)
-    return (experts_product(p.ends, p.adapter)(p.x), *found)  # type: ignore[arg-type]
+    return (experts_forward(p.x, p.ends, p.adapter), *found)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

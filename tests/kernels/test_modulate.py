@@ -7,12 +7,12 @@ import torch
 from kernel_cases import (
     assert_within_budget,
     each_dtype,
+    padded_width,
 )
 from problems import LinearProblem, make_problem
 from torch import Tensor
 
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
 
 pytestmark = pytest.mark.numerical

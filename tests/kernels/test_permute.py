@@ -5,12 +5,11 @@ import functools
 import pytest
 import torch
 from audit.workloads import configured
-from kernel_cases import each_dtype, shipped_here
+from kernel_cases import each_dtype, padded_width, shipped_here
 from torch import Tensor
 
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.kernels.common import padded_width
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 
 pytestmark = pytest.mark.numerical

@@ -8,11 +8,10 @@ import torch
 from tuning_cases import FORWARD, needs_interpreter
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends.algorithms import padded
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
+from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, block_width, bucket
 from smoa_kernels.tuning.plan import candidates, check_layer, jobs
 from smoa_kernels.tuning.roofline import Problem
 
@@ -40,7 +39,7 @@ def test_every_answer_ships(arch: str, dtype: str) -> None:
         (1, 16, 132, 304),
         ((4096, 14336), (576, 1536), (320, 320)),
     ):
-        widths = (padded(features, blocks) // blocks for features in (n, c))
+        widths = (block_width((-(-features // blocks),)) for features in (n, c))
         key = Key(kernel.name, dtype, rank, blocks, n, c, bucket(tokens), *widths)
         config = kernel.default(key, arch, processors)
         assert config in kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype]), key

@@ -11,6 +11,7 @@ import torch
 from tuning_cases import CPU, needs_interpreter, scripted
 
 from smoa_kernels.cli import info, main
+from smoa_kernels.kernels.spec import Key
 from smoa_kernels.kernels.table import Choice, select, user_table
 from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.measure import Timer
@@ -113,8 +114,7 @@ def test_the_winner_is_shown_in_force_and_not_measured_again(
         assert f" {seconds} " in row
     assert "0.25" in out  # relative to the heuristic's time
     assert f"Kept in {user_table('cpu')}" in out
-    sizes = {"rank": 3, "blocks": 2, "out_features": 70, "in_features": 90, "factors": "fp32"}
-    assert select("modulated_weight", CPU, torch.bfloat16, **sizes).block_n == 16
+    assert select(Key("modulated_weight", "bf16", 3, 2, 70, 90, factors="fp32"), CPU).block_n == 16
     timed.clear()
     assert main(["tune", *SMALL, *KERNELS]) == 0
     assert timed == []

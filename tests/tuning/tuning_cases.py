@@ -66,10 +66,9 @@ def kept() -> dict[Key, Entry]:
     return read(user_table("cpu"), identity(CPU)).entries
 
 
-def ask(tokens: int = 8) -> object:
-    """The launch parameters in force for `PERMUTE`, with `tokens` tokens."""
-    sizes = {"blocks": 2, "in_features": 12, "padded_in": 64}
-    return select("permute", CPU, torch.float32, tokens=tokens, **sizes)
+def ask() -> object:
+    """The launch parameters in force for `PERMUTE`."""
+    return select(PERMUTE, CPU)
 
 
 def scripted(

@@ -20,21 +20,10 @@ from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
 from ...definition.precision import has_gemm
 from .. import Gradients, eager
-from ..eager import ALGORITHMS, modulated_weight
 from ..pages import in_large_pages
 from .library import KINDS, Algorithm, Call, drawn, has, lies_along_memory, obstacle
 
-__all__ = [
-    "ALGORITHMS",
-    "ROUTES",
-    "Path",
-    "Route",
-    "backward",
-    "forward",
-    "gradient_path",
-    "modulated_weight",
-    "route",
-]
+ALGORITHMS, modulated_weight = eager.ALGORITHMS, eager.modulated_weight
 
 
 class Path(IntEnum):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,38 +10,31 @@ from torch import Tensor
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, experts
 from .backend import Path, gradient_path, route
-from .library import KINDS, Algorithm, Call, along_memory, dense, obstacle
-
-__all__ = ["experts_backward", "experts_product"]
+from .library import KINDS, Algorithm, Call, dense, obstacle
 
 
-def experts_product(ends: Tensor, adapter: ExpertsAdapter) -> Callable[[Tensor], Tensor]:
-    """Return a function `y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
+def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
+    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) on the CPU.
 
     torch computes for an expert whose ΔW is zero, so that y equals that of the model without an adapter.
     """
-    weight, plain = adapter.weight, experts.experts_product(ends, adapter)
-    if not _fits(adapter, ends):
-        return plain
-    every = _EveryExpert(ends, adapter, find_updates=True)
-
-    def product(x: Tensor) -> Tensor:
-        if not _takes(weight, x, weight.shape[2]) or not every.choose_paths(x, transposed=False):
-            return plain(x)
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for e, start, end in every.spans:
-            if not every.updates[e]:
-                experts.base_output(x[start:end], weight[e], out=y[start:end])
-        every.call.run("smoa_forward", x=x, y=y)
-        return y
-
-    return product
+    weight = adapter.weight
+    fits = _fits(adapter, ends) and _takes(weight, x, weight.shape[2])
+    every = _EveryExpert(ends, adapter, find_updates=True) if fits else None
+    if every is None or not every.choose_paths(x, transposed=False):
+        return experts.experts_forward(x, ends, adapter)
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    for e, start, end in every.spans:
+        if not every.updates[e]:
+            experts.base_output(x[start:end], weight[e], out=y[start:end])
+    every.call.run("smoa_forward", x=x, y=y)
+    return y
 
 
 def experts_backward(
     dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
 ) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_product`: dX where `needs_x`, dA and dB where x is given.
+    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given.
 
     dA and dB of an expert without pairs are zero.
     """
@@ -77,15 +69,13 @@ class _EveryExpert:
     """
 
     def __init__(self, ends: Tensor, adapter: ExpertsAdapter, *, find_updates: bool) -> None:
-        weight, A, B, blocks = along_memory(adapter.weight), adapter.A, adapter.B, adapter.blocks
-        last, count = ends.tolist(), weight.shape[0]
+        A, B, blocks, count = adapter.A, adapter.B, adapter.blocks, adapter.weight.shape[0]
+        last = ends.tolist()
         if last != sorted(last) or last[0] < 0:
             raise ValueError(_MISFIT)
-        self._weight, self._rank, self._pairs = weight[0], A.shape[1], last[-1]
         self.spans, self.paths = experts.spans(ends), (ctypes.c_int64 * count)()
         self.updates = (ctypes.c_int64 * count)(*[1] * count)
-        offsets = [dense(one, torch.int32) for one in (blocks.row_offsets, blocks.col_offsets)]
-        ends, ranks = dense(ends, torch.int32), dense(adapter.ranks, torch.int32)
+        ends = dense(ends, torch.int32)
         index = [
             dense(one, torch.int16 if one.dtype == torch.int16 else torch.int32)
             for one in (blocks.row_index, blocks.col_index)
@@ -93,9 +83,8 @@ class _EveryExpert:
         ]
         self._kept = ends, index
         self.call = call = Call(algorithm=Algorithm.MERGED, experts=count, ends=ends.data_ptr())
-        call.describe(
-            weight, A, B, ranks, [None, None], offsets, blocks.is_contiguous, adapter.scaling.item()
-        )
+        weight, offsets = call.describe(adapter, blocks, (None, None))
+        self._weight, self._rank, self._pairs = weight[0], A.shape[1], last[-1]
         call.weight_step, call.A_step, call.B_step = (one.stride(0) for one in (weight, A, B))
         call.row_offsets_step, call.col_offsets_step = map(_step, offsets)
         for side, one in zip(("row", "col"), index, strict=False):

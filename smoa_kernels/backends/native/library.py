@@ -10,34 +10,20 @@ import functools
 import hashlib
 import os
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from ...definition.dropout import Dropout
+from ...definition.experts import ExpertBlocks, ExpertsAdapter
 from ...definition.packed import PackedAdapter
+from ...definition.partition import BlockPartition
 from ..pages import workspace
-
-__all__ = [
-    "FUNCTIONS",
-    "KINDS",
-    "Algorithm",
-    "Call",
-    "Mask",
-    "along_memory",
-    "dense",
-    "drawn",
-    "has",
-    "library",
-    "lies_along_memory",
-    "obstacle",
-    "with_rows",
-]
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Dtypes that compiled code takes, and their numbers in `operand.h`."""
@@ -107,17 +93,14 @@ class Call(ctypes.Structure):
         Raises:
             ValueError: indices or offsets of the blocks do not fit the weight.
         """
-        p, weight = adapter.partition, along_memory(adapter.weight)
+        p, call = adapter.partition, cls()
         index = [dense(one, torch.int64) for one in (p.row_index, p.col_index)]
-        offsets = [dense(one, torch.int32) for one in (p.row_offsets, p.col_offsets)]
-        ranks, scaling = dense(adapter.ranks, torch.int32), adapter.scaling.item()
-        call = cls()
-        call.describe(weight, adapter.A, adapter.B, ranks, index, offsets, p.is_contiguous, scaling)
+        weight, offsets = call.describe(adapter, p, index)
         if mask is not None:
             call.layer.scaling *= mask.scale
             call.keep, call._mask = mask.kept.data_ptr(), mask
         sizes = [*weight.shape, p.num_blocks + 1, p.num_blocks + 1, p.num_blocks]
-        if [one.numel() for one in (*index, *offsets, ranks)] != sizes or call.misfits(weight):
+        if [one.numel() for one in (*index, *offsets, adapter.ranks)] != sizes or call.misfits(weight):
             raise ValueError(
                 f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {p.num_blocks} "
                 "blocks, got indices or offsets that do not"
@@ -126,22 +109,21 @@ class Call(ctypes.Structure):
 
     def describe(
         self,
-        weight: Tensor,
-        A: Tensor,
-        B: Tensor,
-        ranks: Tensor,
+        adapter: PackedAdapter | ExpertsAdapter,
+        blocks: BlockPartition | ExpertBlocks,
         index: Sequence[Tensor | None],
-        offsets: Sequence[Tensor],
-        contiguous: bool,
-        scaling: float,
-    ) -> None:
-        """Set the layer, or of stacked operands the first one."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Set the layer, or the first expert's; returns W0 and the blocks' offsets as compiled code reads them."""
+        weight, A, B = along_memory(adapter.weight), adapter.A, adapter.B
+        offsets = [dense(one, torch.int32) for one in (blocks.row_offsets, blocks.col_offsets)]
+        ranks = dense(adapter.ranks, torch.int32)
         self.layer = Layer(
             *weight.shape[-2:], KINDS[weight.dtype], *weight.stride()[-2:], weight.data_ptr(),
             A.shape[-2], KINDS[A.dtype], *A.stride()[-2:], *B.stride()[-2:], A.data_ptr(), B.data_ptr(),
-            ranks.shape[0], contiguous, *map(_address, (ranks, *index, *offsets)), scaling,
+            ranks.shape[0], blocks.is_contiguous, *map(_address, (ranks, *index, *offsets)), adapter.scaling.item(),
         )  # fmt: skip
         self._kept = [weight, A, B, ranks, index, offsets]
+        return weight, offsets
 
     def misfits(self, weight: Tensor) -> bool:
         """Whether an index is out of range, which compiled code does not check; finds the experts with an update."""
@@ -171,7 +153,7 @@ class Call(ctypes.Structure):
         kept = [bias if bias is None else bias.contiguous()]
         for field, given in (("x", x), ("dy", dy)):
             if given is not None:
-                kept.append(tokens := with_rows(given))
+                kept.append(tokens := given if given.stride(1) == 1 else given.contiguous())
                 setattr(self, field, tokens.data_ptr())
                 setattr(self, f"{field}_stride", tokens.stride(0))
         self.tokens, self.dtype, self.threads = tokens.shape[0], KINDS[tokens.dtype], torch.get_num_threads()
@@ -183,7 +165,8 @@ class Call(ctypes.Structure):
         function = getattr(library(), name)
         room = workspace(tokens, function(ctypes.byref(self)))
         self.workspace = room.data_ptr()
-        with named(name):
+        # A running profiler by itself sees operators only.
+        with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
             function(ctypes.byref(self))
 
 
@@ -292,11 +275,6 @@ def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
     return Mask(kept, dropout.scale)
 
 
-def named(name: str) -> AbstractContextManager[Any]:
-    """Show the code within under this name in a running profiler, which by itself sees operators only."""
-    return record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext()
-
-
 def along_memory(matrix: Tensor) -> Tensor:
     """The matrix, or stack of matrices, if it :func:`lies_along_memory`, else a contiguous copy."""
     return matrix if lies_along_memory(matrix) else matrix.contiguous()
@@ -306,11 +284,6 @@ def lies_along_memory(matrix: Tensor) -> bool:
     """Whether rows or columns of a matrix, or of each of a stack, are contiguous and share no memory."""
     (rows, cols), (down, along) = matrix.shape[-2:], matrix.stride()[-2:]
     return (along == 1 and down >= cols) or (down == 1 and along >= rows)
-
-
-def with_rows(matrix: Tensor) -> Tensor:
-    """The matrix if its rows are contiguous, else a copy."""
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
