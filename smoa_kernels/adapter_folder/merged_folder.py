@@ -93,7 +93,7 @@ def merge_to_folder(
     with replacing(target, whole=True) as scratch:
         _write_weights(merge, split, scratch, progress)
         _write_beside_weights(merge, split, scratch)
-    changed = sum(planned.changed for planned in merge.plan.values())
+    changed = sum(planned.change is not None for planned in merge.plan.values())
     size, files = split.metadata["total_size"], tuple(split.filename_to_tensors)
     return MergeReport(len(merge.plan), changed, tuple(merge.untied), size, files)
 

@@ -14,7 +14,7 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..adapter_folder.format import CONFIG_NAME, METHOD
-from ..adapter_folder.reading import Adapter, read_weights
+from ..adapter_folder.reading import read_weights
 from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, LayerSettings, check_bool, whole_name
 from ..adapter_folder.writing import replacing
 from ..checks import check_path, naming
@@ -172,13 +172,3 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
             if strict_base is not None:
                 config.strict_base = strict_base
         return cast(SMoAConfig, config)
-
-    @classmethod
-    def of_folder(cls, adapter: Adapter) -> SMoAConfig:
-        """The configuration of a folder that was read, with PEFT's own fields.
-
-        Raises:
-            ValueError: PEFT does not take one of them; the message names the file.
-        """
-        with naming(adapter.path.with_name(CONFIG_NAME)):
-            return cast(SMoAConfig, cls.from_peft_type(**adapter.config))
