@@ -45,7 +45,7 @@ class _SMoAParallel:
         return module
 
     def _distribute(self, layer: Any, mesh: DeviceMesh) -> None:
-        base = layer.innermost() if hasattr(layer, "innermost") else layer
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         stored_transposed = getattr(layer, "fan_in_fan_out", False)
         cut = partial(self._parameter, mesh=mesh)
         base.weight = cut(base.weight, dim=1 - self.dim if stored_transposed else self.dim)
@@ -123,7 +123,7 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
         raise ValueError("the layer is parallelized already")
     if layer.merged:
         raise ValueError("the layer is merged: unmerge it before parallelize_module")
-    if hasattr(layer, "innermost"):
+    if hasattr(layer, "get_base_layer"):
         if layer.quantization_backend is not None or not layer._reads_weight:
             raise TypeError(
                 "a PEFT layer must be over a plain nn.Linear or Conv1D to be cut, got one over "

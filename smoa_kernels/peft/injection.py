@@ -276,11 +276,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if isinstance(layer, SMoALayer):
                 given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa_A]
                 if given:
-                    with present(layer, layer.innermost()):
-                        # Only the shape of W0 is used.
-                        weight = torch.empty((), device=layer.adapter_device)
-                        weight = weight.expand(layer.out_features, layer.in_features)
-                        parts = [layer.packed(a, weight) for a, _ in given]
+                    with present(layer):
+                        parts = [layer.packed(a, torch.empty(0)) for a, _ in given]  # W0 is not used
                         combined[name] = combine(parts, [float(w) for _, w in given])
                     sources[name] = given[0][0]
         self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], combined)

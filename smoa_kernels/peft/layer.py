@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from ..adapter_folder.format import (
@@ -37,11 +36,6 @@ class SMoALayer(BaseWeight):
     N and C are the outputs and inputs of the layer, ρ is the largest rank of an adapter's blocks. In the methods
     `adapter_name` names an adapter of this layer.
 
-    Args:
-        base_layer: the layer that owns W0 (N, C), or another tuner's around it.
-        fan_in_fan_out: whether the weight is stored (in, out).
-        quantization: PEFT's back end for the base layer, where that is quantised.
-
     Attributes:
         smoa_A: parameters (ρ, C), by adapter.
         smoa_B: parameters (N, ρ), by adapter.
@@ -68,21 +62,7 @@ class SMoALayer(BaseWeight):
 
     smoa_B: nn.ParameterDict
 
-    def __init__(
-        self, base_layer: nn.Module, fan_in_fan_out: bool, quantization: QuantizationBackend | None
-    ) -> None:
-        self.base_layer = base_layer
-        self.fan_in_fan_out = fan_in_fan_out
-        self.quantization_backend = quantization
-        base: Any = self.innermost()
-        if fan_in_fan_out:  # the weight's own shape is empty under ZeRO-3
-            self.in_features, self.out_features = base.nx, base.nf
-        else:
-            self.in_features, self.out_features = base.in_features, base.out_features
-        self._hold_adapters()
-
-    def _hold_adapters(self) -> None:
-        """Make the containers of adapters, empty."""
+    def __init__(self) -> None:
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_blocks = BufferDict(persistent=True)
@@ -153,7 +133,7 @@ class SMoALayer(BaseWeight):
                 "initialize it before parallelize_module"
             )
         settings = self.settings[adapter_name]
-        with gathered(self.innermost()), present(self, self.innermost()):
+        with gathered(self), present(self):
             if partition is None:
                 partition = self.known_blocks(settings.rule)
             if partition is None:
@@ -351,7 +331,7 @@ class SMoALayer(BaseWeight):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        device = execution_device(self.innermost()) if device is None else device
+        device = execution_device(self.get_base_layer()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def _load_from_state_dict(

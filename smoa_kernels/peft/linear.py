@@ -52,12 +52,19 @@ class Linear(SMoALayer, nn.Module):
         quantization: QuantizationBackend | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        SMoALayer.__init__(self, base_layer, fan_in_fan_out, quantization)
+        self.base_layer = base_layer
+        SMoALayer.__init__(self)
+        self.fan_in_fan_out, self.quantization_backend = fan_in_fan_out, quantization
+        base = self.get_base_layer()
+        if fan_in_fan_out:  # the weight's own shape is empty under ZeRO-3
+            self.in_features, self.out_features = base.nx, base.nf
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
         # For the usual base layers W0 is read. Others are called: they may compute more than x W0ᵀ + b.
         layer_type = type(base_layer)
         forward = getattr(layer_type, "forward", None)
         plain = layer_type is Conv1D or forward is nn.Linear.forward
-        self._reads_weight = plain or (quantization is not None and self.innermost() is base_layer)
+        self._reads_weight = plain or (quantization is not None and base is base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, settings)
 
@@ -91,7 +98,7 @@ class Linear(SMoALayer, nn.Module):
         shard = self._shard
         if shard is None:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        weight, bias = self._stored_weight(), cast("Tensor | None", self.innermost().bias)
+        weight, bias = self._stored_weight(), self.get_base_layer().bias
         y = F.linear(shard.input(x), weight.T if self.fan_in_fan_out else weight)
         return shard.output(y if bias is None else y + shard.bias(bias))
 
@@ -103,7 +110,7 @@ class Linear(SMoALayer, nn.Module):
             # A product has one dropout mask; adapters with another probability get products of their own below.
             p = self._dropout_p(names[0])
             rest = [name for name in names if self._dropout_p(name) != p]
-            with present(self, self.innermost()):
+            with present(self):
                 y = self._linear(x, [name for name in names if name not in rest], p)
         for name in rest:
             # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept.
@@ -111,16 +118,15 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
-        base, config, shard = self.innermost(), self.settings[names[0]].config, self._shard
+        base, config, shard = self.get_base_layer(), self.settings[names[0]].config, self._shard
         settings: dict[str, Any] = {
             "dropout_p": dropout_p,
             "algorithm": config.algorithm,
             "backend": config.backend,
         }
         if self.quantization_backend is not None:
-            adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
-            return dequantized_linear(x, base, self._dequantize, adapter, **settings)
-        bias, adapter = cast("Tensor | None", base.bias), self._summed(self.base_weight(), names)
+            return dequantized_linear(x, base, self._dequantize, self._summed(base.weight, names), **settings)
+        bias, adapter = base.bias, self._summed(self.base_weight(), names)
         if shard is None:
             return adapted_linear(x, bias, adapter, **settings)
         part = {"column_offset": shard.column_offset, "global_in_features": self.in_features}
@@ -134,7 +140,7 @@ class Linear(SMoALayer, nn.Module):
                 f"adapter {name!r} drops out with another probability than the first active one, which tensor "
                 "parallelism does not take: activate adapters of one smoa_dropout"
             )
-        with present(self, self.innermost()):
+        with present(self):
             adapter = self.packed(name, self.base_weight())
             A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
             delta = (B @ A) * adapter.weight

@@ -32,9 +32,9 @@ class ExpertsWeight(SMoALayer, nn.Module):
 
     def __init__(self, experts: nn.Module, parameter_name: str) -> None:
         nn.Module.__init__(self)
+        SMoALayer.__init__(self)
         self._experts = (experts,)  # in a tuple, since a module that is assigned directly becomes a child
         self.parameter_name = parameter_name
-        self._hold_adapters()
         self.fan_in_fan_out = bool(experts.is_transposed)
         self.stack = (self._stored_weight().shape[0],)
         self.out_features, self.in_features = self.base_weight().shape[1:]

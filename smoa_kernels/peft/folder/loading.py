@@ -52,7 +52,7 @@ def check_adapter(
         if holds_adapter or layer.awaits_blocks(adapter_name):
             sketch = layer.check_state(name, adapter_name, given)
             if sketch is not None:
-                with gathered(layer.innermost()), present(layer, layer.innermost()):
+                with gathered(layer), present(layer):
                     distances[name] = layer.base_distance(sketch)
     check_base(distances, strict=strict_base)
 
