@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -100,11 +100,7 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
             f"{tuple(packed.shape)}"
         )
     data = np.atleast_2d(packed.detach().cpu().contiguous().numpy())
-    name = (
-        [f"smoa_blocks of expert {expert}" for expert in range(len(data))]
-        if packed.ndim == 2
-        else ["smoa_blocks"]
-    )
+    name = "smoa_blocks" + " of expert {}" * (packed.ndim - 1)
     num_blocks = int(data[0, :4].view("<u4")[0]) if data.shape[1] >= 8 else 0
     fits = 1 <= num_blocks <= MOST_BLOCKS and data.shape[1] == blocks_size(
         out_features, in_features, num_blocks
@@ -118,13 +114,13 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
         head = row[:8].view("<u4")
         if head[0] != num_blocks or zlib.crc32(row[8:]) != head[1]:
             raise ValueError(
-                f"{name[expert]} is corrupt: its labels, ranks and sketch do not match its checksum"
+                f"{name.format(expert)} is corrupt: its labels, ranks and sketch do not match its checksum"
             )
     ranks, sketches, bits = np.split(data[:, 8:], [4 * num_blocks, 4 * num_blocks + 2 * SKETCH_SIZE], axis=1)
     labels = _unpack_labels(bits, num_blocks, out_features + in_features)
     wrong = np.flatnonzero((labels >= num_blocks).any(1))
     if wrong.size:
-        raise ValueError(f"{name[wrong[0]]} must have labels below num_blocks={num_blocks}")
+        raise ValueError(f"{name.format(wrong[0])} must have labels below num_blocks={num_blocks}")
     rows, cols = torch.from_numpy(labels).to(packed.device).split([out_features, in_features], 1)
     rank = torch.from_numpy(np.ascontiguousarray(ranks).view("<u4").astype(np.int32)).to(packed.device)
     sketch = torch.from_numpy(np.ascontiguousarray(sketches).view("<f2").astype(np.float32)).to(packed.device)
@@ -132,7 +128,7 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
         return LayerBlocks(BlockPartition.from_labels(rows[0], cols[0], num_blocks), rank[0], sketch[0])
     other = (rank != rank[0]).any(1).nonzero()
     if len(other):
-        raise ValueError(f"{name[int(other[0])]} has other ranks than those of expert 0")
+        raise ValueError(f"{name.format(int(other[0]))} has other ranks than those of expert 0")
     blocks = ExpertBlocks.from_labels(rows, cols, num_blocks)
     return LayerBlocks(blocks, rank[0], sketch)
 
@@ -143,10 +139,8 @@ def _unpack_labels(bits: NDArray[np.uint8], num_blocks: int, count: int) -> NDAr
     planes = np.unpackbits(bits, axis=1, count=count * width, bitorder="little").reshape(
         len(bits), count, width
     )
-    labels = np.zeros((len(bits), count), np.uint8 if num_blocks <= 256 else np.int32)
-    for bit in range(width):
-        labels |= planes[..., bit].astype(labels.dtype) << bit
-    return labels
+    dtype = np.uint8 if num_blocks <= 256 else np.int32
+    return cast("NDArray[Any]", planes.astype(dtype, copy=False) @ (1 << np.arange(width)).astype(dtype))
 
 
 def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks:

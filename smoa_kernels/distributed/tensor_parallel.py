@@ -147,13 +147,7 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
 
 
 def _same_generators(mesh: DeviceMesh) -> bool:
-    if mesh.device_type == "cpu":
-        state = torch.get_rng_state()
-    else:
-        state = torch.get_device_module(mesh.device_type).get_rng_state()
-    group = mesh.get_group()
-    first = state.to(mesh.device_type, copy=True)
-    dist.broadcast(first, dist.get_global_rank(group, 0), group)
-    differ = (first.to(state.device) != state).any().to(mesh.device_type, torch.uint8)
-    dist.all_reduce(differ, dist.ReduceOp.MAX, group)
-    return not bool(differ)
+    device: Any = torch if mesh.device_type == "cpu" else torch.get_device_module(mesh.device_type)
+    states: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(states, bytes(device.get_rng_state().tolist()), mesh.get_group())
+    return len(set(states)) == 1

@@ -213,10 +213,11 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
-    ) -> tuple[torch.device | None, torch.dtype | None]:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+    ) -> tuple[torch.device, torch.dtype | None]:
+        weight = self._stored_weight()
+        dtype = getattr(base_layer, "compute_dtype", weight.dtype)
         # float8 is for storing W0, not for training factors: they stay in float32.
-        return device, None if dtype is not None and dtype.itemsize < 2 else dtype
+        return weight.device, None if dtype is not None and dtype.itemsize < 2 else dtype
 
     def _each(self, weight: Tensor) -> Sequence[Tensor]:
         return weight.unbind() if self.stack else (weight,)

@@ -102,7 +102,3 @@ class ExpertsWeight(SMoALayer, nn.Module):
         if A.dtype not in (weight.dtype, torch.float32):
             A, B = A.to(weight.dtype), B.to(weight.dtype)
         return ExpertsAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = self._stored_weight()
-        return weight.device, weight.dtype
