@@ -88,11 +88,7 @@ class BaseModel:
                 f"{name}: its weight is square. Whether it is stored transposed, as a Conv1D's is, the model's class "
                 f"alone shows, and transformers knows none for {self.folder}"
             )
-        return stored in self._swapped
-
-    @cached_property
-    def _swapped(self) -> set[str | None]:
-        return {self._same_name(name) for name in self.architecture.swapped}
+        return any(self._same_name(each) == stored for each in self.architecture.swapped)
 
 
 def _scan(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect as introspection
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,7 +43,7 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
 
 for _group, _commands in COMMANDS.items():
     for _command, _example in _commands.items():
-        _summary = introspection.cleandoc(_command.__doc__ or "").partition("\n")[0]
+        _summary = (_command.__doc__ or "").partition("\n")[0]
         app.command(
             rich_help_panel=_group,
             short_help=f"{_summary}\nsmoa-kernels {_example}",

@@ -25,7 +25,7 @@ from ..backends.native.library import has
 from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
 from ..kernels import table
-from ..kernels.architectures import assembler, identity
+from ..kernels.architectures import identity
 from ..kernels.table import SHIPPED, read, user_table
 from .output import console, write_json
 
@@ -83,7 +83,6 @@ def _collect() -> dict[str, dict[str, str]]:
             "platform": platform.platform(),
             **{name: _version(name) for name in _PACKAGES},
             "torch is built for": _runtime(),
-            "ptxas": _ptxas() if _HAS_TRITON else _NO_TRITON,
             "GPU driver": _driver(),
         },
         "devices": _devices(),
@@ -101,13 +100,6 @@ def _environment() -> dict[str, str]:
         name: "set, not shown" if any(word in name for word in _SECRET) else value
         for name, value in found.items()
     }
-
-
-def _ptxas() -> str:
-    """Triton's assemblers; the architecture decides which one it uses."""
-    return ", ".join(
-        f"{assembler(arch).removeprefix('ptxas ')} for {arch}" for arch in ("sm_80", "sm_90", "sm_100")
-    )
 
 
 def _runtime() -> str:

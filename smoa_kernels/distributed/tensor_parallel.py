@@ -136,7 +136,7 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
             raise ValueError(
                 f"adapters {waiting} await their block labels: load them before parallelize_module"
             )
-        drops = any(each.config.smoa_dropout for each in layer.settings.values())
+        drops = any(each.smoa_dropout for each in layer.settings.values())
     else:
         drops = layer.dropout > 0
     if drops and not _same_generators(mesh):

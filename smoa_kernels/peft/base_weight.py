@@ -40,6 +40,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     stack: tuple[int, ...] = ()
     parameter_name: str = "weight"
     get_base_layer: Callable[[], Any]  # the layer that owns W0, below the layers of other tuners
+    _matrices: Callable[[str, Tensor], Sequence[PackedAdapter]]  # an adapter, over each matrix of a W0
     in_features: int
     out_features: int
     smoa_A: nn.ParameterDict
@@ -113,10 +114,6 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     def _dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         layer = self._stored_layer[0] if self._stored_layer else self.get_base_layer()
         return read_weight(self.quantization_backend, layer, dtype)
-
-    def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
-        """An adapter of each matrix of W0; linear layers have one, stacks of experts several."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its adapters are")
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -213,11 +210,10 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
-    ) -> tuple[torch.device, torch.dtype | None]:
-        weight = self._stored_weight()
-        dtype = getattr(base_layer, "compute_dtype", weight.dtype)
+    ) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         # float8 is for storing W0, not for training factors: they stay in float32.
-        return weight.device, None if dtype is not None and dtype.itemsize < 2 else dtype
+        return device, None if dtype is not None and dtype.itemsize < 2 else dtype
 
     def _each(self, weight: Tensor) -> Sequence[Tensor]:
         return weight.unbind() if self.stack else (weight,)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..adapter_folder.format import (
     STATE_KEYS,
     LayerBlocks,
-    blocks_size,
+    blocks_layout,
     check_shapes,
     pack_blocks,
     read_blocks,
     unpack_blocks,
 )
-from ..adapter_folder.settings import LayerSettings
+from ..adapter_folder.settings import AdapterSettings
 from ..checks import check_choice
 from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
@@ -69,7 +69,7 @@ class SMoALayer(BaseWeight):
         self.r: dict[str, int] = {}
         self.num_blocks: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.settings: dict[str, LayerSettings] = {}
+        self.settings: dict[str, AdapterSettings] = {}
         self._prepared: dict[str, Prepared] = {}
         # The partition with a single block, made when there are several adapters to sum.
         self._whole: BlockPartition | None = None
@@ -77,7 +77,7 @@ class SMoALayer(BaseWeight):
         self.merged_adapters: list[str] = []
         self.register_load_state_dict_post_hook(_read_blocks)
 
-    def update_layer(self, adapter_name: str, settings: LayerSettings) -> None:
+    def update_layer(self, adapter_name: str, settings: AdapterSettings) -> None:
         """Add an adapter of zeros. Its blocks come with weights that are loaded, or by :meth:`initialize`.
 
         Args:
@@ -100,7 +100,7 @@ class SMoALayer(BaseWeight):
         self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
-        size = blocks_size(self.out_features, self.in_features, num_blocks)
+        size = blocks_layout(self.out_features, self.in_features, num_blocks).itemsize
         self.smoa_blocks[adapter_name] = torch.zeros(*self.stack, size, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._prepared.pop(adapter_name, None)
@@ -139,7 +139,7 @@ class SMoALayer(BaseWeight):
             if partition is None:
                 partition = self.joined([compute() for compute in self.computations(settings.rule)])
             sketch = self.base_sketch()
-        if settings.config.use_lora_rate:
+        if settings.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)
             self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         ranks = torch.tensor(settings.ranks, dtype=torch.int32, device=partition.device)
@@ -168,7 +168,7 @@ class SMoALayer(BaseWeight):
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch)
 
     @torch.no_grad()
-    def overwrite(self, adapter_name: str, given: Mapping[str, Tensor], settings: LayerSettings) -> None:
+    def overwrite(self, adapter_name: str, given: Mapping[str, Tensor], settings: AdapterSettings) -> None:
         """Copy an adapter of the same shapes over one of this layer's, in place.
 
         Args:
@@ -199,7 +199,7 @@ class SMoALayer(BaseWeight):
         for A, partition in zip(self._each(self.smoa_A[adapter_name]), partitions, strict=True):
             draw_A(A, partition, ranks)
         B = self.smoa_B[adapter_name]
-        if self.settings[adapter_name].config.init_weights:
+        if self.settings[adapter_name].init_weights:
             B.zero_()
             return
         B.normal_()

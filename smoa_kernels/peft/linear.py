@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_folder.settings import LayerSettings
+from ..adapter_folder.settings import AdapterSettings
 from ..definition.packed import PackedAdapter
 from .combine import sum_adapters
 from .layer import SMoALayer
@@ -31,7 +31,6 @@ class Linear(SMoALayer, nn.Module):
             one.
         adapter_name: the first adapter's name.
         settings: the first adapter's settings.
-        fan_in_fan_out: whether the weight is stored (in, out).
         quantization: PEFT's back end for the base layer, where that is quantised.
 
     Example:
@@ -46,17 +45,17 @@ class Linear(SMoALayer, nn.Module):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        settings: LayerSettings,
+        settings: AdapterSettings,
         *,
-        fan_in_fan_out: bool = False,
         quantization: QuantizationBackend | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         SMoALayer.__init__(self)
-        self.fan_in_fan_out, self.quantization_backend = fan_in_fan_out, quantization
+        self.quantization_backend = quantization
         base = self.get_base_layer()
-        if fan_in_fan_out:  # the weight's own shape is empty under ZeRO-3
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        if self.fan_in_fan_out:  # the weight's own shape is empty under ZeRO-3
             self.in_features, self.out_features = base.nx, base.nf
         else:
             self.in_features, self.out_features = base.in_features, base.out_features
@@ -84,14 +83,12 @@ class Linear(SMoALayer, nn.Module):
         """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
             return self._base_output(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if self.merged:
-            return self._base_output(x, *args, **kwargs)
         return self._adapted(x, cast("list[str]", self.active_adapters), *args, **kwargs)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,14 +115,15 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
-        base, config, shard = self.get_base_layer(), self.settings[names[0]].config, self._shard
+        base, config, shard = self.get_base_layer(), self.settings[names[0]], self._shard
         settings: dict[str, Any] = {
             "dropout_p": dropout_p,
             "algorithm": config.algorithm,
             "backend": config.backend,
         }
         if self.quantization_backend is not None:
-            return dequantized_linear(x, base, self._dequantize, self._summed(base.weight, names), **settings)
+            adapter = self._summed(x, names)  # its weight is not used
+            return dequantized_linear(x, base, self._dequantize, adapter, **settings)
         bias, adapter = base.bias, self._summed(self.base_weight(), names)
         if shard is None:
             return adapted_linear(x, bias, adapter, **settings)
@@ -174,7 +172,7 @@ class Linear(SMoALayer, nn.Module):
             )
 
     def _dropout_p(self, name: str) -> float:
-        return self.settings[name].config.smoa_dropout if self.training else 0.0
+        return self.settings[name].smoa_dropout if self.training else 0.0
 
     def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
         parts = [self.packed(name, weight) for name in names]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -69,25 +70,14 @@ def dequantized_linear(
 
 class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        seed: Tensor | None,
-        read: ReadWeight,
-        adapter: PackedAdapter,
-        settings: dict[str, Any],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *call: Any) -> Tensor:
+        seed, read, adapter, settings = call
         needs_factors = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_factors else None, A, B, seed, adapter.ranks, adapter.scaling)
         ctx.read, ctx.partition, ctx.settings = read, adapter.partition, settings
         ctx.block_ranks = adapter.block_ranks
         with without_autocast(x):
-            given = PackedAdapter(
-                read(x.dtype), A, B, adapter.partition, adapter.ranks, adapter.scaling, adapter.block_ranks
-            )
+            given = replace(adapter, weight=read(x.dtype), A=A, B=B)
             return adapted_linear(x, bias, given, dropout_seed=seed, **settings)
 
     @staticmethod

@@ -91,7 +91,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
                 f"{self.parameter_name} is on {weight.device} and the experts' input on {source.device}: adapters of "
                 "experts take neither offloaded weights nor nn.DataParallel (use DistributedDataParallel)"
             )
-        settings = self.settings[name].config
+        settings = self.settings[name]
         backend = resolve_backend(settings.backend, weight.device, weight.dtype, adapter.A.shape[1])
         return lambda x: experts_linear(x.to(weight.dtype), ends, adapter, backend)
 
@@ -102,3 +102,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
         if A.dtype not in (weight.dtype, torch.float32):
             A, B = A.to(weight.dtype), B.to(weight.dtype)
         return ExpertsAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        weight = self._stored_weight()
+        return weight.device, weight.dtype
