@@ -32,30 +32,26 @@ class Architecture:
     """The class of a model, from the configuration in its folder; everything is empty if transformers lacks it.
 
     Attributes:
-        is_known: whether transformers has the class.
         renamed: stored name of each renamed parameter.
         parts: names of the stored tensors of each parameter that is made from several.
-        swapped: names of weights that are stored (C, N).
+        swapped: names of weights that are stored (C, N); None if transformers lacks the class.
         tied: the stored parameter of each one that is tied to it: in most models the head is the embedding.
     """
 
     def __init__(self, folder: Path, stored: Iterable[str]) -> None:
         self._model = _without_values(folder)
-        self.is_known = self._model is not None
         self.renamed: dict[str, str] = {}
         self.parts: defaultdict[str, list[str]] = defaultdict(list)
-        self.swapped: list[str] = []
+        self.swapped: list[str] | None = None
         self.tied: dict[str, str] = {}
         # The converter that makes a parameter from stored tensors, by its pattern; the pattern of each part.
         self._converters: dict[str, WeightConverter] = {}
         self._patterns: dict[str, str] = {}
-        if self.is_known:
-            conv1d = (name for name, module in self._model.named_modules() if isinstance(module, Conv1D))
-            self.swapped = [f"{name}.weight" for name in conv1d]
-            self.tied = dict(self._model.all_tied_weights_keys)
-            self._resolve(stored)
-
-    def _resolve(self, stored: Iterable[str]) -> None:
+        if self._model is None:
+            return
+        conv1d = (name for name, module in self._model.named_modules() if isinstance(module, Conv1D))
+        self.swapped = [f"{name}.weight" for name in conv1d]
+        self.tied = dict(self._model.all_tied_weights_keys)
         transforms = get_model_conversion_mapping(self._model)
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]

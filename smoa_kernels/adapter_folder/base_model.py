@@ -83,7 +83,7 @@ class BaseModel:
             return False
         if shape[0] != shape[1]:
             return tuple(self.read(stored).shape) != shape
-        if not self.architecture.is_known:
+        if self.architecture.swapped is None:
             raise ValueError(
                 f"{name}: its weight is square. Whether it is stored transposed, as a Conv1D's is, the model's class "
                 f"alone shows, and transformers knows none for {self.folder}"

@@ -36,7 +36,10 @@ def _rank(r: int, device: torch.device) -> Tensor:
     return torch.full((1,), r, dtype=torch.int32, device=device)
 
 
-class Accelerated(nn.Module):
+_Layer: Any = nn.Module  # Any, since it is mixed into PEFT's layer and has that one's attributes
+
+
+class Accelerated(_Layer):  # type: ignore[misc]
     """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible.
 
     Attributes:
@@ -49,19 +52,6 @@ class Accelerated(nn.Module):
     _block: tuple[BlockPartition, Tensor] | None = None  # None while the weight is on the meta device
     _ranks: dict[int, Tensor]  # int32 (1,), by r
     _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
-
-    # PEFT's attributes.
-    base_layer: Any
-    hira_A: nn.ParameterDict
-    hira_B: nn.ParameterDict
-    hira_dropout: nn.ModuleDict
-    r: dict[str, int]
-    active_adapters: list[str]
-    disable_adapters: bool
-    merged: bool
-    fan_in_fan_out: bool
-    in_features: int
-    out_features: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute (..., C) -> (..., N), in x's dtype.
@@ -120,11 +110,11 @@ class Accelerated(nn.Module):
         if self._repacks:
             self.base_layer.support_avx512bf16_for_cpu = True
         for made in ("_block", "_ranks", "_repacks"):
-            vars(self).pop(made, None)
+            self.__dict__.pop(made, None)
         self.__class__ = self.pefts_class  # type: ignore[assignment]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(*args, **kwargs)
         self.make_ready()
         return self
 
