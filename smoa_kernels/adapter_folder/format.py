@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import MOST_BLOCKS, layout_of, naming
@@ -113,7 +112,11 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
             raise ValueError(
                 f"{name.format(expert)} is corrupt: its labels, ranks and sketch do not match its checksum"
             )
-    labels = _unpack_labels(found["labels"], num_blocks, out_features + in_features)
+    count, width = out_features + in_features, _label_bits(num_blocks)
+    bits: Any = np.unpackbits(found["labels"], axis=1, count=count * width, bitorder="little")
+    dtype = np.uint8 if num_blocks <= 256 else np.int32
+    powers = (1 << np.arange(width)).astype(dtype)
+    labels = bits.astype(dtype, copy=False).reshape(len(data), count, width) @ powers
     wrong = np.flatnonzero((labels >= num_blocks).any(1))
     if wrong.size:
         raise ValueError(f"{name.format(wrong[0])} must have labels below num_blocks={num_blocks}")
@@ -127,16 +130,6 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
         raise ValueError(f"{name.format(int(other[0]))} has other ranks than those of expert 0")
     blocks = ExpertBlocks.from_labels(rows, cols, num_blocks)
     return LayerBlocks(blocks, rank[0], sketch)
-
-
-def _unpack_labels(bits: NDArray[np.uint8], num_blocks: int, count: int) -> NDArray[Any]:
-    """Labels (E, count) of rows of bits."""
-    width = _label_bits(num_blocks)
-    planes = np.unpackbits(bits, axis=1, count=count * width, bitorder="little").reshape(
-        len(bits), count, width
-    )
-    dtype = np.uint8 if num_blocks <= 256 else np.int32
-    return cast("NDArray[Any]", planes.astype(dtype, copy=False) @ (1 << np.arange(width)).astype(dtype))
 
 
 def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks:

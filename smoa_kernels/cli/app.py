@@ -22,7 +22,6 @@ app = typer.Typer(
     help="SMoA's kernels: where they run, what they cost, how to tune them. And its adapters.",
     invoke_without_command=True,
     add_completion=False,
-    rich_markup_mode="rich",  # it keeps the line break before an example
     pretty_exceptions_enable=False,
 )
 # An example of each command, in groups by the reader's task.
@@ -58,7 +57,7 @@ def _options(
 ) -> None:
     context.obj["debug"] = debug
     if context.invoked_subcommand is None:
-        context.get_help()  # prints it: the commands, each with an example
+        typer.echo(context.get_help(), nl=False)  # where typer uses rich, the call prints, and returns nothing
 
 
 def run(arguments: list[str]) -> int:

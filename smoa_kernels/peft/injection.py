@@ -57,7 +57,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
-    _experts: Sequence[str] = ()  # during an injection: the fused weights to adapt
+    _experts: Sequence[str] = ()  # the fused weights that the last injection adapts
     removals: dict[str, Callable[[str], None]]  # of each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -110,8 +110,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 remove(adapter_name)
                 self.peft_config.pop(adapter_name, None)
             raise
-        finally:
-            self._experts = ()
         for pattern, keys in config.unmatched_patterns(list(injected)).items():
             warnings.warn(
                 f"The following {pattern} keys did not match any targeted module and were ignored: {keys}.",
@@ -189,8 +187,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def _new_layer(self, target: nn.Module, adapter_name: str, settings: AdapterSettings) -> Linear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = quantization_of(base, **get_quantization_kwargs(self.model))
-        if quantization is not None:
-            keep_packing(base)
+        keep_packing(base)
         stored_transposed = isinstance(base, Conv1D)
         if not isinstance(base, (nn.Linear, Conv1D)) and quantization is None:
             raise ValueError(

@@ -30,6 +30,10 @@ from .combine import single_block
 from .offload import execution_device, gathered, present
 
 
+def _by_adapter(setting: str) -> Any:
+    return property(lambda layer: {name: getattr(one, setting) for name, one in layer.settings.items()})
+
+
 class SMoALayer(BaseWeight):
     """A layer's adapters by name: all of :class:`smoa_kernels.peft.Linear` except its forward.
 
@@ -51,24 +55,15 @@ class SMoALayer(BaseWeight):
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
-    other_param_names: tuple[str, ...] = (
-        "smoa_blocks",
-        "r",
-        "num_blocks",
-        "scaling",
-        "settings",
-        "_prepared",
-    )
+    other_param_names: tuple[str, ...] = ("smoa_blocks", "settings", "_prepared")
 
     smoa_B: nn.ParameterDict
+    r, num_blocks, scaling = (_by_adapter(name) for name in ("r", "num_blocks", "scaling"))
 
     def __init__(self) -> None:
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_blocks = BufferDict(persistent=True)
-        self.r: dict[str, int] = {}
-        self.num_blocks: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
         self.settings: dict[str, AdapterSettings] = {}
         self._prepared: dict[str, Prepared] = {}
         # The partition with a single block, made when there are several adapters to sum.
@@ -95,12 +90,10 @@ class SMoALayer(BaseWeight):
             raise ValueError(
                 f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
             ) from error
-        rho, num_blocks = max(settings.ranks), settings.rule.num_blocks
-        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, num_blocks
-        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
+        self.settings[adapter_name], rho = settings, max(settings.ranks)
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
-        size = blocks_layout(self.out_features, self.in_features, num_blocks).itemsize
+        size = blocks_layout(self.out_features, self.in_features, settings.num_blocks).itemsize
         self.smoa_blocks[adapter_name] = torch.zeros(*self.stack, size, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._prepared.pop(adapter_name, None)
@@ -141,7 +134,7 @@ class SMoALayer(BaseWeight):
             sketch = self.base_sketch()
         if settings.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)
-            self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
+            self.settings[adapter_name] = settings
         ranks = torch.tensor(settings.ranks, dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)
         self.reset_adapter(adapter_name)
@@ -178,7 +171,7 @@ class SMoALayer(BaseWeight):
         """
         for key in STATE_KEYS:
             getattr(self, key)[adapter_name].copy_(given[key])
-        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
+        self.settings[adapter_name] = settings
         # Labels were copied into the same object. They are unpacked now: the next forward may be compiled.
         before, now = self._prepared.pop(adapter_name, None), self._ready(adapter_name)
         if before is not None and before.partition == now.partition:
@@ -244,7 +237,7 @@ class SMoALayer(BaseWeight):
         check_shapes(name, given, {key: getattr(self, key)[adapter_name].shape for key in STATE_KEYS})
         if given["smoa_blocks"].is_meta:
             return None
-        return read_blocks(name, given, self.r[adapter_name]).sketch
+        return read_blocks(name, given, self.settings[adapter_name].r).sketch
 
     def num_adapter_parameters(self, adapter_name: str) -> int:
         """Count the trained parameters, `Σ r_k (N_k + C_k)` over all matrices, without padding."""
@@ -293,7 +286,7 @@ class SMoALayer(BaseWeight):
             partition = next(same, partition)
             self._whole = single_block(partition)  # made now, since forward may be compiled
         packed = self.smoa_blocks[adapter_name]
-        scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
+        scaling = scaling_tensor(self.settings[adapter_name].scaling, partition.device)
         ready = Prepared(packed, partition, ranks, scaling, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
@@ -302,7 +295,7 @@ class SMoALayer(BaseWeight):
         """Show the shape, and K and r of each adapter."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         experts = [f"experts={count}" for count in self.stack]
-        adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
+        adapters = (f"{name}(r={one.r}, num_blocks={one.num_blocks})" for name, one in self.settings.items())
         return ", ".join([*experts, shape, *adapters])
 
     def __repr__(self) -> str:
@@ -312,9 +305,7 @@ class SMoALayer(BaseWeight):
         """Compute from now on as one part of a layer whose parameters were sharded."""
         self._shard = shard
         self._prepared.clear()
-        for name in self.smoa_A:
-            if not self.smoa_blocks[name].is_meta:
-                self._ready(name)
+        _read_blocks(self, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

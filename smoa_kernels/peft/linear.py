@@ -148,17 +148,14 @@ class Linear(SMoALayer, nn.Module):
     def _mixed_batch_forward(
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
-        y: Tensor | None = None
+        parts, order = [], []
         # An empty batch also needs one product, for the shape.
         for name in dict.fromkeys(adapter_names or ("__base__",)):
             samples = [i for i, given in enumerate(adapter_names) if given == name]
             index = torch.tensor(samples, dtype=torch.int64, device=x.device)
-            part = self._adapted(x.index_select(0, index), [name], *args, **kwargs)
-            if y is None:
-                y = part.new_empty(x.shape[0], *part.shape[1:])
-            y = y.index_copy(0, index, part)
-        assert y is not None
-        return y
+            parts.append(self._adapted(x.index_select(0, index), [name], *args, **kwargs))
+            order.append(index)
+        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
