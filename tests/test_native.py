@@ -186,13 +186,14 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, *HALF
     [
         *((one, dtype, 4, "auto", Path.FEW) for one in (AMX, AVX512_BF16, AVX512, AVX2) for dtype in KINDS),
         *(
-            (one, FLOAT32, 9, form, Path.FLOAT)
+            (one, FLOAT32, 13, form, Path.FLOAT)
             for one in (AMX, AVX2)
             for form in ("auto", "merged", "dropout")
         ),
         (AMX, BFLOAT16, 8, "auto", Path.FEW),
-        (AVX512_BF16, BFLOAT16, 8, "auto", Path.TILES),
-        *((one, BFLOAT16, 9, "auto", Path.TILES) for one in (AMX, AVX512_BF16)),
+        (AMX, BFLOAT16, 9, "auto", Path.TILES),
+        (AVX512_BF16, BFLOAT16, 12, "auto", Path.FEW),
+        (AVX512_BF16, BFLOAT16, 13, "auto", Path.TILES),
         (AMX, BFLOAT16, 4, "dropout", Path.TILES),
         (AMX, BFLOAT16, 50, "merged", Path.EAGER),
         *((one, FLOAT16, 50, "split", Path.EAGER) for one in (AMX, AVX512)),
@@ -229,8 +230,8 @@ def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
         few = (backend.route(torch.empty(tokens, 8), weight, rank, "auto") == Path.FEW for rank in range(40))
         return sum(few)
 
-    assert [most(tokens) for tokens in range(1, 10)] == sorted(map(most, range(1, 10)), reverse=True)
-    assert (most(1), most(9)) == (17, 0)
+    assert [most(tokens) for tokens in range(1, 14)] == sorted(map(most, range(1, 14)), reverse=True)
+    assert (most(1), most(13)) == (17, 0)
 
 
 @pytest.mark.slow

@@ -75,14 +75,14 @@ _SPLIT = ("auto", "split", "dropout")
 ROUTES = (
     Route(Path.FEW, algorithms=("expanded",), contiguous="terms"),
     Route(Path.FEW, algorithms=("auto",), most=(4, 16), contiguous="terms"),
-    Route(Path.TILES, _BF16, _SPLIT, needs=("bf16", "no amx"), contiguous="rows"),
-    Route(Path.FEW, algorithms=("auto",), needs=("avx512",), most=(8, 4), contiguous="terms"),
-    Route(Path.FEW, algorithms=("auto",), needs=("no avx512",), most=(8, 8), contiguous="terms"),
+    Route(Path.FEW, algorithms=("auto",), most=(8, 4), contiguous="terms"),
+    Route(Path.FEW, algorithms=("auto",), needs=("no amx",), most=(8, 8), contiguous="terms"),
+    Route(Path.FEW, algorithms=("auto",), needs=("no amx",), most=(12, 4), contiguous="terms"),
     Route(Path.TILES, _BF16, _SPLIT, needs=("bf16",), contiguous="rows"),
     Route(Path.EAGER, _HALF, needs=("half GEMM",)),
     Route(Path.FLOAT),
 )
-"""The first row that takes a call computes it. The limits of few tokens were measured at 1024² and 2048²: A is read
+"""The first row that takes a call computes it. The limits of few tokens were measured at 576² to 2048²: A is read
 again for every few rows, which at higher ranks costs more than packing. torch computes half types if it has a GEMM for
 them and the compiled code has none: bfloat16 without AVX512-BF16, float16, and a merged W_eff in half precision."""
 
