@@ -57,7 +57,7 @@ def _options(
 ) -> None:
     context.obj["debug"] = debug
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), nl=False)  # where typer uses rich, the call prints, and returns nothing
+        typer.echo(context.get_help(), nl=False)  # rich has printed it and leaves nothing
 
 
 def run(arguments: list[str]) -> int:

@@ -140,9 +140,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if not isinstance(module, Experts):
                 module = Experts(module)
                 setattr(parent, name, module)
-            weight = module.weight(parameter_name)
+            if parameter_name not in module.weights:
+                module.add_module(parameter_name, ExpertsWeight(module.base_layer, parameter_name))
             with naming(key), init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                weight.update_layer(adapter_name, peft_config.for_layer(key))
+                module.weights[parameter_name].update_layer(adapter_name, peft_config.for_layer(key))
         return list(self._experts)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -259,7 +260,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         """
         combine = check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         combined: dict[str, PackedAdapter] = {}
-        sources: dict[str, str] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, SMoALayer):
                 given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa_A]
@@ -267,11 +267,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     with present(layer):
                         parts = [layer.packed(a, torch.empty(0)) for a, _ in given]  # W0 is not used
                         combined[name] = combine(parts, [float(w) for _, w in given])
-                    sources[name] = given[0][0]
         self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], combined)
         self.inject_adapter(self.model, adapter_name)
         for name, adapter in combined.items():
-            self.model.get_submodule(name).fill(adapter_name, adapter, sources[name])
+            layer = self.model.get_submodule(name)
+            layer.fill(adapter_name, adapter, next(a for a in adapters if a in layer.smoa_A))
         self.peft_config[adapter_name].format_version = None
 
     @classmethod

@@ -41,12 +41,6 @@ class Experts(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
-    def weight(self, parameter_name: str) -> ExpertsWeight:
-        """The adapters of one of the base module's weights; made if there are none."""
-        if parameter_name not in self._modules:
-            self.add_module(parameter_name, ExpertsWeight(self.base_layer, parameter_name))
-        return cast(ExpertsWeight, self._modules[parameter_name])
-
     @property
     def weights(self) -> dict[str, ExpertsWeight]:
         """The weights that have adapters, by parameter."""
