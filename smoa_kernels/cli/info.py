@@ -24,7 +24,7 @@ from ..backends.native.library import has
 from ..definition.precision import dtype_names, has_gemm
 from ..files import cache_folder
 from ..kernels import table
-from ..kernels.architectures import identity
+from ..kernels.architectures import assembler, identity
 from ..kernels.table import SHIPPED, read, user_table
 from .output import console, write_json
 
@@ -82,6 +82,7 @@ def _collect() -> dict[str, dict[str, str]]:
             "platform": platform.platform(),
             **{name: _version(name) for name in _PACKAGES},
             "torch is built for": _runtime(),
+            **{f"ptxas for {arch}": assembler(arch) for arch in ("sm_80", "sm_90", "sm_100")},
             "GPU driver": _driver(),
         },
         "devices": _devices(),
