@@ -47,7 +47,12 @@ class _SMoAParallel:
     def _distribute(self, layer: Any, mesh: DeviceMesh) -> None:
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         stored_transposed = getattr(layer, "fan_in_fan_out", False)
-        cut = partial(self._parameter, mesh=mesh)
+
+        def cut(parameter: Tensor, dim: int | None) -> nn.Parameter:
+            placement = Replicate() if dim is None else Shard(dim)
+            value = distribute_tensor(parameter, mesh, (placement,), src_data_rank=self.src_data_rank)
+            return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
         base.weight = cut(base.weight, dim=1 - self.dim if stored_transposed else self.dim)
         if base.bias is not None:
             base.bias = cut(base.bias, dim=0 if self.dim == 0 else None)
@@ -60,11 +65,6 @@ class _SMoAParallel:
             else:
                 setattr(layer, factor, cut(value, dim=dim))
         layer._cut(LayerShard(mesh, self.dim, layer.out_features, layer.in_features))
-
-    def _parameter(self, parameter: Tensor, *, mesh: DeviceMesh, dim: int | None) -> nn.Parameter:
-        placement = Replicate() if dim is None else Shard(dim)
-        value = distribute_tensor(parameter, mesh, (placement,), src_data_rank=self.src_data_rank)
-        return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
 class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):

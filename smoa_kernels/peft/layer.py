@@ -30,10 +30,6 @@ from .combine import single_block
 from .offload import execution_device, gathered, present
 
 
-def _by_adapter(setting: str) -> Any:
-    return property(lambda layer: {name: getattr(one, setting) for name, one in layer.settings.items()})
-
-
 class SMoALayer(BaseWeight):
     """A layer's adapters by name: all of :class:`smoa_kernels.peft.Linear` except its forward.
 
@@ -55,15 +51,24 @@ class SMoALayer(BaseWeight):
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
-    other_param_names: tuple[str, ...] = ("smoa_blocks", "settings", "_prepared")
+    other_param_names: tuple[str, ...] = (
+        "smoa_blocks",
+        "r",
+        "num_blocks",
+        "scaling",
+        "settings",
+        "_prepared",
+    )
 
     smoa_B: nn.ParameterDict
-    r, num_blocks, scaling = (_by_adapter(name) for name in ("r", "num_blocks", "scaling"))
 
     def __init__(self) -> None:
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_blocks = BufferDict(persistent=True)
+        self.r: dict[str, int] = {}
+        self.num_blocks: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
         self.settings: dict[str, AdapterSettings] = {}
         self._prepared: dict[str, Prepared] = {}
         # The partition with a single block, made when there are several adapters to sum.
@@ -90,7 +95,9 @@ class SMoALayer(BaseWeight):
             raise ValueError(
                 f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
             ) from error
-        self.settings[adapter_name], rho = settings, max(settings.ranks)
+        rho = max(settings.ranks)
+        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
+        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
         size = blocks_layout(self.out_features, self.in_features, settings.num_blocks).itemsize
@@ -134,7 +141,7 @@ class SMoALayer(BaseWeight):
             sketch = self.base_sketch()
         if settings.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)
-            self.settings[adapter_name] = settings
+            self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         ranks = torch.tensor(settings.ranks, dtype=torch.int32, device=partition.device)
         self._set_blocks(adapter_name, partition, ranks, sketch)
         self.reset_adapter(adapter_name)
@@ -171,7 +178,7 @@ class SMoALayer(BaseWeight):
         """
         for key in STATE_KEYS:
             getattr(self, key)[adapter_name].copy_(given[key])
-        self.settings[adapter_name] = settings
+        self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         # Labels were copied into the same object. They are unpacked now: the next forward may be compiled.
         before, now = self._prepared.pop(adapter_name, None), self._ready(adapter_name)
         if before is not None and before.partition == now.partition:
