@@ -72,7 +72,7 @@ def gradient_error(model: nn.Module, tokens: Tensor) -> float:
     for module in exact.modules():
         if isinstance(module, SMoALayer):
             for settings in module.settings.values():
-                settings.config.backend = "reference"
+                settings.backend = "reference"
     found = []
     for each in (model, exact):
         wanted = [p for p in each.parameters() if p.requires_grad]

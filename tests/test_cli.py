@@ -40,18 +40,20 @@ def test_roofline_takes_the_order_of_blocks_as_a_layer_does(capsys):
     assert "K=8 spectral in granules of 8" in capsys.readouterr().out
 
 
-def test_without_arguments_every_command_is_shown_in_its_group_with_an_example_that_parses(capsys):
+def test_without_arguments_every_command_is_shown_in_its_group_with_an_example_that_parses(
+    capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "110")
     assert main([]) == 0
     out = capsys.readouterr().out
     commands = get_command(app).commands
-    examples = re.findall(r"^ +smoa-kernels (.*)$", out, re.MULTILINE)
+    examples = re.findall(r"^│ +smoa-kernels (.*?) *│$", out, re.MULTILINE)
     assert sorted(example.split()[0] for example in examples) == sorted(commands)
     for example in examples:
         name, *arguments = example.split()
         commands[name].make_context(name, arguments)  # raises for an unknown option
-    assert (
-        out.index("A model or an adapter") < out.index("inspect ") < out.index("A GPU") < out.index("tune ")
-    )
+    places = [out.index(each) for each in ("A model or an adapter", "│ inspect ", "A GPU", "│ tune ")]
+    assert places == sorted(places)
 
 
 def test_a_usage_error_names_the_help_that_answers_it(capsys):
@@ -111,7 +113,7 @@ def test_info_asks_the_drivers_files_then_their_command(tmp_path, monkeypatch):
     assert info._driver() == "not found"
     command = tmp_path / "nvidia-smi"
     for script, words in (
-        ("echo 580.65.06", "nvidia: 580.65.06"),
+        ("echo NVIDIA-SMI 580.65.06 Driver Version: 580.65.06 CUDA Version: 13.0", "580.65.06"),
         ("exit 9", "not found"),
         ("true", "not found"),
     ):

@@ -32,50 +32,45 @@ class Architecture:
     """The class of a model, from the configuration in its folder; everything is empty if transformers lacks it.
 
     Attributes:
-        is_known: whether transformers has the class.
         renamed: stored name of each renamed parameter.
         parts: names of the stored tensors of each parameter that is made from several.
-        swapped: names of weights that are stored (C, N).
+        swapped: names of weights that are stored (C, N); None if transformers lacks the class.
         tied: the stored parameter of each one that is tied to it: in most models the head is the embedding.
     """
 
     def __init__(self, folder: Path, stored: Iterable[str]) -> None:
         self._model = _without_values(folder)
-        self.is_known = self._model is not None
         self.renamed: dict[str, str] = {}
         self.parts: defaultdict[str, list[str]] = defaultdict(list)
-        self.swapped: list[str] = []
+        self.swapped: list[str] | None = None
         self.tied: dict[str, str] = {}
-        # The converter that makes a parameter from stored tensors, by its pattern; the pattern of each part.
-        self._converters: dict[str, WeightConverter] = {}
-        self._patterns: dict[str, str] = {}
-        if self.is_known:
-            conv1d = (name for name, module in self._model.named_modules() if isinstance(module, Conv1D))
-            self.swapped = [f"{name}.weight" for name in conv1d]
-            self.tied = dict(self._model.all_tied_weights_keys)
-            self._resolve(stored)
-
-    def _resolve(self, stored: Iterable[str]) -> None:
+        # The converter that makes a parameter of each part, and the part's pattern in it.
+        self._sources: dict[str, tuple[WeightConverter, str]] = {}
+        if self._model is None:
+            return
+        conv1d = (name for name, module in self._model.named_modules() if isinstance(module, Conv1D))
+        self.swapped = [f"{name}.weight" for name in conv1d]
+        self.tied = dict(self._model.all_tied_weights_keys)
         transforms = get_model_conversion_mapping(self._model)
         renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        self._converters = {pattern: each for each in converters for pattern in each.source_patterns}
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         prefix, state = self._model.base_model_prefix, self._model.state_dict()
         for part in sorted(stored, key=dot_natural_key):
             name, pattern = rename_source_key(part, renamings, converters, prefix, state)
             if pattern is None:
                 self.renamed[name] = part
             # Of several targets each parameter is a part of a tensor.
-            elif len(self._converters[pattern].target_patterns) == 1:
+            elif len(by_pattern[pattern].target_patterns) == 1:
                 self.parts[name].append(part)
-                self._patterns[part] = pattern
+                self._sources[part] = by_pattern[pattern], pattern
 
     def assemble(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
         """Make a parameter of its parts, as transformers does while it loads them."""
         parts = self.parts[name]
-        converter = copy.deepcopy(self._converters[self._patterns[parts[0]]])
+        converter = copy.deepcopy(self._sources[parts[0]][0])
         for part in parts:
-            converter.add_tensor(name, part, self._patterns[part], partial(read, part))
+            converter.add_tensor(name, part, self._sources[part][1], partial(read, part))
         converted = converter.convert(name, model=self._model, config=self._model.config)
         if isinstance(converted, tuple):  # transformers 5.0 also returns errors
             converted = converted[0]

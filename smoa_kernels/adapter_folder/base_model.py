@@ -83,16 +83,12 @@ class BaseModel:
             return False
         if shape[0] != shape[1]:
             return tuple(self.read(stored).shape) != shape
-        if not self.architecture.is_known:
+        if self.architecture.swapped is None:
             raise ValueError(
                 f"{name}: its weight is square. Whether it is stored transposed, as a Conv1D's is, the model's class "
                 f"alone shows, and transformers knows none for {self.folder}"
             )
-        return stored in self._swapped
-
-    @cached_property
-    def _swapped(self) -> set[str | None]:
-        return {self._same_name(name) for name in self.architecture.swapped}
+        return any(self._same_name(each) == stored for each in self.architecture.swapped)
 
 
 def _scan(folder: Path) -> Iterator[tuple[str, Path]]:

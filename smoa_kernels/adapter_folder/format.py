@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checks import MOST_BLOCKS, layout_of, naming
@@ -70,24 +69,22 @@ class LayerBlocks(NamedTuple):
         return ways[distances.index(nearest)], nearest
 
 
-def blocks_size(out_features: int, in_features: int, num_blocks: int) -> int:
-    """Count the bytes of `smoa_blocks` for a layer of this shape with K blocks."""
-    bits = (out_features + in_features) * _label_bits(num_blocks)
-    return 4 * (2 + num_blocks) + 2 * SKETCH_SIZE + -(-bits // 8)
+def blocks_layout(out_features: int, in_features: int, num_blocks: int) -> np.dtype[Any]:
+    """The bytes of `smoa_blocks` for a layer of this shape with K blocks."""
+    size = -(-(out_features + in_features) * _label_bits(num_blocks) // 8)
+    head: list[Any] = [("num_blocks", "<u4"), ("checksum", "<u4"), ("ranks", "<u4", (num_blocks,))]
+    return np.dtype([*head, ("sketch", "<f2", (SKETCH_SIZE,)), ("labels", "u1", (size,))])
 
 
 def pack_blocks(partition: BlockPartition, ranks: Tensor, sketch: Tensor) -> Tensor:
     """Pack the blocks, ranks and sketch of a matrix into uint8 on the CPU; a sketch beyond float16 becomes infinite."""
     labels = torch.cat([partition.row_block, partition.col_block]).cpu().numpy()
-    shifts = np.arange(_label_bits(partition.num_blocks))
-    parts = (
-        ranks.cpu().numpy().astype("<u4"),
-        sketch.cpu().numpy().astype("<f2"),
-        np.packbits((labels[:, None] >> shifts & 1).astype(np.uint8), bitorder="little"),
-    )
-    body = b"".join(part.tobytes() for part in parts)
-    head = np.array([partition.num_blocks, zlib.crc32(body)], dtype="<u4").tobytes()
-    return torch.frombuffer(bytearray(head + body), dtype=torch.uint8)
+    bits = labels[:, None] >> np.arange(_label_bits(partition.num_blocks)) & 1
+    row = np.zeros(1, blocks_layout(*partition.shape, partition.num_blocks))
+    row["num_blocks"], row["ranks"], row["sketch"] = partition.num_blocks, ranks.cpu(), sketch.cpu()
+    row["labels"] = np.packbits(bits.astype(np.uint8), bitorder="little")
+    row["checksum"] = zlib.crc32(row.tobytes()[8:])
+    return torch.from_numpy(row.view(np.uint8))
 
 
 def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerBlocks:
@@ -100,53 +97,39 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
             f"{tuple(packed.shape)}"
         )
     data = np.atleast_2d(packed.detach().cpu().contiguous().numpy())
-    name = (
-        [f"smoa_blocks of expert {expert}" for expert in range(len(data))]
-        if packed.ndim == 2
-        else ["smoa_blocks"]
-    )
+    name = "smoa_blocks" + " of expert {}" * (packed.ndim - 1)
     num_blocks = int(data[0, :4].view("<u4")[0]) if data.shape[1] >= 8 else 0
-    fits = 1 <= num_blocks <= MOST_BLOCKS and data.shape[1] == blocks_size(
-        out_features, in_features, num_blocks
-    )
-    if not fits:
+    possible = 1 <= num_blocks <= MOST_BLOCKS
+    layout = blocks_layout(out_features, in_features, num_blocks) if possible else None
+    if layout is None or data.shape[1] != layout.itemsize:
         raise ValueError(
             f"smoa_blocks must hold the block labels of {out_features} rows and {in_features} columns, got "
             f"{data.shape[1]} bytes that say num_blocks={num_blocks}"
         )
-    for expert, row in enumerate(data):
-        head = row[:8].view("<u4")
-        if head[0] != num_blocks or zlib.crc32(row[8:]) != head[1]:
+    found = data.view(layout)[:, 0]
+    for expert, row in enumerate(found):
+        if row["num_blocks"] != num_blocks or row["checksum"] != zlib.crc32(row.tobytes()[8:]):
             raise ValueError(
-                f"{name[expert]} is corrupt: its labels, ranks and sketch do not match its checksum"
+                f"{name.format(expert)} is corrupt: its labels, ranks and sketch do not match its checksum"
             )
-    ranks, sketches, bits = np.split(data[:, 8:], [4 * num_blocks, 4 * num_blocks + 2 * SKETCH_SIZE], axis=1)
-    labels = _unpack_labels(bits, num_blocks, out_features + in_features)
+    count, width = out_features + in_features, _label_bits(num_blocks)
+    bits: Any = np.unpackbits(found["labels"], axis=1, count=count * width, bitorder="little")
+    dtype = np.uint8 if num_blocks <= 256 else np.int32
+    powers = (1 << np.arange(width)).astype(dtype)
+    labels = bits.astype(dtype, copy=False).reshape(len(data), count, width) @ powers
     wrong = np.flatnonzero((labels >= num_blocks).any(1))
     if wrong.size:
-        raise ValueError(f"{name[wrong[0]]} must have labels below num_blocks={num_blocks}")
+        raise ValueError(f"{name.format(wrong[0])} must have labels below num_blocks={num_blocks}")
     rows, cols = torch.from_numpy(labels).to(packed.device).split([out_features, in_features], 1)
-    rank = torch.from_numpy(np.ascontiguousarray(ranks).view("<u4").astype(np.int32)).to(packed.device)
-    sketch = torch.from_numpy(np.ascontiguousarray(sketches).view("<f2").astype(np.float32)).to(packed.device)
+    rank = torch.from_numpy(found["ranks"].astype(np.int32)).to(packed.device)
+    sketch = torch.from_numpy(found["sketch"].astype(np.float32)).to(packed.device)
     if packed.ndim == 1:
         return LayerBlocks(BlockPartition.from_labels(rows[0], cols[0], num_blocks), rank[0], sketch[0])
     other = (rank != rank[0]).any(1).nonzero()
     if len(other):
-        raise ValueError(f"{name[int(other[0])]} has other ranks than those of expert 0")
+        raise ValueError(f"{name.format(int(other[0]))} has other ranks than those of expert 0")
     blocks = ExpertBlocks.from_labels(rows, cols, num_blocks)
     return LayerBlocks(blocks, rank[0], sketch)
-
-
-def _unpack_labels(bits: NDArray[np.uint8], num_blocks: int, count: int) -> NDArray[Any]:
-    """Labels (E, count) of rows of bits."""
-    width = _label_bits(num_blocks)
-    planes = np.unpackbits(bits, axis=1, count=count * width, bitorder="little").reshape(
-        len(bits), count, width
-    )
-    labels = np.zeros((len(bits), count), np.uint8 if num_blocks <= 256 else np.int32)
-    for bit in range(width):
-        labels |= planes[..., bit].astype(labels.dtype) << bit
-    return labels
 
 
 def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks:

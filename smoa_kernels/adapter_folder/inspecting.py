@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..checks import check_path
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE
@@ -128,7 +126,10 @@ def _layer(name: str, blocks: LayerBlocks, bases: BaseModel | None) -> LayerRepo
         shape=(*stack, *experts[0].partition.shape),
         ranks=tuple(ranks),
         parameters=sum(trainable_parameters(one.partition, ranks) for one in experts),
-        fingerprint=_digits(experts[0].sketch),
+        # Four digits for each of the first four numbers.
+        fingerprint="".join(
+            f"{round(float(number) * 4096) & 0xFFFF:04x}" for number in experts[0].sketch[:4]
+        ),
         base_distance=None if distances is None else max(distances),
         worst_expert=worst,
     )
@@ -141,8 +142,3 @@ def _distances(name: str, experts: Sequence[LayerBlocks], bases: BaseModel, fuse
         return [float("inf")] * len(experts)
     weights = stored if fused else [stored]
     return [one.orient(weight)[1] for one, weight in zip(experts, weights, strict=True)]
-
-
-def _digits(sketch: Tensor) -> str:
-    """Sixteen hexadecimal digits of a sketch, four for each of its first four numbers."""
-    return "".join(f"{round(float(value) * 4096) & 0xFFFF:04x}" for value in sketch[:4])

@@ -93,7 +93,7 @@ def merge_to_folder(
     with replacing(target, whole=True) as scratch:
         _write_weights(merge, split, scratch, progress)
         _write_beside_weights(merge, split, scratch)
-    changed = sum(planned.changed for planned in merge.plan.values())
+    changed = sum(planned.change is not None for planned in merge.plan.values())
     size, files = split.metadata["total_size"], tuple(split.filename_to_tensors)
     return MergeReport(len(merge.plan), changed, tuple(merge.untied), size, files)
 
@@ -174,16 +174,14 @@ def _copy(source: Path, target: Path, files: Iterator[Path]) -> None:
 
 def _configuration(merge: FolderMerge) -> dict[str, Any]:
     """The base's configuration with the merged model's dtype, and whether its head is tied."""
-    config = merge.config
+    values: dict[str, Any] = {}
     if merge.dtype is not None:
-        known = ("dtype", "torch_dtype")
-        name = str(merge.dtype).removeprefix("torch.")
-        config = _with(config, dict.fromkeys(known, name))
-        if not set(known) & set(config):
-            config["dtype"] = name
+        values["dtype"] = values["torch_dtype"] = str(merge.dtype).removeprefix("torch.")
     if merge.untied:
-        config = {**_with(config, {"tie_word_embeddings": False}), "tie_word_embeddings": False}
-    return config
+        values["tie_word_embeddings"] = False
+    config = _with(merge.config, values)
+    values.pop("torch_dtype", None)  # its older name
+    return {**config, **values}
 
 
 def _with(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

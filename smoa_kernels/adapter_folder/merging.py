@@ -1,14 +1,15 @@
 """Merges an adapter's folder into a base model's, tensor by tensor: no model is built, and one layer is in memory.
 
-To support another kind of adapted tensor, add a function that returns a `Change`.
+To support another kind of adapted tensor, yield a `Change` of it in `_read_changes`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..definition.precision import DTYPES, dtype_names
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
 from .format import HIRA, METHOD, LayerBlocks
-from .reading import read_adapter, read_config, read_hira, read_json
+from .reading import read_adapter, read_json
 from .rounding import round_stochastically
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -79,6 +80,7 @@ class Change:
     """How an adapter changes a parameter.
 
     Attributes:
+        name: the parameter's name in the model.
         shapes: those in which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first.
         effective: makes W_eff from W0, both as they are stored, which may be transposed. W_eff is at least float32, or
             W0's dtype if the result must equal PEFT's. Raises ValueError if the adapter was trained over another
@@ -86,6 +88,7 @@ class Change:
         is_whole: whether the adapter holds the parameter itself; W0 is then not read.
     """
 
+    name: str
     shapes: tuple[tuple[int, ...], ...]
     effective: Callable[[Tensor], Tensor]
     is_whole: bool = False
@@ -93,17 +96,13 @@ class Change:
 
 @dataclass
 class _Planned:
-    """Sources of a tensor of the merged model: the base's tensor `stored`, and the changed parameter it is part of."""
+    """Sources of a tensor of the merged model: the base's tensor `stored`, and the change of the parameter it is."""
 
     stored: str
     shape: torch.Size
     dtype: torch.dtype  # of the result
-    parameter: str | None = None
-
-    @property
-    def changed(self) -> bool:
-        """Whether the adapter changes it."""
-        return self.parameter is not None
+    change: Change | None = None
+    parts: Sequence[str] = ()  # if the parameter is made from several stored tensors: all of them
 
 
 class FolderMerge:
@@ -143,15 +142,13 @@ class FolderMerge:
             for name, tensor in self._model.tensors()
         }
         self.untied: list[str] = []
-        self._changes = _read_changes(self.adapter, self._model, dtype, rounding)
-        # For changed parameters that are made from several stored tensors: the names of these; and for the last such
-        # parameter the new parts that were not asked for yet.
-        self._made_of: dict[str, list[str]] = {}
+        changes = [*_read_changes(self.adapter, self._model, dtype, rounding)]
+        # Of the last changed parameter that is made from several tensors, the new parts that were not asked for yet.
         self._parts: dict[str, Tensor] = {}
-        if any(_stands_alone(name) for name in self._changes):
-            self._untie()
-        for name, change in self._changes.items():
-            self._place(name, change)
+        if any(_stands_alone(change.name) for change in changes):
+            self._untie({self._stored(change.name) or change.name for change in changes})
+        for change in changes:
+            self._place(change)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         for name in self.plan:
@@ -160,40 +157,36 @@ class FolderMerge:
     def tensor(self, name: str) -> Tensor:
         """Make one tensor of the merged model, in memory of its own."""
         planned = self.plan[name]
-        if planned.parameter is None:
-            value = self._model.read(planned.stored)
-        else:
-            value = self._changed(planned.stored, planned.parameter)
+        change = planned.change
+        value = self._model.read(planned.stored) if change is None else self._changed(planned, change)
         narrowed = planned.dtype in _HALF and value.dtype not in _HALF
-        if planned.changed and narrowed and self.rounding == "stochastic":
+        if change is not None and narrowed and self.rounding == "stochastic":
             rounded = round_stochastically(value, planned.dtype, seed=self.seed, name=name)
         else:
             rounded = value.to(planned.dtype, copy=True, memory_format=torch.contiguous_format)
-        if planned.changed and not _is_finite(rounded):
+        if change is not None and not _is_finite(rounded):
             raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([planned.dtype])}")
         return rounded
 
-    def _changed(self, stored: str, name: str) -> Tensor:
-        """A changed parameter, or its part `stored`; the other parts are kept for their turn."""
-        change = self._changes[name]
-        with naming(name):
-            if name not in self._made_of:
-                return change.effective(self._model.read(stored))
-            if stored not in self._parts:
+    def _changed(self, planned: _Planned, change: Change) -> Tensor:
+        """A changed parameter, or its stored part; the other parts are kept for their turn."""
+        with naming(change.name):
+            if not planned.parts:
+                return change.effective(self._model.read(planned.stored))
+            if planned.stored not in self._parts:
                 architecture = self._model.architecture
-                whole = architecture.assemble(name, self._model.read)
+                whole = architecture.assemble(change.name, self._model.read)
                 _check_shape(whole.shape, change)
-                self._parts = architecture.take_apart(name, change.effective(whole))
-                if self._parts.keys() != set(self._made_of[name]):
+                self._parts = architecture.take_apart(change.name, change.effective(whole))
+                if self._parts.keys() != set(planned.parts):
                     raise ValueError(
                         "transformers cannot split it into the stored tensors: merge with merge_and_unload()"
                     )
-        return self._parts.pop(stored)
+        return self._parts.pop(planned.stored)
 
-    def _untie(self) -> None:
+    def _untie(self, changed: set[str]) -> None:
         """Plan tied parameters as tensors of their own if the adapter changes one of them."""
         tied = self._model.architecture.tied
-        changed = {self._stored(name) or name for name in self._changes}
         for name, source in tied.items():
             places = [self._stored(each) or each for each in (name, source)]
             if not changed & set(places):
@@ -207,12 +200,12 @@ class FolderMerge:
                 self.plan[name] = replace(self.plan[places[1]])
             self.untied.append(name)
 
-    def _place(self, name: str, change: Change) -> None:
+    def _place(self, change: Change) -> None:
         """Plan the change of a parameter, which is a stored tensor or made of several."""
-        stored = self._stored(name)
+        name, stored = change.name, self._stored(change.name)
         if stored is not None:
             planned = self.plan[stored]
-            planned.parameter = name
+            planned.change = change
             with naming(name):
                 _check_shape(planned.shape, change)
             if not change.is_whole and planned.dtype not in DTYPES:
@@ -224,9 +217,8 @@ class FolderMerge:
                 f"{self.base} stores no {name}, which the adapter changes. A new head: save the base with it first. A "
                 "parameter that transformers makes of others as it loads the base: merge with merge_and_unload()"
             )
-        self._made_of[name] = parts
         for part in parts:  # made one after another
-            self.plan[part] = replace(self.plan.pop(part), parameter=name)
+            self.plan[part] = replace(self.plan.pop(part), change=change, parts=parts)
 
     def _stored(self, name: str) -> str | None:
         """The planned tensor of a parameter; None if it is not a single one."""
@@ -250,48 +242,35 @@ def _read_plain_config(base: Path) -> dict[str, Any]:
 
 def _read_changes(
     folder: Path, base: BaseModel, dtype: torch.dtype | None, rounding: str
-) -> dict[str, Change]:
+) -> Iterator[Change]:
     """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
-    if read_config(folder, (METHOD, HIRA))["peft_type"] == METHOD:
-        adapter = read_adapter(folder)
-        changes = {
-            name.replace(".base_layer.", "."): _whole(tensor) for name, tensor in adapter.whole.items()
-        }
-        for name, blocks in adapter.layers.items():
-            # For experts the file names the parameter itself.
-            parameter = name if blocks.of_experts else f"{name}.weight"
-            factors = adapter.of_layer(name)
-            scaling = adapter.settings.for_layer(name).scaling
-            changes[parameter] = _smoa_change(blocks, factors["smoa_A"], factors["smoa_B"], scaling)
-        return changes
-    layers, whole = read_hira(folder)
-    changes = {name: _whole(tensor) for name, tensor in whole.items()}
-    for name, (A, B) in layers.items():
-        # fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
-        swapped = base.stores_swapped(name, (B.shape[0], A.shape[1]))
-        changes[f"{name}.weight"] = _hira_change(A, B, swapped=swapped, dtype=dtype, rounding=rounding)
-    return changes
+    adapter = read_adapter(folder, (METHOD, HIRA))
+    for key, tensor in adapter.whole.items():
+        name = key.replace(".base_layer.", ".")
+        yield Change(name, (tuple(tensor.shape),), partial(_as_saved, tensor), is_whole=True)
+    for name, blocks in adapter.layers.items():
+        # For experts the file names the parameter itself.
+        parameter = name if blocks.of_experts else f"{name}.weight"
+        A, B = (adapter.tensors[f"{name}.{key}"] for key in ("smoa_A", "smoa_B"))
+        shape = (*B.shape[:-1], A.shape[-1])
+        if adapter.is_hira:
+            # fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
+            swapped = base.stores_swapped(name, blocks.partition.shape)
+            effective = partial(_hira_weight, A, B, swapped, dtype, rounding)
+        else:
+            effective = partial(_smoa_weight, blocks, A, B, adapter.settings.for_layer(name).scaling)
+        yield Change(parameter, (shape, (*shape[:-2], shape[-1], shape[-2])), effective)
 
 
-def _whole(tensor: Tensor) -> Change:
-    return Change((tuple(tensor.shape),), lambda stored: tensor, is_whole=True)
+def _as_saved(tensor: Tensor, stored: Tensor) -> Tensor:
+    return tensor
 
 
-def _smoa_change(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float) -> Change:
-    stack, matrices = A.shape[:-2], blocks.matrices()
-    shape = matrices[0].partition.shape
-    each = [*zip(matrices, A.view(-1, *A.shape[-2:]), B.view(-1, *B.shape[-2:]), strict=True)]
-
-    def effective(stored: Tensor) -> Tensor:
-        weights = stored if stack else [stored]
-        merged = [_merged(*one, scaling, weight) for one, weight in zip(each, weights, strict=True)]
-        return torch.stack(merged) if stack else merged[0]
-
-    return Change(((*stack, *shape), (*stack, *shape[::-1])), effective)
-
-
-def _merged(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, stored: Tensor) -> Tensor:
-    """W_eff of one matrix, in its stored orientation, at least in float32."""
+def _smoa_weight(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, stored: Tensor) -> Tensor:
+    """W_eff of a matrix or of a stack of them, in its stored orientation, at least in float32."""
+    if blocks.of_experts:
+        matrices = zip(blocks.matrices(), A, B, stored, strict=True)
+        return torch.stack([_smoa_weight(one, a, b, scaling, weight) for one, a, b, weight in matrices])
     weight, distance = blocks.orient(stored)
     if not distance <= TOLERANCE:
         raise ValueError(
@@ -306,18 +285,17 @@ def _merged(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, stored: T
     return merged if weight is stored else merged.T
 
 
-def _hira_change(A: Tensor, B: Tensor, *, swapped: bool, dtype: torch.dtype | None, rounding: str) -> Change:
-    def effective(stored: Tensor) -> Tensor:
-        wide = torch.promote_types(stored.dtype, torch.float32)
-        product = B.to(wide) @ A.to(wide)
-        if swapped:
-            product = product.T
-        # PEFT rounds each of these steps to W0's dtype. This is done here only to equal it bit for bit.
-        as_peft = rounding == "nearest" and dtype in (None, stored.dtype)
-        weight = stored if as_peft else stored.to(wide)
-        return weight + weight * product.to(weight.dtype)
-
-    return Change(((B.shape[0], A.shape[1]), (A.shape[1], B.shape[0])), effective)
+def _hira_weight(
+    A: Tensor, B: Tensor, swapped: bool, dtype: torch.dtype | None, rounding: str, stored: Tensor
+) -> Tensor:
+    wide = torch.promote_types(stored.dtype, torch.float32)
+    product = B.to(wide) @ A.to(wide)
+    if swapped:
+        product = product.T
+    # PEFT rounds each of these steps to W0's dtype. This is done here only to equal it bit for bit.
+    as_peft = rounding == "nearest" and dtype in (None, stored.dtype)
+    weight = stored if as_peft else stored.to(wide)
+    return weight + weight * product.to(weight.dtype)
 
 
 def _check_shape(shape: torch.Size, change: Change) -> None:

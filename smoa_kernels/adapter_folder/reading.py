@@ -11,10 +11,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checks import naming, shown
+from ..definition.partition import BlockPartition
+from ..definition.sketch import SKETCH_SIZE
 from .format import (
     CONFIG_NAME,
     HIRA,
@@ -34,15 +37,15 @@ MOST_JSON_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Adapter:
-    """An SMoA adapter's folder, read and checked.
+    """The folder of an SMoA adapter, or of a HiRA adapter as SMoA with one block, read and checked.
 
     Attributes:
         config: the configuration as its file holds it.
         settings: the layers' settings in it.
         path: the file of weights.
         tensors: its tensors by key without `PREFIX`; mapped into memory, so the factors' values are not read yet.
-        layers: blocks, ranks and sketch of every layer, by its path in the base model. The path of a fused weight of
-            experts is the parameter's.
+        layers: blocks, ranks and sketch (HiRA has none: NaN) of every layer, by its path in the base model. The path of
+            a fused weight of experts is the parameter's.
     """
 
     config: dict[str, Any]
@@ -51,9 +54,14 @@ class Adapter:
     tensors: dict[str, Tensor]
     layers: dict[str, LayerBlocks]
 
+    @property
+    def is_hira(self) -> bool:
+        """Whether it is an adapter of HiRA, which has neither labels nor sketches."""
+        return bool(self.config["peft_type"] == HIRA)
+
     def of_layer(self, name: str) -> dict[str, Tensor]:
-        """A layer's tensors by `STATE_KEYS`."""
-        return {key: self.tensors[f"{name}.{key}"] for key in STATE_KEYS}
+        """A layer's tensors by `STATE_KEYS`; of HiRA the factors."""
+        return {key: self.tensors[f"{name}.{key}"] for key in STATE_KEYS[: 2 if self.is_hira else 3]}
 
     @property
     def whole(self) -> dict[str, Tensor]:
@@ -61,17 +69,21 @@ class Adapter:
         return {key: tensor for key, tensor in self.tensors.items() if ".smoa_" not in key}
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read the folder of an SMoA adapter, without PEFT."""
-    config = read_config(folder, (METHOD,))
-    known = {field.name for field in fields(AdapterSettings)}
-    with naming(folder / CONFIG_NAME):
-        settings = AdapterSettings(**{key: value for key, value in config.items() if key in known})
-    tensors, layers = read_weights(folder, settings)
-    path = weights_of(folder)
-    if not layers:
-        raise ValueError(f"{path} holds no layer of an SMoA adapter")
-    return Adapter(config, settings, path, tensors, layers)
+def read_adapter(folder: Path, methods: Sequence[str] = (METHOD,)) -> Adapter:
+    """Read the folder of an adapter of one of `methods`, SMoA or HiRA, without PEFT."""
+    config = read_config(folder, methods)
+    path, known = folder / WEIGHTS_NAME, {field.name for field in fields(AdapterSettings)}
+    if config["peft_type"] == HIRA:
+        settings = AdapterSettings(num_blocks=1)  # whose scale is 1
+    else:
+        with naming(folder / CONFIG_NAME):
+            settings = AdapterSettings(**{key: value for key, value in config.items() if key in known})
+    found = Adapter(config, settings, path, *read_weights(folder, settings, config["peft_type"]))
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {folder}")
+    if not found.layers:
+        raise ValueError(f"{path} holds no layer of {'a HiRA' if found.is_hira else 'an SMoA'} adapter")
+    return found
 
 
 def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
@@ -88,36 +100,27 @@ def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
     return config
 
 
-def read_weights(folder: Path, settings: AdapterSettings) -> tuple[dict[str, Tensor], dict[str, LayerBlocks]]:
+def read_weights(
+    folder: Path, settings: AdapterSettings, method: str = METHOD
+) -> tuple[dict[str, Tensor], dict[str, LayerBlocks]]:
     """Read an adapter's tensors and layers, as `Adapter` holds them; empty if there are no weights, or on a hub."""
     path, pickled = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
     if not path.is_file():
-        if pickled.is_file():
+        if pickled.is_file() and method == METHOD:
             raise ValueError(f"{pickled} is a pickle, and SMoA adapters are read from safetensors only")
         return {}, {}
-    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in read_state(path).items()}
-    layers = {}
-    for name in sorted({key.rpartition(".")[0] for key in tensors if ".smoa_" in key}, key=by_number):
-        given = {key: tensors.get(f"{name}.{key}") for key in STATE_KEYS}
-        with naming(path):
+    with opened(path) as file:  # mapped into memory: no value is read yet
+        tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    with naming(path):
+        if method == HIRA:
+            return _hira_layers(tensors)
+        layers = {}
+        for name in sorted({key.rpartition(".")[0] for key in tensors if ".smoa_" in key}, key=by_number):
+            given = {key: tensors.get(f"{name}.{key}") for key in STATE_KEYS}
             # The rank decides a layer's memory, so it is compared with the file before any layer is made.
             layers[name] = read_blocks(name, given, settings.for_layer(name).r)
     check_seal(folder, settings.weights_sha256)
     return tensors, layers
-
-
-def weights_of(folder: Path) -> Path:
-    """The path of an adapter's weights; FileNotFoundError if there are none."""
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {folder}")
-    return path
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, mapped into memory: no value is read yet."""
-    with opened(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
 
 
 @contextmanager
@@ -144,32 +147,25 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def read_hira(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Read the folder of a HiRA adapter of linear layers, without PEFT.
-
-    Returns:
-        A (r, C) and B (N, r) of each layer by its path in the base model, and the other tensors by key without
-        `PREFIX`.
-    """
-    read_config(folder, (HIRA,))
-    path = weights_of(folder)
-    state = {key.removeprefix(PREFIX): tensor for key, tensor in read_state(path).items()}
+def _hira_layers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, LayerBlocks]]:
+    """The tensors of a HiRA adapter of linear layers under SMoA's names, and each layer's single block."""
+    tensors = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
     layers = {}
-    for key, tensor in state.items():
+    for key in sorted(state.keys() - tensors.keys(), key=by_number):
         name, _, kind = key.rpartition(".")
         if kind.startswith("hira_embedding_"):
-            raise ValueError(f"{path}: {name} is an embedding, and only linear layers are read")
-        if kind.startswith("hira_") and tensor.ndim != 2:
-            raise ValueError(f"{path}: {name} is a convolution, and only linear layers are read")
+            raise ValueError(f"{name} is an embedding, and only linear layers are read")
+        if state[key].ndim != 2:
+            raise ValueError(f"{name} is a convolution, and only linear layers are read")
         if kind == "hira_A":
-            other = state.get(f"{name}.hira_B")
-            if other is None or other.ndim != 2 or other.shape[1] != tensor.shape[0]:
-                raise ValueError(f"{path}: {name} has no hira_B that fits its hira_A")
-            layers[name] = tensor, other
-    if not layers:
-        raise ValueError(f"{path} holds no layer of a HiRA adapter")
-    whole = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
-    return {name: layers[name] for name in sorted(layers, key=by_number)}, whole
+            A, B = state[key], state.get(f"{name}.hira_B")
+            if B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
+                raise ValueError(f"{name} has no hira_B that fits its hira_A")
+            tensors |= {f"{name}.smoa_A": A, f"{name}.smoa_B": B}
+            partition = BlockPartition.contiguous((B.shape[0], A.shape[1]), 1, device="cpu")
+            ranks = torch.tensor([A.shape[0]], dtype=torch.int32)
+            layers[name] = LayerBlocks(partition, ranks, torch.full([SKETCH_SIZE], torch.nan))
+    return tensors, layers
 
 
 def by_number(name: str) -> list[tuple[int, str]]:

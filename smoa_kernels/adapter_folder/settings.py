@@ -1,4 +1,4 @@
-"""`AdapterSettings`: the layers' settings in an adapter's configuration, checked; `LayerSettings`: one layer's."""
+"""`AdapterSettings`: the layers' settings in an adapter's configuration, checked, or those of a single layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -34,49 +34,14 @@ FORMAT_VERSION = 2
 _BIASES = ("none", "all", "smoa_only")
 _FLAGS = ("use_rslora", "use_lora_rate", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode")
 
-# The patterns that give single layers another value than a field's, each with the check of that value.
-_PATTERNS: dict[str, Callable[[str, Any], None]] = {
-    "rank_pattern": functools.partial(check_count, most=MOST_RANKS),
-    "alpha_pattern": check_finite,
-    "num_blocks_pattern": functools.partial(check_count, most=MOST_BLOCKS),
-    "block_order_pattern": functools.partial(check_choice, allowed=BLOCK_ORDERS),
-    "granule_pattern": functools.partial(check_count, most=MOST_COORDINATES),
+# The patterns that give single layers another value than a field's, each with that field and the check of a value.
+_PATTERNS: dict[str, tuple[str, Callable[[str, Any], None]]] = {
+    "rank_pattern": ("r", functools.partial(check_count, most=MOST_RANKS)),
+    "alpha_pattern": ("smoa_alpha", check_finite),
+    "num_blocks_pattern": ("num_blocks", functools.partial(check_count, most=MOST_BLOCKS)),
+    "block_order_pattern": ("block_order", functools.partial(check_choice, allowed=BLOCK_ORDERS)),
+    "granule_pattern": ("granule", functools.partial(check_count, most=MOST_COORDINATES)),
 }
-
-
-class LayerSettings(NamedTuple):
-    """A configuration's settings for one layer, its patterns applied.
-
-    Attributes:
-        r: rank budget.
-        rule: how blocks are made; includes K.
-        block_ranks: rank of each block, or None to share r evenly.
-        alpha: numerator of the scaling.
-        config: everything that is the same for all layers.
-    """
-
-    r: int
-    rule: BlockRule
-    block_ranks: Sequence[int] | None
-    alpha: float
-    config: AdapterSettings
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """r_k of each block."""
-        return resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
-
-    @property
-    def scaling(self) -> float:
-        """s = alpha / r, or alpha / √r."""
-        return self.alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
-
-    def at_lora_rate(self, sketch: Tensor, elements: int) -> LayerSettings:
-        """The same with the alpha for LoRA's learning rate, as a number; see :func:`alpha_for_lora_rate`."""
-        alpha = alpha_for_lora_rate(self.alpha, self.rule.num_blocks, sketch, elements)
-        config = copy(self.config)
-        config.use_lora_rate = False
-        return self._replace(alpha=alpha, config=config)
 
 
 @dataclass
@@ -140,20 +105,41 @@ class AdapterSettings:
         """Whether this came from a saved adapter, whose weights and block labels are about to be loaded."""
         return self.format_version is not None
 
-    def for_layer(self, name: str) -> LayerSettings:
-        """The settings of one layer, by its path in the base model."""
-        r = _matching(self.rank_pattern, name, self.r)
-        rule = BlockRule(
-            _matching(self.num_blocks_pattern, name, self.num_blocks),
-            _matching(self.block_order_pattern, name, self.block_order),
-            _matching(self.granule_pattern, name, self.granule),
-            self.block_seed,
-        )
-        usual = (r, rule.num_blocks) == (self.r, self.num_blocks)
-        alpha = _matching(self.alpha_pattern, name, self.smoa_alpha)
-        # A copy, so that later changes of the configuration, or its use for another model, do not change these layers.
-        alpha = r if alpha is None else alpha
-        return LayerSettings(r, rule, self.block_ranks if usual else None, alpha, copy(self))
+    @property
+    def rule(self) -> BlockRule:
+        """How blocks are made; includes K."""
+        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """r_k of each block."""
+        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+
+    @property
+    def alpha(self) -> float:
+        """The numerator of the scaling."""
+        return self.r if self.smoa_alpha is None else self.smoa_alpha
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r, or alpha / √r."""
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def for_layer(self, name: str) -> AdapterSettings:
+        """The settings of one layer, by its path in the base model: a copy with the patterns applied."""
+        layer = copy(self)
+        for pattern, (usual, _) in _PATTERNS.items():
+            setattr(layer, usual, _matching(getattr(self, pattern), name, getattr(self, usual)))
+        if (layer.r, layer.num_blocks) != (self.r, self.num_blocks):
+            layer.block_ranks = None
+        return layer
+
+    def at_lora_rate(self, sketch: Tensor, elements: int) -> AdapterSettings:
+        """The same with the alpha for LoRA's learning rate, as a number; see :func:`alpha_for_lora_rate`."""
+        layer = copy(self)
+        layer.smoa_alpha = alpha_for_lora_rate(self.alpha, self.num_blocks, sketch, elements)
+        layer.use_lora_rate = False
+        return layer
 
     def unmatched_patterns(self, names: Sequence[str]) -> dict[str, list[str]]:
         """Keys that match none of these layers, sorted, for each pattern that has such keys."""
@@ -183,8 +169,8 @@ class AdapterSettings:
         if self.block_ranks is not None and not isinstance(self.block_ranks, (list, tuple)):
             raise TypeError(f"block_ranks must be a list of ints, got {shown(self.block_ranks)}")
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
-        BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed).check()
-        for pattern, check in _PATTERNS.items():
+        self.rule.check()
+        for pattern, (_, check) in _PATTERNS.items():
             values = getattr(self, pattern)
             if not isinstance(values, Mapping):
                 raise TypeError(f"{pattern} must be a dict from layer names to values, got {shown(values)}")

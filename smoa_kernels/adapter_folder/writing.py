@@ -86,10 +86,7 @@ def check_seal(folder: Path, expected: str | None) -> None:
         ValueError: a save was killed after it moved the weights and before it moved their configuration.
     """
     weights = folder / WEIGHTS_NAME
-    if expected is None or not weights.is_file():
-        return
-    found = _sha256(weights)
-    if found == expected:
+    if expected is None or not weights.is_file() or (found := _sha256(weights)) == expected:
         return
     message = f"{weights} is not the file that {CONFIG_NAME} beside it was saved with: its SHA-256 is another"
     # An adapter that is not named "default" has a subfolder of its own.

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect as introspection
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from .convert import convert
 from .info import info
 from .inspect import inspect
 from .merge import merge
-from .output import console
 from .plan import plan
 from .roofline import roofline
 from .tune import tune
@@ -43,15 +40,12 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
 }
 
 
-def _first_line(command: Callable[..., None]) -> str:
-    return introspection.cleandoc(command.__doc__ or "").partition("\n")[0]
-
-
 for _group, _commands in COMMANDS.items():
     for _command, _example in _commands.items():
+        _summary = (_command.__doc__ or "").partition("\n")[0]
         app.command(
             rich_help_panel=_group,
-            short_help=_first_line(_command),
+            short_help=f"{_summary}\nsmoa-kernels {_example}",
             epilog=f"Example: smoa-kernels {_example}",
         )(_command)
 
@@ -63,21 +57,7 @@ def _options(
 ) -> None:
     context.obj["debug"] = debug
     if context.invoked_subcommand is None:
-        _overview()
-
-
-def _overview() -> None:
-    """Print what the commands do, each with an example."""
-    out = console()
-    for group, commands in COMMANDS.items():
-        table = Table.grid(padding=(0, 2))
-        table.add_column(min_width=11)
-        for command, example in commands.items():
-            table.add_row(f"  [cyan]{command.__name__}[/]", _first_line(command))
-            table.add_row("", f"[dim]smoa-kernels {example}[/]")
-        out.print(f"[bold]{group}[/]", highlight=False)
-        out.print(table, highlight=False)
-    out.print("\n`smoa-kernels COMMAND --help` lists a command's options.", highlight=False)
+        typer.echo(context.get_help(), nl=False)  # rich has printed it and leaves nothing
 
 
 def run(arguments: list[str]) -> int:

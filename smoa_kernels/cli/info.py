@@ -6,8 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import shutil
-import subprocess
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
+from torch.utils import collect_env
 
 from .. import kernels
 from .._version import __version__
@@ -83,7 +82,7 @@ def _collect() -> dict[str, dict[str, str]]:
             "platform": platform.platform(),
             **{name: _version(name) for name in _PACKAGES},
             "torch is built for": _runtime(),
-            "ptxas": _ptxas() if _HAS_TRITON else _NO_TRITON,
+            **{f"ptxas for {arch}": assembler(arch) for arch in ("sm_80", "sm_90", "sm_100")},
             "GPU driver": _driver(),
         },
         "devices": _devices(),
@@ -103,13 +102,6 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _ptxas() -> str:
-    """Triton's assemblers; the architecture decides which one it uses."""
-    return ", ".join(
-        f"{assembler(arch).removeprefix('ptxas ')} for {arch}" for arch in ("sm_80", "sm_90", "sm_100")
-    )
-
-
 def _runtime() -> str:
     """The GPU runtime that torch was compiled against; the installed one may differ."""
     if torch.version.hip:
@@ -118,19 +110,12 @@ def _runtime() -> str:
 
 
 def _driver() -> str:
-    """The driver's version: from the kernel module's file, else from the driver's command."""
-    told = {}
+    """The driver's version: from the kernel module's file, else from nvidia-smi."""
+    lines = []
     for path in _DRIVERS:
-        with suppress(OSError):
-            told[path.parent.name] = path.read_text(errors="replace")
-    command = None if told else shutil.which("nvidia-smi")
-    if command is not None:
-        query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
-        with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
-            told["nvidia"] = done.stdout
-    lines = (f"{name}: {text.splitlines()[0]}" for name, text in told.items() if text.strip())
-    return "; ".join(lines) or "not found"
+        with suppress(OSError, IndexError):
+            lines.append(f"{path.parent.name}: {path.read_text(errors='replace').splitlines()[0]}")
+    return "; ".join(lines) or collect_env.get_nvidia_driver_version(collect_env.run) or "not found"
 
 
 def _tables() -> dict[str, str]:

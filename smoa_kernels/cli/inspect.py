@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,9 +36,14 @@ def inspect(
     out = console()
     out.print(_table(report, full))
     out.print(_summary(folder, report), highlight=False, soft_wrap=True)
-    if report.fits is not None:
-        out.print(_verdict(report.layers, base), highlight=False, soft_wrap=True)
-    if report.fits is False:
+    if report.fits is None:
+        return
+    wrong = sum(not layer.fits for layer in report.layers)
+    verdict = "[green]✓[/] every layer fits"
+    if wrong:
+        verdict = f"[red]✗[/] {wrong} of {len(report.layers)} layers do not fit"
+    out.print(f"{verdict} {base}.", highlight=False, soft_wrap=True)
+    if wrong:
         raise typer.Exit(1)
 
 
@@ -84,13 +89,6 @@ def _summary(folder: Path, report: AdapterReport) -> str:
     )
     others = len(report.other_tensors)
     return f"{text} Beside them: {', '.join(report.other_tensors)}." if others else text
-
-
-def _verdict(layers: Sequence[LayerReport], base: Path | None) -> str:
-    wrong = sum(not layer.fits for layer in layers)
-    if wrong:
-        return f"[red]✗[/] {wrong} of {len(layers)} layers do not fit {base}."
-    return f"[green]✓[/] every layer fits {base}."
 
 
 def _as_json(report: AdapterReport) -> dict[str, Any]:

@@ -33,17 +33,12 @@ def table_of(rows: Sequence[Mapping[str, str]], **options: Any) -> Table:
     return table
 
 
-def progress_bar(doing: str) -> Progress:
-    """A bar on stderr that vanishes at the end; none if stderr is not a terminal."""
-    errors = Console(stderr=True)
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
-
-
 @contextmanager
 def progress_of(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A :func:`progress_bar` as a callback that takes the number done and the total."""
-    with progress_bar(doing) as bar:
+    """A bar on stderr, drawn by a callback that takes the number done and the total; none if it is not a terminal."""
+    errors = Console(stderr=True)
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +30,7 @@ from ..tuning.plan import (
     winner,
 )
 from ..tuning.roofline import Problem
-from .output import console, progress_bar, table_of
+from .output import console, progress_of, table_of
 from .roofline import parse_shape
 
 DEFAULT_GPU = "h100"
@@ -116,14 +116,14 @@ def tune(
         )
     if gpu is not None or device is None:
         published = GPUS[gpu or DEFAULT_GPU]
-        name, arch, count = published.name, published.arch, published.multiprocessors
+        name, arch, processors = published.name, published.arch, published.multiprocessors
     else:
-        name, arch, count = str(device), architecture(device), multiprocessors(device)
+        name, arch, processors = str(device), architecture(device), multiprocessors(device)
     if arch.startswith("gfx") and "tf32" in (dtype or []):
         raise ValueError(
             "--dtype tf32 is never asked for on AMD, which multiplies float32 in IEEE: give fp32"
         )
-    planned = jobs(layers, arch, count, kernel or ())
+    planned = jobs(layers, arch, processors, kernel or ())
     if dry_run or device is None:
         _list(planned, f"{name} ({arch})")
     else:
@@ -159,10 +159,11 @@ def _measure(planned: Sequence[Job], device: torch.device, deadline: float | Non
     known = keep(now).entries  # fails before anything is compiled if the table cannot be written
     code, problems, stopped = 0, dict[Key, str](), ""
     try:
-        with progress_bar("measuring") as bar:
-            task = bar.add_task("", total=sum(len(left(job, known.get(job.key))) for job in planned))
-            advance = partial(bar.advance, task)
-            problems = measure(planned, device, timer=gpu_timer, deadline=deadline, progress=advance)
+        with progress_of("measuring") as bar:
+            done, total = count(1), sum(len(left(job, known.get(job.key))) for job in planned)
+            problems = measure(
+                planned, device, timer=gpu_timer, deadline=deadline, progress=lambda: bar(next(done), total)
+            )
     except KeyboardInterrupt:
         code, stopped = 130, "Interrupted: what was found is kept, the same command goes on from here."
     except DeviceLostError as error:

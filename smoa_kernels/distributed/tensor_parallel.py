@@ -45,9 +45,14 @@ class _SMoAParallel:
         return module
 
     def _distribute(self, layer: Any, mesh: DeviceMesh) -> None:
-        base = layer.innermost() if hasattr(layer, "innermost") else layer
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         stored_transposed = getattr(layer, "fan_in_fan_out", False)
-        cut = partial(self._parameter, mesh=mesh)
+
+        def cut(parameter: Tensor, dim: int | None) -> nn.Parameter:
+            placement = Replicate() if dim is None else Shard(dim)
+            value = distribute_tensor(parameter, mesh, (placement,), src_data_rank=self.src_data_rank)
+            return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
         base.weight = cut(base.weight, dim=1 - self.dim if stored_transposed else self.dim)
         if base.bias is not None:
             base.bias = cut(base.bias, dim=0 if self.dim == 0 else None)
@@ -60,11 +65,6 @@ class _SMoAParallel:
             else:
                 setattr(layer, factor, cut(value, dim=dim))
         layer._cut(LayerShard(mesh, self.dim, layer.out_features, layer.in_features))
-
-    def _parameter(self, parameter: Tensor, *, mesh: DeviceMesh, dim: int | None) -> nn.Parameter:
-        placement = Replicate() if dim is None else Shard(dim)
-        value = distribute_tensor(parameter, mesh, (placement,), src_data_rank=self.src_data_rank)
-        return nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
 class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
@@ -123,7 +123,7 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
         raise ValueError("the layer is parallelized already")
     if layer.merged:
         raise ValueError("the layer is merged: unmerge it before parallelize_module")
-    if hasattr(layer, "innermost"):
+    if hasattr(layer, "get_base_layer"):
         if layer.quantization_backend is not None or not layer._reads_weight:
             raise TypeError(
                 "a PEFT layer must be over a plain nn.Linear or Conv1D to be cut, got one over "
@@ -136,7 +136,7 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
             raise ValueError(
                 f"adapters {waiting} await their block labels: load them before parallelize_module"
             )
-        drops = any(each.config.smoa_dropout for each in layer.settings.values())
+        drops = any(each.smoa_dropout for each in layer.settings.values())
     else:
         drops = layer.dropout > 0
     if drops and not _same_generators(mesh):
@@ -147,13 +147,7 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
 
 
 def _same_generators(mesh: DeviceMesh) -> bool:
-    if mesh.device_type == "cpu":
-        state = torch.get_rng_state()
-    else:
-        state = torch.get_device_module(mesh.device_type).get_rng_state()
-    group = mesh.get_group()
-    first = state.to(mesh.device_type, copy=True)
-    dist.broadcast(first, dist.get_global_rank(group, 0), group)
-    differ = (first.to(state.device) != state).any().to(mesh.device_type, torch.uint8)
-    dist.all_reduce(differ, dist.ReduceOp.MAX, group)
-    return not bool(differ)
+    device: Any = torch if mesh.device_type == "cpu" else torch.get_device_module(mesh.device_type)
+    states: list[Any] = [None] * mesh.size()
+    dist.all_gather_object(states, bytes(device.get_rng_state().tolist()), mesh.get_group())
+    return len(set(states)) == 1

@@ -11,8 +11,11 @@ for its own methods; a process that loads an SMoA adapter imports this package f
 """
 
 try:
+    from peft import PeftConfig, PeftModel
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
+    from transformers import PreTrainedModel
+    from transformers.integrations.peft import PeftAdapterMixin
 except ImportError as error:
     raise ImportError(
         "smoa_kernels.peft needs PEFT and transformers: pip install 'smoa-kernels[peft]'"
@@ -25,8 +28,8 @@ from .experts.experts import Experts
 from .experts.weight import ExpertsWeight
 from .folder.convert import convert_adapter, hira_to_smoa, smoa_to_hira
 from .folder.hotswap import hotswap
-from .folder.loading import install_checked_load, install_named_read
-from .folder.saving import install_atomic_save
+from .folder.loading import checked_load, named_read
+from .folder.saving import atomic_save
 from .hira.accelerate import HiraReport, accelerate_hira, decelerate_hira
 from .injection import SMoAModel
 from .layer import SMoALayer
@@ -51,8 +54,10 @@ __all__ = [
     "smoa_to_hira",
 ]
 
-install_atomic_save()
-install_checked_load()
-install_named_read()
+# PEFT and transformers have no hooks for these.
+PeftConfig.from_json_file = named_read(PeftConfig.from_json_file)
+PeftAdapterMixin.load_adapter = checked_load(PeftAdapterMixin.load_adapter)
+PeftModel.save_pretrained = atomic_save(PeftModel.save_pretrained)
+PreTrainedModel.save_pretrained = atomic_save(PreTrainedModel.save_pretrained)
 if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="smoa", config_cls=SMoAConfig, model_cls=SMoAModel)

@@ -39,6 +39,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     quantization_backend: QuantizationBackend | None = None
     stack: tuple[int, ...] = ()
     parameter_name: str = "weight"
+    get_base_layer: Callable[[], Any]  # the layer that owns W0, below the layers of other tuners
+    _matrices: Callable[[str, Tensor], Sequence[PackedAdapter]]  # an adapter, over each matrix of a W0
     in_features: int
     out_features: int
     smoa_A: nn.ParameterDict
@@ -47,10 +49,6 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     _stored_base: Tensor | None = None
     _stored_layer: tuple[nn.Module, ...] = ()
     _shard: LayerShard | None = None  # where tensor parallelism has cut W0
-
-    def innermost(self) -> nn.Module:
-        """The layer that owns W0, below the layers of other tuners."""
-        return cast(nn.Module, self.get_base_layer())
 
     def base_weight(self) -> Tensor:
         """W0, never W_eff. A quantised one is dequantised anew; of a sharded one this is the process's part."""
@@ -72,7 +70,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     def base_sketch(self) -> Tensor:
         """Sketch the whole W0, (33,), or each matrix of a stack."""
-        weight = self.base_weight() if self._shard is None else cast(Tensor, self.innermost().weight)
+        weight = self.base_weight() if self._shard is None else self.get_base_layer().weight
         return torch.stack([sketch_weight(each) for each in weight]) if self.stack else sketch_weight(weight)
 
     def base_distance(self, sketch: Tensor) -> float:
@@ -106,20 +104,16 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     @property
     def parameter(self) -> nn.Parameter | None:
         """The innermost layer's parameter that is adapted; None if there is none of that name (it is computed)."""
-        return self.innermost()._parameters.get(self.parameter_name)
+        return cast("nn.Parameter | None", self.get_base_layer()._parameters.get(self.parameter_name))
 
     def _stored_weight(self) -> Tensor:
         """The innermost layer's weight as it is stored; of a sharded one this process's part."""
-        weight = cast(Tensor, getattr(self.innermost(), self.parameter_name))
+        weight = cast(Tensor, getattr(self.get_base_layer(), self.parameter_name))
         return weight if self._shard is None else self._shard.weight(weight)
 
     def _dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        layer = self._stored_layer[0] if self._stored_layer else self.innermost()
+        layer = self._stored_layer[0] if self._stored_layer else self.get_base_layer()
         return read_weight(self.quantization_backend, layer, dtype)
-
-    def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
-        """An adapter of each matrix of W0; linear layers have one, stacks of experts several."""
-        raise NotImplementedError(f"{type(self).__name__} must say what its adapters are")
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -194,7 +188,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         Args:
             adapter: its name.
         """
-        with present(self, self.innermost()):
+        with present(self):
             weight = self.base_weight()
             _check_unsharded(weight)
             deltas = [_sum([each]) for each in self._matrices(adapter, weight.detach())]

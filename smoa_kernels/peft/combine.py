@@ -8,6 +8,7 @@ however many adapters are active.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -31,10 +32,7 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
         whole: the partition with a single block, if the caller has it.
     """
     first = parts[0]
-    dtype = first.A.dtype
-    for part in parts:
-        dtype = torch.promote_types(dtype, part.A.dtype)
-    device = first.weight.device
+    dtype = functools.reduce(torch.promote_types, (part.A.dtype for part in parts))
     if all(part.partition is first.partition for part in parts):
         partition = first.partition
         factors = [_masked(part) for part in parts]
@@ -45,7 +43,7 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
     B = torch.cat([B.to(dtype) for _, B in factors], 1)
     # Padding became zeros, which add nothing, so every block may have the full rank.
     blocks, rank = partition.num_blocks, A.shape[0]
-    ranks = torch.full((blocks,), rank, dtype=torch.int32, device=device)
+    ranks = torch.full((blocks,), rank, dtype=torch.int32, device=A.device)
     one = torch.ones_like(first.scaling)
     return PackedAdapter(first.weight, A, B, partition, ranks, one, [rank] * blocks)
 

@@ -14,8 +14,8 @@ from peft.config import PeftConfig
 from peft.utils.peft_types import PeftType
 
 from ..adapter_folder.format import CONFIG_NAME, METHOD
-from ..adapter_folder.reading import Adapter, read_weights
-from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, LayerSettings, check_bool, whole_name
+from ..adapter_folder.reading import read_weights
+from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, check_bool, whole_name
 from ..adapter_folder.writing import replacing
 from ..checks import check_path, naming
 
@@ -101,7 +101,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         """The fields to save, with this release's format version; saving the weights fills in their SHA-256."""
         return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
 
-    def with_alphas_of(self, layers: Mapping[str, LayerSettings]) -> SMoAConfig:
+    def with_alphas_of(self, layers: Mapping[str, AdapterSettings]) -> SMoAConfig:
         """Return a copy that holds the alpha of every layer as a number.
 
         Args:
@@ -111,7 +111,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
             ValueError: one has no number yet; the message names the layer.
         """
         for name, settings in layers.items():
-            if settings.config.use_lora_rate:
+            if settings.use_lora_rate:
                 raise ValueError(
                     f"{name}: use_lora_rate reads W0 when an adapter is added: the base weight must not be on the meta "
                     "device, and low_cpu_mem_usage and inference_mode must be False"
@@ -172,13 +172,3 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
             if strict_base is not None:
                 config.strict_base = strict_base
         return cast(SMoAConfig, config)
-
-    @classmethod
-    def of_folder(cls, adapter: Adapter) -> SMoAConfig:
-        """The configuration of a folder that was read, with PEFT's own fields.
-
-        Raises:
-            ValueError: PEFT does not take one of them; the message names the file.
-        """
-        with naming(adapter.path.with_name(CONFIG_NAME)):
-            return cast(SMoAConfig, cls.from_peft_type(**adapter.config))

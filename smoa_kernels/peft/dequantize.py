@@ -26,9 +26,6 @@ _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}
 class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PEFT's types are not followed
     """transformers' `FP8Linear`: float8 numbers with a scale for each block of them, or one scale for all."""
 
-    def __init__(self) -> None:
-        super().__init__("FP8Linear")
-
     def get_base_weight(self, base_layer: Any) -> Tensor:
         """W0 (N, C) in float32, as `FineGrainedFP8Config(dequantize=True)` loads it before it rounds."""
         return _float8(base_layer, torch.float32)
@@ -52,7 +49,7 @@ def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | Non
         return backend
     weight = base._parameters.get("weight")
     if type(base) is FP8Linear and weight is not None and weight.dtype == torch.float8_e4m3fn:
-        return Float8Backend()
+        return Float8Backend("FP8Linear")
     if weight is not None and weight.itemsize < 2:
         raise ValueError(
             f"the weight of {type(base).__name__} is {weight.dtype}, which SMoA reads in FP8Linear of transformers "

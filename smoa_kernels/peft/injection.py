@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..adapter_folder.format import STATE_KEYS
-from ..adapter_folder.settings import LayerSettings
+from ..adapter_folder.settings import AdapterSettings
 from ..checks import naming
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
@@ -34,7 +35,7 @@ from .folder.loading import check_adapter
 from .layer import SMoALayer, layers_with
 from .linear import Linear
 from .offload import present
-from .snapshot import PARAMETER_PREFIX, Snapshot
+from .snapshot import PARAMETER_PREFIX, snapshot
 from .sorting import initialize_all
 
 
@@ -56,12 +57,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
-    _experts: Sequence[str] = ()  # during an injection: the fused weights to adapt
-    snapshots: dict[str, Snapshot]  # of the model before each adapter whose weights are not loaded yet
+    _experts: Sequence[str] = ()  # the fused weights that the last injection adapts
+    removals: dict[str, Callable[[str], None]]  # of each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.snapshots = {}  # first, because PEFT's constructor injects
+        self.removals = {}  # first, because PEFT's constructor injects
         super().__init__(*args, **kwargs)
 
     @property
@@ -81,9 +82,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             TypeError, ValueError: `adapter_name` cannot name a folder, or the configuration does not fit the model.
         """
         is_new = not layers_with(model, adapter_name)
-        config, before = self.peft_config[adapter_name], Snapshot(model)
+        config, remove = self.peft_config[adapter_name], snapshot(model)
         if config.is_from_file and is_new:
-            self.snapshots[adapter_name] = before  # kept until the weights were checked
+            self.removals[adapter_name] = remove  # kept until the weights were checked
         try:
             if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
                 # The name is part of the parameters' names, and of the folder that the adapter is saved in.
@@ -106,11 +107,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 self.peft_config[adapter_name] = config.with_alphas_of(settings)
         except BaseException:  # Ctrl-C too: sorting a large model takes minutes
             if is_new:
-                before.restore(adapter_name)
+                remove(adapter_name)
                 self.peft_config.pop(adapter_name, None)
             raise
-        finally:
-            self._experts = ()
         for pattern, keys in config.unmatched_patterns(list(injected)).items():
             warnings.warn(
                 f"The following {pattern} keys did not match any targeted module and were ignored: {keys}.",
@@ -141,9 +140,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if not isinstance(module, Experts):
                 module = Experts(module)
                 setattr(parent, name, module)
-            weight = module.weight(parameter_name)
+            if parameter_name not in module.weights:
+                module.add_module(parameter_name, ExpertsWeight(module.base_layer, parameter_name))
             with naming(key), init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                weight.update_layer(adapter_name, peft_config.for_layer(key))
+                module.weights[parameter_name].update_layer(adapter_name, peft_config.for_layer(key))
         return list(self._experts)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -153,7 +153,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             ValueError: several of them adapt the same experts. Nothing has changed.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for layer in _layers(self.model):
+        for layer in self.model.modules():
             if isinstance(layer, ExpertsWeight):
                 layer.check_active(names)
         super().set_adapter(adapter_name, inference_mode)
@@ -182,38 +182,28 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        if isinstance(new_module, SMoALayer) or isinstance(child, Experts):
-            # The adapter is already on the layer's device; PEFT would move it to an offloaded weight's meta device.
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # The adapter is already on the layer's device; PEFT would move it to an offloaded weight's meta device.
+        setattr(parent, child_name, new_module)
 
-    def _new_layer(self, target: nn.Module, adapter_name: str, settings: LayerSettings) -> Linear:
+    def _new_layer(self, target: nn.Module, adapter_name: str, settings: AdapterSettings) -> Linear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = quantization_of(base, **get_quantization_kwargs(self.model))
-        if quantization is not None:
-            keep_packing(base)
+        keep_packing(base)
         stored_transposed = isinstance(base, Conv1D)
         if not isinstance(base, (nn.Linear, Conv1D)) and quantization is None:
             raise ValueError(
                 f"Target module {target} is not supported. Currently, only the following modules are supported: "
                 "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` and quantised linear layers."
             )
-        if settings.config.fan_in_fan_out != stored_transposed:
+        if settings.fan_in_fan_out != stored_transposed:
             warnings.warn(
-                f"fan_in_fan_out is set to {settings.config.fan_in_fan_out} but the target module is "
+                f"fan_in_fan_out is set to {settings.fan_in_fan_out} but the target module is "
                 f"`{type(base).__name__}`. Setting fan_in_fan_out to {stored_transposed}.",
                 UserWarning,
                 stacklevel=2,
             )
-            settings.config.fan_in_fan_out = stored_transposed
-        return Linear(
-            target,
-            adapter_name,
-            settings,
-            fan_in_fan_out=stored_transposed,
-            quantization=quantization,
-        )
+            settings.fan_in_fan_out = stored_transposed
+        return Linear(target, adapter_name, settings, quantization=quantization)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -228,8 +218,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             raise ValueError(
                 "adapter_names cannot be given where experts are adapted: a batch takes one adapter"
             )
-        known = {name for layer in _layers(self) for name in layer.smoa_A}
-        unknown = set(adapter_names) - known - {"__base__"}
+        unknown = set(adapter_names) - {*self.peft_config, "__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         beams = kwargs.get("num_beams") or 1
@@ -242,7 +231,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 if isinstance(module, (SMoALayer, AuxiliaryTrainingWrapper)):
                     repeats = 1 if module in inside_encoder else beams
                     names = [name for name in adapter_names for _ in range(repeats)]
-                    hook = functools.partial(_with_adapter_names, names)
+                    hook = functools.partial(_adapter_names_pre_forward_hook, adapter_names=names)
                     handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
@@ -271,22 +260,18 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         """
         combine = check_combination(self.peft_config, adapters, weights, adapter_name, combination_type)
         combined: dict[str, PackedAdapter] = {}
-        sources: dict[str, str] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, SMoALayer):
                 given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa_A]
                 if given:
-                    with present(layer, layer.innermost()):
-                        # Only the shape of W0 is used.
-                        weight = torch.empty((), device=layer.adapter_device)
-                        weight = weight.expand(layer.out_features, layer.in_features)
-                        parts = [layer.packed(a, weight) for a, _ in given]
+                    with present(layer):
+                        parts = [layer.packed(a, torch.empty(0)) for a, _ in given]  # W0 is not used
                         combined[name] = combine(parts, [float(w) for _, w in given])
-                    sources[name] = given[0][0]
         self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], combined)
         self.inject_adapter(self.model, adapter_name)
         for name, adapter in combined.items():
-            self.model.get_submodule(name).fill(adapter_name, adapter, sources[name])
+            layer = self.model.get_submodule(name)
+            layer.fill(adapter_name, adapter, next(a for a in adapters if a in layer.smoa_A))
         self.peft_config[adapter_name].format_version = None
 
     @classmethod
@@ -305,21 +290,13 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     ) -> Any:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuners = [module for module in model.modules() if isinstance(module, SMoAModel)]
-        snapshots = [tuner.snapshots.pop(adapter_name, None) for tuner in tuners]
+        removals = [tuner.removals.pop(adapter_name, None) for tuner in tuners]
         layers = layers_with(model, adapter_name).values()
         try:
             check_adapter(model, adapter_name, remapped, strict_base=config.strict_base)
         except ValueError:
             if any(layer.awaits_blocks(adapter_name) for layer in layers):
-                for before in filter(None, snapshots):  # this call also injected the adapter
-                    before.restore(adapter_name)
+                for remove in filter(None, removals):  # this call also injected the adapter
+                    remove(adapter_name)
             raise
         return remapped
-
-
-def _with_adapter_names(names: list[str], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _layers(model: nn.Module) -> list[SMoALayer]:
-    return [module for module in model.modules() if isinstance(module, SMoALayer)]

@@ -7,19 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from ..adapter_folder.format import (
     STATE_KEYS,
     LayerBlocks,
-    blocks_size,
+    blocks_layout,
     check_shapes,
     pack_blocks,
     read_blocks,
     unpack_blocks,
 )
-from ..adapter_folder.settings import LayerSettings
+from ..adapter_folder.settings import AdapterSettings
 from ..checks import check_choice
 from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
@@ -36,11 +35,6 @@ class SMoALayer(BaseWeight):
 
     N and C are the outputs and inputs of the layer, ρ is the largest rank of an adapter's blocks. In the methods
     `adapter_name` names an adapter of this layer.
-
-    Args:
-        base_layer: the layer that owns W0 (N, C), or another tuner's around it.
-        fan_in_fan_out: whether the weight is stored (in, out).
-        quantization: PEFT's back end for the base layer, where that is quantised.
 
     Attributes:
         smoa_A: parameters (ρ, C), by adapter.
@@ -68,28 +62,14 @@ class SMoALayer(BaseWeight):
 
     smoa_B: nn.ParameterDict
 
-    def __init__(
-        self, base_layer: nn.Module, fan_in_fan_out: bool, quantization: QuantizationBackend | None
-    ) -> None:
-        self.base_layer = base_layer
-        self.fan_in_fan_out = fan_in_fan_out
-        self.quantization_backend = quantization
-        base: Any = self.innermost()
-        if fan_in_fan_out:  # the weight's own shape is empty under ZeRO-3
-            self.in_features, self.out_features = base.nx, base.nf
-        else:
-            self.in_features, self.out_features = base.in_features, base.out_features
-        self._hold_adapters()
-
-    def _hold_adapters(self) -> None:
-        """Make the containers of adapters, empty."""
+    def __init__(self) -> None:
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_blocks = BufferDict(persistent=True)
         self.r: dict[str, int] = {}
         self.num_blocks: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.settings: dict[str, LayerSettings] = {}
+        self.settings: dict[str, AdapterSettings] = {}
         self._prepared: dict[str, Prepared] = {}
         # The partition with a single block, made when there are several adapters to sum.
         self._whole: BlockPartition | None = None
@@ -97,7 +77,7 @@ class SMoALayer(BaseWeight):
         self.merged_adapters: list[str] = []
         self.register_load_state_dict_post_hook(_read_blocks)
 
-    def update_layer(self, adapter_name: str, settings: LayerSettings) -> None:
+    def update_layer(self, adapter_name: str, settings: AdapterSettings) -> None:
         """Add an adapter of zeros. Its blocks come with weights that are loaded, or by :meth:`initialize`.
 
         Args:
@@ -115,12 +95,12 @@ class SMoALayer(BaseWeight):
             raise ValueError(
                 f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
             ) from error
-        rho, num_blocks = max(settings.ranks), settings.rule.num_blocks
-        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, num_blocks
+        rho = max(settings.ranks)
+        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
         self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
-        size = blocks_size(self.out_features, self.in_features, num_blocks)
+        size = blocks_layout(self.out_features, self.in_features, settings.num_blocks).itemsize
         self.smoa_blocks[adapter_name] = torch.zeros(*self.stack, size, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self._prepared.pop(adapter_name, None)
@@ -153,13 +133,13 @@ class SMoALayer(BaseWeight):
                 "initialize it before parallelize_module"
             )
         settings = self.settings[adapter_name]
-        with gathered(self.innermost()), present(self, self.innermost()):
+        with gathered(self), present(self):
             if partition is None:
                 partition = self.known_blocks(settings.rule)
             if partition is None:
                 partition = self.joined([compute() for compute in self.computations(settings.rule)])
             sketch = self.base_sketch()
-        if settings.config.use_lora_rate:
+        if settings.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)
             self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         ranks = torch.tensor(settings.ranks, dtype=torch.int32, device=partition.device)
@@ -188,7 +168,7 @@ class SMoALayer(BaseWeight):
         self._set_blocks(adapter_name, adapter.partition, adapter.ranks, sketch)
 
     @torch.no_grad()
-    def overwrite(self, adapter_name: str, given: Mapping[str, Tensor], settings: LayerSettings) -> None:
+    def overwrite(self, adapter_name: str, given: Mapping[str, Tensor], settings: AdapterSettings) -> None:
         """Copy an adapter of the same shapes over one of this layer's, in place.
 
         Args:
@@ -219,7 +199,7 @@ class SMoALayer(BaseWeight):
         for A, partition in zip(self._each(self.smoa_A[adapter_name]), partitions, strict=True):
             draw_A(A, partition, ranks)
         B = self.smoa_B[adapter_name]
-        if self.settings[adapter_name].config.init_weights:
+        if self.settings[adapter_name].init_weights:
             B.zero_()
             return
         B.normal_()
@@ -264,7 +244,7 @@ class SMoALayer(BaseWeight):
         check_shapes(name, given, {key: getattr(self, key)[adapter_name].shape for key in STATE_KEYS})
         if given["smoa_blocks"].is_meta:
             return None
-        return read_blocks(name, given, self.r[adapter_name]).sketch
+        return read_blocks(name, given, self.settings[adapter_name].r).sketch
 
     def num_adapter_parameters(self, adapter_name: str) -> int:
         """Count the trained parameters, `Σ r_k (N_k + C_k)` over all matrices, without padding."""
@@ -313,7 +293,7 @@ class SMoALayer(BaseWeight):
             partition = next(same, partition)
             self._whole = single_block(partition)  # made now, since forward may be compiled
         packed = self.smoa_blocks[adapter_name]
-        scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
+        scaling = scaling_tensor(self.settings[adapter_name].scaling, partition.device)
         ready = Prepared(packed, partition, ranks, scaling, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
@@ -322,7 +302,7 @@ class SMoALayer(BaseWeight):
         """Show the shape, and K and r of each adapter."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
         experts = [f"experts={count}" for count in self.stack]
-        adapters = (f"{name}(r={self.r[name]}, num_blocks={self.num_blocks[name]})" for name in self.smoa_A)
+        adapters = (f"{name}(r={one.r}, num_blocks={one.num_blocks})" for name, one in self.settings.items())
         return ", ".join([*experts, shape, *adapters])
 
     def __repr__(self) -> str:
@@ -332,9 +312,7 @@ class SMoALayer(BaseWeight):
         """Compute from now on as one part of a layer whose parameters were sharded."""
         self._shard = shard
         self._prepared.clear()
-        for name in self.smoa_A:
-            if not self.smoa_blocks[name].is_meta:
-                self._ready(name)
+        _read_blocks(self, None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -351,7 +329,7 @@ class SMoALayer(BaseWeight):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        device = execution_device(self.innermost()) if device is None else device
+        device = execution_device(self.get_base_layer()) if device is None else device
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def _load_from_state_dict(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_folder.settings import LayerSettings
+from ..adapter_folder.settings import AdapterSettings
 from ..definition.packed import PackedAdapter
 from .combine import sum_adapters
 from .layer import SMoALayer
@@ -31,7 +31,6 @@ class Linear(SMoALayer, nn.Module):
             one.
         adapter_name: the first adapter's name.
         settings: the first adapter's settings.
-        fan_in_fan_out: whether the weight is stored (in, out).
         quantization: PEFT's back end for the base layer, where that is quantised.
 
     Example:
@@ -46,18 +45,25 @@ class Linear(SMoALayer, nn.Module):
         self,
         base_layer: nn.Module,
         adapter_name: str,
-        settings: LayerSettings,
+        settings: AdapterSettings,
         *,
-        fan_in_fan_out: bool = False,
         quantization: QuantizationBackend | None = None,
     ) -> None:
         nn.Module.__init__(self)
-        SMoALayer.__init__(self, base_layer, fan_in_fan_out, quantization)
+        self.base_layer = base_layer
+        SMoALayer.__init__(self)
+        self.quantization_backend = quantization
+        base = self.get_base_layer()
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        if self.fan_in_fan_out:  # the weight's own shape is empty under ZeRO-3
+            self.in_features, self.out_features = base.nx, base.nf
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
         # For the usual base layers W0 is read. Others are called: they may compute more than x W0ᵀ + b.
         layer_type = type(base_layer)
         forward = getattr(layer_type, "forward", None)
         plain = layer_type is Conv1D or forward is nn.Linear.forward
-        self._reads_weight = plain or (quantization is not None and self.innermost() is base_layer)
+        self._reads_weight = plain or (quantization is not None and base is base_layer)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, settings)
 
@@ -77,21 +83,19 @@ class Linear(SMoALayer, nn.Module):
         """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
             return self._base_output(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        if self.merged:
-            return self._base_output(x, *args, **kwargs)
         return self._adapted(x, cast("list[str]", self.active_adapters), *args, **kwargs)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shard = self._shard
         if shard is None:
             return cast(Tensor, self.base_layer(x, *args, **kwargs))
-        weight, bias = self._stored_weight(), cast("Tensor | None", self.innermost().bias)
+        weight, bias = self._stored_weight(), self.get_base_layer().bias
         y = F.linear(shard.local(x), weight.T if self.fan_in_fan_out else weight)
         return shard.output(y if bias is None else y + shard.bias(bias))
 
@@ -103,7 +107,7 @@ class Linear(SMoALayer, nn.Module):
             # A product has one dropout mask; adapters with another probability get products of their own below.
             p = self._dropout_p(names[0])
             rest = [name for name in names if self._dropout_p(name) != p]
-            with present(self, self.innermost()):
+            with present(self):
                 y = self._linear(x, [name for name in names if name not in rest], p)
         for name in rest:
             # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept.
@@ -111,16 +115,16 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
-        base, config, shard = self.innermost(), self.settings[names[0]].config, self._shard
+        base, config, shard = self.get_base_layer(), self.settings[names[0]], self._shard
         settings: dict[str, Any] = {
             "dropout_p": dropout_p,
             "algorithm": config.algorithm,
             "backend": config.backend,
         }
         if self.quantization_backend is not None:
-            adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
+            adapter = self._summed(x, names)  # its weight is not used
             return dequantized_linear(x, base, self._dequantize, adapter, **settings)
-        bias, adapter = cast("Tensor | None", base.bias), self._summed(self.base_weight(), names)
+        bias, adapter = base.bias, self._summed(self.base_weight(), names)
         if shard is None:
             return adapted_linear(x, bias, adapter, **settings)
         part = {"column_offset": shard.column_offset, "global_in_features": self.in_features}
@@ -134,7 +138,7 @@ class Linear(SMoALayer, nn.Module):
                 f"adapter {name!r} drops out with another probability than the first active one, which tensor "
                 "parallelism does not take: activate adapters of one smoa_dropout"
             )
-        with present(self, self.innermost()):
+        with present(self):
             adapter = self.packed(name, self.base_weight())
             A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
             delta = (B @ A) * adapter.weight
@@ -144,17 +148,14 @@ class Linear(SMoALayer, nn.Module):
     def _mixed_batch_forward(
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
     ) -> Tensor:
-        y: Tensor | None = None
+        parts, order = [], []
         # An empty batch also needs one product, for the shape.
         for name in dict.fromkeys(adapter_names or ("__base__",)):
             samples = [i for i, given in enumerate(adapter_names) if given == name]
             index = torch.tensor(samples, dtype=torch.int64, device=x.device)
-            part = self._adapted(x.index_select(0, index), [name], *args, **kwargs)
-            if y is None:
-                y = part.new_empty(x.shape[0], *part.shape[1:])
-            y = y.index_copy(0, index, part)
-        assert y is not None
-        return y
+            parts.append(self._adapted(x.index_select(0, index), [name], *args, **kwargs))
+            order.append(index)
+        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -168,7 +169,7 @@ class Linear(SMoALayer, nn.Module):
             )
 
     def _dropout_p(self, name: str) -> float:
-        return self.settings[name].config.smoa_dropout if self.training else 0.0
+        return self.settings[name].smoa_dropout if self.training else 0.0
 
     def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
         parts = [self.packed(name, weight) for name in names]

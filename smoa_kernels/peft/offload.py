@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 
-def present(layer: nn.Module, base: nn.Module) -> AbstractContextManager[None]:
+def present(layer: Any) -> AbstractContextManager[None]:
     """Load the weights of a tuner layer, its base's and its adapters', that accelerate offloaded, within the block."""
-    weight = getattr(base, "weight", None)
+    weight = getattr(layer.get_base_layer(), "weight", None)
     if weight is None or not weight.is_meta:
         return nullcontext()
     return _onloaded([module for module in layer.modules() if _hook(module) is not None])
@@ -46,10 +46,10 @@ def execution_device(base: nn.Module) -> torch.device | None:
     return None if hook is None else torch.device(hook.execution_device)
 
 
-def gathered(base: nn.Module) -> AbstractContextManager[None]:
-    """Gather the weight of a layer that ZeRO-3 partitions, to be read within the block."""
-    context: AbstractContextManager[None] = gather_params_ctx(list(base.parameters(recurse=False)), None)
-    return context
+def gathered(layer: Any) -> AbstractContextManager[None]:
+    """Gather the base weight of a tuner layer that ZeRO-3 partitions, to be read within the block."""
+    parameters = list(layer.get_base_layer().parameters(recurse=False))
+    return cast("AbstractContextManager[None]", gather_params_ctx(parameters, None))
 
 
 def check_present(weight: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -41,14 +42,7 @@ def adapted_linear(x: Tensor, bias: Tensor | None, adapter: PackedAdapter, **set
 
 
 def dequantized_linear(
-    x: Tensor,
-    base: Any,
-    read: ReadWeight,
-    adapter: PackedAdapter,
-    *,
-    dropout_p: float,
-    algorithm: str = "auto",
-    backend: str = "auto",
+    x: Tensor, base: Any, read: ReadWeight, adapter: PackedAdapter, **settings: Any
 ) -> Tensor:
     """The same over a quantised layer, in its compute dtype if it has one; differentiable once.
 
@@ -57,6 +51,7 @@ def dequantized_linear(
         base: the layer.
         read: gives its W0 in a dtype.
         adapter: the adapter; its `weight` is not used.
+        settings: `dropout_p`, `algorithm` and `backend` of :func:`smoa_kernels.smoa_linear`.
 
     Returns:
         (..., N) in x's dtype.
@@ -68,33 +63,21 @@ def dequantized_linear(
     if A.dtype not in (dtype, torch.float32):
         A, B = A.to(dtype), B.to(dtype)
     bias = None if base.bias is None else base.bias.to(dtype)
-    seed = draw_seed(x.device) if dropout_p > 0 else None
-    settings = {"dropout_p": dropout_p, "algorithm": algorithm, "backend": backend}
+    seed = draw_seed(x.device) if settings["dropout_p"] > 0 else None
     apply: Any = _DequantizedLinear.apply
     return cast(Tensor, apply(x.to(dtype), bias, A, B, seed, read, adapter, settings)).to(x.dtype)
 
 
 class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        seed: Tensor | None,
-        read: ReadWeight,
-        adapter: PackedAdapter,
-        settings: dict[str, Any],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *call: Any) -> Tensor:
+        seed, read, adapter, settings = call
         needs_factors = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         ctx.save_for_backward(x if needs_factors else None, A, B, seed, adapter.ranks, adapter.scaling)
         ctx.read, ctx.partition, ctx.settings = read, adapter.partition, settings
         ctx.block_ranks = adapter.block_ranks
         with without_autocast(x):
-            given = PackedAdapter(
-                read(x.dtype), A, B, adapter.partition, adapter.ranks, adapter.scaling, adapter.block_ranks
-            )
+            given = replace(adapter, weight=read(x.dtype), A=A, B=B)
             return adapted_linear(x, bias, given, dropout_seed=seed, **settings)
 
     @staticmethod
@@ -107,7 +90,7 @@ class _DequantizedLinear(torch.autograd.Function):
             )
         x, A, B, seed, ranks, scaling = ctx.saved_tensors
         needs_x, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
-        backend = resolve_backend(ctx.settings["backend"], dy.device, dy.dtype, A.shape[0])
+        backend = resolve_backend(ctx.settings.get("backend", "auto"), dy.device, dy.dtype, A.shape[0])
         adapter = PackedAdapter(ctx.read(dy.dtype), A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
         dropout = None
         if seed is not None:

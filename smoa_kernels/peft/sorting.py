@@ -86,7 +86,7 @@ def _key(layer: SMoALayer, rule: BlockRule) -> Any:
     """A key that is equal for layers that share their blocks."""
     if rule.needs_weight:
         weight = layer.parameter
-        return id(layer.innermost() if weight is None else weight), layer.fan_in_fan_out, rule
+        return id(layer.get_base_layer() if weight is None else weight), layer.fan_in_fan_out, rule
     return layer.stack, layer.out_features, layer.in_features, layer.adapter_device, rule
 
 

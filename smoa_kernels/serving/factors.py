@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapter_folder.format import CONFIG_NAME, HIRA, METHOD, WEIGHTS_NAME
-from ..adapter_folder.reading import Adapter, read_adapter, read_hira, read_json
+from ..adapter_folder.reading import Adapter, read_adapter, read_json
 from ..definition.packed import PackedAdapter, scaling_tensor
 
 MERGE = "`smoa-kernels merge` writes a model of its own instead"
@@ -66,20 +66,14 @@ def read_served(folder: Path) -> ServedAdapter | None:
     for key in ("modules_to_save", "target_parameters", "fan_in_fan_out", "bias"):
         if config.get(key) not in (None, False, [], "none"):
             raise _refusal(folder / CONFIG_NAME, f"{key}={config[key]}")
-    if config["peft_type"] == METHOD:
-        adapter = read_adapter(folder)
-        whole, layers = adapter.whole, {name: _smoa_factors(adapter, name) for name in adapter.layers}
-    else:
-        found, whole = read_hira(folder)
-        layers = {
-            name: LayerFactors(A.float(), B.float(), (A.shape[0],), None) for name, (A, B) in found.items()
-        }
-    for key in whole:
+    adapter = read_adapter(folder, (METHOD, HIRA))
+    layers = {name: _factors(adapter, name) for name in adapter.layers}
+    for key in adapter.whole:
         raise _refusal(folder / WEIGHTS_NAME, key)
     return ServedAdapter(folder, layers, bool(config.get("strict_base")))
 
 
-def _smoa_factors(adapter: Adapter, name: str) -> LayerFactors:
+def _factors(adapter: Adapter, name: str) -> LayerFactors:
     blocks, factors = adapter.layers[name], adapter.of_layer(name)
     if blocks.of_experts:
         raise _refusal(adapter.path, f"{name}, a weight of experts,")
@@ -87,7 +81,8 @@ def _smoa_factors(adapter: Adapter, name: str) -> LayerFactors:
     ranks, s = blocks.ranks.tolist(), scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
     weight = torch.empty(blocks.partition.shape, device="meta")  # the factors do not depend on its values
     packed = PackedAdapter(weight, A, B, blocks.partition, blocks.ranks, s, ranks)
-    return LayerFactors(*packed.expanded_factors(torch.float32), tuple(ranks), blocks.sketch)
+    sketch = None if adapter.is_hira else blocks.sketch
+    return LayerFactors(*packed.expanded_factors(torch.float32), tuple(ranks), sketch)
 
 
 def _refusal(path: Path, what: str) -> ValueError:

@@ -78,7 +78,7 @@ def test_all_that_a_layer_holds_is_exchanged(pair, tmp_path, tokens):
     assert torch.equal(logits(model, tokens), logits(expected, tokens))
     for ours, theirs in zip(layer_list(model), layer_list(expected), strict=True):
         assert ours.scaling == theirs.scaling
-        dropout, wanted = (each.settings["default"].config.smoa_dropout for each in (ours, theirs))
+        dropout, wanted = (each.settings["default"].smoa_dropout for each in (ours, theirs))
         assert dropout == wanted
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()

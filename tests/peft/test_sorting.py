@@ -101,9 +101,7 @@ def test_a_shared_square_weight_that_one_layer_stores_transposed(threads):
     base, transposed = torch.nn.Linear(12, 12), Conv1D(12, 12)
     transposed.weight = base.weight
     settings = config(r=4).for_layer("")
-    found = [
-        Linear(layer, "default", settings, fan_in_fan_out=layer is transposed) for layer in (base, transposed)
-    ]
+    found = [Linear(layer, "default", settings) for layer in (base, transposed)]
     sorting.initialize_all(dict(zip("ab", found, strict=True)), "default")
     assert found[0].partition("default") == BlockPartition.from_weight(base.weight, 3)
     assert found[1].partition("default") == BlockPartition.from_weight(base.weight.T, 3)

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.adapter_folder.format import blocks_size, pack_blocks, unpack_blocks
+from smoa_kernels.adapter_folder.format import blocks_layout, pack_blocks, unpack_blocks
 from smoa_kernels.definition.reference import delta_weight
 from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.peft import SMoAConfig
@@ -60,7 +60,7 @@ def test_a_dropped_input_is_the_adapters_alone(llama):
 def test_layers_keep_their_settings_when_the_configuration_changes(llama):
     model = adapt(llama(), smoa_dropout=0.5)
     model.peft_config["default"].smoa_dropout = 0.0
-    assert {layer.settings["default"].config.smoa_dropout for layer in layers(model).values()} == {0.5}
+    assert {layer.settings["default"].smoa_dropout for layer in layers(model).values()} == {0.5}
 
 
 # Saving and loading
@@ -87,7 +87,7 @@ def test_packed_blocks_round_trip(num_blocks):
     ranks, sketch = torch.arange(num_blocks, dtype=torch.int32), torch.randn(33).half().float()
     packed = pack_blocks(partition, ranks, sketch)
     bits = (num_blocks - 1).bit_length()
-    assert len(packed) == blocks_size(317, 323, num_blocks) == 8 + 4 * num_blocks + 66 + 80 * bits
+    assert len(packed) == blocks_layout(317, 323, num_blocks).itemsize == 8 + 4 * num_blocks + 66 + 80 * bits
     found = unpack_blocks(packed, 317, 323)
     assert found.partition == partition
     assert torch.equal(found.ranks, ranks)

@@ -41,12 +41,6 @@ class Experts(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
-    def weight(self, parameter_name: str) -> ExpertsWeight:
-        """The adapters of one of the base module's weights; made if there are none."""
-        if parameter_name not in self._modules:
-            self.add_module(parameter_name, ExpertsWeight(self.base_layer, parameter_name))
-        return cast(ExpertsWeight, self._modules[parameter_name])
-
     @property
     def weights(self) -> dict[str, ExpertsWeight]:
         """The weights that have adapters, by parameter."""
@@ -67,9 +61,8 @@ class Experts(nn.Module):
         for weight in weights.values():
             if weight.disable_adapters and weight.merged:
                 weight.unmerge()
-        adapting = {name: weight for name, weight in weights.items() if weight.is_adapting}
         base: Any = self.base_layer
-        if not adapting:
+        if not any(weight.is_adapting for weight in weights.values()):
             return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
         top_k = top_k_index.shape[-1]
         # Sorted like the base's forward: the bits of an expert's product depend on the order of its rows.
@@ -80,8 +73,8 @@ class Experts(nn.Module):
         # Both products are prepared before either runs: W0 passes through the caches and evicts the data that preparing
         # needs, which would then be loaded twice per token.
         first = "gate_up_proj" if base.has_gate else "up_proj"
-        up = self._product(first, adapting.get(first), hidden_states, ends, experts)
-        down = self._product("down_proj", adapting.get("down_proj"), hidden_states, ends, experts)
+        up = self._product(first, hidden_states, ends, experts)
+        down = self._product("down_proj", hidden_states, ends, experts)
         y = down(base._apply_gate(up(x)) if base.has_gate else base.act_fn(up(x)))
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
@@ -91,11 +84,11 @@ class Experts(nn.Module):
         return y.view(-1, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
     def _product(
-        self, name: str, weight: ExpertsWeight | None, source: Tensor, ends: Tensor, experts: Tensor
+        self, name: str, source: Tensor, ends: Tensor, experts: Tensor
     ) -> Callable[[Tensor], Tensor]:
         """Return a function that multiplies by one of the base's weights, adapted or not, and adds its bias."""
-        base: Any = self.base_layer
-        product = None if weight is None else weight.product(source, ends)
+        base, weight = cast(Any, self.base_layer), self.weights.get(name)
+        product = weight.product(source, ends) if weight is not None and weight.is_adapting else None
 
         def with_bias(x: Tensor) -> Tensor:
             bias = getattr(base, f"{name}_bias")[experts] if base.has_bias else None

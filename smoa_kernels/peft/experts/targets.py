@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
+from copy import copy
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -60,12 +60,8 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[str], int]:
 
 def _is_chosen(config: SMoAConfig, path: str) -> bool:
     """Whether PEFT would adapt a module of this path whose name is targeted."""
-    rule = SimpleNamespace(
-        target_modules=[path.rpartition(".")[2]],
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-    )
+    rule = copy(config)
+    rule.target_modules, rule.modules_to_save = [path.rpartition(".")[2]], None
     return bool(check_target_module_exists(rule, path))
 
 

@@ -32,9 +32,9 @@ class ExpertsWeight(SMoALayer, nn.Module):
 
     def __init__(self, experts: nn.Module, parameter_name: str) -> None:
         nn.Module.__init__(self)
+        SMoALayer.__init__(self)
         self._experts = (experts,)  # in a tuple, since a module that is assigned directly becomes a child
         self.parameter_name = parameter_name
-        self._hold_adapters()
         self.fan_in_fan_out = bool(experts.is_transposed)
         self.stack = (self._stored_weight().shape[0],)
         self.out_features, self.in_features = self.base_weight().shape[1:]
@@ -91,7 +91,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
                 f"{self.parameter_name} is on {weight.device} and the experts' input on {source.device}: adapters of "
                 "experts take neither offloaded weights nor nn.DataParallel (use DistributedDataParallel)"
             )
-        settings = self.settings[name].config
+        settings = self.settings[name]
         backend = resolve_backend(settings.backend, weight.device, weight.dtype, adapter.A.shape[1])
         return lambda x: experts_linear(x.to(weight.dtype), ends, adapter, backend)
 

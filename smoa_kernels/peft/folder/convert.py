@@ -11,18 +11,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import HiraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...adapter_folder.base_model import BaseModel
 from ...adapter_folder.format import CONFIG_NAME, HIRA, METHOD, PREFIX, WEIGHTS_NAME, pack_blocks
-from ...adapter_folder.reading import read_adapter, read_config, read_hira
+from ...adapter_folder.reading import read_adapter, read_config
 from ...adapter_folder.settings import whole_name
 from ...adapter_folder.writing import replacing, seal
 from ...checks import check_path, naming
-from ...definition.partition import BlockPartition
 from ...definition.sketch import sketch_weight
 from ..config import SMoAConfig
 
@@ -90,11 +88,11 @@ def hira_to_smoa(
             adapt (embeddings, convolutions), or the base lacks a layer. Nothing was written.
     """
     source, target = _places(folder, out)
-    layers, whole = read_hira(source)
+    adapter = read_adapter(source, (HIRA,))
     with naming(source / CONFIG_NAME):
         config = HiraConfig.from_pretrained(os.fspath(source))
     bases = BaseModel(_base_folder(base, config))
-    ranks = {name: A.shape[0] for name, (A, _) in layers.items()}
+    ranks = {name: int(blocks.ranks) for name, blocks in adapter.layers.items()}
     settings = {
         **{name: getattr(config, name) for name in _SHARED},
         "num_blocks": 1,
@@ -104,16 +102,12 @@ def hira_to_smoa(
         # Ranks are those in the file: PEFT 0.21.2 gives every plain layer r and ignores rank_pattern.
         "rank_pattern": {whole_name(name): r for name, r in ranks.items() if r != config.r},
     }
-    result = {f"{PREFIX}{key}": tensor for key, tensor in whole.items()}
-    for done, (name, (A, B)) in enumerate(layers.items()):
-        progress(done, len(layers))
-        blocks = pack_blocks(
-            BlockPartition.contiguous((B.shape[0], A.shape[1]), 1, device="cpu"),
-            torch.tensor([A.shape[0]], dtype=torch.int32),
-            sketch_weight(_base_weight(bases, name, (B.shape[0], A.shape[1]))),
-        )
-        result |= {f"{PREFIX}{name}.smoa_{key}": t for key, t in (("A", A), ("B", B), ("blocks", blocks))}
-    _write(target, SMoAConfig(**settings), result)
+    state = dict(adapter.tensors)
+    for done, (name, blocks) in enumerate(adapter.layers.items()):
+        progress(done, len(ranks))
+        sketch = sketch_weight(_base_weight(bases, name, blocks.partition.shape))
+        state[f"{name}.smoa_blocks"] = pack_blocks(blocks.partition, blocks.ranks, sketch)
+    _write(target, SMoAConfig(**settings), state)
 
 
 def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> None:
@@ -133,7 +127,7 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
     """
     source, target = _places(folder, out)
     adapter = read_adapter(source)
-    config = SMoAConfig.of_folder(adapter)
+    config = adapter.settings
     if config.bias != "none":
         raise ValueError(f"{source}: bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
     for name, blocks in adapter.layers.items():
@@ -150,16 +144,18 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
                 "the same rank, whatever rank_pattern says"
             )
     settings = {
-        **{name: getattr(config, name) for name in _SHARED},
+        **{name: adapter.config[name] for name in _SHARED if name in adapter.config},
         "hira_dropout": config.smoa_dropout,
         "init_weights": config.init_weights,
     }
-    state = {f"{PREFIX}{key}": tensor for key, tensor in adapter.whole.items()}
+    state = adapter.whole
     for name in adapter.layers:
         factors = adapter.of_layer(name)
-        state[f"{PREFIX}{name}.hira_A"] = factors["smoa_A"]
-        state[f"{PREFIX}{name}.hira_B"] = factors["smoa_B"] * config.for_layer(name).scaling
-    _write(target, HiraConfig(**settings), state)
+        state[f"{name}.hira_A"] = factors["smoa_A"]
+        state[f"{name}.hira_B"] = factors["smoa_B"] * config.for_layer(name).scaling
+    with naming(source / CONFIG_NAME):
+        hira = HiraConfig(**settings)
+    _write(target, hira, state)
 
 
 def _places(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -194,7 +190,7 @@ def _base_weight(bases: BaseModel, name: str, shape: tuple[int, int]) -> Tensor:
 
 def _write(folder: Path, config: Any, state: Mapping[str, Tensor]) -> None:
     with replacing(folder) as scratch:
-        tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+        tensors = {PREFIX + key: tensor.contiguous() for key, tensor in state.items()}
         save_file(tensors, scratch / WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(scratch))
         seal(scratch)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ...adapter_folder.format import PREFIX
+from ...adapter_folder.format import CONFIG_NAME, PREFIX
 from ...adapter_folder.reading import Adapter, read_adapter
-from ...checks import check_path, shown
+from ...checks import check_path, naming, shown
 from ..config import SMoAConfig
 from ..layer import SMoALayer, layers_with
 from .loading import check_adapter
@@ -45,7 +45,8 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     check_path("folder", folder)
     layers = _layers(model, adapter_name)
     adapter = read_adapter(Path(folder))
-    config = SMoAConfig.of_folder(adapter)
+    with naming(Path(folder, CONFIG_NAME)):
+        config: Any = SMoAConfig.from_peft_type(**adapter.config)  # PEFT's own fields too
     configs: Any = getattr(model, "peft_config", {})
     held = configs.get(adapter_name)
     if adapter.whole or any(each.bias != "none" or each.modules_to_save for each in (config, held or config)):

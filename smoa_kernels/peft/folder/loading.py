@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft.config import PeftConfig
 from torch import Tensor, nn
 
 from ...adapter_folder.format import CONFIG_NAME, METHOD, STATE_KEYS
@@ -22,7 +21,7 @@ from ...definition.sketch import check_base
 from ..config import SMoAConfig
 from ..layer import layers_with
 from ..offload import gathered, present
-from ..snapshot import PARAMETER_PREFIX, Snapshot
+from ..snapshot import PARAMETER_PREFIX, snapshot
 
 
 def check_adapter(
@@ -52,32 +51,27 @@ def check_adapter(
         if holds_adapter or layer.awaits_blocks(adapter_name):
             sketch = layer.check_state(name, adapter_name, given)
             if sketch is not None:
-                with gathered(layer.innermost()), present(layer, layer.innermost()):
+                with gathered(layer), present(layer):
                     distances[name] = layer.base_distance(sketch)
     check_base(distances, strict=strict_base)
 
 
-def install_named_read() -> None:
-    """Wrap PEFT's reader of configurations: it has no hook and reads the file before it knows the method."""
-    read = PeftConfig.from_json_file.__func__
+def named_read(read: Any) -> Any:
+    """Wrap PEFT's reader of configurations, which reads the file before it knows the method."""
 
-    @functools.wraps(read)
-    def from_json_file(cls: type[PeftConfig], path_json_file: Any, **kwargs: Any) -> Any:
+    @classmethod  # type: ignore[misc]  # of PEFT's class
+    @functools.wraps(read.__func__)
+    def from_json_file(cls: Any, path_json_file: Any, **kwargs: Any) -> Any:
         if isinstance(path_json_file, (str, os.PathLike)):  # a descriptor can be read once only
             read_json(path_json_file)  # its error names the file and the fault
-        return read(cls, path_json_file, **kwargs)
+        return read.__func__(cls, path_json_file, **kwargs)
 
-    PeftConfig.from_json_file = classmethod(from_json_file)  # type: ignore[arg-type]
-
-
-def install_checked_load() -> None:
-    """Wrap transformers' `load_adapter`, which offers no hook; adapters of other methods load as before."""
-    from transformers.integrations.peft import PeftAdapterMixin
-
-    PeftAdapterMixin.load_adapter = _checked(PeftAdapterMixin.load_adapter)
+    return from_json_file
 
 
-def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
+def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap transformers' `load_adapter`; adapters of other methods load as before."""
+
     @functools.wraps(load)
     def load_adapter(self: Any, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
         if peft_model_id is not None:
@@ -85,7 +79,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
             config = folder / CONFIG_NAME
             if config.is_file() and read_json(config).get("peft_type") == METHOD:
                 SMoAConfig.from_pretrained(str(folder))  # checks all that needs no model
-        known, had_adapters, before = set(_adapters(self)), self._hf_peft_config_loaded, Snapshot(self)
+        known, had_adapters, remove = set(_adapters(self)), self._hf_peft_config_loaded, snapshot(self)
         try:
             found = load(self, peft_model_id, *args, **kwargs)
             for name in set(_adapters(self)) - known:
@@ -96,7 +90,7 @@ def _checked(load: Callable[..., Any]) -> Callable[..., Any]:
                 check_adapter(self, name, state, strict_base=self.peft_config[name].strict_base)
         except BaseException:  # Ctrl-C too
             for name in set(_adapters(self)) - known:
-                before.restore(name)
+                remove(name)
                 self._hf_peft_config_loaded = had_adapters
             raise
         return found

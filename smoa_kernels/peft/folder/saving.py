@@ -1,4 +1,4 @@
-"""Makes PEFT and transformers save SMoA adapters atomically, and as safetensors only; neither offers a hook for it."""
+"""Makes PEFT and transformers save SMoA adapters atomically, and as safetensors only."""
 
 from __future__ import annotations
 
@@ -14,16 +14,8 @@ from ...adapter_folder.writing import replacing, seal
 from ..config import PEFT_TYPE
 
 
-def install_atomic_save() -> None:
-    """Wrap the saving of PEFT and transformers, which offer no hook; models without SMoA adapters are left alone."""
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    for model_class in (PeftModel, PreTrainedModel):
-        model_class.save_pretrained = _atomic_for_smoa(model_class.save_pretrained)
-
-
-def _atomic_for_smoa(save: Callable[..., None]) -> Callable[..., None]:
+def atomic_save(save: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a `save_pretrained` of PEFT or transformers; models without SMoA adapters are left alone."""
     signature = inspect.signature(save)
 
     @functools.wraps(save)

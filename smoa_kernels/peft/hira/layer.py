@@ -9,7 +9,6 @@ or buffer, so state dict and files stay PEFT's. Where the operator cannot comput
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -37,7 +36,10 @@ def _rank(r: int, device: torch.device) -> Tensor:
     return torch.full((1,), r, dtype=torch.int32, device=device)
 
 
-class Accelerated(nn.Module):
+_Layer: Any = nn.Module  # Any, since it is mixed into PEFT's layer and has that one's attributes
+
+
+class Accelerated(_Layer):  # type: ignore[misc]
     """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible.
 
     Attributes:
@@ -46,23 +48,10 @@ class Accelerated(nn.Module):
     """
 
     pefts_class: type[nn.Module]
-    is_quantized = False
+    is_quantized: bool
     _block: tuple[BlockPartition, Tensor] | None = None  # None while the weight is on the meta device
     _ranks: dict[int, Tensor]  # int32 (1,), by r
     _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
-
-    # PEFT's attributes.
-    base_layer: Any
-    hira_A: nn.ParameterDict
-    hira_B: nn.ParameterDict
-    hira_dropout: nn.ModuleDict
-    r: dict[str, int]
-    active_adapters: list[str]
-    disable_adapters: bool
-    merged: bool
-    fan_in_fan_out: bool
-    in_features: int
-    out_features: int
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute (..., C) -> (..., N), in x's dtype.
@@ -96,12 +85,10 @@ class Accelerated(nn.Module):
     def _product(self, x: Tensor, A: Tensor, B: Tensor, dropout_p: float) -> Tensor:
         base, (partition, scaling), r = self.base_layer, cast(Any, self._block), A.shape[0]
         ranks = self._ranks[r] if r in self._ranks else _rank(r, A.device)  # newly made for a sum of several
-        if not self.is_quantized:
-            weight = base.weight.T if self.fan_in_fan_out else base.weight
-            adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, [r])
-            return adapted_linear(x, base.bias, adapter, dropout_p=dropout_p)
-        weight = x.new_empty(()).expand(partition.shape)  # only its shape is used
+        weight = base.weight.T if self.fan_in_fan_out else base.weight
         adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, [r])
+        if not self.is_quantized:
+            return adapted_linear(x, base.bias, adapter, dropout_p=dropout_p)
         read = functools.partial(read_weight, resolve_quantization_backend(base), base)
         return dequantized_linear(x, base, read, adapter, dropout_p=dropout_p)
 
@@ -123,11 +110,11 @@ class Accelerated(nn.Module):
         if self._repacks:
             self.base_layer.support_avx512bf16_for_cpu = True
         for made in ("_block", "_ranks", "_repacks"):
-            vars(self).pop(made, None)
+            self.__dict__.pop(made, None)
         self.__class__ = self.pefts_class  # type: ignore[assignment]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(*args, **kwargs)
         self.make_ready()
         return self
 
@@ -151,27 +138,19 @@ class Accelerated(nn.Module):
         return (As[0], Bs[0]) if len(names) == 1 else (torch.cat(As), torch.cat(Bs, 1))
 
 
-class AcceleratedLinear(Accelerated, hira.Linear):  # type: ignore[misc]  # PEFT's types are not followed
-    """PEFT's HiRA layer over an `nn.Linear` or a `Conv1D`.
-
-    :func:`accelerate_hira` sets this class on an existing layer; it is never constructed.
-    """
-
-    pefts_class = hira.Linear
-
-
 @functools.cache
 def accelerated_class(kind: type[nn.Module]) -> type[Accelerated]:
-    """The class for layers of one of PEFT's HiRA classes: `hira.Linear`, or one over bitsandbytes' layers."""
-    if kind is hira.Linear:
-        return AcceleratedLinear
-    facts = {"pefts_class": kind, "is_quantized": True, "__module__": __name__}
+    """The class for layers of one of PEFT's HiRA classes: `hira.Linear`, or one over bitsandbytes' layers.
+
+    :func:`accelerate_hira` sets it on an existing layer; it is never constructed.
+    """
+    facts = {"pefts_class": kind, "is_quantized": kind is not hira.Linear, "__module__": __name__}
     return type(f"Accelerated{kind.__name__}", (Accelerated, kind), facts)
 
 
 def __getattr__(name: str) -> Any:
-    """Find the classes for bitsandbytes' layers by name, for pickle."""
+    """Find these classes by name, for pickle."""
     kind = name.removeprefix("Accelerated")
-    if kind in ("Linear8bitLt", "Linear4bit"):
-        return accelerated_class(getattr(importlib.import_module("peft.tuners.hira.bnb"), kind))
+    if kind in ("Linear", "Linear8bitLt", "Linear4bit"):
+        return accelerated_class(getattr(hira, kind))
     raise AttributeError(name)
