@@ -293,7 +293,7 @@ class SMoALayer(BaseWeight):
             partition = next(same, partition)
             self._whole = single_block(partition)  # made now, since forward may be compiled
         packed = self.smoa_blocks[adapter_name]
-        scaling = scaling_tensor(self.settings[adapter_name].scaling, partition.device)
+        scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
         ready = Prepared(packed, partition, ranks, scaling, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
