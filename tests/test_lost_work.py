@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from places import adapted, base, contents, file_limit, kill_at, python
+from places import adapted, base, contents, file_limit, kill_at, python, ran
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
 from tuning_cases import PERMUTE, entry, kept, put
@@ -109,10 +109,9 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     assert not kept()
     with pytest.raises(OSError, match=str(cache)):
         put(entry())
-    with python("from smoa_kernels.cli import main; main(['info'])", SMOA_CACHE=str(cache)) as process:
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "eager" in out
+    done = ran("-c", "from smoa_kernels.cli import main; main(['info'])", SMOA_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert "eager" in done.stdout
     assert cache.read_text() == "mine"
 
 
