@@ -78,20 +78,6 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
             assert not mine[~used].any()
 
 
-@pytest.mark.parametrize("split", [0, 1])
-def test_no_tokens(split: int, device: torch.device) -> None:
-    problem = make_problem(tokens=0).on(device).to(torch.float32)
-    for gradient in gradients(problem, replace(SMALL, split=split)):
-        assert not gradient.any()
-
-
-def test_no_rank(device: torch.device) -> None:
-    problem = make_problem(ranks=(0, 0)).on(device).to(torch.float32)
-    dA, dB = gradients(problem)
-    assert dA.shape == (0, 57)
-    assert dB.shape == (33, 0)
-
-
 def test_large_half_gradients_do_not_overflow(device: torch.device) -> None:
     """H is float32: G may exceed float16's range if the factor gradients are small enough."""
     problem = make_problem(tokens=16).on(device)

@@ -1,7 +1,5 @@
 """modulate: W_eff = W0 ∘ (1 + s·mask·BA) dense, and ΔW = s·(BA) ∘ W0 as padded blocks."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from kernel_cases import (
@@ -63,20 +61,3 @@ def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone(device: to
     adapted = (p.row_block[:, None] == p.col_block) & (p.row_block[:, None] == 1)
     assert torch.equal(weight[~adapted], problem.weight[~adapted])
     assert not torch.equal(weight[adapted], problem.weight[adapted])
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
-def test_empty_weights(shape: tuple[int, int], device: torch.device) -> None:
-    problem = make_problem(out_features=5, in_features=5, ranks=(2, 1)).on(device)
-    problem = problem.to(torch.float32)
-    rows, cols = (slice(size) for size in shape)
-    adapter = problem.adapter()
-    shard = replace(
-        adapter,
-        weight=adapter.weight[rows, cols],
-        A=adapter.A[:, cols],
-        B=adapter.B[rows],
-        partition=adapter.partition.shard(rows, cols),
-    )
-    assert modulated_weight(shard).shape == shape
-    assert modulated_blocks(shard, padded(shard.partition)).numel() == 0

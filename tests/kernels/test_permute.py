@@ -59,15 +59,6 @@ def seed(value: int, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.int64, device=device)
 
 
-def test_no_tokens_and_no_columns(device: torch.device) -> None:
-    partition = random_partition(9, 2, device)
-    blocked = gather(torch.ones(0, 9, device=device), partition)
-    assert blocked.shape == (0, 2, 16)
-    assert scatter(blocked, partition, torch.empty(0, 9, device=device)).shape == (0, 9)
-    empty = partition.shard(col_slice=slice(0))
-    assert gather(torch.ones(4, 0, device=device), empty).numel() == 0
-
-
 @each_dtype
 def test_dropout_zeroes_or_scales(dtype: torch.dtype, device: torch.device) -> None:
     partition = random_partition(70, 3, device)
