@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("transformers_adapters")
 
 LAYER = "model.layers.0.mlp.down_proj"
 PREFIX = f"base_model.model.{LAYER}."
+LARGEST = "ranks must sum to r=5 with a largest rank of"
 
 
 def base():
@@ -56,6 +57,11 @@ def to_pickle(folder):
 def only_x(state, _):
     state.clear()
     state["x"] = torch.ones(1)
+
+
+def doubled(state, prefix):
+    state[prefix + "smoa_A"] = state[prefix + "smoa_A"].repeat(2, 1)
+    state[prefix + "smoa_B"] = state[prefix + "smoa_B"].repeat(1, 2)
 
 
 def of_another_base(folder):
@@ -114,6 +120,12 @@ OF_LAYERS = {
         changed("smoa_A", lambda A: A[:, 4:].contiguous()),
         "must hold the block labels|size mismatch for .*smoa_A",
     ),
+    "experts": (
+        changed("smoa_blocks", lambda blocks: torch.stack([blocks, blocks])),
+        "must be of as many experts|size mismatch for .*smoa_blocks",
+    ),
+    "spare": (tensors(doubled), f"{LARGEST} 4|size mismatch for .*smoa_"),
+    "wide": (changed("smoa_B", lambda B: B.repeat(1, 2)), f"{LARGEST} 2|size mismatch for .*smoa_B"),
 }
 DOORS = {
     "from_pretrained": (False, PeftModel.from_pretrained),
