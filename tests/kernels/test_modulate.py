@@ -48,15 +48,15 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 
 
 @each_dtype
-def test_merges_in_place(dtype: torch.dtype, device: torch.device) -> None:
-    adapter = make_problem(dtype=dtype).on(device).adapter()
+def test_merges_in_place(dtype: torch.dtype) -> None:
+    adapter = make_problem(dtype=dtype).adapter()
     expected = modulated_weight(adapter)
     modulated_weight(adapter, out=adapter.weight)
     assert torch.equal(adapter.weight, expected)
 
 
-def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone(device: torch.device) -> None:
-    problem = make_problem(ranks=(0, 4), dtype=torch.bfloat16).on(device)
+def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone() -> None:
+    problem = make_problem(ranks=(0, 4), dtype=torch.bfloat16)
     weight, p = modulated_weight(problem.adapter()), problem.partition
     adapted = (p.row_block[:, None] == p.col_block) & (p.row_block[:, None] == 1)
     assert torch.equal(weight[~adapted], problem.weight[~adapted])
