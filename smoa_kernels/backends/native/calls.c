@@ -183,10 +183,10 @@ i64 smoa_mask(const mask_call *m) {
 /* Facts about this library that Python checks. */
 typedef struct {
     const char *source; /* digest of the sources that it was compiled from */
-    i64 call_bytes, mask_bytes, has_threads, has_bf16, has_amx, vector_bytes;
+    i64 call_bytes, mask_bytes, has_threads, has_bf16, has_amx;
 } about;
 
 i64 smoa_about(about *a) {
-    *a = (about){SOURCE, sizeof(call), sizeof(mask_call), GOMP_parallel != NULL, has_bf16(), has_amx(), VECTOR_BYTES};
+    *a = (about){SOURCE, sizeof(call), sizeof(mask_call), GOMP_parallel != NULL, has_bf16(), has_amx()};
     return 0;
 }

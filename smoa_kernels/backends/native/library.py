@@ -198,7 +198,7 @@ class _About(ctypes.Structure):
 
     _fields_ = [
         ("source", ctypes.c_char_p),
-        *_integers("call_bytes mask_bytes has_threads bf16 amx vector_bytes"),
+        *_integers("call_bytes mask_bytes has_threads bf16 amx"),
     ]
 
 
@@ -228,16 +228,14 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def has(feature: str) -> bool:
-    """Whether compiled code may use "avx512", "bf16" (AVX512-BF16) or "amx" here; "no amx" is the reverse.
+    """Whether compiled code may use "bf16" (AVX512-BF16) or "amx" here.
 
     Processor, compiler, system and the limit of torch's GEMMs (`ONEDNN_MAX_CPU_ISA`) must allow it.
     """
-    if feature.startswith("no "):
-        return not has(feature.removeprefix("no "))
     found = _load()
     if obstacle() is not None or isinstance(found, str):
         return False
-    return found[1].vector_bytes == 64 if feature == "avx512" else bool(getattr(found[1], feature))
+    return bool(getattr(found[1], feature))
 
 
 @functools.cache
