@@ -4,15 +4,18 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from places import ctrl_c  # noqa: F401
+import torch
+from places import ctrl_c, ran  # noqa: F401
 
 from benchmarks.bringup import __main__ as bringup
 from benchmarks.bringup import stages
 from benchmarks.cases import headline_cases, operator_cases
 from benchmarks.providers import LORA, Case
 from benchmarks.results import Result, Run, read
+from smoa_kernels.kernels.launch import short_way
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +124,42 @@ def test_what_became_of_the_tests_is_saved(tmp_path: Path, monkeypatch: pytest.M
     assert found["failed"] == ["test_some.py::test_one[3] - AssertionError: too many"]
 
 
+def test_kernels_are_compiled_in_at_most_half_of_a_stages_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def stage(command: Sequence[str], log: Path, seconds: float) -> dict[str, object]:
+        asked.append((command[2], seconds))
+        return {"status": "done", "seconds": 100.0, "error": ""}
+
+    gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(bringup, "run_stage", stage)
+    status = bringup._run("headline", tmp_path, tmp_path / "log", smoke=False)
+    assert asked == [("benchmarks.bringup.ahead", 120.0), ("benchmarks.bringup", 140.0)]
+    assert status["seconds"] == 200.0
+
+
+TESTS_FORMS = """\
+from benchmarks.bringup.ahead import tested
+from benchmarks.fake_gpu import H100, install
+gpu = install()
+tested(H100, ["-n", "0", "tests/kernels/test_permute.py"])
+kernels, forms = zip(*gpu.compiled)
+print(*{kernel.__name__ for kernel in kernels}, len(forms), *sorted({form[0]["x_ptr"] for form in forms}))
+"""
+
+
+def test_forms_of_the_numerical_tests_are_known_before_they_run() -> None:
+    """Those of a kernel's tests, in the dtypes that they compute in."""
+    done = ran("-c", TESTS_FORMS, TRITON_INTERPRET=None, PYTHONWARNINGS="ignore")
+    assert done.stdout, done.stderr
+    name, count, *dtypes = done.stdout.split()
+    assert (name, dtypes) == ("permute_kernel", ["*bf16", "*fp16", "*fp32"])
+    assert int(count) > len(dtypes)
+
+
 def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = headline_cases(True)
     outcomes: dict[Case, dict[str, str] | None] = {first: None, second: {LORA: "wrong numbers"}}
@@ -150,3 +189,25 @@ def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.Mo
     compare()  # nothing is left to do
     assert asked == [first, second, first, second]
     assert saved[-1].findings["headline"] == {}
+
+
+def test_both_launchers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours fails in its pass. Triton's is told apart by the obstacle that stands in our launcher's way meanwhile."""
+    monkeypatch.setattr(short_way, "obstacle", "")
+    monkeypatch.setattr(stages, "LAUNCHER_ROUNDS", 1)
+    build, obstacles = stages.smoa("split", "triton", "random"), []
+
+    def fails(*_: object) -> None:
+        obstacles.append(short_way.obstacle)
+        short_way.obstacle = short_way.obstacle or "TypeError: no"
+
+    def watched(case: Case) -> torch.nn.Module:
+        layer = build(case)
+        layer.register_forward_hook(fails)
+        return layer
+
+    monkeypatch.setattr(stages, "smoa", lambda *_: watched)
+    found = stages.compare_launchers(*operator_cases(True)[1])
+    assert obstacles == ["", "compared"]
+    assert short_way.obstacle == "TypeError: no"
+    assert "not used: TypeError: no" in found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import minilm
@@ -77,6 +78,20 @@ def test_two_settings_are_refused(change: dict[str, Any], message: str) -> None:
     record = store.read(RECORDS)[0]
     with pytest.raises(ValueError, match=f"{message}: a report is of one setting"):
         store.check_one_setting([record, record, record | change])
+
+
+def test_stored_runs_outlive_a_crash_and_are_known_again(tmp_path: Path) -> None:
+    path, kept = tmp_path / "runs.jsonl", store.read(RECORDS)[:2]
+    assert store.read(path) == []
+    store.append(path, kept[0])
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"task": "trec50", "meth')  # a crash leaves half a line
+    assert store.read(path) == kept[:1]
+    store.append(path, kept[1])
+    again = store.read(path)
+    assert again == kept
+    assert [store.key_of(record) for record in again] == [store.key_of(record) for record in kept]
+    assert store.key_of(kept[0]) != store.key_of(kept[1])
 
 
 def test_an_interval_against_tables_and_a_worked_example() -> None:
