@@ -5,13 +5,17 @@ It runs in its own process because the tests' process interprets kernels. Triton
 The code under test is the package's own and Triton's.
 
     python tests/launches.py devices           # or another of the functions named at the end
+    python tests/launches.py first_step 2      # also compiles its forms for sm_90, in two processes
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
+import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +30,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.runtime.jit import JITFunction
 
-from benchmarks.bringup.ahead import forget
+from benchmarks.bringup.ahead import compile_all, forget
 from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, Form, adapter, install
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
@@ -246,10 +250,10 @@ def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
 FIRST_STEP, OTHERS = 4096, (4000, 3072, 2500)  # tokens of a batch, and of others that are a little shorter
 
 
-def first_step(gpu: FakeGpu) -> dict[str, dict[str, int]]:
+def first_step(gpu: FakeGpu) -> dict[str, dict[str, Any]]:
     """Forms that the first training step of Llama-3-8B's layers compiles, and how many more other lengths compile.
 
-    bf16 under the float32 factors that PEFT keeps.
+    bf16 under the float32 factors that PEFT keeps. The forms are compiled if processes are asked for.
     """
 
     def step(granule: int, tokens: int) -> list[Form]:
@@ -259,12 +263,19 @@ def first_step(gpu: FakeGpu) -> dict[str, dict[str, int]]:
                     call()
         return list(gpu.compiled)
 
-    told = {}
+    told: dict[str, dict[str, Any]] = {}
     for order, granule in (("spectral", 1), ("granules of 8", 8)):
         forget(gpu)
         found = step(granule, FIRST_STEP)
         more = [step(granule, tokens) for tokens in OTHERS][-1]
         told[order] = {"forms": len(found), "more for other lengths": len(more) - len(found)}
+        told[order]["kernels"] = sorted(kernel.__name__ for kernel, _ in found)
+        if sys.argv[2:]:
+            with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
+                os.environ["TRITON_CACHE_DIR"] = folder
+                start = time.perf_counter()
+                each = list(compile_all(found, int(sys.argv[2])))
+                told[order] |= {"seconds": time.perf_counter() - start, "each": each}
     return told
 
 
