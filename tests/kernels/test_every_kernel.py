@@ -19,13 +19,14 @@ from audit.workloads import WORKLOADS, Operands, configured
 from draws import HealthCheck, assume, given, settings, st
 from kernel_cases import assert_within_its_rounding, each_dtype, shipped_here
 from problems import DEVICE, LinearProblem, make_problem
-from test_permute import gather, gathered_by_hand, random_partition, scatter
+from test_permute import gather, gathered_by_hand, random_partition
 from vectors import Vector, all_vectors
 
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
+from smoa_kernels.kernels.permute import scatter_columns
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
 
 pytestmark = pytest.mark.numerical
@@ -149,4 +150,4 @@ def test_gather_and_scatter(
     x = torch.randn(tokens, columns).to(dtype)
     blocked = gather(x, partition)
     assert torch.equal(blocked, gathered_by_hand(x, partition))
-    assert torch.equal(scatter(blocked, partition, torch.empty_like(x)), x)
+    assert torch.equal(scatter_columns(blocked, partition, torch.empty_like(x)), x)

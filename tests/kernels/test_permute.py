@@ -31,10 +31,6 @@ def gather(x: Tensor, partition: BlockPartition, **kwargs: object) -> Tensor:
     return gather_columns(x, partition, width, **kwargs)  # type: ignore[arg-type]
 
 
-def scatter(blocked: Tensor, partition: BlockPartition, out: Tensor, **kwargs: object) -> Tensor:
-    return scatter_columns(blocked, partition, out, **kwargs)  # type: ignore[arg-type]
-
-
 def gathered_by_hand(x: Tensor, partition: BlockPartition) -> Tensor:
     blocked = torch.zeros(
         x.shape[0],
@@ -53,7 +49,7 @@ def mask(
 ) -> Tensor:
     """The multiplier m itself: the mask applied to ones."""
     ones = torch.ones(tokens, partition.shape[1], dtype=dtype, device=partition.device)
-    return scatter(gather(ones, partition, dropout=dropout), partition, torch.empty_like(ones))
+    return scatter_columns(gather(ones, partition, dropout=dropout), partition, torch.empty_like(ones))
 
 
 @each_dtype
@@ -62,15 +58,15 @@ def test_dropout_zeroes_or_scales(dtype: torch.dtype) -> None:
     dropout = Dropout(torch.tensor(7), p=0.25)
     x = torch.randn(50, 70).to(dtype)
     kept = mask(dropout, 50, partition) != 0
-    dropped = scatter(gather(x, partition, dropout=dropout), partition, torch.empty_like(x))
+    dropped = scatter_columns(gather(x, partition, dropout=dropout), partition, torch.empty_like(x))
     # Gather and its adjoint draw the same mask.
     expected = torch.where(kept, (x.float() * (4 / 3)), 0).to(dtype)
     assert torch.equal((dropped != 0), kept & (x != 0))
     gathered = gather(x, partition, dropout=dropout)
-    undropped = scatter(gathered, partition, torch.empty_like(x))
+    undropped = scatter_columns(gathered, partition, torch.empty_like(x))
     assert torch.equal(undropped, expected)
     assert torch.equal(
-        scatter(gather(x, partition), partition, torch.empty_like(x), dropout=dropout), expected
+        scatter_columns(gather(x, partition), partition, torch.empty_like(x), dropout=dropout), expected
     )
 
 
