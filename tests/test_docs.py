@@ -365,3 +365,15 @@ def arguments(it: Any) -> list[str]:
             fields[base.__module__.startswith("smoa_kernels")] += vars(base).get("__annotations__", ())
         found = [name for name in fields[True] if name not in fields[False]]
     return [name for name in found if name not in ("self", "args", "kwargs")]
+
+
+# Characters of a line of code that the site shows on a window of 1280 pixels.
+WIDEST_CODE = 88
+
+
+@every_page
+def test_code_fits_the_site(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for fenced, indented in re.findall(r"^```\w*\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n)+)", text, re.M | re.S):
+        for line in fenced.splitlines() + [line[4:] for line in indented.splitlines()]:
+            assert len(line) <= WIDEST_CODE, line

@@ -68,6 +68,13 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
             assert not mine[~used].any()
 
 
+@pytest.mark.parametrize("split", [0, 1])
+def test_no_tokens(split: int) -> None:
+    problem = make_problem(tokens=0, dtype=torch.float32)
+    for gradient in gradients(problem, replace(SMALL, split=split)):
+        assert not gradient.any()
+
+
 def test_large_half_gradients_do_not_overflow() -> None:
     """H is float32: G may exceed float16's range if the factor gradients are small enough."""
     problem = make_problem(tokens=16)
