@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 __all__ = ["PROFILES", "HealthCheck", "assume", "example", "given", "settings", "share", "st"]
 
 PROFILES = {"ci": 300, "nightly": 10_000}
-"""How many problems are drawn for the C oracle in all (test_fuzz.py), and how many adapter
-folders (peft/test_fuzzed_files.py); the variable HYPOTHESIS_PROFILE chooses."""
+"""How many problems are drawn for the C oracle in all (test_fuzz.py); the variable HYPOTHESIS_PROFILE chooses."""
 
 
 def share(part: float) -> settings:

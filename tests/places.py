@@ -20,17 +20,30 @@ HERE = Path(__file__).resolve().parent
 PATHS = [str(HERE), str(HERE / "tuning"), str(HERE.parent), str(HERE.parent / "examples")]
 
 
-def started(*command: object, **environment: str) -> "subprocess.Popen[str]":
-    """Starts a command with the paths of these tests, on one thread: tests share the machine."""
+def surroundings(changed: dict[str, str | None]) -> dict[str, str]:
+    """Variables with the paths of these tests, and one thread: tests share the machine. None unsets a variable."""
     path = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
-    pipe = subprocess.PIPE
-    given = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([*map(str, command)], stdout=pipe, stderr=pipe, text=True, env=given)
+    given = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changed}
+    return {name: value for name, value in given.items() if value is not None}
 
 
-def python(program: str, *arguments: object, **environment: str) -> "subprocess.Popen[str]":
+def started(*command: object, **environment: str | None) -> "subprocess.Popen[str]":
+    """Starts a command."""
+    pipe, env = subprocess.PIPE, surroundings(environment)
+    return subprocess.Popen([*map(str, command)], stdout=pipe, stderr=pipe, text=True, env=env)
+
+
+def python(program: str, *arguments: object, **environment: str | None) -> "subprocess.Popen[str]":
     """Starts a Python program."""
     return started(sys.executable, "-c", program, *arguments, **environment)
+
+
+def ran(
+    *arguments: object, cwd: Path | None = None, **environment: str | None
+) -> "subprocess.CompletedProcess[str]":
+    """Runs Python with these arguments to its end."""
+    command, env = [sys.executable, *map(str, arguments)], surroundings(environment)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
 
 
 def kill_at(process: "subprocess.Popen[str]", line: str) -> None:

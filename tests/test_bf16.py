@@ -5,9 +5,6 @@ The promises of all backends are tested in tests/test_contract.py.
 
 import ctypes
 import mmap
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +14,7 @@ import compiled
 import pytest
 import torch
 from compiled import assert_threads_agree, each_shape, needs_bf16
+from places import ran
 from problems import Case, assert_within_budget, relative_error
 
 from smoa_kernels import BlockPartition
@@ -201,6 +199,5 @@ def test_weights_that_it_leaves_to_others(form: str) -> None:
 )
 def test_a_limit_of_torchs_gemms_is_its_own(limit: str, there: bool, amx: bool) -> None:
     program = "from smoa_kernels.backends.native.library import has; print(has('bf16'), has('amx'))"
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": limit}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = ran("-c", program, ONEDNN_MAX_CPU_ISA=limit)
     assert done.stdout.split() == [str(there), str(amx)], done.stderr

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from places import ctrl_c, python  # noqa: F401
+from places import ctrl_c, ran  # noqa: F401
 
 from benchmarks.bringup import __main__ as bringup
 from benchmarks.bringup import stages
@@ -142,8 +142,6 @@ def test_kernels_are_compiled_in_at_most_half_of_a_stages_time(
 
 
 TESTS_FORMS = """\
-import os
-os.environ.pop("TRITON_INTERPRET", None)
 from benchmarks.bringup.ahead import tested
 from benchmarks.fake_gpu import H100, install
 gpu = install()
@@ -155,9 +153,9 @@ print(*{kernel.__name__ for kernel in kernels}, len(forms), *sorted({form[0]["x_
 
 def test_forms_of_the_numerical_tests_are_known_before_they_run() -> None:
     """Those of a kernel's tests, in the dtypes that they compute in."""
-    out, errors = python(TESTS_FORMS, PYTHONWARNINGS="ignore").communicate(timeout=300)
-    assert out, errors
-    name, count, *dtypes = out.split()
+    done = ran("-c", TESTS_FORMS, TRITON_INTERPRET=None, PYTHONWARNINGS="ignore")
+    assert done.stdout, done.stderr
+    name, count, *dtypes = done.stdout.split()
     assert (name, dtypes) == ("permute_kernel", ["*bf16", "*fp16", "*fp32"])
     assert int(count) > len(dtypes)
 

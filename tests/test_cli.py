@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from places import ran
 from typer.main import get_command
 
 from smoa_kernels.cli import info, main
@@ -133,14 +132,13 @@ def test_without_the_extra(missing):
     program = (
         f"import sys; sys.modules[{missing!r}] = None; from smoa_kernels.cli import main; sys.exit(main())"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = ran("-c", program)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "pip install 'smoa-kernels[cli]'" in done.stderr
 
 
 def test_as_a_module_where_the_script_is_not_installed():
-    command = [sys.executable, "-m", "smoa_kernels.cli", "roofline", "--gpu", "h999"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = ran("-m", "smoa_kernels.cli", "roofline", "--gpu", "h999")
     assert done.returncode == 2
     assert done.stderr.startswith("smoa-kernels: error: --gpu must be one of")

@@ -46,7 +46,6 @@ from smoa_kernels.definition.precision import has_gemm
 
 pytestmark = [pytest.mark.numerical, pytest.mark.usefixtures("poisoned_memory")]
 
-each_case = each(lambda backend: list(cases(backend)))
 each_way = each(widest)
 each_slowly = each(widest, slow=interpreted)
 # The compiler sees the same operator for every block order.

@@ -1,13 +1,10 @@
 """Determinism between processes and numbers of threads (docs/numerics.md); test_contract.py has the rest."""
 
 import hashlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ran
 from problems import DEVICE, cases, in_orders
 from torch_calls import on_threads
 
@@ -31,11 +28,8 @@ def digest() -> str:
 
 @pytest.mark.slow
 def test_two_processes_are_bitwise_equal() -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", "import test_determinism; print(test_determinism.digest())"]
-    paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    assert subprocess.check_output(command, env=environment, text=True).strip() == digest()
+    other = ran("-c", "import test_determinism; print(test_determinism.digest())")
+    assert other.stdout.strip() == digest(), other.stderr
 
 
 def test_thread_counts_move_neither_masks_nor_blocks() -> None:

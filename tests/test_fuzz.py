@@ -142,6 +142,8 @@ def check_layer(case: Layer, backend: str) -> None:
         y = layer(p.x)
         compare([y], p)
         layer.merge()
+        outside = p.partition.row_block[:, None] != p.partition.col_block
+        assert torch.equal(layer.weight[outside], p.weight[outside])
         compare([layer(p.x)], p)
         error = (layer.delta_weight().double() - definition(p)).abs()
         assert (error <= allowed(definition(absolute(p)), p.weight.dtype)).all()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from places import adapted, base, contents, file_limit, kill_at, python
+from places import adapted, base, contents, file_limit, kill_at, python, ran
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
-from tuning_cases import PERMUTE, entry, kept, put
+from tuning_cases import entry, kept, put
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 
@@ -109,23 +109,7 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     assert not kept()
     with pytest.raises(OSError, match=str(cache)):
         put(entry())
-    with python("from smoa_kernels.cli import main; main(['info'])", SMOA_CACHE=str(cache)) as process:
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "eager" in out
+    done = ran("-c", "from smoa_kernels.cli import main; main(['info'])", SMOA_CACHE=str(cache))
+    assert done.returncode == 0, done.stderr
+    assert "eager" in done.stdout
     assert cache.read_text() == "mine"
-
-
-@SLOW
-def test_no_room_for_a_tuning_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from smoa_kernels.kernels.table import user_table
-
-    monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
-    table = user_table("cpu")
-    put(*(entry(PERMUTE._replace(tokens=1 << step)) for step in range(8)))
-    before = contents(table.parent)
-    with file_limit(2000), pytest.raises(OSError, match=f"File too large: '{table}'"):
-        put(entry(PERMUTE._replace(blocks=3)))
-    assert contents(table.parent) == before
-    put(entry(PERMUTE._replace(blocks=3)))
-    assert len(kept()) == 9

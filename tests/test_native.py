@@ -3,10 +3,8 @@
 The promises that it shares with other backends are tested in tests/test_contract.py.
 """
 
-import os
 import pathlib
-import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +24,7 @@ from compiled import (
     needs_library,
     on_cpu,
 )
+from places import ran
 from problems import HALF, LAYOUTS, NAMES
 from torch import Tensor
 
@@ -228,6 +227,14 @@ def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
     assert [most(tokens) for tokens in (1, 2, 8, 12, 13)] == [33, 33, 9, 6, 0]
 
 
+def run_again(files: Sequence[str], names: str, **limit: str) -> None:
+    """Run tests of these names in a process whose torch is limited to fewer instructions; none may be skipped."""
+    paths = [pathlib.Path(__file__).with_name(f"test_{file}.py") for file in files]
+    done = ran("-m", "pytest", "-p", "no:cacheprovider", "-rs", *paths, "-k", names, **limit)
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout.lower(), done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512" or native_obstacle(CPU) is not None,
@@ -237,28 +244,15 @@ def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
 def test_the_same_on_older_processors() -> None:
     names = "(native or every_shape or threads or mask or dropped)"
     names += " and not older and not without_amx and not broken"  # these skip some
-    files = [
-        pathlib.Path(__file__).with_name(f"test_{name}.py")
-        for name in ("native", "native_operands", "contract")
-    ]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *map(str, files), "-k", names]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "skipped" not in done.stdout
+    run_again(("native", "native_operands", "contract"), names, ATEN_CPU_CAPABILITY="avx2")
 
 
 @pytest.mark.slow
 @needs_bf16
 def test_the_same_without_amx() -> None:
     """As on processors with AVX512-BF16 but without AMX: AMD's Zen 4 and 5."""
-    files = [__file__, str(pathlib.Path(__file__).with_name("test_bf16.py"))]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *files, "-k"]
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
     names = "test_every_shape or one_thread or factors or outside or behind or as_large or alone"
-    done = subprocess.run([*command, names], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "SKIPPED" not in done.stdout, done.stdout
+    run_again(("native", "bf16"), names, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
 
 
 @needs_library

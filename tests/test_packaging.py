@@ -3,7 +3,6 @@
 import ast
 import email
 import re
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from installed import CORE
 from packaging.requirements import Requirement
+from places import ran
 
 import hatch_build
 
@@ -20,12 +20,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "smoa_kernels"
-
-
-def run(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, **options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(kind: str, source: Path, folder: Path) -> Path:
     program = f"import sys; from hatchling.build import build_{kind}; print(build_{kind}(sys.argv[1]))"
-    built = run("-c", program, folder, cwd=source)
+    built = ran("-c", program, folder, cwd=source)
     assert built.returncode == 0, built.stderr
     return folder / built.stdout.strip()
 
@@ -182,7 +176,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = run("-c", program)
+    done = ran("-c", program)
     assert done.returncode == 0, done.stderr
     said = "backend='triton' cannot run here: triton is not installed; backend='eager' works everywhere\n"
     assert done.stdout == said
@@ -195,7 +189,7 @@ from smoa_kernels.cli import main
 for arguments in (["info"], ["roofline", "--tokens", "64"], ["tune"]):
     print(f"exit code of {arguments[0]}: {main(arguments)}")
 """
-    done = run("-c", f"import sys; sys.modules['triton'] = None\n{program}")
+    done = ran("-c", f"import sys; sys.modules['triton'] = None\n{program}")
     codes = dict(re.findall(r"exit code of (\w+): (\d)", done.stdout))
     assert codes == {"info": "0", "roofline": "0", "tune": "2"}
     assert "no: triton is not installed" in done.stdout
@@ -211,4 +205,4 @@ def test_import_loads_no_optional_package() -> None:
         "print([m for m in ('triton', 'peft', 'transformers', 'typer', 'rich', 'matplotlib')"
         " if m in sys.modules and m not in before])"
     )
-    assert run("-c", script).stdout == "[]\n"
+    assert ran("-c", script).stdout == "[]\n"

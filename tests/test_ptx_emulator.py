@@ -3,18 +3,15 @@
 The emulator's own tests run with `make emulate`.
 """
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
+from places import ran
 from ptx_emulator.library import obstacle
-
-TESTS = Path(__file__).parent
 
 SESSION = """
 import torch
@@ -35,19 +32,8 @@ def session(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
     """Run `SESSION` in the emulator, in another process, because this one may interpret kernels."""
     (folder / "test_session.py").write_text(SESSION)
     options = ["-p", "ptx_emulator.plugin", "-p", "no:cacheprovider", "-q", "--rootdir", str(folder)]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(folder)],
-        env=os.environ
-        | {
-            "PTX_EMULATOR": "sm_80",
-            "TRITON_INTERPRET": "0",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
-        }
-        | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    emulated = {"PTX_EMULATOR": "sm_80", "TRITON_INTERPRET": "0", **environment}
+    return ran("-m", "pytest", *options, folder, **emulated)
 
 
 @pytest.mark.slow

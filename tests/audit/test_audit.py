@@ -1,11 +1,8 @@
 """The audit (`make audit`): parsers and rules on made-up listings, and real compiles of toy kernels."""
 
 import json
-import os
 import re
 import runpy
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="there is no compiler")
 
 import triton
+from places import ran
 
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 
@@ -304,12 +302,8 @@ def audit(tmp_path: Path) -> Callable[..., tuple[int, str, dict[str, Record]]]:
     """Audits toy kernels (toys.py) in a compiling process; returns exit code, output and records by kernel."""
 
     def run(*options: str) -> tuple[int, str, dict[str, Record]]:
-        tests = Path(__file__).resolve().parents[1]
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = f"{tests}:{tests.parent}"
-        command = [sys.executable, "-m", "audit", "--json", "out.json", "--passed", ".", *options]
-        command += ["--registry", "audit.toys:TOYS"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        command = ["audit", "--json", "out.json", "--passed", ".", *options, "--registry", "audit.toys:TOYS"]
+        done = ran("-m", *command, cwd=tmp_path, TRITON_INTERPRET=None)
         assert done.returncode in (0, 1), done.stderr
         found = json.loads((tmp_path / "out.json").read_text())
         assert [bool(entry.pop("broken_rules")) for entry in found].count(True) == done.stdout.count("BROKEN")

@@ -14,7 +14,6 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("typer") is None, reaso
 needs_peft = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="needs the peft extra"
 )
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 # FOLDER stands for the world's folder.
 COMMANDS: list[tuple[str, str]] = [

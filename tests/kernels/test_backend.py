@@ -3,9 +3,6 @@
 tests/test_contract.py tests what all backends promise, tests/test_devices.py old GPUs.
 """
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import Guarded
+from places import ran
 from problems import (
     DTYPES,
     HALF,
@@ -201,10 +199,6 @@ except ValueError as error:
     ],
 )
 def test_where_the_kernels_cannot_run(prelude: str, words: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = OUTSIDE.format(prelude=prelude)
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True
-    )
+    result = ran("-c", OUTSIDE.format(prelude=prelude), TRITON_INTERPRET=None)
     expected = f"backend='triton' cannot run here: {words}; backend='eager' works everywhere"
-    assert result.stdout.strip() == expected
+    assert result.stdout.strip() == expected, result.stderr

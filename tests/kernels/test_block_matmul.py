@@ -9,6 +9,7 @@ from kernel_cases import (
     padded_width,
 )
 from problems import LinearProblem, make_problem
+from test_modulate import padded
 from torch import Tensor
 
 from smoa_kernels.definition.packed import PackedAdapter
@@ -24,15 +25,6 @@ TILE = 16
 SMALL = Config(block_t=16, block_n=TILE, block_c=TILE, group_t=2, num_warps=4, num_stages=2)
 
 
-def blocks(adapter: PackedAdapter, multiple: int = TILE) -> Tensor:
-    rows, cols = adapter.partition.row_sizes, adapter.partition.col_sizes
-    return modulated_blocks(adapter, (padded_width(rows, multiple), padded_width(cols, multiple)))
-
-
-def gather(x: Tensor, adapter: PackedAdapter, width: int) -> Tensor:
-    return gather_columns(x, adapter.partition, width)
-
-
 def small_matmul(x: Tensor, adapter: PackedAdapter, delta: Tensor, *, out: Tensor) -> Tensor:
     with configured("block_matmul", SMALL):
         return block_matmul(x, adapter, delta, out=out)
@@ -41,9 +33,9 @@ def small_matmul(x: Tensor, adapter: PackedAdapter, delta: Tensor, *, out: Tenso
 def output(problem: LinearProblem) -> Tensor:
     """x ΔWᵀ, with the blocks of ΔW and of x from their own kernels."""
     adapter = problem.adapter()
-    delta = blocks(adapter)
+    delta = modulated_blocks(adapter, padded(adapter.partition))
     out = torch.empty_like(problem.dy)
-    return small_matmul(gather(problem.x, adapter, delta.shape[2]), adapter, delta, out=out)
+    return small_matmul(gather_columns(problem.x, adapter.partition, delta.shape[2]), adapter, delta, out=out)
 
 
 def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> None:
@@ -55,13 +47,15 @@ def check(problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype 
 
 @each_dtype
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype, device: torch.device) -> None:
+def test_transposed_is_dy_delta(contiguous: bool, dtype: torch.dtype) -> None:
     """dX of the adapter (dY ΔW, in block order), from its own blocks of ΔW or from the transposed adapter's."""
-    problem = make_problem(tokens=19, random_labels=True).on(device).to(dtype)
+    problem = make_problem(tokens=19, random_labels=True).to(dtype)
     adapter = problem.adapter()
-    delta = blocks(adapter.T) if contiguous else blocks(adapter).transpose(1, 2)
-    dyg = gather(problem.dy, adapter.T, delta.shape[2])
-    dxg = torch.empty(19, 3, delta.shape[1], dtype=dtype, device=device)
+    read = adapter.T if contiguous else adapter
+    delta = modulated_blocks(read, padded(read.partition))
+    delta = delta if contiguous else delta.transpose(1, 2)
+    dyg = gather_columns(problem.dy, adapter.T.partition, delta.shape[2])
+    dxg = torch.empty(19, 3, delta.shape[1], dtype=dtype)
     small_matmul(dyg, adapter.T, delta, out=dxg)
     partition = adapter.partition
     for k, size in enumerate(partition.col_sizes):

@@ -18,14 +18,15 @@ from audit.forms import AUDITED
 from audit.workloads import WORKLOADS, Operands, configured
 from draws import HealthCheck, assume, given, settings, st
 from kernel_cases import assert_within_its_rounding, each_dtype, shipped_here
-from problems import LinearProblem, make_problem
-from test_permute import gather, gathered_by_hand, random_partition, scatter
+from problems import DEVICE, LinearProblem, make_problem
+from test_permute import gather, gathered_by_hand, random_partition
 from vectors import Vector, all_vectors
 
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
+from smoa_kernels.kernels.permute import scatter_columns
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
 
 pytestmark = pytest.mark.numerical
@@ -53,20 +54,16 @@ each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__
 )
 @pytest.mark.parametrize("vector", VECTORS)
 @each_check
-def test_vectors(
-    check: Callable[..., None], vector: Vector, dtype: torch.dtype, device: torch.device
-) -> None:
-    check(vector.problem.on(device), dtype)
+def test_vectors(check: Callable[..., None], vector: Vector, dtype: torch.dtype) -> None:
+    check(vector.problem.on(DEVICE), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (65, 256))])
 @each_check
-def test_float32_factors_over_a_half_weight(
-    check: Callable[..., None], rank: int, device: torch.device
-) -> None:
+def test_float32_factors_over_a_half_weight(check: Callable[..., None], rank: int) -> None:
     """At ranks that need one product, several products, and the largest rank."""
     problem = make_problem(tokens=5, ranks=(rank, max(rank // 2, 1)), random_labels=True)
-    check(problem.on(device), torch.bfloat16, torch.float32)
+    check(problem, torch.bfloat16, torch.float32)
 
 
 def shipped() -> Iterator[object]:
@@ -77,14 +74,12 @@ def shipped() -> Iterator[object]:
 
 
 @pytest.mark.parametrize(("kernel", "config", "precision"), list(shipped()))
-def test_every_shipped_configuration(
-    kernel: str, config: Config, precision: Precision, device: torch.device
-) -> None:
+def test_every_shipped_configuration(kernel: str, config: Config, precision: Precision) -> None:
     """At sizes that are not a multiple of any tile."""
     form = AUDITED[kernel].forms[0]
     tokens, *features, granule = (21, 136, 72, GRANULE) if "granules" in form else (70, 130, 70, 1)
     key = Key(kernel, precision.name, 5, 2, *features, tokens, 128, 128, granule=granule)
-    run, defined = WORKLOADS[kernel](Operands(key, form, device))
+    run, defined = WORKLOADS[kernel](Operands(key, form, DEVICE))
     with configured(kernel, config, precision.name):
         found = run()
     for ours, theirs, truth in zip(found, defined(precision.dtype), defined(torch.float64), strict=True):
@@ -133,12 +128,10 @@ def problems(draw: st.DrawFn) -> LinearProblem:
 @given(problem=problems())
 @each_dtype
 @each_check
-def test_random_shapes(
-    check: Callable[..., None], problem: LinearProblem, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_random_shapes(check: Callable[..., None], problem: LinearProblem, dtype: torch.dtype) -> None:
     if check is test_fused_linear.check:  # the backend gives it no sum over one row or column
         assume(min(problem.weight.shape) > 1)
-    check(problem.on(device), dtype)
+    check(problem, dtype)
 
 
 @pytest.mark.slow
@@ -151,10 +144,10 @@ def test_random_shapes(
 )
 @each_dtype
 def test_gather_and_scatter(
-    tokens: int, columns: int, num_blocks: int, data: int, dtype: torch.dtype, device: torch.device
+    tokens: int, columns: int, num_blocks: int, data: int, dtype: torch.dtype
 ) -> None:
-    partition = random_partition(columns, num_blocks, device, data)
-    x = torch.randn(tokens, columns, device=device).to(dtype)
+    partition = random_partition(columns, num_blocks, data)
+    x = torch.randn(tokens, columns).to(dtype)
     blocked = gather(x, partition)
     assert torch.equal(blocked, gathered_by_hand(x, partition))
-    assert torch.equal(scatter(blocked, partition, torch.empty_like(x)), x)
+    assert torch.equal(scatter_columns(blocked, partition, torch.empty_like(x)), x)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from problems import Case, LinearProblem, assert_within_budget, cases, make_problem
+from problems import DEVICE, Case, LinearProblem, assert_within_budget, cases, make_problem
 from test_block_grad import block_gradients
 from test_block_matmul import small_matmul
 from torch import Tensor
@@ -41,13 +41,13 @@ each_case = pytest.mark.parametrize(
 )
 
 
-def problem_of(name: str, dtype: torch.dtype, device: torch.device, tokens: int = 21) -> LinearProblem:
+def problem_of(name: str, dtype: torch.dtype, tokens: int = 21) -> LinearProblem:
     partition = PARTITIONS[name]()
     N, C = partition.shape
     ranks = (3, 0, 20)[: partition.num_blocks]
     sizes = {"tokens": tokens, "out_features": N, "in_features": C, "ranks": ranks}
-    p = make_problem(**sizes, block_order="contiguous").on(device).to(dtype)  # type: ignore[arg-type]
-    return LinearProblem(**(vars(p) | {"partition": partition.to(device)}))
+    p = make_problem(**sizes, block_order="contiguous").to(dtype)  # type: ignore[arg-type]
+    return LinearProblem(**(vars(p) | {"partition": partition.to(DEVICE)}))
 
 
 def granule(partition: BlockPartition) -> int:
@@ -87,10 +87,8 @@ def test_which_partitions_have_granules() -> None:
 
 
 @each_case
-def test_factor_gradients(
-    name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    p = problem_of(name, dtype, device)
+def test_factor_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem_of(name, dtype)
     dyg, xg = gathered(p)
     adapter = p.adapter()
     with coordinate_by_coordinate(monkeypatch):
@@ -101,11 +99,9 @@ def test_factor_gradients(
 
 
 @each_case
-def test_the_adapters_output(
-    name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_adapters_output(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output goes to its own rows; the transposed adapter's stays in block order."""
-    p = problem_of(name, dtype, device)
+    p = problem_of(name, dtype)
     dyg, xg = gathered(p)
     for side, adapter, here, blocked in ((p.dy, p.adapter(), p.x, xg), (p.x, p.adapter().T, p.dy, dyg)):
         rows, cols = adapter.partition.row_sizes, adapter.partition.col_sizes
@@ -125,11 +121,11 @@ def test_the_adapters_output(
 
 
 @each_partition
-def test_dropout(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mask is the same whether x is gathered or read in place."""
-    p = problem_of(name, torch.float32, device)
+    p = problem_of(name, torch.float32)
     blocks, width = p.partition, block_width(p.partition.col_sizes)
-    dropout = Dropout(torch.tensor(5, device=device), p=0.25)
+    dropout = Dropout(torch.tensor(5), p=0.25)
 
     def moved() -> tuple[Tensor, Tensor]:
         blocked = gather_columns(p.x, blocks, width, dropout=dropout)

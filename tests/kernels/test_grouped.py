@@ -141,7 +141,7 @@ def test_an_idle_experts_gradient_is_zero_whatever_its_weight_holds() -> None:
 
 
 @pytest.mark.slow
-def test_offsets_beyond_int32(device: torch.device) -> None:
+def test_offsets_beyond_int32() -> None:
     p = problem("contiguous", (5, 0, 9, 3)).to(torch.bfloat16)
     apart = far_apart(p.adapter.weight, 2**30)
     far = replace(p, adapter=replace(p.adapter, weight=apart))

@@ -4,21 +4,15 @@ import json
 from typing import Any
 
 import pytest
-from places import python
+from places import ran
 
 pytest.importorskip("triton", reason="needs triton")
 
 
 def launches(what: str) -> Any:
-    program = (
-        f"import sys, runpy; sys.argv[1:] = [{what!r}]; runpy.run_module('launches', run_name='__main__')"
-    )
-    process = python(
-        f"import os; os.environ.pop('TRITON_INTERPRET', None)\n{program}", PYTHONWARNINGS="ignore"
-    )
-    out, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return json.loads(out)
+    done = ran("-m", "launches", what, TRITON_INTERPRET=None, PYTHONWARNINGS="ignore")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow

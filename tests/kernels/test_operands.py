@@ -10,14 +10,15 @@ from kernel_cases import Guarded, far_apart, shipped_here
 from problems import LinearProblem, make_problem, relative_error
 from test_block_grad import block_gradients
 from test_block_grad import gather as gather_both
-from test_block_matmul import blocks, small_matmul
+from test_block_matmul import small_matmul
 from test_modulate import padded
-from test_permute import gather, scatter
+from test_permute import gather
 from torch import Tensor
 
 from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.kernels.fused_linear import fused_linear
 from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
+from smoa_kernels.kernels.permute import scatter_columns
 from smoa_kernels.kernels.spec import granule_of
 
 pytestmark = pytest.mark.numerical
@@ -40,7 +41,7 @@ def modulate(p: LinearProblem, place: Place) -> Iterator[Tensor]:
 def permute(p: LinearProblem, place: Place) -> Iterator[Tensor]:
     blocked = gather(place(p.x), p.partition)
     yield blocked
-    yield scatter(blocked, p.partition, place(torch.full_like(p.x, torch.nan)))
+    yield scatter_columns(blocked, p.partition, place(torch.full_like(p.x, torch.nan)))
 
 
 def fused(p: LinearProblem, place: Place) -> Iterator[Tensor]:
@@ -55,7 +56,7 @@ def fused(p: LinearProblem, place: Place) -> Iterator[Tensor]:
 
 def block_matmul(p: LinearProblem, place: Place) -> Iterator[Tensor]:
     adapter = p.adapter(place)
-    delta = place(blocks(adapter))
+    delta = place(modulated_blocks(adapter, padded(p.partition)))
     x = place(p.x) if in_place(p) else place(gather_both(p)[1])
     yield small_matmul(x, adapter, delta, out=place(torch.full_like(p.dy, torch.nan)))
 

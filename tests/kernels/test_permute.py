@@ -6,6 +6,7 @@ import pytest
 import torch
 from audit.workloads import configured
 from kernel_cases import each_dtype, padded_width, shipped_here
+from problems import DEVICE
 from torch import Tensor
 
 from smoa_kernels.definition.dropout import Dropout
@@ -17,20 +18,16 @@ pytestmark = pytest.mark.numerical
 CONFIGS = [config for config, _ in shipped_here("permute")]
 
 
-def random_partition(columns: int, num_blocks: int, device: torch.device, seed: int = 0) -> BlockPartition:
+def random_partition(columns: int, num_blocks: int, seed: int = 0) -> BlockPartition:
     generator = torch.Generator().manual_seed(seed)
     draw = functools.partial(torch.randint, num_blocks, generator=generator, device="cpu")
     rows, cols = (draw((n,)) for n in (3, columns))
-    return BlockPartition.from_labels(rows, cols, num_blocks).to(device)
+    return BlockPartition.from_labels(rows, cols, num_blocks).to(DEVICE)
 
 
 def gather(x: Tensor, partition: BlockPartition, **kwargs: object) -> Tensor:
     width = padded_width(partition.col_sizes, 16)
     return gather_columns(x, partition, width, **kwargs)  # type: ignore[arg-type]
-
-
-def scatter(blocked: Tensor, partition: BlockPartition, out: Tensor, **kwargs: object) -> Tensor:
-    return scatter_columns(blocked, partition, out, **kwargs)  # type: ignore[arg-type]
 
 
 def gathered_by_hand(x: Tensor, partition: BlockPartition) -> Tensor:
@@ -51,45 +48,32 @@ def mask(
 ) -> Tensor:
     """The multiplier m itself: the mask applied to ones."""
     ones = torch.ones(tokens, partition.shape[1], dtype=dtype, device=partition.device)
-    return scatter(gather(ones, partition, dropout=dropout), partition, torch.empty_like(ones))
-
-
-def seed(value: int, device: torch.device) -> Tensor:
-    return torch.tensor(value, dtype=torch.int64, device=device)
-
-
-def test_no_tokens_and_no_columns(device: torch.device) -> None:
-    partition = random_partition(9, 2, device)
-    blocked = gather(torch.ones(0, 9, device=device), partition)
-    assert blocked.shape == (0, 2, 16)
-    assert scatter(blocked, partition, torch.empty(0, 9, device=device)).shape == (0, 9)
-    empty = partition.shard(col_slice=slice(0))
-    assert gather(torch.ones(4, 0, device=device), empty).numel() == 0
+    return scatter_columns(gather(ones, partition, dropout=dropout), partition, torch.empty_like(ones))
 
 
 @each_dtype
-def test_dropout_zeroes_or_scales(dtype: torch.dtype, device: torch.device) -> None:
-    partition = random_partition(70, 3, device)
-    dropout = Dropout(seed(7, device), p=0.25)
-    x = torch.randn(50, 70, device=device).to(dtype)
+def test_dropout_zeroes_or_scales(dtype: torch.dtype) -> None:
+    partition = random_partition(70, 3)
+    dropout = Dropout(torch.tensor(7), p=0.25)
+    x = torch.randn(50, 70).to(dtype)
     kept = mask(dropout, 50, partition) != 0
-    dropped = scatter(gather(x, partition, dropout=dropout), partition, torch.empty_like(x))
+    dropped = scatter_columns(gather(x, partition, dropout=dropout), partition, torch.empty_like(x))
     # Gather and its adjoint draw the same mask.
     expected = torch.where(kept, (x.float() * (4 / 3)), 0).to(dtype)
     assert torch.equal((dropped != 0), kept & (x != 0))
     gathered = gather(x, partition, dropout=dropout)
-    undropped = scatter(gathered, partition, torch.empty_like(x))
+    undropped = scatter_columns(gathered, partition, torch.empty_like(x))
     assert torch.equal(undropped, expected)
     assert torch.equal(
-        scatter(gather(x, partition), partition, torch.empty_like(x), dropout=dropout), expected
+        scatter_columns(gather(x, partition), partition, torch.empty_like(x), dropout=dropout), expected
     )
 
 
 @pytest.mark.slow
-def test_dropout_is_unbiased_and_independent(device: torch.device) -> None:
-    partition = random_partition(64, 4, device)
+def test_dropout_is_unbiased_and_independent() -> None:
+    partition = random_partition(64, 4)
     p, tokens = 0.3, 2000
-    kept = (mask(Dropout(seed(123456789012345, device), p), tokens, partition) != 0).double()
+    kept = (mask(Dropout(torch.tensor(123456789012345), p), tokens, partition) != 0).double()
     # The limit is five standard deviations: of the mean of as many coin flips, and 1/√tokens for a correlation.
     assert abs(float(kept.mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
     between_columns = torch.corrcoef(kept.T).fill_diagonal_(0)
@@ -100,26 +84,26 @@ def test_dropout_is_unbiased_and_independent(device: torch.device) -> None:
 
 
 @pytest.mark.slow
-def test_dropout_mask_is_a_function_of_seed_token_and_global_column(device: torch.device) -> None:
+def test_dropout_mask_is_a_function_of_seed_token_and_global_column() -> None:
     """The mask stays the same with another partition, other tiles, a shard of the columns, or fewer tokens."""
-    partition = random_partition(150, 4, device)
-    dropout = Dropout(seed(-3, device), p=0.5)
+    partition = random_partition(150, 4)
+    dropout = Dropout(torch.tensor(-3), p=0.5)
     whole = mask(dropout, 70, partition)
-    assert torch.equal(mask(dropout, 70, random_partition(150, 1, device)), whole)
+    assert torch.equal(mask(dropout, 70, random_partition(150, 1)), whole)
     assert torch.equal(mask(dropout, 33, partition), whole[:33])
     shard = partition.shard(col_slice=slice(40, 110))
     assert torch.equal(mask(Dropout(dropout.seed, 0.5, column_offset=40), 70, shard), whole[:, 40:110])
-    ones = torch.ones(70, 150, device=device)
+    ones = torch.ones(70, 150)
     for config in CONFIGS:
         with configured("permute", config):
             again = gather(ones, partition, dropout=dropout)
         assert torch.equal(again, gather(ones, partition, dropout=dropout))
     for other in (4, -3 + (1 << 32)):  # the seed's upper half counts too
-        assert not torch.equal(mask(Dropout(seed(other, device), 0.5), 70, partition), whole)
+        assert not torch.equal(mask(Dropout(torch.tensor(other), 0.5), 70, partition), whole)
 
 
-def test_dropout_of_almost_nothing_and_almost_all(device: torch.device) -> None:
-    partition = random_partition(40, 2, device)
-    assert bool((mask(Dropout(seed(1, device), 0.0), 30, partition) == 1).all())
-    nearly_all = mask(Dropout(seed(1, device), 1 - 2**-16), 30, partition)
+def test_dropout_of_almost_nothing_and_almost_all() -> None:
+    partition = random_partition(40, 2)
+    assert bool((mask(Dropout(torch.tensor(1), 0.0), 30, partition) == 1).all())
+    nearly_all = mask(Dropout(torch.tensor(1), 1 - 2**-16), 30, partition)
     assert set(nearly_all.unique().tolist()) <= {0.0, 65536.0}

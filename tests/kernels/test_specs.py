@@ -1,21 +1,13 @@
 """The audit compiles exactly the launches that the launchers make; `make audit` reads all the machine code."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from audit.rules import Record, broken_rules
-
-import smoa_kernels
+from places import ran
 
 pytest.importorskip("triton", reason="there are no kernels to compile")
 pytestmark = pytest.mark.slow  # all tests share one run of a compiling process
-
-TESTS = Path(__file__).resolve().parents[1]
 
 # Runs in a process that compiles: interpreted kernels have no signature.
 PROGRAM = """
@@ -42,10 +34,8 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def audited() -> dict:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = f"{TESTS}:{TESTS.parent}"
-    environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # Triton 3.10's default
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    # Without fusion, as is Triton 3.10's default.
+    done = ran("-c", PROGRAM, TRITON_INTERPRET=None, TRITON_DEFAULT_FP_FUSION="0")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -68,24 +58,3 @@ def test_partials_of_few_ranks_are_stored_and_read_as_wide_as_those_of_many(audi
     assert widths(summed) == {"partials_ptr": 128}
     assert not broken_rules(hopper)
     assert not broken_rules(amd)
-
-
-def test_source_lines_name_this_checkout(tmp_path: Path) -> None:
-    """Triton's cache identifies a kernel by its text, but a binary names the source file of its first compile."""
-    program = "import smoa_kernels, audit.run as a\n" + (
-        "task = a.Task('permute', 'gather', 0, 'sm_90', 'bf16')\n"
-        "print(smoa_kernels.__file__, sorted({entry.pointer for entry in a.run_task(task).traffic}))\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "triton")
-    for name in ("first", "second"):
-        checkout = tmp_path / name
-        shutil.copytree(Path(smoa_kernels.__file__).parent, checkout / "smoa_kernels")
-        environment["PYTHONPATH"] = f"{checkout}:{TESTS}"
-        done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=checkout
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith(str(checkout)), done.stdout
-        assert "?" not in done.stdout, name
-        shutil.rmtree(checkout)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from expert_problems import make_problem as make_experts
-from places import python
+from places import ran
 from problems import DEVICE, Case, assert_within_budget, kept
 from torch import Tensor
 from triton.compiler.errors import CompilationError
@@ -251,10 +251,9 @@ case.problem(tokens=64, out_features=96, in_features=80, ranks=(3, 2)).forward(*
 def test_a_second_process_reads_the_verdict(cache: Path) -> None:
     found = []
     for state in ("broken", "sound"):
-        process = python(PROGRAM, state, TRITON_INTERPRET="1")
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        found.append((out.split(), errors.count("a GPU kernel is refused")))
+        done = ran("-c", PROGRAM, state, TRITON_INTERPRET="1")
+        assert done.returncode == 0, done.stderr
+        found.append((done.stdout.split(), done.stderr.count("a GPU kernel is refused")))
     assert found[0][0]
     assert found == [(found[0][0], 1), ([], 1)]
 

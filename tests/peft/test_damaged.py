@@ -6,15 +6,17 @@ from adapted import CONFIG, WEIGHTS, adapt, edit_config, edit_weights, logits, n
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
+from torch import nn
 
 from smoa_kernels.adapter_folder.format import STATE_KEYS, pack_blocks, unpack_blocks
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
-from smoa_kernels.peft import hotswap
+from smoa_kernels.peft import SMoAConfig, hotswap
 
 pytestmark = pytest.mark.usefixtures("transformers_adapters")
 
 LAYER = "model.layers.0.mlp.down_proj"
 PREFIX = f"base_model.model.{LAYER}."
+LARGEST = "ranks must sum to r=5 with a largest rank of"
 
 
 def base():
@@ -56,6 +58,11 @@ def to_pickle(folder):
 def only_x(state, _):
     state.clear()
     state["x"] = torch.ones(1)
+
+
+def doubled(state, prefix):
+    state[prefix + "smoa_A"] = state[prefix + "smoa_A"].repeat(2, 1)
+    state[prefix + "smoa_B"] = state[prefix + "smoa_B"].repeat(1, 2)
 
 
 def of_another_base(folder):
@@ -114,6 +121,12 @@ OF_LAYERS = {
         changed("smoa_A", lambda A: A[:, 4:].contiguous()),
         "must hold the block labels|size mismatch for .*smoa_A",
     ),
+    "experts": (
+        changed("smoa_blocks", lambda blocks: torch.stack([blocks, blocks])),
+        "must be of as many experts|size mismatch for .*smoa_blocks",
+    ),
+    "spare": (tensors(doubled), f"{LARGEST} 4|size mismatch for .*smoa_"),
+    "wide": (changed("smoa_B", lambda B: B.repeat(1, 2)), f"{LARGEST} 2|size mismatch for .*smoa_B"),
 }
 DOORS = {
     "from_pretrained": (False, PeftModel.from_pretrained),
@@ -157,3 +170,48 @@ def test_a_damaged_folder(door, damage, tokens, tmp_path):
     layer = LAYER.replace("0", "9") if damage == "other layer" else LAYER
     assert damage not in OF_LAYERS or layer in str(error.value)
     assert torch.equal(logits(model, tokens), expected)
+
+
+def outcome(call, *arguments):
+    """What a call returns, or its error; an error of another kind is a failure."""
+    try:
+        return call(*arguments)
+    except (TypeError, ValueError) as error:
+        return error
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # of another file than the configuration's, and of another base
+def test_another_bit_anywhere_in_the_weights(tmp_path):
+    """In each byte in turn: the error names the file, or what the file holds is loaded; nothing is half-loaded."""
+
+    def linear():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 9))
+
+    config = SMoAConfig(r=5, num_blocks=3, target_modules=["0"], init_weights=False)
+    get_peft_model(linear(), config).save_pretrained(tmp_path)
+    path, found = tmp_path / WEIGHTS, []
+    good = path.read_bytes()
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        model = linear()
+        report, loaded = (
+            outcome(inspect_adapter, tmp_path),
+            outcome(PeftModel.from_pretrained, model, tmp_path),
+        )
+        assert not isinstance(report, Exception) or WEIGHTS in str(report)
+        found.append(isinstance(loaded, PeftModel))
+        if found[-1]:
+            assert not isinstance(report, Exception)
+            state = loaded.state_dict()
+            for key, tensor in load_file(path).items():
+                close = {"rtol": 0, "atol": 0, "equal_nan": True, "check_dtype": False}
+                torch.testing.assert_close(state[f"{key}.default"], tensor, **close)
+        else:  # an undamaged folder may still be of another model
+            assert WEIGHTS in str(loaded) or not isinstance(report, Exception)
+            assert all(map(torch.equal, model.state_dict().values(), linear().state_dict().values()))
+            assert type(model[0]) is nn.Linear
+    assert {True, False} == set(found)

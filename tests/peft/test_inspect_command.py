@@ -2,12 +2,11 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 from adapted import WEIGHTS, adapt, assert_refused, layers
 from peft import get_peft_model
+from places import ran
 from tiny_models import tiny_llama
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
@@ -45,7 +44,7 @@ def test_it_imports_neither_peft_nor_transformers(adapter):
         "import sys; from smoa_kernels.cli import main; main(['inspect', sys.argv[1]]); "
         "print(sorted({'peft', 'transformers', 'torchao'} & sys.modules.keys()))"
     )
-    done = subprocess.run([sys.executable, "-c", code, adapter], capture_output=True, text=True, check=True)
+    done = ran("-c", code, adapter)
     assert done.stdout.splitlines()[-1] == "[]"
     assert not done.stderr
 

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -12,6 +11,7 @@ import torch
 from adapted import assert_refused, edit_weights
 from merge_models import loaded, smoa, trained
 from peft import LoraConfig, get_peft_model
+from places import ran
 from tiny_models import tiny_llama
 
 from benchmarks.merged_model import merge
@@ -133,8 +133,7 @@ merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
 def test_killed(folders, tmp_path):
     """A killed merge leaves only a hidden folder, which holds no model; the next merge ignores it."""
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", KILLED, *map(str, (*folders, out))], capture_output=True)
-    assert done.returncode == -signal.SIGKILL
+    assert ran("-c", KILLED, *folders, out).returncode == -signal.SIGKILL
     (left,) = (path for path in tmp_path.iterdir() if path.name not in ("base", "adapter"))
     assert left.name.startswith(".out.saving-")
     assert list(left.glob("*.safetensors"))

@@ -22,69 +22,47 @@ _BART |= {
 _T5 = {"vocab_size": 1024, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 _T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 _EXPERTS = {**_LLAMA, "head_dim": 8, "num_experts_per_tok": 2}
+_PEFT = "peft-internal-testing/tiny-random"
 
 MODELS = {
     "trl-internal-testing/tiny-GptOssForCausalLM": (
         t.GptOssForCausalLM,
-        t.GptOssConfig,
         {**_EXPERTS, "num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "trl-internal-testing/tiny-Qwen3MoeForCausalLM": (
         t.Qwen3MoeForCausalLM,
-        t.Qwen3MoeConfig,
         {**_EXPERTS, "num_experts": 4, "moe_intermediate_size": 48},
     ),
-    "peft-internal-testing/tiny-random-OPTForCausalLM": (t.OPTForCausalLM, t.OPTConfig, _OPT),
-    "peft-internal-testing/tiny-random-GPT2LMHeadModel": (t.GPT2LMHeadModel, t.GPT2Config, _GPT),
-    "hf-internal-testing/tiny-random-gpt2": (t.GPT2LMHeadModel, t.GPT2Config, _GPT),
-    "peft-internal-testing/tiny-random-GPTJForCausalLM": (
-        t.GPTJForCausalLM,
-        t.GPTJConfig,
-        {**_GPT, "rotary_dim": 4},
-    ),
-    "trl-internal-testing/tiny-random-LlamaForCausalLM": (t.LlamaForCausalLM, t.LlamaConfig, _LLAMA),
-    "hf-internal-testing/tiny-random-MistralForCausalLM": (t.MistralForCausalLM, t.MistralConfig, _LLAMA),
-    "peft-internal-testing/tiny-dummy-qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config, _LLAMA),
-    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (t.Gemma3ForCausalLM, t.Gemma3TextConfig, _GEMMA),
-    "peft-internal-testing/tiny-random-BertForSequenceClassification": (
-        t.BertForSequenceClassification,
-        t.BertConfig,
-        _BERT,
-    ),
-    "peft-internal-testing/tiny-random-RobertaForSequenceClassification": (
-        t.RobertaForSequenceClassification,
-        t.RobertaConfig,
-        _BERT,
-    ),
+    f"{_PEFT}-OPTForCausalLM": (t.OPTForCausalLM, _OPT),
+    f"{_PEFT}-GPT2LMHeadModel": (t.GPT2LMHeadModel, _GPT),
+    "hf-internal-testing/tiny-random-gpt2": (t.GPT2LMHeadModel, _GPT),
+    f"{_PEFT}-GPTJForCausalLM": (t.GPTJForCausalLM, {**_GPT, "rotary_dim": 4}),
+    "trl-internal-testing/tiny-random-LlamaForCausalLM": (t.LlamaForCausalLM, _LLAMA),
+    "hf-internal-testing/tiny-random-MistralForCausalLM": (t.MistralForCausalLM, _LLAMA),
+    "peft-internal-testing/tiny-dummy-qwen2": (t.Qwen2ForCausalLM, _LLAMA),
+    "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (t.Gemma3ForCausalLM, _GEMMA),
+    f"{_PEFT}-BertForSequenceClassification": (t.BertForSequenceClassification, _BERT),
+    f"{_PEFT}-RobertaForSequenceClassification": (t.RobertaForSequenceClassification, _BERT),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": (
         t.LlamaForSequenceClassification,
-        t.LlamaConfig,
         _LLAMA,
     ),
-    "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
-        t.T5ForConditionalGeneration,
-        t.T5Config,
-        _T5,
-    ),
-    "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
-        t.BartForConditionalGeneration,
-        t.BartConfig,
-        _BART,
-    ),
-    "peft-internal-testing/tiny-random-BertModel": (t.BertModel, t.BertConfig, _BERT),
-    "peft-internal-testing/tiny-random-RobertaModel": (t.RobertaModel, t.RobertaConfig, _BERT),
-    "peft-internal-testing/tiny-random-DebertaModel": (t.DebertaModel, t.DebertaConfig, _BERT),
-    "peft-internal-testing/tiny-random-DebertaV2Model": (t.DebertaV2Model, t.DebertaV2Config, _BERT),
+    f"{_PEFT}-T5ForConditionalGeneration-calibrated": (t.T5ForConditionalGeneration, _T5),
+    f"{_PEFT}-BartForConditionalGeneration": (t.BartForConditionalGeneration, _BART),
+    f"{_PEFT}-BertModel": (t.BertModel, _BERT),
+    f"{_PEFT}-RobertaModel": (t.RobertaModel, _BERT),
+    f"{_PEFT}-DebertaModel": (t.DebertaModel, _BERT),
+    f"{_PEFT}-DebertaV2Model": (t.DebertaV2Model, _BERT),
 }
 
 
 def make_models(folder: Path) -> None:
     """Save each model as `folder/<its name on the hub>`."""
-    for name, (model_class, config_class, settings) in MODELS.items():
+    for name, (model_class, settings) in MODELS.items():
         path = folder / name
         if not (path / "config.json").exists():
             torch.manual_seed(0)
-            model_class(config_class(**settings)).save_pretrained(path)
+            model_class(model_class.config_class(**settings)).save_pretrained(path)
     # test_config reads a LoRA configuration through every configuration class.
     path = folder / "peft-internal-testing/tiny-opt-lora-revision"
     path.mkdir(parents=True, exist_ok=True)

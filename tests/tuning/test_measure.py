@@ -2,15 +2,13 @@
 
 import importlib
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from places import ran
 from torch import Tensor
 from tuning_cases import (
     CPU,
@@ -241,8 +239,7 @@ def test_ctrl_c_ends_the_run_where_nothing_can_be_written_any_more(monkeypatch: 
 
 
 ENDED = """
-import os, signal, sys, time
-sys.path[:0] = [{here!r}]
+import os, signal, time
 from tuning_cases import CPU, PERMUTE_CONFIGS, permute_job
 from smoa_kernels.tuning import measure
 def timer(choice, launch):
@@ -266,9 +263,7 @@ measure.tune([permute_job()], CPU, timer=timer)
 def test_a_candidate_that_ends_the_process_or_hangs_is_not_tried_for_ever(
     ends: str, code: int, said: str
 ) -> None:
-    here = Path(__file__).resolve().parent
-    command = [sys.executable, "-c", ENDED.format(here=str(here), ends=ends)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here.parents[1])
+    process = ran("-c", ENDED.format(ends=ends))
     assert process.returncode == code, process.stderr
     assert said in process.stderr
     assert reasons() == {FIRST: None, SECOND: UNFINISHED}

@@ -1,10 +1,7 @@
 """The table of measured choices: the entries in force, skipped entries, broken files, and concurrent writers."""
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import kill_at, python
 from problems import make_problem
 from tuning_cases import (
     CPU,
@@ -41,7 +39,6 @@ from smoa_kernels.tuning.plan import multiplied_in
 
 pytestmark = needs_interpreter
 
-HERE = Path(__file__).resolve().parent
 FIRST, SECOND, THIRD = PERMUTE_CONFIGS
 GRAD = Key("block_grad", "fp32", 3, 2, 12, 10, 8, 64, 64)
 
@@ -319,8 +316,6 @@ def test_results_of_two_writers_for_one_key_are_joined() -> None:
 
 
 WRITING = """
-import sys
-sys.path[:0] = [{here!r}]
 {before}
 from tuning_cases import PERMUTE, entry, put
 for step in range({steps}):
@@ -330,10 +325,7 @@ for step in range({steps}):
 
 def writing(own: int, steps: int, before: str = "") -> subprocess.Popen[str]:
     """A process that writes common problems and some of its own into this machine's table."""
-    program = WRITING.format(here=str(HERE), before=before, steps=steps, own=own)
-    return subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=HERE.parents[1]
-    )
+    return python(WRITING.format(before=before, steps=steps, own=own))
 
 
 @pytest.mark.slow
@@ -349,11 +341,7 @@ def test_kill_in_the_middle_of_a_write(path: Path) -> None:
     put(entry())
     before = path.read_text()
     stopped = "import os, time\nos.replace = lambda a, b: (print('writing', flush=True), time.sleep(60))\n"
-    with writing(7, 1, stopped) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
+    kill_at(writing(7, 1, stopped), "writing")
     assert path.read_text() == before
     put(entry(PERMUTE._replace(tokens=16)))  # the killed process's lock is free
     assert {key.tokens for key in kept()} == {8, 16}
