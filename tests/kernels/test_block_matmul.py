@@ -6,7 +6,6 @@ from audit.workloads import configured
 from kernel_cases import (
     assert_within_budget,
     each_dtype,
-    padded_width,
 )
 from problems import LinearProblem, make_problem
 from test_modulate import padded
