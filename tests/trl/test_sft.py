@@ -1,4 +1,4 @@
-"""SFTTrainer: packed, padding-free, padded, answers only, resumed, saved, and on the reference backend."""
+"""SFTTrainer: packed, padding-free, padded, answers only, and on the reference backend."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from chat_models import (
     chat,
     load_base,
     log_probs,
+    made,
     recorded,
     tokenizer,
     trained,
     twin,
 )
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
@@ -48,13 +48,10 @@ def trainer(
     config: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    return SFTTrainer(
-        model=load_base(base, attn_implementation=attention),
-        args=SFTConfig(output_dir=str(folder), **{**PLAIN, "assistant_only_loss": True, **settings}),
-        train_dataset=Dataset.from_list([{"messages": messages} for messages in CHATS * 4]),
-        processing_class=tokenizer(),
-        peft_config=adapter(**(config or {})),
-    )
+    settings = {"assistant_only_loss": True, "peft_config": adapter(**(config or {})), **settings}
+    rows = [{"messages": messages} for messages in CHATS * 4]
+    model = load_base(base, attn_implementation=attention)
+    return made(SFTTrainer, SFTConfig, model, folder, rows, **settings)
 
 
 def sequences(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -115,28 +112,6 @@ def test_the_same_run_without_checkpointing_and_on_the_reference(
         run.train()
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     assert curves[0][-1] < curves[0][0]
-
-
-def test_a_resumed_run_is_the_uninterrupted_one_and_a_saved_adapter_loads(base: Path, tmp_path: Path) -> None:
-    settings = {"packing": True, "max_length": 160, "config": {"smoa_dropout": 0.2}}
-    whole = trainer(base, tmp_path / "whole", save_strategy="steps", save_steps=2, **settings)
-    curve = recorded(whole)[1]
-    whole.train()
-    resumed = trainer(base, tmp_path / "resumed", **settings)
-    rest = recorded(resumed)[1]
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert rest == curve[2:]
-    theirs = trained(whole.model)
-    assert all(torch.equal(parameter, theirs[name]) for name, parameter in trained(resumed.model).items())
-    resumed.save_model(str(tmp_path / "adapter"))
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
-        path.name for path in (tmp_path / "adapter").iterdir()
-    }
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    tokens = tokenizer().apply_chat_template(CHATS[0], return_tensors="pt", return_dict=True)["input_ids"]
-    assert torch.equal(loaded(tokens).logits, resumed.model.eval()(tokens).logits)
-    with resumed.model.disable_adapter():
-        assert not torch.allclose(loaded(tokens).logits, resumed.model(tokens).logits, atol=1e-2)
 
 
 def test_the_pages_example_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
