@@ -188,23 +188,16 @@ def test_stochastic_rounding(folders, tmp_path):
     """By its definition, only in adapted tensors, and with the same bits in every layout of shards."""
     base, adapter = folders
     names = {name for name, _ in merged_weights(base, adapter) if "q_proj" in name or "down_proj" in name}
-    exact, nearest, drawn, other = (
-        dict(merged_weights(base, adapter, **settings))
-        for settings in (
-            {},
-            {"dtype": torch.bfloat16},
-            {"dtype": torch.bfloat16, "rounding": "stochastic"},
-            {"dtype": torch.bfloat16, "rounding": "stochastic", "seed": 1},
-        )
+    settings = {"dtype": torch.bfloat16, "rounding": "stochastic"}
+    exact, nearest, drawn = (
+        dict(merged_weights(base, adapter, **given)) for given in ({}, {"dtype": torch.bfloat16}, settings)
     )
     for name, tensor in drawn.items():
         if name in names:
             assert torch.equal(tensor, round_stochastically(exact[name], torch.bfloat16, seed=0, name=name))
             assert not torch.equal(tensor, nearest[name])
-            assert not torch.equal(tensor, other[name])
         else:
             assert torch.equal(tensor, nearest[name])
-    settings = {"dtype": torch.bfloat16, "rounding": "stochastic"}
     merge_to_folder(base, adapter, tmp_path / "out", max_shard_size="10KB", **settings)
     found = loaded(tmp_path / "out").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in drawn.items())
