@@ -117,6 +117,11 @@ def test_merged_weights(kind: str) -> None:
         cut.unmerge()
     assert torch.equal(shards.weight.to_local(), original)
     assert relative_error(model(x), before) == 0
+    if kind == "peft":
+        for one, cut in zip(layers(single.merge_and_unload()), layers(model.merge_and_unload()), strict=True):
+            assert type(cut) is nn.Linear
+            assert relative_error(cut.weight.full_tensor(), one.weight) < DOUBLE
+            assert relative_error(cut.bias.full_tensor(), one.bias) == 0
 
 
 @in_groups
@@ -229,15 +234,6 @@ def test_several_dropouts() -> None:
     parallelize(model)
     with pytest.raises(RuntimeError, match="'other' drops out with another probability"):
         model(batch(torch.float64)[0])
-
-
-@in_two
-def test_unloaded() -> None:
-    single, model = build("peft", torch.float64), parallelize(build("peft", torch.float64))
-    for one, cut in zip(layers(single.merge_and_unload()), layers(model.merge_and_unload()), strict=True):
-        assert type(cut) is nn.Linear
-        assert relative_error(cut.weight.full_tensor(), one.weight) < DOUBLE
-        assert relative_error(cut.bias.full_tensor(), one.bias) == 0
 
 
 @in_two

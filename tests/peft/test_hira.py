@@ -47,12 +47,9 @@ def layer_of(model):
     return hira_layers(model)[0]
 
 
-def single(base=None, **settings):
-    """A single HiRA layer in float64, inside a model."""
-    torch.manual_seed(0)
-    base = nn.Linear(12, 8) if base is None else base
-    defaults = {"r": 3, "target_modules": ["0"], "init_weights": False}
-    return get_peft_model(nn.Sequential(base), HiraConfig(**{**defaults, **settings})).double()
+def single(base, **settings):
+    """A single HiRA layer, inside a model."""
+    return get_peft_model(nn.Sequential(base), HiraConfig(r=3, target_modules=["0"], **settings))
 
 
 @contextmanager
@@ -168,7 +165,8 @@ def test_each_loads_the_files_of_the_other(make_model, tokens, tmp_path):
 
 
 def test_dropout_drops_the_adapters_input_only():
-    model = single(hira_dropout=0.5)
+    torch.manual_seed(0)
+    model = single(nn.Linear(12, 8), hira_dropout=0.5, init_weights=False).double()
     accelerate_hira(model)
     layer = layer_of(model)
     delta = (layer.get_base_layer().weight * layer.get_delta_weight("default")).T.detach()
@@ -192,9 +190,7 @@ def test_half_precision_against_float64(dtype, bias):
     bfloat16, this holds with a bias too, and the factors' gradients are also closer. dX is about equal.
     """
     torch.manual_seed(0)
-    model = get_peft_model(
-        nn.Sequential(nn.Linear(256, 192, bias=bias).to(dtype)), HiraConfig(r=8, target_modules=["0"])
-    )
+    model = single(nn.Linear(256, 192, bias=bias).to(dtype))
     layer = layer_of(model)
     with torch.no_grad():
         for factor in (layer.hira_A["default"], layer.hira_B["default"]):
@@ -301,7 +297,7 @@ def test_a_compiled_layer_is_one_operator(make_model, tokens):
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_it_may_be_called_in_inference_mode_and_before_the_weights_are_there(device, monkeypatch):
     with torch.device(device):
-        model = get_peft_model(nn.Sequential(nn.Linear(11, 7)), HiraConfig(r=3, target_modules=["0"]))
+        model = single(nn.Linear(11, 7))
     with torch.inference_mode():
         assert len(accelerate_hira(model).taken) == 1
     if device == "meta":
