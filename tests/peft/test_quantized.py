@@ -181,17 +181,6 @@ def test_life_cycle(quantizable, tokens, config, dtype, tolerance, rounding):
     assert torch.equal(model.merge_and_unload()(tokens).logits, merged)
 
 
-def test_a_packing_that_cannot_be_dequantised(quantizable):
-    """torchao's 4-bit kernel for CPUs: W0 is recovered by its GEMM."""
-    plain = AutoModelForCausalLM.from_pretrained(quantizable, dtype=torch.float32)
-    model = adapt(load(quantizable, KINDS["torchao int4"])).base_model.model
-    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
-        weight, layer = plain.get_submodule(name).weight, model.get_submodule(name)
-        with pytest.raises(NotImplementedError):
-            layer.base_layer.weight.dequantize()
-        assert 0.01 < (layer.base_weight() - weight).norm() / weight.norm() < 0.15  # the error of 4 bits
-
-
 @pytest.mark.parametrize("block", [None, (48, 32), (128, 128)])
 def test_float8_blocks_are_read_as_they_were_scaled(block):
     model = adapt(nn.Sequential(float8_layer(nn.Linear(72, 200), block)), target_modules=["0"])
