@@ -127,7 +127,7 @@ def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
         for device in (str(run.machine["device"]) for run in runs)
     )
     return (
-        "First four rows (`make main-job`): all decoder layers of SmolLM2-135M, TREC-6, "
+        "First four rows (`make main-job`): SmolLM2-135M, five linears a block, TREC-6, "
         f"{options['steps']} steps, r={options['r']}, K=2, {options['dtype']}, one seed; {before['questions']} "
         f"questions, untrained {_percent(before)}; ± is one standard error. Layers (2048 tokens, 2048×2048, r=16) and "
         "steps (512 tokens): spectral, K=4; slower at K=2, faster with contiguous blocks. LoRA and HiRA are PEFT's, "

@@ -201,6 +201,10 @@ def quantise(base, folder):
     return folder / "int8", folder / "float32"
 
 
+@pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(),
+    reason="without AMX vLLM's kernel drops the int8 weight, and its own LoRA then fails to load",
+)
 def test_an_int8_base_differs_from_its_dequantised_values_by_its_own_rounding(
     engine, adapters, base, tmp_path
 ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
+from operator import le
 
 import torch
 from torch import Tensor
@@ -57,8 +58,8 @@ class Route:
         path: computes them.
         dtypes: of x or dY.
         algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
-        needs: a feature of the machine: "half GEMM" (torch has one in this dtype) or a name for :func:`library.has`.
-        most: the largest (tokens, ρ) that it takes.
+        needs: features of the machine: "half GEMM" (torch has one in this dtype) or names for :func:`library.has`.
+        most: the largest T, ρ and T·ρ that it takes.
         contiguous: the dimension of W0 that must be contiguous: "rows", the "terms" of the sum, or "" for either.
     """
 
@@ -66,7 +67,7 @@ class Route:
     dtypes: tuple[torch.dtype, ...] = tuple(KINDS)
     algorithms: tuple[str, ...] = ("auto", "merged", "split", "expanded", "dropout")
     needs: tuple[str, ...] = ()
-    most: tuple[float, float] = (inf, inf)
+    most: tuple[float, float, float] = (inf, inf, inf)
     contiguous: str = ""
 
 
@@ -74,17 +75,15 @@ _BF16, _HALF = (torch.bfloat16,), (torch.bfloat16, torch.float16)
 _SPLIT = ("auto", "split", "dropout")
 ROUTES = (
     Route(Path.FEW, algorithms=("expanded",), contiguous="terms"),
-    Route(Path.FEW, algorithms=("auto",), most=(4, 16), contiguous="terms"),
-    Route(Path.FEW, algorithms=("auto",), most=(8, 4), contiguous="terms"),
-    Route(Path.FEW, algorithms=("auto",), needs=("no amx",), most=(8, 8), contiguous="terms"),
-    Route(Path.FEW, algorithms=("auto",), needs=("no amx",), most=(12, 4), contiguous="terms"),
+    Route(Path.FEW, algorithms=("auto",), most=(12, 32, 64), contiguous="terms"),
     Route(Path.TILES, _BF16, _SPLIT, needs=("bf16",), contiguous="rows"),
     Route(Path.EAGER, _HALF, needs=("half GEMM",)),
     Route(Path.FLOAT),
 )
-"""The first row that takes a call computes it. The limits of few tokens were measured at 576² to 2048²: A is read
-again for every few rows, which at higher ranks costs more than packing. torch computes half types if it has a GEMM for
-them and the compiled code has none: bfloat16 without AVX512-BF16, float16, and a merged W_eff in half precision."""
+"""The first row that takes a call computes it. The limits of few tokens were measured at 576² and 2048², without AMX:
+A is read again for every few rows, and W0 for every eight tokens, which in the end costs more than packing. torch
+computes half types if it has a GEMM for them and the compiled code has none: bfloat16 without AVX512-BF16, float16, and
+a merged W_eff in half precision."""
 
 
 def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:
@@ -101,8 +100,7 @@ def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transpos
         if (
             tokens.dtype in row.dtypes
             and algorithm in row.algorithms
-            and tokens.shape[0] <= row.most[0]
-            and rank <= row.most[1]
+            and all(map(le, (len(tokens), rank, len(tokens) * rank), row.most))
             and contiguous[row.contiguous]
             and all(has_gemm(tokens.dtype) if need == "half GEMM" else has(need) for need in row.needs)
         ):

@@ -199,6 +199,7 @@ class _About(ctypes.Structure):
     _fields_ = [
         ("source", ctypes.c_char_p),
         *_integers("call_bytes mask_bytes has_threads bf16 amx"),
+        ("further", ctypes.c_int64 * 16),  # room for what a library of other sources writes
     ]
 
 
@@ -228,12 +229,10 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def has(feature: str) -> bool:
-    """Whether compiled code may use "bf16" (AVX512-BF16) or "amx" here; "no amx" is the reverse.
+    """Whether compiled code may use "bf16" (AVX512-BF16) or "amx" here.
 
     Processor, compiler, system and the limit of torch's GEMMs (`ONEDNN_MAX_CPU_ISA`) must allow it.
     """
-    if feature.startswith("no "):
-        return not has(feature.removeprefix("no "))
     found = _load()
     if obstacle() is not None or isinstance(found, str):
         return False
