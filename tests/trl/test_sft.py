@@ -1,4 +1,4 @@
-"""SFTTrainer: packed, padding-free, padded, answers only, and on the reference backend."""
+"""SFTTrainer: packed, padding-free, padded, and answers only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from chat_models import (
     load_base,
     log_probs,
     made,
-    recorded,
     tokenizer,
     trained,
     twin,
@@ -33,25 +32,12 @@ CHATS = [
     chat(q, a, ANSWERS[i - 1]) if i % 2 else chat(q, a)
     for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
 ]
-BATCHES = {
+ROWS = [{"messages": messages} for messages in CHATS]
+BATCHES: dict[str, dict[str, Any]] = {
     "padded": {},
     "packed": {"packing": True, "max_length": 160},
     "padding-free": {"padding_free": True, "max_length": None},
 }
-
-
-def trainer(
-    base: Path,
-    folder: Path,
-    *,
-    attention: str = "sdpa",
-    config: dict[str, Any] | None = None,
-    **settings: Any,
-) -> Any:
-    settings = {"assistant_only_loss": True, "peft_config": adapter(**(config or {})), **settings}
-    rows = [{"messages": messages} for messages in CHATS * 4]
-    model = load_base(base, attn_implementation=attention)
-    return made(SFTTrainer, SFTConfig, model, folder, rows, **settings)
 
 
 def sequences(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -76,7 +62,9 @@ def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def test_losses_are_those_of_plain_torch_on_one_chat_at_a_time(
     base: Path, tmp_path: Path, way: str, attention: str
 ) -> None:
-    run = trainer(base, tmp_path, attention=attention, **BATCHES[way])
+    settings = {"assistant_only_loss": True, "peft_config": adapter(), **BATCHES[way]}
+    model = load_base(base, attn_implementation=attention)
+    run = made(SFTTrainer, SFTConfig, model, tmp_path, ROWS * 4, **settings)
     plain, before = (
         twin(run, load_base(base, attn_implementation=attention), adapter()),
         base_state(run.model),
@@ -94,30 +82,10 @@ def test_losses_are_those_of_plain_torch_on_one_chat_at_a_time(
         assert {f"{part}<|im_end|>" for part in text.split("<|im_end|>")[:-1]} <= answers
 
 
-@pytest.mark.parametrize(
-    "settings", [{"gradient_checkpointing": False}, {"config": {"backend": "reference"}}]
-)
-def test_the_same_run_without_checkpointing_and_on_the_reference(
-    base: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    """With dropout too: recomputation draws the same mask again, and so does every backend."""
-    config = {"smoa_dropout": 0.2, **settings.pop("config", {})}
-    runs = [
-        trainer(base, tmp_path, packing=True, max_length=160, config={"smoa_dropout": 0.2}),
-        trainer(base, tmp_path, packing=True, max_length=160, config=config, **settings),
-    ]
-    curves = []
-    for run in runs:
-        curves.append(recorded(run)[1])
-        run.train()
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[0][-1] < curves[0][0]
-
-
 def test_the_pages_example_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "trl.md"
     (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    dataset = Dataset.from_list([{"messages": messages} for messages in CHATS])
+    dataset = Dataset.from_list(ROWS)
     exec(compile(code, "example", "exec"), {"model": load_base(base), "dataset": dataset})
     assert Path("runs/chat/adapter/adapter_model.safetensors").is_file()
