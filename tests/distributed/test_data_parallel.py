@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from networks import Traffic, assert_as_one_process, batch, blocks, build, each_kind, in_groups, in_two, part
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.distributed import average_gradients, ignore_buffers, smoa_buffers
 from smoa_kernels.distributed.data_parallel import agree_on_buffers
+from smoa_kernels.peft import SMoAConfig
 
 pytestmark = pytest.mark.slow  # each starts a group of processes
 
@@ -109,10 +111,6 @@ def test_labels_are_shared() -> None:
 
 @in_two
 def test_labels_of_pefts_layers_are_shared() -> None:
-    from peft import get_peft_model
-
-    from smoa_kernels.peft import SMoAConfig
-
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 10), nn.BatchNorm1d(10))
     # The user of the base model names this buffer, and that must be respected.

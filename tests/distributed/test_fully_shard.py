@@ -163,7 +163,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, how: str) -> None:
     optimizer.zero_grad()
 
 
-OPTIONS = StateDictOptions(ignore_frozen_params=True)
+OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, object]:
@@ -185,13 +185,8 @@ def load(kind: str, how: str, folder: Path) -> dict[str, Tensor]:
             parameter.data.zero_()
     loaded = state(model, optimizer)
     dcp.load(loaded, checkpoint_id=folder)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=loaded["model"],
-        optim_state_dict=loaded["optimizer"],
-        options=StateDictOptions(ignore_frozen_params=True, strict=False),
-    )
+    given = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["optimizer"]}
+    set_state_dict(model, optimizer, **given, options=OPTIONS)
     train(model, optimizer, how)
     return {n: whole(p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
 

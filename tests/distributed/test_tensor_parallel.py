@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from networks import (
     step,
     whole,
 )
+from peft import get_peft_model
 from problems import relative_error
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,6 +34,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from smoa_kernels.definition import spectral_order
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
+from smoa_kernels.peft import SMoAConfig
 
 pytestmark = pytest.mark.slow  # each starts a group of processes
 each_dropout = pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -44,10 +47,8 @@ def parallelize(model: nn.Module, mesh: object = None) -> nn.Module:
     return model
 
 
-def assert_close(ours: dict, expected: dict, tolerance: float = DOUBLE) -> None:
-    assert ours.keys() == expected.keys()
-    for name, value in expected.items():
-        assert relative_error(whole(ours[name]), value) < tolerance, name
+def smoa(**settings: Any) -> SMoAConfig:
+    return SMoAConfig(**{"r": 4, "num_blocks": 2, "target_modules": ["up", "down"], **settings})
 
 
 @contextmanager
@@ -66,9 +67,20 @@ def counted_spectra() -> Iterator[list[torch.Tensor]]:
         spectral_order.spectral_centroids = original
 
 
-def equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
-    """Gradients are placed like their parameters; replicated factors have the same bits on all processes."""
-    model = assert_as_one_process(kind, parallelize, dropout=dropout, spectral=spectral)
+@in_groups
+@each_kind
+@each_dropout
+@pytest.mark.parametrize("spectral", [True, False])
+def test_equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
+    """Gradients are placed like their parameters; replicated factors have the same bits on all processes.
+
+    Contiguous blocks need no spectrum. Each process's part of them is contiguous too, and misses a block.
+    """
+    with counted_spectra() as computed:
+        model = assert_as_one_process(kind, parallelize, dropout=dropout, spectral=spectral)
+    assert bool(computed) == spectral
+    partitions = [cut.partition if kind == "fused" else cut.partition("default") for cut in layers(model)]
+    assert [partition.is_contiguous for partition in partitions] == [not spectral] * 2
     if kind == "fused" and not spectral:
         up, down = layers(model)
         assert dist.get_world_size() == 2 or 0 in (*up.partition.row_sizes, *down.partition.col_sizes)
@@ -84,27 +96,6 @@ def equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
             parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, local.contiguous())
             assert all(torch.equal(part, parts[0]) for part in parts), name
-
-
-@in_groups
-@each_kind
-@each_dropout
-def test_equals_one_process(kind: str, dropout: float) -> None:
-    equals_one_process(kind, dropout, True)
-
-
-@in_groups
-@each_kind
-@each_dropout
-def test_shards_that_miss_a_block(kind: str, dropout: float) -> None:
-    """Contiguous blocks need no spectrum, and each process's part of them is contiguous too."""
-    with counted_spectra() as computed:
-        equals_one_process(kind, dropout, False)
-        cut = layers(parallelize(build(kind, torch.float64, spectral=False)))
-    assert not computed
-    for layer in cut:
-        partition = layer.partition if kind == "fused" else layer.partition("default")
-        assert partition.is_contiguous
 
 
 @in_groups
@@ -126,6 +117,11 @@ def test_merged_weights(kind: str) -> None:
         cut.unmerge()
     assert torch.equal(shards.weight.to_local(), original)
     assert relative_error(model(x), before) == 0
+    if kind == "peft":
+        for one, cut in zip(layers(single.merge_and_unload()), layers(model.merge_and_unload()), strict=True):
+            assert type(cut) is nn.Linear
+            assert relative_error(cut.weight.full_tensor(), one.weight) < DOUBLE
+            assert relative_error(cut.bias.full_tensor(), one.bias) == 0
 
 
 @in_groups
@@ -151,11 +147,8 @@ def test_sequence_parallel_layouts() -> None:
 @in_two
 def test_two_adapters() -> None:
     def both() -> nn.Module:
-        from peft import PeftModel
-
-        model: PeftModel = build("peft", torch.float64)
-        config = model.peft_config["default"]
-        model.add_adapter("other", type(config)(r=4, num_blocks=2, target_modules=["up", "down"]))
+        model = build("peft", torch.float64)
+        model.add_adapter("other", smoa())
         for name, parameter in model.named_parameters():
             if "other" in name:
                 torch.manual_seed(len(name))
@@ -165,7 +158,9 @@ def test_two_adapters() -> None:
 
     expected, ours = step(both(), *batch(torch.float64)), step(parallelize(both()), *batch(torch.float64))
     assert sum("other" in name for name in expected) == 4
-    assert_close(ours, expected)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert relative_error(whole(ours[name]), value) < DOUBLE, name
 
 
 @in_two
@@ -188,42 +183,40 @@ def test_the_order_is_computed_once() -> None:
 
 @in_two
 def test_refused() -> None:
-    merged = build("fused", torch.float64)
+    merged, dropping = build("fused", torch.float64), build("fused", torch.float64, dropout=0.1)
     layers(merged)[0].merge()
-    with pytest.raises(ValueError, match="merged: unmerge it"):
-        parallelize(merged)
-    assert not isinstance(layers(merged)[0].smoa_A, DTensor)
-    dropping = build("fused", torch.float64, dropout=0.1)
+    late, cut = build("peft", torch.float64), parallelize(build("fused", torch.float64))
+    late.add_adapter("late", smoa(inference_mode=True))
     torch.manual_seed(dist.get_rank())
-    with pytest.raises(ValueError, match="dropout needs the random generators"):
-        parallelize(dropping)
-    assert not isinstance(layers(dropping)[0].weight, DTensor)
+    for model, message in (
+        (merged, "merged: unmerge it"),
+        (dropping, "dropout needs the random generators"),
+        (late, r"adapters \['late'\] await their block labels: load them before"),
+        (cut, "parallelized already"),
+    ):
+        before = [type(parameter) for parameter in model.parameters()]
+        with pytest.raises(ValueError, match=message):
+            parallelize(model)
+        assert [type(parameter) for parameter in model.parameters()] == before
     layer, mesh = layers(build("fused", torch.float64))[0], init_device_mesh("cpu", (2,))
     with pytest.raises(TypeError, match="output_layouts must be a Placement, got str"):
         parallelize_module(layer, mesh, ColwiseSMoAParallel(output_layouts="x"))
     assert not isinstance(layer.weight, DTensor)
-    cut = parallelize(build("fused", torch.float64))
     for reset in ("reset_adapter", "reset_parameters"):
         with pytest.raises(RuntimeError, match=rf"the layer is sharded: call {reset}\(\) before"):
             getattr(layers(cut)[0], reset)()
-    with pytest.raises(ValueError, match="parallelized already"):
-        parallelize(cut)
-    peft = parallelize(build("peft", torch.float64))
     with pytest.raises(ValueError, match="add adapters before"):
-        peft.add_adapter("late", peft.peft_config["default"])
+        parallelize(build("peft", torch.float64)).add_adapter("late", smoa())
 
 
 @in_two
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the quantized extra")
 def test_a_quantized_base_is_refused() -> None:
     import bitsandbytes as bnb
-    from peft import get_peft_model
-
-    from smoa_kernels.peft import SMoAConfig
 
     model = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
     assert model[0].weight.quant_state is not None
-    model = get_peft_model(model, SMoAConfig(r=4, num_blocks=2, target_modules=["0"]))
+    model = get_peft_model(model, smoa(target_modules=["0"]))
     with pytest.raises(
         TypeError, match=r"over a plain nn.Linear or Conv1D to be cut, got one over Linear4bit"
     ):
@@ -233,37 +226,14 @@ def test_a_quantized_base_is_refused() -> None:
 
 
 @in_two
-def test_labels_that_are_yet_to_be_loaded() -> None:
-    from smoa_kernels.peft import SMoAConfig
-
-    model = build("peft", torch.float64)
-    config = SMoAConfig(r=4, num_blocks=2, target_modules=["up", "down"], inference_mode=True)
-    model.add_adapter("late", config)
-    with pytest.raises(ValueError, match=r"adapters \['late'\] await their block labels: load them before"):
-        parallelize(model)
-    assert not isinstance(layers(model)[0].smoa_A["default"], DTensor)
-
-
-@in_two
 def test_several_dropouts() -> None:
-    from smoa_kernels.peft import SMoAConfig
-
     model = build("peft", torch.float64, dropout=0.1)
-    model.add_adapter("other", SMoAConfig(r=4, num_blocks=2, smoa_dropout=0.2, target_modules=["up", "down"]))
+    model.add_adapter("other", smoa(smoa_dropout=0.2))
     model.base_model.set_adapter(["default", "other"])
     torch.manual_seed(0)
     parallelize(model)
     with pytest.raises(RuntimeError, match="'other' drops out with another probability"):
         model(batch(torch.float64)[0])
-
-
-@in_two
-def test_unloaded() -> None:
-    single, model = build("peft", torch.float64), parallelize(build("peft", torch.float64))
-    for one, cut in zip(layers(single.merge_and_unload()), layers(model.merge_and_unload()), strict=True):
-        assert type(cut) is nn.Linear
-        assert relative_error(cut.weight.full_tensor(), one.weight) < DOUBLE
-        assert relative_error(cut.bias.full_tensor(), one.bias) == 0
 
 
 @in_two

@@ -14,19 +14,19 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def config(**settings):
+def config(model=None, **settings):
+    conv1d = model is not None and model.config.model_type == "gpt2"
     defaults = {"r": 5, "num_blocks": 3, "target_modules": "all-linear", "init_weights": False}
-    return SMoAConfig(**{**defaults, "fan_in_fan_out": settings.pop("conv1d", False), **settings})
+    return SMoAConfig(**{**defaults, "fan_in_fan_out": conv1d, **settings})
 
 
 def adapt(model, **settings):
-    return get_peft_model(model, config(conv1d=model.config.model_type == "gpt2", **settings)).eval()
+    return get_peft_model(model, config(model, **settings)).eval()
 
 
 def gentle(model, **settings):
     """A configuration whose random adapters change the model's outputs a little."""
-    defaults = {"target_modules": "all-linear", "init_weights": False, "smoa_alpha": 0.5}
-    return SMoAConfig(**{**defaults, "fan_in_fan_out": model.config.model_type == "gpt2", **settings})
+    return config(model, **{"r": 8, "num_blocks": 2, "smoa_alpha": 0.5, **settings})
 
 
 def layers(model):
@@ -64,7 +64,10 @@ def unchanged(model):
         found = [(name, type(module)) for name, module in model.named_modules()]
         found += [(name, p.requires_grad) for name, p in model.named_parameters()]
         found += [(name, held.to_dict()) for name, held in getattr(model, "peft_config", {}).items()]
-        return found, {key: value.clone() for key, value in model.state_dict().items()}
+        values = {key: value for key, value in model.state_dict().items() if not value.is_meta}
+        return found, {
+            key: value.detach().clone().view(-1).view(torch.uint8) for key, value in values.items()
+        }
 
     before, state = now()
     yield

@@ -11,13 +11,6 @@ from peft.utils.other import get_pattern_key
 from smoa_kernels.adapter_folder.writing import replacing
 from smoa_kernels.peft import SMoAConfig
 
-
-@pytest.fixture
-def folder(make_model, tmp_path):
-    adapt(make_model()).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
 # Saving
 
 
@@ -141,6 +134,7 @@ def test_transformers_own_adapter_methods(make_model, tokens, tmp_path, monkeypa
 
 
 def test_a_pickle_is_neither_written_nor_read(make_model, folder):
+    folder, _ = folder
     before = contents(folder)
     model = adapt(make_model())
     for place in (folder, folder.parent / "new"):

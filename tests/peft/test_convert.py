@@ -1,5 +1,7 @@
 """`smoa-kernels convert`: a HiRA folder becomes an SMoA folder with K = 1, or is refused."""
 
+import copy
+
 import pytest
 import torch
 from adapted import WEIGHTS, assert_refused, edit_config, edit_weights
@@ -11,7 +13,7 @@ from torch import nn
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.cli import main
-from smoa_kernels.peft import SMoAConfig, accelerate_hira, convert_adapter, hira_to_smoa, smoa_to_hira
+from smoa_kernels.peft import SMoAConfig, accelerate_hira, hira_to_smoa, smoa_to_hira
 
 
 @pytest.fixture
@@ -95,30 +97,29 @@ def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
     PeftModel.from_pretrained(tiny_gpt2(), smoa, strict_base=True)
 
 
+def one_block(**settings):
+    return SMoAConfig(**{"r": 4, "num_blocks": 1, "target_modules": ["0"], **settings})
+
+
+HIRA = HiraConfig(r=2, target_modules=["0"])
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("layer", "config", "message"),
     [
-        ({"num_blocks": 2}, "num_blocks=2 has no counterpart"),
-        ({"bias": "all"}, "bias='all' has no counterpart"),
-        ({"num_blocks_pattern": {"0": 3}}, "0: num_blocks=3 has no counterpart"),
+        (nn.Linear(8, 6), one_block(bias="all"), "bias='all' has no counterpart"),
+        (nn.Linear(8, 6), one_block(num_blocks=2), "num_blocks=2 has no counterpart"),
+        (nn.Linear(8, 6), one_block(num_blocks_pattern={"0": 3}), "0: num_blocks=3 has no counterpart"),
+        (nn.Embedding(5, 6), HIRA, "0 is an embedding"),
+        (nn.Conv1d(3, 4, 2), HIRA, "0 is a convolution"),
+        (nn.Linear(8, 6), HIRA, "base must be given"),
+        (nn.Linear(8, 6), LoraConfig(r=2, target_modules=["0"]), "LORA"),
     ],
 )
-def test_settings_that_hira_lacks_are_refused(settings, message, tmp_path, capsys):
-    defaults = {"r": 4, "num_blocks": 1, "target_modules": ["0"]}
-    trained(nn.Sequential(nn.Linear(8, 6)), SMoAConfig(**{**defaults, **settings}), tmp_path / "smoa")
-    arguments = ["convert", str(tmp_path / "smoa"), str(tmp_path / "out")]
+def test_what_has_no_counterpart_is_refused(layer, config, message, tmp_path, capsys):
+    trained(nn.Sequential(copy.deepcopy(layer)), config, tmp_path / "adapter")
+    arguments = ["convert", str(tmp_path / "adapter"), str(tmp_path / "out")]
     assert_refused(capsys, lambda *given: main(list(given)), message, *arguments)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("layer", "message"),
-    [(nn.Embedding(5, 6), "0 is an embedding"), (nn.Conv1d(3, 4, 2), "0 is a convolution")],
-)
-def test_layers_that_smoa_lacks_are_refused(layer, message, tmp_path):
-    trained(nn.Sequential(layer), HiraConfig(r=2, target_modules=["0"]), tmp_path / "hira")
-    with pytest.raises(ValueError, match=message):
-        hira_to_smoa(tmp_path / "hira", tmp_path / "out", tmp_path)
     assert not (tmp_path / "out").exists()
 
 
@@ -128,14 +129,9 @@ def test_bad_folders_are_refused(hira, base, tmp_path):
         hira_to_smoa(folder, folder)
     with pytest.raises(TypeError, match="out"):
         hira_to_smoa(folder, 3)
-    trained(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=2, target_modules=["0"]), tmp_path / "lora")
-    with pytest.raises(ValueError, match="LORA"):
-        convert_adapter(tmp_path / "lora", tmp_path / "out")
-    trained(nn.Sequential(nn.Linear(8, 6)), HiraConfig(r=2, target_modules=["0"]), tmp_path / "small")
+    trained(nn.Sequential(nn.Linear(8, 6)), HIRA, tmp_path / "small")
     with pytest.raises(ValueError, match="lacks"):
         hira_to_smoa(tmp_path / "small", tmp_path / "out", base)
-    with pytest.raises(ValueError, match="base must be given"):
-        hira_to_smoa(tmp_path / "small", tmp_path / "out")
     edit_weights(folder, lambda state: state.pop(next(key for key in state if key.endswith("hira_B"))))
     with pytest.raises(ValueError, match="no hira_B"):
         hira_to_smoa(folder, tmp_path / "out")

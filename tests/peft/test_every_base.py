@@ -37,7 +37,7 @@ def adapt(model, kind, **settings):
     torch.manual_seed(3)
     if kind in EXPERTS:
         return get_peft_model(model, expert_config(model, **settings)).eval()
-    return get_peft_model(model, config(conv1d=kind == "gpt2", smoa_alpha=1.0, **settings)).eval()
+    return get_peft_model(model, config(model, smoa_alpha=1.0, **settings)).eval()
 
 
 def made_anew(*_, **__):

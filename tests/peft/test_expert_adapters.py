@@ -1,7 +1,5 @@
 """Experts in PEFT: every kind of class against its own forward in float64, and their adapters' life cycle."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from adapted import close, logits
@@ -11,7 +9,6 @@ from peft.utils import get_peft_model_state_dict
 from tiny_experts import BOTH, KINDS, adapt, config, tiny_experts, weights
 from torch_calls import saved_tensors
 
-from smoa_kernels.definition.reference import delta_weight
 from smoa_kernels.peft import Experts, SMoAConfig
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -66,24 +63,6 @@ def test_keys_are_the_parameters_paths_and_do_not_depend_on_the_order():
     assert states[0][f"{prefix}smoa_B"] == (6, 48, 2)
     assert states[0][f"{prefix}smoa_blocks"][0] == 6
     assert len(states[0]) == 2 * 2 * 3
-
-
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
-def test_merging_rounds_once(kind):
-    """In bfloat16: two roundings would lose most of an update."""
-    model = adapt(tiny_experts(kind).bfloat16())
-    for weight in weights(model).values():
-        adapter = weight.packed("default", weight.base_weight().double())
-        wide = replace(adapter, A=adapter.A.double(), B=adapter.B.double())
-        deltas = [delta_weight(each) for each in wide.experts(range(6))]
-        exact = adapter.weight + torch.stack(deltas)
-        weight.merge()
-        merged = weight._stored_weight().detach()
-        merged = merged.transpose(1, 2) if weight.fan_in_fan_out else merged
-        assert merged.dtype == torch.bfloat16
-        error, rounding = ((found.double() - exact).abs() for found in (merged, exact.bfloat16()))
-        in_float32 = 2**-20 * (adapter.weight.abs() + torch.stack(deltas).abs())
-        assert (error <= rounding + in_float32).all()
 
 
 def test_a_weight_that_would_get_no_gradient_is_refused(tokens):

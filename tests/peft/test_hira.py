@@ -47,12 +47,9 @@ def layer_of(model):
     return hira_layers(model)[0]
 
 
-def single(base=None, **settings):
-    """A single HiRA layer in float64, inside a model."""
-    torch.manual_seed(0)
-    base = nn.Linear(12, 8) if base is None else base
-    defaults = {"r": 3, "target_modules": ["0"], "init_weights": False}
-    return get_peft_model(nn.Sequential(base), HiraConfig(**{**defaults, **settings})).double()
+def single(base, **settings):
+    """A single HiRA layer, inside a model."""
+    return get_peft_model(nn.Sequential(base), HiraConfig(r=3, target_modules=["0"], **settings))
 
 
 @contextmanager
@@ -168,7 +165,8 @@ def test_each_loads_the_files_of_the_other(make_model, tokens, tmp_path):
 
 
 def test_dropout_drops_the_adapters_input_only():
-    model = single(hira_dropout=0.5)
+    torch.manual_seed(0)
+    model = single(nn.Linear(12, 8), hira_dropout=0.5, init_weights=False).double()
     accelerate_hira(model)
     layer = layer_of(model)
     delta = (layer.get_base_layer().weight * layer.get_delta_weight("default")).T.detach()
@@ -192,9 +190,7 @@ def test_half_precision_against_float64(dtype, bias):
     bfloat16, this holds with a bias too, and the factors' gradients are also closer. dX is about equal.
     """
     torch.manual_seed(0)
-    model = get_peft_model(
-        nn.Sequential(nn.Linear(256, 192, bias=bias).to(dtype)), HiraConfig(r=8, target_modules=["0"])
-    )
+    model = single(nn.Linear(256, 192, bias=bias).to(dtype))
     layer = layer_of(model)
     with torch.no_grad():
         for factor in (layer.hira_A["default"], layer.hira_B["default"]):
@@ -239,8 +235,9 @@ def test_autocast_is_as_with_peft(llama, tokens, monkeypatch):
     errors = []
     for change in (decelerate_hira, accelerate_hira):
         change(model)
-        with torch.autocast("cpu", torch.bfloat16):
+        with counted(monkeypatch) as calls, torch.autocast("cpu", torch.bfloat16):
             logits = model(tokens).logits
+        assert len(calls) == len(hira_layers(model)) * (change is accelerate_hira)
         assert logits.dtype == torch.bfloat16
         errors.append((logits.double() - truth).norm())
     assert errors[1] < 2 * errors[0]
@@ -297,17 +294,21 @@ def test_a_compiled_layer_is_one_operator(make_model, tokens):
     ]
 
 
-def test_it_may_be_called_in_inference_mode_and_before_the_weights_are_there():
-    with torch.device("meta"):
-        model = get_peft_model(nn.Sequential(nn.Linear(11, 7)), HiraConfig(r=3, target_modules=["0"]))
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_it_may_be_called_in_inference_mode_and_before_the_weights_are_there(device, monkeypatch):
+    with torch.device(device):
+        model = single(nn.Linear(11, 7))
     with torch.inference_mode():
         assert len(accelerate_hira(model).taken) == 1
-    model.to_empty(device="cpu")
+    if device == "meta":
+        model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
     x = torch.randn(2, 11)
-    y = model(x)
+    with counted(monkeypatch) as calls:
+        y = model(x)
+    assert calls
     y.sum().backward()
     decelerate_hira(model)
     close(y, model(x), 1e-5)
@@ -334,41 +335,32 @@ def quantized(request, quantizable):
 
 
 def test_over_a_quantised_base(quantized, tokens):
-    model = quantized
-    flags = [dict(vars(layer.get_base_layer())).keys() for layer in hira_layers(model)]
-    packs = [
-        getattr(layer.get_base_layer(), "support_avx512bf16_for_cpu", None) for layer in hira_layers(model)
-    ]
-    kinds = [type(layer) for layer in hira_layers(model)]
+    model = quantized.train()
+
+    def anatomy():
+        bases = [(layer, layer.get_base_layer()) for layer in hira_layers(model)]
+        packs = [getattr(base, "support_avx512bf16_for_cpu", None) for _, base in bases]
+        return packs, [(type(layer), list(vars(base))) for layer, base in bases]
+
+    before = anatomy()
     # The definition, with W0 as PEFT reads it.
     layer = layer_of(model)
     x = torch.randn(6, 64)
     weight = dequantized_weight(layer).double()
     expected = x.double() @ (weight * (1 + layer.get_delta_weight("default").double())).T
-
-    def gradients():
-        model.zero_grad()
-        loss = model.train()(tokens, labels=tokens).loss
-        loss.backward()
-        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-    peft = gradients()
+    kind, peft = type(layer).__name__, step(model, tokens)
     report = accelerate_hira(model)
     assert len(report.taken) == len(hira_layers(model))
     assert report.left == {}
     assert pickle.loads(pickle.dumps(type(layer))) is type(layer)
     # bitsandbytes' own GEMM over an int8 base rounds x to int8.
-    tolerance = 5e-2 if "8bit" in kinds[0].__name__ else 1e-4
-    for ours, wanted in zip(gradients(), peft, strict=True):
+    tolerance = 5e-2 if "8bit" in kind else 1e-4
+    for ours, wanted in zip(step(model, tokens), peft, strict=True):
         assert (ours - wanted).norm() <= tolerance * wanted.norm()
     for training in (True, False, False):  # the first evaluation repacks weights; PEFT then misreads them
         close(model.train(training) and layer(x).double(), expected, 1e-5)
     decelerate_hira(model)
-    assert [type(layer) for layer in hira_layers(model)] == kinds
-    assert [dict(vars(layer.get_base_layer())).keys() for layer in hira_layers(model)] == flags
-    assert packs == [
-        getattr(layer.get_base_layer(), "support_avx512bf16_for_cpu", None) for layer in hira_layers(model)
-    ]
+    assert anatomy() == before
 
 
 def dequantized_weight(layer):

@@ -116,28 +116,11 @@ def test_active_adapters_add_up(nf4):
 
 # The life cycle of an adapter
 
-
-def check_life_cycle(base, tokens, tolerance, rounding):
-    """A fresh adapter changes little, trains, merges by requantising, and unmerges exactly."""
-    expected = base(tokens).logits  # on some CPUs this repacks bitsandbytes' weights
-    model = adapt(base, init_weights=True, smoa_alpha=8).eval()
-    assert (model(tokens).logits - expected).norm() <= tolerance * expected.norm()
-    model(tokens).logits.sum().backward()
-    with torch.no_grad():
-        for layer in layer_list(model):
-            assert layer.smoa_B["default"].grad.any()
-            layer.smoa_B["default"].normal_()
-    adapted, keys = model(tokens).logits, get_peft_model_state_dict(model).keys()
-    bases = [anatomy(layer.base_layer) for layer in layer_list(model)]
-    model.merge_adapter()
-    merged = model(tokens).logits
-    assert (merged - adapted).norm() < rounding * adapted.norm()
-    assert get_peft_model_state_dict(model).keys() == keys
-    model.unmerge_adapter()
-    for layer, before in zip(layer_list(model), bases, strict=True):
-        assert anatomy(layer.base_layer) == before
-    assert torch.equal(model(tokens).logits, adapted)
-    assert torch.equal(model.merge_and_unload()(tokens).logits, merged)
+# torchao's tile-packed 4-bit kernel needs a GPU.
+TILE_PACKED = TorchAoConfig(
+    torchao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
+)
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def anatomy(layer):
@@ -170,29 +153,32 @@ def anatomy(layer):
         pytest.param(KINDS["torchao float8"], torch.float32, 1e-5, 0.1, id="torchao float8", marks=SLOW),
         pytest.param(KINDS["torchao nvfp4"], torch.float32, 1e-5, 0.5, id="torchao nvfp4", marks=SLOW),
         pytest.param(KINDS["torchao int4"], torch.bfloat16, 0.02, 0.5, id="torchao int4, bf16", marks=SLOW),
+        pytest.param(TILE_PACKED, torch.bfloat16, 0.02, 0.5, id="torchao int4 on a GPU", marks=ON_GPU),
     ],
 )
 def test_life_cycle(quantizable, tokens, config, dtype, tolerance, rounding):
-    check_life_cycle(load(quantizable, config, dtype), tokens, tolerance, rounding)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torchao's tile-packed 4-bit kernel needs a GPU")
-def test_life_cycle_of_torchao_int4_on_a_gpu(quantizable, tokens):
-    config = torchao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
-    base = load(quantizable, TorchAoConfig(config), torch.bfloat16, "cuda")
-    check_life_cycle(base, tokens.cuda(), tolerance=0.02, rounding=0.5)
-
-
-def test_a_packing_that_cannot_be_dequantised(quantizable):
-    """torchao's 4-bit kernel for CPUs: W0 is recovered by its GEMM."""
-    plain = AutoModelForCausalLM.from_pretrained(quantizable, dtype=torch.float32)
-    model = adapt(load(quantizable, KINDS["torchao int4"])).base_model.model
-    for name in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
-        weight, layer = plain.get_submodule(name).weight, model.get_submodule(name)
-        with pytest.raises(NotImplementedError):
-            layer.base_layer.weight.dequantize()
-        assert 0.01 < (layer.base_weight() - weight).norm() / weight.norm() < 0.15  # the error of 4 bits
+    """A fresh adapter changes little, trains, merges by requantising, and unmerges exactly."""
+    device = "cuda" if config is TILE_PACKED else "cpu"
+    base, tokens = load(quantizable, config, dtype, device), tokens.to(device)
+    expected = base(tokens).logits  # on some CPUs this repacks bitsandbytes' weights
+    model = adapt(base, init_weights=True, smoa_alpha=8).eval()
+    assert (model(tokens).logits - expected).norm() <= tolerance * expected.norm()
+    model(tokens).logits.sum().backward()
+    with torch.no_grad():
+        for layer in layer_list(model):
+            assert layer.smoa_B["default"].grad.any()
+            layer.smoa_B["default"].normal_()
+    adapted, keys = model(tokens).logits, get_peft_model_state_dict(model).keys()
+    bases = [anatomy(layer.base_layer) for layer in layer_list(model)]
+    model.merge_adapter()
+    merged = model(tokens).logits
+    assert (merged - adapted).norm() < rounding * adapted.norm()
+    assert get_peft_model_state_dict(model).keys() == keys
+    model.unmerge_adapter()
+    for layer, before in zip(layer_list(model), bases, strict=True):
+        assert anatomy(layer.base_layer) == before
+    assert torch.equal(model(tokens).logits, adapted)
+    assert torch.equal(model.merge_and_unload()(tokens).logits, merged)
 
 
 @pytest.mark.parametrize("block", [None, (48, 32), (128, 128)])

@@ -142,8 +142,7 @@ def test_only_adapted_weights_are_sorted(llama, threads, sorted_in):
 def test_other_orders_sort_nothing_and_layers_of_one_shape_share_their_blocks(make_model, order, sorted_in):
     model = adapt(make_model(), block_order=order, granule=4, block_seed=7)
     for name, seed in (("same", 7), ("seed", 8)):
-        conv1d = model.config.model_type == "gpt2"
-        model.add_adapter(name, config(conv1d=conv1d, block_order=order, granule=4, block_seed=seed))
+        model.add_adapter(name, config(model, block_order=order, granule=4, block_seed=seed))
     assert not sorted_in
     found = {}
     for layer in layers(model).values():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapted import WEIGHTS, adapt, layers, logits, nudge
+from adapted import WEIGHTS, adapt, layers, logits
 from peft import get_peft_model
 from safetensors.torch import load_file
 
@@ -16,16 +16,6 @@ from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.base_weight import BaseWeight
 
 # The layer computes the definition
-
-
-@pytest.mark.numerical
-def test_fresh_adapter_is_an_identity_and_only_its_factors_train(make_model, tokens):
-    base = logits(make_model(), tokens)
-    model = adapt(make_model(), init_weights=True)
-    torch.testing.assert_close(logits(model, tokens), base)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trained
-    assert all(name.split(".")[-2] in ("smoa_A", "smoa_B") for name in trained)
 
 
 @pytest.mark.numerical
@@ -41,20 +31,6 @@ def test_layer_equals_the_reference(make_model):
         stored = layer.get_delta_weight("default")
         assert stored.shape == layer.base_layer.weight.shape
         torch.testing.assert_close(stored.T if layer.fan_in_fan_out else stored, delta, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.numerical
-def test_a_dropped_input_is_the_adapters_alone(llama):
-    model = adapt(llama(), smoa_dropout=0.5)
-    layer = next(iter(layers(model).values()))
-    x = torch.randn(8, layer.in_features)
-    assert torch.equal(layer(x), layer(x))
-    layer.train()
-    first, second = layer(x), layer(x)
-    assert not torch.equal(first, second)
-    with torch.no_grad():
-        layer.smoa_B["default"].zero_()
-    torch.testing.assert_close(layer(x), layer.base_layer(x))
 
 
 def test_layers_keep_their_settings_when_the_configuration_changes(llama):
@@ -123,14 +99,10 @@ def test_safe_merge_refuses_a_broken_adapter_before_it_writes(llama, monkeypatch
 
 
 @pytest.mark.numerical
-def test_state_dict_of_the_whole_model(make_model, tokens):
-    source, target = adapt(make_model()), adapt(make_model(seed=1))
-    nudge(source)
-    logits(target, tokens)  # its index tensors exist before the other labels arrive
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(logits(target, tokens), logits(source, tokens))
-    state = source.state_dict()
+def test_a_damaged_state_dict_of_the_whole_model(make_model):
+    model = adapt(make_model())
+    state = model.state_dict()
     key = next(key for key in state if "smoa_blocks" in key)
     state[key] = state[key] ^ 1
     with pytest.raises(ValueError, match=f"{key.split('.smoa')[0]}: smoa_blocks"):
-        target.load_state_dict(state)
+        model.load_state_dict(state)

@@ -42,11 +42,3 @@ def pytest_sessionfinish(session):
     """Fail if nothing was accelerated, since the run would prove nothing."""
     if not sum(ACCELERATED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Report how many layers were accelerated."""
-    layers, models = sum(ACCELERATED), sum(map(bool, ACCELERATED))
-    terminalreporter.write_line(
-        f"{layers} HiRA layers were accelerated, in {models} of {len(ACCELERATED)} injections"
-    )

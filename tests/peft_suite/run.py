@@ -25,17 +25,8 @@ def fetch_tests(folder: Path) -> Path:
     version = importlib.metadata.version("peft")
     sources = folder / f"peft-{version}"
     if not sources.is_dir():
-        command = [
-            "download",
-            f"peft=={version}",
-            "--no-deps",
-            "--no-binary",
-            "peft",
-            "--quiet",
-            "-d",
-            str(folder),
-        ]
-        subprocess.run([sys.executable, "-m", "pip", *command], check=True)
+        command = [sys.executable, "-m", "pip", "download", f"peft=={version}", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--no-binary", "peft", "-d", str(folder)], check=True)
         with tarfile.open(folder / f"peft-{version}.tar.gz") as archive:
             archive.extractall(folder, filter="data")
     (sources / "tests" / "__init__.py").touch()  # its modules use relative imports
@@ -63,27 +54,11 @@ def main() -> int:
         make_models(models)
     path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    given = [
-        part
-        for part in rest
-        if not part.startswith("-") and part.split("::")[0].removesuffix(".py") in MODULES
-    ]
-    names = given or [f"{name}.py" for name in MODULES]
-    files = [str(tests / name) for name in names]
-    settings = [
-        "-p",
-        "hira_plugin" if options.hira else "plugin",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        str(tests.parent),
-        "-q",
-        "-rfEs",
-    ]
-    others = [part for part in rest if part not in given]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *settings, *files, *others], cwd=models, env=env
-    ).returncode
+    files = [str(tests / f"{name}.py") for name in MODULES]
+    plugin = "hira_plugin" if options.hira else "plugin"
+    settings = ["-p", plugin, "-c", os.devnull, "--rootdir", str(tests.parent), "-q", "-rfEs"]
+    command = [sys.executable, "-m", "pytest", *settings, *files, *rest]
+    return subprocess.run(command, cwd=models, env=env).returncode
 
 
 if __name__ == "__main__":

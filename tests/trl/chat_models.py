@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from peft import get_peft_model
 from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -90,6 +91,20 @@ def load_base(folder: Path, **settings: Any) -> Any:
 def adapter(**settings: Any) -> SMoAConfig:
     return SMoAConfig(
         **{"r": 4, "num_blocks": 2, "target_modules": TARGETS, "task_type": "CAUSAL_LM", **settings}
+    )
+
+
+def made(
+    kind: Any, config: Any, model: nn.Module, folder: Path, rows: list[dict[str, Any]], **settings: Any
+) -> Any:
+    """One of TRL's trainers. `settings` are its own where it takes them, else its configuration's."""
+    own = {name: settings.pop(name) for name in ("peft_config", "reward_funcs") if name in settings}
+    return kind(
+        model=model,
+        args=config(output_dir=str(folder), **{**PLAIN, **settings}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        **own,
     )
 
 

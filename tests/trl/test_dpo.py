@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from chat_models import (
     ANSWERS,
-    PLAIN,
     QUESTIONS,
     adapter,
     assert_base_is,
@@ -19,10 +18,9 @@ from chat_models import (
     base_state,
     load_base,
     log_probs,
-    tokenizer,
+    made,
     twin,
 )
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
@@ -38,14 +36,8 @@ PAIRS = [
 ]
 
 
-def trainer(model: Any, folder: Path, **settings: Any) -> DPOTrainer:
-    return DPOTrainer(
-        model=model,
-        args=DPOConfig(output_dir=str(folder), beta=BETA, **PLAIN),
-        train_dataset=Dataset.from_list(PAIRS * 4),
-        processing_class=tokenizer(),
-        **settings,
-    )
+def trainer(model: Any, folder: Path, **settings: Any) -> Any:
+    return made(DPOTrainer, DPOConfig, model, folder, PAIRS * 4, beta=BETA, **settings)
 
 
 def preference_loss(reference: nn.Module) -> Any:

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chat_models import PLAIN, QUESTIONS, adapter, assert_base_is, base_state, tokenizer
-from datasets import Dataset
+from chat_models import PLAIN, QUESTIONS, adapter, assert_base_is, base_state, made
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
@@ -87,21 +86,20 @@ def test_each_step_sends_merged_weights_and_leaves_the_base_bit_for_bit(
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     original = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     server.model.to(dtype)
-    trainer = GRPOTrainer(
-        model=model,
+    trainer = made(
+        GRPOTrainer,
+        GRPOConfig,
+        model,
+        tmp_path,
+        [{"prompt": [{"role": "user", "content": q}]} for q in QUESTIONS],
         reward_funcs=reward,
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            use_vllm=True,
-            vllm_mode="server",
-            num_generations=3,
-            max_completion_length=8,
-            beta=0.04,  # needs a reference: the model without the adapter
-            **{**PLAIN, "learning_rate": 5e-2},
-        ),
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": q}]} for q in QUESTIONS]),
-        processing_class=tokenizer(),
         peft_config=adapter(init_weights=False, smoa_alpha=0.5),
+        use_vllm=True,
+        vllm_mode="server",
+        num_generations=3,
+        max_completion_length=8,
+        beta=0.04,  # needs a reference: the model without the adapter
+        learning_rate=5e-2,
     )
     before = base_state(trainer.model)
     expected: list[Weights] = []

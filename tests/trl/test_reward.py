@@ -10,17 +10,15 @@ import torch
 import torch.nn.functional as F
 from chat_models import (
     ANSWERS,
-    PLAIN,
     QUESTIONS,
     TARGETS,
     adapter,
     assert_trains_as,
     chat,
-    tokenizer,
+    made,
     trained,
     twin,
 )
-from datasets import Dataset
 from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
@@ -46,14 +44,9 @@ def load_base(folder: Path) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, num_labels=1)
 
 
-def trainer(base: Path, folder: Path, **settings: Any) -> RewardTrainer:
-    return RewardTrainer(
-        model=load_base(base),
-        args=RewardConfig(output_dir=str(folder), **PLAIN),
-        train_dataset=Dataset.from_list(PAIRS * 4),
-        processing_class=tokenizer(),
-        peft_config=adapter(**{"task_type": "SEQ_CLS", **settings}),
-    )
+def trainer(base: Path, folder: Path, **settings: Any) -> Any:
+    config = adapter(**{"task_type": "SEQ_CLS", **settings})
+    return made(RewardTrainer, RewardConfig, load_base(base), folder, PAIRS * 4, peft_config=config)
 
 
 def preference_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:

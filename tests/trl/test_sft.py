@@ -1,4 +1,4 @@
-"""SFTTrainer: packed, padding-free, padded, answers only, resumed, saved, and on the reference backend."""
+"""SFTTrainer: packed, padding-free, padded, and answers only."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from chat_models import (
     chat,
     load_base,
     log_probs,
-    recorded,
+    made,
     tokenizer,
     trained,
     twin,
 )
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
@@ -33,28 +32,12 @@ CHATS = [
     chat(q, a, ANSWERS[i - 1]) if i % 2 else chat(q, a)
     for i, (q, a) in enumerate(zip(QUESTIONS, ANSWERS, strict=True))
 ]
-BATCHES = {
+ROWS = [{"messages": messages} for messages in CHATS]
+BATCHES: dict[str, dict[str, Any]] = {
     "padded": {},
     "packed": {"packing": True, "max_length": 160},
     "padding-free": {"padding_free": True, "max_length": None},
 }
-
-
-def trainer(
-    base: Path,
-    folder: Path,
-    *,
-    attention: str = "sdpa",
-    config: dict[str, Any] | None = None,
-    **settings: Any,
-) -> Any:
-    return SFTTrainer(
-        model=load_base(base, attn_implementation=attention),
-        args=SFTConfig(output_dir=str(folder), **{**PLAIN, "assistant_only_loss": True, **settings}),
-        train_dataset=Dataset.from_list([{"messages": messages} for messages in CHATS * 4]),
-        processing_class=tokenizer(),
-        peft_config=adapter(**(config or {})),
-    )
 
 
 def sequences(batch: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -79,7 +62,9 @@ def answer_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def test_losses_are_those_of_plain_torch_on_one_chat_at_a_time(
     base: Path, tmp_path: Path, way: str, attention: str
 ) -> None:
-    run = trainer(base, tmp_path, attention=attention, **BATCHES[way])
+    settings = {"assistant_only_loss": True, "peft_config": adapter(), **BATCHES[way]}
+    model = load_base(base, attn_implementation=attention)
+    run = made(SFTTrainer, SFTConfig, model, tmp_path, ROWS * 4, **settings)
     plain, before = (
         twin(run, load_base(base, attn_implementation=attention), adapter()),
         base_state(run.model),
@@ -97,52 +82,10 @@ def test_losses_are_those_of_plain_torch_on_one_chat_at_a_time(
         assert {f"{part}<|im_end|>" for part in text.split("<|im_end|>")[:-1]} <= answers
 
 
-@pytest.mark.parametrize(
-    "settings", [{"gradient_checkpointing": False}, {"config": {"backend": "reference"}}]
-)
-def test_the_same_run_without_checkpointing_and_on_the_reference(
-    base: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    """With dropout too: recomputation draws the same mask again, and so does every backend."""
-    config = {"smoa_dropout": 0.2, **settings.pop("config", {})}
-    runs = [
-        trainer(base, tmp_path, packing=True, max_length=160, config={"smoa_dropout": 0.2}),
-        trainer(base, tmp_path, packing=True, max_length=160, config=config, **settings),
-    ]
-    curves = []
-    for run in runs:
-        curves.append(recorded(run)[1])
-        run.train()
-    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[0][-1] < curves[0][0]
-
-
-def test_a_resumed_run_is_the_uninterrupted_one_and_a_saved_adapter_loads(base: Path, tmp_path: Path) -> None:
-    settings = {"packing": True, "max_length": 160, "config": {"smoa_dropout": 0.2}}
-    whole = trainer(base, tmp_path / "whole", save_strategy="steps", save_steps=2, **settings)
-    curve = recorded(whole)[1]
-    whole.train()
-    resumed = trainer(base, tmp_path / "resumed", **settings)
-    rest = recorded(resumed)[1]
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert rest == curve[2:]
-    theirs = trained(whole.model)
-    assert all(torch.equal(parameter, theirs[name]) for name, parameter in trained(resumed.model).items())
-    resumed.save_model(str(tmp_path / "adapter"))
-    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= {
-        path.name for path in (tmp_path / "adapter").iterdir()
-    }
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    tokens = tokenizer().apply_chat_template(CHATS[0], return_tensors="pt", return_dict=True)["input_ids"]
-    assert torch.equal(loaded(tokens).logits, resumed.model.eval()(tokens).logits)
-    with resumed.model.disable_adapter():
-        assert not torch.allclose(loaded(tokens).logits, resumed.model(tokens).logits, atol=1e-2)
-
-
 def test_the_pages_example_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "trl.md"
     (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    dataset = Dataset.from_list([{"messages": messages} for messages in CHATS])
+    dataset = Dataset.from_list(ROWS)
     exec(compile(code, "example", "exec"), {"model": load_base(base), "dataset": dataset})
     assert Path("runs/chat/adapter/adapter_model.safetensors").is_file()
