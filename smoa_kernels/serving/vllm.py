@@ -119,11 +119,7 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
         folder = Path(utils.get_adapter_absolute_path(lora_request.lora_path))
     except FileNotFoundError:
         return original(self, lora_request)  # which reports the error
-    try:
-        adapter = read_served(folder)
-    except FileNotFoundError as error:  # the weights are missing; vLLM's server answers this with 404
-        missing = import_module("vllm.exceptions").LoRAAdapterNotFoundError
-        raise missing(lora_request.lora_name, f"{lora_request.lora_path} ({error})") from error
+    adapter = read_served(folder)
     if adapter is None:
         return original(self, lora_request)
     most = self.lora_config.max_lora_rank
