@@ -284,18 +284,20 @@ def register(
     unbound = _without_binding(function, operator)
 
     def recorded(*args: Any) -> Any:
-        transformed = torch._C._are_functorch_transforms_active()
         tangents = (forward_ad.unpack_dual(one).tangent for one in args if isinstance(one, Tensor))
         # The plain operator's result would have no tangent, which counts as zero.
-        if forward_ad._current_level >= 0 and (transformed or any(one is not None for one in tangents)):
+        if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
             return formula(*args)
-        if transformed or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return (function if transformed else unbound).apply(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return (function if torch._C._are_functorch_transforms_active() else unbound).apply(*args)
         return _below_autograd(operator, *args)
 
     def call(*args: Any) -> Any:
-        is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state()
-        return (operator if is_traced else recorded)(*args)
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+            return operator(*args)
+        if not torch._C._are_functorch_transforms_active():
+            return recorded(*args)
+        return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
 
     def opaque(*args: Any) -> Any:
         return (untraced if "torch._dynamo" in sys.modules else kernel)(*args)

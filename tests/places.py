@@ -43,7 +43,7 @@ def ran(
 ) -> "subprocess.CompletedProcess[str]":
     """Runs Python with these arguments to its end."""
     command, env = [sys.executable, *map(str, arguments)], surroundings(environment)
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env, timeout=900)
 
 
 def kill_at(process: "subprocess.Popen[str]", line: str) -> None:

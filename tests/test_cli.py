@@ -112,7 +112,7 @@ def test_info_asks_the_drivers_files_then_their_command(tmp_path, monkeypatch):
     assert info._driver() == "not found"
     command = tmp_path / "nvidia-smi"
     for script, words in (
-        ("echo NVIDIA-SMI 580.65.06 Driver Version: 580.65.06 CUDA Version: 13.0", "580.65.06"),
+        ("echo 580.65.06", "nvidia: 580.65.06"),
         ("exit 9", "not found"),
         ("true", "not found"),
     ):

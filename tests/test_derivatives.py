@@ -215,6 +215,21 @@ def test_a_frozen_weight_is_not_differentiated() -> None:
         grad(loss(ours(layer)))(everything, torch.randn(5, 13, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivatives_under_autocast(backend: str) -> None:
+    layer = FusedSMoALinear.from_linear(nn.Linear(13, 9), r=4, num_blocks=2, backend=backend)
+    nn.init.normal_(layer.smoa_B, std=0.3)
+    x, found = torch.randn(5, 13, requires_grad=True), []
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients = torch.autograd.grad(
+                layer(x).float().sin().sum(), [x, layer.smoa_A, layer.smoa_B], create_graph=True
+            )
+            second = torch.autograd.grad(sum(one.float().square().sum() for one in gradients), layer.smoa_A)
+        found.append(second[0])
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.1 * found[1].abs().max().item())
+
+
 def test_float32_factors_over_half_precision() -> None:
     layer = FusedSMoALinear.from_linear(nn.Linear(13, 9).to(torch.bfloat16), r=4, num_blocks=2)
     layer.smoa_A.data, layer.smoa_B.data = layer.smoa_A.data.float(), torch.randn(9, layer.smoa_A.shape[0])

@@ -98,6 +98,8 @@ def test_no_token_at_all(backend: str) -> None:
     assert (y.shape, dx.shape) == (p.dy.shape, p.x.shape)
     assert not dA.any()
     assert not dB.any()
+    one_side_shared = torch.tensor([[0, 0, 1], [1, 0, 0]]), torch.tensor([[0, 1], [0, 1]])
+    assert ExpertBlocks.from_labels(*one_side_shared, 2).partitions([]) == []
 
 
 @numerical

@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from places import file_limit
 
 from smoa_kernels.files import replace_file
 
@@ -41,3 +42,12 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     path = tmp_path / "none" / "table.json"
     with pytest.raises(FileNotFoundError, match=f"'{path}'$"):
         replace_file(path, b"")
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    path.write_bytes(b"old")
+    with file_limit(2000), pytest.raises(OSError, match=f"File too large: '{path}'"):
+        replace_file(path, b"x" * 8000)
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["table.json"]

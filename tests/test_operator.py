@@ -174,6 +174,16 @@ def test_where_compiling_gives_up_the_kernels_are_not_traced(backend: str) -> No
     torch.testing.assert_close(found, gradient(x))
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_frozen_layer_within_a_compiled_transform(backend: str) -> None:
+    layer, x, z = FusedSMoALinear(64, 48).requires_grad_(False), torch.randn(5, 64), torch.randn(5, 48)
+
+    def gradient(z: Tensor) -> Tensor:
+        return torch.func.grad(lambda z: (layer(x) * z).square().sum())(z)
+
+    torch.testing.assert_close(torch.compile(gradient, backend=backend)(z), gradient(z))
+
+
 def test_a_compiled_forward_mode_derivative_is_never_zero_in_silence() -> None:
     layer = FusedSMoALinear(64, 48)
     nn.init.normal_(layer.smoa_B)

@@ -180,7 +180,10 @@ def _configuration(merge: FolderMerge) -> dict[str, Any]:
     if merge.untied:
         values["tie_word_embeddings"] = False
     config = _with(merge.config, values)
-    values.pop("torch_dtype", None)  # its older name
+    if (
+        values.pop("torch_dtype", None) and "torch_dtype" in config
+    ):  # the older name is not joined by the newer
+        del values["dtype"]
     return {**config, **values}
 
 

@@ -106,8 +106,8 @@ def read_weights(
     """Read an adapter's tensors and layers, as `Adapter` holds them; empty if there are no weights, or on a hub."""
     path, pickled = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
     if not path.is_file():
-        if pickled.is_file() and method == METHOD:
-            raise ValueError(f"{pickled} is a pickle, and SMoA adapters are read from safetensors only")
+        if pickled.is_file():
+            raise ValueError(f"{pickled} is a pickle, and adapters are read from safetensors only")
         return {}, {}
     with opened(path) as file:  # mapped into memory: no value is read yet
         tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

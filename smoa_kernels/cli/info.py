@@ -6,6 +6,8 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +17,6 @@ import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
-from torch.utils import collect_env
 
 from .. import kernels
 from .._version import __version__
@@ -110,12 +111,19 @@ def _runtime() -> str:
 
 
 def _driver() -> str:
-    """The driver's version: from the kernel module's file, else from nvidia-smi."""
-    lines = []
+    """The driver's version: from the kernel module's file, else from the driver's command."""
+    told = {}
     for path in _DRIVERS:
-        with suppress(OSError, IndexError):
-            lines.append(f"{path.parent.name}: {path.read_text(errors='replace').splitlines()[0]}")
-    return "; ".join(lines) or collect_env.get_nvidia_driver_version(collect_env.run) or "not found"
+        with suppress(OSError):
+            told[path.parent.name] = path.read_text(errors="replace")
+    command = None if told else shutil.which("nvidia-smi")
+    if command is not None:
+        query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+        with suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
+            told["nvidia"] = done.stdout
+    lines = (f"{name}: {text.splitlines()[0]}" for name, text in told.items() if text.strip())
+    return "; ".join(lines) or "not found"
 
 
 def _tables() -> dict[str, str]:

@@ -86,6 +86,8 @@ class ExpertBlocks:
 
     def partitions(self, experts: Sequence[int]) -> list[BlockPartition]:
         """Make the partitions of some experts' weights; experts with shared blocks share one."""
+        if not experts:
+            return []
         rows = _sides(self.row_offsets, self.row_index, experts)
         cols = _sides(self.col_offsets, self.col_index, experts)
         found = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ from .folder.loading import check_adapter
 from .layer import SMoALayer, layers_with
 from .linear import Linear
 from .offload import present
-from .snapshot import PARAMETER_PREFIX, snapshot
+from .snapshot import PARAMETER_PREFIX, Snapshot
 from .sorting import initialize_all
 
 
@@ -58,11 +58,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     prefix: str = PARAMETER_PREFIX
     tuner_layer_cls = SMoALayer
     _experts: Sequence[str] = ()  # the fused weights that the last injection adapts
-    removals: dict[str, Callable[[str], None]]  # of each adapter whose weights are not loaded yet
+    snapshots: dict[str, Snapshot]  # of the model before each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.removals = {}  # first, because PEFT's constructor injects
+        self.snapshots = {}  # first, because PEFT's constructor injects
         super().__init__(*args, **kwargs)
 
     @property
@@ -82,9 +82,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             TypeError, ValueError: `adapter_name` cannot name a folder, or the configuration does not fit the model.
         """
         is_new = not layers_with(model, adapter_name)
-        config, remove = self.peft_config[adapter_name], snapshot(model)
+        config, before = self.peft_config[adapter_name], Snapshot(model)
         if config.is_from_file and is_new:
-            self.removals[adapter_name] = remove  # kept until the weights were checked
+            self.snapshots[adapter_name] = before  # kept until the weights were checked
         try:
             if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
                 # The name is part of the parameters' names, and of the folder that the adapter is saved in.
@@ -107,7 +107,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 self.peft_config[adapter_name] = config.with_alphas_of(settings)
         except BaseException:  # Ctrl-C too: sorting a large model takes minutes
             if is_new:
-                remove(adapter_name)
+                before.restore(adapter_name)
                 self.peft_config.pop(adapter_name, None)
             raise
         for pattern, keys in config.unmatched_patterns(list(injected)).items():
@@ -290,13 +290,13 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     ) -> Any:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuners = [module for module in model.modules() if isinstance(module, SMoAModel)]
-        removals = [tuner.removals.pop(adapter_name, None) for tuner in tuners]
+        snapshots = [tuner.snapshots.pop(adapter_name, None) for tuner in tuners]
         layers = layers_with(model, adapter_name).values()
         try:
             check_adapter(model, adapter_name, remapped, strict_base=config.strict_base)
         except ValueError:
             if any(layer.awaits_blocks(adapter_name) for layer in layers):
-                for remove in filter(None, removals):  # this call also injected the adapter
-                    remove(adapter_name)
+                for before in filter(None, snapshots):  # this call also injected the adapter
+                    before.restore(adapter_name)
             raise
         return remapped

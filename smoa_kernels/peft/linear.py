@@ -122,7 +122,7 @@ class Linear(SMoALayer, nn.Module):
             "backend": config.backend,
         }
         if self.quantization_backend is not None:
-            adapter = self._summed(x, names)  # its weight is not used
+            adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
             return dequantized_linear(x, base, self._dequantize, adapter, **settings)
         bias, adapter = base.bias, self._summed(self.base_weight(), names)
         if shard is None:

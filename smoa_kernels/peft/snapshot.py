@@ -1,8 +1,7 @@
-"""`snapshot`: the state of a model before an injection, which is restored if that fails."""
+"""`Snapshot`: the state of a model before an injection, which is restored if that fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import delete_adapter
@@ -19,17 +18,18 @@ PARAMETER_PREFIX = "smoa_"
 _PUT_IN = (SMoALayer, Experts, AuxiliaryTrainingWrapper)
 
 
-def snapshot(model: nn.Module) -> Callable[[str], None]:
-    """Remember the parts of a model, the base or PEFT's around it, that an injection changes.
+class Snapshot:
+    """The parts of a model, the base or PEFT's around it, that an injection changes."""
 
-    The returned function removes a new adapter, by name, whose injection may have failed at any point.
-    """
-    all_children = [(module, dict(module._modules)) for module in model.modules()]
-    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    had_configs = hasattr(model, "peft_config")
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._children = [(module, dict(module._modules)) for module in model.modules()]
+        self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._had_configs = hasattr(model, "peft_config")
 
-    def restore(adapter_name: str) -> None:
-        for module, children in all_children:
+    def restore(self, adapter_name: str) -> None:
+        """Remove a new adapter; its injection may have failed at any point."""
+        for module, children in self._children:
             for name, child in children.items():
                 now = module._modules.get(name)
                 if now is not child and isinstance(now, _PUT_IN):
@@ -37,12 +37,10 @@ def snapshot(model: nn.Module) -> Callable[[str], None]:
             if isinstance(module, Experts):
                 for name in module._modules.keys() - children.keys():
                     delattr(module, name)
-        delete_adapter(model, adapter_name, prefix=PARAMETER_PREFIX, layer_cls=SMoALayer)
-        for parameter, before in trainable:
+        delete_adapter(self.model, adapter_name, prefix=PARAMETER_PREFIX, layer_cls=SMoALayer)
+        for parameter, before in self._trainable:
             parameter.requires_grad_(before)
-        configs: Any = getattr(model, "peft_config", {})
+        configs: Any = getattr(self.model, "peft_config", {})
         configs.pop(adapter_name, None)
-        if not (configs or had_configs) and "peft_config" in vars(model):
-            del model.peft_config
-
-    return restore
+        if not (configs or self._had_configs) and "peft_config" in vars(self.model):
+            del self.model.peft_config

@@ -2,5 +2,5 @@
 
 A row of a table is a call, or a change to a good call, with its exception and words. Each kind of bad value has a row
 at its check; each argument has a row that shows that it is checked. Damaged adapter files are in
-tests/peft/test_damaged.py and test_fuzzed_files.py, damaged tuning tables in tests/tuning/test_table.py.
+tests/peft/test_damaged.py, damaged tuning tables in tests/tuning/test_table.py.
 """

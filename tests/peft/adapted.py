@@ -65,6 +65,7 @@ def unchanged(model):
         found += [(name, p.requires_grad) for name, p in model.named_parameters()]
         found += [(name, held.to_dict()) for name, held in getattr(model, "peft_config", {}).items()]
         values = {key: value for key, value in model.state_dict().items() if not value.is_meta}
+        found += [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
         return found, {
             key: value.detach().clone().view(-1).view(torch.uint8) for key, value in values.items()
         }

@@ -1,5 +1,7 @@
 """Interrupted saves, and the contents of a saved file."""
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -131,6 +133,14 @@ def test_transformers_own_adapter_methods(make_model, tokens, tmp_path, monkeypa
     assert torch.equal(logits(loaded.eval(), tokens), expected)
     loaded.disable_adapters()
     assert torch.equal(logits(loaded, tokens), logits(make_model(), tokens))
+
+
+def test_an_adapter_that_awaits_its_weights_is_copied_and_pickled(make_model, folder):
+    """What a failed load restores is the copy, not the original."""
+    model = get_peft_model(make_model(), SMoAConfig.from_pretrained(str(folder[0])))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        (snapshot,) = other.base_model.snapshots.values()
+        assert snapshot.model is other.base_model.model
 
 
 def test_a_pickle_is_neither_written_nor_read(make_model, folder):

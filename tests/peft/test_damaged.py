@@ -80,7 +80,7 @@ OF_FILES = {
     "cut in its tensors": (weights(lambda data: data[:-1]), "is truncated or corrupt"),
     "longer": (weights(lambda data: data + b"x"), "is truncated or corrupt"),
     "immense header": (weights(lambda data: b"\xff" * 8 + data[8:]), "is truncated or corrupt"),
-    "pickle": (to_pickle, r"adapter_model\.bin is a pickle, and SMoA adapters are read"),
+    "pickle": (to_pickle, r"adapter_model\.bin is a pickle, and adapters are read"),
     "no json": (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG} is no JSON: Expecting property name"),
     "wrong value": (lambda f: edit_config(f, num_blocks="three"), "num_blocks must be an int, got 'three'"),
     "future": (lambda f: edit_config(f, format_version=9), "format_version 9 of the adapter is newer"),

@@ -130,7 +130,7 @@ def anatomy(layer):
     for name in ("data", "qdata", "scale", "SCB"):
         value = getattr(weight, name, None)
         if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, nn.Parameter):
-            found[name] = value.contiguous().view(torch.uint8).numpy().tobytes()
+            found[name] = value.contiguous().view(torch.uint8).cpu().numpy().tobytes()
     return found
 
 

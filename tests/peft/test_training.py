@@ -95,6 +95,21 @@ def test_no_more_is_kept_for_backward_than_lora_keeps(dtype, dropout):
     assert all(t.numel() <= 1 if t.is_floating_point() else t.numel() <= 96 for t in ours.values())
 
 
+@pytest.mark.numerical
+def test_autocast_computes_in_half_precision_and_differentiates():
+    layer = get_peft_model(
+        nn.Sequential(nn.Linear(96, 64)), SMoAConfig(target_modules=["0"], init_weights=False)
+    )
+    x = torch.randn(32, 96)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    expected = layer(x)
+    assert (y.float() - expected).norm() < 0.05 * expected.norm()
+    y.sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters() if p.requires_grad)
+
+
 @pytest.mark.slow
 @pytest.mark.numerical
 @pytest.mark.parametrize("adapters", [1, 2])  # two have different blocks and are summed

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from adapted import WEIGHTS, adapt, layers, logits
+from adapted import WEIGHTS, adapt, layers, logits, nudge
 from peft import get_peft_model
 from safetensors.torch import load_file
 
@@ -99,10 +99,14 @@ def test_safe_merge_refuses_a_broken_adapter_before_it_writes(llama, monkeypatch
 
 
 @pytest.mark.numerical
-def test_a_damaged_state_dict_of_the_whole_model(make_model):
-    model = adapt(make_model())
-    state = model.state_dict()
+def test_state_dict_of_the_whole_model(make_model, tokens):
+    source, target = adapt(make_model()), adapt(make_model(seed=1))
+    nudge(source)
+    logits(target, tokens)  # its index tensors exist before the other labels arrive
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(logits(target, tokens), logits(source, tokens))
+    state = source.state_dict()
     key = next(key for key in state if "smoa_blocks" in key)
     state[key] = state[key] ^ 1
     with pytest.raises(ValueError, match=f"{key.split('.smoa')[0]}: smoa_blocks"):
-        model.load_state_dict(state)
+        target.load_state_dict(state)

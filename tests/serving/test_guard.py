@@ -2,9 +2,10 @@
 
 import logging
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from smoa_kernels.serving import vllm as plugin
 
@@ -77,3 +78,18 @@ def test_none_is_wrapped_where_one_differs(path, change, made_up, caplog, monkey
     assert now() == before
     for words in (path, plugin.TESTED_VERSION, "smoa-kernels merge"):
         assert words in caplog.text
+
+
+def test_w0_is_never_taken_from_a_quantised_layer(monkeypatch):
+    linear = ModuleType("vllm.model_executor.layers.linear")
+    linear.UnquantizedLinearMethod = type("UnquantizedLinearMethod", (), {"apply": None})
+    monkeypatch.setitem(sys.modules, linear.__name__, linear)
+    weight = torch.ones(6, 4, dtype=torch.int8)
+    for method, plain in ((linear.UnquantizedLinearMethod(), True), (SimpleNamespace(apply=None), False)):
+        module = SimpleNamespace(
+            base_layer=SimpleNamespace(weight=weight), output_slices=(6,),
+            _get_quant_method=lambda method=method: method,
+            lora_a_stacked=[torch.zeros(1, 1, 8, 4)], lora_b_stacked=[torch.zeros(1, 1, 6, 8)],
+        )  # fmt: skip
+        slots = plugin._layer_slots(module)
+        assert (slots.weight is weight, slots.keep) == (plain, plain)

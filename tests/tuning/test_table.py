@@ -233,6 +233,12 @@ def test_a_bad_entry_is_skipped_and_named_and_the_others_stay_in_force(
     assert bad in json.loads(path.read_text())["entries"]
 
 
+def test_of_many_skipped_entries_the_first_are_named(path: Path) -> None:
+    path.write_text(json.dumps({"schema": SCHEMA, "entries": [None] * 9}))
+    with pytest.warns(UserWarning, match="9 skipped: entry 1: .*; entry 5: .*; and 4 more; the others"):
+        ask()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
-from operator import le
 
 import torch
 from torch import Tensor
@@ -48,7 +47,7 @@ class Route:
         dtypes: of x or dY.
         algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
         needs: features of the machine: "half GEMM" (torch has one in this dtype) or names for :func:`library.has`.
-        most: the largest T, ρ and T·ρ that it takes.
+        most: the largest T and T·ρ that it takes.
         contiguous: the dimension of W0 that must be contiguous: "rows", the "terms" of the sum, or "" for either.
     """
 
@@ -56,7 +55,7 @@ class Route:
     dtypes: tuple[torch.dtype, ...] = tuple(KINDS)
     algorithms: tuple[str, ...] = ("auto", "merged", "split", "expanded", "dropout")
     needs: tuple[str, ...] = ()
-    most: tuple[float, float, float] = (inf, inf, inf)
+    most: tuple[float, float] = (inf, inf)
     contiguous: str = ""
 
 
@@ -64,7 +63,7 @@ _BF16, _HALF = (torch.bfloat16,), (torch.bfloat16, torch.float16)
 _SPLIT = ("auto", "split", "dropout")
 ROUTES = (
     Route(Path.FEW, algorithms=("expanded",), contiguous="terms"),
-    Route(Path.FEW, algorithms=("auto",), most=(12, 32, 64), contiguous="terms"),
+    Route(Path.FEW, algorithms=("auto",), most=(12, 64), contiguous="terms"),
     Route(Path.TILES, _BF16, _SPLIT, needs=("bf16",), contiguous="rows"),
     Route(Path.EAGER, _HALF, needs=("half GEMM",)),
     Route(Path.FLOAT),
@@ -89,7 +88,8 @@ def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transpos
         if (
             tokens.dtype in row.dtypes
             and algorithm in row.algorithms
-            and all(map(le, (len(tokens), rank, len(tokens) * rank), row.most))
+            and len(tokens) <= row.most[0]
+            and len(tokens) * rank <= row.most[1]
             and contiguous[row.contiguous]
             and all(has_gemm(tokens.dtype) if need == "half GEMM" else has(need) for need in row.needs)
         ):

@@ -145,6 +145,7 @@ def smoa_to_hira(folder: str | os.PathLike[str], out: str | os.PathLike[str]) ->
             )
     settings = {
         **{name: adapter.config[name] for name in _SHARED if name in adapter.config},
+        "r": config.r,
         "hira_dropout": config.smoa_dropout,
         "init_weights": config.init_weights,
     }

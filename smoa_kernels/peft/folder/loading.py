@@ -21,7 +21,7 @@ from ...definition.sketch import check_base
 from ..config import SMoAConfig
 from ..layer import layers_with
 from ..offload import gathered, present
-from ..snapshot import PARAMETER_PREFIX, snapshot
+from ..snapshot import PARAMETER_PREFIX, Snapshot
 
 
 def check_adapter(
@@ -79,7 +79,7 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
             config = folder / CONFIG_NAME
             if config.is_file() and read_json(config).get("peft_type") == METHOD:
                 SMoAConfig.from_pretrained(str(folder))  # checks all that needs no model
-        known, had_adapters, remove = set(_adapters(self)), self._hf_peft_config_loaded, snapshot(self)
+        known, had_adapters, before = set(_adapters(self)), self._hf_peft_config_loaded, Snapshot(self)
         try:
             found = load(self, peft_model_id, *args, **kwargs)
             for name in set(_adapters(self)) - known:
@@ -90,7 +90,7 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
                 check_adapter(self, name, state, strict_base=self.peft_config[name].strict_base)
         except BaseException:  # Ctrl-C too
             for name in set(_adapters(self)) - known:
-                remove(name)
+                before.restore(name)
                 self._hf_peft_config_loaded = had_adapters
             raise
         return found
