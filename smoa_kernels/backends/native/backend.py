@@ -68,10 +68,13 @@ ROUTES = (
     Route(Path.EAGER, _HALF, needs=("half GEMM",)),
     Route(Path.FLOAT),
 )
-"""The first row that takes a call computes it. The limits of few tokens were measured at 576² and 2048², without AMX:
-A is read again for every few rows, and W0 for every eight tokens, which in the end costs more than packing. torch
-computes half types if it has a GEMM for them and the compiled code has none: bfloat16 without AVX512-BF16, float16, and
-a merged W_eff in half precision."""
+"""The first row that takes a call computes it.
+
+Few tokens: that path reads A once for every few rows of W0, and W0 once for every eight tokens. Beyond the limits these
+repeated reads cost more than packing W0. The limits were measured at 576² and 2048², without AMX.
+
+EAGER: torch computes half types if it has a GEMM for them and the compiled code has none: bfloat16 without AVX512-BF16,
+float16, and a merged W_eff in half precision."""
 
 
 def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:

@@ -182,7 +182,7 @@ class _About(ctypes.Structure):
     _fields_ = [
         ("source", ctypes.c_char_p),
         *_integers("call_bytes mask_bytes has_threads bf16 amx"),
-        ("further", ctypes.c_int64 * 16),  # room for what a library of other sources writes
+        ("further", ctypes.c_int64 * 16),  # a library of other sources may write more fields
     ]
 
 
