@@ -1,32 +1,54 @@
 """Helpers of the tuner's tests: models with random adapters, their layers and outputs, edits of saved folders."""
 
+import copy
 import json
 from contextlib import contextmanager
 
 import torch
-from peft import get_peft_model
+from peft import HiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
+def is_gpt2(model):
+    return isinstance(model, GPT2LMHeadModel)
+
+
 def config(model=None, **settings):
-    conv1d = model is not None and model.config.model_type == "gpt2"
     defaults = {"r": 5, "num_blocks": 3, "target_modules": "all-linear", "init_weights": False}
-    return SMoAConfig(**{**defaults, "fan_in_fan_out": conv1d, **settings})
+    return SMoAConfig(**{**defaults, "fan_in_fan_out": is_gpt2(model), **settings})
+
+
+def hira_config(model=None, **settings):
+    targets = ["c_attn", "c_proj", "c_fc"] if is_gpt2(model) else ["q_proj", "v_proj", "down_proj"]
+    defaults = {"r": 4, "target_modules": targets, "init_weights": False}
+    return HiraConfig(**{**defaults, "fan_in_fan_out": is_gpt2(model), **settings})
 
 
 def adapt(model, **settings):
     return get_peft_model(model, config(model, **settings)).eval()
 
 
-def gentle(model, **settings):
-    """A configuration whose random adapters change the model's outputs a little."""
-    return config(model, **{"r": 8, "num_blocks": 2, "smoa_alpha": 0.5, **settings})
+def trained(model, config, folder):
+    """Save an adapter in which every trained parameter has changed."""
+    model = get_peft_model(model, copy.deepcopy(config))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
 def layers(model):
@@ -45,15 +67,16 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
-def nudge(model, scale=0.3):
-    """Add noise to the weights, as training would; padding stays zero."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for layer in layers(model).values():
-            for name, B in layer.smoa_B.items():
-                _, mask = padding_masks(layer.partition(name), layer.ranks(name), B.shape[1])
-                drawn = torch.randn(B.shape, generator=generator, device="cpu").to(B.device)
-                B.copy_(drawn * scale * mask)
+def anatomy(layer):
+    """The tensors of a base layer: the bytes of each, and the attributes that hold them."""
+    base = layer.get_base_layer()
+    weight = getattr(base, layer.parameter_name)
+    found = {"attributes": sorted(vars(base)), "of the weight": sorted(vars(weight)), "kind": type(weight)}
+    for name in ("data", "qdata", "scale", "SCB"):
+        value = getattr(weight, name, None)
+        if isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, nn.Parameter):
+            found[name] = value.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    return found
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 import peft
 import pytest
 import torch
-from adapted import adapt, logits, nudge
-from merge_models import smoa, trained
+from adapted import adapt, config, logits, trained
 from packaging.version import Version
 from tiny_models import tiny_gpt2, tiny_llama
 from transformers.integrations import peft as integration
@@ -35,8 +34,9 @@ def tokens():
 @pytest.fixture
 def folder(make_model, tokens, tmp_path):
     """A saved adapter with random weights, and its outputs."""
-    model = adapt(make_model())
-    nudge(model)
+    base = make_model()
+    torch.manual_seed(5)  # other factors than adapters get that are added right after the base is made
+    model = adapt(base)
     model.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         return tmp_path / "adapter", logits(model, tokens)
@@ -46,7 +46,7 @@ def folder(make_model, tokens, tmp_path):
 def folders(tmp_path):
     """The folders of a base and of an adapter that looks trained."""
     tiny_llama().save_pretrained(tmp_path / "base")
-    trained(tiny_llama(), smoa(target_modules=["q_proj", "down_proj"]), tmp_path / "adapter")
+    trained(tiny_llama(), config(target_modules=["q_proj", "down_proj"]), tmp_path / "adapter")
     return tmp_path / "base", tmp_path / "adapter"
 
 

@@ -6,12 +6,9 @@ Importing this file skips the tests if the extra of quantised bases is not insta
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.integrations.finegrained_fp8 import FP8Linear
-
-from smoa_kernels.peft import SMoAConfig
 
 bnb = pytest.importorskip("bitsandbytes", reason="the extra of quantised bases is not installed")
 torchao = pytest.importorskip("torchao.quantization", reason="the extra of quantised bases is not installed")
@@ -56,8 +53,11 @@ def float8_layer(linear, block):
     return layer
 
 
+# torchao's tile-packed 4-bit kernel needs a GPU.
+TILE_PACKED = "torchao int4 on a GPU"
 KINDS = {
     "nf4": four_bits("nf4"),
+    "nf4 in bf16": four_bits("nf4", compute=torch.bfloat16),
     "nf4, double": four_bits("nf4", double=True),
     "fp4": four_bits("fp4"),
     "int8": BitsAndBytesConfig(load_in_8bit=True),
@@ -66,22 +66,17 @@ KINDS = {
     "torchao float8": TorchAoConfig(torchao.Float8WeightOnlyConfig()),
     "torchao nvfp4": TorchAoConfig(mx_formats.NVFP4WeightOnlyConfig()),
     "fp8": float8,
+    TILE_PACKED: TorchAoConfig(
+        torchao.Int4WeightOnlyConfig(group_size=32, int4_packing_format="tile_packed_to_4d")
+    ),
 }
-SLOW = pytest.mark.slow
-# `make test` runs one kind per library.
-EACH = [pytest.param(kind, marks=[] if kind in ("nf4", "torchao int8", "fp8") else SLOW) for kind in KINDS]
 
 
-def load(folder, config, dtype=torch.float32, device="cpu"):
-    """The base in the folder `saved`, quantised."""
+def load(folder, kind, dtype=torch.float32):
+    """The base in a folder, quantised."""
+    config, device = KINDS[kind], "cuda" if kind == TILE_PACKED else "cpu"
     if callable(config):
         return config(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=config, dtype=dtype, device_map=device
     ).eval()
-
-
-def adapt(model, **settings):
-    defaults = {"r": 4, "target_modules": "all-linear", "init_weights": False, "smoa_alpha": 0.5}
-    torch.manual_seed(0)
-    return get_peft_model(model, SMoAConfig(**{**defaults, **settings}))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted import CONFIG, WEIGHTS, adapt, contents, gentle, layers, logits
+from adapted import CONFIG, WEIGHTS, adapt, config, contents, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 
@@ -121,7 +121,7 @@ def test_other_methods_files_are_written_as_before(llama, tmp_path):
 def test_transformers_own_adapter_methods(make_model, tokens, tmp_path, monkeypatch):
     """They bypass PEFT's tuner."""
     model = make_model()
-    model.add_adapter(gentle(model))
+    model.add_adapter(config(model))
     model.eval()
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path)

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from adapted import WEIGHTS, assert_refused, edit_config, edit_weights
-from merge_models import trained
+from adapted import WEIGHTS, assert_refused, edit_config, edit_weights, hira_config, trained
 from peft import HiraConfig, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from tiny_models import tiny_gpt2
@@ -22,18 +21,12 @@ def base(make_model, tmp_path):
     return tmp_path / "base"
 
 
-def targets(model):
-    conv1d = model.config.model_type == "gpt2"
-    names = ["c_attn", "c_fc"] if conv1d else ["q_proj", "down_proj"]
-    return {"target_modules": names, "fan_in_fan_out": conv1d}
-
-
 @pytest.fixture
 def hira(make_model, base, tmp_path):
     """A HiRA folder whose configuration names the base's folder, and its accelerated model."""
     model = make_model()
-    settings = {"r": 4, "hira_dropout": 0.25, "modules_to_save": ["lm_head"], **targets(model)}
-    model = trained(model, HiraConfig(**settings), tmp_path / "hira")
+    config = hira_config(model, hira_dropout=0.25, modules_to_save=["lm_head"])
+    model = trained(model, config, tmp_path / "hira")
     edit_config(tmp_path / "hira", base_model_name_or_path=str(base))
     accelerate_hira(model)
     return tmp_path / "hira", model
@@ -51,6 +44,13 @@ def test_there_and_back(hira, base, make_model, tokens, tmp_path, capsys):
     # Strict loading raises if the sketches differ from the base's.
     converted = PeftModel.from_pretrained(make_model(), tmp_path / "smoa", strict_base=True)
     assert torch.equal(converted(tokens).logits, model(tokens).logits)
+    dropped = []
+    for each in (model, converted):
+        torch.manual_seed(3)
+        dropped.append(each.train()(tokens).logits)
+        each.eval()
+    assert torch.equal(*dropped)
+    assert not torch.allclose(dropped[0], model(tokens).logits, atol=1e-2)
 
     converted.save_pretrained(tmp_path / "saved")
     assert main(["convert", str(tmp_path / "saved"), str(tmp_path / "back")]) == 0
@@ -69,7 +69,7 @@ def test_there_and_back(hira, base, make_model, tokens, tmp_path, capsys):
 def test_ranks_are_the_files(base, make_model, tmp_path):
     """PEFT 0.21.2 ignores `rank_pattern` for plain layers; other tools and releases may not."""
     model = make_model()
-    trained(model, HiraConfig(r=4, **targets(model)), tmp_path / "hira")
+    trained(model, hira_config(model), tmp_path / "hira")
 
     def narrow(state):
         name = next(key for key in state if key.endswith("hira_A"))
@@ -92,7 +92,7 @@ def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
     """PEFT corrects `fan_in_fan_out` for each layer, whatever the configuration says."""
     base, hira, smoa = (tmp_path / name for name in ("base", "hira", "smoa"))
     tiny_gpt2().save_pretrained(base)
-    trained(tiny_gpt2(), HiraConfig(r=4, target_modules=["attn.c_proj"]), hira)
+    trained(tiny_gpt2(), hira_config(target_modules=["attn.c_proj"]), hira)
     hira_to_smoa(hira, smoa, base)
     PeftModel.from_pretrained(tiny_gpt2(), smoa, strict_base=True)
 

@@ -4,21 +4,19 @@ import json
 
 import pytest
 import torch
-from adapted import CONFIG, WEIGHTS, adapt, edit_weights, layer_list, logits, nudge, unchanged
+from adapted import CONFIG, WEIGHTS, adapt, edit_weights, layer_list, logits, unchanged
 from peft import PeftModel
 from tiny_models import tiny_llama
 from torch._dynamo.testing import CompileCounter
 
 from smoa_kernels.peft import hotswap
 
-SETTINGS = {"r": 6, "num_blocks": 2}
 
-
-def saved(folder, scale=0.3, base=None, **settings):
+def saved(folder, seed=0, base=None, **settings):
     """A folder with an adapter of random weights."""
-    model = adapt(tiny_llama() if base is None else base, **{**SETTINGS, **settings})
-    nudge(model, scale)
-    model.save_pretrained(folder)
+    base = tiny_llama() if base is None else base
+    torch.manual_seed(seed)
+    adapt(base, **{"r": 6, "num_blocks": 2, "smoa_alpha": 1.8, **settings}).save_pretrained(folder)
     return folder
 
 
@@ -40,15 +38,15 @@ def operands_of(model):
 def pair(tmp_path):
     """Two adapters of one shape with different factors, scaling and dropout."""
     first = saved(tmp_path / "first")
-    return first, saved(tmp_path / "second", -0.5, smoa_alpha=9.0, smoa_dropout=0.25)
+    return first, saved(tmp_path / "second", 1, smoa_alpha=3.0, smoa_dropout=0.25)
 
 
 @pytest.mark.numerical
 @pytest.mark.parametrize("order", ["random", pytest.param("spectral", marks=pytest.mark.slow)])
 def test_a_compiled_model_gives_the_new_adapters_output_and_compiles_nothing(tmp_path, tokens, order):
     folders = [  # random blocks depend on the seed, spectral ones do not
-        saved(tmp_path / str(seed), scale, one_layer(), block_order=order, block_seed=seed, smoa_alpha=alpha)
-        for seed, (scale, alpha) in enumerate([(0.3, 6.0), (-0.5, 9.0)])
+        saved(tmp_path / str(seed), seed, one_layer(), block_order=order, block_seed=seed, smoa_alpha=alpha)
+        for seed, alpha in enumerate([1.8, 3.0])
     ]
     torch._dynamo.reset()
     counter = CompileCounter()

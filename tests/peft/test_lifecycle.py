@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapted import close, gentle, layers, logits
+from adapted import close, config, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
@@ -56,7 +56,7 @@ def test_patterns_scaling_and_layers(llama):
 @pytest.mark.numerical
 @pytest.mark.parametrize("bias", ["all", "smoa_only"])
 def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
-    model = get_peft_model(gpt2(), gentle(gpt2(), target_modules=["c_fc"], bias=bias))
+    model = get_peft_model(gpt2(), config(gpt2(), target_modules=["c_fc"], bias=bias, smoa_alpha=0.5))
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
     assert len(trained) == (
         2 if bias == "smoa_only" else len([n for n, _ in gpt2().named_parameters() if "bias" in n])
@@ -91,7 +91,7 @@ def test_over_another_tuners_layers_nothing_is_merged(llama, tokens):
     """Both tuners would write to the same weight, and PEFT unmerges in the wrong order."""
     inner = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     model = get_peft_model(llama(), inner).base_model.model
-    model = get_peft_model(model, gentle(llama(), target_modules=["q_proj"])).eval()
+    model = get_peft_model(model, config(target_modules=["q_proj"], smoa_alpha=0.5)).eval()
     expected = logits(model, tokens)
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(

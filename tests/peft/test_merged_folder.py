@@ -8,8 +8,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from adapted import assert_refused, edit_weights
-from merge_models import loaded, smoa, trained
+from adapted import assert_refused, config, edit_weights, loaded, trained
 from peft import LoraConfig, get_peft_model
 from places import ran
 from tiny_models import tiny_llama
@@ -211,7 +210,7 @@ def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
     layer = 2 * 2048 * 512
     model.save_pretrained(tmp_path / "base", max_shard_size=8 * layer)
     trained(
-        model, smoa(target_modules=["up_proj", "down_proj"], block_order="contiguous"), tmp_path / "adapter"
+        model, config(target_modules=["up_proj", "down_proj"], block_order="contiguous"), tmp_path / "adapter"
     )
     places = (tmp_path / name for name in ("base", "adapter", "out"))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:

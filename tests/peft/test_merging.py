@@ -5,8 +5,7 @@ import json
 import pytest
 import tiny_experts
 import torch
-from adapted import WEIGHTS, close, logits
-from merge_models import hira, loaded, smoa, trained
+from adapted import WEIGHTS, close, config, hira_config, loaded, logits, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2, tiny_llama
@@ -45,28 +44,28 @@ PATTERNS = {
 }
 # PEFT corrects `fan_in_fan_out` per layer; a square weight's shape does not show its layout.
 QUICK = {
-    "plain, sharded": (BF16, tiny_llama, smoa(target_modules=["o_proj", "up_proj"])),
-    "conv1d, sharded": (BF16, tiny_gpt2, smoa(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
-    "tied head, sharded": (BF16, tied_llama, smoa(modules_to_save=["lm_head"])),
-    "hira": (F32, tiny_llama, hira(modules_to_save=["norm"])),
-    "hira, sharded": (BF16, tiny_llama, hira()),
-    "hira, conv1d unsaid": (F32, tiny_gpt2, hira(target_modules=["attn.c_proj", "c_attn"])),
+    "plain, sharded": (BF16, tiny_llama, config(target_modules=["o_proj", "up_proj"])),
+    "conv1d, sharded": (BF16, tiny_gpt2, config(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "tied head, sharded": (BF16, tied_llama, config(modules_to_save=["lm_head"])),
+    "hira": (F32, tiny_llama, hira_config(modules_to_save=["norm"])),
+    "hira, sharded": (BF16, tiny_llama, hira_config()),
+    "hira, conv1d unsaid": (F32, tiny_gpt2, hira_config(target_modules=["attn.c_proj", "c_attn"])),
 }
 SLOW = {
-    "plain": (F32, tiny_llama, smoa(num_blocks=3, r=5, smoa_alpha=3.0, target_modules="all-linear")),
-    "conv1d, unsaid": (F32, tiny_gpt2, smoa(target_modules=["attn.c_proj"])),
-    "biases": (F32, biased_llama, smoa(bias="all")),
-    "own biases": (BF16, biased_llama, smoa(bias="smoa_only")),
-    "head": (BF16, tiny_llama, smoa(modules_to_save=["lm_head", "norm"])),
-    "tied": (F32, tied_llama, smoa()),
-    "tied embedding": (BF16, tied_llama, smoa(modules_to_save=["embed_tokens"])),
-    "patterns": (BF16, tiny_llama, smoa(**PATTERNS)),
-    "granules": (BF16, tiny_llama, smoa(target_modules=["o_proj", "up_proj"], granule=4)),
-    "contiguous": (BF16, tiny_llama, smoa(block_order="contiguous")),
-    "random": (BF16, tiny_llama, smoa(block_order="random", r=5, num_blocks=3, block_ranks=[3, 0, 2])),
-    "float64": (torch.float64, tiny_llama, smoa()),
-    "hira, conv1d": (BF16, tiny_gpt2, hira(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
-    "hira, said of no conv1d": (F32, tiny_llama, hira(fan_in_fan_out=True)),
+    "plain": (F32, tiny_llama, config(smoa_alpha=3.0)),
+    "conv1d, unsaid": (F32, tiny_gpt2, config(target_modules=["attn.c_proj"])),
+    "biases": (F32, biased_llama, config(bias="all")),
+    "own biases": (BF16, biased_llama, config(bias="smoa_only")),
+    "head": (BF16, tiny_llama, config(modules_to_save=["lm_head", "norm"])),
+    "tied": (F32, tied_llama, config()),
+    "tied embedding": (BF16, tied_llama, config(modules_to_save=["embed_tokens"])),
+    "patterns": (BF16, tiny_llama, config(**PATTERNS)),
+    "granules": (BF16, tiny_llama, config(target_modules=["o_proj", "up_proj"], granule=4)),
+    "contiguous": (BF16, tiny_llama, config(block_order="contiguous")),
+    "random": (BF16, tiny_llama, config(block_order="random", block_ranks=[3, 0, 2])),
+    "float64": (torch.float64, tiny_llama, config()),
+    "hira, conv1d": (BF16, tiny_gpt2, hira_config(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
+    "hira, said of no conv1d": (F32, tiny_llama, hira_config(fan_in_fan_out=True)),
 }
 
 
@@ -75,12 +74,12 @@ SLOW = {
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
 def test_merges_to_the_same_bits_as_peft(case, tmp_path):
     """Float32 factors over each dtype. Float32 weights that PEFT trains beside them are rounded to the base's dtype."""
-    dtype, make, config = (QUICK | SLOW)[case]
+    dtype, make, method = (QUICK | SLOW)[case]
     base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
     sharded = "sharded" in case
     make().to(dtype).save_pretrained(base, max_shard_size="20KB" if sharded else "5GB")
     assert (base / "model.safetensors").exists() is not sharded
-    trained(loaded(base), config, adapter)
+    trained(loaded(base), method, adapter)
     expected = PeftModel.from_pretrained(loaded(base), adapter).merge_and_unload()
     report = merge_to_folder(base, adapter, out, max_shard_size="5GB" if sharded else "20KB")
     assert (out / "model.safetensors").exists() is sharded
@@ -100,7 +99,7 @@ def test_merges_to_the_same_bits_as_peft(case, tmp_path):
 def test_a_tied_head_that_is_adapted_is_stored_of_its_own(tmp_path, tokens):
     """PEFT's own merge would change the embedding too."""
     tied_llama().save_pretrained(tmp_path / "base")
-    trained(tied_llama(), smoa(target_modules=["lm_head", "q_proj"]), tmp_path / "adapter")
+    trained(tied_llama(), config(target_modules=["lm_head", "q_proj"]), tmp_path / "adapter")
     model = PeftModel.from_pretrained(tied_llama(), tmp_path / "adapter").eval()
     report = merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert report.untied == ("lm_head.weight",)
@@ -117,7 +116,7 @@ def test_a_tied_head_that_the_base_stores_too(tmp_path):
     path = tmp_path / "base" / "model.safetensors"
     state = load_file(path)
     save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
-    trained(tied_llama(), smoa(modules_to_save=["lm_head"]), tmp_path / "adapter")
+    trained(tied_llama(), config(modules_to_save=["lm_head"]), tmp_path / "adapter")
     assert merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").untied == (
         "lm_head.weight",
     )
@@ -144,7 +143,7 @@ def test_names_that_transformers_changes(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_llava().save_pretrained(base)
     targets = r".*(language_model|self_attn).*\.(q_proj|v_proj)"
-    trained(tiny_llava(), smoa(target_modules=targets), adapter)
+    trained(tiny_llava(), config(target_modules=targets), adapter)
     expected = PeftModel.from_pretrained(tiny_llava(), adapter).merge_and_unload().state_dict()
     merge_to_folder(base, adapter, tmp_path / "out")
     assert (
@@ -198,7 +197,7 @@ def test_ties_that_cannot_be_cut_are_refused(tmp_path):
     sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4}
     model = T5ForConditionalGeneration(T5Config(**sizes))
     model.save_pretrained(tmp_path / "base")
-    trained(model, smoa(target_modules=["q"], modules_to_save=["lm_head"]), tmp_path / "adapter")
+    trained(model, config(target_modules=["q"], modules_to_save=["lm_head"]), tmp_path / "adapter")
     with pytest.raises(
         ValueError, match=r"the adapter changes lm_head.weight .* they cannot be stored apart"
     ):
@@ -217,8 +216,8 @@ def test_experts(kind, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_experts.tiny_experts(kind).bfloat16().save_pretrained(base, max_shard_size="30KB")
     fused = tiny_experts.fused(tiny_experts.tiny_experts(kind))
-    config = smoa(target_parameters=fused, target_modules=["q_proj"], block_order="contiguous")
-    trained(loaded(base), config, adapter)
+    settings = {"target_parameters": fused, "target_modules": ["q_proj"], "block_order": "contiguous"}
+    trained(loaded(base), config(**settings), adapter)
     expected = PeftModel.from_pretrained(loaded(base), adapter).merge_and_unload().state_dict()
     report = merge_to_folder(base, adapter, tmp_path / "out", max_shard_size="30KB")
     stored = {name for file in base.glob("*.safetensors") for name in load_file(file)}
