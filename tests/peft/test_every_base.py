@@ -1,5 +1,6 @@
 """Every kind of base: layers compute the definition, saved adapters load as they were, merges are undone exactly."""
 
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -7,12 +8,14 @@ import adapted
 import pytest
 import tiny_experts
 import torch
-from adapted import anatomy, close, layer_list, logits
+from adapted import CONFIG, WEIGHTS, anatomy, close, layer_list, logits
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from problems import relative_error
+from safetensors.torch import load_file
 from tiny_models import tiny_gpt2, tiny_llama
 
+from smoa_kernels.adapter_folder.format import STATE_KEYS
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout, draw_seed
 from smoa_kernels.definition.reference import delta_weight
@@ -126,6 +129,8 @@ def test_a_saved_adapter_is_loaded_bit_for_bit(kind, order, make, tokens, tmp_pa
     model = adapt(make(), kind, **settings)
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path)
+    assert {key.rsplit(".", 1)[1] for key in load_file(tmp_path / WEIGHTS)} == set(STATE_KEYS)
+    assert json.loads((tmp_path / CONFIG).read_text())["format_version"] == 2
     with monkeypatch.context() as loading:
         loading.setattr("smoa_kernels.definition.spectral_order.spectral_centroids", made_anew)
         loading.setattr(BlockRule, "of_shape", made_anew)

@@ -92,21 +92,17 @@ def lora(adapter):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
 
 
-def test_existing_files_are_not_overwritten(folders, tmp_path):
-    with pytest.raises(ValueError, match="out must be a new or an empty folder"):
-        merge_to_folder(*folders, folders[0])
-    assert dict(merged_weights(*folders))  # the base is undamaged
-    (tmp_path / "empty").mkdir()
-    merge_to_folder(*folders, tmp_path / "empty")
-    assert loaded(tmp_path / "empty")
+def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("at", [0, 7, 21])
-def test_interrupted(at, exists, folders, tmp_path):
-    """At the first tensor, in between, or after the last: no file remains, not even a hidden folder."""
+@pytest.mark.parametrize("at", [0, 7, 21, None])
+def test_a_merge_that_fails(at, exists, folders, tmp_path, monkeypatch):
+    """Before the first tensor, in between, after the last, or in a write: no file remains, not even a hidden folder."""
+    out = tmp_path / "out"
     if exists:
-        (tmp_path / "out").mkdir()
+        out.mkdir()
     before = sorted(tmp_path.rglob("*"))
 
     def interrupt(done, total):
@@ -114,8 +110,12 @@ def test_interrupted(at, exists, folders, tmp_path):
         if done == at:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        merge_to_folder(*folders, tmp_path / "out", max_shard_size="10KB", progress=interrupt)
+    failure = pytest.raises(KeyboardInterrupt)
+    if at is None:
+        monkeypatch.setattr("smoa_kernels.adapter_folder.merged_folder.save_file", full)
+        failure = pytest.raises(OSError, match=f"cannot save to {out}, which is as it was: .*No space left")
+    with failure:
+        merge_to_folder(*folders, out, max_shard_size="10KB", progress=interrupt)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -139,21 +139,6 @@ def test_killed(folders, tmp_path):
     assert not (left / "config.json").exists()
     merge_to_folder(*folders, out)
     assert loaded(out)
-
-
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_failed_write_names_the_place(exists, folders, tmp_path, monkeypatch):
-    if exists:
-        (tmp_path / "out").mkdir()
-    names = ["adapter", "base", *["out"] * exists]
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("smoa_kernels.adapter_folder.merged_folder.save_file", full)
-    with pytest.raises(OSError, match=r"cannot save to .*out, which is as it was: .*No space left"):
-        merge_to_folder(*folders, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
 def test_a_folder_that_another_process_fills_meanwhile_is_left_alone(folders, tmp_path):
@@ -221,16 +206,20 @@ def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
     assert grown * 1e9 < 8 * layer + 10 * layer + 48 * 2**20
 
 
-def test_places_that_cannot_be_renamed_to_are_refused_before_the_work(folders, tmp_path, monkeypatch):
-    empty = tmp_path / "empty"
+def test_the_places_of_a_merge(folders, tmp_path, monkeypatch):
+    """A new or empty folder, also behind a link, that can be renamed to; others are refused before the work."""
+    empty, other = tmp_path / "empty", tmp_path / "other"
     empty.mkdir()
+    other.mkdir()
     (tmp_path / "link").symlink_to(empty)
     merge_to_folder(*folders, tmp_path / "link")
-    assert (empty / "config.json").exists()
-    other = tmp_path / "other"
-    other.mkdir()
+    assert loaded(empty)
     monkeypatch.chdir(other)
-    for refused in (".", other):
+    for place in (".", other):
         with pytest.raises(ValueError, match="mount point or the working folder"):
-            merge_to_folder(*folders, refused)
+            merge_to_folder(*folders, place)
     assert not list(other.iterdir())
+    for place in (folders[0], empty):
+        with pytest.raises(ValueError, match="out must be a new or an empty folder"):
+            merge_to_folder(*folders, place)
+    assert dict(merged_weights(*folders))  # the base is undamaged

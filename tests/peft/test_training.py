@@ -150,6 +150,9 @@ def test_moving_and_casting_the_model(tokens):
         empty.load_state_dict(state)
         empty.base_model.model.model.rotary_emb = rotary  # a state dict does not hold its buffers
         assert torch.equal(empty(tokens).logits, expected)
+    key = next(key for key in state if "smoa_blocks" in key)
+    with pytest.raises(ValueError, match=f"{key.split('.smoa')[0]}: smoa_blocks"):
+        source.load_state_dict({**state, key: state[key] ^ 1})
 
 
 @pytest.mark.numerical

@@ -1,16 +1,12 @@
 """Common PEFT calls on tiny Llama (nn.Linear) and GPT-2 (Conv1D) models."""
 
-import json
-
 import pytest
 import torch
-from adapted import WEIGHTS, adapt, layers, logits
+from adapted import adapt, layers, logits
 from peft import get_peft_model
-from safetensors.torch import load_file
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.adapter_folder.format import blocks_layout, pack_blocks, unpack_blocks
-from smoa_kernels.definition.sketch import sketch_weight
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.base_weight import BaseWeight
 
@@ -22,20 +18,6 @@ def test_layers_keep_their_settings_when_the_configuration_changes(llama):
 
 
 # Saving and loading
-
-
-def test_file_holds_factors_and_blocks(folder, make_model):
-    path, _ = folder
-    state = load_file(path / WEIGHTS)
-    assert {key.rsplit(".", 1)[1] for key in state} == {"smoa_A", "smoa_B", "smoa_blocks"}
-    assert json.loads((path / "adapter_config.json").read_text())["format_version"] == 2
-    for name, layer in layers(adapt(make_model())).items():
-        partition, ranks, sketch = unpack_blocks(
-            state[f"{name}.smoa_blocks"], layer.out_features, layer.in_features
-        )
-        assert partition == layer.partition("default")
-        assert ranks.tolist() == [2, 2, 1]
-        torch.testing.assert_close(sketch, sketch_weight(layer.base_weight()), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 8, 256, 300])
@@ -78,16 +60,3 @@ def test_safe_merge_refuses_a_broken_adapter_before_it_writes(llama, monkeypatch
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight)
-
-
-@pytest.mark.numerical
-def test_state_dict_of_the_whole_model(make_model, tokens):
-    source, target = adapt(make_model()), adapt(make_model(seed=1))
-    logits(target, tokens)  # its index tensors exist before the other labels arrive
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(logits(target, tokens), logits(source, tokens))
-    state = source.state_dict()
-    key = next(key for key in state if "smoa_blocks" in key)
-    state[key] = state[key] ^ 1
-    with pytest.raises(ValueError, match=f"{key.split('.smoa')[0]}: smoa_blocks"):
-        target.load_state_dict(state)

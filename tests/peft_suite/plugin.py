@@ -80,7 +80,7 @@ EXPERTS = [
         {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["mlp.experts.down_proj"]},
     )
 ]
-# These tests expect LoRA's error messages; tests/peft/test_experts_refused.py tests ours.
+# These tests expect LoRA's error messages; tests/peft/test_refused.py tests ours.
 IN_LORAS_WORDS = ("mixed_adapter_batches", "weighted_combination")
 # PEFT's helpers import these for tests of other methods and of image models.
 STAND_INS = {"datasets": "load_dataset", "diffusers": "StableDiffusionPipeline"}
@@ -159,7 +159,7 @@ def pytest_collection_modifyitems(config, items):
         of_loras = "test_target_parameters" in item.nodeid and "LoraConfig" in item.function.__code__.co_names
         (kept if SMoAConfig in [*parameters.values()] or of_loras else dropped).append(item)
         if of_loras:
-            ours = "tests/peft/test_expert_adapters.py and test_experts_refused.py"
+            ours = "tests/peft/test_expert_adapters.py and test_refused.py"
             item.add_marker(pytest.mark.skip(reason=f"it makes a LoraConfig; ours are in {ours}"))
     config.hook.pytest_deselected(items=dropped)
     items[:] = kept
