@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,9 +44,10 @@ class Feedforward(nn.Module):
 def build(
     kind: str, dtype: torch.dtype, *, dropout: float = 0.0, spectral: bool = True, depth: int = 1
 ) -> nn.Module:
-    """`depth` blocks with adapters ("fused" or "peft") whose B is not zero. The same `kind` gives the same numbers.
+    """`depth` blocks with adapters whose B is not zero. The same `kind` gives the same numbers.
 
-    Unless `spectral`, blocks are contiguous, so that one process's rows or columns belong to only some of the blocks.
+    "two" is PEFT's with two active adapters of different blocks. Unless `spectral`, blocks are contiguous, so that one
+    process's rows or columns belong to only some of the blocks.
     """
     torch.manual_seed(0)
     model = nn.Sequential(*(Feedforward(torch.float64) for _ in range(depth)))
@@ -59,6 +61,9 @@ def build(
     else:
         config = SMoAConfig(**settings, smoa_dropout=dropout, target_modules=["up", "down"])
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
+        if kind == "two":
+            model.add_adapter("other", replace(config, r=4, num_blocks=2))
+            model.base_model.set_adapter(["default", "other"])
     for name, parameter in model.named_parameters():
         if "smoa_B" in name:
             nn.init.normal_(parameter, std=0.3)
