@@ -114,22 +114,6 @@ def chat(question: str, *answers: str) -> list[dict[str, str]]:
     return [message for turn in turns for message in turn]
 
 
-def recorded(trainer: Any) -> tuple[list[dict[str, Any]], list[float]]:
-    """Two lists that fill with the inputs and the loss of each step."""
-    batches: list[dict[str, Any]] = []
-    losses: list[float] = []
-    inner = trainer.compute_loss
-
-    def compute_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        batches.append({key: copy.copy(value) for key, value in inputs.items()})
-        loss = inner(model, inputs, *args, **kwargs)
-        losses.append(loss.item())
-        return loss
-
-    trainer.compute_loss = compute_loss
-    return batches, losses
-
-
 def trained(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -171,9 +155,20 @@ def plain_loop(model: nn.Module, batches: list[dict[str, Any]], loss_of: Any) ->
 def assert_trains_as(
     plain: nn.Module, trainer: Any, loss_of: Any, rel: float
 ) -> tuple[list[dict[str, Any]], list[float]]:
-    """Train; each loss is that of the plain loop. Returns the inputs and the loss of each step."""
-    batches, losses = recorded(trainer)
+    """Train; each loss is that of the plain loop, and the base is unchanged. Returns each step's inputs and loss."""
+    batches: list[dict[str, Any]] = []
+    losses: list[float] = []
+    before, inner = base_state(trainer.model), trainer.compute_loss
+
+    def compute_loss(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        batches.append({key: copy.copy(value) for key, value in inputs.items()})
+        loss = inner(model, inputs, *args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    trainer.compute_loss = compute_loss
     trainer.train()
+    assert_base_is(trainer.model, before)
     assert losses == pytest.approx(plain_loop(plain, batches, loss_of), rel=rel)
     return batches, losses
 
