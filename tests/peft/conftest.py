@@ -52,9 +52,12 @@ def folders(tmp_path):
 
 @pytest.fixture(scope="session")
 def quantizable(tmp_path_factory):
-    """A folder of a base whose layers every library can quantise."""
+    """A folder of a base whose layers every library can quantise. Those of the MLP have biases."""
     folder = tmp_path_factory.mktemp("base")
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
+    model = tiny_llama(hidden_size=64, intermediate_size=128, mlp_bias=True)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.mlp.up_proj.bias)
+    model.save_pretrained(folder)
     return folder
 
 

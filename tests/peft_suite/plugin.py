@@ -26,33 +26,29 @@ MODULES = (
     "test_target_parameters",
 )
 
+MLP = [
+    {"target_modules": "lin0"},
+    {"target_modules": ["lin0"]},
+    {"target_modules": ["lin1"]},
+    {"target_modules": ["lin0", "lin1"]},
+    {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
+    {"target_modules": ["lin0"], "smoa_dropout": 0.1},
+    {"target_modules": ["lin0"], "smoa_alpha": 4},
+    {"target_modules": ["lin0"], "num_blocks": 1},
+    {"target_modules": ["lin0"], "num_blocks": 4, "r": 6},
+    {"target_modules": ["lin0"], "num_blocks": 3, "r": 6, "block_ranks": [4, 0, 2]},
+    {"use_rslora": True, "rank_pattern": {"lin1": 4}, "num_blocks_pattern": {"lin0": 5}},
+]
+MLP[-1]["target_modules"] = ["lin0", "lin1"]
 CUSTOM_MODELS = [
-    ("Vanilla MLP 1 SMoA", "MLP", {"target_modules": "lin0"}),
-    ("Vanilla MLP 2 SMoA", "MLP", {"target_modules": ["lin0"]}),
-    ("Vanilla MLP 3 SMoA", "MLP", {"target_modules": ["lin1"]}),
-    ("Vanilla MLP 4 SMoA", "MLP", {"target_modules": ["lin0", "lin1"]}),
-    ("Vanilla MLP 5 SMoA", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
-    ("Vanilla MLP 6 SMoA", "MLP", {"target_modules": ["lin0"], "smoa_dropout": 0.1}),
-    ("Vanilla MLP 7 SMoA", "MLP", {"target_modules": ["lin0"], "smoa_alpha": 4}),
-    ("Vanilla MLP 8 SMoA", "MLP", {"target_modules": ["lin0"], "num_blocks": 1}),
-    ("Vanilla MLP 9 SMoA", "MLP", {"target_modules": ["lin0"], "num_blocks": 4, "r": 6}),
-    (
-        "Vanilla MLP 10 SMoA",
-        "MLP",
-        {"target_modules": ["lin0"], "num_blocks": 3, "r": 6, "block_ranks": [4, 0, 2]},
-    ),
-    (
-        "Vanilla MLP 11 SMoA",
-        "MLP",
-        {
-            "target_modules": ["lin0", "lin1"],
-            "use_rslora": True,
-            "rank_pattern": {"lin1": 4},
-            "num_blocks_pattern": {"lin0": 5},
-        },
-    ),
+    *((f"Vanilla MLP {i} SMoA", "MLP", SMoAConfig, settings) for i, settings in enumerate(MLP, 1)),
     # EmbConv1D's Conv1D has a single output, so it can have only one block.
-    ("Embedding + transformers Conv1D 1 SMoA", "EmbConv1D", {"target_modules": ["conv1d"], "num_blocks": 1}),
+    (
+        "Embedding + transformers Conv1D 1 SMoA",
+        "EmbConv1D",
+        SMoAConfig,
+        {"target_modules": ["conv1d"], "num_blocks": 1},
+    ),
 ]
 
 ACTIVE_ADAPTERS = [
@@ -122,7 +118,7 @@ def pytest_generate_tests(metafunc):
         if hasattr(holder, "HiraConfig"):
             holder.HiraConfig = SMoAConfig
     if name == "test_custom_models":
-        module.TEST_CASES[:] = [(case, model, SMoAConfig, kwargs) for case, model, kwargs in CUSTOM_MODELS]
+        module.TEST_CASES[:] = CUSTOM_MODELS
         module.ALL_PEFT_CONFIG_CLASSES[:] = [SMoAConfig]
         random = {"init_weights": False}
         module.MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES[:] = [
