@@ -10,6 +10,8 @@ from adapted import CONFIG, WEIGHTS, adapt, config, contents, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 
+from smoa_kernels import BlockPartition
+from smoa_kernels.adapter_folder.format import blocks_layout, pack_blocks, unpack_blocks
 from smoa_kernels.adapter_folder.writing import replacing
 from smoa_kernels.peft import SMoAConfig
 
@@ -146,6 +148,20 @@ def test_a_pickle_is_neither_written_nor_read(make_model, folder):
             model.save_pretrained(place, safe_serialization=False)
     assert contents(folder) == before
     assert not (folder.parent / "new").exists()
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 8, 256, 300])
+def test_packed_blocks_round_trip(num_blocks):
+    labels = torch.arange(640).remainder(num_blocks)[torch.randperm(640)]
+    partition = BlockPartition.from_labels(labels[:317], labels[317:], num_blocks)
+    ranks, sketch = torch.arange(num_blocks, dtype=torch.int32), torch.randn(33).half().float()
+    packed = pack_blocks(partition, ranks, sketch)
+    bits = (num_blocks - 1).bit_length()
+    assert len(packed) == blocks_layout(317, 323, num_blocks).itemsize == 8 + 4 * num_blocks + 66 + 80 * bits
+    found = unpack_blocks(packed, 317, 323)
+    assert found.partition == partition
+    assert torch.equal(found.ranks, ranks)
+    assert torch.equal(found.sketch, sketch)
 
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from adapted import close, config, layers, logits
+from adapted import adapt, close, config, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from smoa_kernels import BlockPartition
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft.base_weight import BaseWeight
 
 # Configuration by layer
 
@@ -69,7 +71,38 @@ def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
     assert torch.equal(logits(loaded, tokens), logits(model.eval(), tokens))
 
 
+def test_layers_keep_their_settings_when_the_configuration_changes(llama):
+    model = adapt(llama(), smoa_dropout=0.5)
+    model.peft_config["default"].smoa_dropout = 0.0
+    assert {layer.settings["default"].smoa_dropout for layer in layers(model).values()} == {0.5}
+
+
+@pytest.mark.numerical
+def test_configuration_without_weights_starts_a_new_adapter(folder, make_model, tokens):
+    path, _ = folder
+    new = SMoAConfig.from_pretrained(path)
+    new.inference_mode = False
+    model = get_peft_model(make_model(), new).train()
+    logits(model, tokens).sum().backward()
+    for layer in layers(model).values():
+        assert layer.partition("default") == BlockPartition.from_weight(layer.base_weight(), 3)
+        assert layer.smoa_A["default"].grad is not None
+
+
 # Operations of other libraries
+
+
+@pytest.mark.numerical
+def test_safe_merge_refuses_a_broken_adapter_before_it_writes(llama, monkeypatch):
+    model = adapt(llama())
+    layer = next(iter(layers(model).values()))
+    weight = layer.base_layer.weight.clone()
+    with torch.no_grad():
+        layer.smoa_B["default"].fill_(torch.nan)
+    monkeypatch.delattr(BaseWeight, "_write")
+    with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, weight)
 
 
 @pytest.mark.numerical
