@@ -5,10 +5,11 @@ import json
 from contextlib import contextmanager
 
 import torch
+import transformers
 from peft import HiraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
 
@@ -48,7 +49,8 @@ def trained(model, config, folder):
 
 
 def loaded(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    return getattr(transformers, architecture).from_pretrained(folder, dtype="auto").eval()
 
 
 def layers(model):
