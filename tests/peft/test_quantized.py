@@ -5,6 +5,7 @@ import torch
 from adapted import adapt, anatomy, layer_list
 from peft import PeftModel
 from peft.utils.quantization_utils import Bnb8bitBackend
+from problems import relative_error
 from quantized_bases import float8_layer, load
 from test_faults import FailingAt, count
 from torch import nn
@@ -59,6 +60,15 @@ def test_a_backward_after_inference_checkpointing_or_a_merge_uses_the_base_weigh
     for name, gradient in expected.items():
         torch.testing.assert_close(recomputed[name], gradient)
         torch.testing.assert_close(over_merged[name], gradient)
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("nf4", 0, 1e-5), ("torchao int8", 1e-4, 2e-2)])
+def test_autocast_chooses_the_dtype_of_a_layer_without_a_compute_dtype(quantizable, kind, least, most):
+    layer = layer_list(adapt(load(quantizable, kind)))[0]
+    x = torch.randn(5, layer.in_features)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert least <= relative_error(layer(x), expected) <= most
 
 
 def test_second_derivatives_are_refused(nf4):

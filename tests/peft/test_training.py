@@ -141,6 +141,12 @@ def test_moving_and_casting_the_model(tokens):
         assert layer.smoa_blocks["default"].dtype == torch.uint8
         assert layer.ranks("default").dtype == torch.int32
         assert layer.smoa_A["default"].dtype == torch.bfloat16
+        layer._apply(torch.clone)  # as a move to another device does
+        blocks = layer.smoa_blocks["default"]
+        assert layer._prepared["default"].packed is blocks  # already: the next forward may be compiled
+        layer.smoa_blocks["default"] = blocks.clone()  # as PEFT moves an adapter
+        assert layer.ranks("default") is layer._prepared["default"].ranks
+        assert layer._prepared["default"].packed is not blocks
     assert (half(tokens).logits.float() - expected).norm() < 0.05 * expected.norm()
     source = adapt(tiny_llama(), init_weights=False, smoa_alpha=0.5).eval()
     state, expected = source.state_dict(), source(tokens).logits
