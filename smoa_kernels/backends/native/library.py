@@ -173,7 +173,7 @@ class Call(ctypes.Structure):
 class _Draw(ctypes.Structure):
     """`mask_call` of `calls.c`."""
 
-    _fields_ = [*_integers("tokens cols first numbers seed least_kept"), *_pointers("line keep")]
+    _fields_ = [*_integers("tokens cols first threads seed threshold"), *_pointers("keep")]
 
 
 class _About(ctypes.Structure):
@@ -261,15 +261,13 @@ class Mask(NamedTuple):
 
 
 def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
-    """The mask of x, which has the rows of `tokens`: the same numbers as :func:`drawn_words` draws, but faster."""
+    """The mask of x, which has the rows of `tokens`: `Dropout.multiplier`'s, but drawn faster."""
     shape = tokens.shape[0], -(-columns // 16)
     # Compiled code reads two words at once, so one more must follow the last.
     kept = tokens.new_empty(shape[0] * shape[1] + 1, dtype=torch.int16)[:-1].view(shape)
-    per_token = dropout.words_per_token(columns)
-    line = tokens.new_empty(4 * per_token + 16, dtype=torch.int16)
     draw = _Draw(
-        tokens.shape[0], columns, dropout.column_offset, per_token, int(dropout.seed), dropout.least_kept,
-        line.data_ptr(), kept.data_ptr(),
+        tokens.shape[0], columns, dropout.column_offset, torch.get_num_threads(), int(dropout.seed),
+        dropout.threshold, kept.data_ptr(),
     )  # fmt: skip
     library().smoa_mask(ctypes.byref(draw))
     return Mask(kept, dropout.scale)
