@@ -146,13 +146,15 @@ i64 smoa_mask(mask_call *m) {
     return 0;
 }
 
-/* Facts about this library that Python checks. */
+/* Facts about this library that Python checks. Of what the processor has, it sets `has_bf16` and `has_amx` before; what the compiler did not
+ * know becomes 0. */
 typedef struct {
     const char *source; /* digest of the sources that it was compiled from */
     i64 call_bytes, mask_bytes, has_threads, has_bf16, has_amx;
 } about;
 
 i64 smoa_about(about *a) {
-    *a = (about){SOURCE, sizeof(call), sizeof(mask_call), GOMP_parallel != NULL, has_bf16(), has_amx()};
+    has_amx = HAS_TILES && a->has_amx;
+    *a = (about){SOURCE, sizeof(call), sizeof(mask_call), GOMP_parallel != NULL, HAS_TILES && a->has_bf16, has_amx};
     return 0;
 }
