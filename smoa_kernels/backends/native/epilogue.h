@@ -37,20 +37,20 @@ INLINE void make_H(float *G, const void *W0, int dtype, float scale, i64 width) 
     for (; c < round_up(width, PANEL); c += LANES) store(G + c, (vf){0});
 }
 
-/* dB (rank, rows) += H Aᵀ for GROUP rows and up to `ranks` of the `rank` ranks that are left, DOTS sums at a time. */
-INLINE void add_dB(int ranks, i64 rank, const float *H, i64 columns, const float *A, i64 A_stride, float *dB, i64 dB_stride) {
-    const int rows = DOTS / ranks;
+/* dB (rank, rows) += H Aᵀ for GROUP rows and up to RANKS of the `rank` ranks that are left, DOTS sums at a time. */
+INLINE void add_dB(i64 rank, const float *H, i64 columns, const float *A, i64 A_stride, float *dB, i64 dB_stride) {
+    const int rows = DOTS / RANKS;
     for (i64 top = 0; top < GROUP; top += rows, H += rows * columns) {
         vf sum[DOTS] = {{0}};
         for (i64 c = 0; c < columns; c += LANES) {
             vf a[RANKS];
 #pragma GCC unroll 4
-            for (int r = 0; r < ranks; r++) a[r] = load(A + least(r, rank - 1) * A_stride + c);
+            for (int r = 0; r < RANKS; r++) a[r] = load(A + least(r, rank - 1) * A_stride + c);
 #pragma GCC unroll 16
-            for (int n = 0; n < DOTS; n++) sum[n] += a[n % ranks] * load(H + n / ranks * columns + c);
+            for (int n = 0; n < DOTS; n++) sum[n] += a[n % RANKS] * load(H + n / RANKS * columns + c);
         }
         for (int n = 0; n < DOTS; n++)
-            if (n % ranks < rank) dB[n % ranks * dB_stride + top + n / ranks] += total(sum[n]);
+            if (n % RANKS < rank) dB[n % RANKS * dB_stride + top + n / RANKS] += total(sum[n]);
     }
 }
 
@@ -79,11 +79,7 @@ INLINE void add_dA(i64 rank, const float *H, i64 columns, const float *B, i64 B_
 static __attribute__((noinline)) void contract(i64 rank, const float *H, i64 columns, const float *A, i64 A_stride, const float *B,
                                                i64 B_stride, float *dA, i64 dA_stride, float *dB, i64 dB_stride) {
     for (i64 t = 0; t < rank; t += RANKS) {
-        const float *a = A + t * A_stride;
-        if (rank - t > 2)
-            add_dB(4, rank - t, H, columns, a, A_stride, dB + t * dB_stride, dB_stride);
-        else
-            add_dB(2, rank - t, H, columns, a, A_stride, dB + t * dB_stride, dB_stride);
+        add_dB(rank - t, H, columns, A + t * A_stride, A_stride, dB + t * dB_stride, dB_stride);
         add_dA(rank - t, H, columns, B + t * B_stride, B_stride, dA + t * dA_stride, dA_stride);
     }
 }

@@ -116,12 +116,9 @@ TARGET_BF16 static void use_tiles(void) {
     _tile_loadconfig(&sizes);
 }
 
-/* Before tiles are loaded: GCC does not know that a tile load reads memory, and might move earlier stores behind it. */
-#define WRITTEN __asm__ volatile("" ::: "memory")
-
-/* Clears the four tiles of C, (PANEL, PANEL). */
+/* Clears the four tiles of C, (PANEL, PANEL). GCC does not know that a tile load reads memory, and might move earlier stores behind it. */
 TARGET_BF16 static inline void zero_sums(void) {
-    WRITTEN;
+    __asm__ volatile("" ::: "memory");
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -202,10 +199,6 @@ TARGET_BF16 static inline void add_split_products(const half *left, const half *
     add_products(1);
     load_right(right);
     add_products(1);
-}
-
-static inline __mmask16 first_lanes(i64 count) {
-    return count < SIDE ? (__mmask16)((1 << greatest(0, count)) - 1) : (__mmask16)~0;
 }
 
 /* sums = Σ left rightᵀ over `count` pairs of panels, of which `rows` and `columns` exist. */

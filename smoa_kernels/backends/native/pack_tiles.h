@@ -106,8 +106,7 @@ static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth,
                 const float *from = row[i] + p;
                 __builtin_prefetch(from + AHEAD);
                 __builtin_prefetch(from + AHEAD + SIDE);
-                write_pairs(SPLIT3, (vf)_mm512_maskz_loadu_ps(first_lanes(depth - p), from),
-                            (vf)_mm512_maskz_loadu_ps(first_lanes(depth - p - SIDE), from + SIDE), to + i * TERMS);
+                write_pairs(SPLIT3, widen(from, 0, depth - p, FLOAT32), widen(from, SIDE, depth - p - SIDE, FLOAT32), to + i * TERMS);
             }
     }
 }
