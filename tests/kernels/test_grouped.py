@@ -13,8 +13,9 @@ from expert_problems import ExpertsProblem, make_problem, on
 from kernel_cases import Guarded, far_apart
 from torch import Tensor
 
+from smoa_kernels.backends import experts_masked
 from smoa_kernels.backends.triton import experts_backward, experts_forward
-from smoa_kernels.definition.experts import ExpertBlocks
+from smoa_kernels.definition.experts import ExpertBlocks, reference_experts_linear
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.common import OLD_TRITON, tiles_of_segments
 from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR
@@ -147,6 +148,15 @@ def test_offsets_beyond_int32() -> None:
     far = replace(p, adapter=replace(p.adapter, weight=apart))
     for ours, near in zip(results(far), results(p), strict=True):
         assert torch.equal(ours, near)
+
+
+def test_masked_experts_sum_beyond_the_range_of_float16() -> None:
+    e = make_problem(pairs=(30, 0, 40, 7)).to(torch.float16, torch.float32)
+    e = replace(e, x=e.x * 300, dy=e.dy * 300)
+    _, *found = experts_masked.experts_backward(e.dy, e.x, e.ends, e.adapter, needs_x=False)
+    _, _, *exact = e.to(torch.float64).run(reference_experts_linear)
+    for gradient, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
 
 
 def test_tiles_of_segments() -> None:
