@@ -25,15 +25,12 @@ from compiled import (
 )
 from places import ran
 from problems import HALF, LAYOUTS
-from torch import Tensor
 
-from smoa_kernels import BlockPartition
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.backends.native import backend, library
 from smoa_kernels.backends.native.backend import Path
-from smoa_kernels.backends.native.library import KINDS, Algorithm, Call, Mask
+from smoa_kernels.backends.native.library import KINDS
 from smoa_kernels.definition.dropout import Dropout
-from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.precision import has_gemm
 
 SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
@@ -140,63 +137,6 @@ def test_torch_is_asked_whether_it_has_a_gemm(
     assert has_gemm.__wrapped__(dtype) == supported
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     assert not has_gemm.__wrapped__(dtype)
-
-
-@needs_library
-@each_dtype
-@each_form
-@pytest.mark.parametrize("tokens", [4, 50])
-def test_contiguous_blocks_equal_indexed_ones(tokens: int, form: str, dtype: torch.dtype) -> None:
-    """The same bits: contiguous blocks are read in place; without the flag they are read by index."""
-    p = on_cpu(dtype, tokens=tokens, out_features=301, in_features=457, block_order="contiguous")
-    *sizes, granularity, contiguous = p.partition.sizes()
-    assert contiguous
-    indexed = BlockPartition.from_tensors(p.partition.tensors(), [*sizes, granularity, 0])
-    for layout in (p, replace(p, weight=p.weight.T.contiguous().T)):
-        if backend.route(layout.x, layout.weight, len(layout.A), form) == Path.EAGER:
-            continue
-        runs = (replace(layout, partition=one).run(**FORMS[form].options) for one in (p.partition, indexed))
-        assert all(map(torch.equal, *runs))
-
-
-@needs_library
-@pytest.mark.parametrize("granule", [8, 16, 3])
-@pytest.mark.parametrize("masked", [False, True])
-@each_dtype
-def test_granules_equal_scattered_coordinates(granule: int, masked: bool, dtype: torch.dtype) -> None:
-    """The same bits when the coordinates of each block are spread out in order, so that no two are adjacent."""
-    p = on_cpu(dtype, tokens=50, out_features=202, in_features=413, block_order="random", granule=granule)
-    old = p.partition
-    generator = torch.Generator().manual_seed(1)
-    row_block, col_block = (
-        labels[torch.randperm(len(labels), generator=generator)] for labels in old.tensors()[:2]
-    )
-    new = BlockPartition.from_labels(row_block, col_block, old.num_blocks)
-    rows, cols = (  # the old place of each row and column
-        torch.empty_like(after).scatter_(0, after, before)
-        for before, after in ((old.row_index, new.row_index), (old.col_index, new.col_index))
-    )
-    adapter, scattered = (
-        PackedAdapter(W, A, B, partition, p.ranks, scaling_tensor(p.scaling, CPU))
-        for W, A, B, partition in (
-            (p.weight, p.A, p.B, old),
-            (p.weight[rows][:, cols], p.A[:, cols], p.B[rows], new),
-        )
-    )
-    kept = torch.rand(p.x.shape, generator=generator) < 0.7
-
-    def results(x: Tensor, dy: Tensor, adapter: PackedAdapter, kept: Tensor) -> tuple[Tensor, ...]:
-        padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % 16)).unflatten(1, (-1, 16))
-        words = (padded.int() << torch.arange(16)).sum(2).to(torch.int16)
-        call = Call.of(adapter, Mask(words, 1.5) if masked else None).plan(Path.FLOAT, Algorithm.UPDATE)
-        y, dA, dB = torch.zeros_like(dy), torch.empty_like(adapter.A), torch.empty_like(adapter.B)
-        call.run("smoa_forward", x=x, y=y)
-        call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
-        return y, dA, dB
-
-    y, dA, dB = results(p.x, p.dy, adapter, kept)
-    found = results(p.x[:, cols], p.dy[:, rows], scattered, kept[:, cols])
-    assert all(map(torch.equal, (y[:, rows], dA[:, cols], dB[rows]), found))
 
 
 AMX, AVX512_BF16, AVX512, AVX2 = {"amx", "bf16", "avx512"}, {"bf16", "avx512"}, {"avx512"}, set[str]()
