@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -334,6 +334,12 @@ def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
     return None
 
 
+def if_it_runs(backend: str, *marks: pytest.MarkDecorator) -> object:
+    """A test's parameter, skipped with the reason where the backend does not run."""
+    reason = obstacle(backend)
+    return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
+
+
 def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
     """A backend's mask in float64: 1 for an element of x that it keeps. The kernels show theirs by gathering ones."""
     ones = torch.ones_like(problem.x, dtype=torch.float32)
@@ -376,20 +382,24 @@ def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     return norm if norm != norm else max(norm, element)
 
 
+def shares(found: Sequence[Tensor], same: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
+    """The share of its error budget that each result of a run uses, by its name."""
+    for ours, theirs, exact in zip(found, same, truth, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, exact.shape)
+    return dict(zip(NAMES, map(error_over_budget, found, same, truth), strict=False))
+
+
 SHARES: dict[str, dict[str, float]] = {}
 """The largest share of its error budget that each result has used, by backend, algorithm and dtype (`make trust`)."""
 
 
 def assert_within_budget(found: tuple[Tensor, ...], case: Case, p: LinearProblem) -> None:
     """Asserts that every error of a run is at most twice the definition's error in that dtype."""
-    truth, same, shares = case.definition(p.to(torch.float64)), case.definition(p), {}
-    for name, ours, theirs, exact in zip(NAMES[: len(found)], found, same, truth, strict=True):
-        assert (ours.dtype, ours.shape) == (theirs.dtype, exact.shape), name
-        shares[name] = error_over_budget(ours, theirs, exact)
+    used = shares(found, case.definition(p), case.definition(p.to(torch.float64)))
     worst = SHARES.setdefault(str(replace(case, order="spectral")), {})
-    for name, share in shares.items():
+    for name, share in used.items():
         worst[name] = max(share, worst.get(name, 0.0), key=lambda s: (s != s, s))  # NaN counts as the largest
-    assert all(share <= 1 for share in shares.values()), shares
+    assert all(share <= 1 for share in used.values()), used
 
 
 def small_update(case: Case, tokens: int, bias: bool, in_features: int = 16) -> LinearProblem:
