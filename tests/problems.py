@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
@@ -18,7 +17,6 @@ from smoa_kernels.definition import reference
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks, scaling_tensor
-from smoa_kernels.kernels.spec import block_width
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where numerical tests compute; the kernels run on the CPU under Triton's interpreter (conftest.py)."""
@@ -130,20 +128,9 @@ class LinearProblem:
         """y, dX, dA and dB, with a bias also dbias. `autocast` is a dtype; it is on in the forward only."""
         return self._run(smoa_linear, **options)
 
-    def run_reference(self, *, mask: Tensor | None = None, **options: object) -> tuple[Tensor, ...]:
-        """The same results by the definition in the problem's own dtype, gradients by autograd.
-
-        `mask` replaces `dropout`: the adapter's input is multiplied by it.
-        """
-
-        def masked(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Any, scaling: float) -> Tensor:
-            delta = reference.delta_weight(packed(weight, *factors, scaling=scaling))
-            return F.linear(x, weight, bias) + F.linear(x * mask, delta)
-
-        if mask is None:
-            return self._run(reference_linear, **options)
-        mask = mask.to(self.x.dtype)
-        return self._run(masked, **options)
+    def run_reference(self, *, dropout: Dropout | None = None) -> tuple[Tensor, ...]:
+        """The same results by the definition in the problem's own dtype, gradients by autograd."""
+        return self._run(reference_linear, dropout=dropout)
 
     def _run(
         self, function: Callable[..., Tensor], *, autocast: torch.dtype | None = None, **options: object
@@ -217,9 +204,7 @@ class Case:
 
     def definition(self, p: LinearProblem) -> tuple[Tensor, ...]:
         """The definition's results for a problem, in the problem's dtype, with the case's mask."""
-        dropout = self.dropout
-        mask = None if dropout is None else kept(self.backend, p, dropout) * dropout.scale
-        return p.run_reference(mask=mask)
+        return p.run_reference(dropout=self.dropout)
 
 
 def cases(backend: str) -> Iterator[Case]:
@@ -338,19 +323,6 @@ def if_it_runs(backend: str, *marks: pytest.MarkDecorator) -> object:
     """A test's parameter, skipped with the reason where the backend does not run."""
     reason = obstacle(backend)
     return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
-
-
-def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
-    """A backend's mask in float64: 1 for an element of x that it keeps. The kernels show theirs by gathering ones."""
-    ones = torch.ones_like(problem.x, dtype=torch.float32)
-    if backend != "triton":
-        return (dropout.multiplier(ones) != 0).double()
-    from smoa_kernels.kernels.permute import gather_columns, scatter_columns  # needs triton
-
-    blocks = problem.partition
-    gathered = gather_columns(ones, blocks, block_width(blocks.col_sizes), dropout=dropout)
-    mask = scatter_columns(gathered, blocks, torch.empty_like(ones))
-    return (mask != 0).double()
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -15,15 +15,13 @@ import pytest
 import torch
 from expert_problems import make_problem as make_experts
 from places import ran
-from problems import DEVICE, Case, assert_within_budget, kept
+from problems import DEVICE, Case, assert_within_budget
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from smoa_kernels.backends import eager, experts, verified
-from smoa_kernels.backends.kernels_dropout import KernelsDropout
-from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import _listener as listener
@@ -142,19 +140,11 @@ def test_right_kernels_are_compared_once(
     ],
 )
 def test_a_broken_kernel_is_refused(
-    kernel: str,
-    algorithm: str,
-    spoil: Spoil,
-    words: str,
-    broken: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    kernel: str, algorithm: str, spoil: Spoil, words: str, broken: Any
 ) -> None:
     """All results are right, also if other kernels of the pass still run, and with dropout."""
     case = replace(SPLIT, algorithm=algorithm)
     p = case.problem(**SIZES)
-    if case.dropout is not None:
-        mask = kept("triton", p, case.dropout)
-        monkeypatch.setattr("problems.kept", lambda *_: mask)
     launched = broken(kernel, spoil)
     found, told = warned(lambda: p.run(**case.options))
     assert_within_budget(found, case, p)
@@ -368,16 +358,6 @@ def test_merging_and_experts(cache: Path, broken: Any) -> None:
     found, told = warned(lambda: e.operator("triton"))
     assert len(told) == 2  # y, and then dX
     e.assert_within_budget(found)
-
-
-@pytest.mark.parametrize("panels", [(70,), (3, 8, 59)])
-def test_torch_draws_the_kernels_mask(panels: tuple[int, ...]) -> None:
-    p, seed = SPLIT.problem(**SIZES), torch.tensor(2**62 + 2**33 + 5)
-    dropout = Dropout(seed, 0.3, column_offset=11)
-    fill = KernelsDropout(seed, 0.3, column_offset=11).stream(80)
-    mask = torch.cat([fill(torch.empty(tokens, 80)) for tokens in panels])
-    assert torch.equal(mask != 0, kept("triton", p, dropout) != 0)
-    assert mask.unique().tolist() == [0, pytest.approx(dropout.scale)]
 
 
 def test_info_lists_the_verdicts(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
