@@ -1,8 +1,6 @@
-"""Shared by the tests of compiled CPU code: problems, shapes, and checks with several threads."""
+"""Shared by the tests of compiled CPU code: problems, and a check with several threads."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -32,23 +30,6 @@ each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[
 
 def on_cpu(dtype: torch.dtype = torch.float32, **options: object) -> LinearProblem:
     return make_problem(dtype=dtype, **options).on(CPU)  # type: ignore[arg-type]
-
-
-def each_shape(shapes: Sequence[tuple[int, int, int, tuple[int, ...]]]) -> pytest.MarkDecorator:
-    """One test for each shape (tokens, out_features, in_features, ranks), passed as `sizes` for `make_problem`."""
-    sizes = [
-        {"tokens": tokens, "out_features": rows, "in_features": cols, "ranks": ranks}
-        for tokens, rows, cols, ranks in shapes
-    ]
-    return pytest.mark.parametrize("sizes", sizes, ids=["x".join(map(str, one[:3])) for one in shapes])
-
-
-def assert_right(case: Case, p: LinearProblem, threads: int) -> None:
-    """Results on `threads` threads are within their budgets, and a second run gives the same bits."""
-    with on_threads(threads):
-        found = p.run(**case.options)
-        assert_within_budget(found, case, p)
-        assert all(map(torch.equal, found, p.run(**case.options)))
 
 
 def assert_threads_agree(case: Case, p: LinearProblem) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear, smoa_linear
@@ -129,20 +128,9 @@ class LinearProblem:
         """y, dX, dA and dB, with a bias also dbias. `autocast` is a dtype; it is on in the forward only."""
         return self._run(smoa_linear, **options)
 
-    def run_reference(self, *, mask: Tensor | None = None, **options: object) -> tuple[Tensor, ...]:
-        """The same results by the definition in the problem's own dtype, gradients by autograd.
-
-        `mask` replaces `dropout`: the adapter's input is multiplied by it.
-        """
-
-        def masked(x: Tensor, weight: Tensor, bias: Tensor | None, *factors: Any, scaling: float) -> Tensor:
-            delta = reference.delta_weight(packed(weight, *factors, scaling=scaling))
-            return F.linear(x, weight, bias) + F.linear(x * mask, delta)
-
-        if mask is None:
-            return self._run(reference_linear, **options)
-        mask = mask.to(self.x.dtype)
-        return self._run(masked, **options)
+    def run_reference(self, *, dropout: Dropout | None = None) -> tuple[Tensor, ...]:
+        """The same results by the definition in the problem's own dtype, gradients by autograd."""
+        return self._run(reference_linear, dropout=dropout)
 
     def _run(
         self, function: Callable[..., Tensor], *, autocast: torch.dtype | None = None, **options: object
@@ -216,9 +204,7 @@ class Case:
 
     def definition(self, p: LinearProblem) -> tuple[Tensor, ...]:
         """The definition's results for a problem, in the problem's dtype, with the case's mask."""
-        dropout = self.dropout
-        mask = None if dropout is None else dropout.multiplier(p.x.double())
-        return p.run_reference(mask=mask)
+        return p.run_reference(dropout=self.dropout)
 
 
 def cases(backend: str) -> Iterator[Case]:
@@ -333,6 +319,12 @@ def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
     return None
 
 
+def if_it_runs(backend: str, *marks: pytest.MarkDecorator) -> object:
+    """A test's parameter, skipped with the reason where the backend does not run."""
+    reason = obstacle(backend)
+    return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
+
+
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """`‖value - truth‖ / ‖truth‖`; 0 if both are empty or zero."""
     value, truth = value.detach().double(), truth.detach().double()
@@ -362,20 +354,24 @@ def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     return norm if norm != norm else max(norm, element)
 
 
+def shares(found: Sequence[Tensor], same: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
+    """The share of its error budget that each result of a run uses, by its name."""
+    for ours, theirs, exact in zip(found, same, truth, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, exact.shape)
+    return dict(zip(NAMES, map(error_over_budget, found, same, truth), strict=False))
+
+
 SHARES: dict[str, dict[str, float]] = {}
 """The largest share of its error budget that each result has used, by backend, algorithm and dtype (`make trust`)."""
 
 
 def assert_within_budget(found: tuple[Tensor, ...], case: Case, p: LinearProblem) -> None:
     """Asserts that every error of a run is at most twice the definition's error in that dtype."""
-    truth, same, shares = case.definition(p.to(torch.float64)), case.definition(p), {}
-    for name, ours, theirs, exact in zip(NAMES[: len(found)], found, same, truth, strict=True):
-        assert (ours.dtype, ours.shape) == (theirs.dtype, exact.shape), name
-        shares[name] = error_over_budget(ours, theirs, exact)
+    used = shares(found, case.definition(p), case.definition(p.to(torch.float64)))
     worst = SHARES.setdefault(str(replace(case, order="spectral")), {})
-    for name, share in shares.items():
+    for name, share in used.items():
         worst[name] = max(share, worst.get(name, 0.0), key=lambda s: (s != s, s))  # NaN counts as the largest
-    assert all(share <= 1 for share in shares.values()), shares
+    assert all(share <= 1 for share in used.values()), used
 
 
 def small_update(case: Case, tokens: int, bias: bool, in_features: int = 16) -> LinearProblem:

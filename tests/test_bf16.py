@@ -1,6 +1,6 @@
-"""bfloat16 by AMX or AVX512-BF16: shapes around its tiles, threads, and calls that torch computes.
+"""bfloat16 by AMX or AVX512-BF16: its workspace, its rounding, and calls that torch computes.
 
-The promises of all backends are tested in tests/test_contract.py.
+The promises of all backends are tested in tests/test_contract.py, shapes around its tiles in tests/test_native.py.
 """
 
 import ctypes
@@ -8,12 +8,11 @@ import mmap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import compiled
 import pytest
 import torch
-from compiled import assert_threads_agree, each_shape, needs_bf16
+from compiled import needs_bf16
 from places import ran
 from problems import Case, assert_within_budget, relative_error
 
@@ -28,41 +27,6 @@ on_cpu = partial(compiled.on_cpu, BF16)
 
 CPUINFO = Path("/proc/cpuinfo")
 SYSTEM_HAS_AMX = CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text()
-
-
-@needs_bf16
-@each_shape(
-    [
-        (1, 1, 1, (1,)),
-        (16, 32, 32, (2,)),  # exactly one tile
-        (33, 31, 29, (2, 1)),  # one token more; smaller than every other tile
-        (40, 97, 401, (3, 0, 2)),  # a block without a rank, prime sizes
-        (70, 32, 320, (17,) * 8),  # two tiles of ranks, widely spaced columns
-        (64, 5, 7, (1,) * 5),  # blocks of one row
-        (20, 600, 330, (16, 8)),  # several groups of rows and of columns
-        (300, 40, 2100, (5, 2)),
-        (2051, 48, 80, (3, 2)),  # more tokens than one copy holds
-        (80, 640, 320, (16, 8)),  # rows of W0 and dY multiplied in place, in several groups
-        (8, 96, 64, (3, 2)),  # the same with few tokens
-        (1040, 64, 64, (2, 2)),  # the same with more tokens than one copy holds
-    ],
-)
-@pytest.mark.parametrize("order", ["spectral", "contiguous"])
-@each_form
-def test_every_shape(
-    sizes: dict[str, Any], order: str, form: str, poisoned_memory: None, only_compiled: None
-) -> None:
-    assert_threads_agree(FORMS[form], on_cpu(**sizes, block_order=order))
-
-
-@needs_bf16
-@pytest.mark.parametrize("tokens", [3, 70])
-@each_form
-def test_it_writes_nothing_outside(tokens: int, form: str, guarded_memory: None, only_compiled: None) -> None:
-    p = on_cpu(tokens=tokens, out_features=61, in_features=147, ranks=(3, 0, 18))
-    p.run(**FORMS[form].options)
-    # Most of this workspace is for the factors.
-    on_cpu(tokens=tokens, out_features=8, in_features=8, ranks=(300,)).run(**FORMS[form].options)
 
 
 @needs_bf16

@@ -180,20 +180,16 @@ def stored(p: LinearProblem, layout: str) -> LinearProblem:
     return p
 
 
+def of_any_strides(backend: str) -> list[Case]:
+    """Eager copies granules as wider elements only if the strides allow it."""
+    found = in_orders(some(backend, torch.bfloat16), *list(ORDERS)[1:6]) if backend == "eager" else []
+    return [*widest(backend), *found]
+
+
 @each_layout
-@each_slowly
+@each(of_any_strides, slow=interpreted)
 def test_any_strides(case: Case, layout: str) -> None:
     p = stored(case.problem(random_labels=True), layout)
-    assert_within_budget(p.run(**case.options), case, p)
-
-
-@each_layout
-@each(
-    lambda backend: in_orders(some(backend, torch.bfloat16), *list(ORDERS)[1:6]) if backend == "eager" else []
-)
-def test_any_strides_of_other_orders(case: Case, layout: str) -> None:
-    """Granules are copied as wider elements only if the strides allow it."""
-    p = stored(case.problem(), layout)
     assert_within_budget(p.run(**case.options), case, p)
 
 

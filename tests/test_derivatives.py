@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import obstacle
+from problems import if_it_runs, obstacle
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -21,10 +21,7 @@ from smoa_kernels.definition.reference import delta_weight
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Tensor], Tensor]
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(obstacle(name) is not None, reason=str(obstacle(name))))
-    for name in ("eager", "native", "reference")
-]
+BACKENDS = [*map(if_it_runs, ("eager", "native", "reference"))]
 
 
 def make_layer(backend: str = "eager", seed: int = 0, **settings: Any) -> FusedSMoALinear:

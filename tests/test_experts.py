@@ -6,11 +6,12 @@ import random
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from expert_problems import make_blocks, make_problem
-from problems import DTYPES, obstacle
+from expert_problems import RULES, make_blocks, make_problem
+from problems import DTYPES, HALF, if_it_runs, obstacle
 from torch import Tensor
 from torch_calls import Largest, on_threads, saved_tensors
 
@@ -20,10 +21,8 @@ from smoa_kernels.definition.precision import KERNEL_DTYPES
 from smoa_kernels.experts import experts_linear
 
 BACKENDS = [
-    pytest.param(
-        name, marks=[pytest.mark.skipif(obstacle(name) is not None, reason=str(obstacle(name))), *marks]
-    )
-    for name, marks in (("eager", []), ("native", []), ("triton", [pytest.mark.slow, pytest.mark.long]))
+    *map(if_it_runs, ("eager", "native")),
+    if_it_runs("triton", pytest.mark.slow, pytest.mark.long),
 ]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 numerical = pytest.mark.numerical
@@ -37,14 +36,27 @@ CASES = [
 ]
 
 
+GRANULES: dict[str, Any] = {"pairs": (5, 0, 18), "rows": 48, "cols": 88}
+
+
 @numerical
 @pytest.mark.parametrize(("backend", "dtype"), CASES)
-@pytest.mark.parametrize("blocks", ["contiguous", "shared", "own", "empty", "rule"])
+@pytest.mark.parametrize("blocks", ["contiguous", "shared", "own", "empty", *RULES])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_results_are_within_their_budget(
     backend: str, dtype: torch.dtype, blocks: str, transposed: bool
 ) -> None:
-    p = make_problem(blocks=blocks, transposed=transposed, dtype=dtype)
+    sizes = GRANULES if "granules" in blocks else {}
+    p = make_problem(blocks=blocks, transposed=transposed, dtype=dtype, **sizes)
+    p.assert_within_budget(p.operator(backend))
+
+
+@numerical
+@each_backend
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("blocks", ["contiguous granules", "own"])
+def test_float32_factors_over_a_half_weight(backend: str, dtype: torch.dtype, blocks: str) -> None:
+    p = make_problem(blocks=blocks, **GRANULES).to(dtype, torch.float32)
     p.assert_within_budget(p.operator(backend))
 
 
@@ -59,14 +71,21 @@ def test_pairs_that_no_expert_counts_are_refused(backend: str) -> None:
             experts_linear(x, ends, p.adapter, backend)
 
 
-SHAPES: list[dict[str, object]] = [
+SHAPES: list[dict[str, Any]] = [
     {"pairs": (1,), "ranks": (2,), "rows": 1, "cols": 1},
     {"pairs": (0, 0, 1), "ranks": (2, 2), "rows": 16, "cols": 24},  # one token, routed to one expert
     {"pairs": (40, 0, 130), "ranks": (1, 3), "rows": 300, "cols": 290},  # several panels
     {"pairs": (5, 9), "ranks": (4,), "rows": 64, "cols": 31},  # K = 1
     {"pairs": (20, 20), "ranks": (2, 2, 2, 2), "rows": 40, "cols": 40},
+    # One pair more than full tiles.
+    {**GRANULES, "pairs": (33, 0, 65, 1), "ranks": (20, 12), "blocks": "contiguous granules"},
+    *(  # no rank, and more ranks than a kernel handles at once
+        {**GRANULES, "ranks": ranks, "blocks": blocks}
+        for ranks in [(0, 0), (0, 5), (1, 40), (65, 33)]
+        for blocks in ["contiguous granules", "own"]
+    ),
 ]
-FEW: list[dict[str, object]] = [
+FEW: list[dict[str, Any]] = [
     {"pairs": pairs, "blocks": blocks, "ranks": ranks, "rows": 70, "cols": 90}
     for pairs in [(1, 2, 0, 3), (5, 8, 9, 0)]
     for blocks in ["contiguous", "own", "empty"]
@@ -79,10 +98,10 @@ FEW: list[dict[str, object]] = [
 @pytest.mark.parametrize("sizes", SHAPES + FEW, ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_results_of_every_shape(
-    backend: str, sizes: dict[str, object], threads: int, poisoned_memory: None
+    backend: str, sizes: dict[str, Any], threads: int, poisoned_memory: None
 ) -> None:
     """The gradient of an expert without pairs is exactly zero."""
-    p = make_problem(dtype=torch.float32, **sizes)  # type: ignore[arg-type]
+    p = make_problem(dtype=torch.float32, **sizes)
     with on_threads(threads):
         found = p.operator(backend)
     p.assert_within_budget(found)

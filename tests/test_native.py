@@ -4,105 +4,125 @@ The promises that it shares with other backends are tested in tests/test_contrac
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from compiled import (
     CPU,
     FORMS,
-    assert_right,
     assert_threads_agree,
     each_dtype,
     each_form,
     each_half,
-    each_shape,
+    needs_amx,
     needs_bf16,
     needs_library,
     on_cpu,
 )
 from places import ran
-from problems import HALF, LAYOUTS, NAMES
-from torch import Tensor
+from problems import HALF, LAYOUTS
 
-from smoa_kernels import BlockPartition
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.backends.native import backend, library
 from smoa_kernels.backends.native.backend import Path
-from smoa_kernels.backends.native.library import KINDS, Algorithm, Call, Mask
+from smoa_kernels.backends.native.library import KINDS
 from smoa_kernels.definition.dropout import Dropout
-from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.precision import has_gemm
 
-
-@needs_library
-@each_shape(
-    [
+SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
+    "any code": (
         (1, 1, 1, (1,)),
+        (0, 8, 8, (2,)),
         (13, 31, 29, (2, 1)),  # smaller than every tile
-        (14, 32, 8, (2,)),  # exactly one tile of AVX-512
-        (6, 16, 16, (3, 3)),  # exactly one tile of AVX2
         *((tokens, 23, 41, (3, 0, 2)) for tokens in range(2, 10)),  # few tokens, and one too many
         (1, 37, 41, (4, 9)),  # one block with W_eff in memory and one without
-        (2, 23, 41, (1, 2)),
+        (70, 61, 147, (3, 0, 18)),
+        (40, 8, 8, (300,)),  # a workspace mostly for the factors
+        (64, 5, 7, (1,) * 5),  # blocks of one row
+    ),
+    "float": (
+        (14, 32, 8, (2,)),  # exactly one tile of AVX-512
+        (6, 16, 16, (3, 3)),  # exactly one tile of AVX2
         (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
         (37, 2111, 23, (1, 2)),  # two panels of rows
         (23, 19, 2111, (4, 4)),
+        (5, 7, 900, (4, 4)),  # pieces of AVX-512
         (900, 600, 16, (2,)),  # two slabs of G, three panels of tokens
         (5, 40, 40, (17,)),
-        (64, 5, 7, (1,) * 5),  # blocks of one row
         (2100, 40, 400, (5, 2)),  # two left panels, two of terms, blocks gathered in pieces
         (30, 300, 290, (3, 0, 4)),  # three right panels
         (300, 30, 790, (2, 1)),  # two bands of tokens, two panels of terms in a block
         (12, 60, 377, (17, 0, 2)),  # few tokens, for which MKL's sums are short
-    ],
-)
+    ),
+    "parts": (
+        (96, 128, 128, (2,)),  # exactly one tile
+        (97, 131, 127, (3, 0, 2)),  # prime sizes, blocks below a tile
+        (130, 7, 33, (1,)),
+        (300, 300, 790, (17, 2)),  # several right panels, three of terms; G needs only one of terms
+        (1200, 530, 40, (2,)),  # four panels of terms of G; two slabs are summed
+        (2100, 40, 70, (4, 1)),  # two left panels
+    ),
+    "tiles": (
+        (16, 32, 32, (2,)),  # exactly one tile
+        (33, 31, 29, (2, 1)),  # one token more; smaller than every other tile
+        (40, 97, 401, (3, 0, 2)),  # a block without a rank, prime sizes
+        (70, 32, 320, (17,) * 8),  # two tiles of ranks, widely spaced columns
+        (20, 600, 330, (16, 8)),  # several groups of rows and of columns
+        (300, 40, 2100, (5, 2)),
+        (2051, 48, 80, (3, 2)),  # more tokens than one copy holds
+        (80, 640, 320, (16, 8)),  # rows of W0 and dY multiplied in place, in several groups
+        (8, 96, 64, (3, 2)),  # the same with few tokens
+        (1040, 64, 64, (2, 2)),  # the same with more tokens than one copy holds
+    ),
+}
+"""Tokens, rows, columns and ranks: around the tiles and panels of float32's code, AMX's for it, and bfloat16's."""
+CODES = {
+    "float": (needs_library, FORMS),
+    "parts": (needs_amx, ("merged", "split", "dropout")),
+    "tiles": (needs_bf16, ("split", "dropout")),
+}
+
+
+def of_every_code() -> Iterator[object]:
+    for code, (needed, forms) in CODES.items():
+        for form, shape in product(forms, SHAPES["any code"] + SHAPES[code]):
+            name = f"{code}-{form}-{'x'.join(map(str, shape[:3]))}"
+            yield pytest.param(code, form, shape, id=name, marks=needed)
+
+
+@pytest.mark.parametrize(("code", "form", "shape"), list(of_every_code()))
 @pytest.mark.parametrize(
-    "threads", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (2, 3, 8))]
+    ("order", "layout"),
+    [("spectral", "contiguous"), ("contiguous", "column-major"), ("spectral", "padded rows")],
 )
-@each_form
 def test_every_shape(
-    sizes: dict[str, Any], threads: int, form: str, in_float32: None, guarded_memory: None
-) -> None:
-    assert_right(FORMS[form], on_cpu(**sizes), threads)
-
-
-@needs_library
-@each_shape(
-    [
-        (1, 1, 1, (1,)),
-        (0, 8, 8, (2,)),
-        (13, 31, 29, (2, 1)),  # smaller than every tile
-        (3, 23, 41, (3, 0, 2)),  # few tokens
-        (30, 300, 290, (3, 0, 4)),  # three right panels
-        (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
-        (900, 600, 16, (2,)),  # two slabs of G, three panels of tokens
-        (5, 7, 900, (4, 4)),  # pieces of AVX-512
-    ],
-)
-@pytest.mark.parametrize("layout", ["contiguous", "column-major", "padded rows"])
-@pytest.mark.parametrize("order", ["spectral", "contiguous"])
-@each_half
-@each_form
-def test_halves_equal_float32_rounded_once(
-    sizes: dict[str, Any],
-    layout: str,
-    order: str,
-    dtype: torch.dtype,
+    code: str,
     form: str,
-    in_float32: None,
+    shape: tuple[int, int, int, tuple[int, ...]],
+    order: str,
+    layout: str,
     only_compiled: None,
     guarded_memory: None,
+    request: pytest.FixtureRequest,
 ) -> None:
-    """The same bits: if torch has no GEMM of a half type, operands are widened while they are packed."""
-    p = on_cpu(dtype, **sizes, block_order=order).stored(LAYOUTS[layout])
-    expected = p.to(torch.float32).run(**FORMS[form].options)
-    found = p.run(**replace(FORMS[form], dtype=dtype).options)
-    for name, ours, theirs in zip(NAMES[:4], found, expected, strict=False):
-        assert torch.equal(ours, theirs.to(dtype)), name
+    """If torch has no GEMM of a half type, operands are widened while they are packed: float32's bits, rounded once."""
+    sizes = dict(zip(("tokens", "out_features", "in_features", "ranks"), shape, strict=True))
+    p, case = on_cpu(**sizes, block_order=order).stored(LAYOUTS[layout]), FORMS[form]
+    if code == "tiles":  # they take rows of W0
+        p, case = p.to(torch.bfloat16), replace(case, dtype=torch.bfloat16)
+        p = replace(p, weight=p.weight.contiguous())
+    if code == "float":
+        request.getfixturevalue("in_float32")
+    assert_threads_agree(case, p)
+    for dtype in HALF if code == "float" else ():
+        rounded = p.to(dtype)
+        exact = rounded.to(torch.float32).run(**case.options)
+        for ours, theirs in zip(rounded.run(**case.options)[:4], exact, strict=False):
+            assert torch.equal(ours, theirs.to(dtype))
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -117,63 +137,6 @@ def test_torch_is_asked_whether_it_has_a_gemm(
     assert has_gemm.__wrapped__(dtype) == supported
     monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
     assert not has_gemm.__wrapped__(dtype)
-
-
-@needs_library
-@each_dtype
-@each_form
-@pytest.mark.parametrize("tokens", [4, 50])
-def test_contiguous_blocks_equal_indexed_ones(tokens: int, form: str, dtype: torch.dtype) -> None:
-    """The same bits: contiguous blocks are read in place; without the flag they are read by index."""
-    p = on_cpu(dtype, tokens=tokens, out_features=301, in_features=457, block_order="contiguous")
-    *sizes, granularity, contiguous = p.partition.sizes()
-    assert contiguous
-    indexed = BlockPartition.from_tensors(p.partition.tensors(), [*sizes, granularity, 0])
-    for layout in (p, replace(p, weight=p.weight.T.contiguous().T)):
-        if backend.route(layout.x, layout.weight, len(layout.A), form) == Path.EAGER:
-            continue
-        runs = (replace(layout, partition=one).run(**FORMS[form].options) for one in (p.partition, indexed))
-        assert all(map(torch.equal, *runs))
-
-
-@needs_library
-@pytest.mark.parametrize("granule", [8, 16, 3])
-@pytest.mark.parametrize("masked", [False, True])
-@each_dtype
-def test_granules_equal_scattered_coordinates(granule: int, masked: bool, dtype: torch.dtype) -> None:
-    """The same bits when the coordinates of each block are spread out in order, so that no two are adjacent."""
-    p = on_cpu(dtype, tokens=50, out_features=202, in_features=413, block_order="random", granule=granule)
-    old = p.partition
-    generator = torch.Generator().manual_seed(1)
-    row_block, col_block = (
-        labels[torch.randperm(len(labels), generator=generator)] for labels in old.tensors()[:2]
-    )
-    new = BlockPartition.from_labels(row_block, col_block, old.num_blocks)
-    rows, cols = (  # the old place of each row and column
-        torch.empty_like(after).scatter_(0, after, before)
-        for before, after in ((old.row_index, new.row_index), (old.col_index, new.col_index))
-    )
-    adapter, scattered = (
-        PackedAdapter(W, A, B, partition, p.ranks, scaling_tensor(p.scaling, CPU))
-        for W, A, B, partition in (
-            (p.weight, p.A, p.B, old),
-            (p.weight[rows][:, cols], p.A[:, cols], p.B[rows], new),
-        )
-    )
-    kept = torch.rand(p.x.shape, generator=generator) < 0.7
-
-    def results(x: Tensor, dy: Tensor, adapter: PackedAdapter, kept: Tensor) -> tuple[Tensor, ...]:
-        padded = torch.nn.functional.pad(kept, (0, -kept.shape[1] % 16)).unflatten(1, (-1, 16))
-        words = (padded.int() << torch.arange(16)).sum(2).to(torch.int16)
-        call = Call.of(adapter, Mask(words, 1.5) if masked else None).plan(Path.FLOAT, Algorithm.UPDATE)
-        y, dA, dB = torch.zeros_like(dy), torch.empty_like(adapter.A), torch.empty_like(adapter.B)
-        call.run("smoa_forward", x=x, y=y)
-        call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
-        return y, dA, dB
-
-    y, dA, dB = results(p.x, p.dy, adapter, kept)
-    found = results(p.x[:, cols], p.dy[:, rows], scattered, kept[:, cols])
-    assert all(map(torch.equal, (y[:, rows], dA[:, cols], dB[rows]), found))
 
 
 AMX, AVX512_BF16, AVX512, AVX2 = {"amx", "bf16", "avx512"}, {"bf16", "avx512"}, {"avx512"}, set[str]()
@@ -243,7 +206,9 @@ def run_again(files: Sequence[str], names: str, **limit: str) -> None:
 @pytest.mark.long
 def test_the_same_on_older_processors() -> None:
     names = "(native or every_shape or threads or mask or dropped)"
-    names += " and not older and not without_amx and not broken"  # these skip some
+    names += (
+        " and not older and not without_amx and not broken and not tiles and not parts"  # these skip some
+    )
     run_again(("native", "native_operands", "contract"), names, ATEN_CPU_CAPABILITY="avx2")
 
 
@@ -251,15 +216,8 @@ def test_the_same_on_older_processors() -> None:
 @needs_bf16
 def test_the_same_without_amx() -> None:
     """As on processors with AVX512-BF16 but without AMX: AMD's Zen 4 and 5."""
-    names = "test_every_shape or one_thread or factors or outside or behind or as_large or alone"
+    names = "(test_every_shape and not parts) or factors or behind or as_large or alone"
     run_again(("native", "bf16"), names, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
-
-
-@needs_library
-@each_form
-def test_one_thread_and_three_give_the_same_output(form: str) -> None:
-    p = on_cpu(tokens=100, out_features=90, in_features=500, random_labels=True)
-    assert_threads_agree(FORMS[form], p)
 
 
 @needs_library

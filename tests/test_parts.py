@@ -1,44 +1,16 @@
-"""float32 by AMX, each number in three bfloat16 parts: shapes around its tiles, accuracy, NaN and infinity.
+"""float32 by AMX, each number in three bfloat16 parts: accuracy, NaN and infinity.
 
-The promises of all backends are tested in tests/test_contract.py, mostly with too few tokens for this code.
+Shapes around its tiles are tested in tests/test_native.py.
 """
-
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from compiled import CPU, assert_threads_agree, each_shape, needs_amx, on_cpu
-from problems import Case
+from compiled import CPU, needs_amx
 from torch import Tensor
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends.native import backend
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
-
-FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "split", "dropout")}
-each_form = pytest.mark.parametrize("form", FORMS)
-
-
-@needs_amx
-@each_shape(
-    [
-        (96, 128, 128, (2,)),  # exactly one tile
-        (97, 131, 127, (3, 0, 2)),  # prime sizes, blocks below a tile
-        (130, 7, 33, (1,)),
-        (300, 300, 790, (17, 2)),  # several right panels, three of terms; G needs only one of terms
-        (1200, 530, 40, (2,)),  # four panels of terms of G; two slabs are summed
-        (2100, 40, 70, (4, 1)),  # two left panels
-    ],
-)
-@pytest.mark.parametrize("order", ["spectral", "contiguous"])
-@each_form
-def test_every_shape(sizes: dict[str, Any], order: str, form: str, guarded_memory: None) -> None:
-    p = on_cpu(**sizes, block_order=order)
-    if order == "contiguous":  # W0 column-major; x and dY are views
-        x, dy = (torch.nn.functional.pad(one, (3, 2))[:, 3:-2] for one in (p.x, p.dy))
-        p = replace(p, x=x, dy=dy, weight=p.weight.T.contiguous().T)
-    assert_threads_agree(FORMS[form], p)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ import os
 
 import pytest
 import torch
-from problems import DEVICE, make_problem, reference_linear
+from problems import DEVICE, if_it_runs, make_problem, reference_linear
 from torch import Tensor
 
 from smoa_kernels import smoa_linear
-from smoa_kernels.backends import triton_obstacle
 
 pytestmark = [pytest.mark.numerical, pytest.mark.slow]
 
@@ -76,12 +75,9 @@ def reference(steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("algorithm", ["auto", pytest.param("split", marks=pytest.mark.long)])
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", map(if_it_runs, ("eager", "triton")))
 def test_training_drifts_no_further_than_the_reference(backend: str, algorithm: str) -> None:
     """For so few tokens "auto" chooses expanded or fused; split is the choice for longer batches."""
-    obstacle = triton_obstacle(DEVICE, torch.bfloat16)
-    if backend == "triton" and obstacle is not None:
-        pytest.skip(obstacle)
     steps = steps_of(backend)
     truth, same = reference(steps, torch.float64), reference(steps, torch.bfloat16)
     ours = train(smoa_linear, steps, torch.bfloat16, backend=backend, algorithm=algorithm)

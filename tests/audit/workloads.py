@@ -13,6 +13,7 @@ from torch import Tensor
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.reference import delta_weight as defined_delta
 from smoa_kernels.definition.reference import factor_gradients
 from smoa_kernels.definition.reference import forward as reference_forward
@@ -26,16 +27,33 @@ from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import Config, partial_width
 from smoa_kernels.kernels.sum_partials import sum_partials
 from smoa_kernels.kernels.table import answered
-from smoa_kernels.tuning.passes import Operands
+from smoa_kernels.tuning import passes
 from smoa_kernels.tuning.plan import multiplied_in
 
 Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
 """Two functions: one launches and returns the results, the other computes them by the definition."""
 
 
+class Operands(passes.Operands):
+    """Operands of a key's sizes; tests/kernels stores those of a problem with other strides."""
+
+    bias: Tensor | None = None
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """Where an operand lies that another kernel has made."""
+        return tensor
+
+    def blocked(self, x: Tensor, partition: BlockPartition, width: int, *, in_place: bool) -> Tensor:
+        """Activations in the order of blocks, or as they are where a kernel reads them in place."""
+        return x if in_place else self.place(gather_columns(x, partition, width))
+
+
 @contextmanager
-def configured(kernel: str, config: Config, precision: str = "fp32") -> Iterator[None]:
-    """While active, launch a kernel (under any of its names) with these parameters, and multiply in a precision."""
+def configured(kernel: str, config: Config | None, precision: str = "fp32") -> Iterator[None]:
+    """While active, launch a kernel (under any of its names) with these parameters, and multiply in a precision.
+
+    Without parameters the tables and the heuristic choose.
+    """
     family = kernel.removesuffix("_gathered")
     of_family = answered(lambda key: config if key.kernel.removesuffix("_gathered") == family else None)
     with multiplied_in(precision), of_family:
@@ -52,9 +70,10 @@ def delta_weight(adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
     return defined_delta(in_dtype(adapter, dtype))
 
 
-def forward(x: Tensor, adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
+def forward(x: Tensor, bias: Tensor | None, adapter: PackedAdapter, dtype: torch.dtype) -> Tensor:
     """y (T, N) by the definition, computed in `dtype`."""
-    return reference_forward(x.to(dtype), None, in_dtype(adapter, dtype), "auto", None)
+    bias = None if bias is None else bias.to(dtype)
+    return reference_forward(x.to(dtype), bias, in_dtype(adapter, dtype), "auto", None)
 
 
 def _modulated_weight(operands: Operands) -> Work:
@@ -111,12 +130,12 @@ def _block_matmul(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     x = operands.tensor(key.tokens, key.in_features)
     in_place = key.granule > 1 and not key.dropout
-    xg = x if in_place else gather_columns(x, adapter.partition, key.padded_in)
+    xg = operands.blocked(x, adapter.partition, key.padded_in, in_place=in_place)
     y = operands.tensor(key.tokens, key.out_features)
     if key.transposed:
-        delta = modulated_blocks(adapter.T, (key.padded_in, key.padded_out)).mT
+        delta = operands.place(modulated_blocks(adapter.T, (key.padded_in, key.padded_out))).mT
     else:
-        delta = modulated_blocks(adapter, (key.padded_out, key.padded_in))
+        delta = operands.place(modulated_blocks(adapter, (key.padded_out, key.padded_in)))
     return (
         lambda: [block_matmul(xg, adapter, delta, out=y)],
         lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T],
@@ -124,11 +143,11 @@ def _block_matmul(operands: Operands) -> Work:
 
 
 def _fused_linear(operands: Operands) -> Work:
-    adapter = operands.adapter()
+    adapter, bias = operands.adapter(), operands.bias
     x = operands.tensor(operands.key.tokens, operands.key.in_features)
     return (
-        lambda: [fused_linear(x, None, adapter)],
-        lambda dtype: [forward(x, adapter, dtype)],
+        lambda: [fused_linear(x, bias, adapter)],
+        lambda dtype: [forward(x, bias, adapter, dtype)],
     )
 
 
@@ -136,8 +155,8 @@ def _block_grad(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     p = adapter.partition
     x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-    dyg = dy if key.granule > 1 else gather_columns(dy, p.T, key.padded_out)
-    xg = x if key.granule > 1 and not key.dropout else gather_columns(x, p, key.padded_in)
+    dyg = operands.blocked(dy, p.T, key.padded_out, in_place=key.granule > 1)
+    xg = operands.blocked(x, p, key.padded_in, in_place=key.granule > 1 and not key.dropout)
     return (
         lambda: block_grad(dyg, xg, adapter),
         lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None),

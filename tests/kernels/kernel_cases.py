@@ -1,23 +1,119 @@
-"""Adapters for the kernels' tests: `problems.make_problem` on the kernels' device, and the error budget."""
+"""Every kernel of a layer on a problem: its launches with small tiles, the definition, and the error budget."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import repeat
+
 import pytest
 import torch
-from problems import DEVICE, error_over_budget, relative_error
+from audit.workloads import WORKLOADS, Operands, Work, configured
+from problems import DEVICE, LinearProblem, error_over_budget, relative_error
 from torch import Tensor
 
-from smoa_kernels.definition.precision import KERNEL_DTYPES, KERNEL_PRECISIONS, PRECISIONS, Precision
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.precision import (
+    KERNEL_DTYPES,
+    KERNEL_PRECISIONS,
+    PRECISIONS,
+    Precision,
+    precision_of,
+)
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES, architecture, facts
-from smoa_kernels.kernels.spec import Config
+from smoa_kernels.kernels.common import OLD_TRITON
+from smoa_kernels.kernels.spec import Config, Key, granule_of
 
+CHECKED = ("modulated_weight", "modulated_blocks", "block_matmul", "fused_linear", "block_grad")
+"""The kernels of a layer that multiply."""
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
+Place = Callable[[Tensor], Tensor]
 
-def padded_width(sizes: tuple[int, ...], multiple: int) -> int:
-    """The largest block, rounded up to a multiple of a test's small tile."""
-    return -(-max(sizes) // multiple) * multiple
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def tiles(kernel: str, p: LinearProblem) -> list[Config | None]:
+    """Small tiles, so that small problems have several of each kind and a partial last group of tokens."""
+    if kernel == "block_matmul":
+        return [Config(block_t=16, block_n=16, block_c=16, group_t=2, num_warps=4, num_stages=2)]
+    if kernel == "block_grad":
+        # A quarter of block_c is multiplied; float32 factors' bfloat16 parts and Triton 3.6 need at least 16 columns.
+        columns = 64 if OLD_TRITON or p.A.dtype != p.weight.dtype else 32
+        tile = Config(block_n=16, block_c=columns, block_t=16, split=1, num_warps=4, num_stages=2)
+        return [tile, replace(tile, split=2)]
+    # In the interpreter a sum in two parts, and one in one part, which adds the bias.
+    return [config for config, _ in shipped_here(kernel)[1:3]] if kernel == "fused_linear" else [None]
+
+
+def widths(p: LinearProblem) -> tuple[int, int]:
+    """The largest block of rows and of columns, in whole tiles."""
+    tile = tiles("block_grad", p)[0].block_c  # type: ignore[union-attr]
+    rows, cols = (-(-max(sizes) // tile) * tile for sizes in (p.partition.row_sizes, p.partition.col_sizes))
+    return rows, cols
+
+
+class Placed(Operands):
+    """A problem's operands; each passes through `place` (strides, guards)."""
+
+    def __init__(self, p: LinearProblem, place: Place) -> None:
+        blocks = p.partition
+        sizes = len(p.A), blocks.num_blocks, *blocks.shape, len(p.x)
+        granule = granule_of(blocks.granularity, blocks.shape)
+        dtype = precision_of(p.x.dtype, ieee=True).name
+        super().__init__(Key("", dtype, *sizes, *widths(p), granule=granule), "", p.x.device)
+        self._problem, self._place, self._activations = p, place, iter((p.x, p.dy))
+        self.bias = p.bias
+
+    def place(self, tensor: Tensor) -> Tensor:
+        return self._place(tensor)
+
+    def adapter(self) -> PackedAdapter:
+        return self._problem.adapter(self._place)
+
+    def tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """x, and then dY."""
+        return self._place(next(self._activations).clone())
+
+
+def transposed(p: LinearProblem) -> LinearProblem:
+    """The problem whose output is dX."""
+    return replace(p, x=p.dy, dy=p.x, weight=p.weight.T, bias=None, A=p.B.T, B=p.A.T, partition=p.partition.T)
+
+
+def works(kernel: str, p: LinearProblem, place: Place = as_it_is) -> Iterator[tuple[LinearProblem, Work]]:
+    """A kernel's workload on a problem, and that of dX where the kernel computes it too."""
+    for side in (p, transposed(p)) if kernel in ("fused_linear", "block_matmul") else (p,):
+        yield side, WORKLOADS[kernel](Placed(side, place))
+
+
+def results(kernel: str, p: LinearProblem, place: Place = as_it_is) -> list[Tensor]:
+    """The results of these workloads."""
+    with configured(kernel, tiles(kernel, p)[-1]):
+        return [result for _, (run, _) in works(kernel, p, place) for result in run()]
+
+
+def check(
+    kernel: str, problem: LinearProblem, dtype: torch.dtype, factor_dtype: torch.dtype | None = None
+) -> None:
+    """Asserts that a kernel's results on a problem, rounded to these dtypes, are within their budgets."""
+    for p, (run, defined) in works(kernel, problem.to(dtype, factor_dtype)):
+        exact = p.to(torch.float64)
+        same, truth, least = defined(dtype), defined(torch.float64), repeat(0.0)
+        if kernel == "block_grad":  # its results have the factors' dtype
+            # A short sum may be exact by luck in the reference, so four float32 roundings of the terms are allowed.
+            sizes = {name: getattr(exact, name).abs() for name in ("x", "weight", "A", "B", "dy")}
+            least = [4 * 2**-23 * terms for terms in replace(exact, **sizes).run_reference()[2:4]]
+            same = p.run_reference()[2:4]
+        for config in tiles(kernel, p):
+            with configured(kernel, config):
+                found = run()
+            for ours, theirs, true, allowed in zip(found, same, truth, least, strict=False):
+                if ((ours.double() - true).abs() > allowed).any():
+                    assert_within_budget(ours, theirs, true)
 
 
 def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:

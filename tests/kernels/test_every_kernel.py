@@ -6,19 +6,16 @@ The random problems have uneven and empty blocks, uneven and zero ranks, or one 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
-import test_block_grad
-import test_block_matmul
-import test_fused_linear
-import test_modulate
 import torch
 from audit.forms import AUDITED
 from audit.workloads import WORKLOADS, Operands, configured
 from draws import HealthCheck, assume, given, settings, st
-from kernel_cases import assert_within_its_rounding, each_dtype, shipped_here
-from problems import DEVICE, LinearProblem, make_problem
+from kernel_cases import CHECKED, assert_within_its_rounding, check, each_dtype, results, shipped_here
+from problems import DEVICE, LinearProblem, make_problem, relative_error
 from test_permute import gather, gathered_by_hand, random_partition
 from vectors import Vector, all_vectors
 
@@ -26,12 +23,13 @@ from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
+from smoa_kernels.kernels.block_grad import token_splits
+from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.permute import scatter_columns
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
 
 pytestmark = pytest.mark.numerical
 
-CHECKS = [test.check for test in (test_block_grad, test_block_matmul, test_fused_linear, test_modulate)]
 
 # All block orders take the same path in the kernels, so the other orders run only in `make test-all`.
 VECTORS = [
@@ -42,7 +40,7 @@ VECTORS = [
 few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__module__)
+each_kernel = pytest.mark.parametrize("kernel", CHECKED)
 
 
 @pytest.mark.parametrize(
@@ -53,17 +51,17 @@ each_check = pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__
     ],
 )
 @pytest.mark.parametrize("vector", VECTORS)
-@each_check
-def test_vectors(check: Callable[..., None], vector: Vector, dtype: torch.dtype) -> None:
-    check(vector.problem.on(DEVICE), dtype)
+@each_kernel
+def test_vectors(kernel: str, vector: Vector, dtype: torch.dtype) -> None:
+    check(kernel, vector.problem.on(DEVICE), dtype)
 
 
 @pytest.mark.parametrize("rank", [1, 16, *(pytest.param(rank, marks=pytest.mark.slow) for rank in (65, 256))])
-@each_check
-def test_float32_factors_over_a_half_weight(check: Callable[..., None], rank: int) -> None:
+@each_kernel
+def test_float32_factors_over_a_half_weight(kernel: str, rank: int) -> None:
     """At ranks that need one product, several products, and the largest rank."""
     problem = make_problem(tokens=5, ranks=(rank, max(rank // 2, 1)), random_labels=True)
-    check(problem, torch.bfloat16, torch.float32)
+    check(kernel, problem, torch.bfloat16, torch.float32)
 
 
 def shipped() -> Iterator[object]:
@@ -127,11 +125,11 @@ def problems(draw: st.DrawFn) -> LinearProblem:
 @few
 @given(problem=problems())
 @each_dtype
-@each_check
-def test_random_shapes(check: Callable[..., None], problem: LinearProblem, dtype: torch.dtype) -> None:
-    if check is test_fused_linear.check:  # the backend gives it no sum over one row or column
+@each_kernel
+def test_random_shapes(kernel: str, problem: LinearProblem, dtype: torch.dtype) -> None:
+    if kernel == "fused_linear":  # the backend gives it no sum over one row or column
         assume(min(problem.weight.shape) > 1)
-    check(problem, dtype)
+    check(kernel, problem, dtype)
 
 
 @pytest.mark.slow
@@ -151,3 +149,40 @@ def test_gather_and_scatter(
     blocked = gather(x, partition)
     assert torch.equal(blocked, gathered_by_hand(x, partition))
     assert torch.equal(scatter_columns(blocked, partition, torch.empty_like(x)), x)
+
+
+# What one kernel promises
+
+
+@each_dtype
+def test_merges_in_place(dtype: torch.dtype) -> None:
+    adapter = make_problem(dtype=dtype).adapter()
+    expected = modulated_weight(adapter)
+    modulated_weight(adapter, out=adapter.weight)
+    assert torch.equal(adapter.weight, expected)
+
+
+def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone() -> None:
+    problem = make_problem(ranks=(0, 4), dtype=torch.bfloat16)
+    weight, p = modulated_weight(problem.adapter()), problem.partition
+    adapted = (p.row_block[:, None] == p.col_block) & (p.row_block[:, None] == 1)
+    assert torch.equal(weight[~adapted], problem.weight[~adapted])
+    assert not torch.equal(weight[adapted], problem.weight[adapted])
+
+
+def test_large_half_gradients_do_not_overflow() -> None:
+    """H is float32: G may exceed float16's range if the factor gradients are small enough."""
+    problem = make_problem(tokens=16)
+    problem = replace(problem, x=problem.x * 300, dy=problem.dy * 300, weight=problem.weight * 1e-3)
+    rounded = problem.to(torch.float16)
+    truth = rounded.to(torch.float64).run_reference()[2:4]
+    for mine, true in zip(results("block_grad", rounded), truth, strict=True):
+        assert mine.isfinite().all()
+        assert relative_error(mine, true) < 2**-10  # float16 and each TF32 operand round by 2^-11
+
+
+def test_token_splits() -> None:
+    assert token_splits(8192, 1000, 132, 64) == 1  # the tiles fill the device
+    assert token_splits(8192, 32, 132, 64) == 5  # 160 programs on 132 multiprocessors
+    assert token_splits(600, 8, 132, 64) == 1  # too few tokens to share
+    assert token_splits(0, 8, 132, 64) == 1

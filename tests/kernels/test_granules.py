@@ -1,19 +1,22 @@
 """Blocks made of whole granules: kernels read x and dY in place, with the same bits as from gathered copies."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from audit.workloads import configured
+from kernel_cases import tiles
 from problems import DEVICE, Case, LinearProblem, assert_within_budget, cases, make_problem
-from test_block_grad import block_gradients
-from test_block_matmul import small_matmul
 from torch import Tensor
 
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels import launch, permute
+from smoa_kernels.kernels.block_grad import block_grad
+from smoa_kernels.kernels.block_matmul import block_matmul
 from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import block_width, granule_of
@@ -62,6 +65,12 @@ def gathered(p: LinearProblem) -> tuple[Tensor, Tensor]:
     )
 
 
+def in_small_tiles(launch: Callable[..., Any], p: LinearProblem, *operands: object, **options: Tensor) -> Any:
+    kernel = launch.__name__
+    with configured(kernel, tiles(kernel, p)[0]):
+        return launch(*operands, **options)
+
+
 @contextmanager
 def coordinate_by_coordinate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hide the granules from the kernels."""
@@ -92,9 +101,9 @@ def test_factor_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.Mon
     dyg, xg = gathered(p)
     adapter = p.adapter()
     with coordinate_by_coordinate(monkeypatch):
-        expected = block_gradients(dyg, xg, adapter)
+        expected = in_small_tiles(block_grad, p, dyg, xg, adapter)
     for operands in ((p.dy, p.x), (p.dy, xg), (dyg, p.x), (dyg, xg)):
-        found = block_gradients(*operands, adapter)
+        found = in_small_tiles(block_grad, p, *operands, adapter)
         assert all(map(torch.equal, found, expected))
 
 
@@ -108,13 +117,13 @@ def test_the_adapters_output(name: str, dtype: torch.dtype, monkeypatch: pytest.
         widths = block_width(rows), block_width(cols)
         with coordinate_by_coordinate(monkeypatch):
             delta = modulated_blocks(adapter, widths)
-            expected = small_matmul(blocked, adapter, delta, out=torch.empty_like(side))
+            expected = in_small_tiles(block_matmul, p, blocked, adapter, delta, out=torch.empty_like(side))
         assert torch.equal(modulated_blocks(adapter, widths), delta)
         for x in (here, blocked):
-            out = small_matmul(x, adapter, delta, out=torch.empty_like(side))
+            out = in_small_tiles(block_matmul, p, x, adapter, delta, out=torch.empty_like(side))
             assert torch.equal(out, expected)
             padded = side.new_empty(len(side), len(rows), delta.shape[1])
-            small_matmul(x, adapter, delta, out=padded)
+            in_small_tiles(block_matmul, p, x, adapter, delta, out=padded)
             for k, index in enumerate(adapter.partition.row_index.split(rows)):
                 assert torch.equal(padded[:, k, : rows[k]], expected[:, index])
                 assert not padded[:, k, rows[k] :].any()

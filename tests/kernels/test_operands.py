@@ -1,41 +1,20 @@
 """Every kernel of a layer takes operands of any strides, touches nothing beside them, and takes no tokens at all."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
-from audit.workloads import configured
-from kernel_cases import Guarded, far_apart, shipped_here
+from kernel_cases import CHECKED, Guarded, Place, as_it_is, far_apart, results
 from problems import LinearProblem, make_problem, relative_error
-from test_block_grad import block_gradients
-from test_block_grad import gather as gather_both
-from test_block_matmul import small_matmul
-from test_modulate import padded
 from test_permute import gather
 from torch import Tensor
 
 from smoa_kernels.definition.packed import padding_masks
-from smoa_kernels.kernels.fused_linear import fused_linear
-from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
+from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.permute import scatter_columns
-from smoa_kernels.kernels.spec import granule_of
 
 pytestmark = pytest.mark.numerical
-
-Place = Callable[[Tensor], Tensor]
-
-
-def in_place(p: LinearProblem) -> bool:
-    """Whether kernels read x and dY where they lie."""
-    return granule_of(p.partition.granularity, p.partition.shape) > 1
-
-
-def modulate(p: LinearProblem, place: Place) -> Iterator[Tensor]:
-    adapter = p.adapter(place)
-    out = place(torch.full_like(p.weight, torch.nan))
-    assert modulated_weight(adapter, out=out) is out
-    yield from (out, modulated_weight(adapter), modulated_blocks(adapter, padded(p.partition)))
 
 
 def permute(p: LinearProblem, place: Place) -> Iterator[Tensor]:
@@ -44,30 +23,14 @@ def permute(p: LinearProblem, place: Place) -> Iterator[Tensor]:
     yield scatter_columns(blocked, p.partition, place(torch.full_like(p.x, torch.nan)))
 
 
-def fused(p: LinearProblem, place: Place) -> Iterator[Tensor]:
-    adapter = p.adapter(place)
-    for config, _ in shipped_here("fused_linear")[:2]:
-        with configured(
-            "fused_linear", config
-        ):  # left before a yield, or two generators would leave in another order
-            found = fused_linear(place(p.x), p.bias, adapter), fused_linear(place(p.dy), None, adapter.T)
-        yield from found
+def merge(p: LinearProblem, place: Place) -> Iterator[Tensor]:
+    out = place(torch.full_like(p.weight, torch.nan))
+    assert modulated_weight(p.adapter(place), out=out) is out
+    yield out
 
 
-def block_matmul(p: LinearProblem, place: Place) -> Iterator[Tensor]:
-    adapter = p.adapter(place)
-    delta = place(modulated_blocks(adapter, padded(p.partition)))
-    x = place(p.x) if in_place(p) else place(gather_both(p)[1])
-    yield small_matmul(x, adapter, delta, out=place(torch.full_like(p.dy, torch.nan)))
-
-
-def block_grad(p: LinearProblem, place: Place) -> Iterator[Tensor]:
-    dy, x = (p.dy, p.x) if in_place(p) else gather_both(p)
-    yield from block_gradients(place(dy), place(x), p.adapter(place))
-
-
-KERNELS = modulate, permute, fused, block_matmul, block_grad
-each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+KERNELS = merge, permute, *(partial(results, kernel) for kernel in CHECKED)
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=["merge", "permute", *CHECKED])
 
 
 def problem(tokens: int, granules: bool, dtype: torch.dtype = torch.float32) -> LinearProblem:
@@ -79,7 +42,7 @@ def problem(tokens: int, granules: bool, dtype: torch.dtype = torch.float32) -> 
 
 @cache
 def plain(kernel: Callable[..., Iterator[Tensor]], granules: bool) -> list[Tensor]:
-    return list(kernel(problem(21, granules), lambda tensor: tensor))
+    return list(kernel(problem(21, granules), as_it_is))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +82,7 @@ def test_strides_and_guards(
     assert all(both[..., 1].isnan().all() for both in pairs)
 
 
-of_tokens = pytest.mark.parametrize("kernel", KERNELS[1:], ids=lambda kernel: kernel.__name__)
+of_tokens = pytest.mark.parametrize("kernel", [permute, *KERNELS[4:]], ids=["permute", *CHECKED[2:]])
 
 
 @of_tokens
@@ -130,13 +93,13 @@ def test_offsets_beyond_int32(kernel: Callable[..., Iterator[Tensor]]) -> None:
     def place(tensor: Tensor) -> Tensor:
         return far_apart(tensor, 2**31 // 8) if len(tensor) == 12 else tensor
 
-    for ours, theirs in zip(list(kernel(p, place)), list(kernel(p, lambda tensor: tensor)), strict=True):
+    for ours, theirs in zip(list(kernel(p, place)), list(kernel(p, as_it_is)), strict=True):
         assert torch.equal(ours, theirs)
 
 
 @of_tokens
 def test_no_tokens(kernel: Callable[..., Iterator[Tensor]]) -> None:
-    found = list(kernel(problem(0, False), lambda tensor: tensor))
+    found = list(kernel(problem(0, False), as_it_is))
     shapes = [tuple(0 if size == 21 else size for size in some.shape) for some in plain(kernel, False)]
     assert [tuple(result.shape) for result in found] == shapes
     assert not any(result.any() for result in found)

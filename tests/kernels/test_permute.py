@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from audit.workloads import configured
-from kernel_cases import each_dtype, padded_width, shipped_here
+from kernel_cases import each_dtype, shipped_here
 from problems import DEVICE
 from torch import Tensor
 
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
+from smoa_kernels.kernels.spec import block_width
 
 pytestmark = pytest.mark.numerical
 
@@ -27,18 +28,11 @@ def random_partition(columns: int, num_blocks: int, seed: int = 0) -> BlockParti
 
 
 def gather(x: Tensor, partition: BlockPartition, **kwargs: object) -> Tensor:
-    width = padded_width(partition.col_sizes, 16)
-    return gather_columns(x, partition, width, **kwargs)  # type: ignore[arg-type]
+    return gather_columns(x, partition, block_width(partition.col_sizes), **kwargs)  # type: ignore[arg-type]
 
 
 def gathered_by_hand(x: Tensor, partition: BlockPartition) -> Tensor:
-    blocked = torch.zeros(
-        x.shape[0],
-        partition.num_blocks,
-        padded_width(partition.col_sizes, 16),
-        dtype=x.dtype,
-        device=x.device,
-    )
+    blocked = x.new_zeros(len(x), partition.num_blocks, block_width(partition.col_sizes))
     for k, cols in enumerate(partition.col_index.split(partition.col_sizes)):
         blocked[:, k, : len(cols)] = x[:, cols]
     return blocked

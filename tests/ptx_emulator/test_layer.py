@@ -3,13 +3,13 @@
 `make emulate` runs all of tests/test_contract.py and tests/test_experts.py on the triton backend.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from problems import NAMES, Case, assert_within_budget, make_problem, relative_error
+
+from smoa_kernels.tuning.plan import multiplied_in
 
 from .findings import OVERWRITES_OPERANDS
 
@@ -29,18 +29,6 @@ SMOKE = [
 TF32 = 2**-9  # TF32 keeps 10 bits of each operand
 
 
-@contextmanager
-def tf32_allowed() -> Iterator[None]:
-    """Sets PyTorch's TF32 option, which the kernels obey."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 @pytest.mark.skipif(OVERWRITES_OPERANDS, reason="torch's operators compute TF32 by this Triton")
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
@@ -49,7 +37,7 @@ def tf32_allowed() -> Iterator[None]:
 def test_tf32(name: str, algorithm: str) -> None:
     p = make_problem(**PROBLEMS[name], dtype=torch.float32)
     case = Case("triton", algorithm, torch.float32)
-    with tf32_allowed():
+    with multiplied_in("tf32"):
         found = p.run(**case.options)
     truth = case.definition(p.to(torch.float64))
     shares = {n: relative_error(ours, t) / TF32 for n, ours, t in zip(NAMES, found, truth, strict=True)}
