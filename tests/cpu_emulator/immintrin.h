@@ -63,17 +63,8 @@ EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 mask, const void *from) {
     EACH(32, if (mask >> i & 1) memcpy((uint16_t *)&line + i, (const uint16_t *)from + i, 2));
     return (__m512i)line;
 }
-EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 mask, const void *from) {
-    if (mask == UINT16_MAX) return _mm512_loadu_ps(from);
-    __m512 line = {0};
-    EACH(16, if (mask >> i & 1) memcpy((float *)&line + i, (const float *)from + i, 4));
-    return line;
-}
 EMULATED void _mm512_mask_storeu_epi16(void *to, __mmask32 mask, __m512i line) {
     EACH(32, if (mask >> i & 1) memcpy((uint16_t *)to + i, (uint16_t *)&line + i, 2));
-}
-EMULATED void _mm512_mask_storeu_ps(void *to, __mmask16 mask, __m512 line) {
-    EACH(16, if (mask >> i & 1) memcpy((float *)to + i, (float *)&line + i, 4));
 }
 
 /* Broadcasts, and arithmetic element by element. */
@@ -88,7 +79,6 @@ EMULATED __m512i _mm512_mul_epu32(__m512i a, __m512i b) {
     return line;
 }
 EMULATED __m512i _mm512_set1_epi16(short value) { return (__m512i)((uint16_t)value - (halves_){0}); }
-EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 EMULATED __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((words_)a + (words_)b); }
 EMULATED __m512i _mm512_add_epi16(__m512i a, __m512i b) { return (__m512i)((halves_)a + (halves_)b); }
 EMULATED __m512i _mm512_and_si512(__m512i a, __m512i b) { return a & b; }
@@ -115,11 +105,6 @@ EMULATED __m512i _mm512_maskz_mov_epi16(__mmask32 mask, __m512i a) {
 }
 
 /* Permutations. */
-EMULATED __m512i _mm512_permutexvar_epi16(__m512i order, __m512i a) {
-    halves_ line;
-    EACH(32, line[i] = ((halves_)a)[((halves_)order)[i] & 31]);
-    return (__m512i)line;
-}
 EMULATED __m512i _mm512_permutex2var_epi16(__m512i a, __m512i order, __m512i b) {
     halves_ line;
     EACH(32, line[i] = ((halves_)(((halves_)order)[i] & 32 ? b : a))[((halves_)order)[i] & 31]);
@@ -144,12 +129,6 @@ EMULATED __m512i _mm512_unpackhi_epi64(__m512i a, __m512i b) { return unpacked_(
 EMULATED __m512i _mm512_shuffle_i32x4(__m512i a, __m512i b, int order) {
     __m512i line;
     EACH(4, memcpy((char *)&line + 16 * i, (const char *)(i < 2 ? &a : &b) + 16 * (order >> 2 * i & 3), 16));
-    return line;
-}
-EMULATED __m512i _mm512_castsi256_si512(__m256i a) {
-    __m512i line;
-    memset(&line, -1, sizeof line); /* the upper half is undefined on a processor; NaN here, so that its use shows */
-    memcpy(&line, &a, sizeof a);
     return line;
 }
 EMULATED __m256i _mm512_extracti64x4_epi64(__m512i a, int upper) {
@@ -223,7 +202,6 @@ EMULATED void _tile_loadd(int t, const void *from, long stride) {
     _tile_zero(t);
     EACH(sizes_.rows[t], memcpy(&tiles_[t][i], (const char *)from + i * stride, sizes_.bytes[t]));
 }
-#define _tile_stream_loadd _tile_loadd /* the same, past the L1 cache */
 EMULATED void _tile_stored(int t, void *to, long stride) {
     const __m512i *tile = tile_(t);
     EACH(sizes_.rows[t], memcpy((char *)to + i * stride, &tile[i], sizes_.bytes[t]));
