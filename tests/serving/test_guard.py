@@ -30,7 +30,8 @@ def made_up(monkeypatch):
         return lambda: {path: getattr(*plugin._find(path)) for path in methods}
 
     made = {}
-    return make
+    yield make
+    plugin.register.cache_clear()
 
 
 def test_all_are_wrapped_once(made_up):

@@ -33,11 +33,13 @@ def engine(base):
         }
         usual |= {"enforce_eager": True, "disable_log_stats": True, "enable_lora": True}
         running.append(vllm.LLM(str(model), **usual | options))
-        return running[0]
+        return running[-1]
 
     running = []
     yield start
-    running.pop().llm_engine.engine_core.shutdown()
+    for one in running:
+        one.llm_engine.engine_core.shutdown()
+    running.clear()
     gc.collect()
     vllm.distributed.cleanup_dist_env_and_memory()
 
