@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
     @classmethod
     def of(cls, slots: Tensor, memory: Tensor) -> Step:
-        """The step of tokens with these `slots`, on the host; `memory` has room for them, and is what they stay in."""
+        """The step of tokens with these slots, which are on the host; `memory`, for as many or more, takes them."""
         memory.fill_(-1)[: len(slots)].copy_(slots)
         ours = (slot for slot in slots.unique().tolist() if slot >= 0)
         return cls({slot: (slots == slot).nonzero().flatten().to(memory.device) for slot in ours}, memory)

@@ -120,7 +120,8 @@ def _distances(folder: Path, layers: Mapping[str, LayerFactors], manager: Any) -
     # Under pipeline parallelism another process may have a layer, but not a kind of layers that this one lacks.
     alone = import_module("vllm.distributed").get_pp_group().world_size == 1
     kinds = {part.rpartition(".")[2] for part in places}
-    products, found = functools.cache(LayerSlots.sign_products), {}
+    # The slices of a layer share its products. A device may have no memory for those of all layers.
+    products, found = functools.lru_cache(maxsize=4)(LayerSlots.sign_products), {}
     for part, factors in layers.items():
         if part not in places:
             if alone or part.rpartition(".")[2] not in kinds:
@@ -220,6 +221,7 @@ def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) 
 
 
 def _apply(original: Callable[..., Any], self: Any, x: Tensor, *given: Tensor | None) -> Any:
+    """A linear layer's output; `given` is its bias, if vLLM's method takes that."""
     if not isinstance(getattr(self, "_smoa_slots", None), LayerSlots):
         return original(self, x, *given)
     (bias,) = given or (None if self.base_layer.skip_bias_add else self.base_layer.bias,)
