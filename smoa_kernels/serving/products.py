@@ -67,12 +67,13 @@ def read_weight(product: Product, in_features: int, like: Tensor) -> Tensor:
 
 def update_of(x: Tensor, slots: Tensor, A: Tensor, B: Tensor, product: Product) -> Tensor:
     """Compute `Σ_t B[t] ∘ product(A[t] ∘ x)` (T, *n), float32: x (T, *c), A (slots, r, *c), B (slots, r, *n)."""
-    updates, most = [], max(1, MOST_ROWS // A.shape[1])
-    for some_x, some in zip(x.split(most), slots.split(most), strict=True):
-        own_A, own_B = (factors.index_select(0, some) for factors in (A, B))
-        products = product((some_x[:, None] * own_A).flatten(0, 1))
-        updates.append((products.float().view_as(own_B) * own_B).sum(1))
-    return _joined(updates, 0)
+    most = max(1, MOST_ROWS // A.shape[1])
+    if len(x) > most:
+        chunks = zip(x.split(most), slots.split(most), strict=True)
+        return torch.cat([update_of(*chunk, A, B, product) for chunk in chunks])
+    own_A, own_B = (factors.index_select(0, slots) for factors in (A, B))
+    products = product((x[:, None] * own_A).flatten(0, 1))
+    return (products.view_as(own_B) * own_B.float()).sum(1)
 
 
 class DiagonalBlocks:
@@ -100,7 +101,7 @@ class DiagonalBlocks:
             self.weight[k, : len(col), : len(row)] = weight[row][:, col].T
             self.places[row] = torch.arange(k * n, k * n + len(row), device=row.device)
         self.A = weight.new_zeros(slots, 0, *self.cols.shape)
-        self.B = weight.new_zeros(slots, 0, *self.rows.shape)
+        self.B = weight.new_zeros(slots, 0, *self.rows.shape, dtype=torch.float32)
 
     def add(self, slot: int, adapter: PackedAdapter) -> bool:
         """Take the factors of a slot's adapter. False if it has other blocks."""
@@ -308,7 +309,7 @@ class LayerSlots:
         return y
 
     def _modulated(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
-        return _joined([part.output(x, bias, slot) for part in self.slices], 1)
+        return _side_by_side([part.output(x, bias, slot) for part in self.slices])
 
     def _sum(self, x: Tensor, y: Tensor, bias: Tensor | None, updates: list[Tensor]) -> Tensor:
         """Add the slices' updates to y, or if W0 is at hand to `x W0ᵀ + b`.
@@ -316,12 +317,12 @@ class LayerSlots:
         With W0 the sum is rounded once, after the addition, and a bias is added to the rounded sum: added before, it
         would hide a small update. Without W0 y is rounded already, so in half precision a small update is lost.
         """
-        update = _joined(updates, 1)
+        update = _side_by_side(updates)
         if self.weight is None:
             return (y + update).to(y.dtype)
         total = update.to(x.dtype).addmm_(x, self.weight.T)
         return total if bias is None else total.add_(bias)
 
 
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+def _side_by_side(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
