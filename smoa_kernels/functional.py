@@ -64,7 +64,7 @@ def smoa_linear(
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input.
         dropout_seed: int64 with one element on x's device; drawn from the default generator when None.
         column_offset: if x holds a shard of the columns, the global index of its first one; it places dropout's mask.
-        global_in_features: if x holds a shard of the columns, the global number of columns; C when None.
+        global_in_features: if x holds a shard of the columns, the global number of columns, for a check.
         block_ranks: the numbers in `ranks`, on the host. Without them the eager backend on a GPU reads `ranks` and so
             waits for the GPU, which a CUDA graph cannot hold.
         algorithm: how y is computed.
@@ -82,7 +82,6 @@ def smoa_linear(
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed; nothing was computed.
-        RuntimeError: a second or forward-mode derivative is asked for under the triton backend's dropout.
 
     Example:
         >>> weight = torch.randn(6, 4)
@@ -98,7 +97,7 @@ def smoa_linear(
     check_scaling(scaling, x)
     check_partition(partition, weight, ranks)
     check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
-    width = check_dropout(x, dropout_p, dropout_seed, column_offset, global_in_features)
+    check_dropout(x, dropout_p, dropout_seed, column_offset, global_in_features)
     check_choice("backend", backend, BACKEND_CHOICES)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -110,7 +109,7 @@ def smoa_linear(
     dropout = None
     if dropout_p > 0:
         seed = draw_seed(x.device) if dropout_seed is None else dropout_seed
-        dropout = Dropout(seed, dropout_p, column_offset, width)
+        dropout = Dropout(seed, dropout_p, column_offset)
     y: Tensor = call_linear(x, bias, algorithm, *LinearCall(adapter, dropout, backend).flatten())
     return y
 

@@ -31,8 +31,7 @@ from .definition.partition import BlockPartition
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, "
     "Tensor row_block, Tensor col_block, Tensor row_index, Tensor col_index, Tensor row_offsets, "
-    "Tensor col_offsets, int[]? block_ranks, int[] block_sizes, float dropout_p, int column_offset, "
-    "int? global_in_features, str backend"
+    "Tensor col_offsets, int[]? block_ranks, int[] block_sizes, float dropout_p, int column_offset, str backend"
 )
 _TENSORS = _CALL.count("Tensor")
 
@@ -56,9 +55,7 @@ class LinearCall(NamedTuple):
     def flatten(self) -> tuple[Any, ...]:
         """The arguments of the operators, tensors first: they take only tensors and plain types."""
         adapter, drop, partition = self.adapter, self.dropout, self.adapter.partition
-        seed, *mask = (
-            (None, 0.0, 0, None) if drop is None else (drop.seed, drop.p, drop.column_offset, drop.width)
-        )
+        seed, *mask = (None, 0.0, 0) if drop is None else (drop.seed, drop.p, drop.column_offset)
         tensors = adapter.weight, adapter.A, adapter.B, adapter.ranks, adapter.scaling, seed
         ranks = None if adapter.block_ranks is None else list(adapter.block_ranks)
         return *tensors, *partition.tensors(), ranks, partition.sizes(), *mask, self.backend
@@ -67,10 +64,10 @@ class LinearCall(NamedTuple):
     def unflatten(*flat: Any) -> LinearCall:
         """Inverse of :meth:`flatten`."""
         weight, A, B, ranks, scaling, seed, *blocks = flat[:_TENSORS]
-        block_ranks, block_sizes, p, column_offset, width, backend = flat[_TENSORS:]
+        block_ranks, block_sizes, p, column_offset, backend = flat[_TENSORS:]
         partition = BlockPartition.from_tensors(blocks, block_sizes)
         adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks)
-        dropout = None if seed is None else Dropout(seed, p, column_offset, width)
+        dropout = None if seed is None else Dropout(seed, p, column_offset)
         return LinearCall(adapter, dropout, backend)
 
 
@@ -141,17 +138,8 @@ def formula_gradients(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -
 
 
 def _for_reference(*flat: Any) -> tuple[Any, ...]:
-    """The same call for the reference.
-
-    Raises:
-        RuntimeError: the kernels' dropout is on; the reference has another mask.
-    """
-    adapter, dropout, backend = LinearCall.unflatten(*flat)
-    if dropout is not None and backend == "triton":
-        raise RuntimeError(
-            "under dropout backend 'triton' has a gradient and nothing further (its mask is drawn inside the kernels): "
-            "no second derivative, forward mode or batch; use backend='eager' or no dropout"
-        )
+    """The same call for the reference."""
+    adapter, dropout, _ = LinearCall.unflatten(*flat)
     if adapter.block_ranks is not None:  # a batch of models has a batch of ranks, all equal
         adapter = replace(adapter, ranks=torch.tensor(adapter.block_ranks, dtype=adapter.ranks.dtype))
     return LinearCall(adapter, dropout, "reference").flatten()

@@ -18,7 +18,6 @@ from smoa_kernels.definition import reference
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, padding_masks, scaling_tensor
-from smoa_kernels.kernels.spec import block_width
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 """Where numerical tests compute; the kernels run on the CPU under Triton's interpreter (conftest.py)."""
@@ -218,7 +217,7 @@ class Case:
     def definition(self, p: LinearProblem) -> tuple[Tensor, ...]:
         """The definition's results for a problem, in the problem's dtype, with the case's mask."""
         dropout = self.dropout
-        mask = None if dropout is None else kept(self.backend, p, dropout) * dropout.scale
+        mask = None if dropout is None else dropout.multiplier(p.x.double())
         return p.run_reference(mask=mask)
 
 
@@ -332,19 +331,6 @@ def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def kept(backend: str, problem: LinearProblem, dropout: Dropout) -> Tensor:
-    """A backend's mask in float64: 1 for an element of x that it keeps. The kernels show theirs by gathering ones."""
-    ones = torch.ones_like(problem.x, dtype=torch.float32)
-    if backend != "triton":
-        return (dropout.multiplier(ones) != 0).double()
-    from smoa_kernels.kernels.permute import gather_columns, scatter_columns  # needs triton
-
-    blocks = problem.partition
-    gathered = gather_columns(ones, blocks, block_width(blocks.col_sizes), dropout=dropout)
-    mask = scatter_columns(gathered, blocks, torch.empty_like(ones))
-    return (mask != 0).double()
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

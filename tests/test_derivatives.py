@@ -199,13 +199,17 @@ def test_dropout_under_transforms() -> None:
         vmap(layer, randomness="different")(torch.stack([x, x]))
 
 
-def test_the_kernels_mask_is_not_the_references() -> None:
+def test_the_kernels_dropout_under_transforms() -> None:
     if (reason := obstacle("triton", torch.float32)) is not None:
         pytest.skip(reason)
     base = nn.Linear(13, 9)
     layer = FusedSMoALinear.from_linear(base, r=4, num_blocks=2, backend="triton", dropout=0.4)
-    with pytest.raises(RuntimeError, match="mask is drawn inside the kernels"):
-        jvp(layer, (torch.randn(5, 13),), (torch.randn(5, 13),))
+    nn.init.normal_(layer.smoa_B)
+    x = torch.randn(5, 13)
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(jvp(layer, (x,), (x,))[0], y)
 
 
 def test_a_frozen_weight_is_not_differentiated() -> None:

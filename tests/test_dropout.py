@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from smoa_kernels.definition import dropout
-from smoa_kernels.definition.dropout import Dropout, hashed_words
-
-
-@pytest.fixture(autouse=True, params=["generator", "hash"])
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's generator, and the GPU's hash, which gives the same integers on any device."""
-    if request.param == "hash":
-        monkeypatch.setattr(dropout, "draws", lambda device: False)
-
+from smoa_kernels.definition.dropout import Dropout, _philox
 
 pytestmark = pytest.mark.numerical
 
@@ -36,10 +27,10 @@ def test_rate_and_scale(p: float) -> None:
     assert float(kept[0]) * (1 - round(p * 2**16) / 2**16) == pytest.approx(1, rel=1e-12)
 
 
-def test_every_column_and_every_16_bit_lane_is_random() -> None:
-    """An int64 from the default range has a constant sign bit, which would bias every fourth column."""
-    kept = (multiplier(0.5, 4000, 64) != 0).double().mean(0)
-    assert float((kept - 0.5).abs().max()) < 0.04
+def test_every_column_and_token_is_random() -> None:
+    kept = multiplier(0.5, 4000, 64) != 0
+    for rates in (kept.double().mean(0), kept.view(500, 8, 64).double().mean((0, 2))):
+        assert float((rates - 0.5).abs().max()) < 0.04
 
 
 def test_fewer_tokens_are_a_prefix() -> None:
@@ -50,20 +41,25 @@ def test_the_largest_probability_still_keeps_something() -> None:
     assert Dropout(torch.tensor(1), 0.9999999).scale == 2**16
 
 
-def test_the_hash_is_splitmix64() -> None:
-    """The published sequence for this seed. Drawing it in several parts gives the same numbers."""
-    words = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    seed = torch.tensor([1234567])
-    at_once, one_by_one = hashed_words(seed, 2), hashed_words(seed, 2)
-    assert [w % 2**64 for w in at_once(2).flatten().tolist()] == words
-    assert [w % 2**64 for _ in range(2) for w in one_by_one(1).flatten().tolist()] == words
+def test_it_is_philox() -> None:
+    """The known answer for a counter and a key of zeros, published with Random123."""
+    zero = torch.tensor(0)
+    words = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert [int(word) for word in _philox(zero, zero, zero)] == words
+
+
+@pytest.mark.parametrize("parts", [(70,), (3, 8, 59)])
+def test_parts_of_the_tokens_give_the_same_mask(parts: tuple[int, ...]) -> None:
+    fill = Dropout(torch.tensor(5), 0.3).stream(101)
+    found = torch.cat([fill(torch.empty(tokens, 101, dtype=torch.float64)) for tokens in parts])
+    assert torch.equal(found, multiplier(tokens=70))
 
 
 def test_tokens_columns_and_seeds_are_independent() -> None:
     """Masks of neighbouring seeds are independent too: one is not a shifted copy of the other."""
     masks = [multiplier(0.5, 200, 400, seed) != 0 for seed in (7, 8)]
     for first, second in (
-        (masks[0][1:], masks[0][:-1]),
+        *((masks[0][lag:], masks[0][:-lag]) for lag in range(1, 10)),  # tokens that share a draw, and others
         (masks[0][:, 1:], masks[0][:, :-1]),
         (masks[0][:, 4:], masks[0][:, :-4]),
         (masks[0], masks[1]),

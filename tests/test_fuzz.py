@@ -14,7 +14,7 @@ import pytest
 import torch
 from draws import example, given, share, st
 from fuzzed import absolute, allowed, compare, compare_blocks, problems, rules
-from problems import DEVICE, DTYPES, LinearProblem, kept, make_problem, obstacle
+from problems import DEVICE, DTYPES, LinearProblem, make_problem, obstacle
 from torch import Tensor
 
 from smoa_kernels.backends import algorithms_of, eager
@@ -58,7 +58,7 @@ def check(case: Case, backend: str) -> None:
     if case.dropout_p:
         dropout = {"dropout_p": case.dropout_p, "dropout_seed": SEED}
         drawn = Dropout(SEED, case.dropout_p)
-        mask = kept(backend, p, drawn) * drawn.scale
+        mask = drawn.multiplier(p.x.double())
     stored = replace(case.problem, dy=p.dy)
     found = stored.run(algorithm=case.algorithm, backend=backend, autocast=case.autocast, **dropout)
     alike = [p.x, *(t for t in (stored.x, stored.A, stored.B, stored.bias) if t is not None)]

@@ -41,7 +41,6 @@ from ..kernels.launch import Launch, Pointers, described, heard_by, short_way, u
 from ..kernels.spec import bucket
 from ..kernels.table import keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
-from .kernels_dropout import KernelsDropout
 
 ALGORITHMS = triton.ALGORITHMS
 
@@ -113,7 +112,7 @@ def _run(
     adapter: PackedAdapter | ExpertsAdapter,
     dropout: Dropout | None = None,
 ) -> Any:
-    """Run an operation by the kernels if they are verified for it, else by eager with the same mask."""
+    """Run an operation by the kernels if they are verified for it, else by eager."""
     theirs: Any = eager
     if isinstance(adapter, PackedAdapter):
         layout: tuple[object, ...] = described(adapter)[0]
@@ -140,14 +139,7 @@ def _run(
             f"a CUDA graph of experts is captured whose kernels {unknown if sound is None else refused}",
             stacklevel=2,
         )
-    return run(theirs, adapter, _in_torch(dropout))
-
-
-def _in_torch(dropout: Dropout | None) -> Dropout | None:
-    """The same mask for eager."""
-    if dropout is None:
-        return None
-    return KernelsDropout(dropout.seed, dropout.p, dropout.column_offset, dropout.width)
+    return run(theirs, adapter, dropout)
 
 
 # Whether the kernels may compute it
@@ -199,7 +191,7 @@ def _verify(
             found = run(triton, probe, dropout)
         if not new():
             return True
-        expected = run(theirs, probe, _in_torch(dropout))
+        expected = run(theirs, probe, dropout)
         far = again = distance(found, expected, allowed)
         if far is not None and LAUNCHER not in known.forms:
             again = distance(run(triton, probe, dropout), expected, allowed)

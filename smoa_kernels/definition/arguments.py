@@ -86,8 +86,8 @@ def check_scaling(scaling: float | Tensor, x: Tensor) -> None:
 
 def check_dropout(
     x: Tensor, p: float, seed: Tensor | None, column_offset: int, global_in_features: int | None
-) -> int:
-    """Check the arguments of the dropout mask; return the global number of columns, which include x's."""
+) -> None:
+    """Check the arguments of the dropout mask; the global number of columns, if given, must include x's."""
     check_probability("dropout_p", p)
     if seed is not None:
         _check_seed(seed, x)
@@ -104,7 +104,6 @@ def check_dropout(
         )
     if global_in_features is not None and width > WIDEST:
         raise ValueError(f"global_in_features must be at most {WIDEST}, got {width}")
-    return width
 
 
 def check_input(x: Tensor, weight: Tensor) -> None:

@@ -1,12 +1,9 @@
-"""The adapter's dropout mask on the torch-operator backends: redrawn from its seed, never stored.
+"""The adapter's dropout mask: the same on every backend and device, redrawn from its seed, never stored.
 
-The mask is a function of (seed, token, global column). A shard that holds some of the columns draws the whole width
-and keeps its own, so tensor parallel equals one process. One 64-bit draw serves four columns of 16 bits each, which
-costs a twelfth of `F.dropout`'s draw on CPU. p is therefore rounded to a multiple of 2⁻¹⁶; the scale is that of the
-rounded p, so the mask stays unbiased.
-
-On the CPU a generator draws. On a GPU each word is a hash of seed and position: seeding a generator would wait for the
-GPU, and a CUDA graph would always replay the same mask.
+The mask is a function of (seed, token, global column), so tensor parallel equals one process. It is
+Philox-4x32-10 (Salmon et al. 2011), which Triton's kernels and compiled code compute too: the key is the seed, the
+counter is the column and the number of a group of eight tokens. Each of the four words serves two tokens, the low half
+first. p is therefore rounded to a multiple of 2⁻¹⁶; the scale is that of the rounded p, so the mask stays unbiased.
 """
 
 from __future__ import annotations
@@ -21,15 +18,10 @@ WIDEST = 2**31 - 1
 """The most columns of a layer: they are counted in 32 bits."""
 
 _LEVELS = 1 << 16
-_DRAWS_PER_WORD = 4
-_LOWEST = torch.iinfo(torch.int64).min
-MASK_ROWS = 256
-"""Tokens per draw on the CPU; their numbers stay in cache."""
-
-# SplitMix64's increment and multipliers (Steele, Lea and Flood 2014), as int64.
-_GAMMA, _FIRST, _SECOND = (
-    word - (1 << 64) for word in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+_TOKENS_PER_DRAW = 8
+_WORD = 2**32 - 1
+_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 
 
 @dataclass(frozen=True)
@@ -37,16 +29,20 @@ class Dropout:
     """An active dropout: which mask, and where in it this shard's columns lie.
 
     Attributes:
-        seed: int64 with one element, on the activations' device.
+        seed: int64 with one element, on the activations' device. It is not read on the host: that would wait for a
+            GPU, and a CUDA graph would always replay the same mask.
         p: probability in [0, 1) of dropping an element; rounded to a multiple of 2⁻¹⁶.
         column_offset: global index of the first column.
-        width: global number of columns; None stands for the tensor's own. The kernels do not need it.
+
+    Example:
+        >>> mask = Dropout(torch.tensor(7), p=0.5).multiplier(torch.ones(64, 64))
+        >>> sorted(set(mask.flatten().tolist()))
+        [0.0, 2.0]
     """
 
     seed: Tensor
     p: float
     column_offset: int = 0
-    width: int | None = None
 
     @property
     def threshold(self) -> int:
@@ -58,63 +54,41 @@ class Dropout:
         """Factor of a kept element: 1 / (1 - p) of the rounded p, so that the mask is unbiased."""
         return _LEVELS / (_LEVELS - self.threshold)
 
-    @property
-    def least_kept(self) -> int:
-        """The threshold as a signed number: an element whose 16 bits, read as an int16, are at least it is kept."""
-        return self.threshold - _LEVELS // 2
-
     def multiplier(self, x: Tensor) -> Tensor:
         """Draw the mask that x (T, C) is multiplied by: 0 or the scale, in x's shape and dtype."""
         return self.stream(x.shape[1])(x.new_empty(x.shape))
 
     def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
         """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens."""
-        on_host, per_token = draws(self.seed.device), self.words_per_token(columns)
-        words = drawn_words(self.seed, per_token) if on_host else hashed_words(self.seed, per_token)
-        own = slice(self.column_offset, self.column_offset + columns)
+        of_column = torch.arange(self.column_offset, self.column_offset + columns, device=self.seed.device)
+        done = 0
 
         def fill(out: Tensor) -> Tensor:
-            for rows in out.split(MASK_ROWS) if on_host else (out,):
-                levels = words(rows.shape[0]).view(torch.int16)[:, own]
-                torch.ge(levels, self.least_kept, out=rows).mul_(self.scale)
-            return out
+            nonlocal done
+            start, tokens = done % _TOKENS_PER_DRAW, out.shape[0]
+            first, done = done // _TOKENS_PER_DRAW, done + tokens
+            groups = torch.arange(first, -(-done // _TOKENS_PER_DRAW), device=out.device)
+            kept = groups.new_empty(len(groups), _TOKENS_PER_DRAW, columns, dtype=torch.bool)
+            for i, word in enumerate(_philox(self.seed.reshape(()), of_column, groups[:, None])):
+                torch.ge(word & 0xFFFF, self.threshold, out=kept[:, 2 * i])
+                torch.ge(word, self.threshold << 16, out=kept[:, 2 * i + 1])
+            return out.copy_(kept.flatten(0, 1)[start : start + tokens]).mul_(self.scale)
 
         return fill
 
-    def words_per_token(self, columns: int) -> int:
-        """64-bit numbers drawn per token, for the columns of all shards."""
-        return -(-(columns if self.width is None else self.width) // _DRAWS_PER_WORD)
 
-
-def draws(device: torch.device) -> bool:
-    """Whether masks come from a generator, which reads the seed on the host."""
-    return device.type == "cpu"
-
-
-def drawn_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
-    """Return a function that draws int64 (tokens, per_token), at most `MASK_ROWS` tokens at a time, into one buffer."""
-    generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(MASK_ROWS, per_token, dtype=torch.int64, device=seed.device)
-    # From the lowest int64 on, so that all 64 bits are random; the default range leaves the sign 0.
-    return lambda tokens: words[:tokens].random_(_LOWEST, None, generator=generator)
-
-
-def hashed_words(seed: Tensor, per_token: int) -> Callable[[int], Tensor]:
-    """The same by SplitMix64 from `seed`, which is read on its own device, for any number of tokens."""
-    done = 0
-
-    def hashed(tokens: int) -> Tensor:
-        nonlocal done
-        first = 1 + done * per_token
-        done += tokens
-        words = torch.arange(first, first + tokens * per_token, device=seed.device)
-        words.mul_(_GAMMA).add_(seed.reshape(()))
-        for shift, factor in ((30, _FIRST), (27, _SECOND), (31, 1)):
-            # `>>` repeats the sign bit; the mask makes it an unsigned shift.
-            words.bitwise_xor_((words >> shift).bitwise_and_((1 << (64 - shift)) - 1)).mul_(factor)
-        return words.view(tokens, per_token)
-
-    return hashed
+def _philox(seed: Tensor, column: Tensor, group: Tensor) -> tuple[Tensor, ...]:
+    """Four words of 32 bits, as int64, for each counter (column, group, 0, 0); column and group broadcast."""
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    c0, c1 = torch.broadcast_tensors(column, group)
+    c2 = c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        # Each product is 64 bits, whose lower half is a word too. `>>` repeats the sign bit; the mask removes it.
+        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = (b >> 32).bitwise_xor_(c1).bitwise_xor_(low).bitwise_and_(_WORD), b
+        c2, c3 = (a >> 32).bitwise_xor_(c3).bitwise_xor_(high).bitwise_and_(_WORD), a
+        low, high = (low + _KEY_STEPS[0]) & _WORD, (high + _KEY_STEPS[1]) & _WORD
+    return c0, c1 & _WORD, c2, c3 & _WORD
 
 
 def draw_seed(device: torch.device) -> Tensor:

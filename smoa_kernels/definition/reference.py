@@ -40,7 +40,7 @@ def forward(
 ) -> Tensor:
     """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
 
-    Nothing is checked. The dropout mask is the eager backend's.
+    Nothing is checked.
 
     Args:
         algorithm: any; there is one way.

@@ -92,9 +92,7 @@ class _DequantizedLinear(torch.autograd.Function):
         needs_x, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:4]
         backend = resolve_backend(ctx.settings.get("backend", "auto"), dy.device, dy.dtype, A.shape[0])
         adapter = PackedAdapter(ctx.read(dy.dtype), A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
-        dropout = None
-        if seed is not None:
-            dropout = Dropout(seed, ctx.settings["dropout_p"], 0, adapter.weight.shape[1])
+        dropout = None if seed is None else Dropout(seed, ctx.settings["dropout_p"])
         call = LinearCall(adapter, dropout, backend)
         dx, dA, dB = call_linear_backward(dy, x, needs_x, *call.flatten())
         dbias = dy.flatten(0, -2).sum(0) if needs_bias else None

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..backends import eager, experts, triton
-from ..backends.kernels_dropout import KernelsDropout
 from ..definition.dropout import Dropout
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
@@ -153,11 +152,8 @@ def passes(layer: Problem, device: torch.device) -> dict[str, Pass]:
     adapter = operands.adapter()
     x, dy = (operands.tensor(tokens, features) for features in reversed(layer.features))
     seed = torch.zeros(1, dtype=torch.int64, device=device)
-    for name, ours, theirs in (
-        ("", None, None),
-        (", dropout", Dropout(seed, DROPOUT), KernelsDropout(seed, DROPOUT)),
-    ):
-        both = _of_layer(triton, x, dy, adapter, ours), _of_layer(eager, x, dy, adapter, theirs)
+    for name, dropout in (("", None), (", dropout", Dropout(seed, DROPOUT))):
+        both = _of_layer(triton, x, dy, adapter, dropout), _of_layer(eager, x, dy, adapter, dropout)
         found |= _joined(*both, name)
     return found
 

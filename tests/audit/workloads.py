@@ -10,7 +10,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from smoa_kernels.backends.kernels_dropout import KernelsDropout
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.packed import PackedAdapter
@@ -100,7 +99,7 @@ def _permute(operands: Operands) -> Work:
     def defined(dtype: torch.dtype) -> list[Tensor]:
         gathered = x.new_zeros(key.tokens, key.blocks, key.padded_in, dtype=dtype)
         kept = x.to(dtype)
-        kept = kept * KernelsDropout(seed, 0.1).multiplier(kept) if key.dropout else kept
+        kept = kept * Dropout(seed, 0.1).multiplier(kept) if key.dropout else kept
         for k, size in enumerate(p.col_sizes):
             gathered[:, k, :size] = kept[:, p.cols(k)]
         return [gathered]

@@ -1,4 +1,4 @@
-"""Compiles backends/native for another processor; immintrin.h here emulates its instructions."""
+"""Compiles backends/native for other processors; immintrin.h here emulates their instructions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from hatch_build import FOLDER, SOURCE, compiler, digest_of
 
 PROCESSORS = {
-    "avx512": {"EMULATES_BF16": 0, "EMULATES_AMX": 0},
-    "avx512bf16": {"EMULATES_BF16": 1, "EMULATES_AMX": 0},
-    "amx": {"EMULATES_BF16": 1, "EMULATES_AMX": 1},
+    "avx512": (False, False),
+    "avx512bf16": (True, False),
+    "amx": (True, True),
 }
+"""Whether each has AVX512-BF16, and AMX."""
 FLAGS = [
     "-O1",
     "-fexpensive-optimizations",
@@ -36,21 +37,19 @@ def obstacle() -> str | None:
     return None if HERE.startswith("AVX") else "needs a processor with AVX2"
 
 
-def compile_program(processor: str, *arguments: str) -> None:
-    """Compiles with a processor's features.
+def compile_program(*arguments: str) -> None:
+    """Compiles with the emulated instructions.
 
     Raises:
-        KeyError: no such processor.
         CalledProcessError: the compiler failed, and has printed why.
     """
-    features = [f"-D{name}={value}" for name, value in PROCESSORS[processor].items()]
-    subprocess.run([*(compiler() or []), *FLAGS, *features, *arguments], check=True)
+    subprocess.run([*(compiler() or []), *FLAGS, *arguments], check=True)
 
 
-def compile_library(processor: str, into: Path) -> None:
+def compile_library(into: Path) -> None:
     """Writes sources and library to a folder, named as library.py expects on the actual processor."""
     sources = [Path(shutil.copy2(source, into)) for source in sorted(FOLDER.glob("*.[ch]"))]
     features = ["-DVECTOR_BYTES=64", f'-DSOURCE="{digest_of(sources)}"']
     output = into / f"linear_{HERE.lower()}.so"
     # A missing instruction of immintrin.h is an error here, not on loading.
-    compile_program(processor, "-shared", "-fPIC", "-Wl,-z,defs", *features, str(SOURCE), "-o", str(output))
+    compile_program("-shared", "-fPIC", "-Wl,-z,defs", *features, str(SOURCE), "-o", str(output))

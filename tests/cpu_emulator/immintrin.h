@@ -14,20 +14,13 @@
 #include <avx2intrin.h>
 #include <f16cintrin.h>
 
-#include <cpuid.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
 
-/* `target` attributes are ignored. Queries about the processor and the system answer for the emulated processor. */
+/* `target` attributes are ignored. */
 #define target(...)
-#define __builtin_cpu_supports(feature) EMULATES_BF16
-#undef __cpuid_count
-#define __cpuid_count(leaf, count, a, b, c, d) ((a) = (b) = (c) = 0, (d) = EMULATES_AMX ? 5u << 22 : 0)
-#define syscall allowed_
-static long allowed_(long number, ...) { return number == SYS_arch_prctl ? 0 : -1; }
 
 #define EMULATED static inline
 #define LINE(type) __attribute__((vector_size(64), may_alias)) type
@@ -88,6 +81,12 @@ EMULATED __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
 EMULATED __m512 _mm512_setzero_ps(void) { return (__m512){0}; }
 EMULATED __m512 _mm512_set1_ps(float value) { return value - (__m512){0}; }
 EMULATED __m512i _mm512_set1_epi32(int value) { return (__m512i)(value - (ints_){0}); }
+EMULATED __m512i _mm512_set1_epi64(long long value) { return value - (__m512i){0}; }
+EMULATED __m512i _mm512_mul_epu32(__m512i a, __m512i b) {
+    __m512i line;
+    EACH(8, line[i] = (long long)((uint64_t)(uint32_t)a[i] * (uint32_t)b[i]));
+    return line;
+}
 EMULATED __m512i _mm512_set1_epi16(short value) { return (__m512i)((uint16_t)value - (halves_){0}); }
 EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 EMULATED __m512i _mm512_add_epi32(__m512i a, __m512i b) { return (__m512i)((words_)a + (words_)b); }

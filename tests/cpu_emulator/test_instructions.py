@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("check") / "check"
-    compile_program("amx", str(Path(__file__).parent / "check.c"), "-o", str(output))
+    compile_program(str(Path(__file__).parent / "check.c"), "-o", str(output))
     return output
 
 

@@ -15,15 +15,13 @@ import pytest
 import torch
 from expert_problems import make_problem as make_experts
 from places import ran
-from problems import DEVICE, Case, assert_within_budget, kept
+from problems import DEVICE, Case, assert_within_budget
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 from triton.runtime.interpreter import InterpretedFunction
 
 from smoa_kernels.backends import eager, experts, experts_masked, verified
-from smoa_kernels.backends.kernels_dropout import KernelsDropout
-from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.kernels import table
@@ -176,9 +174,6 @@ def test_a_broken_kernel_is_refused(
     """All results are right, also if other kernels of the pass still run, and with dropout."""
     case = replace(SPLIT, algorithm=algorithm)
     p = case.problem(**SIZES)
-    if case.dropout is not None:
-        mask = kept("triton", p, case.dropout)
-        monkeypatch.setattr("problems.kept", lambda *_: mask)
     launched = broken(kernel, spoil)
     found: list[tuple[Tensor, ...]] = []
     told = warned(lambda: found.append(p.run(**case.options)))
@@ -403,16 +398,6 @@ def test_merging_and_experts(cache: Path, broken: Any, silent: None) -> None:
     found: list[Any] = []
     assert len(warned(lambda: found.append(e.operator("triton")))) == 2  # y, and then dX
     e.assert_within_budget(found[0])
-
-
-@pytest.mark.parametrize("panels", [(70,), (3, 8, 59)])
-def test_torch_draws_the_kernels_mask(panels: tuple[int, ...]) -> None:
-    p, seed = SPLIT.problem(**SIZES), torch.tensor(2**62 + 2**33 + 5)
-    dropout = Dropout(seed, 0.3, column_offset=11)
-    fill = KernelsDropout(seed, 0.3, column_offset=11).stream(80)
-    mask = torch.cat([fill(torch.empty(tokens, 80)) for tokens in panels])
-    assert torch.equal(mask != 0, kept("triton", p, dropout) != 0)
-    assert mask.unique().tolist() == [0, pytest.approx(dropout.scale)]
 
 
 def test_info_lists_the_verdicts(broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:

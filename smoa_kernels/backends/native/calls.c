@@ -104,89 +104,57 @@ static i64 misfit(const call *c) {
  * workspace must have one byte per coordinate of the longer side. */
 i64 smoa_check(const call *c) { return for_each(c, misfit); }
 
-/* Dropout's masks, a bit per element, from the numbers that torch's generator draws on a CPU (definition/dropout.py): the Mersenne Twister
- * MT19937 (Matsumoto and Nishimura 1998), a whole state at a time, in loops that compilers vectorise. */
-enum { STATE = 624, DISTANCE = 397, LEVELS = 4 /* 16-bit levels in each 64-bit number that torch draws */ };
-
-typedef struct {
-    uint32_t state[STATE];
-    uint64_t drawn[STATE / 2];
-    i64 next; /* index in `drawn` */
-} twister;
-
-static void seed_twister(twister *t, uint32_t seed) {
-    t->state[0] = seed, t->next = STATE / 2;
-    for (uint32_t i = 1; i < STATE; i++) {
-        uint32_t last = t->state[i - 1];
-        t->state[i] = 1812433253u * (last ^ last >> 30) + i;
-    }
-}
-
-static inline uint32_t twisted(uint32_t here, uint32_t next, uint32_t far) {
-    uint32_t both = (here & 0x80000000u) | (next & 0x7fffffffu);
-    return far ^ both >> 1 ^ (-(next & 1) & 0x9908b0dfu);
-}
-
-/* Draws the next STATE numbers of 32 bits. Two of them make one of 64 bits, the first its upper half. */
-static __attribute__((noinline)) void twist(twister *t) {
-    uint32_t *s = t->state, tempered[STATE];
-    for (i64 i = 0; i < STATE - DISTANCE; i++) s[i] = twisted(s[i], s[i + 1], s[i + DISTANCE]);
-    for (i64 i = STATE - DISTANCE; i < STATE - 1; i++) s[i] = twisted(s[i], s[i + 1], s[i + DISTANCE - STATE]);
-    s[STATE - 1] = twisted(s[STATE - 1], s[0], s[DISTANCE - 1]);
-    for (i64 i = 0; i < STATE; i++) {
-        uint32_t y = s[i];
-        y ^= y >> 11;
-        y ^= y << 7 & 0x9d2c5680u;
-        y ^= y << 15 & 0xefc60000u;
-        tempered[i] = y ^ y >> 18;
-    }
-    memcpy(t->drawn, tempered, sizeof tempered);
-    for (i64 i = 0; i < STATE / 2; i++) t->drawn[i] = t->drawn[i] << 32 | t->drawn[i] >> 32;
-    t->next = 0;
-}
-
-/* A bit for each of 16 levels: set where it is at least `least_kept`. */
-static inline uint16_t kept_bits(const int16_t *levels, int16_t least_kept) {
-    __m256i dropped = _mm256_cmpgt_epi16(_mm256_set1_epi16(least_kept), _mm256_loadu_si256((const void *)levels));
-    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(dropped), _mm256_extracti128_si256(dropped, 1));
-    return (uint16_t)~_mm_movemask_epi8(bytes);
-}
+/* Dropout's mask, a bit per element (definition/dropout.py): Philox-4x32-10 (Salmon et al. 2011) in 32 bits of each 64-bit lane. Each
+ * lane is a group of eight tokens, whose four words are two levels each. */
+enum { GROUPS = VECTOR_BYTES / 8, DRAWN = 8 * GROUPS };
 
 /* The arguments of smoa_mask. */
 typedef struct {
-    i64 tokens, cols, first, numbers, seed, least_kept;
-    int16_t *line; /* room for a token's levels and 16 more */
+    i64 tokens, cols, first, threads;
+    uint64_t seed;
+    i64 threshold;
     uint16_t *keep;
 } mask_call;
 
-/* keep (tokens, words(cols)). Each token draws `numbers` numbers; their levels from `first` on are the columns'. A bit is set where the
- * level is at least `least_kept`. */
-i64 smoa_mask(const mask_call *m) {
-    uint16_t *keep = m->keep;
-    twister t;
-    seed_twister(&t, (uint32_t)m->seed);
-    for (i64 token = 0; token < m->tokens; token++) {
-        for (i64 at = 0; at < m->numbers;) {
-            if (t.next == STATE / 2) twist(&t);
-            i64 count = least(STATE / 2 - t.next, m->numbers - at);
-            memcpy(m->line + LEVELS * at, t.drawn + t.next, (size_t)count * sizeof *t.drawn);
-            at += count, t.next += count;
-        }
+static void draw_mask(void *it, i64 thread, i64 token, i64 end) {
+    const mask_call *m = it;
+    (void)thread;
+    for (; token < end; token += DRAWN)
         for (i64 c = 0; c < m->cols; c += 16) {
-            uint16_t bits = kept_bits(m->line + m->first + c, (int16_t)m->least_kept);
-            *keep++ = m->cols - c < 16 ? (uint16_t)(bits & ((1 << (m->cols - c)) - 1)) : bits;
+            vl bits[8] = {{0}}, group;
+            for (int i = 0; i < GROUPS; i++) group[i] = (uint64_t)(token / 8 + i);
+            for (i64 b = 0; b < least(16, m->cols - c); b++) {
+                vl word[4] = {(vl){0} + (uint64_t)(m->first + c + b), group};
+                uint32_t low = (uint32_t)m->seed, high = (uint32_t)(m->seed >> 32);
+#pragma GCC unroll 10
+                for (int round = 0; round < 10; round++, low += 0x9e3779b9, high += 0xbb67ae85) {
+                    vl p = product_of_lower(word[0], 0xd2511f53), q = product_of_lower(word[2], 0xcd9e8d57);
+                    word[0] = q >> 32 ^ word[1] ^ low, word[1] = q, word[2] = p >> 32 ^ word[3] ^ high, word[3] = p;
+                }
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; i++)
+                    bits[i] |= (vl)((word[i / 2] >> i % 2 * 16 & 0xffff) >= (uint64_t)m->threshold) & (uint64_t)1 << b;
+            }
+            for (i64 t = token; t < least(token + DRAWN, end); t++)
+                m->keep[t * words(m->cols) + c / 16] = (uint16_t)bits[t % 8][(t - token) / 8];
         }
-    }
+}
+
+/* keep (tokens, words(cols)): a bit is set where the draw of a token and a column, counted from `first` on, is at least `threshold`. */
+i64 smoa_mask(mask_call *m) {
+    in_parallel(draw_mask, m, m->tokens, DRAWN, m->threads);
     return 0;
 }
 
-/* Facts about this library that Python checks. */
+/* Facts about this library that Python checks. Of what the processor has, it sets `has_bf16` and `has_amx` before; what the compiler did not
+ * know becomes 0. */
 typedef struct {
     const char *source; /* digest of the sources that it was compiled from */
     i64 call_bytes, mask_bytes, has_threads, has_bf16, has_amx;
 } about;
 
 i64 smoa_about(about *a) {
-    *a = (about){SOURCE, sizeof(call), sizeof(mask_call), GOMP_parallel != NULL, has_bf16(), has_amx()};
+    has_amx = HAS_TILES && a->has_amx;
+    *a = (about){SOURCE, sizeof(call), sizeof(mask_call), GOMP_parallel != NULL, HAS_TILES && a->has_bf16, has_amx};
     return 0;
 }

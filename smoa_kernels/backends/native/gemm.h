@@ -16,8 +16,8 @@
  * dropout it adds the masked dY ΔW, which was written to dX first. `factor_gradients` computes dA and dB: the terms of a block's G = dYᵀ x
  * are tokens, so `pack_terms` transposes both operands; `contract_slab` turns rows of G into H = s G ∘ W0 and adds Bᵀ H to dA and H Aᵀ to dB.
  *
- * To add AVX10 with 512-bit vectors, which multiplies the same tiles, add a branch beside `has_amx()` in `tile_panel` and its name in
- * `find_bf16`. A processor with shorter vectors or other tiles needs a format and a packing of its own.
+ * To add AVX10 with 512-bit vectors, which multiplies the same tiles, add a branch beside `has_amx` in `tile_panel` and its name in
+ * `allowed` of library.py. A processor with shorter vectors or other tiles needs a format and a packing of its own.
  *
  * No function allocates memory or keeps state between calls. The order of a sum does not depend on the number of threads, except in dA
  * (in dB where W0 is stored by columns): each thread sums its own rows.

@@ -173,7 +173,7 @@ class Call(ctypes.Structure):
 class _Draw(ctypes.Structure):
     """`mask_call` of `calls.c`."""
 
-    _fields_ = [*_integers("tokens cols first numbers seed least_kept"), *_pointers("line keep")]
+    _fields_ = [*_integers("tokens cols first threads seed threshold"), *_pointers("keep")]
 
 
 class _About(ctypes.Structure):
@@ -214,12 +214,25 @@ def library() -> ctypes.CDLL:
 def has(feature: str) -> bool:
     """Whether compiled code may use "bf16" (AVX512-BF16) or "amx" here.
 
-    Processor, compiler, system and the limit of torch's GEMMs (`ONEDNN_MAX_CPU_ISA`) must allow it.
+    The compiler must know it, and :func:`allowed` too.
     """
     found = _load()
     if obstacle() is not None or isinstance(found, str):
         return False
     return bool(getattr(found[1], feature))
+
+
+def allowed() -> tuple[bool, bool]:
+    """Whether processor, system and the limit of torch's GEMMs (`ONEDNN_MAX_CPU_ISA`) allow AVX512-BF16, and AMX."""
+    processor, limit = Path("/proc/cpuinfo").read_text(), os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+
+    def has(flag: str, *names: str) -> bool:
+        return flag in processor and (limit in ("", "ALL", "DEFAULT") or any(name in limit for name in names))
+
+    bf16 = has("avx512_bf16", "BF16", "FP16", "AMX", "AVX10")
+    # Linux grants AMX on request only: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+    amx = bf16 and has("amx_bf16", "AMX") and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+    return bf16, amx
 
 
 @functools.cache
@@ -235,8 +248,9 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
     try:
         sources = sorted(_FOLDER.glob("*.[ch]"))
         source = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-        found, about = ctypes.CDLL(str(path)), _About()
-        found.smoa_about(ctypes.byref(about))  # asks the system for AMX, once, before threads run
+        bf16, amx = allowed()
+        found, about = ctypes.CDLL(str(path)), _About(bf16=bf16, amx=amx)
+        found.smoa_about(ctypes.byref(about))
         if about.source != source.encode():
             return f"{path} was compiled from other sources: install the package again"
         if (about.call_bytes, about.mask_bytes) != (ctypes.sizeof(Call), ctypes.sizeof(_Draw)):
@@ -261,15 +275,13 @@ class Mask(NamedTuple):
 
 
 def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
-    """The mask of x, which has the rows of `tokens`: the same numbers as :func:`drawn_words` draws, but faster."""
+    """The mask of x, which has the rows of `tokens`: `Dropout.multiplier`'s, but drawn faster."""
     shape = tokens.shape[0], -(-columns // 16)
     # Compiled code reads two words at once, so one more must follow the last.
     kept = tokens.new_empty(shape[0] * shape[1] + 1, dtype=torch.int16)[:-1].view(shape)
-    per_token = dropout.words_per_token(columns)
-    line = tokens.new_empty(4 * per_token + 16, dtype=torch.int16)
     draw = _Draw(
-        tokens.shape[0], columns, dropout.column_offset, per_token, int(dropout.seed), dropout.least_kept,
-        line.data_ptr(), kept.data_ptr(),
+        tokens.shape[0], columns, dropout.column_offset, torch.get_num_threads(), int(dropout.seed),
+        dropout.threshold, kept.data_ptr(),
     )  # fmt: skip
     library().smoa_mask(ctypes.byref(draw))
     return Mask(kept, dropout.scale)

@@ -97,49 +97,14 @@ typedef struct {
 /* Takes sums (count, PANEL) to where rows from `row` on and `width` columns from `col` on of a product belong. */
 typedef void epilogue(const void *context, const float *sums, i64 row, i64 count, i64 col, i64 width);
 
+/* Whether to multiply by AMX. library.py finds out and sets it by `smoa_about`, before threads run. */
+static int has_amx;
+
 /* Packing tiles and vdpbf16ps take vectors of 512 bits; every processor with AMX has these. */
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
 #define HAS_TILES 1
-#include <cpuid.h>
-#include <stdlib.h>
-#include <strings.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 /* The compiler uses these instructions only through their intrinsics, so other code in such a function runs on any processor. */
 #define TARGET_BF16 __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
-
-/* Whether ONEDNN_MAX_CPU_ISA, by which a user limits torch's GEMMs, allows one of these instruction sets. */
-static int is_wanted(const char *const *names) {
-    const char *limit = getenv("ONEDNN_MAX_CPU_ISA");
-    if (!limit || !*limit || !strcasecmp(limit, "ALL") || !strcasecmp(limit, "DEFAULT")) return 1;
-    for (; *names; names++)
-        for (const char *at = limit; *at; at++)
-            if (!strncasecmp(at, *names, strlen(*names))) return 1;
-    return 0;
-}
-
-static __attribute__((noinline)) int find_bf16(void) {
-    static const char *const names[] = {"BF16", "FP16", "AMX", "AVX10", NULL};
-    return __builtin_cpu_supports("avx512bf16") && is_wanted(names);
-}
-
-static __attribute__((noinline)) int find_amx(void) {
-    enum { REQUEST = 0x1023, TILE_DATA = 18 }; /* Linux grants AMX on request only */
-    static const char *const names[] = {"AMX", NULL};
-    unsigned a, b, c, d;
-    __cpuid_count(7, 0, a, b, c, d);
-    int has = (d >> 22 & 1) && (d >> 24 & 1); /* AMX-BF16, AMX-TILE */
-    return has && find_bf16() && is_wanted(names) && syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-}
-
-/* Whether this process may use AVX512-BF16, or AMX; asked once, when the library is loaded. */
-#define FOUND_ONCE(find)                                       \
-    static int found = -1;                                     \
-    if (__builtin_expect(found < 0, 0)) found = find();        \
-    return found;
-static int has_bf16(void) { FOUND_ONCE(find_bf16) }
-static int has_amx(void) { FOUND_ONCE(find_amx) }
 
 /* Sets the size of this thread's tiles; `end_tiles` must follow before the thread ends its work. The sizes are a constant because GCC before
  * the fix of its bug 114098 (12.4) believes that only 8 bytes are read, and may leave the others unwritten. */
@@ -155,11 +120,11 @@ TARGET_BF16 static void use_tiles(void) {
 TARGET_BF16 static void release_tiles(void) { _tile_release(); }
 
 static void begin_tiles(int format) {
-    if (format != FLOATS && has_amx()) use_tiles();
+    if (format != FLOATS && has_amx) use_tiles();
 }
 
 static void end_tiles(int format) {
-    if (format != FLOATS && has_amx()) release_tiles();
+    if (format != FLOATS && has_amx) release_tiles();
 }
 
 /* Before tiles are loaded: GCC does not know that a tile load reads memory, and might move earlier stores behind it. */
@@ -286,7 +251,7 @@ TARGET_BF16 INLINE void tile_panel(int format, int streamed, const packed *p, in
     i64 steps = 0, done = 0;
     for (int n = 0; n < count; n++) steps += ceil_div(p[n].depth, TERMS);
     i64 together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
-    if (!has_amx()) {
+    if (!has_amx) {
         int two = columns > SIDE; /* right tiles */
         take_rows(last, PANEL);
         for (int n = 0; n < count; n++)
@@ -315,8 +280,6 @@ TARGET_BF16 INLINE void tile_panel(int format, int streamed, const packed *p, in
 }
 #else
 #define HAS_TILES 0
-static int has_bf16(void) { return 0; }
-static int has_amx(void) { return 0; }
 #define begin_tiles(format) ((void)(format))
 #define end_tiles(format) ((void)(format))
 #endif

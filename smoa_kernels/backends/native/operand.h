@@ -15,6 +15,7 @@ typedef uint16_t half; /* the bits of a bfloat16 or float16 */
 typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint64_t vl __attribute__((vector_size(VECTOR_BYTES)));
 
 enum { LANES = VECTOR_BYTES / 4, FLOAT32 = 0, BFLOAT16, FLOAT16 };
 
@@ -166,6 +167,15 @@ static inline float total(vf v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#endif
+}
+
+/* The product of the lower 32 bits of each lane and a number. */
+INLINE vl product_of_lower(vl lanes, uint32_t by) {
+#if VECTOR_BYTES == 64
+    return (vl)_mm512_mul_epu32((__m512i)lanes, _mm512_set1_epi64(by));
+#else
+    return (vl)_mm256_mul_epu32((__m256i)lanes, _mm256_set1_epi64x(by));
 #endif
 }
 

@@ -13,7 +13,7 @@ enum {
 };
 
 /* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
-static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx() ? SPLIT3 : FLOATS; }
+static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx ? SPLIT3 : FLOATS; }
 
 /* A call, or some tokens of it: y (tokens, rows) from x (tokens, cols) in the same dtype. */
 typedef struct {
