@@ -23,16 +23,10 @@ NAMES = [None, "smoa2", "smoa4", "unequal", "hira", "lora"]
 def engine(base):
     """Starts an engine in this process; the test's end stops it."""
 
-    def start(model=base, **options):
-        usual = {
-            "max_model_len": 128,
-            "max_num_seqs": 66,
-            "max_lora_rank": 8,
-            "max_loras": 8,
-            "dtype": "float32",
-        }
-        usual |= {"enforce_eager": True, "disable_log_stats": True, "enable_lora": True}
-        running.append(vllm.LLM(str(model), **usual | options))
+    def start(model=base, dtype="float32", enforce_eager=True, **options):
+        sizes = {"max_model_len": 128, "max_num_seqs": 66, "max_lora_rank": 8, "max_loras": 8}
+        options |= {"dtype": dtype, "enforce_eager": enforce_eager, "disable_log_stats": True}
+        running.append(vllm.LLM(str(model), enable_lora=True, **sizes, **options))
         return running[-1]
 
     running = []
