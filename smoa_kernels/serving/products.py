@@ -180,7 +180,7 @@ class Slice:
     def update(self, x: Tensor, slots: Tensor, rank: int | None = None) -> Tensor:
         """`x (W0 ∘ BA)ᵀ` (T, n), float32, with the adapter of each token's slot, by products with W0.
 
-        So many ranks are computed in each slot, or as many as any adapter has.
+        `rank` ranks of each slot are computed; without it, as many as any adapter has.
         """
         rank = self.most_ranks if rank is None else rank
         if not rank:
