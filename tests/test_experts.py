@@ -128,13 +128,9 @@ def test_sums_are_as_short_as_torchs(
 def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
     backend: str, pairs: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    """True for any B of other experts, and in float32 for any padding."""
+    """True for any B of other experts."""
     p = make_problem(pairs=pairs, dtype=dtype)
-    if dtype.itemsize == 2:
-        p.adapter.B[1] = 0
-    for layer in p.adapter.experts([1]):
-        for k, rank in enumerate(p.adapter.ranks.tolist()):
-            layer.B[layer.partition.rows(k), :rank] = 0
+    p.adapter.B[1] = 0
     y, plain = experts_linear(p.x, p.ends, p.adapter, backend), torch.empty_like(p.dy)
     for e, rows in enumerate(p.x.split(pairs)):
         torch.mm(rows, p.adapter.weight[e].T, out=plain.split(pairs)[e])

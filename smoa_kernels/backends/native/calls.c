@@ -21,8 +21,8 @@ static i64 for_each(const call *c, i64 (*function)(const call *)) {
     for (i64 e = 0; e < c->experts; first = c->ends[e++]) {
         call one = *c;
         layer *l = &one.layer;
-        one.tokens = c->ends[e] - first, one.path = c->paths[e], one.updates = c->updates ? c->updates + e : NULL;
-        if (!one.tokens || (c->updates && !c->updates[e])) continue;
+        one.tokens = c->ends[e] - first, one.path = c->paths[e];
+        if (!one.tokens || one.path > TILES_PATH) continue;
         one.workspace = a.base ? (float *)(a.base + a.bytes) : NULL;
         l->row_index = index_of(c->row_index, c->row_bytes, e * c->row_step, l->rows, row_index);
         l->col_index = index_of(c->col_index, c->col_bytes, e * c->col_step, l->cols, col_index);
@@ -81,51 +81,31 @@ static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 b
     return right;
 }
 
-/* Whether s B, and so ΔW, has a number that is not 0. */
-static int has_update(const layer *l) {
-    for (i64 k = 0; k < l->blocks && l->scaling != 0; k++)
-        for (i64 i = l->row_offsets[k]; i < l->row_offsets[k + 1]; i++)
-            for (i64 t = 0; t < rank_of(l, k); t++)
-                if (value_at(l->B, l->row_index[i] * l->B_row + t * l->B_rank, (int)l->factor_dtype) != 0) return 1;
-    return 0;
-}
-
 static i64 misfit(const call *c) {
     const layer *l = &c->layer;
     uint8_t *seen = (uint8_t *)c->workspace;
-    if (!shared_out(l->row_index, l->row_offsets, l->rows, l->blocks, seen) ||
-        !shared_out(l->col_index, l->col_offsets, l->cols, l->blocks, seen))
-        return 1;
-    if (c->updates) *c->updates = has_update(l);
-    return 0;
+    return !shared_out(l->row_index, l->row_offsets, l->rows, l->blocks, seen) ||
+           !shared_out(l->col_index, l->col_offsets, l->cols, l->blocks, seen);
 }
 
-/* 0 if each row and each column of the layer is in exactly one block, else 1. `updates` of experts becomes 0 where ΔW is zero. The
- * workspace must have one byte per coordinate of the longer side. */
+/* 0 if each row and each column of the layer is in exactly one block, else 1. The workspace must have one byte per coordinate of the
+ * longer side. */
 i64 smoa_check(const call *c) { return for_each(c, misfit); }
 
 /* Dropout's mask, a bit per element (definition/dropout.py): Philox-4x32-10 (Salmon et al. 2011) in 32 bits of each 64-bit lane. Each
  * lane is a group of eight tokens, whose four words are two levels each. */
 enum { GROUPS = VECTOR_BYTES / 8, DRAWN = 8 * GROUPS };
 
-/* The arguments of smoa_mask. */
-typedef struct {
-    i64 tokens, cols, first, threads;
-    uint64_t seed;
-    i64 threshold;
-    uint16_t *keep;
-} mask_call;
-
 static void draw_mask(void *it, i64 thread, i64 token, i64 end) {
-    const mask_call *m = it;
+    const call *m = it;
     (void)thread;
     for (; token < end; token += DRAWN)
-        for (i64 c = 0; c < m->cols; c += 16) {
+        for (i64 c = 0; c < m->layer.cols; c += 16) {
             vl bits[8] = {{0}}, group;
             for (int i = 0; i < GROUPS; i++) group[i] = (uint64_t)(token / 8 + i);
-            for (i64 b = 0; b < least(16, m->cols - c); b++) {
-                vl word[4] = {(vl){0} + (uint64_t)(m->first + c + b), group};
-                uint32_t low = (uint32_t)m->seed, high = (uint32_t)(m->seed >> 32);
+            for (i64 b = 0; b < least(16, m->layer.cols - c); b++) {
+                vl word[4] = {(vl){0} + (uint64_t)(m->column_offset + c + b), group};
+                uint32_t low = (uint32_t)m->seed, high = (uint32_t)((uint64_t)m->seed >> 32);
 #pragma GCC unroll 10
                 for (int round = 0; round < 10; round++, low += 0x9e3779b9, high += 0xbb67ae85) {
                     vl p = product_of_lower(word[0], 0xd2511f53), q = product_of_lower(word[2], 0xcd9e8d57);
@@ -136,13 +116,13 @@ static void draw_mask(void *it, i64 thread, i64 token, i64 end) {
                     bits[i] |= (vl)((word[i / 2] >> i % 2 * 16 & 0xffff) >= (uint64_t)m->threshold) & (uint64_t)1 << b;
             }
             for (i64 t = token; t < least(token + DRAWN, end); t++)
-                m->keep[t * words(m->cols) + c / 16] = (uint16_t)bits[t % 8][(t - token) / 8];
+                ((uint16_t *)m->y)[t * words(m->layer.cols) + c / 16] = (uint16_t)bits[t % 8][(t - token) / 8];
         }
 }
 
-/* keep (tokens, words(cols)): a bit is set where the draw of a token and a column, counted from `first` on, is at least `threshold`. */
-i64 smoa_mask(mask_call *m) {
-    in_parallel(draw_mask, m, m->tokens, DRAWN, m->threads);
+/* y (tokens, words(cols)), of 16 bits each: a bit is set where the draw of a token and a column is at least `threshold`. */
+i64 smoa_mask(call *c) {
+    in_parallel(draw_mask, c, c->tokens, DRAWN, c->threads);
     return 0;
 }
 
@@ -150,11 +130,11 @@ i64 smoa_mask(mask_call *m) {
  * know becomes 0. */
 typedef struct {
     const char *source; /* digest of the sources that it was compiled from */
-    i64 call_bytes, mask_bytes, has_threads, has_bf16, has_amx;
+    i64 call_bytes, has_threads, has_bf16, has_amx;
 } about;
 
 i64 smoa_about(about *a) {
     has_amx = HAS_TILES && a->has_amx;
-    *a = (about){SOURCE, sizeof(call), sizeof(mask_call), GOMP_parallel != NULL, HAS_TILES && a->has_bf16, has_amx};
+    *a = (about){SOURCE, sizeof(call), GOMP_parallel != NULL, HAS_TILES && a->has_bf16, has_amx};
     return 0;
 }

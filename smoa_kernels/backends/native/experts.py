@@ -20,12 +20,13 @@ def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     """
     weight = adapter.weight
     fits = _fits(adapter, ends) and _takes(weight, x, weight.shape[2])
-    every = _EveryExpert(ends, adapter, find_updates=True) if fits else None
+    every = _EveryExpert(ends, adapter) if fits else None
     if every is None or not every.choose_paths(x, transposed=False):
         return experts.experts_forward(x, ends, adapter)
     y = x.new_empty(x.shape[0], weight.shape[1])
     for e, start, end in every.spans:
-        if not every.updates[e]:
+        if not adapter.scaling or not adapter.B[e].any():
+            every.paths[e] = Path.EAGER
             experts.base_output(x[start:end], weight[e], out=y[start:end])
     every.call.run("smoa_forward", x=x, y=y)
     return y
@@ -41,7 +42,7 @@ def experts_backward(
     weight, A, B = adapter.weight, adapter.A, adapter.B
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
     fits = fits and (x is None or (_takes(weight, x, weight.shape[2]) and x.shape[0] == dy.shape[0]))
-    every = _EveryExpert(ends, adapter, find_updates=False) if fits else None
+    every = _EveryExpert(ends, adapter) if fits else None
     if every is None or not every.choose_paths(dy, transposed=True):
         return experts.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
     dx, dA, dB = None, None, None
@@ -62,19 +63,17 @@ class _EveryExpert:
         call: the arguments of the compiled functions.
         spans: each expert that has pairs: its number, its first pair and where its pairs end.
         paths: of each expert.
-        updates: of each expert, 0 if its ΔW was looked at and is zero.
 
     Raises:
         ValueError: pairs, indices or offsets of the blocks do not fit the weight or the pairs.
     """
 
-    def __init__(self, ends: Tensor, adapter: ExpertsAdapter, *, find_updates: bool) -> None:
+    def __init__(self, ends: Tensor, adapter: ExpertsAdapter) -> None:
         A, B, blocks, count = adapter.A, adapter.B, adapter.blocks, adapter.weight.shape[0]
         last = ends.tolist()
         if last != sorted(last) or last[0] < 0:
             raise ValueError(_MISFIT)
         self.spans, self.paths = experts.spans(ends), (ctypes.c_int64 * count)()
-        self.updates = (ctypes.c_int64 * count)(*[1] * count)
         ends = dense(ends, torch.int32)
         index = [
             dense(one, torch.int16 if one.dtype == torch.int16 else torch.int32)
@@ -91,7 +90,6 @@ class _EveryExpert:
             for field, value in (("index", one.data_ptr()), ("bytes", one.itemsize), ("step", _step(one))):
                 setattr(call, f"{side}_{field}", value)
         call.paths = ctypes.addressof(self.paths)
-        call.updates = ctypes.addressof(self.updates) if find_updates else None
         if call.misfits(weight[0]):
             raise ValueError(_MISFIT)
 

@@ -11,8 +11,8 @@
  * Two files call it: product.h (y and dX) and gradient.h (dA and dB). calls.c exports the functions; its `for_each` loops over experts.
  *
  * Example: a bfloat16 backward on AMX is two calls. `blocked_product` computes dX = dY W_eff: `tile_rows` packs dY in left tiles;
- * `weight_tiles` reads columns of W0, modulates them and packs them in right tiles that stay in the L2 cache; `tile_panel` multiplies
- * 32 tokens by 32 columns in four tiles, over all terms; meanwhile `finish_rows` rounds the last four once and writes them to dX. Under
+ * `pack_right` reads columns of W0, modulates them and packs them in right tiles that stay in the L2 cache; `tile_panel` multiplies
+ * 32 tokens by 32 columns in four tiles, over all terms; then `finish_rows` rounds them once and writes them to dX. Under
  * dropout it adds the masked dY ΔW, which was written to dX first. `factor_gradients` computes dA and dB: the terms of a block's G = dYᵀ x
  * are tokens, so `pack_terms` transposes both operands; `contract_slab` turns rows of G into H = s G ∘ W0 and adds Bᵀ H to dA and H Aᵀ to dB.
  *
@@ -77,18 +77,13 @@ typedef struct {
 } gemm_job;
 
 #if HAS_TILES
-/* Multiplies operands in PAIRS or SPLIT3, up to two pairs of them in one sum. Inlined with its epilogue: a call in each step would take a
- * tenth of a float32 layer. */
+/* Multiplies operands in PAIRS or SPLIT3, up to two pairs of them in one sum. The operand with fewer rows is in the inner loop and stays in the
+ * L2 cache. */
 TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int count, i64 i_count, i64 j_count, epilogue *take,
                                        const void *context) {
     _Alignas(64) float sums[PANEL * PANEL];
-    finished last = {.rows = 0};
-    /* The operand with fewer rows is in the inner loop and stays in the L2 cache. Its tiles are loaded past the L1 cache, so a panel of the
-     * other operand stays there. With more than L1_DEPTH terms in the last pair, which is W0's, this was slower (measured, AMX). */
-    enum { L1_DEPTH = 1536 };
     int tall = i_count > j_count;
-    int streamed = format == PAIRS && operands[count - 1].depth <= L1_DEPTH ? (tall ? RIGHT : LEFT) : NEITHER;
-    begin_tiles(format);
+    if (has_amx) use_tiles();
     for (i64 outer = 0; outer < greatest(i_count, j_count); outer += PANEL)
         for (i64 inner = 0; inner < least(i_count, j_count); inner += PANEL) {
             i64 i = tall ? outer : inner, j = tall ? inner : outer, rows = least(PANEL, i_count - i), columns = least(PANEL, j_count - j);
@@ -97,46 +92,31 @@ TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int c
                 panels[n] = operands[n];
                 panels[n].left += i * row_size(format, operands[n].depth), panels[n].right += j * row_size(format, operands[n].right_depth);
             }
-            tile_panel(format, streamed, panels, count, rows, columns, sums, &last);
-            last = (finished){take, context, sums, i, rows, j, columns};
+            tile_panel(format, panels, count, rows, columns, sums);
+            take(context, sums, i, rows, j, columns);
         }
-    take_rows(&last, PANEL);
-    end_tiles(format);
+    if (has_amx) _tile_release();
 }
 
-/* The epilogue of a job whose C, which begins with the sums' first row and column, is float32. */
+/* The epilogue of a job, whose C begins with the sums' first row and column. */
 INLINE void add_to_C(const void *context, const float *sums, i64 row, i64 count, i64 col, i64 width) {
     const gemm_job *g = context;
-    float *to = (float *)g->C + row * g->stride + col;
-    for (; count > 0; count--, sums += PANEL, to += g->stride)
-        for (int q = 0; q < 2; q++) {
-            __mmask16 valid = first_lanes(width - q * SIDE), added = g->add ? valid : 0;
-            __builtin_prefetch(to + q * SIDE + ROWS_BELOW * g->stride, 1);
-            __m512 before = _mm512_maskz_loadu_ps(added, to + q * SIDE);
-            _mm512_mask_storeu_ps(to + q * SIDE, valid, _mm512_add_ps(before, _mm512_load_ps(sums + q * SIDE)));
-        }
-}
-
-/* The same for bfloat16, where all terms are in the sums. */
-INLINE void round_to_C(const void *context, const float *sums, i64 row, i64 count, i64 col, i64 width) {
-    const gemm_job *g = context;
-    finish_rows(sums, PANEL, count, width, NULL, g->add, (half *)g->C + row * g->stride + col, g->stride, BFLOAT16);
+    void *to = (char *)g->C + (row * g->stride + col) * bytes_of(g->dtype);
+    if (g->dtype == FLOAT32)
+        finish_rows(sums, PANEL, count, width, NULL, g->add, to, g->stride, FLOAT32);
+    else
+        finish_rows(sums, PANEL, count, width, NULL, g->add, to, g->stride, BFLOAT16);
 }
 
 /* C (+)= left rightᵀ of packed operands. */
-TARGET_BF16 static __attribute__((noinline)) void multiply_split(const gemm_job *g, const packed *both, i64 i_count, i64 j_count) {
-    multiply_tiles(SPLIT3, both, 1, i_count, j_count, add_to_C, g);
-}
-
-TARGET_BF16 static __attribute__((noinline)) void multiply_pairs(const gemm_job *g, const packed *both, i64 i_count, i64 j_count) {
-    if (g->dtype == FLOAT32)
+TARGET_BF16 static __attribute__((noinline)) void multiply_packed(const gemm_job *g, const packed *both, i64 i_count, i64 j_count) {
+    if (g->format == PAIRS)
         multiply_tiles(PAIRS, both, 1, i_count, j_count, add_to_C, g);
     else
-        multiply_tiles(PAIRS, both, 1, i_count, j_count, round_to_C, g);
+        multiply_tiles(SPLIT3, both, 1, i_count, j_count, add_to_C, g);
 }
 #else
-#define multiply_split(g, both, i_count, j_count) ((void)(both))
-#define multiply_pairs(g, both, i_count, j_count) ((void)(both))
+#define multiply_packed(g, both, i_count, j_count) ((void)(both))
 #endif
 
 /* Rows that are packed together. The right ones stay in the L2 cache; each further group of left rows packs the right operand again. */
@@ -173,10 +153,8 @@ static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j
                 pack_right(f, &g->right, g->adapter, j_first + j, width, k, deep, room.right, room.scratch);
                 if (f == FLOATS)
                     fma_panels(deep, room.left, room.right, part.C, g->stride, height, width, part.add);
-                else if (f == PAIRS)
-                    multiply_pairs(&part, &both, height, width);
                 else
-                    multiply_split(&part, &both, height, width);
+                    multiply_packed(&part, &both, height, width);
             }
             k += kc;
         } while (k < g->depth);

@@ -119,7 +119,7 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
             packed tiles = {(float *)(g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size),
                             (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens};
             if (g->format == PAIRS)
-                multiply_pairs(&product, &tiles, count, width);
+                multiply_packed(&product, &tiles, count, width);
             else
                 gemm(&product, l->row_offsets[k] + first, count, l->col_offsets[k], width, r.rest);
             contract_slab(g, &r, k, first, count, g->dA + thread * l->rank * g->factors.A_stride);
@@ -129,25 +129,13 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
 
 /* Adds the threads' sums and writes dA (rank, cols), stored as A is; for the transposed layer dB. */
 static void write_gradient(const layer *l, const float *sums, i64 stride, i64 threads, void *dA, i64 rank_step, i64 col_step) {
-    int dtype = (int)l->factor_dtype;
     for (i64 k = 0; k < l->blocks; k++)
         for (i64 t = 0; t < l->rank; t++)
-            for (i64 c = 0; c < width_of(l, k); c += LANES) {
+            for (i64 c = 0; c < width_of(l, k); c++) {
                 const float *from = sums + t * stride + padded_before(l->col_offsets, k) + c;
-                union {
-                    float floats[LANES];
-                    half halves[2 * LANES];
-                } line;
                 vf sum = {0};
-                for (i64 thread = 0; thread < threads && t < rank_of(l, k); thread++) sum += load(from + thread * l->rank * stride);
-                narrow_all(&line, sum, dtype);
-                for (i64 i = 0; i < least(LANES, width_of(l, k) - c); i++) {
-                    i64 at = t * rank_step + l->col_index[l->col_offsets[k] + c + i] * col_step;
-                    if (dtype == FLOAT32)
-                        ((float *)dA)[at] = line.floats[i];
-                    else
-                        ((half *)dA)[at] = line.halves[i];
-                }
+                for (i64 thread = 0; thread < threads && t < rank_of(l, k); thread++) sum[0] += from[thread * l->rank * stride];
+                narrow(dA, t * rank_step + l->col_index[l->col_offsets[k] + c] * col_step, 1, sum, (int)l->factor_dtype);
             }
 }
 

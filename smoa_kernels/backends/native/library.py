@@ -77,8 +77,8 @@ class Call(ctypes.Structure):
         *_pointers("x dy"),
         *_integers("x_stride dy_stride y_stride"),
         *_pointers("keep bias y dA dB workspace"),
-        *_integers("threads experts"),
-        *_pointers("ends paths updates row_index col_index"),
+        *_integers("threads seed threshold column_offset experts"),
+        *_pointers("ends paths row_index col_index"),
         *_integers("row_bytes col_bytes row_step col_step row_offsets_step col_offsets_step"),
         *_integers("weight_step A_step B_step"),
     ]
@@ -126,7 +126,7 @@ class Call(ctypes.Structure):
         return weight, offsets
 
     def misfits(self, weight: Tensor) -> bool:
-        """Whether an index is out of range, which compiled code does not check; finds the experts with an update."""
+        """Whether an index is out of range, which compiled code does not check."""
         room = workspace(weight, 3 * sum(weight.shape) + 64)
         self.workspace = room.data_ptr()
         found: int = library().smoa_check(ctypes.byref(self))
@@ -170,18 +170,12 @@ class Call(ctypes.Structure):
             function(ctypes.byref(self))
 
 
-class _Draw(ctypes.Structure):
-    """`mask_call` of `calls.c`."""
-
-    _fields_ = [*_integers("tokens cols first threads seed threshold"), *_pointers("keep")]
-
-
 class _About(ctypes.Structure):
     """`about` of `calls.c`."""
 
     _fields_ = [
         ("source", ctypes.c_char_p),
-        *_integers("call_bytes mask_bytes has_threads bf16 amx"),
+        *_integers("call_bytes has_threads bf16 amx"),
         ("further", ctypes.c_int64 * 16),  # a library of other sources may write more fields
     ]
 
@@ -253,7 +247,7 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
         found.smoa_about(ctypes.byref(about))
         if about.source != source.encode():
             return f"{path} was compiled from other sources: install the package again"
-        if (about.call_bytes, about.mask_bytes) != (ctypes.sizeof(Call), ctypes.sizeof(_Draw)):
+        if about.call_bytes != ctypes.sizeof(Call):
             return f"{path} has structs of other sizes than {Path(__file__).name}"
         for name in (*FUNCTIONS, "smoa_check", "smoa_mask"):
             getattr(found, name).restype = ctypes.c_int64
@@ -279,11 +273,12 @@ def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
     shape = tokens.shape[0], -(-columns // 16)
     # Compiled code reads two words at once, so one more must follow the last.
     kept = tokens.new_empty(shape[0] * shape[1] + 1, dtype=torch.int16)[:-1].view(shape)
-    draw = _Draw(
-        tokens.shape[0], columns, dropout.column_offset, torch.get_num_threads(), int(dropout.seed),
-        dropout.threshold, kept.data_ptr(),
+    call = Call(
+        tokens=shape[0], threads=torch.get_num_threads(), y=kept.data_ptr(),
+        seed=int(dropout.seed), threshold=dropout.threshold, column_offset=dropout.column_offset,
     )  # fmt: skip
-    library().smoa_mask(ctypes.byref(draw))
+    call.layer.cols = columns
+    library().smoa_mask(ctypes.byref(call))
     return Mask(kept, dropout.scale)
 
 

@@ -14,7 +14,6 @@
 #include "operand.h"
 
 enum { FLOATS, PAIRS, SPLIT3 };
-enum { NEITHER, LEFT, RIGHT };
 
 enum {
     /* A tile of C fills 14 × 2 of 32 vector registers, or 6 × 2 of 16; operands take the others. */
@@ -106,7 +105,7 @@ static int has_amx;
 /* The compiler uses these instructions only through their intrinsics, so other code in such a function runs on any processor. */
 #define TARGET_BF16 __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 
-/* Sets the size of this thread's tiles; `end_tiles` must follow before the thread ends its work. The sizes are a constant because GCC before
+/* Sets the size of this thread's tiles, which must be released before the thread ends its work. The sizes are a constant because GCC before
  * the fix of its bug 114098 (12.4) believes that only 8 bytes are read, and may leave the others unwritten. */
 TARGET_BF16 static void use_tiles(void) {
     static const struct {
@@ -115,16 +114,6 @@ TARGET_BF16 static void use_tiles(void) {
         uint8_t rows[16];
     } sizes = {.palette = 1, .bytes = {[0 ... 7] = 64}, .rows = {[0 ... 7] = SIDE}};
     _tile_loadconfig(&sizes);
-}
-
-TARGET_BF16 static void release_tiles(void) { _tile_release(); }
-
-static void begin_tiles(int format) {
-    if (format != FLOATS && has_amx) use_tiles();
-}
-
-static void end_tiles(int format) {
-    if (format != FLOATS && has_amx) release_tiles();
 }
 
 /* Before tiles are loaded: GCC does not know that a tile load reads memory, and might move earlier stores behind it. */
@@ -188,17 +177,6 @@ TARGET_BF16 static inline void load_right(const half *from) {
     _tile_loadd(7, from + TILE, 64);
 }
 
-/* The same past the L1 cache, where the other operand stays. */
-TARGET_BF16 static inline void stream_left(const half *from) {
-    _tile_stream_loadd(4, from, 64);
-    _tile_stream_loadd(5, from + TILE, 64);
-}
-
-TARGET_BF16 static inline void stream_right(const half *from) {
-    _tile_stream_loadd(6, from, 64);
-    _tile_stream_loadd(7, from + TILE, 64);
-}
-
 /* `both`: the second left tile has rows too. */
 TARGET_BF16 static inline void add_products(int both) {
     _tile_dpbf16ps(0, 4, 6);
@@ -230,56 +208,23 @@ static inline __mmask16 first_lanes(i64 count) {
     return count < SIDE ? (__mmask16)((1 << greatest(0, count)) - 1) : (__mmask16)~0;
 }
 
-/* Sums of which `rows` rows are still to be taken by the epilogue. */
-typedef struct {
-    epilogue *take;
-    const void *context;
-    const float *sums;
-    i64 row, rows, col, width;
-} finished;
-
-/* Lets the epilogue take up to `count` of them. */
-TARGET_BF16 INLINE void take_rows(finished *f, i64 count) {
-    count = least(count, f->rows);
-    if (count) f->take(f->context, f->sums, f->row, count, f->col, f->width);
-    f->sums += count * PANEL, f->row += count, f->rows -= count;
-}
-
-/* sums = Σ left rightᵀ over `count` pairs of panels, of which `rows` and `columns` exist. AMX multiplies while the epilogue takes the last
- * panel's sums, but not in the first step: they were just stored, and loads would wait. */
-TARGET_BF16 INLINE void tile_panel(int format, int streamed, const packed *p, int count, i64 rows, i64 columns, float *sums, finished *last) {
-    i64 steps = 0, done = 0;
-    for (int n = 0; n < count; n++) steps += ceil_div(p[n].depth, TERMS);
-    i64 together = steps > 1 ? ceil_div(PANEL, steps - 1) : 0;
-    if (!has_amx) {
-        int two = columns > SIDE; /* right tiles */
-        take_rows(last, PANEL);
-        for (int n = 0; n < count; n++)
-            for (i64 i = 0; i < rows; i += two ? SIDE / 2 : SIDE)
-                dots(two, ceil_div(p[n].depth, TERMS), (const half *)p[n].left + i / SIDE * TILE + i % SIDE * TERMS, (const half *)p[n].right,
-                     n > 0, sums + i * PANEL);
-        return;
-    }
-    zero_sums();
+/* sums = Σ left rightᵀ over `count` pairs of panels, of which `rows` and `columns` exist. */
+TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 rows, i64 columns, float *sums) {
+    int two = columns > SIDE; /* right tiles */
+    if (has_amx) zero_sums();
     for (int n = 0; n < count; n++) {
         const half *left = (const half *)p[n].left, *right = (const half *)p[n].right;
+        for (i64 i = 0; i < rows && !has_amx; i += two ? SIDE / 2 : SIDE)
+            dots(two, ceil_div(p[n].depth, TERMS), left + i / SIDE * TILE + i % SIDE * TERMS, right, n > 0, sums + i * PANEL);
         i64 step = format == SPLIT3 ? 3 * STEP : STEP;
-        for (i64 k = 0; k < p[n].depth; k += TERMS, left += step, right += step) {
+        for (i64 k = 0; k < p[n].depth && has_amx; k += TERMS, left += step, right += step)
             if (format == SPLIT3)
                 add_split_products(left, right);
-            else {
-                streamed == LEFT ? stream_left(left) : load_left(left);
-                streamed == RIGHT ? stream_right(right) : load_right(right);
-                add_products(rows > SIDE);
-            }
-            if (done++) take_rows(last, together);
-        }
+            else
+                load_left(left), load_right(right), add_products(rows > SIDE);
     }
-    take_rows(last, PANEL);
-    store_sums(sums);
+    if (has_amx) store_sums(sums);
 }
 #else
 #define HAS_TILES 0
-#define begin_tiles(format) ((void)(format))
-#define end_tiles(format) ((void)(format))
 #endif

@@ -16,6 +16,7 @@ typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint64_t vl __attribute__((vector_size(VECTOR_BYTES)));
+typedef half vh __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 enum { LANES = VECTOR_BYTES / 4, FLOAT32 = 0, BFLOAT16, FLOAT16 };
 
@@ -78,12 +79,12 @@ typedef struct {
     void *y, *dA, *dB;
     float *workspace; /* NULL: only return how many floats it must have */
     i64 threads;
+    i64 seed, threshold, column_offset; /* of a mask that is drawn */
     /* Layers of one shape, whose tokens are pairs of a token and an expert. `layer`, x, dy and results are the first one's; the
      * steps say how many elements further on those of the next one are. */
     i64 experts;              /* 0: one layer, and nothing below is read */
     const int32_t *ends;      /* where each expert's pairs end */
-    const i64 *paths;
-    i64 *updates;             /* or NULL; experts with a 0 are left out */
+    const i64 *paths;         /* of each expert; above TILES_PATH it is left out */
     const void *row_index, *col_index; /* in place of the layer's; NULL: contiguous blocks */
     i64 row_bytes, col_bytes; /* of a number in these: 2 or 4 */
     i64 row_step, col_step, row_offsets_step, col_offsets_step, weight_step, A_step, B_step;
@@ -159,25 +160,23 @@ INLINE float value_at(const void *data, i64 at, int dtype) {
     return value;
 }
 
-/* The sum of a vector's numbers. */
-static inline float total(vf v) {
+/* What differs between vectors of 512 and of 256 bits: float16 to float32 and, to nearest, back; the product of each 64-bit lane's lower half
+ * and a number; the sum of all numbers. */
 #if VECTOR_BYTES == 64
-    return _mm512_reduce_add_ps((__m512)v);
+INLINE vf from_float16(vh v) { return (vf)_mm512_cvtph_ps((__m256i)v); }
+INLINE vh to_float16(vf v) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+INLINE vl product_of_lower(vl v, uint32_t by) { return (vl)_mm512_mul_epu32((__m512i)v, _mm512_set1_epi64(by)); }
+INLINE float total(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 #else
+INLINE vf from_float16(vh v) { return (vf)_mm256_cvtph_ps((__m128i)v); }
+INLINE vh to_float16(vf v) { return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+INLINE vl product_of_lower(vl v, uint32_t by) { return (vl)_mm256_mul_epu32((__m256i)v, _mm256_set1_epi64x(by)); }
+INLINE float total(vf v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-#endif
 }
-
-/* The product of the lower 32 bits of each lane and a number. */
-INLINE vl product_of_lower(vl lanes, uint32_t by) {
-#if VECTOR_BYTES == 64
-    return (vl)_mm512_mul_epu32((__m512i)lanes, _mm512_set1_epi64(by));
-#else
-    return (vl)_mm256_mul_epu32((__m256i)lanes, _mm256_set1_epi64x(by));
 #endif
-}
 
 /* `yes` where a label is k, else `no`. */
 INLINE vf select_label(vi labels, int32_t k, vf yes, vf no) {
@@ -193,13 +192,9 @@ INLINE vu rounded(vf value) {
 
 INLINE vf widen_all(const void *from, int dtype) {
     if (dtype == FLOAT32) return load(from);
-#if VECTOR_BYTES == 64
-    __m256i found = _mm256_loadu_si256(from);
-    return dtype == FLOAT16 ? (vf)_mm512_cvtph_ps(found) : (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(found), 16);
-#else
-    __m128i found = _mm_loadu_si128(from);
-    return dtype == FLOAT16 ? (vf)_mm256_cvtph_ps(found) : (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(found), 16);
-#endif
+    vh found;
+    memcpy(&found, from, sizeof found);
+    return dtype == FLOAT16 ? from_float16(found) : (vf)(__builtin_convertvector(found, vu) << 16);
 }
 
 /* LANES elements from `at` on as float32. Only `count` exist; the others are not read and become 0. */
@@ -211,16 +206,11 @@ INLINE vf widen(const void *data, i64 at, i64 count, int dtype) {
 }
 
 INLINE void narrow_all(void *to, vf value, int dtype) {
-    vu upper = rounded(value) >> 16;
-#if VECTOR_BYTES == 64
-    if (dtype == BFLOAT16) _mm256_storeu_si256(to, _mm512_cvtepi32_epi16((__m512i)upper));
-    if (dtype == FLOAT16) _mm256_storeu_si256(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
-#else
-    __m128i low = _mm256_castsi256_si128((__m256i)upper), high = _mm256_extracti128_si256((__m256i)upper, 1);
-    if (dtype == BFLOAT16) _mm_storeu_si128(to, _mm_packus_epi32(low, high));
-    if (dtype == FLOAT16) _mm_storeu_si128(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
-#endif
-    if (dtype == FLOAT32) store(to, value);
+    vh halves = dtype == FLOAT16 ? to_float16(value) : __builtin_convertvector(rounded(value) >> 16, vh);
+    if (dtype == FLOAT32)
+        store(to, value);
+    else
+        memcpy(to, &halves, sizeof halves);
 }
 
 /* Rounds the first `count` of LANES numbers and writes them from element `at` on. */

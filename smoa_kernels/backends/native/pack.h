@@ -180,3 +180,51 @@ static inline int has_rows(const operand *o) { return o->col_stride == 1 && (o->
 static void pack_floats(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     (has_rows(o) ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
 }
+
+/* Turns `count` terms from `col` on of a panel into W_eff or ΔW. `labels` are the rows' blocks, all 0 without labels. */
+INLINE void modulate_terms(int count, const adapter *m, i64 row, i64 col, const vi *labels, float *panel) {
+    vf update[BESIDE][2] = {{{0}}};
+    const vi merged = (vi){0} - (m->col_label != NULL); /* all bits, or none */
+    const float *A = m->A + col, *B = m->B + row;
+    for (i64 t = 0; t < m->rank; t++, A += m->A_stride, B += m->B_stride)
+#pragma GCC unroll 4
+        for (int c = 0; c < count; c++) update[c][0] += load(B) * A[c], update[c][1] += load(B + LANES) * A[c];
+#pragma GCC unroll 4
+    for (int c = 0; c < count; c++) {
+        int32_t label = m->col_label ? m->col_label[col + c] : 0;
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++, panel += LANES) {
+            vf w = load(panel);
+            store(panel, select_label(labels[q], label, (vf)((vi)w & merged) + w * update[c][q], w));
+        }
+    }
+}
+
+/* The set of labels as bits. Block k sets bit k % 64, so two blocks may share a bit. */
+static inline uint64_t blocks_of(const int32_t *label, i64 count) {
+    uint64_t found = 0;
+    for (i64 i = 0; i < count; i++) found |= (uint64_t)1 << label[i] % 64;
+    return found;
+}
+
+/* Turns right panels (depth, NR) of the weight, rows first to first + count, terms k to k + depth, into W_eff or ΔW. */
+static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels) {
+    for (i64 top = 0; top < count; top += NR, panels += depth * NR) {
+        i64 row = first + top, p = greatest(0, least(depth, m->skip - k));
+        vi labels[2] = {{0}};
+        uint64_t blocks = 0; /* of these rows; columns of other blocks are left alone */
+        if (m->row_label) {
+            memcpy(labels, m->row_label + row, sizeof labels);
+            blocks = blocks_of(m->row_label + row, least(NR, count - top));
+        }
+        memset(panels, 0, (size_t)(p * NR) * sizeof *panels);
+        for (i64 terms; p < depth; p += terms) {
+            terms = p + BESIDE > depth ? 1 : BESIDE;
+            if (m->col_label && !(blocks & blocks_of(m->col_label + k + p, terms))) continue;
+            if (terms == BESIDE)
+                modulate_terms(BESIDE, m, row, k + p, labels, panels + p * NR);
+            else
+                modulate_terms(1, m, row, k + p, labels, panels + p * NR);
+        }
+    }
+}

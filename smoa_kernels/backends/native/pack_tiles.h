@@ -121,13 +121,6 @@ static inline __mmask32 first_halves(i64 count) {
 /* 32 numbers: those of `low`, then those of `high`. */
 TARGET_BF16 static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
-/* Writes them as a line of pairs: one number of `low`, one of `high`. */
-TARGET_BF16 static inline void store_pairs(vf low, vf high, half *to) {
-    static const uint16_t order[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_loadu_si512(order), narrowed(low, high)));
-}
-
 /* The lower or upper 16 of 32 numbers as float32. */
 #define HALF_WIDENED(values, upper) \
     ((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(values, upper)), 16))
@@ -167,9 +160,6 @@ INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width
         store_lines(r, to);
     }
 }
-
-/* Where the line of terms c and c + 1 is, c even, in right tiles a step apart. */
-static inline i64 line_of(i64 c) { return (c & ~(i64)(TERMS - 1)) * PANEL + (c & (TERMS - 2)) * SIDE; }
 
 /* Terms `one` and `other` of consecutive right tiles as a line of pairs. */
 INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
@@ -260,8 +250,6 @@ TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const 
 }
 
 #else
-#define store_pairs(low, high, to) ((void)(to))
-#define line_of(c) 0
 #define turn_tiles(tiles, tile) ((void)(tile))
 #define tiles_of_floats(format, count, depth, panel, to, apart) ((void)(to))
 #define split_rows(o, first, count, k, depth, to) ((void)(to))
@@ -269,77 +257,6 @@ TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const 
 #endif
 
 /* --- By format --------------------------------------------------------------------------------------------------------- */
-
-/* Term p + c of the q-th vector of rows of a right panel, as float32; p is even. */
-INLINE vf term_of(int format, const void *panel, i64 p, int c, int q) {
-    if (format == FLOATS) return load((const float *)panel + (p + c) * NR + q * LANES);
-    vf line = load((const void *)((const half *)panel + line_of(p + c) + q * TILE));
-    return (vf)(c % 2 ? (vu)line & 0xffff0000 : (vu)line << 16);
-}
-
-/* Turns some terms of a right panel into W_eff or ΔW. `labels` are the rows' blocks, all 0 without labels. */
-INLINE void modulate_terms(int format, int count, const adapter *m, i64 row, i64 col, const vi *labels, void *panel, i64 p) {
-    vf update[BESIDE][2] = {{{0}}};
-    const vi merged = (vi){0} - (m->col_label != NULL); /* all bits, or none */
-    const float *A = m->A + col, *B = m->B + row;
-    for (i64 t = 0; t < m->rank; t++, A += m->A_stride, B += m->B_stride)
-#pragma GCC unroll 4
-        for (int c = 0; c < count; c++) update[c][0] += load(B) * A[c], update[c][1] += load(B + LANES) * A[c];
-#pragma GCC unroll 4
-    for (int c = 0; c < count; c++) {
-        int32_t label = m->col_label ? m->col_label[col + c] : 0;
-#pragma GCC unroll 2
-        for (int q = 0; q < 2; q++) {
-            vf w = term_of(format, panel, p, c, q);
-            update[c][q] = select_label(labels[q], label, (vf)((vi)w & merged) + w * update[c][q], w);
-            if (format == FLOATS) store((float *)panel + (p + c) * NR + q * LANES, update[c][q]);
-            if (format == PAIRS && c % 2) store_pairs(update[c - 1][q], update[c][q], (half *)panel + line_of(p + c) + q * TILE);
-        }
-    }
-}
-
-/* The set of labels as bits. Block k sets bit k % 64, so two blocks may share a bit. */
-static inline uint64_t blocks_of(const int32_t *label, i64 count) {
-    uint64_t found = 0;
-    for (i64 i = 0; i < count; i++) found |= (uint64_t)1 << label[i] % 64;
-    return found;
-}
-
-/* Turns right panels of the weight, rows first to first + count, terms k to k + depth, into W_eff or ΔW. */
-INLINE void modulate(int format, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels) {
-    for (i64 top = 0; top < count; top += NR, panels += row_size(format, depth) * NR) {
-        i64 row = first + top, p = greatest(0, least(depth, m->skip - k));
-        vi labels[2] = {{0}};
-        uint64_t blocks = 0; /* of these rows; columns of other blocks are left alone */
-        if (m->row_label) {
-            memcpy(labels, m->row_label + row, sizeof labels);
-            blocks = blocks_of(m->row_label + row, least(NR, count - top));
-        }
-        memset(panels, 0, (size_t)(p * NR) * sizeof *panels);
-        for (i64 terms = BESIDE; p < depth; p += terms) {
-            if (format == FLOATS && p + BESIDE > depth) terms = 1;
-            if (m->col_label && !(blocks & blocks_of(m->col_label + k + p, least(terms, depth - p)))) continue;
-            if (terms == BESIDE)
-                modulate_terms(format, BESIDE, m, row, k + p, labels, panels, p);
-            else
-                modulate_terms(format, 1, m, row, k + p, labels, panels, p);
-        }
-    }
-}
-
-#if HAS_TILES
-/* Packs all terms of contiguous rows of a weight in right panels, and modulates each step while it is in the L1 cache if `m` is given. */
-TARGET_BF16 static void weight_tiles(const operand *o, const adapter *m, i64 first, i64 count, i64 depth, half *to) {
-    for (i64 n = 0; n < depth; n += TERMS)
-        for (i64 c = 0; c < count; c += PANEL) {
-            half *step = to + c * round_up(depth, TERMS) + n * PANEL;
-            pair_terms(o, n, depth - n, first + c, count - c, step);
-            if (m) modulate(PAIRS, m, first + c, least(PANEL, count - c), n, least(TERMS, depth - n), (float *)step);
-        }
-}
-#else
-#define weight_tiles(o, m, first, count, depth, to) ((void)(to))
-#endif
 
 /* Floats of scratch for an operand with `width` elements along a row. */
 static i64 scratch_size(int format, i64 width) {
@@ -354,10 +271,6 @@ static void pack_right(int format, const operand *o, const adapter *m, i64 first
         tile_rows(o, first, count, depth, 0, (half *)scratch, (half *)to);
         return;
     }
-    if (format == PAIRS && (!m || m->col_label)) {
-        weight_tiles(o, m, first, count, depth, (half *)to);
-        return;
-    }
     for (i64 top = 0; top < count; top += NC)
         for (i64 p = 0, deep; p < depth; p += deep) {
             i64 rows = least(NC, count - top);
@@ -366,7 +279,7 @@ static void pack_right(int format, const operand *o, const adapter *m, i64 first
             float *panels = format == FLOATS ? to + top * depth : scratch;
             half *tiles = (half *)(to + top * size) + p * PANEL;
             pack_floats(o, first + top, rows, k + p, deep, NR, panels);
-            if (m) modulate(FLOATS, m, first + top, rows, k + p, deep, panels);
+            if (m) modulate(m, first + top, rows, k + p, deep, panels);
             if (format == PAIRS) tiles_of_floats(PAIRS, rows, deep, panels, tiles, 2 * PANEL * size);
             if (format == SPLIT3) tiles_of_floats(SPLIT3, rows, deep, panels, tiles, 2 * PANEL * size);
         }

@@ -102,15 +102,10 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
         count = least(most, end - first);
         for (i64 k = 0; k < l->blocks; k++) {
             const i64 *rows = l->row_index + l->row_offsets[k];
-            i64 height = height_of(l, k), width = width_of(l, k), in_order = l->contiguous;
+            i64 height = height_of(l, k), in_order = l->contiguous;
             float *to = (float *)p->C + first * p->C_stride;
-            if (!width || !rank_of(l, k)) {
-                for (i64 t = 0; t < count; t++)
-                    for (i64 i = 0; i < height; i++) to[t * p->C_stride + rows[i]] = 0;
-                continue;
-            }
             adapter m = adapter_of_block(l, &p->factors, k, 0, 0);
-            gemm_job g = {.format = format, .depth = width, .terms = terms_of(p->total), .left = x_of(p), .right = weight_of_block(l, k, 0, 0),
+            gemm_job g = {.format = format, .depth = width_of(l, k), .terms = terms_of(p->total), .left = x_of(p), .right = weight_of_block(l, k, 0, 0),
                           .adapter = &m, .right_rows = right_rows_of(format), .C = in_order ? to + l->row_offsets[k] : C,
                           .stride = in_order ? p->C_stride : height};
             if (in_order)
@@ -137,16 +132,15 @@ static void finish(void *it, i64 thread, i64 first, i64 end) {
     finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, rows, p->bias, p->algorithm == UPDATE, to, p->y_stride, p->dtype);
 }
 
-/* Bytes of workspace per thread. */
+/* Bytes of workspace per thread, for `add_update` and for `multiply_weight`. */
 static i64 product_room(const product *p) {
-    i64 wide = widest_of(&p->l);
-    int format = format_of(p->total, wide);
+    i64 tokens = least(BAND, p->tokens), wide = widest_of(&p->l);
     gemm_job g = weight_product(p);
-    arena weight = {0}, update = {0};
-    packing_room_of(&weight, g.format, p->tokens, g.right_rows, g.depth, g.terms);
-    take(&update, p->tiles ? 0 : least(BAND, p->tokens) * tallest_of(&p->l) * 4);
-    if (!p->tiles) packing_room_of(&update, format, least(BAND, p->tokens), right_rows_of(format), wide, KC);
-    return greatest(weight.bytes, update.bytes);
+    arena a = {0};
+    take(&a, tokens * tallest_of(&p->l) * 4);
+    packing_room_of(&a, format_of(p->total, wide), tokens, 2 * NC, wide, KC);
+    packing_room_of(&a, g.format, p->tokens, g.right_rows, g.depth, g.terms);
+    return a.bytes;
 }
 
 /* y = x W_effᵀ + b, or y += x ΔWᵀ. Half types are summed in float32 and rounded once, a band at a time. In bfloat16 tiles, where y has a
