@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -65,22 +64,27 @@ def answers() -> bool:
         return False
 
 
-def ask(question: tuple[str, str]) -> str:
-    """One request: a model is the base or the name of an adapter."""
-    model, prompt = question
-    body = {"model": model, "prompt": prompt, "max_tokens": 3, "temperature": 0, "stop": "\n"}
+def post(path: str, **body: object) -> str:
+    """The server's answer to one request."""
     request = urllib.request.Request(
-        f"{URL}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{URL}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=120) as response:
-        text: str = json.load(response)["choices"][0]["text"]
-    return text.strip()
+        return str(response.read(), "utf-8")
+
+
+def ask(model: str, prompt: str) -> str:
+    """Three tokens of the base, or of an adapter by its name."""
+    text = post("/v1/completions", model=model, prompt=prompt, max_tokens=3, temperature=0, stop="\n")
+    return str(json.loads(text)["choices"][0]["text"]).strip()
 
 
 def main(base: str, adapter: str) -> None:
     """Ask all questions at once, so that one step of the model answers them together."""
     with server(base, {"colours": adapter}), ThreadPoolExecutor(len(QUESTIONS)) as pool:
-        for (model, prompt), text in zip(QUESTIONS, pool.map(ask, QUESTIONS), strict=True):
+        for (model, prompt), text in zip(
+            QUESTIONS, pool.map(lambda each: ask(*each), QUESTIONS), strict=True
+        ):
             print(f"{model:8} {prompt.splitlines()[0]:32} {text}")
 
 

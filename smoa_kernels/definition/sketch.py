@@ -45,23 +45,23 @@ def sign_rows(in_features: int, like: Tensor) -> Tensor:
     return _signs(in_features, 1, like.device).T.contiguous().to(like.dtype)
 
 
-def sketch_of_products(products: Tensor, known: Tensor) -> Tensor:
-    """The sketch of a W0 that can only multiply, for comparison with a `known` one; it assumes the norm of that.
-
-    Args:
-        products: :func:`sign_rows` times W0ᵀ, (32, N).
-        known: the sketch to compare with.
-    """
-    u = _signs(products.shape[1], 0, products.device)
-    projections = (products.float() * u.T).sum(1).cpu()
-    return torch.cat([projections / known[-1].exp2(), known[-1:]])
-
-
 def sketch_distance(first: Tensor, second: Tensor) -> float:
     """Estimate the relative difference of two weights from their sketches; up to `TOLERANCE` they are one base."""
     difference = first.detach().float().cpu() - second.detach().float().cpu()
     projections = difference[:-1].square().mean().sqrt()
     return float(torch.maximum(projections, difference[-1].abs()))
+
+
+def distance_by_products(products: Tensor, sketch: Tensor) -> float:
+    """As `sketch_distance`, from the sketch to a W0 that can only multiply; the norms are not compared.
+
+    Args:
+        products: :func:`sign_rows` times W0ᵀ, (32, N).
+        sketch: of the weight that was trained over.
+    """
+    u = _signs(products.shape[1], 0, products.device)
+    projections = (products.float() * u.T).sum(1).cpu()
+    return sketch_distance(sketch, torch.cat([projections / sketch[-1].exp2(), sketch[-1:]]))
 
 
 def check_base(distances: Mapping[str, float], *, strict: bool) -> None:

@@ -6,7 +6,6 @@ engine's slots, caches and slicing for tensor parallelism work unchanged; only t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,24 +28,12 @@ class LayerFactors(NamedTuple):
     sketch: Tensor | None  # of W0, where the folder has one
 
 
-@dataclass(frozen=True)
-class ServedAdapter:
-    """An adapter's folder, read and checked.
+class ServedAdapter(NamedTuple):
+    """An adapter's folder, read and checked."""
 
-    Attributes:
-        folder: the folder.
-        layers: the factors of each layer, by its path in the base model.
-        strict_base: refuse another base rather than warn.
-    """
-
-    folder: Path
-    layers: dict[str, LayerFactors]
-    strict_base: bool
-
-    @property
-    def rank(self) -> int:
-        """The largest rank r of a layer, over all its blocks."""
-        return max(factors.A.shape[0] for factors in self.layers.values())
+    layers: dict[str, LayerFactors]  # by path in the base model
+    rank: int  # the largest rank r of a layer, over all its blocks
+    strict_base: bool  # refuse another base rather than warn
 
 
 def read_served(folder: Path) -> ServedAdapter | None:
@@ -70,7 +57,8 @@ def read_served(folder: Path) -> ServedAdapter | None:
     layers = {name: _factors(adapter, name) for name in adapter.layers}
     for key in adapter.whole:
         raise _refusal(folder / WEIGHTS_NAME, key)
-    return ServedAdapter(folder, layers, bool(config.get("strict_base")))
+    rank = max(len(factors.A) for factors in layers.values())
+    return ServedAdapter(layers, rank, bool(config.get("strict_base")))
 
 
 def _factors(adapter: Adapter, name: str) -> LayerFactors:

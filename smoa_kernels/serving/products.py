@@ -9,6 +9,7 @@ a token becomes a row of the base layer's own product, whatever its quantisation
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..backends import Backend, load_backend, resolve_backend
 from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.partition import BlockPartition
-from ..definition.sketch import sign_rows, sketch_distance, sketch_of_products
+from ..definition.sketch import sign_rows
 
 # Most rows of the base product in one call; it bounds their memory.
 MOST_ROWS = 2048
@@ -38,29 +39,41 @@ class Step(NamedTuple):
     groups: Mapping[int, Tensor]  # by slot: the tokens, int64 on the device of the activations
     slots: Tensor  # int64, on that device: the slot of each token, -1 for others
 
+    @classmethod
+    def of(cls, slots: Tensor, memory: Tensor) -> Step:
+        """The step of tokens with these slots, which are on the host; `memory`, for as many or more, takes them."""
+        memory.fill_(-1)[: len(slots)].copy_(slots)
+        ours = (slot for slot in slots.unique().tolist() if slot >= 0)
+        return cls({slot: (slots == slot).nonzero().flatten().to(memory.device) for slot in ours}, memory)
+
 
 def packed_from_stacked(A: Tensor, B: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor, BlockPartition]:
     """Undo the stacking of a shard: A (r, C), B (N, r) -> packed (ρ, C), (N, ρ), zero in their padding, and the blocks.
 
-    A coordinate belongs to the block of its first factor that is not zero. One whose factors are all zero adds
-    nothing, whatever its block.
+    A coordinate belongs to the block with its factors that are not zero. One whose factors are all zero adds nothing,
+    whatever its block.
     """
-    sizes = torch.tensor(ranks, device=A.device)
-    block = torch.repeat_interleave(torch.arange(len(ranks), device=A.device), sizes)
-    first = sizes.cumsum(0) - sizes
-    cols, rows = block[(A != 0).byte().argmax(0)], block[(B != 0).byte().argmax(1)]
-    within = torch.arange(max(ranks), device=A.device)
-
-    # The factors of each coordinate's block; further ones are zero: other blocks' or, at the end, one more.
-    of_cols, of_rows = ((first[side][:, None] + within).clamp_max_(len(block)) for side in (cols, rows))
-    partition = BlockPartition.from_labels(rows, cols, len(ranks))
-    return F.pad(A, (0, 0, 0, 1)).gather(0, of_cols.T), F.pad(B, (0, 1)).gather(1, of_rows), partition
+    stacks = [pad_sequence(side.split(list(ranks))) for side in (A, B.T)]  # (ρ, K, C) and (ρ, K, N)
+    cols, rows = (stack.any(0).byte().argmax(0) for stack in stacks)
+    A, B = (stack.sum(1) for stack in stacks)  # only one block is not zero
+    return A, B.T.contiguous(), BlockPartition.from_labels(rows, cols, len(ranks))
 
 
 def read_weight(product: Product, in_features: int, like: Tensor) -> Tensor:
     """W0 (N, C) of a layer that only multiplies: its product with the identity, which is exact."""
     identity = torch.eye(in_features, dtype=like.dtype, device=like.device)
     return torch.cat([product(rows).T for rows in identity.split(MOST_ROWS)], 1)
+
+
+def update_of(x: Tensor, slots: Tensor, A: Tensor, B: Tensor, product: Product) -> Tensor:
+    """Compute `Σ_t B[t] ∘ product(A[t] ∘ x)` (T, *n), float32: x (T, *c), A (slots, r, *c), B (slots, r, *n)."""
+    most = max(1, MOST_ROWS // A.shape[1])
+    if len(x) > most:
+        chunks = zip(x.split(most), slots.split(most), strict=True)
+        return torch.cat([update_of(*chunk, A, B, product) for chunk in chunks])
+    own_A, own_B = (factors.index_select(0, slots) for factors in (A, B))
+    products = product((x[:, None] * own_A).flatten(0, 1))
+    return (products.view_as(own_B) * own_B.float()).sum(1)
 
 
 class DiagonalBlocks:
@@ -78,17 +91,17 @@ class DiagonalBlocks:
         cols = partition.col_index.split(list(partition.col_sizes))
         # (K, n) and (K, c), each block padded to the size of the largest.
         self.rows, self.cols = (pad_sequence(side, batch_first=True) for side in (rows, cols))
-        (blocks, n), c = self.rows.shape, self.cols.shape[1]
+        n, c = self.rows.shape[1], self.cols.shape[1]
 
         # (K, c, n), zero where padded. Transposed, because bmm is several times slower over a transposed weight.
-        self.weight = weight.new_zeros(blocks, c, n)
+        self.weight = weight.new_zeros(len(rows), c, n)
         # Where each row of W0 is among the K n.
         self.places = torch.empty_like(partition.row_index)
         for k, (row, col) in enumerate(zip(rows, cols, strict=True)):
             self.weight[k, : len(col), : len(row)] = weight[row][:, col].T
             self.places[row] = torch.arange(k * n, k * n + len(row), device=row.device)
-        self.A = weight.new_zeros(blocks, slots, 0, c)  # (K, slots, ρ, c)
-        self.B = weight.new_zeros(blocks, slots, 0, n, dtype=torch.float32)
+        self.A = weight.new_zeros(slots, 0, *self.cols.shape)
+        self.B = weight.new_zeros(slots, 0, *self.rows.shape, dtype=torch.float32)
 
     def add(self, slot: int, adapter: PackedAdapter) -> bool:
         """Take the factors of a slot's adapter. False if it has other blocks."""
@@ -98,35 +111,35 @@ class DiagonalBlocks:
         if not ((rows | ~adapter.B.any(1)).all() and (cols | ~adapter.A.any(0)).all()):
             return False
         rank = len(adapter.A)
-        more = max(0, rank - self.A.shape[2])
-        self.A, self.B = (F.pad(factors, (0, 0, 0, more)) for factors in (self.A, self.B))
-        self.A[:, slot], self.B[:, slot] = 0, 0
-        self.A[:, slot, :rank] = adapter.A[:, self.cols].transpose(0, 1)
-        self.B[:, slot, :rank] = adapter.B[self.rows].transpose(1, 2)
+        more = max(0, rank - self.A.shape[1])
+        self.A, self.B = (F.pad(factors, (0, 0, 0, 0, 0, more)) for factors in (self.A, self.B))
+        self.A[slot], self.B[slot] = 0, 0
+        self.A[slot, :rank], self.B[slot, :rank] = adapter.A[:, self.cols], adapter.B.T[:, self.rows]
         return True
 
     def update(self, x: Tensor, slots: Tensor) -> Tensor:
         """`x (W0 ∘ BA)ᵀ` (T, N), float32, with the adapter of each token's slot."""
-        A, B = (factors.index_select(1, slots) for factors in (self.A, self.B))
-        own = x.index_select(1, self.cols.flatten()).view(len(x), len(A), 1, -1).transpose(0, 1)
-        products = torch.bmm((own * A).flatten(1, 2), self.weight).view_as(B)
-        return (products * B).sum(2).transpose(0, 1).flatten(1).index_select(1, self.places)
+        own = x.index_select(1, self.cols.flatten()).view(-1, *self.cols.shape)
+        found = update_of(own, slots, self.A, self.B, self._product)
+        return found.flatten(1).index_select(1, self.places)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """The product with each block: (rows, K, c) -> (rows, K, n)."""
+        return torch.bmm(rows.transpose(0, 1), self.weight).transpose(0, 1)
 
 
 @dataclass(eq=False)
 class Slice:
-    """Rows `start` to `stop` of a layer's W0: one of the layers that are packed into it, with its adapters.
+    """Some rows of a layer's W0: one of the layers that are packed into it, with its adapters.
 
     Args:
-        start: the first row.
-        stop: the last row, excluded.
+        rows: of W0.
         A: the factors of all slots as the engine stores them, (slots, 1, most ranks, C).
         B: (slots, 1, n, most ranks), n the number of rows.
         base: the product of the whole layer.
     """
 
-    start: int
-    stop: int
+    rows: slice
     A: Tensor
     B: Tensor
     base: Product
@@ -141,15 +154,10 @@ class Slice:
         """The most ranks of any adapter."""
         return max((sum(ranks) for ranks in self.ranks.values()), default=0)
 
-    def of(self, whole: Tensor, dim: int = 0) -> Tensor:
-        """These rows of a tensor that has all rows of W0 along `dim`."""
-        return whole.narrow(dim, self.start, self.stop - self.start)
-
     def hold(self, weight: Tensor | None) -> None:
         """Take these rows of W0 (N, C), or drop them."""
-        self.weight = None if weight is None else self.of(weight)
-        shape = self.stop - self.start, self.A.shape[-1]
-        own = torch.empty(shape, device="meta") if self.weight is None else self.weight
+        self.weight = None if weight is None else weight[self.rows]
+        own = torch.empty(0, device="meta") if self.weight is None else self.weight
         for slot, (adapter, backend) in self.packed.items():
             self.packed[slot] = replace(adapter, weight=own), backend
 
@@ -160,56 +168,54 @@ class Slice:
         if self.B[slot, 0, :, : sum(ranks)].any():
             self.ranks[slot] = ranks
 
-    def distance(self, sketch: Tensor, products: Tensor) -> float:
-        """The distance of these rows of W0 from their sketch, by the layer's `sign_products`."""
-        return sketch_distance(sketch, sketch_of_products(self.of(products, 1), sketch))
-
     def output(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         """`x (W0 ∘ (1 + BA))ᵀ + b` (T, n) with the adapter of one slot, by our operator. W0 must be at hand."""
-        own_bias = None if bias is None else self.of(bias).to(x.dtype)
+        own_bias = None if bias is None else bias[self.rows].to(x.dtype)
         if slot in self.ranks:
             adapter, backend = self._adapter(slot)
             return backend.forward(x, own_bias, adapter, "auto", None)
         assert self.weight is not None
         return F.linear(x, self.weight, own_bias)
 
-    def update(self, x: Tensor, slots: Tensor, *, recorded: bool = False) -> Tensor:
-        """`x (W0 ∘ BA)ᵀ` (T, n), float32, with the adapter of each token's slot, by products with W0."""
-        rank = self.A.shape[2] if recorded else self.most_ranks
+    def update(self, x: Tensor, slots: Tensor, rank: int | None = None) -> Tensor:
+        """`x (W0 ∘ BA)ᵀ` (T, n), float32, with the adapter of each token's slot, by products with W0.
+
+        `rank` ranks of each slot are computed; without it, as many as any adapter has.
+        """
+        rank = self.most_ranks if rank is None else rank
         if not rank:
-            return x.new_zeros(len(x), self.stop - self.start, dtype=torch.float32)
-        A = self.A.index_select(0, slots)[:, 0, :rank]
-        B = self.B[:, 0, :, :rank].transpose(1, 2).index_select(0, slots)
-        rows = (x[:, None] * A).flatten(0, 1)
-        products = self.of(self.base(rows), 1) if self.weight is None else F.linear(rows, self.weight)
-        return (products.float().view_as(B) * B).sum(1)
+            return x.new_zeros(len(x), self.B.shape[2], dtype=torch.float32)
+        return update_of(x, slots, self.A[:, 0, :rank], self.B[:, 0, :, :rank].mT, self._product)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return self.base(x)[:, self.rows] if self.weight is None else F.linear(x, self.weight)
 
     def update_by_blocks(self, x: Tensor, slots: Tensor) -> Tensor:
         """The same by products with W0's blocks, which are copied at an adapter's first token."""
-        ways = [self._way(slot) for slot in slots.tolist()]
-        if len(set(ways)) == 1 and ways[0] is not None:
-            return ways[0].update(x, slots)
-        update = x.new_zeros(len(x), self.stop - self.start, dtype=torch.float32)
-        for way in set(ways):
-            if way is not None:
-                own = torch.tensor([token for token, other in enumerate(ways) if other is way])
-                update.index_copy_(0, own, way.update(x.index_select(0, own), slots.index_select(0, own)))
+        ways: dict[DiagonalBlocks | Slice, list[int]] = {}
+        for token, slot in enumerate(slots.tolist()):
+            if slot in self.ranks:
+                ways.setdefault(self._way(slot), []).append(token)
+        if [len(tokens) for tokens in ways.values()] == [len(x)]:
+            return next(iter(ways)).update(x, slots)
+        update = x.new_zeros(len(x), self.B.shape[2], dtype=torch.float32)
+        for way, tokens in ways.items():
+            own = torch.tensor(tokens)
+            update.index_copy_(0, own, way.update(x.index_select(0, own), slots.index_select(0, own)))
         return update
 
-    def _way(self, slot: int) -> DiagonalBlocks | Slice | None:
+    def _way(self, slot: int) -> DiagonalBlocks | Slice:
         """What computes the update of a slot's adapter: blocks, which adapters share, or this if all of W0 is one."""
-        if slot in self.blocks:
-            return self.blocks[slot]
-        if len(self.ranks.get(slot, ())) < 2:
-            return self if slot in self.ranks else None
-        adapter, _ = self._adapter(slot)
-        same = (blocks for blocks in set(self.blocks.values()) if blocks.add(slot, adapter))
-        blocks = next(same, None)
-        if blocks is None:
-            blocks = DiagonalBlocks(adapter.weight, adapter.partition, len(self.A))
-            blocks.add(slot, adapter)
-        self.blocks[slot] = blocks
-        return blocks
+        if len(self.ranks[slot]) == 1:
+            return self
+        if slot not in self.blocks:
+            adapter, _ = self._adapter(slot)
+            blocks = next((blocks for blocks in set(self.blocks.values()) if blocks.add(slot, adapter)), None)
+            if blocks is None:
+                blocks = DiagonalBlocks(adapter.weight, adapter.partition, len(self.A))
+                blocks.add(slot, adapter)
+            self.blocks[slot] = blocks
+        return self.blocks[slot]
 
     def _adapter(self, slot: int) -> tuple[PackedAdapter, Backend]:
         """A slot's adapter in the operator's form, and the backend that computes it."""
@@ -225,56 +231,45 @@ class Slice:
         return self.packed[slot]
 
 
-@dataclass
 class LayerSlots:
     """A layer's computation with the adapters in the engine's slots.
 
     Args:
-        slices: one for each layer that is packed into this one.
-        weight: W0 (N, C) if it is at hand, unquantised.
+        A: the factors of all slots of each layer that is packed into this one, (slots, 1, most ranks, C).
+        B: (slots, 1, n, most ranks), n the rows of W0 that are the packed layer's.
+        product: of this layer.
+        weight: W0 (N, C) if it is at hand, unquantised; one of another shape is not.
         keep: if it is not, whether to read W0 at the first token of an adapter and keep it.
     """
 
-    slices: Sequence[Slice]
-    weight: Tensor | None
-    keep: bool
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, A: Sequence[Tensor], B: Sequence[Tensor], product: Product, weight: Tensor | None, *, keep: bool
+    ) -> None:
+        ends = list(itertools.accumulate(own.shape[2] for own in B))
+        rows = [slice(*ends) for ends in itertools.pairwise([0, *ends])]
+        self.slices = [Slice(*own, product) for own in zip(rows, A, B, strict=True)]
+        self.shape = ends[-1], A[0].shape[-1]
+        self._product, self.keep = product, keep
+        at_hand = weight is not None and weight.shape == self.shape
         # W0 that lies in the engine may change, and copies would take memory that the engine has planned.
-        self._copies = self.keep and self.weight is None
-        self._hold(self.weight)
+        self._copies = keep and not at_hand
+        self._hold(weight if at_hand else None)
 
     def _hold(self, weight: Tensor | None) -> None:
         self.weight = weight
         for part in self.slices:
             part.hold(weight)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, C) of the layer, or of its shard."""
-        return self.slices[-1].stop, self.slices[0].A.shape[-1]
-
-    def fill(self, slot: int, ranks: Sequence[tuple[int, ...]]) -> None:
-        """Record a slot's adapter: r_k of each slice, () of one without an adapter of ours.
-
-        vLLM may cut a layer into more slices than an adapter has layers for it; it then takes none of ours.
-        """
-        for part, own in zip(self.slices, ranks, strict=False):
-            part.fill(slot, own)
-
     def sign_products(self) -> Tensor:
         """W0's products with the random signs of a sketch, (32, N)."""
-        return self.slices[0].base(sign_rows(self.shape[1], self.slices[0].A))
+        return self._product(sign_rows(self.shape[1], self.slices[0].A))
 
-    def output(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        step: Step,
-        base: Callable[[], Tensor],
-        *,
-        recorded: bool = False,
-    ) -> Tensor:
+    def recorded(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
+        """The same as `output`, by operators and shapes that depend on T only: a CUDA graph of it serves any step."""
+        updates = [part.update(x, slots.clamp_min(0), part.A.shape[2]) for part in self.slices]
+        return torch.where((slots >= 0)[:, None], self._sum(x, y, bias, updates), y)
+
+    def output(self, x: Tensor, bias: Tensor | None, step: Step, base: Callable[[], Tensor]) -> Tensor:
         """Compute `y = x W0ᵀ + b + x (W0 ∘ BA)ᵀ` (T, N) with the adapter of each token.
 
         Args:
@@ -282,65 +277,47 @@ class LayerSlots:
             bias: (N,) or None.
             step: the tokens with adapters.
             base: gives y, of which only the rows of the other tokens are kept.
-            recorded: use operators and shapes that depend on T only, for a CUDA graph that any step replays.
         """
-        if recorded:
-            return self._recorded(x, base(), bias, step.slots[: len(x)])
         groups = {slot: own for slot, own in step.groups.items() if any(slot in p.ranks for p in self.slices)}
         if not groups:
             return base()
         tokens = sum(map(len, groups.values()))
         rows = tokens * sum(part.most_ranks for part in self.slices)
         # Without W0 the base product has that many rows. Reading W0 takes C.
-        read = self.weight is None and (self.keep or rows > self.shape[1] + tokens)
-        if read:
-            self._hold(read_weight(self.slices[0].base, self.shape[1], x))
-        try:
-            return self._mixed(x, bias, Step(groups, step.slots), base)
-        finally:
-            if read and not self.keep:
+        if self.weight is None and (self.keep or rows > self.shape[1] + tokens):
+            self._hold(read_weight(self._product, self.shape[1], x))
+            y = self.output(x, bias, step, base)
+            if not self.keep:
                 self._hold(None)
-
-    def _mixed(self, x: Tensor, bias: Tensor | None, step: Step, base: Callable[[], Tensor]) -> Tensor:
-        tokens, alone = sum(map(len, step.groups.values())), len(step.groups) == 1
-        plain, whole = self.weight is not None, tokens == len(x)
+            return y
+        plain, whole, alone = self.weight is not None, tokens == len(x), len(groups) == 1
         if plain and alone and whole:
-            return self._modulated(x, bias, *step.groups)
+            return self._modulated(x, bias, *groups)
         y = x.new_empty(len(x), self.shape[0]) if plain and whole else base()
         few = []
-        for slot, own in step.groups.items():
+        for slot, own in groups.items():
             if plain and (alone or len(own) >= MANY_TOKENS):
                 y.index_copy_(0, own, self._modulated(x.index_select(0, own), bias, slot))
             else:
                 few.append(own)
-        most = max(1, MOST_ROWS // max(part.most_ranks for part in self.slices))
-        for own in torch.cat(few).split(most) if few else ():
-            own_x, slots = (side.index_select(0, own) for side in (x, step.slots))
-            own_y = y if plain else y.index_select(0, own)
-            y.index_copy_(0, own, self._updated(own_x, own_y, bias, slots))
+        if few:
+            own = torch.cat(few)
+            own_x, own_y, slots = (side.index_select(0, own) for side in (x, y, step.slots))
+            update = Slice.update_by_blocks if self._copies else Slice.update
+            updates = [update(part, own_x, slots) for part in self.slices]
+            y.index_copy_(0, own, self._sum(own_x, own_y, bias, updates))
         return y
-
-    def _recorded(self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor) -> Tensor:
-        most = max(1, MOST_ROWS // self.slices[0].A.shape[2])
-        parts = zip(*(side.split(most) for side in (x, y, slots.clamp_min(0))), strict=True)
-        found = torch.cat([self._updated(x, y, bias, own, recorded=True) for x, y, own in parts])
-        return torch.where((slots >= 0)[:, None], found, y)
 
     def _modulated(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         return _side_by_side([part.output(x, bias, slot) for part in self.slices])
 
-    def _updated(
-        self, x: Tensor, y: Tensor, bias: Tensor | None, slots: Tensor, *, recorded: bool = False
-    ) -> Tensor:
-        """The output with the adapter of each token's slot, by rows: added to y, or if W0 is at hand to `x W0ᵀ + b`.
+    def _sum(self, x: Tensor, y: Tensor, bias: Tensor | None, updates: list[Tensor]) -> Tensor:
+        """Add the slices' updates to y, or if W0 is at hand to `x W0ᵀ + b`.
 
         With W0 the sum is rounded once, after the addition, and a bias is added to the rounded sum: added before, it
         would hide a small update. Without W0 y is rounded already, so in half precision a small update is lost.
         """
-        if self._copies and not recorded:
-            update = _side_by_side([part.update_by_blocks(x, slots) for part in self.slices])
-        else:
-            update = _side_by_side([part.update(x, slots, recorded=recorded) for part in self.slices])
+        update = _side_by_side(updates)
         if self.weight is None:
             return (y + update).to(y.dtype)
         total = update.to(x.dtype).addmm_(x, self.weight.T)

@@ -11,6 +11,7 @@ from torch import nn
 from smoa_kernels.adapter_folder.format import STATE_KEYS, pack_blocks, unpack_blocks
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.peft import SMoAConfig, hotswap
+from smoa_kernels.serving.factors import read_served
 
 pytestmark = pytest.mark.usefixtures("transformers_adapters")
 
@@ -137,10 +138,13 @@ DOORS = {
     "transformers": (False, lambda m, f: m.load_adapter(f)),
     "hotswap": (True, hotswap),
     "inspect": (False, lambda _, f: inspect_adapter(f)),
+    "serve": (False, lambda _, f: read_served(f)),
 }
-# Damages that a door need not find: the file is consistent, or PEFT and transformers refuse it in their own words.
+CONSISTENT = {"another base", "layer", "unknown", "other layer", "task"}
+# Damages that a door need not find: the file is consistent, or PEFT, transformers or vLLM refuse it in their words.
 PASSES = {
-    "inspect": {"another base", "layer", "unknown", "other layer", "task"},
+    "inspect": CONSISTENT,
+    "serve": CONSISTENT | {"no json", "no folder", "other method"},
     "hotswap": {"unknown"},
     "over an adapter": OF_FILES,  # only the tensors are read again
     "transformers": {"no folder", "no weights", "other method", "task"},

@@ -1,6 +1,4 @@
-"""Adapters to serve. Tests that run vLLM are skipped if it is not installed."""
-
-import importlib.util
+"""Adapters to serve."""
 
 import pytest
 from served import CONFIGS, save_adapter, save_model
@@ -15,11 +13,3 @@ def base(tmp_path_factory):
 def adapters(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapters")
     return {name: save_adapter(base, config(), folder / name) for name, config in CONFIGS.items()}
-
-
-def pytest_collection_modifyitems(items):
-    if importlib.util.find_spec("vllm") is None:
-        skip = pytest.mark.skip(reason="needs vLLM: make test-vllm")
-        for item in items:
-            if "vllm" in item.path.name:
-                item.add_marker(skip)

@@ -23,9 +23,9 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def save_model(folder, **sizes):
+def save_model(folder, seed=0, **sizes):
     """A tiny Llama with a vocabulary of 256, and random weights so large that adapters change its tokens."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, **sizes}
     config = LlamaConfig(
         vocab_size=256, num_hidden_layers=2, num_key_value_heads=2, initializer_range=0.12, **sizes

@@ -10,7 +10,7 @@ import torch
 from smoa_kernels.serving import vllm as plugin
 
 # The plugin's own list, as methods that return their arguments.
-METHODS = {path: parameters for path, parameters, _ in plugin._hooks}
+METHODS = {path: parameters for path, (parameters, _) in plugin._METHODS.items()}
 
 
 @pytest.fixture
@@ -18,43 +18,35 @@ def made_up(monkeypatch):
     """Put fake classes with these methods in vLLM's place; the result returns the methods' current state."""
 
     def make(methods):
-        classes = {}
+        plugin.register.cache_clear()
         for path, parameters in methods.items():
-            module, kind, name = path.rsplit(".", 2)
-            owner = classes.setdefault((module, kind), type(kind, (), {}))
-            names = parameters.split()
-            scope = {}
-            exec(f"def {name}({', '.join(names)}): return ({', '.join(names)},)", scope)
-            setattr(owner, name, scope[name])
-        for module in {module for module, _ in classes}:
-            monkeypatch.setitem(sys.modules, module, ModuleType(module))
-        for (module, kind), owner in classes.items():
-            setattr(sys.modules[module], kind, owner)
+            module, kind, name = f"vllm.lora.{path}".rsplit(".", 2)
+            if module not in made:
+                made[module] = ModuleType(module)
+                monkeypatch.setitem(sys.modules, module, made[module])
+            names = ", ".join(parameters.split())
+            owner = vars(made[module]).setdefault(kind, type(kind, (), {}))
+            setattr(owner, name, eval(f"lambda {names}: ({names},)"))
         return lambda: {path: getattr(*plugin._find(path)) for path in methods}
 
-    return make
+    made = {}
+    yield make
+    plugin.register.cache_clear()
 
 
-@pytest.mark.parametrize("change", ["none", "missing", "another signature"])
-def test_all_are_wrapped_once_and_one_that_only_saves_time_may_differ(change, made_up):
-    methods, left = dict(METHODS), {path for path, _, function in plugin._hooks if function is None}
-    if change == "missing":
-        del methods[plugin._OPTIONAL]
-    if change == "another signature":
-        methods[plugin._OPTIONAL] = "self y"
-        left.add(plugin._OPTIONAL)
-    now = made_up(methods)
+def test_all_are_wrapped_once(made_up):
+    now = made_up(METHODS)
     before = now()
-    assert plugin.obstacle() is None
     plugin.register()
     wrapped = now()
-    assert {path for path in methods if wrapped[path] is before[path]} == left
+    called = {path for path, (_, replacement) in plugin._METHODS.items() if replacement is None}
+    assert {path for path in METHODS if wrapped[path] is before[path]} == called
     plugin.register()
     assert now() == wrapped
     assert plugin.obstacle() is None
 
 
-@pytest.mark.parametrize("path", [path for path in METHODS if path != plugin._OPTIONAL])
+@pytest.mark.parametrize("path", METHODS)
 @pytest.mark.parametrize("change", ["missing", "another signature"])
 def test_none_is_wrapped_where_one_differs(path, change, made_up, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
@@ -77,8 +69,7 @@ def test_w0_is_never_taken_from_a_quantised_layer(monkeypatch):
     weight = torch.ones(6, 4, dtype=torch.int8)
     for method, plain in ((linear.UnquantizedLinearMethod(), True), (SimpleNamespace(apply=None), False)):
         module = SimpleNamespace(
-            base_layer=SimpleNamespace(weight=weight), output_slices=(6,),
-            _get_quant_method=lambda method=method: method,
+            base_layer=SimpleNamespace(weight=weight), _get_quant_method=lambda method=method: method,
             lora_a_stacked=[torch.zeros(1, 1, 8, 4)], lora_b_stacked=[torch.zeros(1, 1, 6, 8)],
         )  # fmt: skip
         slots = plugin._layer_slots(module)

@@ -7,26 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from smoa_kernels import BlockPartition
-from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
-from smoa_kernels.definition.sketch import TOLERANCE, sketch_weight
+from smoa_kernels.definition.sketch import TOLERANCE, distance_by_products, sketch_weight
 from smoa_kernels.serving import products
-from smoa_kernels.serving.products import LayerSlots, Slice, Step, packed_from_stacked, read_weight
+from smoa_kernels.serving.products import LayerSlots, Step, packed_from_stacked, read_weight
 
 C, SIZES, SLOTS, MOST_RANKS = 24, (20, 12), 4, 8
+SHAPES = [(MOST_RANKS, C) for _ in SIZES], [(n, MOST_RANKS) for n in SIZES]
+EXACT = {"rtol": 1e-5, "atol": 1e-4}
 
 
 def adapter_of(n, ranks, seed):
-    """The stacked factors of an adapter with random blocks, and ΔW / W0."""
+    """The stacked factors of an adapter with random blocks."""
     generator = torch.Generator().manual_seed(seed)
-    labels = [torch.randint(0, len(ranks), (size,), generator=generator) for size in (n, C)]
-    partition = BlockPartition.from_labels(*labels, len(ranks))
-    rho = max(ranks)
-    A, B = torch.randn(rho, C, generator=generator), torch.randn(n, rho, generator=generator)
-    sizes = torch.tensor(ranks, dtype=torch.int32)
-    packed = PackedAdapter(torch.ones(n, C), A, B, partition, sizes, scaling_tensor(0.5, A.device), ranks)
-    stacked_A, stacked_B = packed.expanded_factors(torch.float32)
-    return stacked_A, stacked_B, stacked_B @ stacked_A
+    rows, cols = (torch.randint(0, len(ranks), (size,), generator=generator) for size in (n, C))
+    block = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+    A = torch.randn(len(block), C, generator=generator) * (block[:, None] == cols)
+    return A, torch.randn(n, len(block), generator=generator) * 0.5 * (rows[:, None] == block)
 
 
 class Layer:
@@ -39,27 +35,20 @@ class Layer:
         self.weight = torch.randn(sum(SIZES), C).to(dtype)
         self.bias = torch.randn(sum(SIZES)).to(dtype)
         self.calls = []
-        starts = (0, SIZES[0])
-        slices = [
-            Slice(
-                start,
-                start + n,
-                torch.zeros(SLOTS, 1, MOST_RANKS, C, dtype=dtype),
-                torch.zeros(SLOTS, 1, n, MOST_RANKS, dtype=dtype),
-                self.product,
-            )
-            for start, n in zip(starts, SIZES, strict=True)
-        ]
-        self.slots = LayerSlots(slices, self.weight if weight else None, keep)
+        A, B = ([torch.zeros(SLOTS, 1, *shape, dtype=dtype) for shape in side] for side in SHAPES)
+        self.slots = LayerSlots(A, B, self.product, self.weight if weight else None, keep=keep)
         self.modulation = torch.zeros(SLOTS, sum(SIZES), C)
         for slot, ranks in self.RANKS.items():
-            for part, own in zip(slices, ranks, strict=True):
+            for part, n, own in zip(self.slots.slices, SIZES, ranks, strict=True):
                 if own:
-                    A, B, _ = adapter_of(part.stop - part.start, own, slot * 7 + part.start)
-                    part.A[slot, 0, : sum(own)], part.B[slot, 0, :, : sum(own)] = A, B * size
-                    A, B = part.A[slot, 0].float(), part.B[slot, 0].float()
-                    self.modulation[slot, part.start : part.stop] = B @ A
-            self.slots.fill(slot, ranks)
+                    A, B = adapter_of(n, own, slot * 7 + part.rows.start)
+                    self.fill(slot, part, own, A, B * size)
+
+    def fill(self, slot, part, ranks, A, B):
+        part.A[slot], part.B[slot] = 0, 0
+        part.A[slot, 0, : len(A)], part.B[slot, 0, :, : len(A)] = A, B
+        self.modulation[slot, part.rows] = part.B[slot, 0].float() @ part.A[slot, 0].float()
+        part.fill(slot, ranks)
 
     def product(self, x):
         self.calls.append(len(x))
@@ -74,18 +63,15 @@ class Layer:
         return y
 
     def output(self, x, slot_of):
-        slot_of = torch.tensor(slot_of)
-        groups = {int(s): (slot_of == s).nonzero().flatten() for s in slot_of.unique() if s >= 0}
-        step = Step(groups, slot_of)
+        step = Step.of(torch.tensor(slot_of), torch.empty(64, dtype=torch.long))
         return self.slots.output(x, self.bias, step, lambda: F.linear(x, self.weight, self.bias))
 
-    def recorded_output(self, x, slot_of, y):
-        return self.slots.output(x, self.bias, Step({}, slot_of), lambda: y, recorded=True)
+    def recorded(self, x, slots):
+        return self.slots.recorded(x, F.linear(x, self.weight, self.bias), self.bias, slots)
 
     def check(self, x, slot_of):
         """The output is the definition's."""
-        found = self.output(x, slot_of).double()
-        torch.testing.assert_close(found, self.expected(x, slot_of), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(self.output(x, slot_of).double(), self.expected(x, slot_of), **EXACT)
 
 
 MIXTURES = {
@@ -109,11 +95,10 @@ def test_each_token_gets_its_adapter(given, slot_of):
 
 
 def test_rows_are_multiplied_in_chunks(monkeypatch):
-    monkeypatch.setattr(products, "MOST_ROWS", 16)
+    monkeypatch.setattr(products, "MOST_ROWS", 8)
     layer = Layer()
-    x, slot_of = torch.randn(3, C), [0, 0, 1]
-    layer.check(x, slot_of)
-    assert max(layer.calls) <= 16
+    layer.check(torch.randn(2, C), [0, 1])
+    assert layer.calls == [8, 8, 5, 5]  # the most ranks of each slice, token by token
 
 
 @pytest.mark.parametrize("given", [{"weight": True}, {}], ids=["W0", "rows"])
@@ -121,13 +106,14 @@ def test_a_recorded_step_serves_any_other(given, monkeypatch):
     """Like a CUDA graph, a trace repeats the same operators with the same shapes, whatever the adapters."""
     monkeypatch.setattr(products, "MOST_ROWS", 24)
     layer, x = Layer(**given), torch.randn(7, C)
-    y = F.linear(x, layer.weight, layer.bias)
-    recorded = make_fx(lambda slots: layer.recorded_output(x, slots, y))(torch.full((7,), -1))
+    for part in layer.slots.slices:
+        part.ranks.clear()  # recorded before any adapter is loaded
+    recorded = make_fx(lambda slots: layer.recorded(x, slots))(torch.full((7,), -1))
     for slot_of in ([-1] * 7, [1] * 7, [0, 1, 2, 3, -1, 2, 1]):
-        found = recorded(torch.tensor(slot_of))
-        torch.testing.assert_close(found.double(), layer.expected(x, slot_of), rtol=1e-5, atol=1e-4)
+        found, base = recorded(torch.tensor(slot_of)), F.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(found.double(), layer.expected(x, slot_of), **EXACT)
         others = torch.tensor(slot_of) < 0
-        assert torch.equal(found[others], y[others])
+        assert torch.equal(found[others], base[others])
 
 
 def test_w0_is_read_for_many_tokens_and_kept_only_where_it_may_be():
@@ -150,16 +136,13 @@ def test_w0_is_read_exactly(monkeypatch):
 @pytest.mark.parametrize("slot_of", [[1] * 64, [0, 1] * 3], ids=["one slot", "few tokens each"])
 def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of, recorded):
     """Adding an update of 1e-3 of W0 to an already rounded output would lose half of it (DESIGN.md, 2)."""
-    layer = Layer(torch.bfloat16, weight=recorded, keep=not recorded, size=2e-4)
+    layer = Layer(torch.bfloat16, weight=recorded, keep=not recorded, size=1e-3)
     kept = []
     for seed in range(60):
         x = torch.randn(len(slot_of), C, generator=torch.Generator().manual_seed(seed)).bfloat16()
         base = F.linear(x.double(), layer.weight.double(), layer.bias.double())
         true = layer.expected(x, slot_of) - base
-        if recorded:
-            y = layer.recorded_output(x, torch.tensor(slot_of), base.bfloat16())
-        else:
-            y = layer.output(x, slot_of)
+        y = layer.recorded(x, torch.tensor(slot_of)) if recorded else layer.output(x, slot_of)
         kept.append(torch.stack([((y - base) * true).sum(), true.square().sum()]))
     part, whole = torch.stack(kept).sum(0)
     assert 0.9 < part / whole < 1.1
@@ -172,11 +155,10 @@ def test_a_slot_that_is_filled_anew_forgets_the_old_adapter(given, slot_of):
     x = torch.randn(len(slot_of), C)
     layer.output(x, slot_of)
     for part in layer.slots.slices:
-        part.A[1], part.B[1] = part.A[0], part.B[0] * 2
-    layer.slots.fill(1, Layer.RANKS[0])
-    layer.modulation[1] = layer.modulation[0] * 2
+        layer.fill(1, part, (4,), part.A[0, 0], part.B[0, 0] * 2)
     layer.check(x, slot_of)
-    layer.slots.fill(1, [(), ()])
+    for part in layer.slots.slices:
+        part.fill(1, ())
     layer.modulation[1] = 0
     layer.check(x, slot_of)
 
@@ -186,18 +168,20 @@ def test_adapters_with_the_same_blocks_share_one_copy_of_them(monkeypatch):
     monkeypatch.setattr(products, "MOST_ROWS", 12)
     layer = Layer(keep=True)
     part = layer.slots.slices[0]
-    A, B, _ = adapter_of(SIZES[0], (1, 0, 2), seed=7)  # the blocks of slot 1
-    part.A[2, 0, :3], part.B[2, 0, :, :3] = A, B
-    part.A[2, 0, :, 5], part.B[2, 0, 7] = 0, 0
-    layer.modulation[2, : SIZES[0]] = part.B[2, 0] @ part.A[2, 0]
-    layer.slots.fill(2, [(1, 0, 2), (1, 2)])
-    layer.slots.fill(3, [(1, 0, 2), ()])  # not trained yet
-    x, slot_of = torch.randn(7, C), [0, 1, 2, 3, 2, 1, 1]
+    A, B = adapter_of(SIZES[0], (1, 0, 7), seed=7)  # the blocks of slot 1, more ranks
+    A[:, 5], B[7] = 0, 0
+    layer.fill(2, part, (1, 0, 7), A, B)
+    layer.fill(3, part, (1, 0, 7), A.flip(1), B)  # other columns
+    x, slot_of = torch.randn(7, C), [0, 2, 1, 3, 2, 1, 1]
+    for _ in range(2):
+        layer.check(x, slot_of)
+        assert set(part.blocks) == {1, 2, 3}  # all of W0 is slot 0's only block
+        assert part.blocks[1] is part.blocks[2] is not part.blocks[3]
+        layer.fill(1, part, (1, 0, 2), A[:3] * 2, B[:, :3])  # fewer ranks than before
+    layer.fill(2, part, (1, 0, 7), A, B * 0)  # not trained yet
     layer.check(x, slot_of)
-    assert set(part.blocks) == {1, 2}  # all of W0 is slot 0's only block
-    assert part.blocks[1] is part.blocks[2]
-    for slot in (1, 2):
-        layer.slots.fill(slot, [(), ()])
+    for slot in (1, 3):
+        part.fill(slot, ())
     assert not part.blocks
 
 
@@ -209,18 +193,17 @@ def test_w0_in_the_engine_is_not_copied():
 
 @pytest.mark.parametrize("ranks", [(4,), (3, 0, 5), (1, 1, 1)])
 def test_shards_have_the_products_of_the_whole(ranks):
-    A, B, modulation = adapter_of(SIZES[0], ranks, seed=3)
+    A, B = adapter_of(SIZES[0], ranks, seed=3)
     for rows, cols in ((slice(0, 9), slice(None)), (slice(None), slice(10, 24)), (slice(4, 5), slice(2, 3))):
-        own_A, own_B, partition = packed_from_stacked(A[:, cols], B[rows], ranks)
-        s, sizes = scaling_tensor(1.0, A.device), torch.tensor(ranks, dtype=torch.int32)
-        shard = PackedAdapter(modulation[rows, cols], own_A, own_B, partition, sizes, s, ranks)
-        stacked_A, stacked_B = shard.expanded_factors(torch.float32)
-        torch.testing.assert_close(stacked_B @ stacked_A, modulation[rows, cols])
+        packed_A, packed_B, blocks = packed_from_stacked(A[:, cols], B[rows], ranks)
+        assert packed_A.shape[0] == packed_B.shape[1] == max(ranks)
+        in_block = blocks.row_block[:, None] == blocks.col_block
+        torch.testing.assert_close(in_block * (packed_B @ packed_A), B[rows] @ A[:, cols])
 
 
 def test_w0_is_recognised_by_its_products():
     layer = Layer(torch.bfloat16)
-    first, second = layer.slots.slices
-    found = layer.slots.sign_products()
-    assert first.distance(sketch_weight(first.of(layer.weight).float()), found) < TOLERANCE / 4
-    assert second.distance(sketch_weight(torch.randn(SIZES[1], C)), found) > 2 * TOLERANCE
+    products = layer.slots.sign_products()[:, layer.slots.slices[0].rows]
+    weight = layer.weight[: SIZES[0]].float()
+    assert distance_by_products(products, sketch_weight(weight)) < TOLERANCE / 4
+    assert distance_by_products(products, sketch_weight(torch.randn(SIZES[0], C))) > 2 * TOLERANCE

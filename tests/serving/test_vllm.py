@@ -14,70 +14,47 @@ from transformers import AutoModelForCausalLM
 from smoa_kernels.serving import vllm as plugin
 from smoa_kernels.serving.factors import read_served
 
+vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.slow
 NAMES = [None, "smoa2", "smoa4", "unequal", "hira", "lora"]
 
 
-class Engine:
-    """A vLLM engine in this process, with the adapters that a request can name."""
-
-    def __init__(self, base, adapters, **options):
-        from vllm import LLM
-
-        usual = {
-            "max_model_len": 128,
-            "max_num_seqs": 66,
-            "max_lora_rank": 8,
-            "max_loras": 8,
-            "dtype": "float32",
-        }
-        usual |= {"enforce_eager": True, "disable_log_stats": True, "enable_lora": True}
-        self.engine = LLM(str(base), **usual | options)
-        self.ids, self.adapters = {}, adapters
-
-    def request(self, name):
-        from vllm.lora.request import LoRARequest
-
-        number = self.ids.setdefault(name, len(self.ids) + 1)
-        return None if name is None else LoRARequest(name, number, str(self.adapters[name]))
-
-    def answers(self, prompts, tokens=8):
-        """Greedy tokens and their log-probabilities for pairs (adapter, token ids), in one batch."""
-        from vllm import SamplingParams
-
-        outputs = self.engine.generate(
-            [{"prompt_token_ids": ids} for _, ids in prompts],
-            SamplingParams(temperature=0, max_tokens=tokens, logprobs=1, ignore_eos=True),
-            lora_request=[self.request(name) for name, _ in prompts],
-            use_tqdm=False,
-        )
-        found = []
-        for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-            steps = zip(output.outputs[0].logprobs, ids, strict=True)
-            found.append((ids, [step[token].logprob for step, token in steps]))
-        return found
-
-    def close(self):
-        from vllm.distributed import cleanup_dist_env_and_memory
-
-        self.engine.llm_engine.engine_core.shutdown()
-        del self.engine
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
 @pytest.fixture
-def engine(base, adapters):
-    engines = []
+def engine(base):
+    """Starts an engine in this process; the test's end stops it."""
 
-    def start(base=base, adapters=adapters, **options):
-        engines.append(Engine(base, adapters, **options))
-        return engines[0]
+    def start(model=base, dtype="float32", enforce_eager=True, **options):
+        sizes = {"max_model_len": 128, "max_num_seqs": 66, "max_lora_rank": 8, "max_loras": 8}
+        options |= {"dtype": dtype, "enforce_eager": enforce_eager, "disable_log_stats": True}
+        running.append(vllm.LLM(str(model), enable_lora=True, **sizes, **options))
+        return running[-1]
 
+    running = []
     yield start
-    for one in engines:
-        one.close()
+    for one in running:
+        one.llm_engine.engine_core.shutdown()
+    running.clear()
+    gc.collect()
+    vllm.distributed.cleanup_dist_env_and_memory()
+
+
+def answers(engine, adapters, prompts, tokens=8):
+    """Greedy tokens and their log-probabilities for pairs (adapter, token ids), in one batch."""
+    requests = {
+        name: vllm.lora.request.LoRARequest(name, number, str(path))
+        for number, (name, path) in enumerate(adapters.items(), 1)
+    }
+    outputs = engine.generate(
+        [{"prompt_token_ids": ids} for _, ids in prompts],
+        vllm.SamplingParams(temperature=0, max_tokens=tokens, logprobs=1, ignore_eos=True),
+        lora_request=[requests.get(name) for name, _ in prompts],
+        use_tqdm=False,
+    )
+    found = []
+    for (answer,) in (output.outputs for output in outputs):
+        ids = list(answer.token_ids)
+        found.append((ids, [step[token].logprob for step, token in zip(answer.logprobs, ids, strict=True)]))
+    return found
 
 
 def some_prompts(names, count=3):
@@ -104,21 +81,27 @@ def against_peft(base, adapters, prompts, answers):
     return worst, other
 
 
-@pytest.mark.parametrize("way", ["W0 kept", "W0 not kept", "recorded", "compiled"])
+WAYS = {
+    "W0 kept": {},
+    "W0 not kept": {},
+    "recorded": {},
+    "compiled": {"enforce_eager": False},
+    "two processes": {"tensor_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_each_request_of_a_mixed_batch_gets_pefts_output(way, engine, base, adapters, monkeypatch):
     """66 prompts in one batch; also with the operators that a CUDA graph would record, and with torch.compile."""
     monkeypatch.setenv(plugin.KEEP_VARIABLE, "0" if way == "W0 not kept" else "1")
     if way == "recorded":
         monkeypatch.setattr(plugin, "_is_recorded", lambda x: True)
-    prompts = some_prompts(NAMES, count=11)
-    running = engine(enforce_eager=way != "compiled")
-    answers = running.answers(prompts)
-    worst, other = against_peft(base, adapters, prompts, answers)
+    prompts, running = some_prompts(NAMES, count=11), engine(**WAYS[way])
+    worst, other = against_peft(base, adapters, prompts, answers(running, adapters, prompts))
     assert worst < 1e-4
     assert other == 0
-    assert (
-        len({tuple(tokens) for tokens, _ in running.answers([(name, prompts[0][1]) for name in NAMES])}) == 6
-    )
+    same = answers(running, adapters, [(name, prompts[0][1]) for name in NAMES])
+    assert len({tuple(tokens) for tokens, _ in same}) == len(NAMES)
 
 
 @pytest.mark.parametrize(
@@ -127,15 +110,15 @@ def test_each_request_of_a_mixed_batch_gets_pefts_output(way, engine, base, adap
 def test_bf16_decode_keeps_an_update_of_a_thousandth(names, engine, base, tmp_path):
     """An update of 1/1000 of W0. Adding it to a rounded output would lose half of it (docs/numerics.md)."""
     adapters = {name: save_adapter(base, CONFIGS[name](), tmp_path / name, 0.013) for name in names if name}
-    running, seen = engine(adapters=adapters, dtype="bfloat16"), []
+    running, seen = engine(dtype="bfloat16"), []
 
     def watch(model):
         layer = model.model.layers[1].mlp.down_proj
         layer.register_forward_hook(lambda module, given, output: seen.append((*given, output[0])))
 
-    running.engine.apply_model(watch)
+    running.apply_model(watch)
     prompts = some_prompts(names, count=12 // len(names))
-    running.answers(prompts, tokens=24)
+    answers(running, adapters, prompts, tokens=24)
     weight = load_file(base / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].bfloat16().double()
     factors = {
         name: read_served(folder).layers["model.layers.1.mlp.down_proj"] for name, folder in adapters.items()
@@ -154,25 +137,17 @@ def test_bf16_decode_keeps_an_update_of_a_thousandth(names, engine, base, tmp_pa
     assert 0.95 < kept / whole < 1.05, (kept / whole, len(seen))
 
 
-def test_two_processes_give_pefts_output(engine, base, adapters):
-    """Tensor parallelism shards the factors as vLLM shards LoRA's."""
-    prompts = some_prompts(NAMES, count=2)
-    worst, other = against_peft(base, adapters, prompts, engine(tensor_parallel_size=2).answers(prompts))
-    assert worst < 1e-4
-    assert other == 0
-
-
-def test_lora_and_base_are_unchanged_by_the_plugin(engine, monkeypatch):
+def test_lora_and_base_are_unchanged_by_the_plugin(engine, adapters, monkeypatch):
     """The same bits, although our adapters are loaded."""
     running, prompts = engine(), some_prompts([None, "lora"])
-    running.answers(some_prompts(["smoa2"]))
-    ours = running.answers(prompts)
-    for path, _, _ in plugin._hooks:
+    answers(running, adapters, some_prompts(["smoa2"]))
+    ours = answers(running, adapters, prompts)
+    for path in plugin._METHODS:
         owner, name = plugin._find(path)
         if "apply" in name or "mapping" in name or "logits" in name:
             monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
-    running.engine.reset_prefix_cache()
-    assert running.answers(prompts) == ours
+    running.reset_prefix_cache()
+    assert answers(running, adapters, prompts) == ours
 
 
 def quantise(base, folder):
@@ -212,5 +187,6 @@ def test_an_int8_base_differs_from_its_dequantised_values_by_its_own_rounding(
     running, worst = engine(int8, dtype="bfloat16"), {}  # the type that this kernel requires
     for name in (None, "smoa2", "smoa4", "hira"):
         prompts = some_prompts([name])
-        worst[name], _ = against_peft(dequantised, adapters, prompts, running.answers(prompts, tokens=3))
+        found = answers(running, adapters, prompts, tokens=3)
+        worst[name], _ = against_peft(dequantised, adapters, prompts, found)
     assert all(worst[name] < 3 * worst[None] for name in worst), worst
