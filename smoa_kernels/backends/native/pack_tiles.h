@@ -57,13 +57,21 @@ static void turn_tiles(i64 tiles, half *tile) {
 
 /* --- From float32 ------------------------------------------------------------------------------------------------------ */
 
+/* 32 numbers: those of `low`, then those of `high`. */
+TARGET_BF16 static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+/* The lower or upper 16 of 32 numbers as float32. */
+#define HALF_WIDENED(values, upper) \
+    ((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(values, upper)), 16))
+
 /* Writes 16 pairs of numbers. PAIRS: rounded. SPLIT3: three bfloat16 for each number, STEP apart, whose sum is exact. The first is the number
  * truncated, so that it cannot overflow; the second is the remainder rounded; the third is the rest. Infinity becomes NaN, since its second
  * part is infinity minus infinity. */
-INLINE void write_pairs(int format, vf low, vf high, half *to) {
+TARGET_BF16 INLINE void write_pairs(int format, vf low, vf high, half *to) {
     const vu upper = (vu){0} + 0xffff0000;
     if (format == PAIRS) {
-        _mm512_store_si512(to, (__m512i)(rounded(low) >> 16 | (rounded(high) & upper)));
+        __m512i both = narrowed(low, high);
+        _mm512_store_si512(to, (__m512i)((vu)HALF_WIDENED(both, 0) >> 16 | (vu)HALF_WIDENED(both, 1)));
         return;
     }
     vu first = (vu)low & upper, second = (vu)high & upper;
@@ -82,7 +90,7 @@ INLINE vf term_or_zero(const float *panel, i64 p, i64 depth, i64 column) {
 
 /* Packs panels of floats (depth, PANEL) in right tiles; `apart` lies between panels. The two terms of a pair are neighbours in PAIRS, and half
  * a step apart in SPLIT3, so that rows can be packed in left tiles without a permutation. */
-INLINE void tiles_of_floats(int format, i64 count, i64 depth, const float *panel, half *to, i64 apart) {
+TARGET_BF16 static void tiles_of_floats(int format, i64 count, i64 depth, const float *panel, half *to, i64 apart) {
     i64 beside = format == PAIRS ? 1 : SIDE, step = format == PAIRS ? STEP : 3 * STEP;
     for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL, to += apart)
         for (i64 k = 0; k < depth; k += TERMS)
@@ -95,7 +103,7 @@ INLINE void tiles_of_floats(int format, i64 count, i64 depth, const float *panel
 }
 
 /* Packs rows with contiguous terms in left panels of SPLIT3, in their own order. */
-static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
+TARGET_BF16 static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
     float ordered[PANEL * KC];
     for (i64 top = 0; top < count; top += PANEL) {
         i64 valid = least(PANEL, count - top);
@@ -116,13 +124,6 @@ static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth,
 static inline __mmask32 first_halves(i64 count) {
     return count < TERMS ? ((__mmask32)1 << greatest(0, count)) - 1 : ~(__mmask32)0;
 }
-
-/* 32 numbers: those of `low`, then those of `high`. */
-TARGET_BF16 static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-
-/* The lower or upper 16 of 32 numbers as float32. */
-#define HALF_WIDENED(values, upper) \
-    ((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(values, upper)), 16))
 
 /* Applies a token's mask to 32 elements from `at` on: a dropped element becomes 0, or NaN if it is Inf or NaN. */
 INLINE __m512i drop(__m512i values, const uint16_t *keep, i64 at) {
@@ -279,8 +280,7 @@ static void pack_right(int format, const operand *o, const adapter *m, i64 first
             half *tiles = (half *)(to + top * size) + p * PANEL;
             pack_floats(o, first + top, rows, k + p, deep, NR, panels);
             if (m) modulate(m, first + top, rows, k + p, deep, panels);
-            if (format == PAIRS) tiles_of_floats(PAIRS, rows, deep, panels, tiles, 2 * PANEL * size);
-            if (format == SPLIT3) tiles_of_floats(SPLIT3, rows, deep, panels, tiles, 2 * PANEL * size);
+            if (format != FLOATS) tiles_of_floats(format, rows, deep, panels, tiles, 2 * PANEL * size);
         }
 }
 
