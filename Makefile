@@ -257,7 +257,7 @@ emulate-cpu: $(BIN)/.dev ## run compiled code for AVX-512, AVX512-BF16 and AMX o
 	$(call emulated_cpu,$(CPUS),-n 2 $(addprefix tests/test_,bf16.py parts.py native.py native_operands.py experts.py contract.py derivatives.py))
 
 emulate-cpu-smoke: $(BIN)/.dev ## some of it
-	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_parts.py tests/test_native.py -k "bf16 or parts or tiles")
+	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_parts.py tests/test_native.py -k "bf16 or parts or tiles or the_mask")
 
 clean: ## remove the virtual environments and caches
 	rm -rf $(VENV) $(VENV)-data $(OLDEST) $(DEEPSPEED) $(VLLM) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

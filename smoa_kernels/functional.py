@@ -64,7 +64,7 @@ def smoa_linear(
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input.
         dropout_seed: int64 with one element on x's device; drawn from the default generator when None.
         column_offset: if x holds a shard of the columns, the global index of its first one; it places dropout's mask.
-        global_in_features: if x holds a shard of the columns, the global number of columns, for a check.
+        global_in_features: if x holds a shard of the columns, the global number of columns; only checked.
         block_ranks: the numbers in `ranks`, on the host. Without them the eager backend on a GPU reads `ranks` and so
             waits for the GPU, which a CUDA graph cannot hold.
         algorithm: how y is computed.

@@ -196,7 +196,7 @@ def test_dropout_under_transforms() -> None:
         vmap(layer, randomness="different")(torch.stack([x, x]))
 
 
-def test_the_kernels_dropout_under_transforms() -> None:
+def test_the_kernels_under_transforms_with_dropout() -> None:
     if (reason := obstacle("triton", torch.float32)) is not None:
         pytest.skip(reason)
     base = nn.Linear(13, 9)
@@ -206,7 +206,9 @@ def test_the_kernels_dropout_under_transforms() -> None:
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
-    torch.testing.assert_close(jvp(layer, (x,), (x,))[0], y)
+    again, tangent = jvp(layer, (x,), (x,))
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close(tangent, y - base.bias)  # y is affine in x
 
 
 def test_a_frozen_weight_is_not_differentiated() -> None:

@@ -58,7 +58,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
         (300, 30, 790, (2, 1)),  # two bands of tokens, two panels of terms in a block
         (12, 60, 377, (17, 0, 2)),  # few tokens, for which MKL's sums are short
     ),
-    "parts": (
+    "amx_parts": (
         (96, 128, 128, (2,)),  # exactly one tile
         (97, 131, 127, (3, 0, 2)),  # prime sizes, blocks below a tile
         (130, 7, 33, (1,)),
@@ -66,7 +66,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
         (1200, 530, 40, (2,)),  # four panels of terms of G; two slabs are summed
         (2100, 40, 70, (4, 1)),  # two left panels
     ),
-    "tiles": (
+    "bf16_tiles": (
         (16, 32, 32, (2,)),  # exactly one tile
         (33, 31, 29, (2, 1)),  # one token more; smaller than every other tile
         (40, 97, 401, (3, 0, 2)),  # a block without a rank, prime sizes
@@ -82,8 +82,8 @@ SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
 """Tokens, rows, columns and ranks: around the tiles and panels of float32's code, AMX's for it, and bfloat16's."""
 CODES = {
     "float": (needs_library, FORMS),
-    "parts": (needs_amx, ("merged", "split", "dropout")),
-    "tiles": (needs_bf16, ("split", "dropout")),
+    "amx_parts": (needs_amx, ("merged", "split", "dropout")),
+    "bf16_tiles": (needs_bf16, ("split", "dropout")),
 }
 
 
@@ -97,7 +97,7 @@ def of_every_code() -> Iterator[object]:
 @pytest.mark.parametrize(("code", "form", "shape"), list(of_every_code()))
 @pytest.mark.parametrize(
     ("order", "layout"),
-    [("spectral", "contiguous"), ("contiguous", "column-major"), ("spectral", "padded rows")],
+    [("spectral", "contiguous"), ("contiguous", "column-major"), ("contiguous", "padded rows")],
 )
 def test_every_shape(
     code: str,
@@ -112,7 +112,7 @@ def test_every_shape(
     """If torch has no GEMM of a half type, operands are widened while they are packed: float32's bits, rounded once."""
     sizes = dict(zip(("tokens", "out_features", "in_features", "ranks"), shape, strict=True))
     p, case = on_cpu(**sizes, block_order=order).stored(LAYOUTS[layout]), FORMS[form]
-    if code == "tiles":  # they take rows of W0
+    if code == "bf16_tiles":  # they take rows of W0
         p, case = p.to(torch.bfloat16), replace(case, dtype=torch.bfloat16)
         p = replace(p, weight=p.weight.contiguous())
     if code == "float":
@@ -206,9 +206,7 @@ def run_again(files: Sequence[str], names: str, **limit: str) -> None:
 @pytest.mark.long
 def test_the_same_on_older_processors() -> None:
     names = "(native or every_shape or threads or mask or dropped)"
-    names += (
-        " and not older and not without_amx and not broken and not tiles and not parts"  # these skip some
-    )
+    names += " and not older and not without_amx and not broken and not bf16_tiles and not amx_parts"
     run_again(("native", "native_operands", "contract"), names, ATEN_CPU_CAPABILITY="avx2")
 
 
@@ -216,7 +214,7 @@ def test_the_same_on_older_processors() -> None:
 @needs_bf16
 def test_the_same_without_amx() -> None:
     """As on processors with AVX512-BF16 but without AMX: AMD's Zen 4 and 5."""
-    names = "(test_every_shape and not parts) or factors or behind or as_large or alone"
+    names = "(test_every_shape and not amx_parts) or factors or behind or as_large or alone"
     run_again(("native", "bf16"), names, ONEDNN_MAX_CPU_ISA="AVX512_CORE_BF16")
 
 

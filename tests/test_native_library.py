@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -187,3 +188,38 @@ def test_a_compiler_that_takes_options_or_fails(tmp_path: Path, monkeypatch: pyt
 def test_another_machines_wheel_has_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
     assert hatch_build.compiler() is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "limit", "answer", "found"),
+    [
+        ("avx512f", "", 0, (False, False)),
+        ("avx512f avx512_bf16", "", 0, (True, False)),
+        ("avx512_bf16 amx_bf16 amx_tile", "", 0, (True, True)),
+        ("avx512_bf16 amx_bf16 amx_tile", "ALL", -1, (True, False)),  # the system refuses
+        ("avx512_bf16 amx_bf16 amx_tile", "avx512_core_bf16", 0, (True, False)),
+        ("avx512_bf16 amx_bf16 amx_tile", "AVX512_CORE", 0, (False, False)),
+        (None, "", 0, (False, False)),
+    ],
+)
+def test_amx_is_asked_for_where_the_processor_has_it(
+    flags: str | None, limit: str, answer: int, found: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def read(path: Path) -> str:
+        assert str(path) == "/proc/cpuinfo"
+        if flags is None:
+            raise PermissionError(path)
+        return f"flags : {flags}"
+
+    def syscall(*given: int) -> int:
+        asked.append(given)
+        return answer
+
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda name: SimpleNamespace(syscall=syscall))
+    assert library.allowed() == found
+    # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) of Linux on x86-64
+    assert asked == [(158, 0x1023, 18)] * (found[1] or answer < 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -64,12 +64,22 @@ def distance_by_products(products: Tensor, sketch: Tensor) -> float:
     return sketch_distance(sketch, torch.cat([projections / sketch[-1].exp2(), sketch[-1:]]))
 
 
-def check_base(distances: Mapping[str, float], *, strict: bool) -> None:
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=4)
+
+
+def check_base(
+    distances: Mapping[str, float],
+    *,
+    strict: bool,
+    warn: Callable[[str], None] = _warn,
+) -> None:
     """Warn, or raise a ValueError where `strict`, if an adapter was trained over other weights than these layers'.
 
     Args:
         distances: by layer, that of its base weight from the one that was trained over. NaN is another weight.
         strict: whether to refuse.
+        warn: shows a warning.
     """
     others = {name: distance for name, distance in distances.items() if not distance <= TOLERANCE}
     if not others:
@@ -82,7 +92,7 @@ def check_base(distances: Mapping[str, float], *, strict: bool) -> None:
     )
     if strict:
         raise ValueError(f"{message}; strict_base=True refuses it")
-    warnings.warn(message, UserWarning, stacklevel=3)
+    warn(message)
 
 
 def _signs(size: int, side: int, device: torch.device) -> Tensor:

@@ -286,10 +286,11 @@ class LayerSlots:
         # Without W0 the base product has that many rows. Reading W0 takes C.
         if self.weight is None and (self.keep or rows > self.shape[1] + tokens):
             self._hold(read_weight(self._product, self.shape[1], x))
-            y = self.output(x, bias, step, base)
-            if not self.keep:
-                self._hold(None)
-            return y
+            try:
+                return self.output(x, bias, step, base)
+            finally:
+                if not self.keep:
+                    self._hold(None)
         plain, whole, alone = self.weight is not None, tokens == len(x), len(groups) == 1
         if plain and alone and whole:
             return self._modulated(x, bias, *groups)
@@ -297,7 +298,7 @@ class LayerSlots:
         few = []
         for slot, own in groups.items():
             if plain and (alone or len(own) >= MANY_TOKENS):
-                y.index_copy_(0, own, self._modulated(x.index_select(0, own), bias, slot))
+                y.index_copy_(0, own, self._modulated(x.index_select(0, own), bias, slot).to(y.dtype))
             else:
                 few.append(own)
         if few:
@@ -305,7 +306,7 @@ class LayerSlots:
             own_x, own_y, slots = (side.index_select(0, own) for side in (x, y, step.slots))
             update = Slice.update_by_blocks if self._copies else Slice.update
             updates = [update(part, own_x, slots) for part in self.slices]
-            y.index_copy_(0, own, self._sum(own_x, own_y, bias, updates))
+            y.index_copy_(0, own, self._sum(own_x, own_y, bias, updates).to(y.dtype))
         return y
 
     def _modulated(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:

@@ -108,7 +108,7 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
         weights_mapper=None if mapper is None else mapper.get_rename_mapper(),
     )
     layers = dict(zip(model.loras, adapter.layers.values(), strict=True))  # by vLLM's names
-    check_base(_distances(folder, layers, manager), strict=adapter.strict_base)
+    check_base(_distances(folder, layers, manager), strict=adapter.strict_base, warn=_log.warning)
     model.smoa_ranks = {name: factors.ranks for name, factors in layers.items()}
     return model
 
@@ -225,7 +225,9 @@ def _apply(original: Callable[..., Any], self: Any, x: Tensor, *given: Tensor | 
     if not isinstance(getattr(self, "_smoa_slots", None), LayerSlots):
         return original(self, x, *given)
     (bias,) = given or (None if self.base_layer.skip_bias_add else self.base_layer.bias,)
-    if torch.compiler.is_compiling():
+    if (
+        torch.compiler.is_compiling() or not given
+    ):  # without a bias, vLLM's method may have an output dtype of its own
         output = original(self, x, *given)
         torch.ops.smoa_serving.adapt(x, output, bias, self._smoa_name)
         return output

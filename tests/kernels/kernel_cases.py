@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import repeat
 
 import pytest
 import torch
@@ -102,7 +101,8 @@ def check(
     """Asserts that a kernel's results on a problem, rounded to these dtypes, are within their budgets."""
     for p, (run, defined) in works(kernel, problem.to(dtype, factor_dtype)):
         exact = p.to(torch.float64)
-        same, truth, least = defined(dtype), defined(torch.float64), repeat(0.0)
+        same, truth = defined(dtype), defined(torch.float64)
+        least = [0.0] * len(truth)
         if kernel == "block_grad":  # its results have the factors' dtype
             # A short sum may be exact by luck in the reference, so four float32 roundings of the terms are allowed.
             sizes = {name: getattr(exact, name).abs() for name in ("x", "weight", "A", "B", "dy")}
@@ -111,7 +111,7 @@ def check(
         for config in tiles(kernel, p):
             with configured(kernel, config):
                 found = run()
-            for ours, theirs, true, allowed in zip(found, same, truth, least, strict=False):
+            for ours, theirs, true, allowed in zip(found, same, truth, least, strict=True):
                 if ((ours.double() - true).abs() > allowed).any():
                     assert_within_budget(ours, theirs, true)
 

@@ -24,6 +24,7 @@ from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.block_grad import token_splits
+from smoa_kernels.kernels.fused_linear import fused_linear
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.permute import scatter_columns
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
@@ -156,10 +157,23 @@ def test_gather_and_scatter(
 
 @each_dtype
 def test_merges_in_place(dtype: torch.dtype) -> None:
-    adapter = make_problem(dtype=dtype).adapter()
-    expected = modulated_weight(adapter)
-    modulated_weight(adapter, out=adapter.weight)
-    assert torch.equal(adapter.weight, expected)
+    problem = make_problem(dtype=dtype)
+    for weight in (problem.weight, problem.weight.T.contiguous().T):
+        adapter = replace(problem.adapter(), weight=weight)
+        expected = modulated_weight(adapter)
+        assert expected.stride() == weight.stride()  # W0's memory order
+        modulated_weight(adapter, out=adapter.weight)
+        assert torch.equal(adapter.weight, expected)
+
+
+def test_a_shard_without_columns_gives_the_bias() -> None:
+    p, none = make_problem(dtype=torch.float32), slice(0)
+    whole = p.adapter()
+    blocks = whole.partition.shard(col_slice=none)
+    shard = replace(whole, weight=whole.weight[:, none], A=whole.A[:, none], partition=blocks)
+    y = fused_linear(p.x[:, none], p.bias, shard)
+    assert p.bias is not None
+    assert torch.equal(y, p.bias.expand_as(y))
 
 
 def test_a_block_of_rank_zero_and_other_blocks_leave_the_weight_alone() -> None:

@@ -21,13 +21,18 @@ from smoa_kernels.kernels.spec import Key
 pytestmark = pytest.mark.numerical
 
 
-def problem(pairs: tuple[int, ...], ranks: tuple[int, ...] = (3, 2)) -> ExpertsProblem:
-    """The most common kind: blocks of whole granules."""
-    return make_problem(pairs=pairs, rows=48, cols=88, ranks=ranks, blocks="contiguous granules")
+COMMON = "contiguous granules"
 
 
-def test_results_are_within_their_budget() -> None:
-    p = problem((5, 0, 18)).to(torch.float32)
+def problem(pairs: tuple[int, ...], ranks: tuple[int, ...] = (3, 2), blocks: str = COMMON) -> ExpertsProblem:
+    return make_problem(pairs=pairs, rows=48, cols=88, ranks=ranks, blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    "blocks", [COMMON, *(pytest.param(other, marks=pytest.mark.slow) for other in ("own", "granules"))]
+)
+def test_results_are_within_their_budget(blocks: str) -> None:
+    p = problem((5, 0, 18), blocks=blocks).to(torch.float32)
     p.assert_within_budget(p.operator("triton"))
 
 

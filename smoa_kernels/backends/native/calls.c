@@ -13,7 +13,7 @@ static const i64 *index_of(const void *all, i64 bytes, i64 first, i64 count, i64
     return to;
 }
 
-/* Calls `function` for the layer, or for each expert that has pairs. */
+/* Calls `function` for the layer, or for each expert that has pairs and a path of this code. */
 static i64 for_each(const call *c, i64 (*function)(const call *)) {
     if (!c->experts) return function(c);
     arena a = workspace_of(c->workspace);
@@ -92,14 +92,14 @@ static i64 misfit(const call *c) {
  * longer side. */
 i64 smoa_check(const call *c) { return for_each(c, misfit); }
 
-/* Dropout's mask, a bit per element (definition/dropout.py): Philox-4x32-10 (Salmon et al. 2011) in 32 bits of each 64-bit lane. Each
- * lane is a group of eight tokens, whose four words are two levels each. */
-enum { GROUPS = VECTOR_BYTES / 8, DRAWN = 8 * GROUPS };
+/* Dropout's mask, a bit per element (definition/dropout.py): Philox-4x32-10 (Salmon et al. 2011). Each 64-bit lane computes it for eight
+ * tokens in its lower 32 bits; its upper bits are arbitrary. Each of the four words gives two tokens 16 bits. */
+enum { GROUPS = VECTOR_BYTES / 8, TOGETHER = 8 * GROUPS };
 
 static void draw_mask(void *it, i64 thread, i64 token, i64 end) {
     const call *m = it;
     (void)thread;
-    for (; token < end; token += DRAWN)
+    for (; token < end; token += TOGETHER)
         for (i64 c = 0; c < m->layer.cols; c += 16) {
             vl bits[8] = {{0}}, group;
             for (int i = 0; i < GROUPS; i++) group[i] = (uint64_t)(token / 8 + i);
@@ -115,19 +115,19 @@ static void draw_mask(void *it, i64 thread, i64 token, i64 end) {
                 for (int i = 0; i < 8; i++)
                     bits[i] |= (vl)((word[i / 2] >> i % 2 * 16 & 0xffff) >= (uint64_t)m->threshold) & (uint64_t)1 << b;
             }
-            for (i64 t = token; t < least(token + DRAWN, end); t++)
+            for (i64 t = token; t < least(token + TOGETHER, end); t++)
                 ((uint16_t *)m->y)[t * words(m->layer.cols) + c / 16] = (uint16_t)bits[t % 8][(t - token) / 8];
         }
 }
 
 /* y (tokens, words(cols)), of 16 bits each: a bit is set where the draw of a token and a column is at least `threshold`. */
 i64 smoa_mask(call *c) {
-    in_parallel(draw_mask, c, c->tokens, DRAWN, c->threads);
+    in_parallel(draw_mask, c, c->tokens, TOGETHER, c->threads);
     return 0;
 }
 
-/* Facts about this library that Python checks. Of what the processor has, it sets `has_bf16` and `has_amx` before; what the compiler did not
- * know becomes 0. */
+/* Facts about this library that Python checks. Python sets `has_bf16` and `has_amx` to what the processor has; smoa_about clears those that the
+ * compiler does not know. */
 typedef struct {
     const char *source; /* digest of the sources that it was compiled from */
     i64 call_bytes, has_threads, has_bf16, has_amx;

@@ -19,7 +19,7 @@
  * To add AVX10 with 512-bit vectors, which multiplies the same tiles, add a branch beside `has_amx` in `tile_panel` and its name in
  * `allowed` of library.py. A processor with shorter vectors or other tiles needs a format and a packing of its own.
  *
- * No function allocates memory or keeps state between calls. The order of a sum does not depend on the number of threads, except in dA
+ * No function allocates memory. `smoa_about` alone keeps state, `has_amx`. The order of a sum does not depend on the number of threads, except in dA
  * (in dB where W0 is stored by columns): each thread sums its own rows.
  */
 #pragma once

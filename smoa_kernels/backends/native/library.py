@@ -208,7 +208,7 @@ def library() -> ctypes.CDLL:
 def has(feature: str) -> bool:
     """Whether compiled code may use "bf16" (AVX512-BF16) or "amx" here.
 
-    The compiler must know it, and :func:`allowed` too.
+    The compiler that built the library must have known it, and :func:`allowed` must say so.
     """
     found = _load()
     if obstacle() is not None or isinstance(found, str):
@@ -218,14 +218,18 @@ def has(feature: str) -> bool:
 
 def allowed() -> tuple[bool, bool]:
     """Whether processor, system and the limit of torch's GEMMs (`ONEDNN_MAX_CPU_ISA`) allow AVX512-BF16, and AMX."""
-    processor, limit = Path("/proc/cpuinfo").read_text(), os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False, False
 
-    def has(flag: str, *names: str) -> bool:
+    def offers(flag: str, *names: str) -> bool:
         return flag in processor and (limit in ("", "ALL", "DEFAULT") or any(name in limit for name in names))
 
-    bf16 = has("avx512_bf16", "BF16", "FP16", "AMX", "AVX10")
+    bf16 = offers("avx512_bf16", "BF16", "FP16", "AMX", "AVX10")
     # Linux grants AMX on request only: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
-    amx = bf16 and has("amx_bf16", "AMX") and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+    amx = bf16 and offers("amx_bf16", "AMX") and ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
     return bf16, amx
 
 
@@ -242,7 +246,7 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
     try:
         sources = sorted(_FOLDER.glob("*.[ch]"))
         source = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-        bf16, amx = allowed()
+        bf16, amx = allowed() if capability == "AVX512" else (False, False)
         found, about = ctypes.CDLL(str(path)), _About(bf16=bf16, amx=amx)
         found.smoa_about(ctypes.byref(about))
         if about.source != source.encode():

@@ -1,8 +1,9 @@
-/* Packing in tiles (microkernel.h): SPLIT3 from float32; PAIRS from bfloat16, whose bits are moved unchanged.
+/* Packing in tiles (microkernel.h): SPLIT3 from float32; PAIRS from bfloat16, whose bits are moved unchanged, or from panels of floats
+ * where a weight is modulated or its rows are contiguous.
  *
  * Rows with contiguous terms are copied to left tiles, and transposed to right tiles. To put terms in block order, lines of right tiles are
- * picked, each of which is two terms of 16 rows; another transpose makes left tiles. Contiguous rows become right tiles by interleaving two
- * terms, and left tiles by another transpose.
+ * picked, each of which is two terms of 16 rows; another transpose makes left tiles. In gradients contiguous rows become right tiles by
+ * interleaving two terms, and left tiles by another transpose.
  */
 #pragma once
 

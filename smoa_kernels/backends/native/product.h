@@ -91,12 +91,12 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     gemm(&g, first, end - first, row, count, room);
 }
 
-/* C = x ΔWᵀ for some tokens, a band at a time. Each block multiplies its columns of x and writes its columns of C. */
+/* C = x ΔWᵀ for some tokens, a band at a time. Each block multiplies its columns of x, or if it has no rank none, and writes its columns of C. */
 static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
     arena room = room_of(&p->rooms, thread);
-    float *C = take(&room, least(BAND, p->tokens) * tallest_of(l) * 4);
+    float *C = take(&room, l->contiguous ? 0 : least(BAND, p->tokens) * tallest_of(l) * 4);
     int format = format_of(p->total, widest_of(l));
     for (i64 most = BAND / left_height(format) * left_height(format), count; first < end; first += count) {
         count = least(most, end - first);
@@ -105,9 +105,9 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
             i64 height = height_of(l, k), in_order = l->contiguous;
             float *to = (float *)p->C + first * p->C_stride;
             adapter m = adapter_of_block(l, &p->factors, k, 0, 0);
-            gemm_job g = {.format = format, .depth = width_of(l, k), .terms = terms_of(p->total), .left = x_of(p), .right = weight_of_block(l, k, 0, 0),
-                          .adapter = &m, .right_rows = right_rows_of(format), .C = in_order ? to + l->row_offsets[k] : C,
-                          .stride = in_order ? p->C_stride : height};
+            gemm_job g = {.format = format, .depth = m.rank ? width_of(l, k) : 0, .terms = terms_of(p->total), .left = x_of(p),
+                          .right = weight_of_block(l, k, 0, 0), .adapter = &m, .right_rows = right_rows_of(format),
+                          .C = in_order ? to + l->row_offsets[k] : C, .stride = in_order ? p->C_stride : height};
             if (in_order)
                 g.left.start = l->col_offsets[k];
             else
@@ -137,8 +137,9 @@ static i64 product_room(const product *p) {
     i64 tokens = least(BAND, p->tokens), wide = widest_of(&p->l);
     gemm_job g = weight_product(p);
     arena a = {0};
-    take(&a, tokens * tallest_of(&p->l) * 4);
-    packing_room_of(&a, format_of(p->total, wide), tokens, 2 * NC, wide, KC);
+    int format = format_of(p->total, wide), updates = p->algorithm != MERGED && !p->tiles;
+    take(&a, updates && !p->l.contiguous ? tokens * tallest_of(&p->l) * 4 : 0);
+    if (updates) packing_room_of(&a, format, tokens, right_rows_of(format), wide, KC);
     packing_room_of(&a, g.format, p->tokens, g.right_rows, g.depth, g.terms);
     return a.bytes;
 }
