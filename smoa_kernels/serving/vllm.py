@@ -225,9 +225,8 @@ def _apply(original: Callable[..., Any], self: Any, x: Tensor, *given: Tensor | 
     if not isinstance(getattr(self, "_smoa_slots", None), LayerSlots):
         return original(self, x, *given)
     (bias,) = given or (None if self.base_layer.skip_bias_add else self.base_layer.bias,)
-    if (
-        torch.compiler.is_compiling() or not given
-    ):  # without a bias, vLLM's method may have an output dtype of its own
+    # Where vLLM's method takes no bias, its output may have a dtype of its own, which stays.
+    if torch.compiler.is_compiling() or not given:
         output = original(self, x, *given)
         torch.ops.smoa_serving.adapt(x, output, bias, self._smoa_name)
         return output
