@@ -129,10 +129,10 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
 
 /* Adds the threads' sums and writes dA (rank, cols), stored as A is; for the transposed layer dB. */
 static void write_gradient(const layer *l, const float *sums, i64 stride, i64 threads, void *dA, i64 rank_step, i64 col_step) {
-    for (i64 k = 0; k < l->blocks; k++)
+    for (i64 k = 0, before = 0; k < l->blocks; before += round_up(width_of(l, k), PANEL), k++)
         for (i64 t = 0; t < l->rank; t++)
             for (i64 c = 0; c < width_of(l, k); c++) {
-                const float *from = sums + t * stride + padded_before(l->col_offsets, k) + c;
+                const float *from = sums + t * stride + before + c;
                 vf sum = {0};
                 for (i64 thread = 0; thread < threads && t < rank_of(l, k); thread++) sum[0] += from[thread * l->rank * stride];
                 narrow(dA, t * rank_step + l->col_index[l->col_offsets[k] + c] * col_step, 1, sum, (int)l->factor_dtype);

@@ -47,11 +47,10 @@ def _pointers(names: str) -> list[tuple[str, type]]:
 
 
 class Algorithm(IntEnum):
-    """The part of a layer that is computed, as `operand.h` numbers it; UPDATE adds `x ΔWᵀ` to y."""
+    """How a layer is computed, as `operand.h` numbers it; bfloat16 tiles always split a forward."""
 
     MERGED = 0
     SPLIT = 1
-    UPDATE = 2
 
 
 class Layer(ctypes.Structure):
@@ -126,7 +125,7 @@ class Call(ctypes.Structure):
         return weight, offsets
 
     def misfits(self, weight: Tensor) -> bool:
-        """Whether an index is out of range, which compiled code does not check."""
+        """Whether an index is out of range, which the other functions do not check."""
         room = workspace(weight, 3 * sum(weight.shape) + 64)
         self.workspace = room.data_ptr()
         found: int = library().smoa_check(ctypes.byref(self))

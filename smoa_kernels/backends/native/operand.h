@@ -70,7 +70,7 @@ static layer transposed(layer l) {
  * in whole 16-bit words, and one word more after the last. */
 typedef struct {
     layer layer;
-    i64 path, algorithm; /* FEW_TOKENS, FLOAT or TILES_PATH; MERGED, SPLIT or UPDATE */
+    i64 path, algorithm; /* FEW_TOKENS, FLOAT or TILES_PATH; MERGED or SPLIT */
     i64 tokens, dtype;   /* dtype: of x, dY, y and bias */
     const void *x, *dy;
     i64 x_stride, dy_stride, y_stride;
@@ -91,7 +91,7 @@ typedef struct {
 } call;
 
 enum { FEW_TOKENS, FLOAT, TILES_PATH };
-enum { MERGED, SPLIT, UPDATE /* y += x ΔWᵀ */ };
+enum { MERGED, SPLIT, UPDATE /* y = x ΔWᵀ, in tiles; for dX under dropout */ };
 
 static inline i64 height_of(const layer *l, i64 k) { return l->row_offsets[k + 1] - l->row_offsets[k]; }
 static inline i64 width_of(const layer *l, i64 k) { return l->col_offsets[k + 1] - l->col_offsets[k]; }

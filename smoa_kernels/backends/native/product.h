@@ -129,7 +129,7 @@ static void finish(void *it, i64 thread, i64 first, i64 end) {
     (void)thread;
     i64 rows = p->l.rows;
     void *to = (char *)p->y + first * p->y_stride * bytes_of(p->dtype);
-    finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, rows, p->bias, p->algorithm == UPDATE, to, p->y_stride, p->dtype);
+    finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, rows, p->bias, 0, to, p->y_stride, p->dtype);
 }
 
 /* Bytes of workspace per thread, for `add_update` and for `multiply_weight`. */
@@ -144,11 +144,11 @@ static i64 product_room(const product *p) {
     return a.bytes;
 }
 
-/* y = x W_effᵀ + b, or y += x ΔWᵀ. Half types are summed in float32 and rounded once, a band at a time. In bfloat16 tiles, where y has a
- * mask (dX under dropout), y += x W0ᵀ. */
+/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Half types are summed in float32 and rounded once, a band at a time. In bfloat16
+ * tiles, which compute dX alone, y += x W0ᵀ if y has a mask (dropout). */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
-    i64 remaining = p.tokens, in_y = p.tiles || (p.dtype == FLOAT32 && p.algorithm != UPDATE), most = in_y ? remaining : least(remaining, MC);
+    i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32, most = in_y ? remaining : least(remaining, MC);
     arena a = p.workspace;
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm != MERGED, l->scaling);
@@ -162,7 +162,7 @@ static i64 blocked_product(product p) {
     for (; remaining > 0; remaining -= most, next_tokens(&p, most)) {
         p.tokens = least(most, remaining);
         if (p.algorithm != MERGED && !p.tiles) in_parallel(add_update, &p, p.tokens, left_height(format_of(p.total, widest_of(l))), p.threads);
-        if (p.algorithm != UPDATE) in_parallel(multiply_weight, &p, p.threads, 1, p.threads);
+        in_parallel(multiply_weight, &p, p.threads, 1, p.threads);
         if (!in_y || p.bias) in_parallel(finish, &p, p.tokens, 1, p.threads);
     }
     return floats_of(&a);
@@ -304,5 +304,5 @@ static i64 rows_by_tokens(product p) {
     return floats_of(&a);
 }
 #else
-static i64 rows_by_tokens(product p) { return p.tokens; }
+static i64 rows_by_tokens(product p) { return (void)p, 0; }
 #endif
