@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import resolve_backend
 from smoa_kernels.definition.dropout import Dropout, draw_seed
 
 from .protocol import DEVICE
@@ -73,8 +72,7 @@ def definition(layer: nn.Module) -> Definition:
 def check_layers(case: Case, layers: Mapping[str, nn.Module]) -> None:
     """Check every layer of a case.
 
-    A layer is checked with active dropout if the mask can be redrawn outside it (ours on the eager backend), otherwise
-    with dropout off.
+    Our layers are checked with active dropout, because their mask can be drawn again outside; others with dropout off.
 
     Raises:
         RedGateError: naming the case, the provider and the tensor.
@@ -82,7 +80,7 @@ def check_layers(case: Case, layers: Mapping[str, nn.Module]) -> None:
     exact: dict[tuple[str, bool], list[tuple[Tensor, Tensor]]] = {}
     for name, layer in layers.items():
         meant = definition(layer)
-        masked = case.dropout > 0 and _mask_is_known(layer, case)
+        masked = case.dropout > 0 and isinstance(layer, FusedSMoALinear)
         layer.train(masked)
         if (meant.family, masked) not in exact:
             multiplier = _multiplier(case) if masked else None
@@ -105,13 +103,6 @@ def check_error(what: str, value: Tensor, truth: Tensor, same_dtype: Tensor) -> 
     error, budget = (float((v.double() - truth).norm() / truth.norm()) for v in (value, same_dtype))
     if not error <= 2 * budget + 1e-6:
         raise RedGateError(f"{what} errs by {error:.1e}, more than twice the definition's own {budget:.1e}")
-
-
-def _mask_is_known(layer: nn.Module, case: Case) -> bool:
-    if not isinstance(layer, FusedSMoALinear):
-        return False
-    backend = resolve_backend(layer.backend, DEVICE, case.dtype, layer.smoa_A.shape[0])
-    return backend in ("eager", "native")
 
 
 def _multiplier(case: Case) -> Tensor:

@@ -23,6 +23,7 @@ PROCESSORS = {
     "AMD EPYC, family 25, model 1": "AMD (AVX2)",
     "AMD EPYC, family 26, model 2": "AMD (AVX-512)",
     "Intel(R) Xeon(R) Processor, family 6, model 167": "Intel (AMX)",
+    "Intel(R) Xeon(R) Processor, family 6, model 207": "Intel (AVX-512)",
 }
 # Rows: words, the kind of benchmark, its phase, and the parameters that select the case.
 SQUARE = {"tokens": 2048, "out_features": 2048, "num_blocks": 4, "rank": 16, "dropout": 0.0}

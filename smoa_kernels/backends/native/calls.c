@@ -92,8 +92,8 @@ static i64 misfit(const call *c) {
  * longer side. */
 i64 smoa_check(const call *c) { return for_each(c, misfit); }
 
-/* Dropout's mask, a bit per element (definition/dropout.py): Philox-4x32-10 (Salmon et al. 2011). Each 64-bit lane computes it for eight
- * tokens in its lower 32 bits; its upper bits are arbitrary. Each of the four words gives two tokens 16 bits. */
+/* Dropout's mask, a bit per element (definition/dropout.py), by Philox-4x32-10 (Salmon et al. 2011). A 64-bit lane computes the four words of
+ * one column and eight tokens, in its lower 32 bits; its upper 32 are of no use. A token takes 16 bits of a word. */
 enum { GROUPS = VECTOR_BYTES / 8, TOGETHER = 8 * GROUPS };
 
 static void draw_mask(void *it, i64 thread, i64 token, i64 end) {

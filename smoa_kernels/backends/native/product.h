@@ -91,7 +91,7 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     gemm(&g, first, end - first, row, count, room);
 }
 
-/* C = x ΔWᵀ for some tokens, a band at a time. Each block multiplies its columns of x, or if it has no rank none, and writes its columns of C. */
+/* C = x ΔWᵀ for some tokens, a band at a time. Each block reads its columns of x and writes its columns of C, zeros if its rank is 0. */
 static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
