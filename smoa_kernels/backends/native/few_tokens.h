@@ -98,7 +98,7 @@ static void few_part(void *it, i64 thread, i64 row, i64 end) {
             least(FEW, j->tokens - token), j, j->x + token * j->x_stride, row, end, j->y + token * l->rows);
 }
 
-/* y (tokens, rows) = x W_effᵀ + b; W0 has contiguous rows. Returns the size of the workspace that it needs, in floats. */
+/* y (tokens, rows) = x W_effᵀ + b; W0 is row-major. Returns the size of the workspace that it needs, in floats. */
 static i64 few_product(product p) {
     const layer *l = &p.l;
     arena a = p.workspace;

@@ -79,7 +79,7 @@ typedef struct {
 #if HAS_TILES
 /* Multiplies operands in PAIRS or SPLIT3, up to two pairs of them in one sum. The operand with fewer rows is in the inner loop and stays in the
  * L2 cache. */
-TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int count, i64 i_count, i64 j_count, epilogue *take,
+TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int count, i64 i_count, i64 j_count, epilogue *finish,
                                        const void *context) {
     _Alignas(64) float sums[PANEL * PANEL];
     int tall = i_count > j_count;
@@ -93,7 +93,7 @@ TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int c
                 panels[n].left += i * row_size(format, operands[n].depth), panels[n].right += j * row_size(format, operands[n].right_depth);
             }
             tile_panel(format, panels, count, rows, columns, sums);
-            take(context, sums, i, rows, j, columns);
+            finish(context, sums, i, rows, j, columns);
         }
     if (has_amx) _tile_release();
 }

@@ -13,7 +13,7 @@ enum {
 };
 
 typedef struct {
-    layer l; /* W0's rows are contiguous */
+    layer l; /* W0 is row-major */
     i64 tokens, threads, slab;
     operand dy, x; /* (rows, tokens), (cols, tokens) */
     factors factors; /* B, not s B */
@@ -45,7 +45,7 @@ TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const 
     i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
     for (i64 c = 0; c < width; c += TERMS) {
         pair_terms(o, first, tokens - first, c, width - c, lines + c * TERMS);
-        turn_tiles(2, lines + c * TERMS);
+        transpose_tiles(2, lines + c * TERMS);
     }
     to += step * STEP;
     for (i64 k = 0; k < blocks; k++)
@@ -55,7 +55,7 @@ TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const 
                 _mm512_store_si512(to + i * TERMS,
                                    n + i < offsets[k + 1] ? _mm512_load_si512(lines + index[n + i] * TERMS) : _mm512_setzero_si512());
             }
-            if (!as_left) turn_tiles(2, to);
+            if (!as_left) transpose_tiles(2, to);
         }
 }
 
@@ -105,16 +105,16 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
     gradient_room r = gradient_room_of(g, room_of(&g->rooms, thread));
     i64 size = ceil_div(g->tokens, TERMS) * TERMS; /* elements of a row in tiles */
     for (i64 k = 0; k < l->blocks; k++) {
-        /* Threads share whole panels, so that the order of dB's sums does not depend on their number. `turn` differs from block to
+        /* Threads share whole panels, so that the order of dB's sums does not depend on their number. `share` differs from block to
          * block: when a block has fewer panels than there are threads, other threads take the next block's. */
-        i64 height = height_of(l, k), width = width_of(l, k), turn = (thread + k) % g->threads;
+        i64 height = height_of(l, k), width = width_of(l, k), share = (thread + k) % g->threads;
         if (!width || !rank_of(l, k)) continue;
         gemm_job product = {.format = g->format, .depth = g->tokens, .terms = KC, .left = g->dy, .right = g->x,
                             .right_rows = right_rows_of(g->format), .C = r.G, .stride = round_up(width, PANEL)};
         product.left.rows = l->contiguous ? NULL : l->row_index;
         product.right.rows = l->contiguous ? NULL : l->col_index;
-        end = share_of(height, PANEL, turn + 1, g->threads);
-        for (first = share_of(height, PANEL, turn, g->threads); first < end; first += g->slab) {
+        end = share_of(height, PANEL, share + 1, g->threads);
+        for (first = share_of(height, PANEL, share, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
             packed tiles = {(float *)(g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size),
                             (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens};
@@ -139,7 +139,7 @@ static void write_gradient(const layer *l, const float *sums, i64 stride, i64 th
             }
 }
 
-/* Dense dA and dB. W0's rows or its columns are contiguous; for tiles its rows. */
+/* Dense dA and dB. W0 is row-major or column-major; for tiles it is row-major. */
 static i64 factor_gradients(const call *c) {
     int tiles = c->path == TILES_PATH;
     operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride, c->layer.rows, NULL);

@@ -12,6 +12,7 @@
 
 typedef int64_t i64;
 typedef uint16_t half; /* the bits of a bfloat16 or float16 */
+typedef uint32_t mask_bits __attribute__((aligned(2), may_alias)); /* two words of a mask */
 typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
@@ -66,7 +67,7 @@ static layer transposed(layer l) {
                    l.B, l.A, l.blocks, l.contiguous, l.ranks, l.col_index, l.row_index, l.col_offsets, l.row_offsets, l.scaling};
 }
 
-/* The arguments of a function; library.py fills it. Matrices have contiguous rows. A mask has a bit for each element of x or dX: each row
+/* The arguments of a function; library.py fills it. Matrices are row-major. A mask has a bit for each element of x or dX: each row
  * in whole 16-bit words, and one word more after the last. */
 typedef struct {
     layer layer;
@@ -221,15 +222,14 @@ INLINE void narrow(void *data, i64 at, i64 count, vf value, int dtype) {
 }
 
 /* 1 for a kept element, 0 for a dropped one. A factor, not a selection: a dropped Inf or NaN becomes NaN. */
-static inline float kept(const uint16_t *keep, i64 at) { return (float)(keep[at / 16] >> at % 16 & 1); }
+static inline float kept(const uint16_t *keep, uint64_t at) { return (float)(int)(((const mask_bits *)keep)[at / 32] >> at % 32 & 1); }
 
 /* The same for LANES elements from `at` on. */
 INLINE vf all_kept(const uint16_t *keep, i64 at) {
     static const int32_t bit[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
     const vf one = (vf){0} + 1;
-    uint32_t bits;
+    uint32_t bits = *(const mask_bits *)(keep + at / 16);
     vi lanes;
-    memcpy(&bits, keep + at / 16, sizeof bits);
     memcpy(&lanes, bit, sizeof lanes);
     return (vf)((vi)one & ((((vi){0} + (int32_t)(bits >> at % 16)) & lanes) != 0));
 }
@@ -242,14 +242,17 @@ static void widen_row(const void *from, int dtype, i64 at, i64 count, const uint
     }
 }
 
-/* The same for elements at `count` coordinates. */
+/* The same for elements at `count` > 0 coordinates. */
 static void gather(const void *from, int dtype, const i64 *index, i64 count, const uint16_t *keep, float *to) {
+    i64 line = 64 / bytes_of(dtype), end = least(index[count - 1], index[0] + count * line); /* an index mostly ascends */
+    for (i64 i = index[0]; i < end; i += line) __builtin_prefetch(element(from, i, dtype));
 #pragma GCC unroll 8
-    for (i64 i = 0; i < count; i++) to[i] = value_at(from, index[i], dtype);
-    for (i64 i = 0; i < count && keep; i++) to[i] *= kept(keep, index[i]);
+    for (i64 i = 0; i < count && keep; i++) to[i] = value_at(from, index[i], dtype) * kept(keep, (uint64_t)index[i]);
+#pragma GCC unroll 8
+    for (i64 i = 0; i < count && !keep; i++) to[i] = value_at(from, index[i], dtype);
 }
 
 /* The reverse: elements of `to` = from, times their mask. */
 static void scatter(const float *from, const i64 *index, i64 count, const uint16_t *keep, float *to) {
-    for (i64 i = 0; i < count; i++) to[index[i]] = keep ? from[i] * kept(keep, index[i]) : from[i];
+    for (i64 i = 0; i < count; i++) to[index[i]] = keep ? from[i] * kept(keep, (uint64_t)index[i]) : from[i];
 }

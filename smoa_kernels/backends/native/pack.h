@@ -106,21 +106,21 @@ static inline void transpose(const float *const *rows, i64 at, float *to, i64 st
 /* Whether elements along `width`, in the order of `index`, can be read in place. */
 static inline int is_in_place(const operand *o, const i64 *index) { return !index && !o->keep && o->dtype == FLOAT32; }
 
-/* row = where terms k to k + depth of some rows lie, for rows with contiguous terms: in place, or else permuted and widened in `ordered`
+/* row = where terms k to k + depth of some rows lie, in a row-major operand: in place, or else permuted and widened in `ordered`
  * (rows, KC). */
 static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, float *ordered, const float **row) {
     for (i64 i = 0; i < count; i++, ordered += KC) {
         i64 at = first + i;
         const void *from = element(o->data, (o->rows ? o->rows[at] : at) * o->row_stride, o->dtype);
         row[i] = is_in_place(o, o->cols) ? (const float *)from + o->start + k : ordered;
-        if (o->cols)
+        if (o->cols && depth)
             gather(from, o->dtype, o->cols + k, depth, keep_of(o, at), ordered);
         else if (row[i] == ordered)
             widen_row(from, o->dtype, o->start + k, depth, keep_of(o, at), ordered);
     }
 }
 
-/* Panels of rows with contiguous terms: transposes them. */
+/* Panels of a row-major operand: transposes them. */
 static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     float ordered[NR * KC];
     int in_place = is_in_place(o, o->cols);
@@ -143,7 +143,7 @@ static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
     }
 }
 
-/* Panels of contiguous rows: each column is read, permuted and widened once for all panels. */
+/* Panels of a column-major operand: each column is read, permuted and widened once for all panels. */
 static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     float line[MC];
     for (i64 p = 0; p < depth; p++) {
@@ -172,13 +172,13 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
     }
 }
 
-/* Whether the terms of a row are contiguous; otherwise the rows of a term are. */
-static inline int has_rows(const operand *o) { return o->col_stride == 1 && (o->cols || !o->rows); }
+/* Whether the terms of a row are contiguous in memory; otherwise, column-major, the rows of a term are. */
+static inline int is_row_major(const operand *o) { return o->col_stride == 1 && (o->cols || !o->rows); }
 
 /* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). After the last row come other rows or zeros: they are
  * multiplied, but their products are not stored. (What was in memory might be denormal numbers, which are slow.) */
 static void pack_floats(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
-    (has_rows(o) ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
+    (is_row_major(o) ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
 }
 
 /* Turns `count` terms from `col` on of a panel into W_eff or ΔW. `labels` are the rows' blocks, all 0 without labels. */

@@ -1,8 +1,8 @@
 /* Packing in tiles (microkernel.h): SPLIT3 from float32; PAIRS from bfloat16, whose bits are moved unchanged, or from panels of floats
- * where a weight is modulated or its rows are contiguous.
+ * where a weight is modulated or the operand is column-major.
  *
- * Rows with contiguous terms are copied to left tiles, and transposed to right tiles. To put terms in block order, lines of right tiles are
- * picked, each of which is two terms of 16 rows; another transpose makes left tiles. In gradients contiguous rows become right tiles by
+ * A row-major operand is copied to left tiles, and transposed to right tiles. To put terms in block order, lines of right tiles are
+ * picked, each of which is two terms of 16 rows; another transpose makes left tiles. In gradients a column-major operand becomes right tiles by
  * interleaving two terms, and left tiles by another transpose.
  */
 #pragma once
@@ -47,7 +47,7 @@ INLINE void store_lines(const __m512i *r, half *to) {
 }
 
 /* Transposes right tiles to left ones, or the reverse. */
-static void turn_tiles(i64 tiles, half *tile) {
+static void transpose_tiles(i64 tiles, half *tile) {
     for (__m512i r[SIDE]; tiles > 0; tiles--, tile += TILE) {
 #pragma GCC unroll 16
         for (int i = 0; i < SIDE; i++) r[i] = _mm512_load_si512(tile + i * TERMS);
@@ -103,7 +103,7 @@ TARGET_BF16 static void tiles_of_floats(int format, i64 count, i64 depth, const 
                 }
 }
 
-/* Packs rows with contiguous terms in left panels of SPLIT3, in their own order. */
+/* Packs a row-major operand in left panels of SPLIT3, in their own order. */
 TARGET_BF16 static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
     float ordered[PANEL * KC];
     for (i64 top = 0; top < count; top += PANEL) {
@@ -128,8 +128,7 @@ static inline __mmask32 first_halves(i64 count) {
 
 /* Applies a token's mask to 32 elements from `at` on: a dropped element becomes 0, or NaN if it is Inf or NaN. */
 INLINE __m512i drop(__m512i values, const uint16_t *keep, i64 at) {
-    uint32_t bits;
-    memcpy(&bits, keep + at / 16, sizeof bits);
+    uint32_t bits = *(const mask_bits *)(keep + at / 16);
     __m512i all = _mm512_set1_epi16(0x7f80);
     __mmask32 lost = _mm512_mask_cmpeq_epi16_mask(~bits, _mm512_and_si512(values, all), all);
     return _mm512_mask_mov_epi16(_mm512_maskz_mov_epi16(bits, values), lost, _mm512_set1_epi16(0x7fff));
@@ -143,7 +142,7 @@ INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
     return _mm512_permutex2var_epi16(first, at, second);
 }
 
-/* Packs up to SIDE rows with contiguous terms, masked by `keep`, in left or right tiles, `apart` each; missing rows and terms become 0.
+/* Packs up to SIDE rows of a row-major operand, masked by `keep`, in left or right tiles, `apart` each; missing rows and terms become 0.
  * Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher follows. */
 INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width, const uint16_t *keep, i64 keep_words, i64 apart,
                        half *to) {
@@ -189,17 +188,15 @@ INLINE void pick_terms(int as_left, const half *tiles, const i64 *index, i64 cou
     }
 }
 
-/* Packs rows first to first + count, with contiguous terms, in left or right panels. With an index of terms, all terms go to right tiles in
+/* Packs rows first to first + count of a row-major operand in left or right panels. With an index of terms, all terms go to right tiles in
  * `scratch` first, and the index picks from these. */
 static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_left, half *scratch, half *to) {
     i64 deep = round_up(depth, TERMS);
     for (i64 i = 0; i < count; i += SIDE) {
         const half *row[SIDE];
         half *tiles = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
-        for (i64 r = 0; r < least(SIDE, count - i); r++) {
-            i64 at = first + i + r;
-            row[r] = (const half *)o->data + (o->rows ? o->rows[at] : at) * o->row_stride;
-        }
+        for (i64 r = 0; r < least(SIDE, count - i); r++)
+            row[r] = (const half *)o->data + (o->rows ? o->rows[first + i + r] : first + i + r) * o->row_stride;
         if (as_left && !o->cols)
             tile_group(1, row, count - i, depth, NULL, 0, STEP, tiles);
         else
@@ -209,7 +206,7 @@ static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_
     }
 }
 
-/* Packs one step of a right panel from contiguous rows: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
+/* Packs one step of a right panel from a column-major operand: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
  * Prefetches the next panel, since rows are too far apart for the hardware prefetcher. */
 INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, half *to) {
     const half *from = (const half *)o->data + first * o->col_stride + c;
@@ -251,7 +248,7 @@ TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const 
 }
 
 #else
-#define turn_tiles(tiles, tile) ((void)(tile))
+#define transpose_tiles(tiles, tile) ((void)(tile))
 #define tiles_of_floats(format, count, depth, panel, to, apart) ((void)(to))
 #define split_rows(o, first, count, k, depth, to) ((void)(to))
 #define tile_rows(o, first, count, depth, as_left, scratch, to) ((void)(to))
@@ -268,7 +265,7 @@ static i64 scratch_size(int format, i64 width) {
  * `scratch` has `scratch_size` floats. */
 static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to,
                        float *scratch) {
-    if (format == PAIRS && !m && has_rows(o)) {
+    if (format == PAIRS && !m && is_row_major(o)) {
         tile_rows(o, first, count, depth, 0, (half *)scratch, (half *)to);
         return;
     }
@@ -291,10 +288,10 @@ static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k,
         pack_floats(o, first, count, k, depth, MR, to);
     else if (format == PAIRS)
         tile_rows(o, first, count, depth, 1, (half *)scratch, (half *)to);
-    else if (has_rows(o))
+    else if (is_row_major(o))
         split_rows(o, first, count, k, depth, (half *)to);
     else {
         pack_right(SPLIT3, o, NULL, first, count, k, depth, to, scratch);
-        turn_tiles(round_up(count, PANEL) * row_size(SPLIT3, depth) * 2 / TILE, (half *)to);
+        transpose_tiles(round_up(count, PANEL) * row_size(SPLIT3, depth) * 2 / TILE, (half *)to);
     }
 }

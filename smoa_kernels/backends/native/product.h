@@ -54,11 +54,11 @@ static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows +
 
 static operand x_of(const product *p) { return operand_of(p->x, p->dtype, p->x_stride, 1, p->l.cols, p->x_keep); }
 
-/* The number of bands of tokens with which threads pack least: each packs `tokens / bands` rows of x and `rows * bands / threads` of W0. */
-static i64 bands_of(i64 tokens, i64 rows, i64 threads) {
+/* Into how many parts a grid of threads divides the tokens to pack least: each packs `tokens / parts` of x, `rows * parts / threads` of W0. */
+static i64 token_parts_of(i64 tokens, i64 rows, i64 threads) {
     i64 best = 1;
-    for (i64 bands = 2; bands <= threads; bands++)
-        if (threads % bands == 0 && tokens / bands + rows * bands / threads < tokens / best + rows * best / threads) best = bands;
+    for (i64 parts = 2; parts <= threads; parts++)
+        if (threads % parts == 0 && tokens / parts + rows * parts / threads < tokens / best + rows * best / threads) best = parts;
     return best;
 }
 
@@ -77,14 +77,15 @@ static gemm_job weight_product(const product *p) {
     return g;
 }
 
-/* A thread multiplies one band of tokens by one share (side) of the rows. */
+/* A thread multiplies one part of the tokens by one part of the rows. */
 static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
-    i64 rows = p->l.rows, bands = bands_of(p->tokens, rows, p->threads), sides = p->threads / bands, band = thread / sides, side = thread % sides;
+    i64 rows = p->l.rows, token_parts = token_parts_of(p->tokens, rows, p->threads), row_parts = p->threads / token_parts;
+    i64 token_part = thread / row_parts, row_part = thread % row_parts;
     gemm_job g = weight_product(p);
     arena room = room_of(&p->rooms, thread);
-    i64 high = left_height(g.format), row = share_of(rows, PANEL, side, sides), count = share_of(rows, PANEL, side + 1, sides) - row;
-    first = share_of(p->tokens, high, band, bands), end = share_of(p->tokens, high, band + 1, bands);
+    i64 high = left_height(g.format), row = share_of(rows, PANEL, row_part, row_parts), count = share_of(rows, PANEL, row_part + 1, row_parts) - row;
+    first = share_of(p->tokens, high, token_part, token_parts), end = share_of(p->tokens, high, token_part + 1, token_parts);
     if (first == end || !count) return;
     g.dtype = p->tiles ? BFLOAT16 : FLOAT32, g.stride = p->C_stride, g.add = p->tiles ? p->y_keep != NULL : p->algorithm == SPLIT;
     g.C = (char *)p->C + (first * g.stride + row) * bytes_of(g.dtype);
@@ -127,9 +128,8 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
 static void finish(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     (void)thread;
-    i64 rows = p->l.rows;
     void *to = (char *)p->y + first * p->y_stride * bytes_of(p->dtype);
-    finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, rows, p->bias, 0, to, p->y_stride, p->dtype);
+    finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, p->l.rows, p->bias, 0, to, p->y_stride, p->dtype);
 }
 
 /* Bytes of workspace per thread, for `add_update` and for `multiply_weight`. */
@@ -239,7 +239,7 @@ TARGET_BF16 static void multiply_rows(void *it, i64 thread, i64 first, i64 end) 
             if (alone && steps) {
                 operand block = weight_of_block(l, k, n, skip);
                 pack_right(PAIRS, &block, &m, 0, count, 0, skip + width, (float *)r.delta, r.scratch);
-                turn_tiles(ceil_div(count, PANEL) * steps * 2, r.delta);
+                transpose_tiles(ceil_div(count, PANEL) * steps * 2, r.delta);
             }
             operand W0 = weight_of(l);
             W0.rows = r.rows, W0.cols = l->contiguous ? NULL : l->col_index;
@@ -257,7 +257,7 @@ TARGET_BF16 static void multiply_rows(void *it, i64 thread, i64 first, i64 end) 
 }
 
 /* Transposes some panels of tokens back to rows of y and applies y's mask. */
-TARGET_BF16 static void turn_columns(void *it, i64 thread, i64 panel, i64 end) {
+TARGET_BF16 static void transpose_columns(void *it, i64 thread, i64 panel, i64 end) {
     const product *p = it;
     i64 rows = p->l.rows, deep = round_up(rows, TERMS);
     (void)thread;
@@ -299,7 +299,7 @@ static i64 rows_by_tokens(product p) {
         p.tokens = least(most, remaining);
         in_parallel(pack_x, &p, ceil_div(p.tokens, PANEL), 1, p.threads);
         in_parallel(multiply_rows, &p, p.groups, 1, p.threads);
-        in_parallel(turn_columns, &p, ceil_div(p.tokens, PANEL), 1, p.threads);
+        in_parallel(transpose_columns, &p, ceil_div(p.tokens, PANEL), 1, p.threads);
     }
     return floats_of(&a);
 }
