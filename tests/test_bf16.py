@@ -31,10 +31,20 @@ SYSTEM_HAS_AMX = CPUINFO.is_file() and "amx_bf16" in CPUINFO.read_text()
 
 @needs_bf16
 @each_form
-def test_nothing_behind_the_workspace_is_read(
-    form: str, only_compiled: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("tokens", "rows", "cols", "order"),
+    [(31, 33, 31, "spectral"), (12, 300, 160, "contiguous"), (12, 64, 147, "contiguous")],
+)
+def test_nothing_behind_the_workspace_or_w0_is_read(
+    form: str,
+    tokens: int,
+    rows: int,
+    cols: int,
+    order: str,
+    only_compiled: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The workspace ends before a page without read access. It is filled with -2, the label of absent rows."""
+    """Both end before a page without read access. The workspace is filled with -2, the label of absent rows."""
     mapped, page = [], mmap.PAGESIZE
 
     def before_nothing(like: torch.Tensor, floats: int) -> torch.Tensor:
@@ -48,7 +58,10 @@ def test_nothing_behind_the_workspace_is_read(
         return memory[: size // 4][-floats:].view(torch.float32)
 
     monkeypatch.setattr(library, "workspace", before_nothing)
-    p = on_cpu(tokens=31, out_features=33, in_features=31, ranks=(40, 3))
+    p = on_cpu(tokens=tokens, out_features=rows, in_features=cols, ranks=(40, 3), block_order=order)
+    count = p.weight.numel()
+    last = before_nothing(p.weight, -(-count // 2)).view(BF16)[-count:].view_as(p.weight)
+    p = replace(p, weight=last.copy_(p.weight))
     assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
 
 
@@ -115,8 +128,10 @@ def test_one_gradient_alone() -> None:
 
 @needs_bf16
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])  # columns of y are written at other places
-@pytest.mark.parametrize("tokens", [1, 40])  # the form for few tokens, and split
-def test_a_bias_is_added_before_the_one_rounding(tokens: int, order: str, only_compiled: None) -> None:
+@pytest.mark.parametrize("tokens", [1, 12, 32, 40])  # few; split, W0 in place without AMX; split, W0 packed
+def test_a_bias_is_added_before_the_one_rounding(
+    tokens: int, order: str, guarded_memory: None, only_compiled: None
+) -> None:
     p = on_cpu(tokens=tokens, out_features=600, in_features=160, ranks=(4, 9), block_order=order)
     exact = FORMS["split"].definition(p.to(torch.float64))[0]
     # The rms error of one rounding is 0.21 eps; a second rounding of the same size would give 0.30 eps.

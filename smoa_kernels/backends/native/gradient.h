@@ -7,10 +7,7 @@
 
 #include "product.h"
 
-enum {
-    SLAB = 512, /* most rows of G that are held at a time */
-    ROWS_AHEAD = 16, /* rows ahead that W0 is prefetched in contiguous blocks; others, which take longer to read, one row ahead */
-};
+enum { SLAB = 512 }; /* most rows of G that are held at a time */
 
 typedef struct {
     layer l; /* W0 is row-major */
@@ -79,16 +76,13 @@ static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 
     i64 row = padded_before(l->row_offsets, k) + top;
     int dtype = l->contiguous ? (int)l->dtype : FLOAT32;
     const i64 *rows = l->row_index + l->row_offsets[k] + top;
-    i64 start = l->contiguous ? l->col_offsets[k] : 0, end = l->contiguous ? start + width : l->cols; /* columns of W0 that are read */
     memset(r->dA, 0, (size_t)(l->rank * padded) * sizeof *r->dA);
     memset(r->G + count * padded, 0, (size_t)((round_up(count, GROUP) - count) * padded) * sizeof *r->G);
     for (i64 n = 0; n < count; n += GROUP) {
         for (i64 i = n; i < least(count, n + GROUP); i++) {
             const void *W0 = element(l->weight, rows[i] * l->row_stride, l->dtype);
-            const void *later = element(l->weight, rows[least(i + (l->contiguous ? ROWS_AHEAD : 1), count - 1)] * l->row_stride, l->dtype);
-            for (i64 c = start; c < end; c += 64 / bytes_of(l->dtype)) __builtin_prefetch(element(later, c, l->dtype));
             if (!l->contiguous) gather(W0, (int)l->dtype, l->col_index + l->col_offsets[k], width, NULL, r->line);
-            W0 = l->contiguous ? element(W0, start, dtype) : r->line;
+            W0 = l->contiguous ? element(W0, l->col_offsets[k], dtype) : r->line;
             make_H(r->G + i * padded, W0, dtype, (float)l->scaling, width);
         }
         contract(rank_of(l, k), r->G + n * padded, padded, f->A + before, f->A_stride, f->B + row + n, f->B_stride, r->dA, padded,
@@ -117,7 +111,7 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
         for (first = share_of(height, PANEL, share, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
             packed tiles = {(float *)(g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size),
-                            (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens};
+                            (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens, 0};
             if (g->format == PAIRS)
                 multiply_packed(&product, &tiles, count, width);
             else

@@ -206,18 +206,15 @@ INLINE vf widen(const void *data, i64 at, i64 count, int dtype) {
     return widen_all(line, dtype);
 }
 
-INLINE void narrow_all(void *to, vf value, int dtype) {
+/* Rounds the first `count` of LANES numbers and writes them from element `at` on. */
+INLINE void narrow(void *data, i64 at, i64 count, vf value, int dtype) {
+    char *first = (char *)data + at * bytes_of(dtype), line[VECTOR_BYTES];
+    void *to = count >= LANES ? first : line;
     vh halves = dtype == FLOAT16 ? to_float16(value) : __builtin_convertvector(rounded(value) >> 16, vh);
     if (dtype == FLOAT32)
         store(to, value);
     else
         memcpy(to, &halves, sizeof halves);
-}
-
-/* Rounds the first `count` of LANES numbers and writes them from element `at` on. */
-INLINE void narrow(void *data, i64 at, i64 count, vf value, int dtype) {
-    char *first = (char *)data + at * bytes_of(dtype), line[VECTOR_BYTES];
-    narrow_all(count >= LANES ? first : line, value, dtype);
     if (count < LANES) memcpy(first, line, (size_t)(count * bytes_of(dtype)));
 }
 
