@@ -167,7 +167,7 @@ def test_out_of_memory_at_every_call(backend: str, algorithm: str, dropout: floa
     counting = FailingAt(MANY, KeyboardInterrupt)
     step(model, torch.optim.SGD(model.parameters(), 0.0), counting)
     calls = MANY - counting.left
-    assert calls > 25  # calls inside the operator are counted
+    assert calls > 15  # calls inside the operator are counted; 11 are outside
     born = []
     for n in range(1, calls + 1, calls // 4 if backend == "triton" else 1):
         fault = FailingAt(n, torch.OutOfMemoryError)
