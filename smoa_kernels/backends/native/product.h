@@ -7,10 +7,7 @@
 
 #include "gemm.h"
 
-enum {
-    BAND = 512, /* tokens of x and y that are permuted at a time: they stay in a cache */
-    L2_CACHE = 1 << 20,
-};
+enum { L2_CACHE = 1 << 20 };
 
 /* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
 static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx ? SPLIT3 : FLOATS; }
@@ -92,35 +89,33 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     gemm(&g, first, end - first, row, count, room);
 }
 
-/* C = x ΔWᵀ for some tokens, a band at a time. Each block reads its columns of x and writes its columns of C, zeros if its rank is 0. */
+/* C = x ΔWᵀ for a thread's tokens. Each block reads its columns of x and writes its columns of C, zeros if its rank is 0. */
 static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
     arena room = room_of(&p->rooms, thread);
-    float *C = take(&room, l->contiguous ? 0 : least(BAND, p->tokens) * tallest_of(l) * 4);
+    i64 count = end - first, in_order = l->contiguous;
+    float *C = take(&room, in_order ? 0 : count * tallest_of(l) * 4);
     int format = format_of(p->total, widest_of(l));
-    for (i64 most = BAND / left_height(format) * left_height(format), count; first < end; first += count) {
-        count = least(most, end - first);
-        for (i64 k = 0; k < l->blocks; k++) {
-            const i64 *rows = l->row_index + l->row_offsets[k];
-            i64 height = height_of(l, k), in_order = l->contiguous;
-            float *to = (float *)p->C + first * p->C_stride;
-            adapter m = adapter_of_block(l, &p->factors, k, 0, 0);
-            gemm_job g = {.format = format, .depth = m.rank ? width_of(l, k) : 0, .terms = terms_of(p->total), .left = x_of(p),
-                          .right = weight_of_block(l, k, 0, 0), .adapter = &m, .right_rows = right_rows_of(format),
-                          .C = in_order ? to + l->row_offsets[k] : C, .stride = in_order ? p->C_stride : height};
-            if (in_order)
-                g.left.start = l->col_offsets[k];
-            else
-                g.left.cols = l->col_index + l->col_offsets[k];
-            gemm(&g, first, count, 0, height, room);
-            for (i64 t = 0; t < count; t++, to += p->C_stride) {
-                const uint16_t *keep = p->y_keep ? p->y_keep + (first + t) * words(l->rows) : NULL;
-                if (!in_order)
-                    scatter(C + t * height, rows, height, keep, to);
-                else if (keep)
-                    widen_row(to, FLOAT32, l->row_offsets[k], height, keep, to + l->row_offsets[k]);
-            }
+    for (i64 k = 0; k < l->blocks; k++) {
+        const i64 *rows = l->row_index + l->row_offsets[k];
+        i64 height = height_of(l, k);
+        float *to = (float *)p->C + first * p->C_stride;
+        adapter m = adapter_of_block(l, &p->factors, k, 0, 0);
+        gemm_job g = {.format = format, .depth = m.rank ? width_of(l, k) : 0, .terms = terms_of(p->total), .left = x_of(p),
+                      .right = weight_of_block(l, k, 0, 0), .adapter = &m, .right_rows = right_rows_of(format),
+                      .C = in_order ? to + l->row_offsets[k] : C, .stride = in_order ? p->C_stride : height};
+        if (in_order)
+            g.left.start = l->col_offsets[k];
+        else
+            g.left.cols = l->col_index + l->col_offsets[k];
+        gemm(&g, first, count, 0, height, room);
+        for (i64 t = 0; t < count; t++, to += p->C_stride) {
+            const uint16_t *keep = p->y_keep ? p->y_keep + (first + t) * words(l->rows) : NULL;
+            if (!in_order)
+                scatter(C + t * height, rows, height, keep, to);
+            else if (keep)
+                widen_row(to, FLOAT32, l->row_offsets[k], height, keep, to + l->row_offsets[k]);
         }
     }
 }
@@ -132,27 +127,30 @@ static void finish(void *it, i64 thread, i64 first, i64 end) {
     finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, p->l.rows, p->bias, 0, to, p->y_stride, p->dtype);
 }
 
+/* Whether `add_update` computes the update. */
+static int has_update(const product *p) { return p->algorithm != MERGED && !p->tiles; }
+
 /* Bytes of workspace per thread, for `add_update` and for `multiply_weight`. */
 static i64 product_room(const product *p) {
-    i64 tokens = least(BAND, p->tokens), wide = widest_of(&p->l);
     gemm_job g = weight_product(p);
     arena a = {0};
-    int format = format_of(p->total, wide), updates = p->algorithm != MERGED && !p->tiles;
-    take(&a, updates && !p->l.contiguous ? tokens * tallest_of(&p->l) * 4 : 0);
-    if (updates) packing_room_of(&a, format, tokens, right_rows_of(format), wide, KC);
+    int format = format_of(p->total, widest_of(&p->l)), high = left_height(format);
+    i64 tokens = ceil_div(ceil_div(p->tokens, high), p->threads) * high; /* most of a thread */
+    take(&a, has_update(p) && !p->l.contiguous ? tokens * tallest_of(&p->l) * 4 : 0);
+    if (has_update(p)) packing_room_of(&a, format, tokens, right_rows_of(format), widest_of(&p->l), KC);
     packing_room_of(&a, g.format, p->tokens, g.right_rows, g.depth, g.terms);
     return a.bytes;
 }
 
-/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Half types are summed in float32 and rounded once, a band at a time. In bfloat16
+/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Half types are summed in float32, MC tokens at a time, and rounded once. In bfloat16
  * tiles, which compute dX alone, y += x W0ᵀ if y has a mask (dropout). */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
-    i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32, most = in_y ? remaining : least(remaining, MC);
+    i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32, most = in_y && !has_update(&p) ? remaining : least(remaining, MC);
     arena a = p.workspace;
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm != MERGED, l->scaling);
-    p.C = in_y ? p.y : take(&a, most * l->rows * 4), p.C_stride = in_y ? p.y_stride : l->rows;
+    p.C = take(&a, in_y ? 0 : most * l->rows * 4), p.C_stride = in_y ? p.y_stride : l->rows;
     int32_t *row_label = take(&a, (l->rows + PANEL) * 4), *col_label = take(&a, (l->cols + PANEL) * 4);
     p.rooms = take_rooms(&a, p.threads, product_room(&p));
     if (!a.base) return floats_of(&a);
@@ -160,8 +158,8 @@ static i64 blocked_product(product p) {
     write_labels(l->col_index, l->col_offsets, l->blocks, col_label);
     p.merged = (adapter){l->rank, p.factors.A_stride, p.factors.B_stride, 0, p.factors.A, p.factors.B, row_label, col_label};
     for (; remaining > 0; remaining -= most, next_tokens(&p, most)) {
-        p.tokens = least(most, remaining);
-        if (p.algorithm != MERGED && !p.tiles) in_parallel(add_update, &p, p.tokens, left_height(format_of(p.total, widest_of(l))), p.threads);
+        p.tokens = least(most, remaining), p.C = in_y ? p.y : p.C;
+        if (has_update(&p)) in_parallel(add_update, &p, p.tokens, left_height(format_of(p.total, widest_of(l))), p.threads);
         in_parallel(multiply_weight, &p, p.threads, 1, p.threads);
         if (!in_y || p.bias) in_parallel(finish, &p, p.tokens, 1, p.threads);
     }
