@@ -1,6 +1,6 @@
 /* dA and dB. G = dYᵀ x, a sum over tokens, is computed for some rows of a block at a time and contracted with the factors at once.
  *
- * FLOATS and SPLIT3 pack as they multiply. In bfloat16 (PAIRS) both operands of a band of tokens are packed first: moving single elements
+ * FLOATS and SPLIT3 pack as they multiply. In bfloat16 (PAIRS) both operands of some tokens are packed first: moving single elements
  * would take longer than multiplying them. dA and dB are summed in float32, as (rank, coordinates in padded block order).
  */
 #pragma once

@@ -83,8 +83,8 @@ static void fma_panels(i64 depth, const float *left, const float *right, float *
             fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i), least(NR, columns - j), add);
 }
 
-/* A left and a right operand in PAIRS or SPLIT3, or a panel of each: `depth` terms are multiplied; the right one holds `right_depth`. The left
- * one may be a row-major matrix of bfloat16 in place, if `in_place` is its row stride and not 0. */
+/* A left and a right operand in PAIRS or SPLIT3, or a panel of each: `depth` terms are multiplied; the right one holds `right_depth`. Unless
+ * `in_place` is 0, it is the row stride of the left one, which then is a row-major matrix of bfloat16, not packed. Not for AMX. */
 typedef struct {
     const float *left, *right;
     i64 depth, right_depth, in_place;
@@ -130,7 +130,7 @@ TARGET_BF16 static inline void store_sums(float *to) {
 }
 
 /* C (rows, columns * SIDE) (+)= left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows by two. With SIDE
- * independent sums no addition waits for the last one to the same sum. */
+ * independent sums no addition waits for the last one to the same sum. Consecutive rows are `stride` apart, steps `step`. */
 TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, i64 stride, i64 step, const half *right, int add, float *c) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
@@ -153,7 +153,8 @@ TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *le
         for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * PANEL + q * SIDE, sum[i][q]);
 }
 
-/* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. */
+/* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. Rows in place are SIDE / 2
+ * at a time: their addresses take registers. */
 TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, i64 in_place, const half *right, int add, float *c) {
     if (two && in_place)
         dots_of(SIDE / 2, 2, steps, left, in_place, TERMS, right, add, c);

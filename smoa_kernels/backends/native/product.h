@@ -51,7 +51,7 @@ static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows +
 
 static operand x_of(const product *p) { return operand_of(p->x, p->dtype, p->x_stride, 1, p->l.cols, p->x_keep); }
 
-/* Into how many parts a grid of threads divides the tokens to pack least: each packs `tokens / parts` of x, `rows * parts / threads` of W0. */
+/* In how many parts of the tokens a grid of threads packs least: each thread packs `tokens / parts` of x and `rows * parts / threads` of W0. */
 static i64 token_parts_of(i64 tokens, i64 rows, i64 threads) {
     i64 best = 1;
     for (i64 parts = 2; parts <= threads; parts++)
@@ -133,20 +133,21 @@ static int has_update(const product *p) { return p->algorithm != MERGED && !p->t
 /* Bytes of workspace per thread, for `add_update` and for `multiply_weight`. */
 static i64 product_room(const product *p) {
     gemm_job g = weight_product(p);
-    arena a = {0};
+    arena a = {0}, b = {0};
     int format = format_of(p->total, widest_of(&p->l)), high = left_height(format);
     i64 tokens = ceil_div(ceil_div(p->tokens, high), p->threads) * high; /* most of a thread */
     take(&a, has_update(p) && !p->l.contiguous ? tokens * tallest_of(&p->l) * 4 : 0);
     if (has_update(p)) packing_room_of(&a, format, tokens, right_rows_of(format), widest_of(&p->l), KC);
-    packing_room_of(&a, g.format, p->tokens, g.right_rows, g.depth, g.terms);
-    return a.bytes;
+    packing_room_of(&b, g.format, p->tokens, g.right_rows, g.depth, g.terms);
+    return greatest(a.bytes, b.bytes);
 }
 
-/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Half types are summed in float32, MC tokens at a time, and rounded once. In bfloat16
+/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Half types are summed in float32 and rounded once. In bfloat16
  * tiles, which compute dX alone, y += x W0ᵀ if y has a mask (dropout). */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
-    i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32, most = in_y && !has_update(&p) ? remaining : least(remaining, MC);
+    i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32, at_once = in_y && (!has_update(&p) || l->contiguous);
+    i64 most = at_once ? remaining : least(remaining, left_rows_of(weight_product(&p).format));
     arena a = p.workspace;
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm != MERGED, l->scaling);
@@ -241,9 +242,9 @@ TARGET_BF16 static void multiply_rows(void *it, i64 thread, i64 first, i64 end) 
             }
             operand weight = weight_of(l);
             weight.rows = r.rows, weight.cols = l->contiguous ? NULL : l->col_index;
-            /* One panel of tokens does not pay for packing W0, unless AMX multiplies it. */
+            /* One panel of tokens does not pay for packing W0, unless AMX multiplies it. `dots` reads whole steps and panels. */
             i64 whole = l->contiguous && l->cols % TERMS == 0 && count % PANEL == 0;
-            i64 in_place = whole && p->tokens <= PANEL && !has_amx ? l->row_stride : 0;
+            i64 in_place = whole && p->tokens <= PANEL && !alone && !has_amx ? l->row_stride : 0;
             const half *W0 = in_place ? (const half *)l->weight + r.rows[0] * in_place : r.W0;
             if (!alone && !in_place) pack_left(PAIRS, &weight, 0, count, 0, l->cols, (float *)r.W0, r.scratch);
             for (i64 i = 0; i < count && steps && !alone; i += SIDE, m.B += SIDE) {
