@@ -50,12 +50,12 @@ SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
         (200, 97, 401, (3, 0, 2)),  # several panels of tokens, two of terms, prime sizes
         (37, 2111, 23, (1, 2)),  # two panels of rows
         (23, 19, 2111, (4, 4)),
-        (5, 7, 900, (4, 4)),  # pieces of AVX-512
+        (5, 7, 900, (4, 4)),  # few and long rows
         (900, 600, 16, (2,)),  # two slabs of G, three panels of tokens
         (5, 40, 40, (17,)),
-        (2100, 40, 400, (5, 2)),  # two left panels, two of terms, blocks gathered in pieces
+        (2100, 40, 400, (5, 2)),  # more tokens than are multiplied at once, two panels of terms
         (30, 300, 290, (3, 0, 4)),  # three right panels
-        (300, 30, 790, (2, 1)),  # two parts of tokens, two panels of terms in a block
+        (300, 30, 790, (2, 1)),  # two panels of terms in a block
         (12, 60, 377, (17, 0, 2)),  # few tokens, for which MKL's sums are short
     ),
     "amx_parts": (
@@ -64,7 +64,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
         (130, 7, 33, (1,)),
         (300, 300, 790, (17, 2)),  # several right panels, three of terms; G needs only one of terms
         (1200, 530, 40, (2,)),  # four panels of terms of G; two slabs are summed
-        (2100, 40, 70, (4, 1)),  # two left panels
+        (2100, 40, 70, (4, 1)),  # more tokens than are multiplied at once
     ),
     "bf16_tiles": (
         (16, 32, 32, (2,)),  # exactly one tile

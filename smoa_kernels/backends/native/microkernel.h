@@ -83,8 +83,8 @@ static void fma_panels(i64 depth, const float *left, const float *right, float *
             fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i), least(NR, columns - j), add);
 }
 
-/* A left and a right operand in PAIRS or SPLIT3, or a panel of each: `depth` terms are multiplied; the right one holds `right_depth`. Unless
- * `in_place` is 0, it is the row stride of the left one, which then is a row-major matrix of bfloat16, not packed. Not for AMX. */
+/* A left and a right operand in PAIRS or SPLIT3, or a panel of each: `depth` terms are multiplied; the right one holds `right_depth`. If
+ * `in_place` is not 0, the left one is not packed: it is a row-major matrix of bfloat16 with this row stride, which only `dots` can read. */
 typedef struct {
     const float *left, *right;
     i64 depth, right_depth, in_place;

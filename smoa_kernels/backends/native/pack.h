@@ -173,7 +173,7 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
 }
 
 /* Whether the terms of a row are contiguous in memory; otherwise, column-major, the rows of a term are. If both
- * strides are 1, an index of rows alone tells that it is column-major. */
+ * strides are 1, it could be either: with an index of rows alone it is column-major. */
 static inline int is_row_major(const operand *o) { return o->col_stride == 1 && (o->cols || !o->rows); }
 
 /* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). After the last row come other rows or zeros: they are

@@ -51,7 +51,7 @@ static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows +
 
 static operand x_of(const product *p) { return operand_of(p->x, p->dtype, p->x_stride, 1, p->l.cols, p->x_keep); }
 
-/* In how many parts of the tokens a grid of threads packs least: each thread packs `tokens / parts` of x and `rows * parts / threads` of W0. */
+/* How many parts to cut the tokens into. A thread then packs `tokens / parts` rows of x and `rows * parts / threads` of W0: least in sum. */
 static i64 token_parts_of(i64 tokens, i64 rows, i64 threads) {
     i64 best = 1;
     for (i64 parts = 2; parts <= threads; parts++)
@@ -142,8 +142,8 @@ static i64 product_room(const product *p) {
     return greatest(a.bytes, b.bytes);
 }
 
-/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Half types are summed in float32 and rounded once. In bfloat16
- * tiles, which compute dX alone, y += x W0ᵀ if y has a mask (dropout). */
+/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Half types are summed in float32 and rounded once. In bfloat16 tiles, which
+ * compute dX alone, y += x W0ᵀ if y has a mask (dropout). */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
     i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32, at_once = in_y && (!has_update(&p) || l->contiguous);
