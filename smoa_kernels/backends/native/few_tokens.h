@@ -18,23 +18,23 @@ typedef struct {
     float *x, *y; /* (tokens, x_stride), 0 beyond cols; (tokens, rows) */
 } few_job;
 
-/* Turns LANES columns of some rows into W_eff and multiplies them by all tokens. They begin at c, and `valid` of them exist; `rank` is 0
- * if none is in a block of the rows. x points to column c; `labels` and B belong to the first row. */
-INLINE void few_columns(int dtype, int tokens, int rows, const few_job *j, const int32_t *labels, i64 rank, const void *const *weight,
-                        i64 c, i64 valid, const float *x, const float *B, vf (*sums)[FEW]) {
+/* Turns LANES columns of some rows into W_eff, if `inside` a block, and multiplies them by all tokens. They begin at c, and `valid` of them
+ * exist; x points to column c. */
+INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_job *j, i64 row, const void *const *weight, i64 c, i64 valid,
+                        const float *x, vf (*sums)[FEW]) {
     vi of_column = (vi){0} - 1; /* no block */
     memcpy(&of_column, j->col_label + c, valid < LANES ? (size_t)valid * sizeof *j->col_label : sizeof of_column);
     vf update[ROWS] = {{0}};
-    const float *A = j->factors.A + c;
-    for (i64 t = 0; t < rank; t++) {
+    const float *A = j->factors.A + c, *B = j->factors.B + row;
+    for (i64 t = 0; inside && t < j->l->rank; t++, B += j->factors.B_stride) {
         vf a = load(A + t * j->factors.A_stride);
 #pragma GCC unroll 4
-        for (int i = 0; i < rows; i++) update[i] += a * B[t * j->factors.B_stride + i];
+        for (int i = 0; i < rows; i++) update[i] += a * B[i];
     }
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) {
         vf w = widen(weight[i], c, valid, dtype);
-        w = select_label(of_column, labels[i], w + w * update[i], w);
+        if (inside) w = select_label(of_column, j->row_label[row + i], w + w * update[i], w);
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) sums[i][t] += w * load(x + t * j->x_stride);
     }
@@ -43,10 +43,8 @@ INLINE void few_columns(int dtype, int tokens, int rows, const few_job *j, const
 /* y[token, row + i] for some tokens and some rows. Prefetches the next rows: memory is the limit. */
 INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const float *x, i64 row, float *y) {
     const layer *l = j->l;
-    const int32_t *labels = j->row_label + row;
-    const float *B = j->factors.B + row;
     i64 cols = l->cols, c = 0, first = 0, end = cols; /* the columns of the rows' blocks */
-    if (l->contiguous) first = l->col_offsets[labels[0]], end = l->col_offsets[labels[rows - 1] + 1];
+    if (l->contiguous) first = l->col_offsets[j->row_label[row]], end = l->col_offsets[j->row_label[row + rows - 1] + 1];
     const void *weight[ROWS];
     vf sums[ROWS][FEW];
     for (int i = 0; i < rows; i++) {
@@ -56,9 +54,12 @@ INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const fl
     for (; c + LANES <= cols; c += LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) __builtin_prefetch(element(weight[i], c + rows * l->row_stride, dtype), 0, 2);
-        few_columns(dtype, tokens, rows, j, labels, c < end && c + LANES > first ? l->rank : 0, weight, c, LANES, x + c, B, sums);
+        if (c < end && c + LANES > first)
+            few_columns(dtype, tokens, rows, 1, j, row, weight, c, LANES, x + c, sums);
+        else
+            few_columns(dtype, tokens, rows, 0, j, row, weight, c, LANES, x + c, sums);
     }
-    if (c < cols) few_columns(dtype, tokens, rows, j, labels, l->rank, weight, c, cols - c, x + c, B, sums);
+    if (c < cols) few_columns(dtype, tokens, rows, 1, j, row, weight, c, cols - c, x + c, sums);
     for (int i = 0; i < rows; i++)
         for (int t = 0; t < tokens; t++) y[t * l->rows + row + i] = total(sums[i][t]);
 }
@@ -92,10 +93,9 @@ FUNCTION(FLOAT16)
 static void few_part(void *it, i64 thread, i64 row, i64 end) {
     (void)thread;
     const few_job *j = it;
-    const layer *l = j->l;
     for (i64 token = 0; token < j->tokens; token += FEW)
-        (l->dtype == FLOAT32 ? few_of_FLOAT32 : l->dtype == BFLOAT16 ? few_of_BFLOAT16 : few_of_FLOAT16)(
-            least(FEW, j->tokens - token), j, j->x + token * j->x_stride, row, end, j->y + token * l->rows);
+        (j->l->dtype == FLOAT32 ? few_of_FLOAT32 : j->l->dtype == BFLOAT16 ? few_of_BFLOAT16 : few_of_FLOAT16)(
+            least(FEW, j->tokens - token), j, j->x + token * j->x_stride, row, end, j->y + token * j->l->rows);
 }
 
 /* y (tokens, rows) = x W_effᵀ + b; W0 is row-major. Returns the size of the workspace that it needs, in floats. */

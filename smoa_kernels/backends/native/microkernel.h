@@ -19,7 +19,7 @@ enum {
     /* A tile of C fills 14 × 2 of 32 vector registers, or 6 × 2 of 16; operands take the others. */
     MR = VECTOR_BYTES == 64 ? 14 : 6,
     NR = 2 * LANES,
-    KC = 384, /* terms that are packed and summed in registers at a time */
+    KC = 512, /* terms that are packed and summed in registers at a time */
     SIDE = 16, /* rows of a tile */
     TERMS = 32,
     TILE = SIDE * TERMS,

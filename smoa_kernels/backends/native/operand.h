@@ -161,15 +161,17 @@ INLINE float value_at(const void *data, i64 at, int dtype) {
     return value;
 }
 
-/* What differs between vectors of 512 and of 256 bits: float16 to float32 and, to nearest, back; the product of each 64-bit lane's lower half
- * and a number; the sum of all numbers. */
+/* What differs between vectors of 512 and of 256 bits: half types to float32; float32 to float16, to nearest; the product of each 64-bit
+ * lane's lower half and a number; the sum of all numbers. */
 #if VECTOR_BYTES == 64
 INLINE vf from_float16(vh v) { return (vf)_mm512_cvtph_ps((__m256i)v); }
+INLINE vf from_bfloat16(vh v) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16); }
 INLINE vh to_float16(vf v) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 INLINE vl product_of_lower(vl v, uint32_t by) { return (vl)_mm512_mul_epu32((__m512i)v, _mm512_set1_epi64(by)); }
 INLINE float total(vf v) { return _mm512_reduce_add_ps((__m512)v); }
 #else
 INLINE vf from_float16(vh v) { return (vf)_mm256_cvtph_ps((__m128i)v); }
+INLINE vf from_bfloat16(vh v) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16); }
 INLINE vh to_float16(vf v) { return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
 INLINE vl product_of_lower(vl v, uint32_t by) { return (vl)_mm256_mul_epu32((__m256i)v, _mm256_set1_epi64x(by)); }
 INLINE float total(vf v) {
@@ -195,7 +197,7 @@ INLINE vf widen_all(const void *from, int dtype) {
     if (dtype == FLOAT32) return load(from);
     vh found;
     memcpy(&found, from, sizeof found);
-    return dtype == FLOAT16 ? from_float16(found) : (vf)(__builtin_convertvector(found, vu) << 16);
+    return dtype == FLOAT16 ? from_float16(found) : from_bfloat16(found);
 }
 
 /* LANES elements from `at` on as float32. Only `count` exist; the others are not read and become 0. */

@@ -62,8 +62,7 @@ static void transpose_tiles(i64 tiles, half *tile) {
 TARGET_BF16 static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
 /* The lower or upper 16 of 32 numbers as float32. */
-#define HALF_WIDENED(values, upper) \
-    ((vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(values, upper)), 16))
+#define HALF_WIDENED(values, upper) from_bfloat16((vh)_mm512_extracti64x4_epi64(values, upper))
 
 /* Writes 16 pairs of numbers. PAIRS: rounded. SPLIT3: three bfloat16 for each number, STEP apart, whose sum is exact. The first is the number
  * truncated, so that it cannot overflow; the second is the remainder rounded; the third is the rest. Infinity becomes NaN, since its second
