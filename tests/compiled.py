@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from problems import HALF, NAMES, Case, LinearProblem, assert_within_budget, make_problem
@@ -26,6 +28,12 @@ each_form = pytest.mark.parametrize("form", FORMS)
 # Half types take other code than float32; bfloat16 and float16 share it except for the number format.
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda dtype: str(dtype)[6:])
 each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
+
+
+def system_has(flag: str) -> bool:
+    """Whether Linux names this flag of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and flag in cpuinfo.read_text()
 
 
 def on_cpu(dtype: torch.dtype = torch.float32, **options: object) -> LinearProblem:
