@@ -12,13 +12,23 @@ from torch_calls import on_threads
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.backends.native import library
 
+
+def system_has(flag: str) -> bool:
+    """Whether Linux names this flag of the processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.is_file() and flag in cpuinfo.read_text()
+
+
 CPU = torch.device("cpu")
 needs_amx = pytest.mark.skipif(
     not library.has("amx"), reason="needs a processor with AMX, and a system and a compiler that know it"
 )
 needs_bf16 = pytest.mark.skipif(
     not library.has("bf16"),
-    reason="needs a processor with AVX512-BF16, and a compiler that knows them",
+    reason="needs AMX, or AVX512-BF16 of AMD's processors, and a compiler that knows them",
+)
+needs_avx512_bf16 = pytest.mark.skipif(
+    not system_has("avx512_bf16"), reason="needs a processor with AVX512-BF16"
 )
 needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
 
@@ -28,12 +38,6 @@ each_form = pytest.mark.parametrize("form", FORMS)
 # Half types take other code than float32; bfloat16 and float16 share it except for the number format.
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=lambda dtype: str(dtype)[6:])
 each_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)[6:])
-
-
-def system_has(flag: str) -> bool:
-    """Whether Linux names this flag of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and flag in cpuinfo.read_text()
 
 
 def on_cpu(dtype: torch.dtype = torch.float32, **options: object) -> LinearProblem:

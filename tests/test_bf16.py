@@ -1,4 +1,4 @@
-"""bfloat16 by AMX or AVX512-BF16: its workspace, its rounding, and calls that torch computes.
+"""bfloat16 in compiled code: its workspace, its rounding, and weights that tiles leave to other code.
 
 The promises of all backends are tested in tests/test_contract.py, shapes around its tiles in tests/test_native.py.
 """
@@ -11,7 +11,7 @@ from functools import partial
 import compiled
 import pytest
 import torch
-from compiled import needs_bf16, system_has
+from compiled import needs_avx512_bf16, needs_library, system_has
 from places import ran
 from problems import Case, assert_within_budget, relative_error
 
@@ -27,7 +27,7 @@ on_cpu = partial(compiled.on_cpu, BF16)
 SYSTEM_HAS_AMX = system_has("amx_bf16")
 
 
-@needs_bf16
+@needs_library
 @each_form
 @pytest.mark.parametrize(
     ("tokens", "rows", "cols", "order"),
@@ -63,7 +63,7 @@ def test_nothing_behind_the_workspace_or_w0_is_read(
     assert_within_budget(p.run(**FORMS[form].options), FORMS[form], p)
 
 
-@needs_bf16
+@needs_library
 @each_form
 def test_a_workspace_is_as_large_as_offsets_ask(
     form: str, only_compiled: None, monkeypatch: pytest.MonkeyPatch
@@ -86,7 +86,7 @@ def test_a_workspace_is_as_large_as_offsets_ask(
     assert asked[: len(asked) // 2] == asked[len(asked) // 2 :]
 
 
-@needs_bf16
+@needs_library
 @each_form
 def test_float32_factors_are_not_rounded(form: str, only_compiled: None) -> None:
     """dA and dB have float32's error: the factors and H = s G ∘ W0 are not rounded to bfloat16."""
@@ -98,7 +98,7 @@ def test_float32_factors_are_not_rounded(form: str, only_compiled: None) -> None
         assert relative_error(found, expected) < 1e-6
 
 
-@needs_bf16
+@needs_library
 @each_form
 def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_compiled: None) -> None:
     """Under autocast a float16 layer's factors meet W0 in bfloat16; their gradients are float16."""
@@ -111,7 +111,7 @@ def test_factors_of_the_other_half_type(form: str, guarded_memory: None, only_co
         assert relative_error(found, expected) < 4e-3
 
 
-@needs_bf16
+@needs_library
 def test_one_gradient_alone() -> None:
     p = on_cpu(tokens=40, ranks=(2, 3))
     adapter = p.adapter()
@@ -124,7 +124,7 @@ def test_one_gradient_alone() -> None:
     assert dB.shape == p.B.shape
 
 
-@needs_bf16
+@needs_library
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])  # columns of y are written at other places
 @pytest.mark.parametrize("tokens", [1, 12, 32, 40])  # few; split, W0 in place without AMX; split, W0 packed
 def test_a_bias_is_added_before_the_one_rounding(
@@ -136,7 +136,7 @@ def test_a_bias_is_added_before_the_one_rounding(
     assert relative_error(p.run()[0], exact) < 0.25 * torch.finfo(BF16).eps
 
 
-@needs_bf16
+@needs_library
 @pytest.mark.parametrize("tokens", [32, 40])  # with 32, dY is multiplied in place
 def test_one_row_for_all_tokens(tokens: int) -> None:
     p = on_cpu(tokens=tokens, out_features=64, in_features=96, ranks=(2, 3))
@@ -150,7 +150,7 @@ def test_one_row_for_all_tokens(tokens: int) -> None:
     )
 
 
-@needs_bf16
+@needs_library
 @each_form
 def test_weights_that_it_leaves_to_others(form: str) -> None:
     """Tiles need contiguous rows of W0 without shared memory; torch's operators compute for other weights."""
@@ -162,14 +162,14 @@ def test_weights_that_it_leaves_to_others(form: str) -> None:
         assert_within_budget(other.run(**FORMS[form].options), FORMS[form], other)
 
 
-@needs_bf16
+@needs_avx512_bf16
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "there", "amx"),
     [
         ("AVX512_CORE", False, False),
         ("avx512_core_bf16", True, False),
-        ("AVX512_CORE_AMX", True, SYSTEM_HAS_AMX),
+        ("AVX512_CORE_AMX", library.has("bf16"), SYSTEM_HAS_AMX),
         ("default", library.has("bf16"), SYSTEM_HAS_AMX),
         ("", library.has("bf16"), SYSTEM_HAS_AMX),
     ],

@@ -19,10 +19,10 @@ from compiled import (
     each_form,
     each_half,
     needs_amx,
+    needs_avx512_bf16,
     needs_bf16,
     needs_library,
     on_cpu,
-    system_has,
 )
 from places import ran
 from problems import HALF, LAYOUTS
@@ -211,7 +211,7 @@ def test_the_same_on_older_processors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not system_has("avx512_bf16"), reason="needs a processor with AVX512-BF16")
+@needs_avx512_bf16
 @needs_library
 def test_the_same_without_amx() -> None:
     """By AVX512-BF16 without AMX, as on AMD's Zen 4 and 5; on Intel's processors the limit asks for it."""
