@@ -110,7 +110,7 @@ def test_every_shape(
     guarded_memory: None,
     request: pytest.FixtureRequest,
 ) -> None:
-    """If torch has no GEMM of a half type, operands are widened while they are packed: float32's bits, rounded once."""
+    """Without tiles half types are widened while they are packed: float32's bits, rounded once."""
     sizes = dict(zip(("tokens", "out_features", "in_features", "ranks"), shape, strict=True))
     p, case = on_cpu(**sizes, block_order=order).stored(LAYOUTS[layout]), FORMS[form]
     if code == "bf16_tiles":  # they take rows of W0
@@ -140,25 +140,26 @@ def test_torch_is_asked_whether_it_has_a_gemm(
     assert not has_gemm.__wrapped__(dtype)
 
 
-AMX, AVX512_BF16, NEITHER = {"amx", "bf16"}, {"bf16"}, set[str]()
+AMX, AVX512_BF16, AVX512, AVX2 = {"amx", "bf16", "avx512"}, {"bf16", "avx512"}, {"avx512"}, set[str]()
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, *HALF
 
 
 @pytest.mark.parametrize(
     ("has", "dtype", "tokens", "algorithm", "expected"),
     [
-        *((one, dtype, 12, "auto", Path.FEW) for one in (AMX, AVX512_BF16, NEITHER) for dtype in KINDS),
+        *((one, dtype, 12, "auto", Path.FEW) for one in (AMX, AVX512_BF16, AVX512, AVX2) for dtype in KINDS),
         *(
             (one, FLOAT32, 17, form, Path.FLOAT)
-            for one in (AMX, NEITHER)
+            for one in (AMX, AVX2)
             for form in ("auto", "merged", "dropout")
         ),
         *((one, BFLOAT16, 13, "auto", Path.TILES) for one in (AMX, AVX512_BF16)),
         (AMX, BFLOAT16, 4, "dropout", Path.TILES),
         (AMX, BFLOAT16, 50, "merged", Path.EAGER),
-        *((one, dtype, 16, "auto", Path.FEW) for one, dtype in ((NEITHER, BFLOAT16), (AMX, FLOAT16))),
+        *((one, dtype, 16, "auto", Path.FEW) for one, dtype in ((AVX512, BFLOAT16), (AMX, FLOAT16))),
         (AMX, FLOAT16, 50, "split", Path.FLOAT),
-        *((NEITHER, dtype, 50, form, Path.FLOAT) for dtype in HALF for form in ("auto", "merged", "dropout")),
+        *((AVX2, dtype, 13, "auto", Path.FLOAT) for dtype in KINDS),
+        *((AVX512, dtype, 50, form, Path.FLOAT) for dtype in HALF for form in ("auto", "merged", "dropout")),
         (AMX, FLOAT32, 50, "expanded", Path.FEW),
     ],
 )
@@ -187,7 +188,7 @@ def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
         return sum(few)
 
     assert [most(tokens) for tokens in range(1, 18)] == sorted(map(most, range(1, 18)), reverse=True)
-    assert [most(tokens) for tokens in (1, 2, 8, 16, 17)] == [65, 33, 9, 5, 0]
+    assert [most(tokens) for tokens in (1, 2, 8, 12, 16, 17)] == [65, 33, 9, 6, 5 * library.has("avx512"), 0]
 
 
 def run_again(files: Sequence[str], names: str, **limit: str) -> None:
@@ -205,9 +206,11 @@ def run_again(files: Sequence[str], names: str, **limit: str) -> None:
 )
 @pytest.mark.long
 def test_the_same_on_older_processors() -> None:
-    names = "(native or every_shape or threads or mask or dropped)"
-    names += " and not older and not without_amx and not broken and not bf16_tiles and not amx_parts"
-    run_again(("native", "native_operands", "contract"), names, ATEN_CPU_CAPABILITY="avx2")
+    names = "(native or every_shape or threads or mask or dropped or bf16)"
+    names += (
+        " and not older and not without_amx and not broken and not bf16_tiles and not amx_parts and not limit"
+    )
+    run_again(("native", "native_operands", "bf16", "contract"), names, ATEN_CPU_CAPABILITY="avx2")
 
 
 @pytest.mark.slow

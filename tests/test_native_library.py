@@ -199,10 +199,14 @@ def test_another_machines_wheel_has_no_library(monkeypatch: pytest.MonkeyPatch) 
         ("avx512_bf16 amx_bf16 amx_tile", "ALL", -1, (True, False)),  # the system refuses
         ("avx512_bf16 amx_bf16 amx_tile", "avx512_core_bf16", 0, (True, False)),
         ("avx512_bf16 amx_bf16 amx_tile", "AVX512_CORE", 0, (False, False)),
+        ("avx512_bf16 GenuineIntel", "", 0, (False, False)),  # slower than FMA
+        ("avx512_bf16 amx_bf16 GenuineIntel", "", 0, (True, True)),
+        ("avx512_bf16 amx_bf16 GenuineIntel", "AVX512_CORE_FP16", 0, (False, False)),
+        ("avx512_bf16 amx_bf16 GenuineIntel", "AVX512_CORE_BF16", 0, (True, False)),
         (None, "", 0, (False, False)),
     ],
 )
-def test_amx_is_asked_for_where_the_processor_has_it(
+def test_which_instructions_for_bfloat16_are_used(
     flags: str | None, limit: str, answer: int, found: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []

@@ -64,18 +64,20 @@ ROUTES = (
     Route(Path.FEW, algorithms=("auto",), most=(12, 64), contiguous="terms"),
     Route(Path.TILES, _BF16, ("auto", "split", "dropout"), needs="bf16", contiguous="rows"),
     Route(Path.EAGER, _BF16, needs="bf16"),
-    Route(Path.FEW, algorithms=("auto",), most=(16, 64), contiguous="terms"),
+    Route(Path.FEW, algorithms=("auto",), needs="avx512", most=(16, 64), contiguous="terms"),
     Route(Path.FLOAT),
 )
 """The first row that takes a call computes it.
 
 Few tokens: that path reads A once for every few rows of W0, and W0 once for every eight tokens. Beyond the limits these
-repeated reads cost more than packing W0. The limits were measured at 576² and 2048², without AMX.
+repeated reads cost more than packing W0, which costs least for tiles. The limits were measured at 576² and 2048²,
+without AMX.
 
 EAGER: torch multiplies by AMX or AVX512-BF16 too, and computes what tiles do not: a W_eff that is rounded to bfloat16
 ("merged"), and a W0 whose rows are not contiguous.
 
-FLOAT computes half types 1.2 to 8 times as fast as torch's operators on processors with AVX-512 alone."""
+FLOAT takes all other half types, because torch's operators were slower (docs/internals/cpu.md). Whether they are on
+processors with AMX for float16 was not measured."""
 
 
 def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:

@@ -205,13 +205,15 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def has(feature: str) -> bool:
-    """Whether compiled code may use "bf16" (AVX512-BF16) or "amx" here.
+    """Whether compiled code multiplies bfloat16 itself ("bf16"), uses "amx", or has vectors of 512 bits ("avx512").
 
-    The compiler that built the library must have known it, and :func:`allowed` must say so.
+    For the first two the compiler that built the library must have known them, and :func:`allowed` must say so.
     """
     found = _load()
     if obstacle() is not None or isinstance(found, str):
         return False
+    if feature == "avx512":
+        return torch.backends.cpu.get_cpu_capability() == "AVX512"
     return bool(getattr(found[1], feature))
 
 
