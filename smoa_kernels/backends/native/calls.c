@@ -126,7 +126,7 @@ i64 smoa_mask(call *c) {
     return 0;
 }
 
-/* Facts about this library that Python checks. Python sets `has_bf16` and `has_amx` to what the processor has; smoa_about clears those that the
+/* Facts about this library that Python checks. Python sets `has_bf16` and `has_amx` to what is to be used; smoa_about clears those that the
  * compiler does not know. */
 typedef struct {
     const char *source; /* digest of the sources that it was compiled from */
