@@ -76,8 +76,8 @@ without AMX.
 EAGER: torch multiplies by AMX or AVX512-BF16 too, and computes what tiles do not: a W_eff that is rounded to bfloat16
 ("merged"), and a W0 whose rows are not contiguous.
 
-FLOAT takes all other half types, because torch's operators were slower (docs/internals/cpu.md). Whether they are on
-processors with AMX for float16 was not measured."""
+FLOAT takes all other half types, because torch's operators were slower (docs/internals/cpu.md). On processors with AMX
+for float16 this was not measured."""
 
 
 def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:

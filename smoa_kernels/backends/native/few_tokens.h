@@ -18,8 +18,8 @@ typedef struct {
     float *x, *y; /* (tokens, x_stride), 0 beyond cols; (tokens, rows) */
 } few_job;
 
-/* Turns LANES columns of some rows into W_eff, if `inside` a block, and multiplies them by all tokens. They begin at c, and `valid` of them
- * exist; x points to column c. */
+/* Multiplies LANES columns of some rows by all tokens, as W_eff, or as W0 if none is `inside` a block of the rows. They begin at c, and
+ * `valid` of them exist; x points to column c. */
 INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_job *j, i64 row, const void *const *weight, i64 c, i64 valid,
                         const float *x, vf (*sums)[FEW]) {
     vi of_column = (vi){0} - 1; /* no block */

@@ -218,10 +218,10 @@ def has(feature: str) -> bool:
 
 
 def allowed() -> tuple[bool, bool]:
-    """Whether AVX512-BF16, and AMX, are to be used: processor, system and `ONEDNN_MAX_CPU_ISA`, torch's limit, decide.
+    """Whether to use AVX512-BF16, and AMX. Processor, system and torch's limit, `ONEDNN_MAX_CPU_ISA`, must allow it.
 
-    Intel's processors multiply half as fast by AVX512-BF16 as by FMA. There, without AMX, only a limit that names BF16
-    brings it into use.
+    Intel's processors multiply half as fast by AVX512-BF16 as by FMA. Without AMX it is used there only if the limit
+    names it.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     try:
