@@ -250,8 +250,3 @@ static void gather(const void *from, int dtype, const i64 *index, i64 count, con
 #pragma GCC unroll 8
     for (i64 i = 0; i < count && !keep; i++) to[i] = value_at(from, index[i], dtype);
 }
-
-/* The reverse: elements of `to` = from, times their mask. */
-static void scatter(const float *from, const i64 *index, i64 count, const uint16_t *keep, float *to) {
-    for (i64 i = 0; i < count; i++) to[index[i]] = keep ? from[i] * kept(keep, (uint64_t)index[i]) : from[i];
-}

@@ -89,34 +89,31 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     gemm(&g, first, end - first, row, count, room);
 }
 
-/* C = x ΔWᵀ for a thread's tokens. Each block reads its columns of x and writes its columns of C, zeros if its rank is 0. */
+/* C = x ΔWᵀ for a thread's tokens; columns of a block of rank 0 become 0. Blocks write C in block order. Then each row is put in y's order
+ * while it is in the cache, and masked. */
 static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
     arena room = room_of(&p->rooms, thread);
-    i64 count = end - first, in_order = l->contiguous;
-    float *C = take(&room, in_order ? 0 : count * tallest_of(l) * 4);
+    float *C = (float *)p->C + first * p->C_stride, *line = take(&room, l->rows * 4);
     int format = format_of(p->total, widest_of(l));
     for (i64 k = 0; k < l->blocks; k++) {
-        const i64 *rows = l->row_index + l->row_offsets[k];
-        i64 height = height_of(l, k);
-        float *to = (float *)p->C + first * p->C_stride;
         adapter m = adapter_of_block(l, &p->factors, k, 0, 0);
         gemm_job g = {.format = format, .depth = m.rank ? width_of(l, k) : 0, .terms = terms_of(p->total), .left = x_of(p),
                       .right = weight_of_block(l, k, 0, 0), .adapter = &m, .right_rows = right_rows_of(format),
-                      .C = in_order ? to + l->row_offsets[k] : C, .stride = in_order ? p->C_stride : height};
-        if (in_order)
+                      .C = C + l->row_offsets[k], .stride = p->C_stride};
+        if (l->contiguous)
             g.left.start = l->col_offsets[k];
         else
             g.left.cols = l->col_index + l->col_offsets[k];
-        gemm(&g, first, count, 0, height, room);
-        for (i64 t = 0; t < count; t++, to += p->C_stride) {
-            const uint16_t *keep = p->y_keep ? p->y_keep + (first + t) * words(l->rows) : NULL;
-            if (!in_order)
-                scatter(C + t * height, rows, height, keep, to);
-            else if (keep)
-                widen_row(to, FLOAT32, l->row_offsets[k], height, keep, to + l->row_offsets[k]);
+        gemm(&g, first, end - first, 0, height_of(l, k), room);
+    }
+    for (i64 t = first; t < end; t++, C += p->C_stride) {
+        if (!l->contiguous) {
+            memcpy(line, C, (size_t)l->rows * sizeof *line);
+            for (i64 i = 0; i < l->rows; i++) C[l->row_index[i]] = line[i];
         }
+        if (p->y_keep) widen_row(C, FLOAT32, 0, l->rows, p->y_keep + t * words(l->rows), C);
     }
 }
 
@@ -136,7 +133,7 @@ static i64 product_room(const product *p) {
     arena a = {0}, b = {0};
     int format = format_of(p->total, widest_of(&p->l)), high = left_height(format);
     i64 tokens = ceil_div(ceil_div(p->tokens, high), p->threads) * high; /* most of a thread */
-    take(&a, has_update(p) && !p->l.contiguous ? tokens * tallest_of(&p->l) * 4 : 0);
+    take(&a, p->l.rows * 4);
     if (has_update(p)) packing_room_of(&a, format, tokens, right_rows_of(format), widest_of(&p->l), KC);
     packing_room_of(&b, g.format, p->tokens, g.right_rows, g.depth, g.terms);
     return greatest(a.bytes, b.bytes);
@@ -146,8 +143,8 @@ static i64 product_room(const product *p) {
  * compute dX alone, y += x W0ᵀ if y has a mask (dropout). */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
-    i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32, at_once = in_y && (!has_update(&p) || l->contiguous);
-    i64 most = at_once ? remaining : least(remaining, left_rows_of(weight_product(&p).format));
+    i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32;
+    i64 most = in_y ? remaining : least(remaining, left_rows_of(weight_product(&p).format));
     arena a = p.workspace;
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm != MERGED, l->scaling);
