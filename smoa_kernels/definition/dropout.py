@@ -1,9 +1,10 @@
 """The adapter's dropout mask: the same on every backend and device, redrawn from its seed, never stored.
 
-The mask is a function of (seed, token, global column), so tensor parallel equals one process. It is
-Philox-4x32-10 (Salmon et al. 2011), which Triton's kernels and compiled code compute too: the key is the seed, the
-counter is the column and the number of a group of eight tokens. Each of the four words serves two tokens, the low half
-first. p is therefore rounded to a multiple of 2⁻¹⁶; the scale is that of the rounded p, so the mask stays unbiased.
+The mask is a function of (seed, token, global column), so tensor parallel equals one process. It is Philox-4x32-7,
+which Triton's kernels and compiled code compute too. Seven rounds are the fewest that pass TestU01's tests of
+randomness (Salmon et al. 2011); FlashAttention draws by seven too. The key is the seed, the counter is the column and
+the number of a group of eight tokens. Each of the four words serves two tokens, the low half first. p is therefore
+rounded to a multiple of 2⁻¹⁶; the scale is that of the rounded p, so the mask stays unbiased.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from torch import Tensor
 WIDEST = 2**31 - 1
 """The most columns of a layer: they are counted in 32 bits."""
 
+ROUNDS = 7
+"""Rounds of Philox."""
+
 _LEVELS = 1 << 16
+_SIGN = 1 << 15
 _TOKENS_PER_DRAW = 8
 _WORD = 2**32 - 1
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -61,6 +66,7 @@ class Dropout:
     def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
         """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens."""
         of_column = torch.arange(self.column_offset, self.column_offset + columns, device=self.seed.device)
+        keys = _keys(self.seed.reshape(()))
         done = 0
 
         def fill(out: Tensor) -> Tensor:
@@ -68,27 +74,36 @@ class Dropout:
             start, tokens = done % _TOKENS_PER_DRAW, out.shape[0]
             first, done = done // _TOKENS_PER_DRAW, done + tokens
             groups = torch.arange(first, -(-done // _TOKENS_PER_DRAW), device=out.device)
-            kept = groups.new_empty(len(groups), _TOKENS_PER_DRAW, columns, dtype=torch.bool)
-            for i, word in enumerate(_philox(self.seed.reshape(()), of_column, groups[:, None])):
-                torch.ge(word & 0xFFFF, self.threshold, out=kept[:, 2 * i])
-                torch.ge(word, self.threshold << 16, out=kept[:, 2 * i + 1])
-            return out.copy_(kept.flatten(0, 1)[start : start + tokens]).mul_(self.scale)
+            draws = groups.new_empty(len(groups), _TOKENS_PER_DRAW, columns, dtype=torch.int16)
+            for i, word in enumerate(_philox(keys, of_column, groups[:, None])):
+                draws[:, 2 * i] = word
+                draws[:, 2 * i + 1] = word >> 16
+            # int16 is signed: with its first bit inverted its order is that of the 16 bits.
+            draws.bitwise_xor_(-_SIGN).ge_(self.threshold - _SIGN)
+            return out.copy_(draws.flatten(0, 1)[start : start + tokens]).mul_(self.scale)
 
         return fill
 
 
-def _philox(seed: Tensor, column: Tensor, group: Tensor) -> tuple[Tensor, ...]:
-    """Four words of 32 bits, as int64, for each counter (column, group, 0, 0); column and group broadcast."""
-    low, high = seed & _WORD, (seed >> 32) & _WORD
-    c0, c1 = torch.broadcast_tensors(column, group)
-    c2 = c3 = torch.zeros_like(c0)
-    for _ in range(10):
+def _keys(seed: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Both words of the key in each round."""
+    rounds = torch.arange(ROUNDS, device=seed.device)
+    low = ((seed & _WORD) + rounds * _KEY_STEPS[0]) & _WORD
+    high = ((seed >> 32) + rounds * _KEY_STEPS[1]) & _WORD
+    return list(zip(low, high, strict=True))
+
+
+def _philox(keys: list[tuple[Tensor, Tensor]], column: Tensor, group: Tensor) -> tuple[Tensor, ...]:
+    """Four words for each counter (column, group, 0, 0): the lower 32 bits of int64. Column and group broadcast."""
+    zero = torch.zeros_like(column[:1])
+    # The first rounds stay small: their words depend on the column alone or on the group alone.
+    c0, c1, c2, c3 = column.clone(), group, zero.clone(), zero
+    for low, high in keys:
         # Each product is 64 bits, whose lower half is a word too. `>>` repeats the sign bit; the mask removes it.
-        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (b >> 32).bitwise_xor_(c1).bitwise_xor_(low).bitwise_and_(_WORD), b
-        c2, c3 = (a >> 32).bitwise_xor_(c3).bitwise_xor_(high).bitwise_and_(_WORD), a
-        low, high = (low + _KEY_STEPS[0]) & _WORD, (high + _KEY_STEPS[1]) & _WORD
-    return c0, c1 & _WORD, c2, c3 & _WORD
+        a, b = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])
+        c0, c1 = ((b >> 32) ^ c1).bitwise_xor_(low).bitwise_and_(_WORD), b
+        c2, c3 = ((a >> 32) ^ c3).bitwise_xor_(high).bitwise_and_(_WORD), a
+    return c0, c1, c2, c3
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..definition.dropout import ROUNDS
+
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -36,6 +38,7 @@ LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 
 # One Philox call serves this many consecutive tokens of a column, 16 bits each.
 TOKENS_PER_DRAW = tl.constexpr(8)
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 
 
 def power_of_two(count: int, least: int = 1) -> int:
@@ -161,7 +164,7 @@ def dropout_draws(seed_ptr, groups, cols):
     """Four random words (G, P) for each group of TOKENS_PER_DRAW tokens and each global column."""
     column = tl.broadcast_to(cols.to(tl.uint32)[None, :], (groups.shape[0], cols.shape[0]))
     group = tl.broadcast_to(groups.to(tl.uint32)[:, None], (groups.shape[0], cols.shape[0]))
-    return tl.philox(tl.load(seed_ptr), column, group, group * 0, group * 0)
+    return tl.philox(tl.load(seed_ptr), column, group, group * 0, group * 0, PHILOX_ROUNDS)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ static i64 misfit(const call *c) {
  * longer side. */
 i64 smoa_check(const call *c) { return for_each(c, misfit); }
 
-/* Dropout's mask, a bit per element (definition/dropout.py), by Philox-4x32-10 (Salmon et al. 2011). A 64-bit lane computes the four words of
+/* Dropout's mask, a bit per element (definition/dropout.py), by Philox-4x32-7 (Salmon et al. 2011). A 64-bit lane computes the four words of
  * one column and eight tokens, in its lower 32 bits; its upper 32 are of no use. A token takes 16 bits of a word. */
 enum { GROUPS = VECTOR_BYTES / 8, TOGETHER = 8 * GROUPS };
 
@@ -106,8 +106,8 @@ static void draw_mask(void *it, i64 thread, i64 token, i64 end) {
             for (i64 b = 0; b < least(16, m->layer.cols - c); b++) {
                 vl word[4] = {(vl){0} + (uint64_t)(m->column_offset + c + b), group};
                 uint32_t low = (uint32_t)m->seed, high = (uint32_t)((uint64_t)m->seed >> 32);
-#pragma GCC unroll 10
-                for (int round = 0; round < 10; round++, low += 0x9e3779b9, high += 0xbb67ae85) {
+#pragma GCC unroll 7
+                for (int round = 0; round < 7; round++, low += 0x9e3779b9, high += 0xbb67ae85) {
                     vl p = product_of_lower(word[0], 0xd2511f53), q = product_of_lower(word[2], 0xcd9e8d57);
                     word[0] = q >> 32 ^ word[1] ^ low, word[1] = q, word[2] = p >> 32 ^ word[3] ^ high, word[3] = p;
                 }
