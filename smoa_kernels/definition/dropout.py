@@ -77,7 +77,7 @@ class Dropout:
             draws = groups.new_empty(len(groups), _TOKENS_PER_DRAW, columns, dtype=torch.int16)
             for i, word in enumerate(_philox(keys, of_column, groups[:, None])):
                 draws[:, 2 * i] = word
-                draws[:, 2 * i + 1] = word >> 16
+                draws[:, 2 * i + 1] = word.bitwise_right_shift_(16)
             # int16 is signed: with its first bit inverted its order is that of the 16 bits.
             draws.bitwise_xor_(-_SIGN).ge_(self.threshold - _SIGN)
             return out.copy_(draws.flatten(0, 1)[start : start + tokens]).mul_(self.scale)
@@ -101,9 +101,14 @@ def _philox(keys: list[tuple[Tensor, Tensor]], column: Tensor, group: Tensor) ->
     for low, high in keys:
         # Each product is 64 bits, whose lower half is a word too. `>>` repeats the sign bit; the mask removes it.
         a, b = c0.mul_(_MULTIPLIERS[0]), c2.mul_(_MULTIPLIERS[1])
-        c0, c1 = ((b >> 32) ^ c1).bitwise_xor_(low).bitwise_and_(_WORD), b
-        c2, c3 = ((a >> 32) ^ c3).bitwise_xor_(high).bitwise_and_(_WORD), a
+        c0, c1 = _xor(b >> 32, c1).bitwise_xor_(low).bitwise_and_(_WORD), b
+        c2, c3 = _xor(a >> 32, c3).bitwise_xor_(high).bitwise_and_(_WORD), a
     return c0, c1, c2, c3
+
+
+def _xor(one: Tensor, other: Tensor) -> Tensor:
+    """`one ^ other`, in one's memory where the shapes allow it."""
+    return one.bitwise_xor_(other) if one.shape == other.shape else one ^ other
 
 
 def draw_seed(device: torch.device) -> Tensor:
