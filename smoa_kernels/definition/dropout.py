@@ -2,7 +2,7 @@
 
 The mask is a function of (seed, token, global column), so tensor parallel equals one process. It is Philox-4x32-7,
 which Triton's kernels and compiled code compute too. Seven rounds are the fewest that pass TestU01's tests of
-randomness (Salmon et al. 2011); FlashAttention draws by seven too. The key is the seed, the counter is the column and
+randomness (Salmon et al. 2011); FlashAttention also uses seven. The key is the seed, the counter is the column and
 the number of a group of eight tokens. Each of the four words serves two tokens, the low half first. p is therefore
 rounded to a multiple of 2⁻¹⁶; the scale is that of the rounded p, so the mask stays unbiased.
 """
@@ -18,11 +18,9 @@ from torch import Tensor
 WIDEST = 2**31 - 1
 """The most columns of a layer: they are counted in 32 bits."""
 
-ROUNDS = 7
-"""Rounds of Philox."""
-
 _LEVELS = 1 << 16
 _SIGN = 1 << 15
+_ROUNDS = 7  # as in kernels/common.py and backends/native/calls.c
 _TOKENS_PER_DRAW = 8
 _WORD = 2**32 - 1
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -87,7 +85,7 @@ class Dropout:
 
 def _keys(seed: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Both words of the key in each round."""
-    rounds = torch.arange(ROUNDS, device=seed.device)
+    rounds = torch.arange(_ROUNDS, device=seed.device)
     low = ((seed & _WORD) + rounds * _KEY_STEPS[0]) & _WORD
     high = ((seed >> 32) + rounds * _KEY_STEPS[1]) & _WORD
     return list(zip(low, high, strict=True))
@@ -96,7 +94,7 @@ def _keys(seed: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _philox(keys: list[tuple[Tensor, Tensor]], column: Tensor, group: Tensor) -> tuple[Tensor, ...]:
     """Four words for each counter (column, group, 0, 0): the lower 32 bits of int64. Column and group broadcast."""
     zero = torch.zeros_like(column[:1])
-    # The first rounds stay small: their words depend on the column alone or on the group alone.
+    # In the first two rounds most words depend on the column alone or on the group alone, so their tensors are small.
     c0, c1, c2, c3 = column.clone(), group, zero.clone(), zero
     for low, high in keys:
         # Each product is 64 bits, whose lower half is a word too. `>>` repeats the sign bit; the mask removes it.
@@ -106,9 +104,9 @@ def _philox(keys: list[tuple[Tensor, Tensor]], column: Tensor, group: Tensor) ->
     return c0, c1, c2, c3
 
 
-def _xor(one: Tensor, other: Tensor) -> Tensor:
-    """`one ^ other`, in one's memory where the shapes allow it."""
-    return one.bitwise_xor_(other) if one.shape == other.shape else one ^ other
+def _xor(word: Tensor, other: Tensor) -> Tensor:
+    """`word ^ other`; overwrites `word` if their shapes are equal."""
+    return word.bitwise_xor_(other) if word.shape == other.shape else word ^ other
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -25,8 +25,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..definition.dropout import ROUNDS
-
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -38,7 +36,7 @@ LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 
 # One Philox call serves this many consecutive tokens of a column, 16 bits each.
 TOKENS_PER_DRAW = tl.constexpr(8)
-PHILOX_ROUNDS = tl.constexpr(ROUNDS)
+PHILOX_ROUNDS = tl.constexpr(7)
 
 
 def power_of_two(count: int, least: int = 1) -> int:

@@ -5,7 +5,7 @@
     scatter:  x[t, j] = m[t, j] · blocked[t, k, p]: its adjoint                                (T, C)
 
 Every column is in one slot: scatter writes each element of x once, without atomics. m is 1, or dropout's 0 and
-1/(1-p): one Philox word pair per (seed, token, global column), drawn anew where it is needed and never stored.
+1/(1-p): 16 bits of Philox per (seed, token, global column), drawn anew where it is needed and never stored.
 
 Layout of the pointers: x (T, C) with any strides; blocked (T, K, P) contiguous; index (C) int64 and offsets
 (K + 1) int32 as the partition holds them; seed one int64 element, or none.

@@ -1,8 +1,8 @@
 """Backend "native": the eager backend's algorithms on a CPU, compiled from `calls.c`.
 
 A GEMM copies its operands into panels anyway. While it copies, this one modulates W0, gathers columns and drops
-elements. So there is no W_eff, no gathered or masked activation and no extra pass (`gemm.h`). `ROUTES` decides which
-code computes a call.
+elements. So there is no W_eff and no gathered or masked copy of x or dY (`gemm.h`). `ROUTES` decides which code
+computes a call.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     gemm(&g, first, end - first, row, count, room);
 }
 
-/* C = x ΔWᵀ for a thread's tokens; columns of a block of rank 0 become 0. Blocks write C in block order. Then each row is put in y's order
- * while it is in the cache, and masked. */
+/* C = x ΔWᵀ for a thread's tokens; 0 in the columns of blocks of rank 0. C is in block order at first. After the last block each row is put
+ * in y's order, by way of `line`, and masked. */
 static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
@@ -133,8 +133,10 @@ static i64 product_room(const product *p) {
     arena a = {0}, b = {0};
     int format = format_of(p->total, widest_of(&p->l)), high = left_height(format);
     i64 tokens = ceil_div(ceil_div(p->tokens, high), p->threads) * high; /* most of a thread */
-    take(&a, p->l.rows * 4);
-    if (has_update(p)) packing_room_of(&a, format, tokens, right_rows_of(format), widest_of(&p->l), KC);
+    if (has_update(p)) {
+        take(&a, p->l.rows * 4);
+        packing_room_of(&a, format, tokens, right_rows_of(format), widest_of(&p->l), KC);
+    }
     packing_room_of(&b, g.format, p->tokens, g.right_rows, g.depth, g.terms);
     return greatest(a.bytes, b.bytes);
 }
