@@ -66,7 +66,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     A number replaces the argument's first.
     """
     if not knobs.runtime.interpret:
-        pytest.skip("this test replaces launches of Triton's interpreter, which the PTX emulator does not use")
+        pytest.skip("it replaces launches of Triton's interpreter; the PTX emulator has others")
     launch = InterpretedFunction.__getitem__
 
     def breaks(name: str = "", spoil: Spoil = 0.0) -> list[str]:
