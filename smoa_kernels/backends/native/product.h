@@ -7,7 +7,10 @@
 
 #include "gemm.h"
 
-enum { L2_CACHE = 1 << 20 };
+enum {
+    L2_CACHE = 1 << 20,
+    HALF_TOKENS = 512, /* of a half type whose sums in float32 are in memory at a time; more would pack W0 less often */
+};
 
 /* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
 static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx ? SPLIT3 : FLOATS; }
@@ -146,7 +149,7 @@ static i64 product_room(const product *p) {
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
     i64 remaining = p.tokens, in_y = p.tiles || p.dtype == FLOAT32;
-    i64 most = in_y ? remaining : least(remaining, left_rows_of(weight_product(&p).format));
+    i64 most = in_y ? remaining : least(remaining, round_up(HALF_TOKENS, left_height(weight_product(&p).format)));
     arena a = p.workspace;
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm != MERGED, l->scaling);
