@@ -76,7 +76,7 @@ class Dropout:
             for i, word in enumerate(_philox(keys, of_column, groups[:, None])):
                 draws[:, 2 * i] = word
                 draws[:, 2 * i + 1] = word.bitwise_right_shift_(16)
-            # int16 is signed: with its first bit inverted its order is that of the 16 bits.
+            # The draws are unsigned numbers of 16 bits. Inverting the first bit lets signed int16 compare them.
             draws.bitwise_xor_(-_SIGN).ge_(self.threshold - _SIGN)
             return out.copy_(draws.flatten(0, 1)[start : start + tokens]).mul_(self.scale)
 

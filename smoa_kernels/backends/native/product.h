@@ -9,7 +9,7 @@
 
 enum {
     L2_CACHE = 1 << 20,
-    HALF_TOKENS = 512, /* of a half type whose sums in float32 are in memory at a time; more would pack W0 less often */
+    HALF_TOKENS = 512, /* tokens computed at a time if y is a half type: their float32 sums take memory, but each time W0 is packed again */
 };
 
 /* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
@@ -92,8 +92,8 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     gemm(&g, first, end - first, row, count, room);
 }
 
-/* C = x ΔWᵀ for a thread's tokens; 0 in the columns of blocks of rank 0. C is in block order at first. After the last block each row is put
- * in y's order, by way of `line`, and masked. */
+/* Computes C = x ΔWᵀ for a thread's tokens. The columns of a block of rank 0 become 0. At first C's columns are in block order; then each row
+ * is copied to `line`, put back in y's order, and masked. */
 static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
