@@ -9,6 +9,7 @@ The first condition alone is not enough: a range shows how rounds differ within 
 pairs of consecutive kept runs, the code of LoRA, HiRA and the paper's way was the same, and yet the ranges of 92 of
 1093 figures did not overlap. With the second condition 11 remain (1 %). A figure that is in doubt in either run is not
 compared. A size counts as changed if it differs by more than 1 %: bytes are counted, and vary with libraries only.
+A goal counts as changed if one run meets it and the other misses it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Annotated
 import typer
 
 from . import tables
+from .goals import GOALS
 from .protocol import Figure
 from .results import Run, read
 
@@ -69,6 +71,18 @@ def sizes(run: Run) -> dict[Name, Figure]:
     }
 
 
+def goals(old: Run, new: Run) -> list[tuple[str, ...]]:
+    """A row for each goal that one run meets and the other misses; a figure in doubt is not judged."""
+    rows = []
+    for goal in GOALS:
+        was, now = goal.measure(old), goal.measure(new)
+        if was and now and not was[0].doubt and not now[0].doubt:
+            verdicts = ["met" if figure.median <= goal.limit else "missed" for figure, _ in (was, now)]
+            if verdicts[0] != verdicts[1]:
+                rows.append((goal.text, f"≤ {goal.limit:.2f}", str(was[0]), str(now[0]), verdicts[1]))
+    return rows
+
+
 def main(
     old: Annotated[Path, typer.Argument(help="JSON of the run before.")],
     new: Annotated[Path, typer.Argument(help="JSON of the run after.")],
@@ -93,6 +107,7 @@ def report(old: Run, new: Run) -> str:
         "" if old.slug == new.slug else "The machines differ, and so may what they are fast at.",
         tables.table(("ratio, median [quartiles]", "phase", "", *columns), times),
         tables.table(("size, MiB", "", "", *columns), bytes),
+        tables.table(("ratio", "goal", "old", "new", ""), goals(old, new)),
         f"Only in one of the runs: {'; '.join(missing)}." if missing else "",
         f"Changed: {slower} slower, {len(times) - slower} faster, {len(bytes)} sizes. The same: "
         f"{same + same_sizes}. Not compared, since they are noisy or of one round: {doubtful}.",

@@ -18,7 +18,7 @@ import typer
 from torch import nn
 
 from benchmarks import machine
-from benchmarks.compare import LEAST, changes
+from benchmarks.compare import LEAST, changes, goals
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.goals import GOALS
 from benchmarks.memory import allocated, footprint
@@ -27,7 +27,7 @@ from benchmarks.protocol import DEVICE, Comparison, Figure, Turns
 from benchmarks.providers import CONTIGUOUS, FROZEN, LORA, SMOA, Case, frozen, lora, smoa
 from benchmarks.readme import README, section, with_section
 from benchmarks.report import main, page
-from benchmarks.results import RESULTS, compact, read_all
+from benchmarks.results import RESULTS, Result, compact, read_all
 from benchmarks.test_layer import training_pass
 from benchmarks.test_model_step import adapted, check_gradients
 from benchmarks.test_setup import centroids, check
@@ -190,6 +190,21 @@ def test_a_ratio_changed_where_ranges_are_apart_and_medians_more_than_five_perce
     name = ("layer", "both", SMOA)
     found, same, in_doubt = changes({name: Figure(1.00, 1.02, 1.04)}, {name: new}, LEAST)
     assert (len(found), same, in_doubt) == (changed, 1 - changed - doubtful, doubtful)
+
+
+def test_goals_that_one_of_two_runs_misses_are_named() -> None:
+    goal = next(goal for goal in GOALS if goal.what == "saved" and goal.limit == 1.0)
+    run = read_all(RESULTS)[0]
+    less, as_much, more = (
+        replace(
+            run, results=(Result("memory", goal.title, {}, bytes={SMOA: {"saved": n}, LORA: {"saved": 100}}),)
+        )
+        for n in (99, 100, 101)
+    )
+    for old, new, verdict in ((less, more, "missed"), (more, as_much, "met")):
+        ((text, *_, found),) = goals(old, new)
+        assert (text, found) == (goal.text, verdict)
+    assert goals(less, as_much) == []
 
 
 def test_a_commit_says_whether_code_was_not_committed(
