@@ -289,10 +289,11 @@ def test_no_second_derivative() -> None:
         lambda p: replace(p, ends=p.ends + 1),
         lambda p: replace(p, ends=p.ends.flip(0)),
         lambda p: _with(p, row_offsets=p.adapter.blocks.row_offsets + 1),
+        lambda p: _with(p, row_offsets=p.adapter.blocks.row_offsets * 10**6),
         lambda p: _with(p, col_index=p.adapter.blocks.col_index * 0),
         lambda p: _with(p, row_index=p.adapter.blocks.row_index + 1),
     ],
-    ids=["ends beyond x", "ends that fall", "offsets", "a column twice", "a row beyond"],
+    ids=["ends beyond x", "ends that fall", "offsets", "huge offsets", "a column twice", "a row beyond"],
 )
 def test_compiled_code_reads_nothing_beyond_its_operands(spoil: object) -> None:
     p = spoil(make_problem(dtype=torch.float32))

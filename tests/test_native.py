@@ -76,8 +76,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
         (300, 40, 2100, (5, 2)),
         (2051, 48, 80, (3, 2)),  # more tokens than one copy holds
         (80, 640, 320, (16, 8)),  # several groups of rows, of whole panels
-        (12, 96, 64, (3, 2)),  # W0 in place
-        (1040, 512, 320, (2, 2)),  # the same for the last 16 tokens, several panels together
+        (1040, 512, 320, (2, 2)),  # whole panels, several together, and half a panel of tokens
     ),
 }
 """Tokens, rows, columns and ranks: around the tiles and panels of float32's code, AMX's for it, and bfloat16's."""
@@ -110,7 +109,7 @@ def test_every_shape(
     guarded_memory: None,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Without tiles half types are widened while they are packed: float32's bits, rounded once."""
+    """Without tiles half types are widened while they are packed: float32's bits, rounded once; "split" is "merged"."""
     sizes = dict(zip(("tokens", "out_features", "in_features", "ranks"), shape, strict=True))
     p, case = on_cpu(**sizes, block_order=order).stored(LAYOUTS[layout]), FORMS[form]
     if code == "bf16_tiles":  # they take rows of W0
@@ -121,7 +120,7 @@ def test_every_shape(
     assert_threads_agree(case, p)
     for dtype in HALF if code == "float" else ():
         rounded = p.to(dtype)
-        exact = rounded.to(torch.float32).run(**case.options)
+        exact = rounded.to(torch.float32).run(**FORMS["merged" if form == "split" else form].options)
         for ours, theirs in zip(rounded.run(**case.options)[:4], exact, strict=False):
             assert torch.equal(ours, theirs.to(dtype))
 
@@ -147,7 +146,12 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, *HALF
 @pytest.mark.parametrize(
     ("has", "dtype", "tokens", "algorithm", "expected"),
     [
-        *((one, dtype, 12, "auto", Path.FEW) for one in (AMX, AVX512_BF16, AVX512, AVX2) for dtype in KINDS),
+        *(
+            (one, dtype, 12, form, Path.FEW)
+            for one in (AMX, AVX512_BF16, AVX512, AVX2)
+            for dtype in KINDS
+            for form in ("auto", "merged", "split")
+        ),
         *(
             (one, FLOAT32, 17, form, Path.FLOAT)
             for one in (AMX, AVX2)

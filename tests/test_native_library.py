@@ -33,6 +33,7 @@ def test_auto_takes_compiled_code_if_present() -> None:
 
 def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SMOA_NATIVE", "0")
+    monkeypatch.setattr(library, "_load", library._load.__wrapped__)
     assert resolve_backend("auto", CPU, torch.float32, 4) == "eager"
     with pytest.raises(
         ValueError, match="backend='native' cannot run here: SMOA_NATIVE=0 forbids it; backend='eager'"

@@ -90,11 +90,9 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
     """
     if dtype != torch.float32:
         return (dtype, True) in _ROWS and _ROWS[dtype, True].ieee
-    if device_type == "cuda":
-        # This is `torch.backends.cuda.matmul.fp32_precision` in a third of its time; each pass of a layer asks for it.
-        return torch._C._get_fp32_precision_getter("cuda", "matmul") in ("ieee", "none")
-    backends: Any = torch.backends  # whose annotations lack mkldnn's matmul settings
-    return device_type != "cpu" or backends.mkldnn.matmul.fp32_precision in ("ieee", "none")
+    backend = {"cuda": "cuda", "cpu": "mkldnn"}.get(device_type)
+    # This is `torch.backends.cuda.matmul.fp32_precision` in a third of its time; each pass of a layer asks for it.
+    return backend is None or torch._C._get_fp32_precision_getter(backend, "matmul") in ("ieee", "none")
 
 
 @functools.cache

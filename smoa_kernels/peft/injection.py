@@ -155,7 +155,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for layer in self.model.modules():
             if isinstance(layer, ExpertsWeight):
-                layer.check_active(names)
+                layer.one_of(names)
         super().set_adapter(adapter_name, inference_mode)
 
     def _create_and_replace(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from math import inf
 
 import torch
 from torch import Tensor
@@ -46,7 +45,7 @@ class Route:
         dtypes: of x or dY.
         algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
         needs: what the machine must have, a name for :func:`library.has`, or "".
-        most: the largest T and T·ρ that it takes.
+        most: the largest T and T·ρ that it takes, for `FEW`; None: it takes all.
         contiguous: the dimension of W0 that must be contiguous: "rows", the "terms" of the sum, or "" for either.
     """
 
@@ -54,24 +53,26 @@ class Route:
     dtypes: tuple[torch.dtype, ...] = tuple(KINDS)
     algorithms: tuple[str, ...] = ("auto", "merged", "split", "expanded", "dropout")
     needs: str = ""
-    most: tuple[float, float] = (inf, inf)
+    most: tuple[int, int] | None = None
     contiguous: str = ""
 
 
 _BF16 = (torch.bfloat16,)
 ROUTES = (
     Route(Path.FEW, algorithms=("expanded",), contiguous="terms"),
-    Route(Path.FEW, algorithms=("auto",), most=(12, 64), contiguous="terms"),
+    Route(Path.FEW, algorithms=("auto", "merged", "split"), most=(12, 64), contiguous="terms"),
     Route(Path.TILES, _BF16, ("auto", "split", "dropout"), needs="bf16", contiguous="rows"),
     Route(Path.EAGER, _BF16, needs="bf16"),
-    Route(Path.FEW, algorithms=("auto",), needs="avx512", most=(16, 64), contiguous="terms"),
+    Route(
+        Path.FEW, algorithms=("auto", "merged", "split"), needs="avx512", most=(16, 64), contiguous="terms"
+    ),
     Route(Path.FLOAT),
 )
 """The first row that takes a call computes it.
 
-Few tokens: that path reads A once for every few rows of W0, and W0 once for every eight tokens. Beyond the limits these
-repeated reads cost more than packing W0, which costs least for tiles. The limits were measured at 576² and 2048²,
-without AMX.
+FEW makes W_eff in float32 in registers, so that no update is lost: "merged" and "split" are one there. It reads A once
+for every few rows of W0, and W0 once for every eight tokens. Beyond the limits these repeated reads cost more than
+packing W0, which costs least for tiles. The limits were measured at 576² and 2048², without AMX.
 
 EAGER: torch multiplies by AMX or AVX512-BF16 too, and computes what tiles do not: a W_eff that is rounded to bfloat16
 ("merged"), and a W0 whose rows are not contiguous.
@@ -82,7 +83,15 @@ for float16 this was not measured."""
 
 def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:
     """The path for x (T, C), or if `transposed` for dX from dY (T, N)."""
-    (row_stride, col_stride), cols = weight.stride(), weight.shape[1]
+    few, path = routes(tokens.dtype, weight, rank, algorithm, transposed=transposed)
+    return Path.FEW if len(tokens) <= few else path
+
+
+def routes(
+    dtype: torch.dtype, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False
+) -> tuple[int, Path]:
+    """Up to how many tokens a call takes `FEW`, and the path of more; as :func:`route`, also for a stack of W0s."""
+    (row_stride, col_stride), cols, few = weight.stride()[-2:], weight.shape[-1], 0
     side = row_stride if transposed else col_stride
     contiguous = {
         "": True,
@@ -92,14 +101,14 @@ def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transpos
     }
     for row in ROUTES:
         if (
-            tokens.dtype in row.dtypes
+            dtype in row.dtypes
             and algorithm in row.algorithms
-            and len(tokens) <= row.most[0]
-            and len(tokens) * rank <= row.most[1]
             and contiguous[row.contiguous]
             and (not row.needs or has(row.needs))
         ):
-            return row.path
+            if row.most is None:
+                return few, row.path
+            few = min(row.most[0], row.most[1] // max(rank, 1))
     raise AssertionError("the last row takes every call")
 
 
@@ -128,7 +137,9 @@ def forward(
             return empty_sums if bias is None else empty_sums.copy_(bias)
         mask = None if dropout is None else drawn(dropout, x, x.shape[1])
         call = call or Call.of(adapter, mask)
-        call.plan(path, Algorithm.MERGED if algorithm != "split" and mask is None else Algorithm.SPLIT)
+        # In float32 the update of a half-precision weight is not lost, so one product is enough.
+        split = mask is not None or (algorithm == "split" and x.dtype == torch.float32)
+        call.plan(path, Algorithm.SPLIT if split else Algorithm.MERGED)
         call.planned_for = arguments
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     call.run("smoa_forward", x=x, bias=bias, y=y)

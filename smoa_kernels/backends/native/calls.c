@@ -1,7 +1,8 @@
 /* SMoA's forward and backward on a CPU: the functions that Python calls (library.py). gemm.h explains the method.
  *
  * hatch_build.py compiles this once per instruction set and sets VECTOR_BYTES. The functions that compute return the size of the workspace
- * that they need, in floats; called without a workspace they do nothing else. They assume that `smoa_check` accepted the layer's indices.
+ * that they need, in floats; called without a workspace they do nothing else. They assume that `smoa_check` accepted a layer's indices;
+ * those of experts they check.
  */
 #include "few_tokens.h"
 #include "gradient.h"
@@ -13,29 +14,61 @@ static const i64 *index_of(const void *all, i64 bytes, i64 first, i64 count, i64
     return to;
 }
 
-/* Calls `function` for the layer, or for each expert that has pairs and a path of this code. */
-static i64 for_each(const call *c, i64 (*function)(const call *)) {
+/* Whether indices and offsets give each of `count` coordinates to exactly one block; `seen` has one byte per coordinate. If it is NULL, only
+ * offsets are checked, on which the size of a workspace depends. */
+static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 blocks, uint8_t *seen) {
+    int right = offsets[0] == 0 && offsets[blocks] == count;
+    for (i64 k = 0; k < blocks; k++) right &= offsets[k] <= offsets[k + 1];
+    for (i64 i = 0; i < count && seen; i++) right &= index[i] >= 0 && index[i] < count;
+    if (!right || !seen) return right;
+    memset(seen, 0, (size_t)count);
+    for (i64 i = 0; i < count; i++) right &= !seen[index[i]]++;
+    return right;
+}
+
+static i64 misfit(const layer *l, uint8_t *seen) {
+    return !shared_out(l->row_index, l->row_offsets, l->rows, l->blocks, seen) ||
+           !shared_out(l->col_index, l->col_offsets, l->cols, l->blocks, seen);
+}
+
+static int update_is_zero(const layer *l) {
+    for (i64 i = 0; i < l->rows * l->rank && l->scaling != 0; i++)
+        if (value_at(l->B, i / l->rank * l->B_row + i % l->rank * l->B_rank, (int)l->factor_dtype) != 0) return 0;
+    return 1;
+}
+
+/* Calls `function` for the layer, or for each expert that has pairs; with `skip_zeros` not for those whose ΔW is zero. For experts it returns
+ * -1 if `ends` or indices do not fit, else with a workspace how many experts it skipped. */
+static i64 for_each(const call *c, i64 (*function)(const call *), int skip_zeros) {
     if (!c->experts) return function(c);
     arena a = workspace_of(c->workspace);
-    i64 *row_index = take(&a, c->layer.rows * 8), *col_index = take(&a, c->layer.cols * 8), most = 0, first = 0;
+    i64 *row_index = take(&a, c->layer.rows * 8), *col_index = take(&a, c->layer.cols * 8), most = 0, first = 0, skipped = 0;
+    uint8_t *seen = take(&a, greatest(c->layer.rows, c->layer.cols));
     for (i64 e = 0; e < c->experts; first = c->ends[e++]) {
         call one = *c;
         layer *l = &one.layer;
-        one.tokens = c->ends[e] - first, one.path = c->paths[e];
-        if (!one.tokens || one.path > TILES_PATH) continue;
+        one.tokens = c->ends[e] - first;
+        if (one.tokens < 0 || c->ends[e] > c->tokens) return -1;
+        if (!one.tokens) continue;
+        if (one.tokens <= c->few) one.path = FEW_TOKENS;
         one.workspace = a.base ? (float *)(a.base + a.bytes) : NULL;
         l->row_index = index_of(c->row_index, c->row_bytes, e * c->row_step, l->rows, row_index);
         l->col_index = index_of(c->col_index, c->col_bytes, e * c->col_step, l->cols, col_index);
         l->row_offsets += e * c->row_offsets_step, l->col_offsets += e * c->col_offsets_step;
         l->weight = element(l->weight, e * c->weight_step, l->dtype);
         l->A = element(l->A, e * c->A_step, l->factor_dtype), l->B = element(l->B, e * c->B_step, l->factor_dtype);
+        if (misfit(l, seen)) return -1;
+        if (skip_zeros && update_is_zero(l)) {
+            skipped++;
+            continue;
+        }
         one.x = element(c->x, first * c->x_stride, c->dtype), one.dy = element(c->dy, first * c->dy_stride, c->dtype);
         one.y = (char *)c->y + first * c->y_stride * bytes_of(c->dtype);
         one.dA = (char *)c->dA + e * l->rank * l->cols * bytes_of(l->factor_dtype);
         one.dB = (char *)c->dB + e * l->rank * l->rows * bytes_of(l->factor_dtype);
         most = greatest(most, function(&one));
     }
-    return c->workspace ? most : most + floats_of(&a);
+    return first != c->tokens ? -1 : c->workspace ? skipped : most + floats_of(&a);
 }
 
 static product product_of(const call *c, layer l) {
@@ -51,7 +84,7 @@ static i64 forward(const call *c) {
 }
 
 /* y (tokens, rows) = x W0ᵀ + dropout(x) ΔWᵀ + b. No dimension is 0, here and below. */
-i64 smoa_forward(const call *c) { return for_each(c, forward); }
+i64 smoa_forward(const call *c) { return for_each(c, forward, 1); }
 
 static i64 input(const call *c) {
     product p = product_of(c, transposed(c->layer));
@@ -64,33 +97,14 @@ static i64 input(const call *c) {
 }
 
 /* y (tokens, cols) = dX = dY W_eff; under dropout dY W0 plus the masked dY ΔW. */
-i64 smoa_input(const call *c) { return for_each(c, input); }
+i64 smoa_input(const call *c) { return for_each(c, input, 0); }
 
 /* dA (rank, cols) and dB (rows, rank), dense, in the dtype of A and B, from dY (tokens, rows) and x (tokens, cols). */
-i64 smoa_gradient(const call *c) { return for_each(c, factor_gradients); }
-
-/* Whether indices and offsets give each of `count` coordinates to exactly one block; `seen` has one byte per coordinate. */
-static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 blocks, uint8_t *seen) {
-    int right = offsets[0] == 0 && offsets[blocks] == count;
-    for (i64 k = 0; k < blocks; k++) right &= offsets[k] <= offsets[k + 1];
-    memset(seen, 0, (size_t)count);
-    for (i64 i = 0; i < count; i++) {
-        if (index[i] < 0 || index[i] >= count || seen[index[i]]) return 0;
-        seen[index[i]] = 1;
-    }
-    return right;
-}
-
-static i64 misfit(const call *c) {
-    const layer *l = &c->layer;
-    uint8_t *seen = (uint8_t *)c->workspace;
-    return !shared_out(l->row_index, l->row_offsets, l->rows, l->blocks, seen) ||
-           !shared_out(l->col_index, l->col_offsets, l->cols, l->blocks, seen);
-}
+i64 smoa_gradient(const call *c) { return for_each(c, factor_gradients, 0); }
 
 /* 0 if each row and each column of the layer is in exactly one block, else 1. The workspace must have one byte per coordinate of the
  * longer side. */
-i64 smoa_check(const call *c) { return for_each(c, misfit); }
+i64 smoa_check(const call *c) { return misfit(&c->layer, (uint8_t *)c->workspace); }
 
 /* Dropout's mask, a bit per element (definition/dropout.py), by Philox-4x32-7 (Salmon et al. 2011). A 64-bit lane computes the four words of
  * one column and eight tokens, in its lower 32 bits; its upper 32 are of no use. A token takes 16 bits of a word. */

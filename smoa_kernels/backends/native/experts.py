@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, experts
-from .backend import Path, gradient_path, route
+from .backend import Path, gradient_path, routes
 from .library import KINDS, Algorithm, Call, dense, obstacle
 
 
@@ -19,16 +17,16 @@ def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     torch computes for an expert whose ΔW is zero, so that y equals that of the model without an adapter.
     """
     weight = adapter.weight
-    fits = _fits(adapter, ends) and _takes(weight, x, weight.shape[2])
-    every = _EveryExpert(ends, adapter) if fits else None
-    if every is None or not every.choose_paths(x, transposed=False):
+    few, path = 0, Path.EAGER
+    if _fits(adapter, ends) and _takes(weight, x, weight.shape[2]):
+        few, path = routes(x.dtype, weight, adapter.A.shape[1], "auto")
+    if path == Path.EAGER:
         return experts.experts_forward(x, ends, adapter)
     y = x.new_empty(x.shape[0], weight.shape[1])
-    for e, start, end in every.spans:
-        if not adapter.scaling or not adapter.B[e].any():
-            every.paths[e] = Path.EAGER
-            experts.base_output(x[start:end], weight[e], out=y[start:end])
-    every.call.run("smoa_forward", x=x, y=y)
+    if _EveryExpert(ends, adapter).compute("smoa_forward", few, path, x=x, y=y):
+        for e, start, end in experts.spans(ends):
+            if not adapter.scaling or not adapter.B[e].any():
+                experts.base_output(x[start:end], weight[e], out=y[start:end])
     return y
 
 
@@ -40,73 +38,57 @@ def experts_backward(
     dA and dB of an expert without pairs are zero.
     """
     weight, A, B = adapter.weight, adapter.A, adapter.B
+    few, path = 0, Path.EAGER
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
-    fits = fits and (x is None or (_takes(weight, x, weight.shape[2]) and x.shape[0] == dy.shape[0]))
-    every = _EveryExpert(ends, adapter) if fits else None
-    if every is None or not every.choose_paths(dy, transposed=True):
+    if fits and (x is None or (_takes(weight, x, weight.shape[2]) and x.shape[0] == dy.shape[0])):
+        few, path = routes(dy.dtype, weight, A.shape[1], "auto", transposed=True)
+    if path == Path.EAGER:
         return experts.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
-    dx, dA, dB = None, None, None
+    dx, dA, dB, call = None, None, None, _EveryExpert(ends, adapter)
     if needs_x:
         dx = dy.new_empty(dy.shape[0], weight.shape[2])
-        every.call.run("smoa_input", dy=dy, y=dx)
+        call.compute("smoa_input", few, path, dy=dy, y=dx)
     if x is not None:
         dA, dB = A.new_zeros(A.shape), B.new_zeros(B.shape)
-        every.paths[:] = [gradient_path(dy, weight[0], A.shape[1])] * weight.shape[0]
-        every.call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
+        call.compute("smoa_gradient", 0, gradient_path(dy, weight, A.shape[1]), dy=dy, x=x, dA=dA, dB=dB)
     return dx, dA, dB
 
 
-class _EveryExpert:
-    """A call for all experts.
-
-    Attributes:
-        call: the arguments of the compiled functions.
-        spans: each expert that has pairs: its number, its first pair and where its pairs end.
-        paths: of each expert.
-
-    Raises:
-        ValueError: pairs, indices or offsets of the blocks do not fit the weight or the pairs.
-    """
+class _EveryExpert(Call):
+    """A call for all experts."""
 
     def __init__(self, ends: Tensor, adapter: ExpertsAdapter) -> None:
-        A, B, blocks, count = adapter.A, adapter.B, adapter.blocks, adapter.weight.shape[0]
-        last = ends.tolist()
-        if last != sorted(last) or last[0] < 0:
-            raise ValueError(_MISFIT)
-        self.spans, self.paths = experts.spans(ends), (ctypes.c_int64 * count)()
-        ends = dense(ends, torch.int32)
-        index = [
-            dense(one, torch.int16 if one.dtype == torch.int16 else torch.int32)
-            for one in (blocks.row_index, blocks.col_index)
-            if one is not None
-        ]
-        self._kept = ends, index
-        self.call = call = Call(algorithm=Algorithm.MERGED, experts=count, ends=ends.data_ptr())
-        weight, offsets = call.describe(adapter, blocks, (None, None))
-        self._weight, self._rank, self._pairs = weight[0], A.shape[1], last[-1]
-        call.weight_step, call.A_step, call.B_step = (one.stride(0) for one in (weight, A, B))
-        call.row_offsets_step, call.col_offsets_step = map(_step, offsets)
-        for side, one in zip(("row", "col"), index, strict=False):
-            for field, value in (("index", one.data_ptr()), ("bytes", one.itemsize), ("step", _step(one))):
-                setattr(call, f"{side}_{field}", value)
-        call.paths = ctypes.addressof(self.paths)
-        if call.misfits(weight[0]):
-            raise ValueError(_MISFIT)
+        blocks = adapter.blocks
+        ends, rows, cols = dense(ends, torch.int32), _index(blocks.row_index), _index(blocks.col_index)
+        super().__init__(algorithm=Algorithm.MERGED, experts=ends.shape[0], ends=ends.data_ptr())
+        weight, offsets = self.describe(adapter, blocks, (None, None))
+        self.weight_step, self.A_step, self.B_step = map(_step, (weight, adapter.A, adapter.B))
+        self.row_offsets_step, self.col_offsets_step = map(_step, offsets)
+        if rows is not None and cols is not None:
+            self.row_index, self.row_bytes, self.row_step = rows.data_ptr(), rows.itemsize, _step(rows)
+            self.col_index, self.col_bytes, self.col_step = cols.data_ptr(), cols.itemsize, _step(cols)
+        self._indices = ends, rows, cols
 
-    def choose_paths(self, given: Tensor, *, transposed: bool) -> bool:
-        """Set each expert's path for x, or if `transposed` for dX; returns whether compiled code takes all."""
-        if self._pairs != given.shape[0]:
-            raise ValueError(_MISFIT)
-        path: dict[int, Path] = {}
-        for e, start, end in self.spans:
-            count = end - start
-            if count not in path:
-                path[count] = route(given[:count], self._weight, self._rank, "auto", transposed=transposed)
-            self.paths[e] = path[count]
-        return Path.EAGER not in path.values()
+    def compute(self, name: str, few: int, path: Path, **tensors: Tensor) -> int:
+        """:meth:`run`; experts of up to `few` pairs take :attr:`Path.FEW`, the others `path`.
+
+        Returns:
+            How many experts a forward has skipped, because their ΔW is zero.
+
+        Raises:
+            ValueError: pairs, indices or offsets of the blocks do not fit the weight or the pairs.
+        """
+        self.few, self.path = few, path
+        skipped = self.run(name, **tensors)
+        if skipped < 0:
+            raise ValueError(
+                "ends must count x's pairs up, and blocks must have each row and column of a weight in one block"
+            )
+        return skipped
 
 
-_MISFIT = "ends must count x's pairs up, and blocks must have each row and column of a weight in one block"
+def _index(one: Tensor | None) -> Tensor | None:
+    return one if one is None else dense(one, torch.int16 if one.dtype == torch.int16 else torch.int32)
 
 
 def _step(one: Tensor) -> int:

@@ -90,7 +90,7 @@ TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int c
             packed panels[2];
             for (int n = 0; n < count; n++) {
                 panels[n] = operands[n];
-                panels[n].left += operands[n].in_place ? i * operands[n].in_place / 2 : i * row_size(format, operands[n].depth);
+                panels[n].left += i * row_size(format, operands[n].depth);
                 panels[n].right += j * row_size(format, operands[n].right_depth);
             }
             tile_panel(format, panels, count, rows, columns, sums);
@@ -148,7 +148,7 @@ static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j
             pack_left(f, &g->left, i_first + i, height, k, deep, room.left, room.scratch);
             for (i64 j = 0; j < j_count; j += g->right_rows) {
                 i64 width = least(g->right_rows, j_count - j);
-                packed both = {room.left, room.right, deep, deep, 0};
+                packed both = {room.left, room.right, deep, deep};
                 gemm_job part = *g;
                 part.C = (char *)g->C + (i * g->stride + j) * bytes_of(g->dtype), part.add = g->add || k > 0;
                 pack_right(f, &g->right, g->adapter, j_first + j, width, k, deep, room.right, room.scratch);

@@ -111,7 +111,7 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
         for (first = share_of(height, PANEL, share, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
             packed tiles = {(float *)(g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size),
-                            (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens, 0};
+                            (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens};
             if (g->format == PAIRS)
                 multiply_packed(&product, &tiles, count, width);
             else

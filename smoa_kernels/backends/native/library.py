@@ -77,7 +77,9 @@ class Call(ctypes.Structure):
         *_integers("x_stride dy_stride y_stride"),
         *_pointers("keep bias y dA dB workspace"),
         *_integers("threads seed threshold column_offset experts"),
-        *_pointers("ends paths row_index col_index"),
+        *_pointers("ends"),
+        *_integers("few"),
+        *_pointers("row_index col_index"),
         *_integers("row_bytes col_bytes row_step col_step row_offsets_step col_offsets_step"),
         *_integers("weight_step A_step B_step"),
     ]
@@ -99,7 +101,10 @@ class Call(ctypes.Structure):
             call.layer.scaling *= mask.scale
             call.keep, call._mask = mask.kept.data_ptr(), mask
         sizes = [*weight.shape, p.num_blocks + 1, p.num_blocks + 1, p.num_blocks]
-        if [one.numel() for one in (*index, *offsets, adapter.ranks)] != sizes or call.misfits(weight):
+        room = workspace(weight, max(weight.shape))
+        call.workspace = room.data_ptr()
+        fits = [one.numel() for one in (*index, *offsets, adapter.ranks)] == sizes
+        if not fits or library().smoa_check(ctypes.byref(call)):
             raise ValueError(
                 f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {p.num_blocks} "
                 "blocks, got indices or offsets that do not"
@@ -124,13 +129,6 @@ class Call(ctypes.Structure):
         self._kept = [weight, A, B, ranks, index, offsets]
         return weight, offsets
 
-    def misfits(self, weight: Tensor) -> bool:
-        """Whether an index is out of range, which the other functions do not check."""
-        room = workspace(weight, 3 * sum(weight.shape) + 64)
-        self.workspace = room.data_ptr()
-        found: int = library().smoa_check(ctypes.byref(self))
-        return found != 0
-
     def plan(self, path: int, algorithm: Algorithm) -> Call:
         """Set the path (`backend.Path`) and the algorithm; returns itself."""
         self.path, self.algorithm = path, algorithm
@@ -144,10 +142,12 @@ class Call(ctypes.Structure):
         dy: Tensor | None = None,
         bias: Tensor | None = None,
         **results: Tensor,
-    ) -> None:
+    ) -> int:
         """Call one of `FUNCTIONS`, under its name in a profile, with the workspace that it asks for.
 
         Rows of x, dY and y need not be adjacent. `results`, each by the name of its field, are contiguous but for y.
+        For experts it returns -1 if their pairs or the indices of their blocks do not fit; `results` are invalid then.
+        Else it returns how many experts a forward has skipped, because their ΔW is zero.
         """
         kept = [bias if bias is None else bias.contiguous()]
         for field, given in (("x", x), ("dy", dy)):
@@ -162,11 +162,14 @@ class Call(ctypes.Structure):
         self.y_stride = results["y"].stride(0) if "y" in results else 0
         self.workspace = 0
         function = getattr(library(), name)
-        room = workspace(tokens, function(ctypes.byref(self)))
+        floats: int = function(ctypes.byref(self))
+        if floats < 0:
+            return -1
+        room = workspace(tokens, floats)
         self.workspace = room.data_ptr()
         # A running profiler by itself sees operators only.
         with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
-            function(ctypes.byref(self))
+            return int(function(ctypes.byref(self)))
 
 
 class _About(ctypes.Structure):
@@ -180,9 +183,7 @@ class _About(ctypes.Structure):
 
 
 def obstacle() -> str | None:
-    """Why the compiled code cannot run here, or None where it can. ``SMOA_NATIVE=0`` in the environment forbids it."""
-    if os.environ.get("SMOA_NATIVE", "1") == "0":
-        return "SMOA_NATIVE=0 forbids it"
+    """Why the compiled code cannot run here, or None where it can."""
     found = _load()
     if isinstance(found, str):
         return found
@@ -240,6 +241,9 @@ def allowed() -> tuple[bool, bool]:
 
 @functools.cache
 def _load() -> tuple[ctypes.CDLL, _About] | str:
+    """The library and what it says of itself, or why there is none. `SMOA_NATIVE` is read once, not in each call."""
+    if os.environ.get("SMOA_NATIVE", "1") == "0":
+        return "SMOA_NATIVE=0 forbids it"
     capability = torch.backends.cpu.get_cpu_capability()
     path = _FOLDER / f"linear_{capability.lower()}.so"
     if not path.is_file():

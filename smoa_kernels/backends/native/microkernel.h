@@ -83,11 +83,10 @@ static void fma_panels(i64 depth, const float *left, const float *right, float *
             fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i), least(NR, columns - j), add);
 }
 
-/* A left and a right operand in PAIRS or SPLIT3, or a panel of each: `depth` terms are multiplied; the right one holds `right_depth`. If
- * `in_place` is not 0, the left one is not packed: it is a row-major matrix of bfloat16 with this row stride, which only `dots` can read. */
+/* A left and a right operand in PAIRS or SPLIT3, or a panel of each: `depth` terms are multiplied; the right one holds `right_depth`. */
 typedef struct {
     const float *left, *right;
-    i64 depth, right_depth, in_place;
+    i64 depth, right_depth;
 } packed;
 
 /* Takes sums (count, PANEL) to where rows from `row` on and `width` columns from `col` on of a product belong. */
@@ -130,20 +129,20 @@ TARGET_BF16 static inline void store_sums(float *to) {
 }
 
 /* C (rows, columns * SIDE) (+)= left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows by two. With SIDE
- * independent sums no addition waits for the last one to the same sum. Consecutive rows are `stride` apart, steps `step`. */
-TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, i64 stride, i64 step, const half *right, int add, float *c) {
+ * independent sums no addition waits for the last one to the same sum. */
+TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, int add, float *c) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
         for (int q = 0; q < columns; q++) sum[i][q] = add ? _mm512_load_ps(c + i * PANEL + q * SIDE) : _mm512_setzero_ps();
-    for (; steps > 0; steps--, left += step, right += STEP)
+    for (; steps > 0; steps--, left += STEP, right += STEP)
         for (int p = 0; p < SIDE; p++) {
             __m512bh line[2];
             for (int q = 0; q < columns; q++) line[q] = (__m512bh)_mm512_load_si512(right + q * TILE + p * TERMS);
 #pragma GCC unroll 16
             for (int i = 0; i < rows; i++) {
                 int32_t pair;
-                memcpy(&pair, left + i * stride + 2 * p, sizeof pair);
+                memcpy(&pair, left + i * TERMS + 2 * p, sizeof pair);
                 for (int q = 0; q < columns; q++)
                     sum[i][q] = _mm512_dpbf16_ps(sum[i][q], line[q], (__m512bh)_mm512_set1_epi32(pair));
             }
@@ -153,17 +152,12 @@ TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *le
         for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * PANEL + q * SIDE, sum[i][q]);
 }
 
-/* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. Rows in place are SIDE / 2
- * at a time: their addresses take registers. */
-TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, i64 in_place, const half *right, int add, float *c) {
-    if (two && in_place)
-        dots_of(SIDE / 2, 2, steps, left, in_place, TERMS, right, add, c);
-    else if (in_place)
-        dots_of(SIDE / 2, 1, steps, left, in_place, TERMS, right, add, c);
-    else if (two)
-        dots_of(SIDE / 2, 2, steps, left, TERMS, STEP, right, add, c);
+/* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. */
+TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right, int add, float *c) {
+    if (two)
+        dots_of(SIDE / 2, 2, steps, left, right, add, c);
     else
-        dots_of(SIDE, 1, steps, left, TERMS, STEP, right, add, c);
+        dots_of(SIDE, 1, steps, left, right, add, c);
 }
 
 TARGET_BF16 static inline void load_left(const half *from) {
@@ -209,9 +203,8 @@ TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 r
     if (has_amx) zero_sums();
     for (int n = 0; n < count; n++) {
         const half *left = (const half *)p[n].left, *right = (const half *)p[n].right;
-        i64 in_place = p[n].in_place, stride = in_place ? in_place : TERMS;
-        for (i64 i = 0; i < rows && !has_amx; i += two || in_place ? SIDE / 2 : SIDE)
-            dots(two, ceil_div(p[n].depth, TERMS), left + i * stride, in_place, right, n > 0, sums + i * PANEL);
+        for (i64 i = 0; i < rows && !has_amx; i += two ? SIDE / 2 : SIDE)
+            dots(two, ceil_div(p[n].depth, TERMS), left + i * TERMS, right, n > 0, sums + i * PANEL);
         i64 step = format == SPLIT3 ? 3 * STEP : STEP;
         for (i64 k = 0; k < p[n].depth && has_amx; k += TERMS, left += step, right += step)
             if (format == SPLIT3)

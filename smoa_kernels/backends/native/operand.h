@@ -85,7 +85,7 @@ typedef struct {
      * steps say how many elements further on those of the next one are. */
     i64 experts;              /* 0: one layer, and nothing below is read */
     const int32_t *ends;      /* where each expert's pairs end */
-    const i64 *paths;         /* of each expert; above TILES_PATH it is left out */
+    i64 few;                  /* experts of up to so many pairs take FEW_TOKENS, the others `path` */
     const void *row_index, *col_index; /* in place of the layer's; NULL: contiguous blocks */
     i64 row_bytes, col_bytes; /* of a number in these: 2 or 4 */
     i64 row_step, col_step, row_offsets_step, col_offsets_step, weight_step, A_step, B_step;

@@ -223,10 +223,10 @@ INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count,
     }
 }
 
-/* Left tiles of ΔW, a step apart, for up to SIDE rows of a block, from those tiles of W0, or columns of W0 in place, that overlap the block's
- * columns. The first `skip` columns and those from `end` on belong to other blocks and become 0. */
-TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const half *W0, i64 in_place, half *to) {
-    for (i64 c = 0; c < end; c += TERMS, W0 += in_place ? TERMS : STEP, to += STEP) {
+/* Left tiles of ΔW, a step apart, for up to SIDE rows of a block, from those tiles of W0 that overlap the block's columns. The first `skip`
+ * columns and those from `end` on belong to other blocks and become 0. */
+TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const half *W0, half *to) {
+    for (i64 c = 0; c < end; c += TERMS, W0 += STEP, to += STEP) {
         __mmask32 inside = first_halves(end - c) & ~first_halves(greatest(0, m->skip - c));
         for (i64 i = 0; i < count; i += BESIDE) {
             vf update[BESIDE][2] = {{{0}}};
@@ -238,7 +238,7 @@ TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const 
 #pragma GCC unroll 4
             for (int r = 0; r < BESIDE; r++)
                 if (i + r < count) {
-                    __m512i line = _mm512_loadu_si512(W0 + (i + r) * (in_place ? in_place : TERMS));
+                    __m512i line = _mm512_load_si512(W0 + (i + r) * TERMS);
                     line = narrowed(HALF_WIDENED(line, 0) * update[r][0], HALF_WIDENED(line, 1) * update[r][1]);
                     _mm512_store_si512(to + (i + r) * TERMS, _mm512_maskz_mov_epi16(inside, line));
                 }

@@ -244,19 +244,15 @@ TARGET_BF16 static void multiply_rows(void *it, i64 thread, i64 first, i64 end) 
             }
             operand weight = weight_of(l);
             weight.rows = r.rows, weight.cols = l->contiguous ? NULL : l->col_index;
-            /* One panel of tokens does not pay for packing W0, unless AMX multiplies it. `dots` reads whole steps and panels. */
-            i64 whole = l->contiguous && l->cols % TERMS == 0 && count % PANEL == 0;
-            i64 in_place = whole && p->tokens <= PANEL && !alone && !has_amx ? l->row_stride : 0;
-            const half *W0 = in_place ? (const half *)l->weight + r.rows[0] * in_place : r.W0;
-            if (!alone && !in_place) pack_left(PAIRS, &weight, 0, count, 0, l->cols, (float *)r.W0, r.scratch);
+            if (!alone) pack_left(PAIRS, &weight, 0, count, 0, l->cols, (float *)r.W0, r.scratch);
             for (i64 i = 0; i < count && steps && !alone; i += SIDE, m.B += SIDE) {
                 i64 tile = i % PANEL * TERMS, panel = i / PANEL * PANEL;
-                const half *from = W0 + (in_place ? i * in_place + before * TERMS : panel * deep + before * STEP + tile);
-                delta_tiles(&m, least(SIDE, count - i), skip + width, from, in_place, r.delta + panel * steps * TERMS + tile);
+                const half *from = r.W0 + panel * deep + before * STEP + tile;
+                delta_tiles(&m, least(SIDE, count - i), skip + width, from, r.delta + panel * steps * TERMS + tile);
             }
             const half *x = p->x_keep ? p->kept_tiles : p->x_tiles;
-            packed operands[] = {{(float *)r.delta, (float *)(x + before * STEP), steps * TERMS, l->cols, 0},
-                                 {(const float *)W0, (float *)p->x_tiles, l->cols, l->cols, in_place}};
+            packed operands[] = {{(float *)r.delta, (float *)(x + before * STEP), steps * TERMS, l->cols},
+                                 {(const float *)r.W0, (float *)p->x_tiles, l->cols, l->cols}};
             multiply_tiles(PAIRS, operands, alone ? 1 : 2, count, p->tokens, write_columns, &r);
         }
 }

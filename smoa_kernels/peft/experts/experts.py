@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from transformers.integrations import moe
 
 from .weight import ExpertsWeight
+
+_Product = Callable[[Tensor], Tensor]
+_Prepare = Callable[[Tensor, Tensor], _Product]
 
 
 class Experts(nn.Module):
@@ -62,33 +66,40 @@ class Experts(nn.Module):
             if weight.disable_adapters and weight.merged:
                 weight.unmerge()
         base: Any = self.base_layer
-        if not any(weight.is_adapting for weight in weights.values()):
+        adapted = {
+            name: partial(weight.product, adapter_name)
+            for name, weight in weights.items()
+            if (adapter_name := weight.adapting) is not None
+        }
+        if not adapted:
             return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
         top_k = top_k_index.shape[-1]
         # Sorted like the base's forward: the bits of an expert's product depend on the order of its rows.
         experts, order = torch.sort(top_k_index.reshape(-1))
-        x, routing = hidden_states[order // top_k], top_k_weights.reshape(-1)[order, None]
+        x = hidden_states[order.div(top_k, rounding_mode="floor")]
         numbers = torch.arange(base.num_experts, dtype=experts.dtype, device=experts.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
         # Both products are prepared before either runs: W0 passes through the caches and evicts the data that preparing
         # needs, which would then be loaded twice per token.
         first = "gate_up_proj" if base.has_gate else "up_proj"
-        up = self._product(first, hidden_states, ends, experts)
-        down = self._product("down_proj", hidden_states, ends, experts)
+        up, down = (
+            self._product(name, adapted.get(name), hidden_states, ends, experts)
+            for name in (first, "down_proj")
+        )
         y = down(base._apply_gate(up(x)) if base.has_gate else base.act_fn(up(x)))
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
-        y = y * routing
         # index_copy_ would keep y for backward too; this keeps only the order.
         y = torch.empty_like(y).index_put_((order,), y)
-        return y.view(-1, top_k, y.shape[-1]).sum(1).to(hidden_states.dtype)
+        y = y.view(-1, top_k, y.shape[-1]) * top_k_weights[..., None]
+        return y.sum(1).to(hidden_states.dtype)
 
     def _product(
-        self, name: str, source: Tensor, ends: Tensor, experts: Tensor
-    ) -> Callable[[Tensor], Tensor]:
+        self, name: str, adapted: _Prepare | None, source: Tensor, ends: Tensor, experts: Tensor
+    ) -> _Product:
         """Return a function that multiplies by one of the base's weights, adapted or not, and adds its bias."""
-        base, weight = cast(Any, self.base_layer), self.weights.get(name)
-        product = weight.product(source, ends) if weight is not None and weight.is_adapting else None
+        base: Any = self.base_layer
+        product = None if adapted is None else adapted(source, ends)
 
         def with_bias(x: Tensor) -> Tensor:
             bias = getattr(base, f"{name}_bias")[experts] if base.has_bias else None

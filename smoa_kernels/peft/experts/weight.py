@@ -44,55 +44,53 @@ class ExpertsWeight(SMoALayer, nn.Module):
         """The module that owns the parameter."""
         return self._experts[0]
 
-    def check_active(self, adapter_names: Sequence[str]) -> None:
-        """Raise a ValueError if several of these adapt this weight."""
+    def one_of(self, adapter_names: Sequence[str]) -> str | None:
+        """The one of these adapters that this weight has, or None; a ValueError if it has several."""
         found = [name for name in adapter_names if name in self.smoa_A]
         if len(found) > 1:
             raise ValueError(
                 f"{self.parameter_name}: at most one adapter of experts can be active, got {', '.join(found)}"
             )
+        return found[0] if found else None
 
     @property
-    def is_adapting(self) -> bool:
-        """Whether the product differs from that with the stored weight."""
-        return not (self.disable_adapters or self.merged) and bool(self._active())
+    def adapting(self) -> str | None:
+        """The adapter in the product; None if the product is that with the stored weight.
 
-    def _active(self) -> list[str]:
-        names = cast("list[str]", self.active_adapters)
-        return [name for name in names if name in self.smoa_A]
+        Raises:
+            ValueError: several adapters of this weight are active (PEFT's function `set_adapter` allows it).
+        """
+        if self.disable_adapters or self.merged:
+            return None
+        return self.one_of(cast("list[str]", self.active_adapters))
 
-    def product(self, source: Tensor, ends: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return a function `y_p = x_p W_effᵀ` with the active adapter: x (P, C) -> y (P, N) in W0's dtype.
-
-        x is sorted by expert.
+    def product(self, adapter_name: str, source: Tensor, ends: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a function `y_p = x_p W_effᵀ`: x (P, C) -> y (P, N) in W0's dtype. x is sorted by expert.
 
         Args:
+            adapter_name: of W_eff.
             source: a tensor on x's device, from which x will be computed.
             ends: int32 (E,), how many pairs the experts up to each have together.
 
         Raises:
-            ValueError: several adapters of this weight are active (PEFT's function `set_adapter` allows it), or the
-                weight is not frozen.
+            ValueError: the weight is not frozen.
             RuntimeError: x is not on W0's device: W0 is offloaded, or another replica's under `nn.DataParallel`.
         """
-        names = self._active()
-        self.check_active(names)
-        (name,) = names
         stored = self._stored_weight()
         if stored.requires_grad and stored.is_leaf:  # it would get no gradient
             raise ValueError(
                 f"{self.parameter_name} must be frozen where it is adapted, got requires_grad=True; call "
                 "requires_grad_(False) on it"
             )
-        adapter = self.packed(name, self.base_weight())
+        adapter = self.packed(adapter_name, self.base_weight())
         weight = adapter.weight
         if weight.device != source.device:
             raise RuntimeError(
                 f"{self.parameter_name} is on {weight.device} and the experts' input on {source.device}: adapters of "
                 "experts take neither offloaded weights nor nn.DataParallel (use DistributedDataParallel)"
             )
-        settings = self.settings[name]
-        backend = resolve_backend(settings.backend, weight.device, weight.dtype, adapter.A.shape[1])
+        wanted = self.settings[adapter_name].backend
+        backend = resolve_backend(wanted, weight.device, weight.dtype, adapter.A.shape[1])
         return lambda x: experts_linear(x.to(weight.dtype), ends, adapter, backend)
 
     def packed(self, adapter_name: str, weight: Tensor) -> ExpertsAdapter:
