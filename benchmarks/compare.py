@@ -73,7 +73,7 @@ def sizes(run: Run) -> dict[Name, Figure]:
 
 def goals(old: Run, new: Run) -> list[tuple[str, ...]]:
     """A row for each goal that one run meets and the other misses; a figure in doubt is not judged."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for goal in GOALS:
         was, now = goal.measure(old), goal.measure(new)
         if was and now and not was[0].doubt and not now[0].doubt:
