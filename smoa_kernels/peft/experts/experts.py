@@ -66,11 +66,11 @@ class Experts(nn.Module):
             if weight.disable_adapters and weight.merged:
                 weight.unmerge()
         base: Any = self.base_layer
-        adapted = {
-            name: partial(weight.product, adapter_name)
-            for name, weight in weights.items()
-            if (adapter_name := weight.adapting) is not None
-        }
+        adapted: dict[str, _Prepare] = {}
+        for name, weight in weights.items():
+            adapter_name = weight.adapting
+            if adapter_name is not None:
+                adapted[name] = partial(weight.product, adapter_name)
         if not adapted:
             return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
         top_k = top_k_index.shape[-1]
@@ -82,10 +82,8 @@ class Experts(nn.Module):
         # Both products are prepared before either runs: W0 passes through the caches and evicts the data that preparing
         # needs, which would then be loaded twice per token.
         first = "gate_up_proj" if base.has_gate else "up_proj"
-        up, down = (
-            self._product(name, adapted.get(name), hidden_states, ends, experts)
-            for name in (first, "down_proj")
-        )
+        up = self._product(first, adapted.get(first), hidden_states, ends, experts)
+        down = self._product("down_proj", adapted.get("down_proj"), hidden_states, ends, experts)
         y = down(base._apply_gate(up(x)) if base.has_gate else base.act_fn(up(x)))
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
