@@ -7,6 +7,7 @@
 enum {
     FEW = 8,  /* tokens per pass over W0 */
     ROWS = 4, /* most rows of W0 side by side: they share the loads of x and A */
+    NONE = 0, SOME, ALL, /* how many of some columns are inside the block of each of some rows */
 };
 
 typedef struct {
@@ -19,7 +20,7 @@ typedef struct {
     float *x, *y; /* (tokens, x_stride), 0 beyond cols; (tokens, rows) */
 } few_job;
 
-/* Multiplies LANES columns of some rows by all tokens, as W_eff, or as W0 if none is `inside` a block of the rows. They begin at c, and
+/* Multiplies LANES columns of some rows by all tokens: as W_eff, where a column is inside the block of a row, else as W0. They begin at c, and
  * `valid` of them exist; A and x point to column c, B and row_label to the first row. */
 INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_job *j, const int32_t *row_label, const float *B, const float *A,
                         const void *const *weight, i64 c, i64 valid, const float *x, vf (*sums)[FEW]) {
@@ -34,7 +35,7 @@ INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_j
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) {
         vf w = widen(weight[i], c, valid, dtype);
-        if (inside) w = select_label(of_column, row_label[i], w + w * update[i], w);
+        if (inside) w = inside == ALL ? w + w * update[i] : select_label(of_column, row_label[i], w + w * update[i], w);
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; t++) sums[i][t] += w * load(x + t * j->x_stride);
     }
@@ -44,8 +45,8 @@ INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_j
 INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const float *x, i64 row, float *y) {
     const layer *l = j->l;
     const int32_t *label = j->row_label + row;
-    i64 cols = l->cols, c = 0, first = 0, end = cols; /* first, end: the columns of the rows' blocks */
-    if (l->contiguous) first = l->col_offsets[label[0]], end = l->col_offsets[label[rows - 1] + 1];
+    i64 cols = l->cols, c = 0, first = 0, end = cols, whole = 0; /* the columns of the rows' blocks; `whole` is `end` if they are one block */
+    if (l->contiguous) first = l->col_offsets[label[0]], end = l->col_offsets[label[rows - 1] + 1], whole = label[0] == label[rows - 1] ? end : 0;
     const float *A = j->factors.A, *B = j->B + row / ROWS * ROWS * l->rank + row % ROWS;
     const void *weight[ROWS];
     vf sums[ROWS][FEW];
@@ -56,22 +57,21 @@ INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const fl
     for (; c + LANES <= cols; c += LANES, A += LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) __builtin_prefetch(element(weight[i], c + rows * l->row_stride, dtype), 0, 2);
-        if (c < end && c + LANES > first)
-            few_columns(dtype, tokens, rows, 1, j, label, B, A, weight, c, LANES, x + c, sums);
+        if (c >= first && c + LANES <= whole)
+            few_columns(dtype, tokens, rows, ALL, j, label, B, A, weight, c, LANES, x + c, sums);
+        else if (c < end && c + LANES > first)
+            few_columns(dtype, tokens, rows, SOME, j, label, B, A, weight, c, LANES, x + c, sums);
         else
-            few_columns(dtype, tokens, rows, 0, j, label, B, A, weight, c, LANES, x + c, sums);
+            few_columns(dtype, tokens, rows, NONE, j, label, B, A, weight, c, LANES, x + c, sums);
     }
-    if (c < cols) few_columns(dtype, tokens, rows, 1, j, label, B, A, weight, c, cols - c, x + c, sums);
+    if (c < cols) few_columns(dtype, tokens, rows, SOME, j, label, B, A, weight, c, cols - c, x + c, sums);
     for (int i = 0; i < rows; i++)
         for (int t = 0; t < tokens; t++) y[t * l->rows + row + i] = total(sums[i][t]);
 }
 
-/* Rows side by side whose sums fit into registers. */
-INLINE int rows_of(i64 tokens) { return tokens * 4 <= LANES ? 4 : tokens <= 6 || tokens * 2 <= LANES ? 2 : 1; }
-
-/* The same for the rows from `row` to `end`. */
+/* The same for the rows from `row` to `end`, so many side by side that their sums fit into registers. */
 INLINE void few_of_rows(int dtype, int tokens, const few_job *j, const float *x, i64 row, i64 end, float *y) {
-    const int rows = rows_of(tokens);
+    const int rows = tokens * 4 <= LANES ? 4 : tokens <= 6 || tokens * 2 <= LANES ? 2 : 1;
     for (; row + rows <= end; row += rows) few_rows(dtype, tokens, rows, j, x, row, y);
     for (; row < end; row++) few_rows(dtype, tokens, 1, j, x, row, y);
 }
