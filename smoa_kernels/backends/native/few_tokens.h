@@ -57,7 +57,7 @@ INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const fl
     for (; c + LANES <= cols; c += LANES, A += LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) __builtin_prefetch(element(weight[i], c + rows * l->row_stride, dtype), 0, 2);
-        if (c >= first && c + LANES <= whole)
+        if (VECTOR_BYTES == 64 && c >= first && c + LANES <= whole) /* with AVX2's 16 registers a third case slows the others */
             few_columns(dtype, tokens, rows, ALL, j, label, B, A, weight, c, LANES, x + c, sums);
         else if (c < end && c + LANES > first)
             few_columns(dtype, tokens, rows, SOME, j, label, B, A, weight, c, LANES, x + c, sums);
