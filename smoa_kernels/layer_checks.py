@@ -96,7 +96,8 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
         )
     if kind is NonDynamicallyQuantizableLinear:
         raise TypeError(
-            "linear must be a layer that is called, got the out_proj of an nn.MultiheadAttention, which reads its weight"
+            "linear must be a layer that is called, got the out_proj of an nn.MultiheadAttention, which reads its "
+            "weight"
         )
     if not conv1d and kind.forward is not nn.Linear.forward:
         raise TypeError(

@@ -34,9 +34,9 @@ class FusedSMoALinear(AdapterState):
     with a mask that is 1 inside the blocks and a scale s = alpha / r. r is the sum of the blocks' ranks, ρ the largest
     of them. The factors `smoa_A` (ρ, C) and `smoa_B` (N, ρ) train.
 
-    The state dict also holds the block labels, the ranks, s and a sketch of W0. Loading it therefore computes no spectrum,
-    and warns if the adapter was trained over another base weight. The state dict of a plain `nn.Linear` has no labels:
-    loading it computes new blocks, and warns.
+    The state dict also holds s, the block labels, the ranks and a sketch of W0. Loading it therefore computes no
+    spectrum, and warns if the adapter was trained over another base weight. The state dict of a plain `nn.Linear` has
+    no labels: loading it computes new blocks, and warns.
 
     Args:
         in_features: C, the number of inputs.

@@ -25,6 +25,7 @@ from ..adapter_folder.settings import AdapterSettings
 from ..checks import naming
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
+from ..encoder import reads_weights
 from .combine import check_combination, combined_config
 from .config import SMoAConfig
 from .dequantize import keep_packing, quantization_of
@@ -173,6 +174,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             return
         settings = peft_config.for_layer(current_key)
         with naming(current_key):
+            if reads_weights(parent):
+                raise ValueError(
+                    "nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it cannot be "
+                    "adapted; exclude_modules leaves it out"
+                )
             if isinstance(target, SMoALayer):
                 target.update_layer(adapter_name, settings)
                 return

@@ -37,7 +37,7 @@ LAYER: list[Row] = [
     (
         lambda _: FusedSMoALinear.from_linear(nn.MultiheadAttention(8, 2).out_proj),
         TypeError,
-        "got the out_proj of an nn.MultiheadAttention, which reads its weight",
+        "got the out_proj of an nn.MultiheadAttention, which reads its",
     ),
 ]
 
