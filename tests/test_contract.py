@@ -354,6 +354,8 @@ def test_autocast_is_a_cast_of_x_and_the_frozen_tensors(case: Case) -> None:
     found = replace(stored, dy=cast.dy).run(autocast=torch.bfloat16, **case.options)
     assert [t.dtype for t in found] == [torch.bfloat16, *(torch.float32,) * 4]
     equal(found, tuple(map(Tensor.to, expected, (t.dtype for t in found))))
+    with torch.autocast(DEVICE.type, torch.bfloat16):  # of the backward too
+        equal(cast.run(**case.options), expected)
 
 
 @each(lambda backend: some(backend, torch.float64))

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from adapted import adapt, close, config, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -120,7 +121,11 @@ def test_a_layer_that_computes_something_else_is_called(tokens):
     expected = base(x)
     model = get_peft_model(base, SMoAConfig(r=4, target_modules=["0"], init_weights=False)).eval()
     layer = next(iter(layers(model).values()))
-    close(model(x), expected + x @ layer.get_delta_weight("default").T)
+    delta = layer.get_delta_weight("default")
+    close(model(x), expected + x @ delta.T)
+    with torch.autocast(x.device.type, torch.bfloat16):  # rounds ΔW, but not the product of its factors
+        assert torch.equal(layer.get_delta_weight("default"), delta)
+        assert torch.equal(model(x), layer.base_layer(x) + F.linear(x, delta))
 
 
 def scaled(layer, step):
