@@ -21,11 +21,6 @@ def _nothing(module: nn.Module, args: Any) -> None:
     pass
 
 
-def reads_weights(module: nn.Module) -> bool:
-    """Whether a module has the forward of `nn.MultiheadAttention`, which never calls its `out_proj`."""
-    return getattr(type(module), "forward", None) is nn.MultiheadAttention.forward
-
-
 def over_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of (T, C) to a nested tensor, which `nn.TransformerEncoder` makes of a padded batch."""
     parts = x.unbind()

@@ -184,14 +184,9 @@ class FusedSMoALinear(AdapterState):
             check_input(x, weight)
             y = F.linear(x, weight, bias)
         else:
+            given = x, weight, bias, A, B, self.partition, buffers["smoa_ranks"]
             y = smoa_linear(
-                x,
-                weight,
-                bias,
-                A,
-                B,
-                self.partition,
-                buffers["smoa_ranks"],
+                *given,
                 scaling=buffers["smoa_scaling"],
                 dropout_p=self.dropout if self.training else 0.0,
                 column_offset=0 if shard is None else shard.column_offset,

@@ -12,10 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -25,7 +22,6 @@ from ..adapter_folder.settings import AdapterSettings
 from ..checks import naming
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
-from ..encoder import reads_weights
 from .combine import check_combination, combined_config
 from .config import SMoAConfig
 from .dequantize import keep_packing, quantization_of
@@ -174,7 +170,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             return
         settings = peft_config.for_layer(current_key)
         with naming(current_key):
-            if reads_weights(parent):
+            if getattr(type(parent), "forward", None) is nn.MultiheadAttention.forward:
                 raise ValueError(
                     "nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it cannot be "
                     "adapted; exclude_modules leaves it out"

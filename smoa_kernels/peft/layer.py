@@ -43,7 +43,7 @@ class SMoALayer(BaseWeight):
         smoa_B: parameters (N, ρ), by adapter.
         smoa_blocks: uint8, see :mod:`smoa_kernels.adapter_folder.format`; zeros while they are yet to be loaded.
         in_features, out_features: C and N.
-        r, num_blocks, settings: by adapter.
+        settings: by adapter.
 
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
@@ -53,23 +53,13 @@ class SMoALayer(BaseWeight):
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
-    other_param_names: tuple[str, ...] = (
-        "smoa_blocks",
-        "r",
-        "num_blocks",
-        "scaling",
-        "settings",
-        "_prepared",
-    )
-
+    other_param_names: tuple[str, ...] = ("smoa_blocks", "scaling", "settings", "_prepared")
     smoa_B: nn.ParameterDict
 
     def __init__(self) -> None:
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_blocks = BufferDict(persistent=True)
-        self.r: dict[str, int] = {}
-        self.num_blocks: dict[str, int] = {}
         self._scaling: dict[str, Tensor] = {}  # no buffers, which would be rounded with W0
         self.settings: dict[str, AdapterSettings] = {}
         self._prepared: dict[str, Prepared] = {}
@@ -96,8 +86,6 @@ class SMoALayer(BaseWeight):
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the s of the active adapters by `scale`."""
-        if scale == 1:  # nothing is changed between a forward and its backward
-            return
         for name in self._scaling.keys() & self.active_adapters:
             self.scaling[name] *= scale
 
@@ -125,7 +113,6 @@ class SMoALayer(BaseWeight):
                 f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
             ) from error
         rho = max(settings.ranks)
-        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
         self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
@@ -393,9 +380,10 @@ class Scaling(UserDict[str, float]):
 
     def __setitem__(self, name: str, value: float) -> None:
         check_finite(f"scaling[{name!r}]", value)
-        s = self.data.setdefault(name, scaling_tensor(0.0, torch.device("cpu")))
-        with torch.inference_mode(s.is_inference()):  # in which the adapter may have been added
-            s.fill_(value)
+        s = self.data.setdefault(name, scaling_tensor(value, torch.device("cpu")))
+        if float(s) != value:  # a backward refuses a tensor that was written to
+            with torch.inference_mode(s.is_inference()):  # in which the adapter may have been added
+                s.fill_(value)
 
     def __repr__(self) -> str:
         return repr(dict(self))
