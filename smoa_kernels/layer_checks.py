@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES
@@ -92,6 +93,11 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
     if "smoa_A" in linear._parameters:
         raise TypeError(
             "linear must be without an adapter, got a FusedSMoALinear, whose adapter would be lost"
+        )
+    if kind is NonDynamicallyQuantizableLinear:
+        raise TypeError(
+            "linear must be a layer that is called, got the out_proj of an nn.MultiheadAttention, which reads its "
+            "weight"
         )
     if not conv1d and kind.forward is not nn.Linear.forward:
         raise TypeError(

@@ -192,6 +192,18 @@ def test_any_strides(case: Case, layout: str) -> None:
     assert_within_budget(p.run(**case.options), case, p)
 
 
+@each_way
+def test_a_bias_and_ranks_of_any_stride(case: Case) -> None:
+    p = case.problem()
+    apart = {
+        name: torch.stack([getattr(p, name), getattr(p, name) + 1], 1)[:, 0] for name in ("bias", "ranks")
+    }
+    equal(replace(p, **apart).run(**case.options), p.run(**case.options))
+    bias = p.bias[:1].expand_as(p.bias)
+    found = (replace(p, bias=one).forward(**case.options) for one in (bias, bias.contiguous()))
+    assert torch.equal(*found)
+
+
 @each_spectral
 def test_blocks_listed_in_any_order(case: Case) -> None:
     """A block may list its rows and columns in any order."""
@@ -333,14 +345,22 @@ def test_saves_x_the_factors_and_frozen_tensors_only(case: Case) -> None:
         assert (p.x.data_ptr() in found) == ("A" in wanted)  # with frozen factors x is not kept
 
 
-@each(lambda backend: some(backend, torch.bfloat16) if backend != "reference" else [])
+@each(lambda backend: some(backend, torch.bfloat16))
 def test_autocast_is_a_cast_of_x_and_the_frozen_tensors(case: Case) -> None:
     stored = case.problem().to(torch.float32)
     cast = stored.to(torch.bfloat16, torch.float32)
+    expected = cast.run(**case.options)
     found = replace(stored, dy=cast.dy).run(autocast=torch.bfloat16, **case.options)
     assert [t.dtype for t in found] == [torch.bfloat16, *(torch.float32,) * 4]
-    dtypes = [t.dtype for t in case.definition(cast)]
-    assert_within_budget(tuple(map(Tensor.to, found, dtypes)), case, cast)
+    equal(found, tuple(map(Tensor.to, expected, (t.dtype for t in found))))
+    with torch.autocast(DEVICE.type, torch.bfloat16):  # of the backward too
+        equal(cast.run(**case.options), expected)
+
+
+@each(lambda backend: some(backend, torch.float64))
+def test_autocast_leaves_float64_alone(case: Case) -> None:
+    p = case.problem()
+    equal(p.run(autocast=torch.bfloat16, **case.options), p.run(**case.options))
 
 
 # Dropout

@@ -12,10 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -173,6 +170,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             return
         settings = peft_config.for_layer(current_key)
         with naming(current_key):
+            if getattr(type(parent), "forward", None) is nn.MultiheadAttention.forward:
+                raise ValueError(
+                    "nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it cannot be "
+                    "adapted; exclude_modules leaves it out"
+                )
             if isinstance(target, SMoALayer):
                 target.update_layer(adapter_name, settings)
                 return

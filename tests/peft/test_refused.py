@@ -92,6 +92,11 @@ REFUSED = [
         for message, change in CHANGED.items()
     ),
     (
+        lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
+        config(),
+        "0.out_proj: nn.MultiheadAttention reads the weight .*exclude_modules",
+    ),
+    (
         lambda: tiny_experts().model.layers[0].mlp.experts,
         experts.config(target_parameters=["down_proj"]),
         "it is the whole model",

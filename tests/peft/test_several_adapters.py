@@ -8,6 +8,7 @@ from adapted import close, config, layers, logits
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig
 
 MIXES = {
@@ -45,6 +46,25 @@ def test_adapters_with_different_dropout_are_each_dropped(llama):
     x = torch.randn(4000, layer.in_features)[:1].expand(4000, -1)
     mean, expected = layer(x).mean(0), layer.eval()(x[0])
     assert (mean - expected).norm() < 0.1 * (expected - layer.base_layer(x[0])).norm()
+
+
+@pytest.mark.numerical
+def test_padding_may_hold_anything():
+    model = two_adapters(
+        nn.Sequential(nn.Linear(12, 9)), *({"target_modules": ["0"]} | mix for mix in MIXES["uneven"])
+    )
+    activate(model, "one", "two")
+    layer, x = model.base_model.model[0], torch.randn(4, 12)
+    expected = layer(x)
+    for name in ("one", "two"):
+        factors = layer.smoa_A[name].data, layer.smoa_B[name].data
+        masks = padding_masks(layer.partition(name), layer.ranks(name), len(factors[0]))
+        for factor, mask in zip(factors, masks, strict=True):
+            assert not mask.all()
+            factor[~mask] = torch.nan
+    assert torch.equal(layer(x), expected)
+    layer(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
 
 
 @pytest.mark.numerical
@@ -116,6 +136,7 @@ def test_mixed_batch_in_generation_with_beams(make_model, tokens):
 
 def test_mixed_batch_bad_input(llama, tokens):
     model = two_adapters(llama(), *MIXES["agree"])
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         logits(model, tokens, adapter_names=["one"])
     with pytest.raises(ValueError, match=r"non-existing adapter.*: three"):
@@ -128,7 +149,7 @@ def test_mixed_batch_bad_input(llama, tokens):
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
         logits(model, tokens, adapter_names=["one", "two", "one"])
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
 
 
 # Weighted adapters
