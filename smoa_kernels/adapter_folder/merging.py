@@ -173,8 +173,8 @@ class FolderMerge:
             if self._stored(name) is None and places[1] in self.plan:
                 if len(tied) > 1:
                     raise ValueError(
-                        f"the adapter changes {name} or {source}, which are tied, and {self.base} ties more "
-                        f"parameters to {source}: they cannot be stored apart"
+                        f"the adapter changes {name} or {source}, which are tied, and {self.base} ties other "
+                        "parameters too: they cannot be stored apart"
                     )
                 self.plan[name] = replace(self.plan[places[1]])
             self.untied.append(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
@@ -223,18 +221,19 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         unknown = set(adapter_names) - {*self.peft_config, "__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        beams = kwargs.get("num_beams") or 1
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        # Beams repeat samples in a decoder, not in an encoder. (A model without an encoder returns itself.)
-        inside_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        handles = []
+        generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        counts = ("num_beams", "num_return_sequences")
+        repeats = max(kwargs.get(count) or getattr(generation, count, None) or 1 for count in counts)
+
+        def name_samples(module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+            # generate() repeats each sample, in a decoder but not in an encoder.
+            rows = len(next(iter((*args, *given.values()))))
+            times = repeats if rows == repeats * len(adapter_names) else 1
+            return args, {**given, "adapter_names": [name for name in adapter_names for _ in range(times)]}
+
+        named = [m for m in self.modules() if isinstance(m, (SMoALayer, AuxiliaryTrainingWrapper))]
+        handles = [module.register_forward_pre_hook(name_samples, with_kwargs=True) for module in named]
         try:
-            for module in self.modules():
-                if isinstance(module, (SMoALayer, AuxiliaryTrainingWrapper)):
-                    repeats = 1 if module in inside_encoder else beams
-                    names = [name for name in adapter_names for _ in range(repeats)]
-                    hook = functools.partial(_adapter_names_pre_forward_hook, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:

@@ -10,12 +10,12 @@ import torch
 from adapted import WEIGHTS, close, config, hira_config, loaded, logits, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_gpt2, tiny_llama
+from tiny_models import tiny_gpt2, tiny_llama, tiny_t5
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
-    T5Config,
     T5ForConditionalGeneration,
+    T5Model,
 )
 
 from smoa_kernels.definition.thresholds import round_weight
@@ -182,14 +182,13 @@ def test_a_merged_layer_multiplies_by_the_same_weight(folders):
     assert not torch.equal(W_eff, layer.base_weight())
 
 
-def test_ties_that_cannot_be_cut_are_refused(tmp_path):
-    sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 4}
-    model = T5ForConditionalGeneration(T5Config(**sizes))
+@pytest.mark.parametrize(("kind", "changed"), [(T5ForConditionalGeneration, "lm_head"), (T5Model, "shared")])
+def test_ties_that_cannot_be_cut_are_refused(kind, changed, tmp_path):
+    """Three parameters that are tied to the embedding, and two."""
+    model = tiny_t5(kind)
     model.save_pretrained(tmp_path / "base")
-    trained(model, config(target_modules=["q"], modules_to_save=["lm_head"]), tmp_path / "adapter")
-    with pytest.raises(
-        ValueError, match=r"the adapter changes lm_head.weight .* they cannot be stored apart"
-    ):
+    trained(model, config(target_modules=["q"], modules_to_save=[changed]), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=rf"adapter changes .*{changed}.* they cannot be stored apart"):
         merged_weights(tmp_path / "base", tmp_path / "adapter")
 
 

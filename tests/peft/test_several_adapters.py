@@ -6,7 +6,9 @@ import pytest
 import torch
 from adapted import close, config, layers, logits
 from peft import PeftModel, get_peft_model
+from tiny_models import tiny_t5
 from torch import nn
+from transformers import GenerationConfig
 
 from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig
@@ -132,6 +134,29 @@ def test_mixed_batch_in_generation_with_beams(make_model, tokens):
         activate(model, name)
         alone = model.generate(input_ids=tokens[i : i + 1], attention_mask=mask[:1], **generation)
         assert torch.equal(mixed[i, : alone.shape[1]], alone[0])
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beams": 2},
+        {"generation_config": GenerationConfig(num_beams=2)},
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+    ],
+    ids=["beams", "generation_config", "results"],
+)
+def test_mixed_batch_in_generation_with_an_encoder(tokens, asked):
+    """Samples are repeated in the decoder alone, for their beams or their results."""
+    targets = {"target_modules": ["q", "v", "wo"], "smoa_alpha": 20}
+    model = two_adapters(tiny_t5(), targets, targets)
+    names, asked = ["one", "two", "__base__"], {"max_new_tokens": 4, "no_repeat_ngram_size": 1, **asked}
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **asked).chunk(3)
+    assert not torch.equal(*mixed[:2])
+    for i, name in enumerate(names[:2]):
+        activate(model, name)
+        alone = model.generate(input_ids=tokens[i : i + 1], **asked)
+        assert torch.equal(mixed[i][:, : alone.shape[1]], alone)
 
 
 def test_mixed_batch_bad_input(llama, tokens):
