@@ -230,7 +230,7 @@ quality-smoke: $(BIN)/.dev ## the quality study on tiny sizes, with its report
 	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
 	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
-gpu: $(BIN)/.dev ## on a GPU, in stages: the layer against float64, the headline table (5 min), every numerical test, tuning (ARGS="--resume")
+gpu: $(BIN)/.dev ## on a GPU, in stages: the layer against float64, the headline table (9 min at most), every numerical test, tuning (ARGS="--resume")
 	$(BIN)/python -m benchmarks.bringup $(ARGS)
 
 gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's interpreter

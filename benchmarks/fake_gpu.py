@@ -148,7 +148,12 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
 
     def get_current_target(self) -> GPUTarget:
         """The target that kernels would be compiled for."""
-        return GPUTarget("cuda", 10 * self.gpu.properties.major + self.gpu.properties.minor, 32)
+        from smoa_kernels.kernels.architectures import architecture_of, facts
+
+        name = architecture_of(self.gpu.properties)
+        if facts(name).is_amd:
+            return GPUTarget("hip", name, facts(name).warp_size)
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:
         """The number of the current device."""

@@ -1,6 +1,8 @@
 """GPUs that this machine lacks: real code, with made-up answers from the driver."""
 
+import importlib.util
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -68,6 +70,78 @@ def test_the_oldest_gpu(here, capability: tuple[int, int], runs: bool) -> None:
     assert why is None if runs else "the oldest supported is 8.0" in str(why)
 
 
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [("gfx90a", True), ("gfx942", True), ("gfx950", True), ("gfx1100", False), ("gfx908", False)],
+)
+def test_amds_gpus(here, name: str, runs: bool) -> None:
+    """On RDNA (gfx1100) a kernel spills 6,880 bytes a thread."""
+    pytest.importorskip("triton", reason="needs triton")
+    here(SimpleNamespace(**vars(MI300X) | {"gcnArchName": f"{name}:xnack-"}), hip="6.4")
+    why = backends._device_obstacle.__wrapped__(GPU)
+    assert why == (None if runs else f"the GPU is {name}, of AMD's the kernels run on gfx90a, gfx942, gfx950")
+
+
+@pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is cached of a device, and nobody was warned."""
+    monkeypatch.setattr(backends, "_warned", [])
+    for answers in (backends.miscompiled_on, backends._device_obstacle):
+        monkeypatch.setattr(backends, answers.__name__, answers.__wrapped__)
+
+
+@pytest.mark.usefixtures("nothing_known")
+def test_auto_warns_once_why_a_gpu_runs_no_kernels(here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a graph; not of what the kernels never take, nor of a GPU that is not here."""
+    triton = pytest.importorskip("triton", reason="needs triton")
+    here(SimpleNamespace(major=10, minor=0))
+    monkeypatch.setattr(triton, "__version__", "3.7.0")
+
+    def resolved(
+        x: torch.Tensor, device: torch.device = GPU, dtype: torch.dtype = torch.bfloat16, rank: int = 8
+    ):
+        return x + ["eager"].index(backends.resolve_backend("auto", device, dtype, rank))
+
+    x = torch.ones(())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resolved(x, dtype=torch.float64)
+        resolved(x, rank=300)
+        resolved(x, torch.device("cuda", 1))
+        resolved(x, torch.device("xpu"))
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: False
+    )  # the compiler would ask for its random state
+    graph = torch.compile(resolved, backend="eager", fullgraph=True)
+    with pytest.warns(
+        UserWarning, match="leaves out a fence on Blackwell.*: update it to 3.7.1 or newer"
+    ) as warned:
+        assert [call(x) for call in (graph, graph, resolved)] == [x, x, x]
+    assert len(warned) == 1
+
+
+@pytest.mark.usefixtures("nothing_known")
+@pytest.mark.parametrize(
+    ("properties", "version", "words"),
+    [
+        (H100, None, "on cuda:0: triton is not installed: install 3.6 or newer"),
+        (H100, "3.5.0", "triton 3.5.0 is older than 3.6, the oldest supported: update it"),
+        (H100, "3.6.0", "compiles TF32 for Hopper wrongly .*: update it to 3.9 or newer"),
+        (SimpleNamespace(major=7, minor=5), "3.9.0", "compute capability is 7.5"),
+    ],
+)
+def test_the_warning_says_what_to_install(here, monkeypatch, properties, version, words) -> None:
+    triton = pytest.importorskip("triton", reason="needs triton")
+    here(properties)
+    monkeypatch.setattr(backends, "gemm_is_ieee", lambda dtype, device_type: False)
+    if version is None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(triton, "__version__", version)
+    with pytest.warns(UserWarning, match=words):
+        assert backends.resolve_backend("auto", GPU, torch.float32, 8) == "eager"
+
+
 def test_info_names_the_device(here, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("typer", reason="needs the cli extra")
     triton = pytest.importorskip("triton", reason="needs triton")
@@ -115,13 +189,11 @@ TF32, FENCE = "compiles TF32 for Hopper wrongly", "leaves out a fence on Blackwe
     ],
 )
 def test_a_triton_that_compiles_wrong_code_for_a_gpu_is_refused(
-    here, monkeypatch, capability, version, in_tf32, in_bf16
+    here, nothing_known, monkeypatch, capability, version, in_tf32, in_bf16
 ) -> None:
     triton = pytest.importorskip("triton", reason="needs triton")
     here(SimpleNamespace(major=capability[0], minor=capability[1]))
     monkeypatch.setattr(triton, "__version__", version)
-    for answers in (backends.miscompiled_on, backends._device_obstacle):
-        monkeypatch.setattr(backends, answers.__name__, answers.__wrapped__)  # nothing is cached
     for ieee, dtype, expected in (
         (False, torch.float32, in_tf32),
         (False, torch.bfloat16, in_bf16),

@@ -1,4 +1,4 @@
-"""Bring up a GPU with one command, in stages of at most eight minutes; the first two take five.
+"""Bring up a GPU with one command, in stages of at most eight minutes; the first two take nine at most.
 
 operator: 24 problems through the public layer against float64; headline: the comparison with the peers; tests: every
 numerical test; tune: a table for this GPU.

@@ -30,6 +30,7 @@ from triton.runtime import driver
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import KERNELS, table
+from smoa_kernels.kernels.architectures import architecture_of
 from smoa_kernels.kernels.spec import ALGORITHM_KEYS, GRANULE
 from smoa_kernels.tuning.measure import workload
 from smoa_kernels.tuning.plan import jobs
@@ -82,8 +83,7 @@ def _headline() -> Iterator[Callable[[], object]]:
 
 def _tuned(properties: SimpleNamespace) -> None:
     """Run every candidate of every kernel, on operands without data."""
-    arch = f"sm_{properties.major}{properties.minor}"
-    for job in jobs(tuned_layers(smoke=False), arch, properties.multi_processor_count):
+    for job in jobs(tuned_layers(smoke=False), architecture_of(properties), properties.multi_processor_count):
         if job.key.kernel not in ALGORITHM_KEYS:  # algorithms compile nothing more
             load = workload(job, torch.device("meta"))
             for config in job.candidates:

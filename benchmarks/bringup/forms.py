@@ -13,6 +13,8 @@ from typing import Any
 
 import triton
 
+from smoa_kernels.kernels.architectures import architecture_of
+
 from ..fake_gpu import FakeDriver, FakeGpu, pretend_cpu
 
 _given = json.loads(os.environ["BRINGUP_FORMS"])
@@ -27,6 +29,6 @@ def _note(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
     return True
 
 
-pretend_cpu(f"sm_{_gpu.major}{_gpu.minor}", _gpu.multi_processor_count)  # before tests import the kernels
+pretend_cpu(architecture_of(_gpu), _gpu.multi_processor_count)  # before tests import the kernels
 triton.runtime.driver.set_active(FakeDriver(FakeGpu(1, _gpu)))
 triton.knobs.runtime.jit_cache_hook = _note

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
@@ -21,7 +22,7 @@ from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee, precision_of
-from ..kernels.architectures import gpu_properties
+from ..kernels.architectures import ON_AMD, architecture_of, gpu_properties
 from .native.library import obstacle as library_obstacle
 
 BACKEND_CHOICES = ("auto", "eager", "native", "triton", "reference")
@@ -44,6 +45,8 @@ _MISCOMPILED = (
 )
 MOST_TRITON_RANKS = 256
 """ρ up to which the kernels take an adapter."""
+
+_warned: list[str] = []  # the one warning of this process
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dX, dA, dB), None where not needed."""
@@ -146,6 +149,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
     if obstacle is None:
         return name
     if backend == "auto":
+        if name == "triton" and dtype in KERNEL_DTYPES and rank <= MOST_TRITON_RANKS:
+            _warn_once(device, obstacle)
         return "eager"
     raise ValueError(f"backend={name!r} cannot run here: {obstacle}; backend='eager' works everywhere")
 
@@ -213,6 +218,16 @@ def algorithms_of(backend: str) -> tuple[str, ...]:
 
 
 @_constant
+def _warn_once(device: torch.device, obstacle: str) -> None:
+    """Warn that "auto" leaves a GPU of this machine to torch's operators; once in a process."""
+    if not _warned and (device.index or 0) < torch.cuda.device_count():
+        _warned.append(obstacle)
+        warnings.warn(
+            f"torch's operators, which are slower, replace the kernels on {device}: {obstacle}", stacklevel=2
+        )
+
+
+@_constant
 def _library_obstacle(dtype: torch.dtype) -> str | None:
     if dtype == torch.float32 and not gemm_is_ieee(dtype, "cpu"):
         return "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
@@ -241,10 +256,10 @@ def _kernel_obstacle(device: torch.device) -> str | None:
 @functools.cache
 def _device_obstacle(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return f"triton is not installed: install {_OLDEST_TRITON} or newer"
     triton = importlib.import_module("triton")
     if TorchVersion(triton.__version__) < _OLDEST_TRITON:
-        return f"triton {triton.__version__} is older than {_OLDEST_TRITON}, the oldest supported"
+        return f"triton {triton.__version__} is older than {_OLDEST_TRITON}, the oldest supported: update it"
     if device.type == "cpu":
         if triton.knobs.runtime.interpret:
             return None
@@ -256,7 +271,12 @@ def _device_obstacle(device: torch.device) -> str | None:
     except ValueError as error:
         reason = first_line(error.__cause__ or error)
         return f"x is on {device}, which this machine does not have: {reason}"
+    if torch.version.hip is not None:
+        name = architecture_of(properties)
+        return (
+            None if name in ON_AMD else f"the GPU is {name}, of AMD's the kernels run on {', '.join(ON_AMD)}"
+        )
     capability = properties.major, properties.minor
-    if torch.version.hip is None and capability < _OLDEST_CAPABILITY:
+    if capability < _OLDEST_CAPABILITY:
         return f"the GPU's compute capability is {capability[0]}.{capability[1]}, the oldest supported is 8.0"
     return None

@@ -142,7 +142,7 @@ def is_batch(adapter: PackedAdapter) -> bool:
     """Whether a GPU takes all blocks as one batch: they are slices of one size, and of one rank that the host knows."""
     p, ranks = adapter.partition, adapter.block_ranks
     return (
-        adapter.weight.is_cuda
+        adapter.weight.device.type != "cpu"
         and p.is_contiguous
         and ranks is not None
         and set(ranks) == {adapter.A.shape[0]}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
-from ..definition.precision import accumulate, gemm_is_ieee, without_autocast
+from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee, without_autocast
 from ..definition.thresholds import round_weight
 from . import Gradients
 from .block_order import (
@@ -204,7 +204,7 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     most = max(most, MERGED_BYTES // max(1, weight.shape[1] * weight.itemsize))
     count = math.ceil(weight.shape[0] / most)
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
-    if count <= 1 or weight.is_cuda:
+    if count <= 1 or weight.device.type != "cpu":
         return torch.mm(x, modulation(0, torch.empty_like(weight)).T, out=y)
     height = MERGED_ALIGNMENT * math.ceil(weight.shape[0] / (MERGED_ALIGNMENT * count))
     buffer = in_large_pages(torch.empty_like(weight[:height]))
@@ -341,7 +341,7 @@ class _BlockGradient:
         left, right = (x.T, dy) if self._transposed else (dy.T, x)
         pairs = zip(order.rows(left), order.cols(right), strict=True)
         if order.batched:
-            G = _sums(*next(pairs))
+            G = bmm_in_float32(*next(pairs))
             self._G = [self._G[0].add_(G) if self._G else G]
         elif not self._G:
             self._G = [torch.mm(left_k, right_k) for left_k, right_k in pairs]
@@ -370,13 +370,6 @@ class _BlockGradient:
             dB = dB.index_select(0, inverse(order.row_index).places)
         dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
-
-
-def _sums(left: Tensor, right: Tensor) -> Tensor:
-    """The batched product in at least float32: cuBLAS can return it without rounding to half precision."""
-    if left.is_cuda and left.itemsize == 2:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    return torch.bmm(left, right).to(torch.promote_types(left.dtype, torch.float32))
 
 
 def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:

@@ -117,6 +117,25 @@ _REDUCTIONS = {
 _setting = threading.RLock()
 
 
+def bmm_in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """The batched product `left right` in at least float32. Of half types it is summed in float32 and not rounded.
+
+    A GPU's library returns it so; where it does not, the operands are converted first.
+    """
+    # cuBLAS refuses to sum float16 in float16 for a float32 result.
+    refused = left.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    if left.itemsize == 2 and not refused and _returns_float32(left.device.type):
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    return torch.bmm(left.to(dtype), right.to(dtype))
+
+
+@functools.cache
+def _returns_float32(device_type: str) -> bool:
+    """Whether torch's batched product of half types has a float32 result on such devices."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::bmm.dtype", device_type.upper())
+
+
 def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`y += x weightᵀ` in place, y + x weightᵀ rounded once; returns y.
 

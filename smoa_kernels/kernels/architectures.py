@@ -60,13 +60,16 @@ _ALL = (
     Architecture("sm_90", "HGMMA", 227 * _KIB),
     Architecture("sm_100", "UTCHMMA", 227 * _KIB, fused_tokens=16, same=("sm_103",)),
     Architecture("sm_120", "HMMA", 99 * _KIB, same=("sm_121",)),
-    Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, same=("gfx950",)),
+    Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, same=("gfx90a", "gfx950")),
 )
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.name: arch for arch in _ALL})
 """Every audited architecture by name."""
 
 _FACTS = {name: arch for arch in _ALL for name in (arch.name, *arch.same)}
+ON_AMD = tuple(sorted(name for name, arch in _FACTS.items() if arch.is_amd))
+"""AMD's architectures that the kernels run on; on others, such as RDNA's, they spill registers."""
+
 # The limits of any GPU.
 _UNKNOWN = Architecture("", "HMMA", 48 * _KIB)
 
@@ -81,7 +84,11 @@ def architecture(device: torch.device) -> str:
     """Name a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
     if device.type == "cpu":
         return "cpu"
-    properties = gpu_properties(device)
+    return architecture_of(gpu_properties(device))
+
+
+def architecture_of(properties: Any) -> str:
+    """Name the architecture of a GPU with these properties."""
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"

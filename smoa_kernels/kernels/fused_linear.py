@@ -242,12 +242,16 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         if arch.name == "sm_120":  # with two warps its registers spill
             return tuple(replace(config, num_warps=4) for config in _SHIPPED_IEEE)
         return _SHIPPED_IEEE
-    shipped = _SHIPPED
-    if precision.dtype == torch.float32:
+    shipped, full = _SHIPPED, precision.dtype == torch.float32
+    if full:
         shipped = tuple(replace(config, block_c=32) for config in shipped if config.block_t == 16)
-    elif arch.name == "sm_90":
-        shipped = tuple(replace(config, wgmma=True) for config in shipped)
-    elif OLD_TRITON and arch.name == "sm_120":  # with three stages ρ = 4 spills 4 bytes, transposed
+    if arch.name == "sm_90":
+        # A column's label, its block's rank and the mask of A are a chain of loads, among which Triton divides the
+        # stages (triton-lang/triton#4721). Three stages leave one buffer of W0, five leave two.
+        shipped = tuple(replace(config, wgmma=not full, num_stages=5) for config in shipped)
+    elif (
+        OLD_TRITON and arch.name == "sm_120" and not full
+    ):  # with three stages ρ = 4 spills 4 bytes, transposed
         shipped = tuple(replace(config, num_stages=3 + (config.block_t == 16)) for config in shipped)
     return on_amd(shipped) if arch.is_amd else shipped
 

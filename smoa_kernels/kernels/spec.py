@@ -68,9 +68,8 @@ def bucket(tokens: int) -> int:
 
 @functools.cache  # asked at every call of a layer
 def block_width(sizes: tuple[int, ...]) -> int:
-    """P, the width that blocks of these sizes are padded to: 64, or a multiple of 128."""
-    multiple = 128 if max(sizes) > 64 else 64  # every shipped tile divides 128
-    return math.ceil(max(sizes) / multiple) * multiple
+    """P, the width that blocks of these sizes are padded to: a multiple of 64, the narrowest tile."""
+    return math.ceil(max(sizes) / 64) * 64
 
 
 def partial_width(rank: int) -> int:

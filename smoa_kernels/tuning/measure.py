@@ -34,7 +34,7 @@ from .plan import Job, multiplied_in
 
 HANGS_SECONDS = 120.0  # limit of a choice, compilation included
 REPEATS = 30
-FLUSHED_BYTES = 256 * 2**20  # more than any GPU's L2 cache holds
+FLUSHED_BYTES = 2**30  # four times the largest last-level cache of a GPU, 256 MiB (MI300X)
 MOST_CHARACTERS = 400  # of a reason: a compiler's message may contain the whole source
 
 Timer = Callable[[Choice, Callable[[], object]], float]

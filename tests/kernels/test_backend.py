@@ -28,7 +28,7 @@ from smoa_kernels import operator
 from smoa_kernels.backends import algorithms, eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.precision import PRECISIONS
+from smoa_kernels.definition.precision import PRECISIONS, bmm_in_float32
 from smoa_kernels.kernels.launch import described
 from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.plan import multiplied_in
@@ -126,7 +126,7 @@ def batched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     def everywhere(adapter: PackedAdapter) -> bool:
         known: Any = SimpleNamespace(
-            weight=SimpleNamespace(is_cuda=True),
+            weight=torch.empty(0, device="meta"),
             A=adapter.A,
             partition=adapter.partition,
             block_ranks=adapter.host_ranks(),
@@ -165,6 +165,33 @@ def test_uneven_blocks_are_no_batch(change: dict[str, object], batched: list[boo
     assert not any(batched)
 
 
+def test_eager_treats_every_device_but_the_cpu_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's XPU, or here a device without data: no panels, and one batch of blocks."""
+    device = torch.device("meta")
+    adapter = make_problem(dtype=torch.float32, block_order="contiguous", **ALL_ONE_BATCH).adapter()
+    tensors = {name: getattr(adapter, name).to(device) for name in ("weight", "A", "B", "ranks", "scaling")}
+    adapter = replace(
+        adapter, **tensors, partition=adapter.partition.to(device), block_ranks=adapter.host_ranks()
+    )
+    assert eager.is_batch(adapter)
+    products: list[int] = []
+    mm = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(1) or mm(*args, **kwargs))
+    monkeypatch.setattr(eager, "MERGED_PANEL", 16)
+    monkeypatch.setattr(eager, "MERGED_BYTES", 1)
+    eager.merged(torch.empty(300, 80, device=device), adapter)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_batched_product_is_not_rounded(dtype: torch.dtype) -> None:
+    """Nor where torch has no product of half types with a float32 result, as on a CPU."""
+    left, right = torch.randn(2, 8, 300, dtype=dtype), torch.randn(2, 300, 8, dtype=dtype)
+    found = bmm_in_float32(left, right)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, left.float() @ right.float())
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_a_batch_rounds_no_update_away(dtype: torch.dtype, batched: list[bool]) -> None:
     case = Case("eager", "split", dtype, "contiguous")
@@ -190,10 +217,14 @@ except ValueError as error:
     ("prelude", "words"),
     [
         ("", "x is on the CPU, where kernels run only under Triton's interpreter (TRITON_INTERPRET=1)"),
-        pytest.param("sys.modules['triton'] = None", "triton is not installed", marks=pytest.mark.slow),
+        pytest.param(
+            "sys.modules['triton'] = None",
+            "triton is not installed: install 3.6 or newer",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "import triton; triton.__version__ = '3.1.0'",
-            "triton 3.1.0 is older than 3.6, the oldest supported",
+            "triton 3.1.0 is older than 3.6, the oldest supported: update it",
             marks=pytest.mark.slow,
         ),
     ],

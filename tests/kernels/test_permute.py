@@ -46,6 +46,14 @@ def mask(
     return scatter_columns(gather(ones, partition, dropout=dropout), partition, torch.empty_like(ones))
 
 
+@pytest.mark.parametrize(
+    ("size", "width"), [(1, 64), (64, 64), (65, 128), (144, 192), (288, 320), (1024, 1024)]
+)
+def test_blocks_are_padded_to_the_narrowest_tile(size: int, width: int) -> None:
+    """64 numbers of half types are the 128 bytes that a line of cache and a row of cuBLAS's operands take."""
+    assert block_width((1, size)) == width
+
+
 @each_dtype
 def test_dropout_zeroes_or_scales(dtype: torch.dtype) -> None:
     partition = random_partition(70, 3)
