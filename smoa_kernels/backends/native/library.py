@@ -276,9 +276,9 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
         found.smoa_about(ctypes.byref(about))
         if about.source != source.encode():
             return f"{path} was compiled from other sources: install the package again"
-        offsets = [Call.path.offset, Call.workspace.offset, Call.ends.offset, ctypes.sizeof(Call)]
-        vector = 64 if capability == "AVX512" else 32
-        if [*about.format] != [vector, *KINDS.values(), *list(Path)[:3], *Algorithm, *offsets]:
+        numbers = [64 if capability == "AVX512" else 32, *KINDS.values(), *list(Path)[:3], *Algorithm]
+        offsets = [getattr(Call, field).offset for field in ("path", "workspace", "ends")]
+        if [*about.format] != [*numbers, *offsets, ctypes.sizeof(Call)]:
             return f"{path} has other numbers or structs than {pathlib.Path(__file__).name}"
         for name in (*FUNCTIONS, "smoa_check", "smoa_mask"):
             getattr(found, name).restype = ctypes.c_int64
