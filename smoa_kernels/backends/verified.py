@@ -75,8 +75,14 @@ def backward(
 
 def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
     """`W_eff`, (N, C) in W0's dtype; written to `out`, which is not W0, where that is given."""
-    W_eff: Tensor = _run("weight", lambda of, one, out: of.modulated_weight(one, out=out), adapter, 0, out)
-    return W_eff
+
+    def run(of: Any, adapter: Any, out: Tensor | None) -> Any:
+        return of.modulated_weight(
+            adapter, out=out if of is triton else None
+        )  # a comparison needs both results
+
+    W_eff: Tensor = _run("weight", run, adapter, 0, out)
+    return W_eff if out is None or W_eff is out else out.copy_(W_eff)
 
 
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
