@@ -20,9 +20,8 @@ from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
 from .definition.sketch import sketch_weight
-from .encoder import over_rows
 from .functional import smoa_linear
-from .layer_checks import Settings, check_fit, check_linear, linear_parameters
+from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
 
 
