@@ -16,8 +16,7 @@ from .definition.partition import BlockPartition, label_dtype
 from .definition.shard import LayerShard
 from .definition.sketch import SKETCH_SIZE, check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
-from .encoder import call_always
-from .layer_checks import LABELS, Settings, check_fit, check_keys, check_tensors, partition_in
+from .layer_checks import LABELS, Settings, call_always, check_fit, check_keys, check_tensors, partition_in
 
 # The buffers that hold the partition, in the order of `BlockPartition.tensors`.
 _PARTITION = tuple(

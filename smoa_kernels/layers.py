@@ -21,9 +21,8 @@ from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.thresholds import WHOLE
-from .encoder import over_rows
 from .functional import smoa_linear
-from .layer_checks import Settings, check_fit, check_linear, linear_parameters
+from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
 
 

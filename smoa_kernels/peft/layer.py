@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,17 +19,18 @@ from ..adapter_folder.format import (
     unpack_blocks,
 )
 from ..adapter_folder.settings import AdapterSettings
-from ..checks import check_choice, check_finite
+from ..checks import check_choice
 from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
 from ..definition.thresholds import WHOLE
-from ..encoder import call_always
+from ..layer_checks import call_always
 from .base_weight import BaseWeight
 from .combine import single_block
 from .offload import execution_device, gathered, present
+from .scaling import Scaling
 
 
 class SMoALayer(BaseWeight):
@@ -366,28 +366,6 @@ def layers_with(model: nn.Module, adapter_name: str, *, every_name: bool = True)
         for name, module in model.named_modules(remove_duplicate=not every_name)
         if isinstance(module, SMoALayer) and adapter_name in module.smoa_A
     }
-
-
-class Scaling(UserDict[str, float]):
-    """s by adapter, a view of 0-d tensors that are changed in place: a compiled layer or a CUDA graph reads them."""
-
-    data: Any  # tensors by adapter
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.data = tensors
-
-    def __getitem__(self, name: str) -> float:
-        return float(self.data[name])
-
-    def __setitem__(self, name: str, value: float) -> None:
-        check_finite(f"scaling[{name!r}]", value)
-        s = self.data.setdefault(name, scaling_tensor(value, torch.device("cpu")))
-        if float(s) != value:  # a backward refuses a tensor that was written to
-            with torch.inference_mode(s.is_inference()):  # in which the adapter may have been added
-                s.fill_(value)
-
-    def __repr__(self) -> str:
-        return repr(dict(self))
 
 
 class Prepared(NamedTuple):

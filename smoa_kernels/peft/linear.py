@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter_folder.settings import AdapterSettings
 from ..definition.packed import PackedAdapter
 from ..definition.precision import without_autocast
-from ..encoder import over_rows
+from ..layer_checks import over_rows
 from .combine import sum_adapters
 from .layer import SMoALayer
 from .offload import present
