@@ -178,9 +178,8 @@ def _configuration(merge: FolderMerge) -> dict[str, Any]:
     if merge.untied:
         values["tie_word_embeddings"] = False
     config = _with(merge.config, values)
-    if (
-        values.pop("torch_dtype", None) and "torch_dtype" in config
-    ):  # the older name is not joined by the newer
+    # The newer name is not added to the older.
+    if values.pop("torch_dtype", None) and "torch_dtype" in config:
         del values["dtype"]
     return {**config, **values}
 

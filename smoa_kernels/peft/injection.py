@@ -56,9 +56,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     snapshots: dict[str, Snapshot]  # of the model before each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self.snapshots = {}  # first, because PEFT's constructor injects
-        super().__init__(*args, **kwargs)
+        if hasattr(model, "peft_config"):  # PEFT would write into the configurations of another tuner
+            self.peft_config = dict(model.peft_config)
+        super().__init__(model, *args, **kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -77,15 +79,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             TypeError, ValueError: `adapter_name` cannot name a folder, or the configuration does not fit the model.
         """
         is_new = not layers_with(model, adapter_name)
-        config, before = self.peft_config[adapter_name], Snapshot(model)
-        if config.is_from_file and is_new:
-            self.snapshots[adapter_name] = before  # kept until the weights were checked
+        config = self.peft_config[adapter_name]
+        before = Snapshot(model, config)
         try:
             if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
                 # The name is part of the parameters' names, and of the folder that the adapter is saved in.
-                raise ValueError(
-                    f"adapter_name must be a name without dots and slashes, got {adapter_name!r}"
-                )
+                raise ValueError(f"adapter_name must be a name without dots or slashes, got {adapter_name!r}")
             self._experts, excluded = find_targets(model, config)
             with warnings.catch_warnings():
                 # PEFT checks only two of the patterns, against names of modules but not of parameters.
@@ -103,8 +102,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         except BaseException:  # Ctrl-C too: sorting a large model takes minutes
             if is_new:
                 before.restore(adapter_name)
-                self.peft_config.pop(adapter_name, None)
             raise
+        if config.is_from_file and is_new:
+            self.snapshots[adapter_name] = before  # kept until the weights were checked
         for pattern, keys in config.unmatched_patterns(list(injected)).items():
             warnings.warn(
                 f"The following {pattern} keys did not match any targeted module and were ignored: {keys}.",
