@@ -15,10 +15,9 @@ from .backends import eager, load_backend, resolve_backend
 from .checks import check_kind
 from .definition.arguments import check_input
 from .definition.block_rule import BlockRule
-from .definition.lora_rate import alpha_for_lora_rate
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
-from .definition.ranks import trainable_parameters
+from .definition.ranks import alpha_for_lora_rate, trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.thresholds import WHOLE
 from .functional import smoa_linear
