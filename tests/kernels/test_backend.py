@@ -51,7 +51,7 @@ def test_the_weight_that_is_merged_is_multiplied_in_ieee() -> None:
     found = []
     for precision in ("tf32", "fp32"):
         with multiplied_in(precision):
-            found.append(triton_backend.modulated_weight(make_problem().adapter()))
+            found.append(triton_backend.modulated_weight(make_problem(dtype=torch.float32).adapter()))
     assert torch.equal(*found)
 
 
