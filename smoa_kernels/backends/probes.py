@@ -27,18 +27,11 @@ _OUTLIER = 4
 
 
 def probe(adapter: Any, tensors: Sequence[Tensor | None], tokens: int) -> tuple[Any, ...]:
-    """Operands of a few tokens in a call's layout, whose numbers are random and always the same.
+    """Operands of about so many tokens in a call's layout, whose numbers are random and always the same.
 
     W0 is the call's, unless it has only zeros, or numbers that are not finite. Every second block has half the rank,
-    and of experts the first has `tokens` pairs, the others none and one in turn.
-
-    Args:
-        adapter: a `PackedAdapter` or an `ExpertsAdapter`.
-        tensors: the call's others. Activations have two dimensions; `ends` of experts comes last.
-        tokens: how many, about; 0 if the call has no activations.
-
-    Returns:
-        The number of tokens, which is no size of W0, the adapter, and the others.
+    and of experts the first has `tokens` pairs, the others none and one in turn. Of `tensors`, activations have two
+    dimensions, and `ends` comes last. Returns the number of tokens, no size of W0, then the adapter and the tensors.
     """
     weight, rho = adapter.weight, adapter.A.shape[-2]
     like = partial(_like, torch.Generator(weight.device).manual_seed(0))

@@ -1,16 +1,14 @@
 """Backend "triton" as the package uses it: torch's operators replace a kernel that is wrong or does not run.
 
-Triton has compiled correct kernels wrongly before, and no version is known to be free of that. So a compiled kernel
-runs only after it was compared. It is known by Triton's own hash: of its source, constants and options, of the
-compiler, and of what Triton specialises by itself (a size or stride that is 1 or that 16 divides, aligned pointers).
-
-A call that is about to launch a new one first computes a probe, by the kernels and by the eager backend: the user's
-W0, random x, dY, bias, A and B in the same layout, and a few tokens: two of the largest tiles and a tail. Launch
-parameters are chosen as for the call (`table.chosen_for`), and no kernel's control flow depends on these numbers: the
-probe launches what the call launches. If it does not, a probe of as many tokens as the call has follows.
+Triton has compiled correct kernels wrongly before, so a compiled kernel runs only after it was compared. It is known by
+Triton's hash: of its source, constants and options, of the compiler, and of what Triton specialises by itself (sizes
+and strides that are 1 or that 16 divides, aligned pointers). A call that is about to launch a new one first computes a
+probe, by the kernels and by eager: the user's W0, random x, dY, bias, A and B in the same layout, two of the largest
+tiles of tokens and a tail. Launch parameters are chosen as for the call (`table.chosen_for`), and no kernel's control
+flow depends on the random numbers, so the probe launches what the call launches. If not, one of all tokens follows.
 
 A finished comparison is kept in the tuning table's file, by the first process of a job. Another failure, such as a
-missing C compiler, holds for the process; a lack of memory for one call. While a CUDA graph is captured nothing can be
+missing C compiler, holds for the process; a lack of memory for the call. While a CUDA graph is captured nothing can be
 compared or loaded: eager computes what did not run before, for experts as in `experts_masked.py`. `SMOA_VERIFY=0` turns
 verification off.
 """
@@ -186,11 +184,9 @@ def _compare(known: Verdicts, run: Run, allowed: float, tokens: int, rows: int, 
 
 
 class Verdicts:
-    """Verdicts on the kernels that were compared on a GPU, kept in its tuning table's file.
+    """Verdicts on the kernels that were compared on a GPU, kept in its tuning table's file, for one set of `versions`.
 
     Attributes:
-        gpu: the driver's name of it.
-        versions: of Triton, ptxas and the kernels' source.
         kernels: for each, by its name and Triton's hash, why it is refused; empty if it is verified.
         ran: those that this process launched.
         withheld: why calls do not try the kernels in this process.

@@ -118,7 +118,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
 def warned(run: Callable[[], Result]) -> tuple[Result, list[str]]:
     """What a call returns, and its warnings."""
     with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")  # NumPy's, in the interpreter of Triton 3.6
+        warnings.simplefilter("always", UserWarning)
         result = run()
     return result, [str(warning.message) for warning in found]
 
@@ -133,15 +134,16 @@ def one_in_a_thousand(out: Tensor) -> None:
     flat[::1000] += 2 * out.float().square().mean().sqrt().to(out.dtype)
 
 
-@pytest.mark.parametrize("case", [DROPOUT, FUSED], ids=str)
-def test_right_kernels_are_compared_once(case: Case, file: Path, gpu: Gpu) -> None:
-    p = case.problem(**SIZES)
-    assert_within_budget(p.run(**case.options), case, p)
+def test_right_kernels_are_compared_once(file: Path, gpu: Gpu) -> None:
+    p = FUSED.problem(**SIZES)
+    assert_within_budget(p.run(**FUSED.options), FUSED, p)
+    p.forward(**DROPOUT.options)
     assert set(kept(file)) == set(gpu.probes) == set(gpu.users)
     assert set(kept(file).values()) == {""}
     gpu.probes.clear()
     start_anew()  # another process, with another number of tokens
-    replace(p, x=p.x[:19]).forward(**case.options)
+    for case in (FUSED, DROPOUT):
+        replace(p, x=p.x[:19]).forward(**case.options)
     assert gpu.probes == []
 
 
@@ -163,9 +165,10 @@ def test_no_gradient_of_the_user_makes_a_right_kernel_wrong(
 ) -> None:
     """dX of few rows, or of equal rows, cancels."""
     sequences, loss = GRADIENTS[gradient]
-    p = make_problem(dtype=dtype, **SIZES | {"tokens": 130, "out_features": 256}).leaves("x")
-    p = replace(p, x=p.x.detach().view(sequences, -1, p.x.shape[1]).requires_grad_())
-    loss(p.forward(**MERGED.options)).backward()
+    adapter = make_problem(dtype=dtype, out_features=128, in_features=256, ranks=(3, 2)).adapter()
+    y = torch.randn(sequences, 66 // sequences, 128, dtype=dtype).requires_grad_()
+    (dy,) = torch.autograd.grad(loss(y), y)
+    verified.backward(dy.flatten(0, 1), None, adapter, None, needs_x=True)
     assert gpu.names() == {"modulated_weight_kernel"}
 
 
@@ -206,7 +209,7 @@ def test_a_planted_fault_is_refused(
     kernel = "modulated_weight_kernel" if module is modulate else "fused_linear_kernel"
     monkeypatch.setattr(module, kernel, getattr(planted, kernel))
     case = replace(MERGED if module is modulate else FUSED, dtype=PRECISIONS[precision].dtype)
-    p = case.problem(tokens=16, out_features=16, in_features=140, ranks=(3, 2))
+    p = case.problem(tokens=16, out_features=16, in_features=140 if module is modulate else 40, ranks=(3, 2))
     with multiplied_in(precision):
         y, (told,) = warned(lambda: p.forward(**case.options))
     torch.testing.assert_close(y, p.run_reference()[0], rtol=2**-6, atol=2**-6)
@@ -243,13 +246,11 @@ def test_what_is_compared_was_launched_like_later_calls(gpu: Gpu) -> None:
     assert ROUNDING in told
 
 
-@pytest.mark.parametrize("fault", ["a sign of y", "a sign of dA"])
-def test_experts(fault: str, gpu: Gpu) -> None:
-    name = {"a sign of y": "grouped_linear_kernel", "a sign of dA": "grouped_grad_kernel"}[fault]
-    gpu.name, gpu.spoil = name, lambda out: out[..., 0].neg_()
-    e = make_experts(dtype=torch.float32, pairs=(3, 0, 4, 7), blocks="contiguous")
+def test_experts(gpu: Gpu) -> None:
+    gpu.name, gpu.spoil = "grouped_linear_kernel", lambda out: out[..., 0].neg_()
+    e = make_experts(dtype=torch.float32, pairs=(3, 0, 4, 7), rows=16, cols=24, blocks="contiguous")
     found, told = warned(lambda: e.operator("triton"))
-    assert [name in message for message in told] == [True] * (1 + (fault == "a sign of y"))  # y, and then dX
+    assert [gpu.name in message for message in told] == [True, True]  # y, and then dX
     e.assert_within_budget(found)
 
 
@@ -457,7 +458,7 @@ def test_experts_that_were_not_verified_are_captured_without_waiting(
     blocks: str, refused: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu.name, gpu.spoil = "grouped_linear_kernel" if refused else "", lambda out: out.fill_(torch.nan)
-    e = make_experts(dtype=torch.float32, pairs=(3, 0, 4, 7), blocks=blocks)
+    e = make_experts(dtype=torch.float32, pairs=(3, 0, 4, 7), rows=16, cols=24, blocks=blocks)
     if refused:
         warned(lambda: e.operator("triton"))
         gpu.users.clear()
