@@ -56,7 +56,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     snapshots: dict[str, Snapshot]  # of the model before each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.snapshots = {}  # first, because PEFT's constructor injects
         if hasattr(model, "peft_config"):  # PEFT would write into the configurations of another tuner
             self.peft_config = dict(model.peft_config)
