@@ -288,6 +288,11 @@ class BlockPartition:
         """Where the labels live."""
         return self.row_block.device
 
+    @property
+    def is_even(self) -> bool:
+        """Whether blocks are slices of one size, which a matrix of W0's shape holds as a batch."""
+        return self.is_contiguous and len(set(self.row_sizes)) == len(set(self.col_sizes)) == 1
+
     def rows(self, block: int) -> Tensor:
         """Rows of one block, in the order of `row_order`."""
         return torch.split(self.row_order, list(self.row_sizes))[block]

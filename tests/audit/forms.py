@@ -40,7 +40,7 @@ class Audited:
 # says of an index that was loaded as int64, because its buffer loads do not carry that. So what lies at such indices is
 # loaded one number at a time; with AMDGCN_USE_BUFFER_OPS=0 it is loaded 128 bits wide (compiled, Triton 3.6).
 _FORGOTTEN = "at a loaded index, by a Triton that forgets its alignment"
-_OLD_ON_AMD = {"block_matmul": ("x_ptr",), "block_grad": ("x_ptr", "dy_ptr")}
+_OLD_ON_AMD: dict[str, tuple[str, ...]] = {"contract": ("w_ptr",)}
 
 
 def narrow_pointers(kernel: str, form: str, arch: Architecture) -> dict[str, str]:
@@ -72,11 +72,14 @@ AUDITED: dict[str, Audited] = {
         ),
         {"x_ptr": "gathered by columns"},
     ),
-    "block_matmul": Audited("matmul", ("as stored", "transposed", "granules", "transposed granules")),
     "fused_linear": Audited(
         "matmul", ("r16", "r16 transposed", "r4", "r4 transposed", "r64 fp32 factors"), FACTOR_TILES
     ),
-    "block_grad": Audited("matmul", ("r16", "r64 fp32 factors", "r16 granules", "r16 granules dropout")),
+    "contract": Audited(
+        "copy",
+        ("r16", "r64 fp32 factors", "r16 granules"),
+        {**FACTOR_TILES, "w_ptr": "gathered by rows and columns of W0"},
+    ),
     "grouped_linear": Audited(
         "matmul",
         _WHOLE_GRANULES,
