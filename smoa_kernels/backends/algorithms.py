@@ -10,8 +10,8 @@ FUSED_MAX_RANK = 64
 FUSED_MAX_RANK_IEEE = 16  # float32 products in IEEE hold their whole depth in registers
 
 
-def choose_algorithm(tokens: int, rank: int, dtype: str, arch: str, slices: int = 1) -> str:
-    """Choose "fused" for few tokens, "split" for some more where blocks are slices, else "merged", for y and dX alike.
+def choose_algorithm(tokens: int, rank: int, dtype: str, arch: str) -> str:
+    """Choose "fused" for few tokens, else "merged", for y and dX alike.
 
     With few tokens reading W0 takes most of the time; "fused" reads it once and builds no weight. But it multiplies
     twice per element and slower than a GEMM, so with more tokens a GEMM is faster. The limit is
@@ -20,20 +20,17 @@ def choose_algorithm(tokens: int, rank: int, dtype: str, arch: str, slices: int 
     TF32, and at about the limit in IEEE float32 without tensor cores (tests/test_roofline.py). On a B200 the kernel's
     instructions are the limit before its products are, and `fused_tokens` is a quarter of the others'.
 
-    "merged" writes a W_eff as large as W0, "split" a ΔW of 1/K of it, and multiplies 1/K more. Where nothing is
-    gathered, split is predicted to be faster up to `Architecture.split_tokens` tokens for each block, an eighth of that
-    in IEEE float32. None of this is measured: `smoa-kernels tune` measures.
+    For some tokens more, contiguous blocks may be faster by "split", which writes 1/K of W_eff and multiplies 1/K more:
+    up to 128·K by the roofline, in a CUDA graph. Outside of one the host's launches count, of which it has one more.
+    Only a tuning table chooses it. None of this is measured: `smoa-kernels tune` measures.
 
     Args:
         tokens: T.
         rank: ρ, for "fused" at most 64, or 16 in IEEE float32.
         dtype: that the GEMM multiplies, one of `precision.KERNEL_PRECISIONS`.
         arch: as the compiler spells it.
-        slices: K where blocks are slices of one size, else 1.
     """
-    precision, limits = PRECISIONS[dtype], facts(arch)
-    few = limits.fused_tokens * 2 // precision.dtype.itemsize // (2 if precision.ieee else 1)
-    if tokens <= few and rank <= (FUSED_MAX_RANK_IEEE if precision.ieee else FUSED_MAX_RANK):
-        return "fused"
-    some = limits.split_tokens * slices // (8 if precision.ieee else 1)
-    return "split" if slices > 1 and tokens <= some else "merged"
+    precision = PRECISIONS[dtype]
+    limit = facts(arch).fused_tokens * 2 // precision.dtype.itemsize // (2 if precision.ieee else 1)
+    most = FUSED_MAX_RANK_IEEE if precision.ieee else FUSED_MAX_RANK
+    return "fused" if tokens <= limit and rank <= most else "merged"

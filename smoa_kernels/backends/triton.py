@@ -175,5 +175,4 @@ def _choose(stage: str, layout: Layout, tokens: int, in_place: bool) -> str:
     measured = table.fastest(key, layout.device, ALGORITHM_KEYS[stage])
     if isinstance(measured, str):
         return measured
-    blocks = layout.num_blocks if in_place else 1
-    return choose_algorithm(tokens, layout.rank, name, architecture(layout.device), blocks)
+    return choose_algorithm(tokens, layout.rank, name, architecture(layout.device))

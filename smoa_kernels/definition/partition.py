@@ -302,10 +302,7 @@ class BlockPartition:
         return torch.split(self.col_order, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
-        """Partition of `weight[row_slice, col_slice]`, with the labels of those rows and columns.
-
-        Blocks may become empty.
-        """
+        """Partition of `weight[row_slice, col_slice]` by the labels of its rows and columns; blocks may get empty."""
         return BlockPartition.from_labels(
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
         )

@@ -32,7 +32,6 @@ class Architecture:
         shared_per_block: bytes of shared memory that one block may take.
         warp_size: threads per warp.
         fused_tokens: the most tokens of a half type for which `fused_linear` runs (`backends/algorithms.py`).
-        split_tokens: the most tokens for each block that is a slice for which "split" runs (the same).
         same: names of architectures that are not audited and have at least these limits.
     """
 
@@ -41,7 +40,6 @@ class Architecture:
     shared_per_block: int
     warp_size: int = 32
     fused_tokens: int = 64
-    split_tokens: int = 128
     same: tuple[str, ...] = ()
 
     @property

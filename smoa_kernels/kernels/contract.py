@@ -170,7 +170,10 @@ _SHIPPED = (
     Config(block_n=32, block_c=128, block_d=32, num_warps=4),
 )
 # IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
-_SHIPPED_IEEE = (Config(block_n=32, block_c=128, block_d=32, num_warps=4),)
+_SHIPPED_IEEE = (
+    Config(block_n=32, block_c=128, block_d=32, num_warps=4),
+    Config(block_n=16, block_c=128, block_d=32, num_warps=4),
+)
 
 
 def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:

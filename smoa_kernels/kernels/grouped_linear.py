@@ -182,7 +182,7 @@ def grouped_linear_kernel(
             x_ptrs = x_rows[None, :] + cols[:, None]
             x = tl.load(x_ptrs, mask=pair_valid[None, :] & col_valid[:, None], other=0.0)
             if W_TRANSPOSED and w.dtype == tl.float32:
-                # This keeps the values and takes W0 through registers, as in block_matmul, to keep its copy 16 bytes
+                # This keeps the values and takes W0 through registers, to keep its copy 16 bytes
                 # wide. With the hints of `coordinates` alone it is 4 bytes on sm_90 (Triton 3.6, 3.9) and sm_100 (3.9).
                 w = tl.where(row_valid[:, None], w, 0.0)
             acc = dot(w, x, acc, INPUT_PRECISION)

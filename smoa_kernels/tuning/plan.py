@@ -138,8 +138,7 @@ def check_layer(layer: Problem) -> None:
 def candidates(key: Key, arch: str, multiprocessors: int) -> tuple[Choice, ...]:
     """Every algorithm, or a kernel's shipped configurations that divide the layout; first what runs without a table."""
     if key.kernel in ALGORITHM_KEYS:
-        slices = key.blocks if key.granule > 1 else 1
-        default: Choice = choose_algorithm(key.tokens, key.rank, key.dtype, arch, slices)
+        default: Choice = choose_algorithm(key.tokens, key.rank, key.dtype, arch)
         return tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel])))
     kernel = kernels.KERNELS[key.kernel]
     ships = kernel.shipped(facts(arch), PRECISIONS[key.dtype])
