@@ -224,7 +224,7 @@ def adapter(
     weight: torch.dtype = torch.bfloat16,
     blocks: int = BLOCKS,
 ) -> PackedAdapter:
-    """A layer's operands without data, in torch's `FakeTensorMode`: blocks of one size, contiguous ones if granules are."""
+    """A layer's operands without data, in torch's `FakeTensorMode`: blocks of one size; of granules, contiguous."""
     rho = RANK // blocks
 
     def empty(*shape: int, dtype: torch.dtype = weight) -> torch.Tensor:

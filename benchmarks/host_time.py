@@ -3,9 +3,10 @@
     python -m benchmarks.host_time
 
 It runs on a CPU with a pretended GPU (fake_gpu.py), so CUDA's own share of a launch and of torch's operators is
-missing. The layer is so small that its products take little time. The algorithm is that for many tokens, merged. Rows are measured in turns, many calls of each in a round. The table shows the thread's own
-time: the median of a round's calls, in the calmest round, because other programs share this machine's caches.
-nn.Linear computes three products on the CPU, SMoA the same and a batched one.
+missing. The layer is so small that its products take little time. The algorithm is that for many tokens, merged. Rows
+are measured in turns, many calls of each in a round. The table shows the thread's own time: the median of a round's
+calls, in the calmest round, because other programs share this machine's caches. nn.Linear computes three products on
+the CPU, SMoA the same and a batched one.
 """
 
 from __future__ import annotations

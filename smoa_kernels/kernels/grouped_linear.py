@@ -321,15 +321,15 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     return _GATHERED_OLD if OLD_TRITON and not arch.has_wide_tensor_cores else _GATHERED
 
 
-def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
+def _choose(shipped: Sequence[Config], key: Key, multiprocessors: int) -> Config:
     """Choose the widest tile of which an expert has two on average: its last tile is half empty.
 
     A tile of 256 pairs takes 16 ranks at a time and reads x again for the next 16. It needs base and adapter in one
     launch.
     """
     if key.rank > FEW_RANKS or key.granule == 1:
-        fitting = [config for config in fitting if config.block_t <= MOST_PAIRS]
-    return next((config for config in fitting if 2 * config.block_t <= key.tokens), fitting[-1])
+        shipped = [config for config in shipped if config.block_t <= MOST_PAIRS]
+    return next((config for config in shipped if 2 * config.block_t <= key.tokens), shipped[-1])
 
 
 GROUPED_LINEAR = Kernel(

@@ -141,16 +141,14 @@ class Kernel:
         name: in tuning tables.
         fn: the `@triton.jit` function.
         shipped: the configurations that ship for an architecture and a precision, largest tile first.
-        fits: whether a configuration can run a key.
-        choose: picks the configuration if nothing was measured, from those that fit, the key and the device's number
+        choose: picks the configuration if nothing was measured, from those that ship, the key and the device's number
             of multiprocessors.
     """
 
     name: str
     fn: Any
     shipped: Callable[[Architecture, Precision], tuple[Config, ...]]
-    fits: Callable[[Config, Key], bool] = lambda config, key: True
-    choose: Callable[[Sequence[Config], Key, int], Config] = lambda fitting, key, multiprocessors: fitting[0]
+    choose: Callable[[Sequence[Config], Key, int], Config] = lambda shipped, key, multiprocessors: shipped[0]
 
     def default(self, key: Key, arch: str, multiprocessors: int) -> Config:
         """Choose launch parameters without measurements. The result is always a configuration that the audit compiles.
@@ -160,6 +158,4 @@ class Kernel:
             arch: as the compiler spells it, for example "sm_90".
             multiprocessors: of the device.
         """
-        configs = self.shipped(facts(arch), PRECISIONS[key.dtype])
-        fitting = [config for config in configs if self.fits(config, key)]
-        return self.choose(fitting, key, multiprocessors) if fitting else configs[-1]
+        return self.choose(self.shipped(facts(arch), PRECISIONS[key.dtype]), key, multiprocessors)

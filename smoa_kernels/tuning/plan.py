@@ -136,14 +136,14 @@ def check_layer(layer: Problem) -> None:
 
 
 def candidates(key: Key, arch: str, multiprocessors: int) -> tuple[Choice, ...]:
-    """Every algorithm, or a kernel's shipped configurations that divide the layout; first what runs without a table."""
+    """Every algorithm, or a kernel's shipped configurations; first what runs without a table."""
     if key.kernel in ALGORITHM_KEYS:
         default: Choice = choose_algorithm(key.tokens, key.rank, key.dtype, arch)
         return tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel])))
     kernel = kernels.KERNELS[key.kernel]
     ships = kernel.shipped(facts(arch), PRECISIONS[key.dtype])
     default = kernel.default(key, arch, multiprocessors)
-    return tuple(dict.fromkeys((default, *(c for c in ships if kernel.fits(c, key)))))
+    return tuple(dict.fromkeys((default, *ships)))
 
 
 # Names for readers, on the command line and on a bring-up's page

@@ -88,7 +88,7 @@ class Problem:
     def in_place(self) -> bool:
         """Whether x and dY are multiplied where they lie: blocks are slices of one size."""
         (rows, short), (cols, narrow) = (divmod(n, self.num_blocks) for n in self.features)
-        return self.num_blocks == 1 or (not short and not narrow and self.granule == math.gcd(rows, cols))
+        return self.num_blocks == 1 or (not short and not narrow and 1 < self.granule == math.gcd(rows, cols))
 
     @property
     def partial_bytes(self) -> int:

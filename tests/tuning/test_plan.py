@@ -43,7 +43,6 @@ def test_every_answer_ships(arch: str, dtype: str) -> None:
         key = Key(kernel.name, dtype, rank, blocks, n, c, bucket(tokens), *widths)
         config = kernel.default(key, arch, processors)
         assert config in kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype]), key
-        assert kernel.fits(config, key), key
 
 
 @pytest.mark.parametrize("arch", ["cpu", "sm_87", "sm_103", "sm_121", "gfx950"])
