@@ -24,16 +24,24 @@ CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter
 EMULATED ?= sm_80 sm_90
 emulated = for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pytest -n 2 --dist worksteal $(1) $(ARGS) || exit 1; done
 
+# Tests of CPU code.
+NATIVE_TESTS := $(addprefix tests/test_,bf16.py parts.py native.py native_operands.py experts.py contract.py derivatives.py)
+
 # CPU code compiled for each of these, its instructions emulated (tests/cpu_emulator). Tests that start processes are left out; without
 # --capture=sys pytest would keep what the emulator says when it stops the program.
 CPUS ?= avx512 avx512bf16 amx
 emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest --capture=sys -m "not slow" $(2) $(ARGS) || exit 1; done
 
+# CPU code under gcc's sanitizers (tests/sanitized.py), for this processor and for AVX2. Tests that start processes are left out.
+sanitized = for limit in SANITIZED=1 ATEN_CPU_CAPABILITY=avx2; do env SANITIZED=1 $$limit CC=gcc OMP_NUM_THREADS=1 \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/python -m pytest --capture=sys -m "not slow" $(1) $(ARGS) || exit 1; done
+
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune finetune-moe main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
-        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-oldest emulate emulate-smoke emulate-cpu emulate-cpu-smoke clean
+        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-oldest emulate emulate-smoke emulate-cpu emulate-cpu-smoke sanitize sanitize-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -254,10 +262,16 @@ emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
 
 emulate-cpu: $(BIN)/.dev ## run compiled code for AVX-512, AVX512-BF16 and AMX on any x86 processor, its instructions emulated; needs a C compiler (5 min)
-	$(call emulated_cpu,$(CPUS),-n 2 $(addprefix tests/test_,bf16.py parts.py native.py native_operands.py experts.py contract.py derivatives.py))
+	$(call emulated_cpu,$(CPUS),-n 2 $(NATIVE_TESTS))
 
 emulate-cpu-smoke: $(BIN)/.dev ## some of it
 	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_parts.py tests/test_native.py -k "bf16 or parts or tiles or the_mask")
+
+sanitize: $(BIN)/.dev ## run compiled code under AddressSanitizer and UndefinedBehaviorSanitizer; needs gcc
+	$(call sanitized,$(NATIVE_TESTS))
+
+sanitize-smoke: $(BIN)/.dev ## some of it
+	$(call sanitized,tests/test_native.py -k "every_shape and 23x41")
 
 clean: ## remove the virtual environments and caches
 	rm -rf $(VENV) $(VENV)-data $(OLDEST) $(DEEPSPEED) $(VLLM) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +49,28 @@ def digest_of(sources: list[Path]) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 
-def compile_library(into: Path) -> list[Path]:
-    """Compile every variant into a folder; none where there is no compiler, nor those that it fails at."""
+def compile_library(into: Path, *options: str) -> list[Path]:
+    """Compile every variant into a folder, also by `options`; none without a compiler, nor those that it fails at."""
     cc, made = compiler(), []
     if cc is None:
         return []
     digest = digest_of(sorted(FOLDER.glob("*.[ch]")))
     for name, flags in VARIANTS.items():
         library = into / f"linear_{name.lower()}.so"
-        command = [*cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', str(SOURCE)]
-        # Under another name first: a process may have the old one loaded, or look for it now.
-        unfinished = library.with_suffix(f".{os.getpid()}")
-        try:
-            subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", error)
-            print(
-                f"backends/native is left out for {name}, {shlex.join(cc)} failed: {reason}",
-                file=sys.stderr,
-            )
-            continue
-        unfinished.replace(library)
+        command = [*cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', *options, str(SOURCE)]
+        # In a folder of its own first: a process may have the old one loaded, or look for it now.
+        with tempfile.TemporaryDirectory(dir=into) as own:
+            unfinished = Path(own, library.name)
+            try:
+                subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = getattr(error, "stderr", error)
+                print(
+                    f"backends/native is left out for {name}, {shlex.join(cc)} failed: {reason}",
+                    file=sys.stderr,
+                )
+                continue
+            unfinished.replace(library)
         made.append(library)
     return made
 

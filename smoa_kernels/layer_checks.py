@@ -1,16 +1,18 @@
 """Checks of a `FusedSMoALinear` before it changes anything: of its settings, the layer it adapts, a state dict.
 
 torch copies the tensors of a state dict that fit and then reports the rest. Here nothing is copied unless all fit.
+At the end: what torch's own encoder, which may read a layer's weight in place of calling it, needs of an adapted layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES
@@ -93,6 +95,11 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
         raise TypeError(
             "linear must be without an adapter, got a FusedSMoALinear, whose adapter would be lost"
         )
+    if kind is NonDynamicallyQuantizableLinear:
+        raise TypeError(
+            "linear must be a layer that is called, got the out_proj of an nn.MultiheadAttention, which reads its "
+            "weight"
+        )
     if not conv1d and kind.forward is not nn.Linear.forward:
         raise TypeError(
             f"linear must have the forward of nn.Linear, got {kind.__name__} with a forward of its own; "
@@ -166,3 +173,22 @@ def partition_in(
             f"got {ranks.tolist()}; build the layer with r={int(ranks.sum())} and those block_ranks"
         )
     return BlockPartition.from_labels(rows, cols, num_blocks)
+
+
+def call_always(layer: nn.Module) -> None:
+    """Keep an `nn.TransformerEncoderLayer` around `layer` off its fast path, which reads the weights in it.
+
+    It takes that path in evaluation, unless a module in it has a hook. Pickle finds this hook by its name.
+    """
+    layer.register_forward_pre_hook(_nothing)
+
+
+def _nothing(module: nn.Module, args: Any) -> None:
+    pass
+
+
+def over_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function of (T, C) to a nested tensor, which `nn.TransformerEncoder` makes of a padded batch."""
+    parts = x.unbind()
+    y = function(torch.cat(parts)).split([len(part) for part in parts])
+    return torch.nested.as_nested_tensor(list(y), layout=x.layout)

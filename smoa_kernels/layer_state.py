@@ -16,14 +16,7 @@ from .definition.partition import BlockPartition, label_dtype
 from .definition.shard import LayerShard
 from .definition.sketch import SKETCH_SIZE, check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
-from .layer_checks import (
-    LABELS,
-    Settings,
-    check_fit,
-    check_keys,
-    check_tensors,
-    partition_in,
-)
+from .layer_checks import LABELS, Settings, call_always, check_fit, check_keys, check_tensors, partition_in
 
 # The buffers that hold the partition, in the order of `BlockPartition.tensors`.
 _PARTITION = tuple(
@@ -39,9 +32,9 @@ class AdapterState(nn.Linear):
     smoa_col_block: Tensor
     smoa_ranks: Tensor
     smoa_sketch: Tensor
-    smoa_scaling: Tensor
+    smoa_scaling: Tensor  # s; never on the meta device
     smoa_row_index: Tensor | None  # None until there are labels, like the other indices and offsets
-    smoa_base_weight: Tensor | None  # W0 while the layer is merged
+    _stored_base: Tensor | None = None  # W0 while the layer is merged, in the CPU's memory
     _shard: LayerShard | None = None  # this process's part, under tensor parallelism
 
     def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
@@ -50,7 +43,6 @@ class AdapterState(nn.Linear):
             self.bias.requires_grad_(False)
         self.r, self.block_ranks = settings.r, settings.ranks
         self.num_blocks, self.block_order, self.granule, self.block_seed = settings.rule
-        self.alpha = float(settings.r if settings.alpha is None else settings.alpha)
         self.dropout, self.strict_base = settings.dropout, settings.strict_base
         self.algorithm, self.backend = settings.algorithm, settings.backend
         rho, device = max(self.block_ranks), self.weight.device
@@ -61,11 +53,13 @@ class AdapterState(nn.Linear):
         self.register_buffer("smoa_col_block", torch.zeros(self.in_features, dtype=dtype, device=device))
         self.register_buffer("smoa_ranks", torch.tensor(self.block_ranks, dtype=torch.int32, device=device))
         self.register_buffer("smoa_sketch", torch.zeros(SKETCH_SIZE, device=device))
-        self.register_buffer("smoa_scaling", scaling_tensor(self.alpha / self.r, device), persistent=False)
-        self.register_buffer("smoa_base_weight", None, persistent=False)
+        s = (self.r if settings.alpha is None else settings.alpha) / self.r
+        self.register_buffer("smoa_scaling", scaling_tensor(s, torch.device("cpu")))
+        self._place_scaling(self.smoa_scaling)
         for name in ("row_index", "col_index", "row_offsets", "col_offsets"):
             self.register_buffer(f"smoa_{name}", None, persistent=False)
         self._sizes: list[int] = []
+        call_always(self)
         if not self.weight.is_meta:
             self._set_base(partition)
             self.reset_adapter()
@@ -108,7 +102,7 @@ class AdapterState(nn.Linear):
             TypeError, ValueError: the assigned value is not a finite number.
             RuntimeError: assigned while the layer is merged or on the meta device.
         """
-        return self.alpha / self.r if self.smoa_scaling.is_meta else float(self.smoa_scaling)
+        return float(self.smoa_scaling)
 
     @scaling.setter
     def scaling(self, value: float) -> None:
@@ -118,9 +112,19 @@ class AdapterState(nn.Linear):
         self.smoa_scaling.fill_(value)
 
     @property
+    def alpha(self) -> float:
+        """s · r. Assigning it assigns `scaling`, with the same errors."""
+        return self.scaling * self.r
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        check_finite("alpha", value)
+        self.scaling = value / self.r
+
+    @property
     def merged(self) -> bool:
         """Whether `weight` holds W_eff, the base weight with the update."""
-        return self._buffers["smoa_base_weight"] is not None
+        return self._stored_base is not None
 
     def reset_parameters(self) -> None:
         """Draw a new base layer, as `nn.Linear` does, and a new adapter for it.
@@ -190,17 +194,25 @@ class AdapterState(nn.Linear):
         self.smoa_sketch = sketch_weight(self.weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterState:
-        scaling = self.scaling
+        s = self.smoa_scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        # Restore s, because .half() rounds it with the other buffers.
-        if not self.smoa_scaling.is_meta:
-            self.smoa_scaling = scaling_tensor(scaling, self.smoa_scaling.device)
+        self._place_scaling(s)  # as it was: half() rounds the buffers, to_empty() discards their values
         return self
+
+    def _place_scaling(self, s: Tensor) -> None:
+        device = self.smoa_ranks.device
+        self.smoa_scaling = s if device.type == "meta" else scaling_tensor(s, device)
+
+    @property
+    def _base(self) -> Tensor:
+        """W0, never W_eff."""
+        weight = self.weight.detach()
+        return weight if self._stored_base is None else self._stored_base.to(weight.device, weight.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:  # a state dict always holds W0: with W_eff, loading it would apply the update twice
-            destination[prefix + "weight"] = self.smoa_base_weight
+            destination[prefix + "weight"] = self._base
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -258,8 +270,7 @@ class AdapterState(nn.Linear):
         if has_labels:
             self.partition = partition
             self.block_ranks = tuple(self.smoa_ranks.tolist())
-            if self.smoa_scaling.is_meta:  # it is not in the state dict
-                self.smoa_scaling = scaling_tensor(self.alpha / self.r, self.smoa_ranks.device)
+            self._place_scaling(self.smoa_scaling)
             if "smoa_sketch" not in given and "weight" in given:
                 self.smoa_sketch = sketch_weight(self.weight)
         elif "weight" in given and not error_msgs:

@@ -15,14 +15,13 @@ from .backends import eager, load_backend, resolve_backend
 from .checks import check_kind
 from .definition.arguments import check_input
 from .definition.block_rule import BlockRule
-from .definition.lora_rate import alpha_for_lora_rate
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
-from .definition.ranks import trainable_parameters
+from .definition.ranks import alpha_for_lora_rate, trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.thresholds import WHOLE
 from .functional import smoa_linear
-from .layer_checks import Settings, check_fit, check_linear, linear_parameters
+from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
 
 
@@ -34,9 +33,9 @@ class FusedSMoALinear(AdapterState):
     with a mask that is 1 inside the blocks and a scale s = alpha / r. r is the sum of the blocks' ranks, ρ the largest
     of them. The factors `smoa_A` (ρ, C) and `smoa_B` (N, ρ) train.
 
-    The state dict also holds the block labels, the ranks and a sketch of W0. Loading it therefore computes no spectrum,
-    and warns if the adapter was trained over another base weight. The state dict of a plain `nn.Linear` has no labels:
-    loading it computes new blocks, and warns.
+    The state dict also holds s, the block labels, the ranks and a sketch of W0. Loading it therefore computes no
+    spectrum, and warns if the adapter was trained over another base weight. The state dict of a plain `nn.Linear` has
+    no labels: loading it computes new blocks, and warns.
 
     Args:
         in_features: C, the number of inputs.
@@ -121,7 +120,7 @@ class FusedSMoALinear(AdapterState):
             partition: the blocks of the weight, if they are known; where None, they are computed as `block_order`,
                 `granule` and `block_seed` say.
             use_lora_rate: multiply alpha by 3 K / rms(W0), so that the learning rate and the alpha of a LoRA run fit
-                (docs/choosing.md). The layer's `alpha` is that number; build the layer with it to load a state dict.
+                (docs/choosing.md). The layer's `alpha` is that number.
 
         The other arguments are the constructor's.
 
@@ -164,11 +163,13 @@ class FusedSMoALinear(AdapterState):
         """Apply the layer: (..., in_features) -> (..., out_features), in x's dtype.
 
         Args:
-            x: floating point, with any strides and leading dimensions; it may have no tokens.
+            x: floating point, with any strides and leading dimensions; it may have no tokens, or be nested.
 
         Raises:
             TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does.
         """
+        if getattr(x, "is_nested", False):
+            return over_rows(self.forward, x)
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         A: Tensor = self.smoa_A
@@ -178,18 +179,13 @@ class FusedSMoALinear(AdapterState):
         if shard is not None:
             x, weight, A, B = shard.local(x), shard.weight(weight), shard.local(A), shard.local(B)
             bias = None if bias is None else shard.bias(bias)
-        if buffers["smoa_base_weight"] is not None:
+        if self._stored_base is not None:
             check_input(x, weight)
             y = F.linear(x, weight, bias)
         else:
+            given = x, weight, bias, A, B, self.partition, buffers["smoa_ranks"]
             y = smoa_linear(
-                x,
-                weight,
-                bias,
-                A,
-                B,
-                self.partition,
-                buffers["smoa_ranks"],
+                *given,
                 scaling=buffers["smoa_scaling"],
                 dropout_p=self.dropout if self.training else 0.0,
                 row_offset=0 if shard is None else shard.row_offset,
@@ -213,7 +209,9 @@ class FusedSMoALinear(AdapterState):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Write W_eff into `weight`, so that the layer is as fast as an `nn.Linear`. W0 is kept for :meth:`unmerge`.
+        """Write W_eff into `weight`, so that the layer is as fast as an `nn.Linear`.
+
+        W0 is kept in the CPU's memory for :meth:`unmerge`.
 
         If this is interrupted, `weight` is W0 again, bit for bit. Merging a merged layer warns and changes nothing.
 
@@ -227,7 +225,7 @@ class FusedSMoALinear(AdapterState):
         self._check_whole()
         backend = resolve_backend(self.backend, self.weight.device, self.weight.dtype, self.smoa_A.shape[0])
         weight = self.weight if self._shard is None else self._shard.weight(self.weight)
-        self.smoa_base_weight = self.weight.detach().clone()
+        self._stored_base = self.weight.detach().to("cpu", copy=True)
         try:
             load_backend(backend).modulated_weight(self._packed(), out=weight)
         except BaseException:
@@ -237,11 +235,11 @@ class FusedSMoALinear(AdapterState):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore W0, bit for bit. Unmerging a layer that is not merged warns and changes nothing."""
-        if self.smoa_base_weight is None:
+        if self._stored_base is None:
             warnings.warn("not merged: nothing to do", UserWarning, stacklevel=2)
             return
-        self.weight.copy_(self.smoa_base_weight)
-        self.smoa_base_weight = None
+        self.weight.copy_(self._stored_base)
+        self._stored_base = None
 
     def _check_whole(self) -> None:
         self._check_values()
@@ -250,13 +248,12 @@ class FusedSMoALinear(AdapterState):
 
     def _packed(self) -> PackedAdapter:
         self._check_whole()
-        weight = self.weight if self.smoa_base_weight is None else self.smoa_base_weight
-        weight, A, B = weight.detach(), self.smoa_A.detach(), self.smoa_B.detach()
+        weight, A, B = self._base, self.smoa_A.detach(), self.smoa_B.detach()
         shard, place = self._shard, WHOLE
         if shard is not None:
             weight, A, B, place = shard.weight(weight), shard.local(A), shard.local(B), shard.place
-        given = self.partition, self.smoa_ranks, self.smoa_scaling, self.block_ranks
-        return PackedAdapter(weight, A, B, *given, place)
+        ranks = self.smoa_ranks.contiguous()  # a loaded tensor may have been assigned
+        return PackedAdapter(weight, A, B, self.partition, ranks, self.smoa_scaling, self.block_ranks, place)
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` does, with the adapter's settings."""

@@ -27,6 +27,7 @@ from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
+from .definition.precision import without_autocast
 from .definition.thresholds import Place
 
 _CALL = (
@@ -69,6 +70,8 @@ class LinearCall(NamedTuple):
         weight, A, B, ranks, scaling, seed, *blocks = flat[:_TENSORS]
         block_ranks, block_sizes, place, p, column_offset, backend = flat[_TENSORS:]
         partition = BlockPartition.from_tensors(blocks, block_sizes)
+        # Kernels read the strides of matrices only.
+        ranks = ranks.contiguous()
         adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks, Place(place))
         dropout = None if seed is None else Dropout(seed, p, column_offset)
         return LinearCall(adapter, dropout, backend)
@@ -82,8 +85,9 @@ def _forward(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tens
     # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
     adapter, dropout, backend = LinearCall.unflatten(weight.to(x.dtype), *others)
     check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
-    bias = None if bias is None else bias.to(x.dtype)
-    y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    with without_autocast(x):  # it would round B A to half precision
+        y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
     return _with_leading_dimensions(y, x)
 
 
@@ -91,7 +95,8 @@ def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradie
     weight, *others = flat
     adapter, dropout, backend = LinearCall.unflatten(weight.to(dy.dtype), *others)
     rows = None if x is None else _as_matrix(x)
-    dx, *factors = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
+    with without_autocast(dy):
+        dx, *factors = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
     dx = None if dx is None else _with_leading_dimensions(dx, dy)
     return or_empty((dx, *factors), (dy, adapter.A, adapter.B))
 

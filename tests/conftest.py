@@ -19,6 +19,9 @@ if os.environ.get("PTX_EMULATOR"):  # an architecture: kernels are compiled for 
 elif os.environ.get("CPU_EMULATOR"):  # a processor: code is compiled for it and its instructions are emulated
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     pytest_plugins = ["cpu_emulator.plugin"]
+elif os.environ.get("SANITIZED"):
+    os.environ["TRITON_INTERPRET"] = "1"
+    pytest_plugins = ["sanitized"]
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -37,7 +37,7 @@ from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import table
-from smoa_kernels.kernels.launch import short_way, use_tritons_launcher
+from smoa_kernels.kernels.launch import heard_by, short_way, use_tritons_launcher
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table, answered
 from smoa_kernels.tuning import measure
@@ -247,6 +247,30 @@ def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
     return found
 
 
+def new_forms(gpu: FakeGpu) -> list[list[str]]:
+    """Kernels that are heard of as new in two rounds, and kernels that are launched meanwhile.
+
+    x and dY are aligned, then begin at an odd address, and then are aligned again with another bias.
+    """
+    layer, found = adapter(256, 512, "cuda:0", BF16), []
+    for offset in (0, 1, 0):
+        calls = [call for _, call in passes(layer, 300, offset)]
+        for _ in range(2):
+            heard: list[str] = []
+            gpu.launches.clear()
+
+            def hear(launch: Any, pointers: Any, heard: list[str] = heard) -> None:
+                compiled, before = launch.compiled(pointers), len(gpu.launches)
+                heard.append(f"{compiled.name} {compiled.form}")
+                assert len(gpu.launches) == before
+
+            with heard_by(hear, new=True):
+                for call in calls:
+                    call()
+            found.append([heard, [f"{launch.kernel} {launch.form}" for launch in gpu.launches]])
+    return found
+
+
 FIRST_STEP, OTHERS = 4096, (4000, 3072, 2500)  # tokens of a batch, and of others that are a little shorter
 
 
@@ -282,6 +306,6 @@ def first_step(gpu: FakeGpu) -> dict[str, dict[str, Any]]:
 if __name__ == "__main__":
     pretended = install(devices=2)
     with FakeTensorMode():
-        functions = (devices, forms, remembered, hooks, without_short_way, first_step)
+        functions = (devices, forms, remembered, hooks, new_forms, without_short_way, first_step)
         what = {function.__name__: function for function in functions}[sys.argv[1]]
         print(json.dumps(what(pretended)))

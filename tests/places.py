@@ -86,6 +86,6 @@ def base() -> nn.Sequential:
     return nn.Sequential(nn.Linear(24, 20))
 
 
-def adapted(r: int, **settings: float) -> PeftModel:
+def adapted(r: int, name: str = "default", **settings: float) -> PeftModel:
     config = SMoAConfig(r=r, num_blocks=2, target_modules=["0"], init_weights=False, **settings)
-    return get_peft_model(base(), config)
+    return get_peft_model(base(), config, name)

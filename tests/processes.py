@@ -1,9 +1,13 @@
-"""Groups of processes that stay alive between tests, because starting one costs more than most tests."""
+"""Groups of processes that stay alive between tests, because starting one costs more than most tests.
+
+Processes are forked from one that has imported PEFT.
+"""
 
 from __future__ import annotations
 
 import datetime
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator
@@ -57,8 +61,7 @@ class Processes:
         self._connections, self._processes = [], []
 
     def _start(self) -> None:
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["smoa_kernels.peft", "torch.distributed.checkpoint"])
+        context = _context()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -69,6 +72,20 @@ class Processes:
             theirs.close()
             self._connections.append(ours)
             self._processes.append(process)
+
+
+def killed(function: Callable[..., None], *args: object) -> None:
+    """Calls `function(*args)` in a process of its own, which must end by SIGKILL."""
+    process = _context().Process(target=function, args=args)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _context() -> Any:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["smoa_kernels.peft", "torch.distributed.checkpoint"])
+    return context
 
 
 def _serve(connection: Connection, rank: int, size: int, port: int) -> None:

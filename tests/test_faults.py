@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import obstacle
+from problems import SLOW, obstacle
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from smoa_kernels import FusedSMoALinear, operator
 from smoa_kernels.backends import load_backend, triton_obstacle
-
-pytestmark = pytest.mark.slow
 
 OBSTACLE = triton_obstacle(torch.device("cpu"))
 needs_interpreter = pytest.mark.skipif(OBSTACLE is not None, reason=f"on CPU tensors, {OBSTACLE}")
@@ -129,6 +127,7 @@ LAUNCHERS = [
 ]
 
 
+@SLOW
 @needs_interpreter
 @pytest.mark.parametrize(("name", "algorithm", "dropout", "late"), LAUNCHERS)
 def test_a_kernel_that_raises(name: str, algorithm: str, dropout: float, late: bool) -> None:
@@ -148,6 +147,7 @@ def test_a_kernel_that_raises(name: str, algorithm: str, dropout: float, late: b
     assert calls == [name]
 
 
+@SLOW
 @pytest.mark.parametrize(
     ("backend", "algorithm", "dropout"),
     [
@@ -179,6 +179,7 @@ def test_out_of_memory_at_every_call(backend: str, algorithm: str, dropout: floa
     assert all(memory.expired() or memory.cdata in kept for memory in born)
 
 
+@SLOW
 def test_a_layers_gradients_are_whole_or_absent() -> None:
     """When the first layer's backward fails, the last layer's may be done; `zero_grad` comes before the next step."""
     model = build("eager")

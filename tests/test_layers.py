@@ -79,7 +79,7 @@ def test_state_dict_round_trip_is_bitwise(monkeypatch: pytest.MonkeyPatch) -> No
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
     state = torch.load(buffer, weights_only=True)
-    fresh = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14)
+    fresh = FusedSMoALinear(40, 33, r=7, num_blocks=3)
     forbid_spectra(monkeypatch)
     assert str(fresh.load_state_dict(state)) == "<All keys matched successfully>"
     assert fresh.partition == layer.partition
@@ -115,7 +115,7 @@ def test_adapter_alone_loads_over_the_same_base(monkeypatch: pytest.MonkeyPatch)
     layer = trained()
     base = nn.Linear(40, 33)
     base.load_state_dict({"weight": layer.weight, "bias": layer.bias})
-    fresh = FusedSMoALinear.from_linear(base, r=7, num_blocks=3, alpha=14)
+    fresh = FusedSMoALinear.from_linear(base, r=7, num_blocks=3)
     adapter = {name: value for name, value in layer.state_dict().items() if name.startswith("smoa_")}
     forbid_spectra(monkeypatch)
     with warnings.catch_warnings():
@@ -141,6 +141,27 @@ def test_state_dict_of_a_merged_layer_is_of_its_base() -> None:
     layer.merge()
     for name, value in layer.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_merged_layer_holds_no_second_weight_on_its_device() -> None:
+    layer = trained()
+    state, W0 = layer.state_dict(), layer.weight.clone()
+    layer.merge()
+    held = {name: tensor.shape for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]}
+    layer.half()
+    assert held.keys() - state.keys() == {
+        f"smoa_{side}_{what}" for side in ("row", "col") for what in ("index", "offsets")
+    }
+    assert torch.equal(layer.state_dict()["weight"], W0.half())
+    layer.unmerge()
+    assert torch.equal(layer.weight, W0.half())
+
+
+def test_a_state_dict_without_a_sketch_leaves_no_stale_one() -> None:
+    layer, other = trained(), FusedSMoALinear(40, 33, r=7, num_blocks=3)
+    state = {name: value for name, value in other.state_dict().items() if name != "smoa_sketch"}
+    layer.load_state_dict(state, strict=False)
+    assert torch.equal(layer.smoa_sketch, other.smoa_sketch)
 
 
 def test_another_base_is_noticed() -> None:
@@ -213,15 +234,16 @@ def test_casts_copies_and_pickles() -> None:
 def test_meta_construction_and_materialisation() -> None:
     layer = trained()
     with torch.device("meta"):
-        empty = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14)
+        empty = FusedSMoALinear(40, 33, r=7, num_blocks=3)
     assert empty.smoa_A.is_meta
     loaded = empty.to_empty(device=DEVICE)
     loaded.load_state_dict(layer.state_dict())
     x = torch.randn(5, 40)
     assert torch.equal(loaded(x), layer(x))
     with torch.device("meta"):
-        empty = FusedSMoALinear(40, 33, r=7, num_blocks=3)
+        empty = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14)
     drawn = empty.to_empty(device=DEVICE)
+    assert drawn.scaling == 2
     drawn.reset_parameters()
     torch.testing.assert_close(drawn(x), F.linear(x, drawn.weight, drawn.bias))
     assert not drawn.weight.requires_grad
@@ -234,9 +256,21 @@ def test_scaling_can_be_changed() -> None:
     update = layer(x) - base
     layer.scaling = 1.0
     torch.testing.assert_close(layer(x) - base, update / 2, rtol=1e-3, atol=1e-5)
+    assert layer.alpha == 7
+    layer.alpha = 28
+    assert layer.scaling == 4
+    torch.testing.assert_close(layer(x) - base, update * 2, rtol=1e-3, atol=1e-5)
+
+
+def test_autocast_rounds_no_update_of_a_weight() -> None:
+    layer = trained()
+    expected = layer.delta_weight()
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert torch.equal(layer.delta_weight(), expected)
 
 
 def test_dropout_is_active_in_training_only() -> None:
+    assert not FusedSMoALinear.from_linear(nn.Linear(40, 33).eval()).training
     layer = trained(dropout=0.5)
     x = torch.randn(64, 40)
     layer.eval()
@@ -269,3 +303,19 @@ def test_no_spectrum_is_computed_for_other_orders(order: str, monkeypatch: pytes
     meta = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14, device="meta", **settings)
     meta.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(meta(x), layer(x))
+
+
+@torch.no_grad()
+def test_torchs_encoder_calls_it_in_evaluation() -> None:
+    """Its fast path reads weights. A stack of layers makes a nested tensor of a padded batch."""
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for layer in stack.layers:
+        for name in ("linear1", "linear2"):
+            setattr(layer, name, FusedSMoALinear.from_linear(getattr(layer, name), block_order="contiguous"))
+            nn.init.normal_(getattr(layer, name).smoa_B)
+    found = stack.eval()(x), stack(x, src_key_padding_mask=padding)
+    for layer in stack.layers:
+        layer.linear1.merge()
+        layer.linear2.merge()
+    torch.testing.assert_close(found, (stack(x), stack(x, src_key_padding_mask=padding)))

@@ -3,19 +3,20 @@
 import hashlib
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from places import adapted, base, contents, file_limit, kill_at, python, ran
+from places import adapted, base, contents, file_limit, ran
+from processes import killed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
 from tuning_cases import entry, kept, put
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
-
-SLOW = pytest.mark.slow
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -23,47 +24,81 @@ WEIGHTS = "adapter_model.safetensors"
 # Saving an adapter
 
 
-MOVING = """
-import os, time, places
-from pathlib import Path
-folder, moved, replace = Path({folder!r}), [], os.replace
-def slow(source, place):
-    if Path(place).parent == folder:
-        if len(moved) == {count}:
-            print("moving", flush=True)
-            time.sleep(60)
-        moved.append(place)
-    replace(source, place)
-os.replace = slow
-model = places.adapted(4, smoa_alpha=3.0)
-model.base_model.model[0].smoa_B["default"].data.mul_(2)
-model.save_pretrained({folder!r})
-"""
+def save_until_killed(folder: Path, name: str, count: int) -> None:
+    """Save an adapter; SIGKILL comes when `count` files have been moved into the folder."""
+    moved, replace = [], os.replace
+
+    def move(source: Path, place: Path) -> None:
+        if place.parent in (folder, folder / name):
+            if len(moved) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            moved.append(place)
+        replace(source, place)
+
+    os.replace = move
+    model = adapted(4, name, smoa_alpha=3.0)
+    model.base_model.model[0].smoa_B[name].data.mul_(2)
+    model.save_pretrained(folder)
 
 
-@SLOW
+@pytest.mark.parametrize("name", ["default", "other"])
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_kill_between_the_files_of_an_adapter(count: int, tmp_path: Path) -> None:
-    """Shapes cannot tell the old and new files apart. A mixed pair is refused, and the error names the file to move."""
-    folder = tmp_path / "adapter"
-    adapted(4).save_pretrained(folder)
+def test_kill_between_the_files_of_an_adapter(
+    count: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes cannot tell the old and new files apart. A mixed pair is refused, and the error names the file to move.
+
+    An adapter that is not named "default" has a subfolder of its own.
+    """
+    top = tmp_path / "adapter"
+    folder = top / name if name == "other" else top
+    adapted(4, name).save_pretrained(top)
     before = contents(folder)
-    kill_at(python(MOVING.format(folder=str(folder), count=count)), "moving")
-    after = {name: data for name, data in contents(folder).items() if not name.startswith(".saving-")}
+    killed(save_until_killed, top, name, count)
+    after = {file: data for file, data in contents(folder).items() if not file.startswith(".saving-")}
     assert after.keys() == before.keys()
-    new = sorted(name for name in after if after[name] != before[name])
+    new = sorted(file for file in after if after[file] != before[file])
     assert "adapter_config.json" not in new  # it is moved last
-    (left,) = folder.glob(".saving-*/adapter_config.json")
-    if WEIGHTS in new:
-        with pytest.raises(ValueError, match=f"{folder}/{WEIGHTS} is not .* killed: move {left} here"):
-            PeftModel.from_pretrained(base(), folder)
-    else:
-        assert PeftModel.from_pretrained(base(), folder).peft_config["default"].smoa_alpha is None
+    (left,) = top.glob(".saving-*/**/adapter_config.json")
+    monkeypatch.chdir(folder)
+    for place in (folder, Path()):
+        if WEIGHTS in new:
+            with pytest.raises(ValueError, match=f"{folder}/{WEIGHTS} is not .* killed: move {left} here"):
+                PeftModel.from_pretrained(base(), place)
+        else:
+            assert PeftModel.from_pretrained(base(), place).peft_config["default"].smoa_alpha is None
+    if WEIGHTS not in new:
         os.replace(left.parent / WEIGHTS, folder / WEIGHTS)
     os.replace(left, folder / "adapter_config.json")
     loaded = PeftModel.from_pretrained(base(), folder)
     assert loaded.peft_config["default"].smoa_alpha == 3.0
     assert loaded.base_model.model[0].scaling["default"] == 3.0 / 4
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_files_are_on_the_disk_before_they_are_moved(
+    exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power failure may leave the new names and none of the data."""
+    flushed, moved = set(), []
+    if exists:
+        adapted(2).save_pretrained(tmp_path / "adapter")
+
+    def checked(move: Callable[[Path, Path], object]) -> Callable[[Path, Path], None]:
+        def moving(source: Path, place: Path) -> None:
+            files = {file.stat().st_ino for file in (source, *source.rglob("*")) if file.is_file()}
+            assert files <= flushed
+            moved.append(place.name)
+            move(source, place)
+
+        return moving
+
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.add(os.fstat(file).st_ino))
+    monkeypatch.setattr(os, "replace", checked(os.replace))
+    monkeypatch.setattr(Path, "rename", checked(Path.rename))
+    adapted(4).save_pretrained(tmp_path / "adapter")
+    assert ("adapter" in moved) is not exists
+    assert (WEIGHTS in moved) is exists
 
 
 def test_weights_that_are_not_the_configurations(tmp_path: Path) -> None:
@@ -85,7 +120,6 @@ def test_weights_that_are_not_the_configurations(tmp_path: Path) -> None:
     assert json.loads(config.read_text())["weights_sha256"] == digest
 
 
-@SLOW
 def test_no_room_for_an_adapter(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     adapted(2).save_pretrained(folder)
@@ -101,7 +135,7 @@ def test_no_room_for_an_adapter(tmp_path: Path) -> None:
 # The cache folder
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     cache.write_text("mine")

@@ -1,5 +1,6 @@
 """The compiled code as a library: when it is used, why it may be absent, and how it is compiled."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -91,6 +92,55 @@ def test_a_kept_adapter_follows_its_tensors_and_the_threads(monkeypatch: pytest.
         backend.forward(p.x[:1, :-1], p.bias, adapter, "auto", None)
 
 
+@needs_library
+@pytest.mark.parametrize("change", ["weight", "transposed", "A", "scaling", "threads"])
+def test_a_kept_call_is_made_anew(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data = …` leaves the tensor object as it is; the memory that the call knows is free then."""
+    p = on_cpu(tokens=5, out_features=64, in_features=64, ranks=(4, 8), bias=False)
+    p = replace(p, weight=p.weight.clone(), A=p.A.clone(), scaling=torch.tensor(p.scaling))
+    adapter, asked = p.adapter(), []
+    monkeypatch.setattr(backend, "route", lambda *args, known=backend.route: asked.append(1) or known(*args))
+    backend.forward(p.x, None, adapter, "auto", None)
+    if change == "transposed":
+        adapter.weight.data = adapter.weight.data.T
+    elif change == "scaling":
+        adapter.scaling.mul_(3)
+    elif change != "threads":
+        getattr(adapter, change).data = -2 * getattr(adapter, change).data
+    with on_threads(2 if change == "threads" else torch.get_num_threads()):
+        y = backend.forward(p.x, None, adapter, "auto", None)
+    assert torch.equal(y, backend.forward(p.x, None, replace(adapter), "auto", None))
+    assert len(asked) == 3
+
+
+@needs_library
+def test_two_threads_share_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second thread comes while the first one's call has its operands, and waits for its workspace."""
+    p = on_cpu(tokens=5, ranks=(4, 8))
+    adapter, seconds = p.adapter(), [2 * p.x]
+
+    def workspace(like: torch.Tensor, floats: int) -> torch.Tensor:
+        if len(seconds) == 1:
+            seconds.append(seconds[0])
+            seconds.append(backend.forward(seconds[0], p.bias, adapter, "auto", None))
+        return like.new_empty(floats, dtype=torch.float32)
+
+    expected = [backend.forward(x, p.bias, adapter, "auto", None) for x in (p.x, seconds[0])]
+    monkeypatch.setattr(library, "workspace", workspace)
+    assert torch.equal(backend.forward(p.x, p.bias, adapter, "auto", None), expected[0])
+    assert torch.equal(seconds[2], expected[1])
+
+
+@needs_library
+def test_threads_without_a_runtime_are_no_obstacle_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = library.library()
+    monkeypatch.setattr(library, "_load", lambda: (found, SimpleNamespace(has_threads=0, bf16=1)))
+    with on_threads(2):
+        assert not library.has("bf16")
+    with on_threads(1):
+        assert library.has("bf16")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the compiled code and its sources to damage; :func:`said` reads it."""
@@ -120,13 +170,23 @@ def test_a_library_of_another_source(folder: Path) -> None:
         path.write_text(text)
 
 
-@needs_library
-def test_a_library_whose_structs_have_other_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Longer(library.Call):
-        _fields_: ClassVar = [("another", ctypes.c_int64)]
+class Longer(library.Call):
+    _fields_: ClassVar = [("another", ctypes.c_int64)]
 
-    monkeypatch.setattr(library, "Call", Longer)
-    assert said().endswith("has structs of other sizes than library.py")
+
+@needs_library
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("Call", Longer),
+        ("KINDS", dict(zip(library.KINDS, (0, 2, 1), strict=True))),
+        ("Path", (library.Path.FLOAT, library.Path.FEW, library.Path.TILES)),
+        ("Algorithm", (1, 0)),
+    ],
+)
+def test_a_library_of_other_numbers(name: str, other: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, name, other)
+    assert said().endswith("has other numbers or structs than library.py")
 
 
 @needs_library
@@ -171,6 +231,28 @@ def test_without_a_compiler_nothing_is_made(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("CC", "no such compiler")
     assert hatch_build.compiler() is None
     assert hatch_build.compile_library(tmp_path) == []
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_compiler_leaves_nothing(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them, in containers where their numbers are equal, write to different files meanwhile."""
+    outputs = set()
+
+    def interrupted(command: list[str], **_: object) -> None:
+        outputs.add(command[-1])
+        Path(command[-1]).write_bytes(b"unfinished")
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            assert hatch_build.compile_library(tmp_path) == []
+    assert len(outputs) == (2 if error is KeyboardInterrupt else 2 * len(hatch_build.VARIANTS))
     assert not os.listdir(tmp_path)
 
 

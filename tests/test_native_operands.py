@@ -54,6 +54,35 @@ def test_factors_of_a_dtype_that_it_does_not_read(form: str) -> None:
     assert_within_budget(rounded, replace(case, dtype=torch.bfloat16), cast)
 
 
+@needs_library
+@each_dtype
+@pytest.mark.parametrize("columns", [64, 2048])
+def test_an_x_whose_strides_are_both_one(columns: int, dtype: torch.dtype) -> None:
+    """Windows of a vector. Its strides do not say which way it lies, and under dropout a mask goes along its rows."""
+    case = replace(FORMS["dropout"], dtype=dtype)
+    p = on_cpu(dtype, tokens=33, out_features=40, in_features=columns, ranks=(2, 3), block_order="contiguous")
+    p = replace(p, x=torch.randn(columns + 32).to(dtype).unfold(0, columns, 1))
+    assert p.x.stride() == (1, 1)
+    assert_within_budget(p.run(**case.options), case, p)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["x", "weight", "A", "B", "bias", "dy"])
+def test_an_operand_whose_memory_was_freed(name: str) -> None:
+    """As FSDP frees a weight between its uses. Views of it have addresses all the same."""
+    p = on_cpu(tokens=40)
+    leaves = replace(
+        p.leaves("x", "A", "B"), **{name: torch.cat([getattr(p, name)] * 2)[len(getattr(p, name)) :]}
+    )
+    getattr(leaves, name).untyped_storage().resize_(0)
+    adapter, module = leaves.adapter(), load_backend("native")
+    call = {"dy": lambda: module.backward(leaves.dy, p.x, adapter, None, needs_x=True)}.get(
+        name, lambda: module.forward(leaves.x, leaves.bias, adapter, "auto", None)
+    )
+    with pytest.raises(RuntimeError, match=rf"^{name} \(.*\) has no memory: its storage was freed$"):
+        call()
+
+
 def in_backend(name: str, p: LinearProblem, form: str) -> list[tuple[Tensor, ...] | type]:
     """The results of a backend's `forward` and `backward`, or the types of their errors."""
     dropout = FORMS[form].dropout

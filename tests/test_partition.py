@@ -181,6 +181,7 @@ def test_equality_is_by_labels() -> None:
     assert partition == BlockPartition.from_labels(rows.int(), cols.to(torch.uint8), 2)
     assert partition != BlockPartition.from_labels(rows, cols, 3)
     assert partition != BlockPartition.from_labels(cols, cols, 2)
+    assert partition != BlockPartition.from_labels(rows, rows, 2)
     assert partition != "partition"
     assert partition == partition.T.T
     assert partition.T.shape == (2, 2)

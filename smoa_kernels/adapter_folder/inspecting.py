@@ -101,12 +101,11 @@ def inspect_adapter(
     if base is not None:
         check_path("base", base)
     adapter = read_adapter(Path(folder))
-    found = adapter.layers
     bases = None if base is None else BaseModel(Path(base))
     layers = []
-    for name in found:
-        layers.append(_layer(name, found[name], bases))
-        progress(len(layers), len(found))
+    for name, blocks in adapter.layers.items():
+        layers.append(_layer(name, blocks, bases))
+        progress(len(layers), len(adapter.layers))
     return AdapterReport(
         adapter.config,
         tuple(layers),
@@ -127,9 +126,7 @@ def _layer(name: str, blocks: LayerBlocks, bases: BaseModel | None) -> LayerRepo
         ranks=tuple(ranks),
         parameters=sum(trainable_parameters(one.partition, ranks) for one in experts),
         # Four digits for each of the first four numbers.
-        fingerprint="".join(
-            f"{round(float(number) * 4096) & 0xFFFF:04x}" for number in experts[0].sketch[:4]
-        ),
+        fingerprint="".join(f"{round(float(each) * 4096) & 0xFFFF:04x}" for each in experts[0].sketch[:4]),
         base_distance=None if distances is None else max(distances),
         worst_expert=worst,
     )

@@ -94,9 +94,7 @@ def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
     config = read_json(path)
     method = config.get("peft_type")
     if method not in methods:
-        raise ValueError(
-            f"{path}: it is an adapter of the method {shown(method)}, not {' or '.join(methods)}"
-        )
+        raise ValueError(f"{path} is an adapter of the method {shown(method)}, not {' or '.join(methods)}")
     return config
 
 

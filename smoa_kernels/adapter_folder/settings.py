@@ -24,8 +24,7 @@ from ..checks import (
     shown,
 )
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
-from ..definition.lora_rate import alpha_for_lora_rate
-from ..definition.ranks import resolve_ranks
+from ..definition.ranks import alpha_for_lora_rate, resolve_ranks
 
 # Version of the adapter folder's format. It is raised when older releases cannot read a newer folder. Version 1 was
 # never released.

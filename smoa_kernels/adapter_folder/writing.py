@@ -85,7 +85,7 @@ def check_seal(folder: Path, expected: str | None) -> None:
     Raises:
         ValueError: a save was killed after it moved the weights and before it moved their configuration.
     """
-    weights = folder / WEIGHTS_NAME
+    weights = folder.resolve() / WEIGHTS_NAME  # of a folder given as "." too, the one above is searched
     if expected is None or not weights.is_file() or (found := _sha256(weights)) == expected:
         return
     message = f"{weights} is not the file that {CONFIG_NAME} beside it was saved with: its SHA-256 is another"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
-from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee
+from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee, without_autocast
 from ..definition.thresholds import round_weight
 from . import Gradients
 from .block_order import (
@@ -221,7 +221,8 @@ def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
 def delta_weight(adapter: PackedAdapter) -> Tensor:
     """`ΔW`, (N, C) in W0's dtype, zero outside the diagonal blocks; rounded once."""
     A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
-    return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
+    with without_autocast(A):
+        return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
 
 
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:

@@ -144,12 +144,12 @@ def _tables() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    """The verdicts on the kernels' forms on each GPU here, and the kernels that have not run there yet."""
-    from ..backends.verified import LAUNCHER, verdicts
+    """The verdicts on compiled kernels on each GPU here, and the kernels that have not run there yet."""
+    from ..backends.verified import verdicts
 
     found: dict[str, str] = {}
     for known in {verdicts(device).gpu: verdicts(device) for device in _gpus()}.values():
-        forms = {form: reason for form, reason in known.forms.items() if form != LAUNCHER}
+        forms = known.kernels
         sound = Counter(form.partition(" ")[0] for form, reason in forms.items() if not reason)
         ran = {form.partition(" ")[0] for form in forms}
         names = [kernel.fn.__name__ for kernel in kernels.KERNELS.values()]
@@ -158,7 +158,6 @@ def _kernels() -> dict[str, str]:
             "verified": ", ".join(f"{name} ({n} forms)" for name, n in sound.items()),
             "refused": "; ".join(f"{form}: {reason}" for form, reason in forms.items() if reason),
             "untried": ", ".join(name for name in names if name not in ran),
-            "launches": known.forms.get(LAUNCHER) or "the short way",
         }
         found |= {f"{known.gpu}, {name}": words or "none" for name, words in said.items()}
     return found or {"none": "no GPU here"}

@@ -78,6 +78,8 @@ def _fit(layers: Iterable[LayerReport]) -> str:
     distance = worst.base_distance
     if distance is None or math.isinf(distance):
         return "✗ lacks it in this shape"
+    if distance < 0.005:  # rounding a sketch to float16 gives up to 0.004, a base to bf16 up to 0.002
+        return "✓ same base"
     expert = "" if worst.worst_expert is None else f" (expert {worst.worst_expert})"
     return f"{'✓' if worst.fits else '✗'} differs by {distance:.1%}{expert}"
 
@@ -87,8 +89,8 @@ def _summary(folder: Path, report: AdapterReport) -> str:
         f"{folder}: {len(report.layers)} layers, {report.parameters:,} parameters, {report.file_size:,} bytes, "
         f"format {report.config.get('format_version')}."
     )
-    others = len(report.other_tensors)
-    return f"{text} Beside them: {', '.join(report.other_tensors)}." if others else text
+    others = ", ".join(report.other_tensors)
+    return f"{text} Beside them: {others}." if others else text
 
 
 def _as_json(report: AdapterReport) -> dict[str, Any]:

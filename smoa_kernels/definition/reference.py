@@ -72,11 +72,10 @@ def factor_gradients(
     dropped, slots = _dropped(x, dropout), torch.arange(A.shape[0], device=A.device)
     for k, rank in enumerate(adapter.ranks.tolist()):
         rows, cols = partition.rows(k), partition.cols(k)
-        # Under autocast products have another dtype than the factors.
         G = dy[:, rows].T @ dropped[:, cols]
         H = (adapter.scaling * G * adapter.weight[rows[:, None], cols]).to(A.dtype)
-        dA = dA.index_put((slots[:rank, None], cols), (B[rows, :rank].T @ H).to(dA.dtype))
-        dB = dB.index_put((rows[:, None], slots[:rank]), (H @ A[:rank, cols].T).to(dB.dtype))
+        dA = dA.index_put((slots[:rank, None], cols), B[rows, :rank].T @ H)
+        dB = dB.index_put((rows[:, None], slots[:rank]), H @ A[:rank, cols].T)
     return dA, dB
 
 

@@ -43,30 +43,31 @@ _runtime: Any = knobs.runtime  # holds the hooks on launches
 
 class _Listener(threading.local):
     hear: Callable[[Launch, Pointers], object] | None = None
+    hear_new: Callable[[Launch, Pointers], object] | None = None
 
 
 _listener = _Listener()
 
 
 @contextmanager
-def heard_by(hear: Callable[[Launch, Pointers], object] | None) -> Iterator[None]:
+def heard_by(hear: Callable[[Launch, Pointers], object] | None, *, new: bool = False) -> Iterator[None]:
     """Call `hear` with each launch of this thread and its pointers before it happens. Triton itself launches meanwhile.
 
     If `hear` returns something true or raises an exception, the launch does not happen. None: nobody hears meanwhile.
+    With `new`, it hears only of compiled kernels that a `Launch` launches for the first time.
     """
-    before, _listener.hear = _listener.hear, hear
+    kind = "hear_new" if new else "hear"
+    before = getattr(_listener, kind)
+    setattr(_listener, kind, hear)
     try:
         yield
     finally:
-        _listener.hear = before
+        setattr(_listener, kind, before)
 
 
 @dataclass
 class _ShortWay:
-    """Whether the direct call was `taken` in this process, and the `obstacle` why Triton launches, empty if none."""
-
-    taken: bool = False
-    obstacle: str = ""
+    obstacle: str = ""  # why Triton launches in this process, not the direct call
 
 
 short_way = _ShortWay()
@@ -228,11 +229,10 @@ class Launch:
     It depends only on the sizes, strides, dtypes and device of a problem, so functions under :func:`table.remembered`
     make it once for a problem. It runs on the problem's device, which must be the current one.
 
-    A form depends on the launch, on the dtypes of the pointers, and on whether 16 divides their addresses. Forms are
-    remembered for addresses that 16 divides. Triton launches in all other cases: the first time, with other addresses,
-    and while a profiler has hooks on launches. We rely on two properties of Triton: a launch returns the compiled
-    kernel, which stays loaded while something refers to it, and the kernel's `run` launches it, as in PyTorch's
-    compiler. If a launch returns anything else, nothing is remembered.
+    A form depends on the launch, on the dtypes of the pointers, and on whether 16 divides each address. Triton launches
+    a form the first time, and while a profiler has hooks on launches. We rely on two properties of Triton: a launch
+    returns the compiled kernel, which stays loaded while something refers to it, and the kernel's `run` launches it, as
+    in PyTorch's compiler. If a launch returns anything else, nothing is remembered.
 
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
@@ -262,7 +262,7 @@ class Launch:
             pointers: the kernel's pointers by name; others are ignored.
         """
         address = 0
-        dtypes: list[torch.dtype | None] = []
+        dtypes: list[torch.dtype | bool | None] = []
         tensors = [pointers[name] for name in self._pointers]
         for tensor in tensors:
             if tensor is None:
@@ -270,11 +270,13 @@ class Launch:
             else:
                 address |= tensor.data_ptr()
                 dtypes.append(tensor.dtype)
-        form = None if address & 15 or short_way.obstacle else self._forms.get(tuple(dtypes))
+        if address & 15:
+            dtypes += (tensor is None or not tensor.data_ptr() & 15 for tensor in tensors)
+        form = self._forms.get(tuple(dtypes))
         # A profiler listens if Triton's chain of hooks has calls, or if another hook has replaced the chain.
         enter, leave, hear = _runtime.launch_enter_hook, _runtime.launch_exit_hook, _listener.hear
         unheard = hear is None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave)
-        if form is not None and unheard:
+        if form is not None and unheard and not short_way.obstacle:
             try:
                 stream = driver.active.get_current_stream(driver.active.get_current_device())
                 form.run(
@@ -288,24 +290,17 @@ class Launch:
                     *tensors,
                     *self._numbers,
                 )
+                return
             except Exception as error:  # Triton launches instead, and raises if it cannot
                 use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
-            else:
-                short_way.taken = True
-                return
-        if hear is not None and hear(self, pointers):
+        hears = hear, None if form is not None else _listener.hear_new
+        if any(hear is not None and hear(self, pointers) for hear in hears):
             return
         compiled = self.kernel[self._grid](*tensors, *self._numbers, **self.config.options)
-        # The interpreter compiles nothing.
-        if not address & 15 and isinstance(compiled, CompiledKernel):
+        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
             self._forms[tuple(dtypes)] = compiled
 
-    def form(self, pointers: Pointers) -> str:
-        """A launch's form: a kernel, the dtypes of its pointers, and its compile-time arguments and options."""
-        numbers = zip(self.kernel.arg_names[len(self._pointers) :], self._numbers, strict=True)
-        constants = {name: value for name, value in numbers if name.isupper() and len(name) > 1}  # not sizes
-        constants |= self.config.options
-        tensors = (pointers[name] for name in self._pointers)
-        dtypes = ",".join("none" if tensor is None else str(tensor.dtype)[6:] for tensor in tensors)
-        told = " ".join(f"{name}={value}" for name, value in constants.items())
-        return f"{self.kernel.__name__} {dtypes} {told}"
+    def compiled(self, pointers: Pointers) -> Any:
+        """What Triton compiles for these pointers, a `CompiledKernel`; nothing is launched."""
+        arguments = *(pointers[name] for name in self._pointers), *self._numbers
+        return self.kernel.warmup(*arguments, grid=self._grid, **self.config.options)

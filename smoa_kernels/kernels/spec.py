@@ -23,6 +23,9 @@ ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
 GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
 
+STAND_INS: dict[int, int] = {}
+"""Numbers of tokens that stand for others where launch parameters are chosen (`table.chosen_for`)."""
+
 PARTIAL_RANKS = 4  # partials of dA and dB are padded to a multiple of this many ranks: 128 bits of float32
 
 
@@ -63,7 +66,7 @@ class Key(NamedTuple):
 
 def bucket(tokens: int) -> int:
     """The next power of two: the choice for 4096 tokens also serves 2049 to 4095."""
-    return 1 << max(tokens - 1, 0).bit_length()
+    return 1 << max(STAND_INS.get(tokens, tokens) - 1, 0).bit_length()
 
 
 @functools.cache  # asked at every call of a layer

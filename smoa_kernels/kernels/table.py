@@ -1,6 +1,6 @@
 """The tuning table: the launch parameters and algorithms that were measured fastest, on disk and in force.
 
-It also holds the verdicts on the kernels' forms (`backends/verified.py`).
+It also holds the verdicts on compiled kernels (`backends/verified.py`).
 
 There is one JSON file per GPU: the user's in the cache folder, which comes first, and one that may ship with the
 package. If neither has measured a problem, the heuristic answers. An entry with another `Identity`, such as another
@@ -32,7 +32,7 @@ from ..checks import check_choice, check_kind, shown
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..files import cache_folder, replace_file
 from .architectures import Identity, architecture, facts, identity, multiprocessors
-from .spec import ALGORITHM_KEYS, Config, Key
+from .spec import ALGORITHM_KEYS, STAND_INS, Config, Key
 
 SCHEMA = 2
 SHIPPED = Path(__file__).resolve().parent / "tables"
@@ -57,8 +57,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def forget() -> None:
     """Forget the tables, and every answer that depends on them."""
-    _tables.cache_clear()
-    for answers in _remembered:
+    for answers in (_tables, *_remembered):
         answers.cache_clear()
 
 
@@ -82,6 +81,18 @@ def select(key: Key, device: torch.device) -> Config:
     default = kernels.KERNELS[key.kernel].default
     found = fastest(key, device) or default(key, architecture(device), multiprocessors(device))
     return cast(Config, found)
+
+
+@contextmanager
+def chosen_for(tokens: Mapping[int, int]) -> Iterator[None]:
+    """Choose for each number of tokens as for the number that it stands for in `tokens`, meanwhile."""
+    STAND_INS.update(tokens)
+    forget()
+    try:
+        yield
+    finally:
+        STAND_INS.clear()
+        forget()
 
 
 @contextmanager
@@ -226,7 +237,7 @@ class Table:
         entries: the entries in force, by problem.
         stale: entries with another identity, as they were read. They stay in the file.
         skipped: for each bad entry the reason, and the entry as it was read. They stay in the file too.
-        verdicts: by versions of the software, for each form the reason why it is refused; empty if it is verified.
+        verdicts: by versions of the software, for each compiled kernel why it is refused; empty if it is verified.
         broken: why the file is not a table; empty if it is one.
     """
 

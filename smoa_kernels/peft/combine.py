@@ -86,7 +86,8 @@ def interpolate_factors(parts: Sequence[PackedAdapter], weights: Sequence[float]
 def _masked(part: PackedAdapter) -> tuple[Tensor, Tensor]:
     """The factors, with padding set to zero and s folded into B."""
     A_mask, B_mask = padding_masks(part.partition, part.ranks, part.A.shape[0])
-    return part.A * A_mask, part.B * B_mask * part.scaling.to(part.B.dtype)
+    # Selected, not multiplied by the masks: padding may hold anything, and 0 · NaN is NaN.
+    return part.A.where(A_mask, 0), (part.B * part.scaling.to(part.B.dtype)).where(B_mask, 0)
 
 
 def check_combination(

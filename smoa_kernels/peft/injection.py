@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,12 +9,8 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -61,9 +56,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     snapshots: dict[str, Snapshot]  # of the model before each adapter whose weights are not loaded yet
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self.snapshots = {}  # first, because PEFT's constructor injects
-        super().__init__(*args, **kwargs)
+        if hasattr(model, "peft_config"):  # PEFT would write into the configurations of another tuner
+            self.peft_config = dict(model.peft_config)
+        super().__init__(model, *args, **kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -82,15 +79,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             TypeError, ValueError: `adapter_name` cannot name a folder, or the configuration does not fit the model.
         """
         is_new = not layers_with(model, adapter_name)
-        config, before = self.peft_config[adapter_name], Snapshot(model)
-        if config.is_from_file and is_new:
-            self.snapshots[adapter_name] = before  # kept until the weights were checked
+        config = self.peft_config[adapter_name]
+        before = Snapshot(model, config)
         try:
             if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
                 # The name is part of the parameters' names, and of the folder that the adapter is saved in.
-                raise ValueError(
-                    f"adapter_name must be a name without dots and slashes, got {adapter_name!r}"
-                )
+                raise ValueError(f"adapter_name must be a name without dots or slashes, got {adapter_name!r}")
             self._experts, excluded = find_targets(model, config)
             with warnings.catch_warnings():
                 # PEFT checks only two of the patterns, against names of modules but not of parameters.
@@ -108,8 +102,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         except BaseException:  # Ctrl-C too: sorting a large model takes minutes
             if is_new:
                 before.restore(adapter_name)
-                self.peft_config.pop(adapter_name, None)
             raise
+        if config.is_from_file and is_new:
+            self.snapshots[adapter_name] = before  # kept until the weights were checked
         for pattern, keys in config.unmatched_patterns(list(injected)).items():
             warnings.warn(
                 f"The following {pattern} keys did not match any targeted module and were ignored: {keys}.",
@@ -173,6 +168,11 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             return
         settings = peft_config.for_layer(current_key)
         with naming(current_key):
+            if getattr(type(parent), "forward", None) is nn.MultiheadAttention.forward:
+                raise ValueError(
+                    "nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it cannot be "
+                    "adapted; exclude_modules leaves it out"
+                )
             if isinstance(target, SMoALayer):
                 target.update_layer(adapter_name, settings)
                 return
@@ -221,18 +221,19 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         unknown = set(adapter_names) - {*self.peft_config, "__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        beams = kwargs.get("num_beams") or 1
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        # Beams repeat samples in a decoder, not in an encoder. (A model without an encoder returns itself.)
-        inside_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        handles = []
+        generation = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        counts = ("num_beams", "num_return_sequences")
+        repeats = max(kwargs.get(count) or getattr(generation, count, None) or 1 for count in counts)
+
+        def name_samples(module: nn.Module, args: Any, given: dict[str, Any]) -> Any:
+            # generate() repeats each sample, in a decoder but not in an encoder.
+            rows = len(next(iter((*args, *given.values()))))
+            times = repeats if rows == repeats * len(adapter_names) else 1
+            return args, {**given, "adapter_names": [name for name in adapter_names for _ in range(times)]}
+
+        named = [m for m in self.modules() if isinstance(m, (SMoALayer, AuxiliaryTrainingWrapper))]
+        handles = [module.register_forward_pre_hook(name_samples, with_kwargs=True) for module in named]
         try:
-            for module in self.modules():
-                if isinstance(module, (SMoALayer, AuxiliaryTrainingWrapper)):
-                    repeats = 1 if module in inside_encoder else beams
-                    names = [name for name in adapter_names for _ in range(repeats)]
-                    hook = functools.partial(_adapter_names_pre_forward_hook, adapter_names=names)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             yield
         finally:
             for handle in handles:

@@ -26,9 +26,11 @@ from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
 from ..definition.thresholds import WHOLE
+from ..layer_checks import call_always
 from .base_weight import BaseWeight
 from .combine import single_block
 from .offload import execution_device, gathered, present
+from .scaling import Scaling
 
 
 class SMoALayer(BaseWeight):
@@ -42,7 +44,7 @@ class SMoALayer(BaseWeight):
         smoa_B: parameters (N, ρ), by adapter.
         smoa_blocks: uint8, see :mod:`smoa_kernels.adapter_folder.format`; zeros while they are yet to be loaded.
         in_features, out_features: C and N.
-        r, num_blocks, scaling, settings: by adapter.
+        settings: by adapter.
 
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
@@ -52,24 +54,14 @@ class SMoALayer(BaseWeight):
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
-    other_param_names: tuple[str, ...] = (
-        "smoa_blocks",
-        "r",
-        "num_blocks",
-        "scaling",
-        "settings",
-        "_prepared",
-    )
-
+    other_param_names: tuple[str, ...] = ("smoa_blocks", "scaling", "settings", "_prepared")
     smoa_B: nn.ParameterDict
 
     def __init__(self) -> None:
         self.smoa_A = nn.ParameterDict()
         self.smoa_B = nn.ParameterDict()
         self.smoa_blocks = BufferDict(persistent=True)
-        self.r: dict[str, int] = {}
-        self.num_blocks: dict[str, int] = {}
-        self.scaling: dict[str, float] = {}
+        self._scaling: dict[str, Tensor] = {}  # no buffers, which would be rounded with W0
         self.settings: dict[str, AdapterSettings] = {}
         self._prepared: dict[str, Prepared] = {}
         # The partition with a single block, made when there are several adapters to sum.
@@ -77,6 +69,31 @@ class SMoALayer(BaseWeight):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.register_load_state_dict_post_hook(_read_blocks)
+        call_always(self.smoa_A)  # no call of the layer runs this hook
+
+    @property
+    def scaling(self) -> Scaling:
+        """s by adapter. As in PEFT's LoRA, changing an entry changes the adapter from the next forward on."""
+        return Scaling(self._scaling)
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, float]) -> None:
+        self.scaling.update(values)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's s to `scale` times that of its settings, as PEFT's LoRA does; unknown names are ignored."""
+        if adapter in self._scaling:
+            self.scaling[adapter] = scale * self.settings[adapter].scaling
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the s of the active adapters by `scale`."""
+        for name in self._scaling.keys() & self.active_adapters:
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the s of the active adapters by `scale`, or restore that of their settings where it is None."""
+        for name in self._scaling.keys() & self.active_adapters:
+            self.scaling[name] = self.settings[name].scaling if scale is None else self.scaling[name] / scale
 
     def update_layer(self, adapter_name: str, settings: AdapterSettings) -> None:
         """Add an adapter of zeros. Its blocks come with weights that are loaded, or by :meth:`initialize`.
@@ -97,7 +114,6 @@ class SMoALayer(BaseWeight):
                 f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
             ) from error
         rho = max(settings.ranks)
-        self.r[adapter_name], self.num_blocks[adapter_name] = settings.r, settings.num_blocks
         self.scaling[adapter_name], self.settings[adapter_name] = settings.scaling, settings
         self.smoa_A[adapter_name] = nn.Parameter(torch.zeros(*self.stack, rho, self.in_features))
         self.smoa_B[adapter_name] = nn.Parameter(torch.zeros(*self.stack, self.out_features, rho))
@@ -185,7 +201,6 @@ class SMoALayer(BaseWeight):
         if before is not None and before.partition == now.partition:
             # A CUDA graph that a user captured reads these tensors. `hotswap` has compared the ranks.
             self._prepared[adapter_name] = before
-            before.scaling.copy_(now.scaling)
 
     def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
         matrices = LayerBlocks(partition, ranks, sketch.cpu()).matrices()
@@ -263,7 +278,7 @@ class SMoALayer(BaseWeight):
         A, B, place = self.smoa_A[adapter_name], self.smoa_B[adapter_name], WHOLE
         if self._shard is not None:
             A, B, place = self._shard.local(A), self._shard.local(B), self._shard.place
-        given = ready.partition, ready.ranks, ready.scaling, ready.block_ranks
+        given = ready.partition, ready.ranks, self._scaling[adapter_name], ready.block_ranks
         return PackedAdapter(weight, A, B, *given, place)
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
@@ -271,7 +286,7 @@ class SMoALayer(BaseWeight):
         return packed.experts(range(*self.stack)) if self.stack else [packed]
 
     def _ready(self, adapter_name: str) -> Prepared:
-        """Index tensors and scaling of an adapter, rebuilt from its labels where these were moved or loaded."""
+        """Index tensors of an adapter, rebuilt from its labels where these were moved or loaded."""
         check_choice("adapter_name", adapter_name, self.smoa_blocks)
         packed = self.smoa_blocks[adapter_name]
         ready = self._prepared.get(adapter_name)
@@ -294,9 +309,8 @@ class SMoALayer(BaseWeight):
             same = (other for other in others if other.device == partition.device and other == partition)
             partition = next(same, partition)
             self._whole = single_block(partition)  # made now, since forward may be compiled
-        packed = self.smoa_blocks[adapter_name]
-        scaling = scaling_tensor(self.scaling[adapter_name], partition.device)
-        ready = Prepared(packed, partition, ranks, scaling, ranks.tolist())
+        self._scaling[adapter_name] = scaling_tensor(self._scaling[adapter_name], partition.device)
+        ready = Prepared(self.smoa_blocks[adapter_name], partition, ranks, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
 
@@ -360,7 +374,6 @@ class Prepared(NamedTuple):
     packed: Tensor
     partition: Any  # `BlockPartition`, or `ExpertBlocks` of a stack
     ranks: Tensor
-    scaling: Tensor
     block_ranks: list[int]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..adapter_folder.settings import AdapterSettings
 from ..definition.packed import PackedAdapter
+from ..definition.precision import without_autocast
+from ..layer_checks import over_rows
 from .combine import sum_adapters
 from .layer import SMoALayer
 from .offload import present
@@ -73,7 +76,7 @@ class Linear(SMoALayer, nn.Module):
         """Compute (..., C) -> (..., N), in x's dtype.
 
         Args:
-            x: floating point, any leading dimensions.
+            x: floating point, any leading dimensions; it may be nested.
             adapter_names: in evaluation, an adapter (or "__base__") for each sample.
             args, kwargs: passed to the base layer.
 
@@ -115,6 +118,8 @@ class Linear(SMoALayer, nn.Module):
         return y
 
     def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
+        if x.is_nested:
+            return over_rows(partial(self._linear, names=names, dropout_p=dropout_p), x)
         base, config, shard = self.get_base_layer(), self.settings[names[0]], self._shard
         settings: dict[str, Any] = {
             "dropout_p": dropout_p,
@@ -139,7 +144,7 @@ class Linear(SMoALayer, nn.Module):
                 f"adapter {name!r} drops out with another probability than the first active one, which tensor "
                 "parallelism does not take: activate adapters of one smoa_dropout"
             )
-        with present(self):
+        with present(self), without_autocast(x):
             adapter = self.packed(name, self.base_weight())
             A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
             delta = (B @ A) * adapter.weight

@@ -95,7 +95,7 @@ class _DequantizedLinear(torch.autograd.Function):
         dropout = None if seed is None else Dropout(seed, ctx.settings["dropout_p"])
         call = LinearCall(adapter, dropout, backend)
         dx, dA, dB = call_linear_backward(dy, x, needs_x, *call.flatten())
-        dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
+        dbias = torch.atleast_2d(dy).flatten(0, -2).sum(0) if needs_bias else None
         gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
         return (*gradients, None, None, None, None)
 

@@ -19,13 +19,14 @@ _PUT_IN = (SMoALayer, Experts, AuxiliaryTrainingWrapper)
 
 
 class Snapshot:
-    """The parts of a model, the base or PEFT's around it, that an injection changes."""
+    """The parts of a model, the base or PEFT's around it, that an injection of the configuration `new` changes."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, new: Any = None) -> None:
         self.model = model
         self._children = [(module, dict(module._modules)) for module in model.modules()]
         self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._had_configs = hasattr(model, "peft_config")
+        self._had_configs, configs = hasattr(model, "peft_config"), getattr(model, "peft_config", {})
+        self._configs = {name: held for name, held in configs.items() if held is not new}
 
     def restore(self, adapter_name: str) -> None:
         """Remove a new adapter; its injection may have failed at any point."""
@@ -42,5 +43,7 @@ class Snapshot:
             parameter.requires_grad_(before)
         configs: Any = getattr(self.model, "peft_config", {})
         configs.pop(adapter_name, None)
+        if adapter_name in self._configs:
+            configs[adapter_name] = self._configs[adapter_name]
         if not (configs or self._had_configs) and "peft_config" in vars(self.model):
             del self.model.peft_config

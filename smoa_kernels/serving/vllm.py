@@ -38,8 +38,7 @@ _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows messages of loggers 
 @functools.cache
 def register() -> None:
     """Let this process's vLLM serve SMoA and HiRA adapters, or say why not. vLLM calls it in each of its processes."""
-    reason = obstacle()
-    if reason is not None:
+    if (reason := obstacle()) is not None:
         tested = f"it was tested with vLLM {TESTED_VERSION}; {MERGE}"
         _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, tested)
         return
@@ -85,8 +84,7 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
         folder = Path(utils.get_adapter_absolute_path(lora_request.lora_path))
     except FileNotFoundError:
         return original(self, lora_request)  # which reports the error
-    adapter = read_served(folder)
-    if adapter is None:
+    if (adapter := read_served(folder)) is None:
         return original(self, lora_request)
     most = self.lora_config.max_lora_rank
     if adapter.rank > most:
@@ -148,18 +146,24 @@ def _distances(folder: Path, layers: Mapping[str, LayerFactors], manager: Any) -
 # Slots:
 
 
+def _create_lora_modules(original: Callable[..., Any], self: Any) -> None:
+    """On a CPU, add an empty slot: tokens without LoRA have slot -1, which vLLM's operators there take for the last."""
+    most = self.lora_config.max_loras
+    self.lora_config.max_loras += import_module("vllm.platforms").current_platform.is_cpu()
+    original(self)
+    self.lora_config.max_loras = most
+
+
 def _register_module(original: Callable[..., Any], self: Any, module_name: str, module: Any) -> None:
     original(self, module_name, module)
-    module._smoa_slots = _hindrance(module) or _layer_slots(module)
-    module._smoa_name = f"{module_name} {len(_layers)}"
-    _layers[module._smoa_name] = module
+    config = import_module("vllm.config").get_current_vllm_config().compilation_config
+    module._smoa_slots = _hindrance(module, config) or _layer_slots(module)
+    # vLLM's table of the layers that compiled graphs name is this engine's, and is emptied with it.
+    module._smoa_name = f"{module_name}.smoa"
+    config.static_forward_context[module._smoa_name] = module
 
 
-# Layers by their names in compiled graphs.
-_layers: dict[str, Any] = {}
-
-
-def _hindrance(module: Any) -> str | None:
+def _hindrance(module: Any, config: Any) -> str | None:
     """Why a layer can compute only LoRA; None if it takes our adapters too."""
     if not isinstance(module, import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA):
         return f"{type(module).__name__} is no linear layer"
@@ -167,10 +171,7 @@ def _hindrance(module: Any) -> str | None:
         return "VLLM_LORA_ENABLE_DUAL_STREAM is set"
     if module.lora_config.fully_sharded_loras:
         return "--fully-sharded-loras is given"
-    config = import_module("vllm.config")
-    current = config.get_current_vllm_config_or_none()
-    graphs = current and current.compilation_config.cudagraph_mode != config.CUDAGraphMode.NONE
-    if graphs and os.environ.get(GRAPHS_VARIABLE) != "1":
+    if config.cudagraph_mode.name != "NONE" and os.environ.get(GRAPHS_VARIABLE) != "1":
         return f"vLLM records CUDA graphs; give --enforce-eager or set {GRAPHS_VARIABLE}=1"
     return None
 
@@ -188,8 +189,8 @@ def _layer_slots(module: Any) -> LayerSlots:
 
 
 def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> Any:
-    moved = original(self, lora_id)
-    if moved:
+    if moved := original(self, lora_id):
+        self._last_mapping = None  # another kind of adapter may have come under the same id
         slot = self.lora_index_to_id.index(lora_id)
         ranks = getattr(self.list_adapters()[lora_id], "smoa_ranks", {})
         for name, module in self.modules.items():
@@ -210,11 +211,9 @@ def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) 
     step = Step.of(torch.tensor([ours.get(one, -1) for one in mapping.index_mapping]), self._smoa_memory)
     for wrapper in wrappers:
         wrapper.smoa_step = step if any(mapping.index_mapping) else None
-    hidden = {
-        name: tuple(0 if lora_id in ours else lora_id for lora_id in getattr(mapping, name))
-        for name in ("index_mapping", "prompt_mapping")
-    }
-    original(self, replace(mapping, **hidden))
+    both = mapping.index_mapping, mapping.prompt_mapping
+    tokens, prompts = (tuple(0 if one in ours else one for one in ids) for ids in both)
+    original(self, replace(mapping, index_mapping=tokens, prompt_mapping=prompts))
 
 
 # Computing:
@@ -225,29 +224,29 @@ def _apply(original: Callable[..., Any], self: Any, x: Tensor, *given: Tensor | 
     if not isinstance(getattr(self, "_smoa_slots", None), LayerSlots):
         return original(self, x, *given)
     (bias,) = given or (None if self.base_layer.skip_bias_add else self.base_layer.bias,)
-    # Where vLLM's method takes no bias, its output may have a dtype of its own, which stays.
-    if torch.compiler.is_compiling() or not given:
+    if torch.compiler.is_compiling():
         output = original(self, x, *given)
         torch.ops.smoa_serving.adapt(x, output, bias, self._smoa_name)
         return output
     flat = x.flatten(0, -2)
-    return _output(self, flat, bias, lambda: original(self, flat, *given)).view(*x.shape[:-1], -1)
+    base = functools.cache(lambda: original(self, flat, *given))
+    y = _output(self, flat, bias, base)
+    # Where vLLM's method takes no bias, its output may have a dtype of its own, which stays.
+    return (y if given else y.to(base().dtype)).view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op("smoa_serving::adapt", mutates_args=("output",))
 def _adapt(x: Tensor, output: Tensor, bias: Tensor | None, layer: str) -> None:
     """Write our tokens' results into a layer's output. Opaque to compilers, because compiled code serves any step."""
     flat = output.view(-1, output.shape[-1])
-    y = _output(_layers[layer], x.flatten(0, -2), bias, lambda: flat)
-    if y is not flat:
-        flat.copy_(y)
+    layers = import_module("vllm.forward_context").get_forward_context().no_compile_layers
+    flat.copy_(_output(layers[layer], x.flatten(0, -2), bias, lambda: flat))
 
 
 def _output(layer: Any, x: Tensor, bias: Tensor | None, base: Callable[[], Tensor]) -> Tensor:
     """A layer's output (T, N) in this step; `base` gives vLLM's."""
     slots: LayerSlots = layer._smoa_slots
-    step = getattr(layer.punica_wrapper, "smoa_step", None)
-    if step is None:  # no token has an adapter
+    if (step := getattr(layer.punica_wrapper, "smoa_step", None)) is None:  # no token has an adapter
         return base()
     if _is_recorded(x):
         return slots.recorded(x, base(), bias, step.slots[: len(x)])
@@ -275,6 +274,7 @@ _METHODS: dict[str, tuple[str, Callable[..., Any] | None]] = {
         "lora_model_id tensors peft_helper device dtype model_vocab_size weights_mapper skip_prefixes",
         None,
     ),
+    "model_manager.LoRAModelManager._create_lora_modules": ("self", _create_lora_modules),
     "model_manager.LoRAModelManager.register_module": ("self module_name module", _register_module),
     "model_manager.LoRAModelManager.activate_adapter": ("self lora_id", _activate_adapter),
     "model_manager.LoRAModelManager._set_adapter_mapping": ("self mapping", _set_adapter_mapping),

@@ -22,6 +22,7 @@ LAYER: list[Row] = [
     (lambda _: FusedSMoALinear(HUGE, 33), ValueError, "in_features must be at most 2147483647"),
     (lambda _: FusedSMoALinear(40, 33, torch.ones(33)), TypeError, "bias must be a bool, got Tensor"),  # type: ignore[arg-type]
     (lambda w: setattr(w.layer, "scaling", float("nan")), ValueError, "scaling must be finite, got nan"),
+    (lambda w: setattr(w.layer, "alpha", float("inf")), ValueError, "alpha must be finite, got inf"),
     (lambda w: setattr(w.layer, "partition", None), TypeError, "partition must be a BlockPartition"),
     (lambda w: setattr(w.layer, "partition", w.problem.partition), ValueError, "partition must be made for"),
     (lambda w: w.layer.load_state_dict([]), TypeError, "state_dict to be dict-like"),  # type: ignore[arg-type]
@@ -32,6 +33,11 @@ LAYER: list[Row] = [
         lambda _: FusedSMoALinear.from_linear(type("Double", (nn.Linear,), {"forward": abs})(4, 4)),
         TypeError,
         "linear must have the forward of nn.Linear, got Double",
+    ),
+    (
+        lambda _: FusedSMoALinear.from_linear(nn.MultiheadAttention(8, 2).out_proj),
+        TypeError,
+        "got the out_proj of an nn.MultiheadAttention, which reads its",
     ),
 ]
 
@@ -133,6 +139,7 @@ def test_layers_to_adapt(
 MERGED: list[tuple[Callable[[FusedSMoALinear], object], type[Exception], str]] = [
     (lambda layer: layer.reset_parameters(), RuntimeError, r"call unmerge\(\) before reset_parameters"),
     (lambda layer: layer.reset_adapter(), RuntimeError, r"is merged: call unmerge\(\) before reset_adapter"),
+    (lambda layer: setattr(layer, "alpha", 2), RuntimeError, r"call unmerge\(\) before assigning"),
     (lambda layer: setattr(layer, "scaling", 2), RuntimeError, r"call unmerge\(\) before assigning"),
     (lambda layer: layer.load_state_dict(layer.state_dict()), RuntimeError, r"is merged: call unmerge\(\)"),
     (lambda layer: layer(torch.ones(2, 40).half()), TypeError, "weight must have x's dtype torch.float16"),
@@ -178,6 +185,6 @@ def test_layers_without_values(call: Callable[[FusedSMoALinear], object], words:
         call(layer)
     layer = FusedSMoALinear(40, 33, alpha=3.0, device="meta")
     assert layer.scaling == 3.0 / 8
-    layer.load_state_dict(FusedSMoALinear(40, 33).state_dict(), assign=True)
-    assert layer.scaling == 3.0 / 8
+    layer.load_state_dict(FusedSMoALinear(40, 33, alpha=5.0).state_dict(), assign=True)
+    assert layer.scaling == 5.0 / 8
     assert layer(torch.ones(2, 40)).shape == (2, 33)

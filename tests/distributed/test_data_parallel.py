@@ -18,8 +18,6 @@ from smoa_kernels.distributed import average_gradients, ignore_buffers, smoa_buf
 from smoa_kernels.distributed.data_parallel import agree_on_buffers
 from smoa_kernels.peft import SMoAConfig
 
-pytestmark = pytest.mark.slow  # each starts a group of processes
-
 DEPTH = 2
 
 
@@ -114,6 +112,20 @@ def test_labels_of_pefts_layers_are_shared() -> None:
     ignore_buffers(model)
     assert layer.partition("default") == BlockPartition.from_weight(layer.base_weight(), 3)
     assert "base_model.model.1.num_batches_tracked" in model._ddp_params_and_buffers_to_ignore
+
+
+@in_groups
+def test_half_of_the_processes_agree_among_themselves() -> None:
+    """Each half has its own mean of the gradients, and the buffers of its own first process."""
+    half, _ = dist.new_subgroups(dist.get_world_size() // 2)
+    members, rank = dist.get_process_group_ranks(half), dist.get_rank()
+    layer = normed().lin
+    layer.smoa_sketch.fill_(rank)
+    agree_on_buffers(layer, half)
+    assert (layer.smoa_sketch == members[0]).all()
+    average_gradients([layer.smoa_B], half)
+    layer.smoa_B.backward(torch.full_like(layer.smoa_B, rank))
+    assert (layer.smoa_B.grad == sum(members) / len(members)).all()
 
 
 @pytest.mark.parametrize("call", [average_gradients, agree_on_buffers])

@@ -37,8 +37,6 @@ from torch.distributed.tensor import DTensor
 
 from smoa_kernels.distributed import average_gradients
 
-pytestmark = pytest.mark.slow  # each starts a group of processes
-
 DEPTH = 3
 
 
@@ -111,6 +109,7 @@ def test_half_precision() -> None:
         ), name
 
 
+@pytest.mark.slow
 @in_four
 @each_kind
 def test_two_dimensional_mesh(kind: str) -> None:
@@ -191,6 +190,7 @@ def load(kind: str, how: str, folder: Path) -> dict[str, Tensor]:
     return {n: whole(p.detach()).clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["shards", "tensor"])
 @each_kind
 def test_checkpoints_fit_any_world_size(

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-pytestmark = pytest.mark.slow  # each starts a group of processes
-
 
 def adapted() -> nn.Module:
     return adapt(tiny_experts(), block_order="random").train()

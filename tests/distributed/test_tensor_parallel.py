@@ -36,8 +36,6 @@ from smoa_kernels.definition import spectral_order
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
 from smoa_kernels.peft import SMoAConfig
 
-pytestmark = pytest.mark.slow  # each starts a group of processes
-
 
 def parallelize(model: nn.Module, mesh: object = None) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if mesh is None else mesh
@@ -143,11 +141,17 @@ def test_sequence_parallel_layouts() -> None:
         assert relative_error(whole(ours[name]) / mesh.size(), expected[name]) < DOUBLE, name
 
 
-@in_two
+@in_groups
 def test_the_order_is_computed_once() -> None:
-    """Contiguous blocks need neither a spectrum nor communication."""
-    with counted_spectra() as computed, shared_spectra():
-        fused, peft = build("fused", torch.float64), build("peft", torch.float64)
+    """By the first process of the group, of all processes or of half of them.
+
+    Contiguous blocks need neither a spectrum nor communication.
+    """
+    half, _ = dist.new_subgroups(dist.get_world_size() // 2)
+    for group in (None, half):
+        with counted_spectra() as computed, shared_spectra(group):
+            fused, peft = build("fused", torch.float64), build("peft", torch.float64)
+        assert len(computed) == (4 if dist.get_rank(group) == 0 else 0)
     for layer, other in zip(layers(fused), layers(peft), strict=True):
         assert layer.partition == other.partition("default")
     labels = [torch.empty_like(layers(fused)[0].smoa_row_block) for _ in range(dist.get_world_size())]
@@ -158,7 +162,6 @@ def test_the_order_is_computed_once() -> None:
             build(kind, torch.float64, spectral=False)
     assert not none
     assert not traffic.calls
-    assert len(computed) == (0 if dist.get_rank() else 4)
 
 
 @in_two
@@ -216,6 +219,7 @@ def test_several_dropouts() -> None:
         model(batch(torch.float64)[0])
 
 
+@pytest.mark.slow
 @in_two
 def test_compiled() -> None:
     torch._dynamo.reset()

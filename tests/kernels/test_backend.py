@@ -45,6 +45,15 @@ def test_a_cached_layout_follows_torchs_setting_of_tf32(dtype: torch.dtype) -> N
             assert described(adapter)[0] is layout
 
 
+def test_the_weight_that_is_merged_is_multiplied_in_ieee() -> None:
+    """Torch's setting of TF32 is for the products of a step; W_eff of `merge` stays for good."""
+    found = []
+    for precision in ("tf32", "fp32"):
+        with multiplied_in(precision):
+            found.append(triton_backend.modulated_weight(make_problem(dtype=torch.float32).adapter()))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(("shape", "launches"), [((1, 1), 0), ((40, 1), 1), ((1, 40), 1), ((40, 2), 2)])
 def test_a_sum_over_one_column_is_not_fused(
     shape: tuple[int, int], launches: int, monkeypatch: pytest.MonkeyPatch

@@ -59,6 +59,17 @@ def test_hooks_on_launches_are_called_while_there_are_any() -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_kernel_is_heard_of_before_it_is_first_launched() -> None:
+    """Also where Triton alone specialises it, by the address of x. `backends/verified.py` counts on it."""
+    aligned, same, odd, same_odd, again, _ = launches("new_forms")
+    for heard, launched in (aligned, odd):
+        assert set(launched) - set(aligned[1]) <= set(heard) <= set(launched)
+    assert set(aligned[0]) == set(aligned[1])
+    assert set(odd[1]) - set(aligned[1]) != set()
+    assert [one[0] for one in (same, same_odd, again)] == [[], [], []]
+
+
+@pytest.mark.slow
 def test_without_the_short_way_triton_launches() -> None:
     """If the short way raises, or Triton lacks a private name, Triton launches the same kernels after one warning."""
     found = launches("without_short_way")

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from adapted import CONFIG, WEIGHTS, adapt, config, contents, layers, logits
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
+from torch import nn
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.adapter_folder.format import blocks_layout, pack_blocks, unpack_blocks
@@ -137,6 +138,18 @@ def test_an_adapter_that_awaits_its_weights_is_copied_and_pickled(make_model, fo
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         (snapshot,) = other.base_model.snapshots.values()
         assert snapshot.model is other.base_model.model
+
+
+@pytest.mark.numerical
+def test_a_layer_that_was_used_takes_other_labels():
+    base, x = nn.Linear(12, 9), torch.randn(4, 12)
+    settings = {"target_modules": ["0"], "block_order": "random", "init_weights": False}
+    models = [adapt(nn.Sequential(copy.deepcopy(base)), block_seed=seed, **settings) for seed in (1, 2, 3)]
+    outputs = [model(x) for model in models]
+    models[0].load_state_dict(models[1].state_dict())
+    assert torch.equal(models[0](x), outputs[1])
+    set_peft_model_state_dict(models[0], get_peft_model_state_dict(models[2]))
+    assert torch.equal(models[0](x), outputs[2])
 
 
 def test_a_pickle_is_neither_written_nor_read(make_model, folder):

@@ -73,6 +73,19 @@ def test_verdict_on_a_base(adapter, tmp_path, capsys, base, code, said):
         assert math.isclose(first["base_distance"], 0, abs_tol=1e-3)
 
 
+@pytest.mark.parametrize(("scale", "said"), [(1, "✓ same base"), (1.03, "✓ differs by 4.")])
+def test_how_far_the_base_is(adapter, tmp_path, capsys, scale, said):
+    """Rounding the adapter's sketch, and the base to bfloat16, leaves the same base."""
+    base = tiny_llama(num_hidden_layers=11)
+    for parameter in base.parameters():
+        parameter.data *= scale
+    base.bfloat16().save_pretrained(tmp_path / "base")
+    assert inspect(adapter, "--base", tmp_path / "base") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "_proj" in line]
+    assert len(rows) == 2
+    assert all(said in row for row in rows)
+
+
 def test_report_of_a_folder(make_model, folder, tmp_path):
     path, _ = folder
     told = []

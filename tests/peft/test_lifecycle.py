@@ -1,14 +1,19 @@
 """Configuration per layer, and layers under PEFT's and transformers' operations."""
 
+import copy
+import pickle
+
 import pytest
 import torch
+import torch.nn.functional as F
 from adapted import adapt, close, config, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.block_rule import BlockRule
-from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft import SMoAConfig, hotswap
 from smoa_kernels.peft.base_weight import BaseWeight
 
 # Configuration by layer
@@ -116,7 +121,97 @@ def test_a_layer_that_computes_something_else_is_called(tokens):
     expected = base(x)
     model = get_peft_model(base, SMoAConfig(r=4, target_modules=["0"], init_weights=False)).eval()
     layer = next(iter(layers(model).values()))
-    close(model(x), expected + x @ layer.get_delta_weight("default").T)
+    delta = layer.get_delta_weight("default")
+    close(model(x), expected + x @ delta.T)
+    with torch.autocast(x.device.type, torch.bfloat16):  # rounds ΔW, but not the product of its factors
+        assert torch.equal(layer.get_delta_weight("default"), delta)
+        assert torch.equal(model(x), layer.base_layer(x) + F.linear(x, delta))
+
+
+def scaled(layer, step):
+    """A step that PEFT, diffusers or a user takes with an adapter's scale."""
+    name, value = step
+    if name == "entry":
+        layer.scaling["default"] *= value
+    elif name == "all":
+        layer.scaling = {key: value * s for key, s in layer.scaling.copy().items()}
+    elif name == "set_scale":
+        layer.set_scale("default", value)
+        layer.set_scale("unknown", value)
+    else:
+        getattr(layer, name)(value)
+
+
+SCALES = [
+    *(
+        ("entry", 10),
+        ("unscale_layer", None),
+        ("scale_layer", 0.5),
+        ("scale_layer", 1),
+        ("unscale_layer", 4.0),
+    ),
+    *(("all", -3.0), ("set_scale", 0.25), ("entry", 0.0), ("set_scale", 1.0)),
+]
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scales_change_as_loras_do(rslora):
+    base, x = nn.Linear(12, 9), torch.randn(4, 12)
+    common = {"r": 4, "use_rslora": rslora, "target_modules": ["0"]}
+    ours, lora = (
+        get_peft_model(nn.Sequential(copy.deepcopy(base)), config).base_model.model[0]
+        for config in (
+            SMoAConfig(smoa_alpha=6, init_weights=False, **common),
+            LoraConfig(lora_alpha=6, init_lora_weights=False, **common),
+        )
+    )
+    update, s = (ours(x) - base(x)).detach(), ours.scaling["default"]
+    assert dict(ours.scaling) == lora.scaling
+    for step in SCALES:
+        for layer in (ours, lora):
+            scaled(layer, step)
+        assert ours.scaling["default"] == pytest.approx(lora.scaling["default"], rel=1e-15)
+        ratio = lora.scaling["default"] / s
+        for found in (ours(x) - base(x), x @ ours.get_delta_weight("default").T):
+            torch.testing.assert_close(found, ratio * update, rtol=1e-4, atol=1e-5)
+    assert repr(ours.scaling) == repr(dict(ours.scaling))
+    with pytest.raises(ValueError, match=r"scaling\['default'\] must be finite, got inf"):
+        ours.scaling["default"] = float("inf")
+
+
+@pytest.mark.numerical
+def test_a_changed_scale_is_kept_and_compiled_code_reads_it(tmp_path):
+    model = adapt(nn.Sequential(nn.Linear(12, 9)), target_modules=["0"], smoa_alpha=7)
+    layer, x = model.base_model.model[0], torch.randn(4, 12)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    base, update = layer.base_layer(x), compiled(x) - layer.base_layer(x)
+    layer.scaling["default"] /= 3
+    close(compiled(x) - base, update / 3, 1e-4)
+    assert counter.frame_count == 1
+    s = layer.scaling["default"]
+    layer.load_state_dict(layer.state_dict())
+    other = pickle.loads(pickle.dumps(copy.deepcopy(layer))).half().to("meta").to_empty(device=x.device)
+    assert layer.scaling["default"] == other.scaling["default"] == s
+    model.save_pretrained(tmp_path)  # as with LoRA, the folder holds the configuration's scale
+    hotswap(model, tmp_path)
+    assert layer.scaling["default"] == 7 / 5
+    layer.delete_adapter("default")
+    assert not layer.scaling
+
+
+@pytest.mark.numerical
+@torch.no_grad()
+def test_torchs_encoder_calls_adapted_layers():
+    """Its fast path in evaluation reads weights. A stack of layers makes a nested tensor of a padded batch."""
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
+    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    model = adapt(stack, target_modules=["linear1", "linear2"])
+    found = model(x), model(x, src_key_padding_mask=padding)
+    stack = model.merge_and_unload()
+    torch.testing.assert_close(found, (stack(x), stack(x, src_key_padding_mask=padding)))
 
 
 @pytest.mark.numerical

@@ -1,6 +1,7 @@
 """`smoa-kernels merge` and `merge_to_folder`: options, refusals, interruptions, files, and peak memory."""
 
 import json
+import os
 import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 import torch
 from adapted import assert_refused, config, edit_weights, loaded, trained
 from peft import LoraConfig, get_peft_model
-from places import ran
+from processes import killed
 from tiny_models import tiny_llama
 
 from benchmarks.merged_model import merge
@@ -45,16 +46,12 @@ def test_refused_by_name_and_nothing_is_left(prepare, message, folders, tmp_path
 
 
 BFLOAT16 = ["--dtype", "bfloat16"]
-STOCHASTIC = [*BFLOAT16, "--rounding", "stochastic"]
-BY_CHANCE = {"dtype": torch.bfloat16, "rounding": "stochastic"}
 
 
 @pytest.mark.parametrize(
     ("options", "without", "settings"),
     [
         (BFLOAT16, [], {"dtype": torch.bfloat16}),
-        (STOCHASTIC, BFLOAT16, BY_CHANCE),
-        ([*STOCHASTIC, "--seed", "3"], STOCHASTIC, {**BY_CHANCE, "seed": 3}),
         (["--max-shard-size", "20KB"], [], {"max_shard_size": "20KB"}),
     ],
 )
@@ -119,20 +116,15 @@ def test_a_merge_that_fails(at, exists, folders, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-KILLED = """
-import os, signal, sys
-from smoa_kernels.peft import merge_to_folder
-base, adapter, out = sys.argv[1:]
-kill = lambda done, total: done == 15 and os.kill(os.getpid(), signal.SIGKILL)
-merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
-"""
+def merge_until_killed(base, adapter, out):
+    kill = lambda done, total: done == 15 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
 
 
-@pytest.mark.slow
 def test_killed(folders, tmp_path):
     """A killed merge leaves only a hidden folder, which holds no model; the next merge ignores it."""
     out = tmp_path / "out"
-    assert ran("-c", KILLED, *folders, out).returncode == -signal.SIGKILL
+    killed(merge_until_killed, *folders, out)
     (left,) = (path for path in tmp_path.iterdir() if path.name not in ("base", "adapter"))
     assert left.name.startswith(".out.saving-")
     assert list(left.glob("*.safetensors"))

@@ -71,6 +71,23 @@ def test_autocast_chooses_the_dtype_of_a_layer_without_a_compute_dtype(quantizab
         assert least <= relative_error(layer(x), expected) <= most
 
 
+def test_one_token_of_one_dimension_trains_a_bias(nf4):
+    layer = next(layer for layer in layer_list(nf4) if layer.base_layer.bias is not None)
+    bias, x = layer.base_layer.bias.requires_grad_(), torch.randn(layer.in_features)
+    expected = torch.autograd.grad(layer(x[None]).sin().sum(), bias)
+    assert torch.equal(*torch.autograd.grad(layer(x).sin().sum(), bias), *expected)
+
+
+def test_x_is_kept_for_the_factors_gradients_alone(nf4):
+    layer = layer_list(nf4)[0]
+    x = torch.randn(5, layer.in_features, requires_grad=True)
+    for trained in (True, False):
+        layer.set_requires_grad("default", trained)
+        with saved_tensors() as saved:
+            layer(x)
+        assert (x.data_ptr() in {t.data_ptr() for t in saved}) == trained
+
+
 def test_second_derivatives_are_refused(nf4):
     layer = layer_list(nf4)[0]
     x = torch.randn(5, layer.in_features, requires_grad=True)

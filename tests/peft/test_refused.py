@@ -10,7 +10,7 @@ import tiny_experts as experts
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from adapted import WEIGHTS, adapt, config, edit_weights, logits, unchanged
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.functional import set_adapter
 from tiny_experts import BOTH, tiny_experts
 from tiny_models import tiny_llama
@@ -92,6 +92,11 @@ REFUSED = [
         for message, change in CHANGED.items()
     ),
     (
+        lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
+        config(),
+        "0.out_proj: nn.MultiheadAttention reads the weight .*exclude_modules",
+    ),
+    (
         lambda: tiny_experts().model.layers[0].mlp.experts,
         experts.config(target_parameters=["down_proj"]),
         "it is the whole model",
@@ -119,6 +124,25 @@ def test_what_cannot_be_adapted(make, settings, message):
         with unchanged(model), refused():
             model.add_adapter("other", copy.deepcopy(settings))
         assert model.active_adapters == ["default"]
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify:UserWarning", "ignore:Already found:UserWarning")
+def test_another_tuners_adapter_of_that_name_is_left_alone(llama, tmp_path):
+    """PEFT keeps both under one name in one dictionary."""
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    adapt(llama()).save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda state: state.popitem())
+    for base in (model, model.get_base_model()):
+        for add, message in (
+            (
+                partial(get_peft_model, base, config(target_modules=["nothing"])),
+                "Target modules .* not found",
+            ),
+            (partial(PeftModel.from_pretrained, base, tmp_path), "the adapter lacks"),
+        ):
+            with unchanged(model), pytest.raises(ValueError, match=message):
+                add()
+            assert type(model.peft_config["default"]) is type(base.peft_config["default"]) is LoraConfig
 
 
 @contextmanager
@@ -158,7 +182,7 @@ def test_an_interrupted_injection_leaves_the_model_alone(llama, monkeypatch):
 def test_an_adapters_name_is_no_path(llama, name):
     model = llama()
     refused = partial(
-        pytest.raises, ValueError, match="adapter_name must be a name without dots and slashes, got"
+        pytest.raises, ValueError, match="adapter_name must be a name without dots or slashes, got"
     )
     with unchanged(model), refused():
         get_peft_model(model, config(), adapter_name=name)

@@ -6,8 +6,11 @@ import pytest
 import torch
 from adapted import close, config, layers, logits
 from peft import PeftModel, get_peft_model
+from tiny_models import tiny_t5
 from torch import nn
+from transformers import GenerationConfig
 
+from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig
 
 MIXES = {
@@ -45,6 +48,25 @@ def test_adapters_with_different_dropout_are_each_dropped(llama):
     x = torch.randn(4000, layer.in_features)[:1].expand(4000, -1)
     mean, expected = layer(x).mean(0), layer.eval()(x[0])
     assert (mean - expected).norm() < 0.1 * (expected - layer.base_layer(x[0])).norm()
+
+
+@pytest.mark.numerical
+def test_padding_may_hold_anything():
+    model = two_adapters(
+        nn.Sequential(nn.Linear(12, 9)), *({"target_modules": ["0"]} | mix for mix in MIXES["uneven"])
+    )
+    activate(model, "one", "two")
+    layer, x = model.base_model.model[0], torch.randn(4, 12)
+    expected = layer(x)
+    for name in ("one", "two"):
+        factors = layer.smoa_A[name].data, layer.smoa_B[name].data
+        masks = padding_masks(layer.partition(name), layer.ranks(name), len(factors[0]))
+        for factor, mask in zip(factors, masks, strict=True):
+            assert not mask.all()
+            factor[~mask] = torch.nan
+    assert torch.equal(layer(x), expected)
+    layer(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
 
 
 @pytest.mark.numerical
@@ -114,8 +136,32 @@ def test_mixed_batch_in_generation_with_beams(make_model, tokens):
         assert torch.equal(mixed[i, : alone.shape[1]], alone[0])
 
 
+@pytest.mark.numerical
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beams": 2},
+        {"generation_config": GenerationConfig(num_beams=2)},
+        {"num_return_sequences": 2, "do_sample": True, "top_k": 1},
+    ],
+    ids=["beams", "generation_config", "results"],
+)
+def test_mixed_batch_in_generation_with_an_encoder(tokens, asked):
+    """Samples are repeated in the decoder alone, for their beams or their results."""
+    targets = {"target_modules": ["q", "v", "wo"], "smoa_alpha": 20}
+    model = two_adapters(tiny_t5(), targets, targets)
+    names, asked = ["one", "two", "__base__"], {"max_new_tokens": 4, "no_repeat_ngram_size": 1, **asked}
+    mixed = model.generate(input_ids=tokens, adapter_names=names, **asked).chunk(3)
+    assert not torch.equal(*mixed[:2])
+    for i, name in enumerate(names[:2]):
+        activate(model, name)
+        alone = model.generate(input_ids=tokens[i : i + 1], **asked)
+        assert torch.equal(mixed[i][:, : alone.shape[1]], alone)
+
+
 def test_mixed_batch_bad_input(llama, tokens):
     model = two_adapters(llama(), *MIXES["agree"])
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         logits(model, tokens, adapter_names=["one"])
     with pytest.raises(ValueError, match=r"non-existing adapter.*: three"):
@@ -128,7 +174,7 @@ def test_mixed_batch_bad_input(llama, tokens):
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
         logits(model, tokens, adapter_names=["one", "two", "one"])
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert hooks == [len(module._forward_pre_hooks) for module in model.modules()]
 
 
 # Weighted adapters

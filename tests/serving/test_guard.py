@@ -6,8 +6,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from smoa_kernels.serving import vllm as plugin
+from smoa_kernels.serving.products import LayerSlots, Step
 
 # The plugin's own list, as methods that return their arguments.
 METHODS = {path: parameters for path, (parameters, _) in plugin._METHODS.items()}
@@ -74,3 +76,22 @@ def test_w0_is_never_taken_from_a_quantised_layer(monkeypatch):
         )  # fmt: skip
         slots = plugin._layer_slots(module)
         assert (slots.weight is weight, slots.keep) == (plain, plain)
+
+
+@pytest.mark.parametrize("slot_of", [[0, 0], [0, -1]])
+def test_a_layer_that_takes_no_bias_keeps_its_dtype_and_needs_no_forward_context(slot_of):
+    """A router's output may be float32; an image tower runs outside vLLM's forward context."""
+    weight, x = torch.randn(6, 4), torch.randn(2, 4)
+    factors = [torch.ones(1, 1, 2, 4)], [torch.ones(1, 1, 6, 2)]
+    slots = LayerSlots(*factors, lambda x: F.linear(x, weight), weight, keep=False)
+    slots.slices[0].fill(0, (2,))
+    step = Step.of(torch.tensor(slot_of), torch.empty(2, dtype=torch.long))
+    layer = SimpleNamespace(
+        _smoa_slots=slots,
+        base_layer=SimpleNamespace(skip_bias_add=True),
+        punica_wrapper=SimpleNamespace(smoa_step=step),
+    )
+    y = plugin._apply(lambda self, x: F.linear(x, weight).double(), layer, x)
+    expected = F.linear(x, weight) * torch.tensor([3.0 if slot == 0 else 1.0 for slot in slot_of])[:, None]
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y.float(), expected)

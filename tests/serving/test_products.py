@@ -206,6 +206,15 @@ def test_w0_in_the_engine_is_not_copied():
     assert not any(part.blocks for part in layer.slots.slices)
 
 
+def test_a_step_forgets_the_slots_of_a_longer_one():
+    """A CUDA graph has more tokens than the step that it serves; all steps write to the same memory."""
+    layer, x, memory = Layer(weight=True), torch.randn(7, C), torch.empty(7, dtype=torch.long)
+    for slot_of in ([0, 1, 2, 3, -1, 2, 1], [1, -1, 2]):
+        found = layer.recorded(x, Step.of(torch.tensor(slot_of), memory).slots)
+        padded = slot_of + [-1] * (len(x) - len(slot_of))
+        torch.testing.assert_close(found.double(), layer.expected(x, padded), **EXACT)
+
+
 @pytest.mark.parametrize("ranks", [(4,), (3, 0, 5), (1, 1, 1)])
 def test_shards_have_the_products_of_the_whole(ranks):
     A, B = adapter_of(SIZES[0], ranks, seed=3)

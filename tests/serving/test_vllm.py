@@ -2,13 +2,15 @@
 
 import gc
 import json
+import random
 import shutil
+import weakref
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from served import CONFIGS, save_adapter
+from served import ALL, CONFIGS, save_adapter
 from transformers import AutoModelForCausalLM
 
 from smoa_kernels.serving import vllm as plugin
@@ -21,21 +23,24 @@ NAMES = [None, "smoa2", "smoa4", "unequal", "hira", "lora"]
 
 @pytest.fixture
 def engine(base):
-    """Starts an engine in this process; the test's end stops it."""
+    """Starts an engine in this process, in place of the last; the test's end stops it."""
 
-    def start(model=base, dtype="float32", enforce_eager=True, **options):
+    def start(model=base, **options):
+        stop()
         sizes = {"max_model_len": 128, "max_num_seqs": 66, "max_lora_rank": 8, "max_loras": 8}
-        options |= {"dtype": dtype, "enforce_eager": enforce_eager, "disable_log_stats": True}
-        running.append(vllm.LLM(str(model), enable_lora=True, **sizes, **options))
+        others = {"dtype": "float32", "enforce_eager": True, "disable_log_stats": True}
+        running.append(vllm.LLM(str(model), enable_lora=True, **sizes | others | options))
         return running[-1]
+
+    def stop():
+        while running:
+            running.pop().llm_engine.engine_core.shutdown()
+            gc.collect()
+            vllm.distributed.cleanup_dist_env_and_memory()
 
     running = []
     yield start
-    for one in running:
-        one.llm_engine.engine_core.shutdown()
-    running.clear()
-    gc.collect()
-    vllm.distributed.cleanup_dist_env_and_memory()
+    stop()
 
 
 def answers(engine, adapters, prompts, tokens=8):
@@ -85,9 +90,14 @@ WAYS = {
     "W0 kept": {},
     "W0 not kept": {},
     "recorded": {},
-    "compiled": {"enforce_eager": False},
+    "compiled": {},
     "two processes": {"tensor_parallel_size": 2},
 }
+
+
+def compile_a_layer(model):
+    """Compile a layer, as vLLM does on a GPU. On a CPU it compiles none if LoRA is enabled."""
+    model.model.layers[1].self_attn.qkv_proj.compile(backend="aot_eager", fullgraph=True, dynamic=True)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -97,11 +107,42 @@ def test_each_request_of_a_mixed_batch_gets_pefts_output(way, engine, base, adap
     if way == "recorded":
         monkeypatch.setattr(plugin, "_is_recorded", lambda x: True)
     prompts, running = some_prompts(NAMES, count=11), engine(**WAYS[way])
+    if way == "compiled":
+        running.apply_model(compile_a_layer)
     worst, other = against_peft(base, adapters, prompts, answers(running, adapters, prompts))
     assert worst < 1e-4
     assert other == 0
     same = answers(running, adapters, [(name, prompts[0][1]) for name in NAMES])
     assert len({tuple(tokens) for tokens, _ in same}) == len(NAMES)
+
+
+def test_each_request_gets_its_adapter_while_every_slot_is_taken(engine, base, adapters, tmp_path):
+    """Two slots for six adapters, in several orders, so that each slot is filled by each method and filled again."""
+    words = LoraConfig(r=8, lora_alpha=16, target_modules=[*ALL, "embed_tokens", "lm_head"])
+    adapters = {**adapters, "words": save_adapter(base, words, tmp_path / "words")}
+    running, prompts = engine(max_loras=2, max_cpu_loras=3), some_prompts([*NAMES, None, "words"], count=2)
+    for seed in range(4):
+        order = random.Random(seed).sample(prompts, len(prompts))
+        worst, other = against_peft(base, adapters, order, answers(running, adapters, order))
+        assert worst < 1e-4
+        assert other == 0
+
+
+def test_a_number_may_get_an_adapter_of_another_method(engine, base, adapters):
+    """vLLM keeps a step's mapping while the numbers of its adapters stay."""
+    running, prompt = engine(max_loras=1), [7]
+    for name in ("lora", "smoa4", "lora", "hira"):
+        running.llm_engine.remove_lora(1)
+        found = answers(running, {name: adapters[name]}, [(name, prompt)])
+        worst, _ = against_peft(base, adapters, [(name, prompt)], found)
+        assert worst < 1e-4, name
+
+
+def test_a_new_engine_keeps_nothing_of_the_last(engine):
+    layers = []
+    engine().apply_model(lambda model: layers.extend(map(weakref.ref, model.modules())))
+    engine()
+    assert all(layer() is None for layer in layers)
 
 
 @pytest.mark.parametrize(

@@ -8,32 +8,17 @@ computes a call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
 from .. import Gradients, eager
 from ..pages import in_large_pages
-from .library import KINDS, Algorithm, Call, drawn, has, lies_along_memory, obstacle
+from .library import KINDS, Algorithm, Call, Path, drawn, has, lies_along_memory, obstacle
 
 ALGORITHMS, modulated_weight = eager.ALGORITHMS, eager.modulated_weight
-
-
-class Path(IntEnum):
-    """The code that computes a call; the first three numbers are those of `operand.h`."""
-
-    FEW = 0
-    """`few_tokens.h`: reads W0 once, makes W_eff in registers and packs nothing."""
-    FLOAT = 1
-    """`product.h` and `gradient.h` in float32; half types are widened when they are packed."""
-    TILES = 2
-    """`product.h` and `gradient.h` in bfloat16, by AMX or AVX512-BF16."""
-    EAGER = 3
-    """torch's operators."""
 
 
 @dataclass(frozen=True)
@@ -122,26 +107,29 @@ def forward(
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
     biased = None if bias is None else (bias.shape, bias.dtype, bias.device)
     arguments = x.shape, x.dtype, x.device, biased, algorithm, torch.get_num_threads()
+    weight, A, B = adapter.weight, adapter.A, adapter.B
+    # What `weight.data = …` or `scaling.mul_(…)` changes in the adapter.
+    read = weight.data_ptr(), weight.stride(), A.data_ptr(), B.data_ptr(), adapter.scaling.item()
     # Serving keeps the adapter, and in it the call: making one takes as long as a few tokens of a small layer.
     # Meanwhile no other thread may find it.
     kept, adapter.layout = adapter.layout, None
-    call = kept if isinstance(kept, Call) and dropout is None else None
+    call = kept if isinstance(kept, Call) and dropout is None and kept.read == read else None
     if call is None or call.planned_for != arguments:
         path = Path.EAGER
         if _fits(adapter, x, None, bias):
-            path = route(x, adapter.weight, adapter.A.shape[0], algorithm if dropout is None else "dropout")
+            path = route(x, weight, A.shape[0], algorithm if dropout is None else "dropout")
         if path == Path.EAGER:
             return eager.forward(x, bias, adapter, algorithm, dropout)
-        if not x.numel() or not adapter.weight.numel():
-            empty_sums = x.new_zeros(x.shape[0], adapter.weight.shape[0])
+        if not x.numel() or not weight.numel():
+            empty_sums = x.new_zeros(x.shape[0], weight.shape[0])
             return empty_sums if bias is None else empty_sums.copy_(bias)
         mask = None if dropout is None else drawn(dropout, x, x.shape[1])
         call = call or Call.of(adapter, mask)
         # In float32 the update of a half-precision weight is not lost, so one product is enough.
         split = mask is not None or (algorithm == "split" and x.dtype == torch.float32)
         call.plan(path, Algorithm.SPLIT if split else Algorithm.MERGED)
-        call.planned_for = arguments
-    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
+        call.read, call.planned_for = read, arguments
+    y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
     call.run("smoa_forward", x=x, bias=bias, y=y)
     adapter.layout = kept if dropout is not None else call
     return y
@@ -179,8 +167,6 @@ def factor_gradients(
     dA, dB = adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
     if call is None:
         return dA.zero_(), dB.zero_()
-    if call.keep and x.shape[1] == 1:
-        x = pad(x, (0, 1))[:, :1]  # else both strides are 1, and the mask would be read along the tokens
     call.plan(gradient_path(dy, adapter.weight, adapter.A.shape[0]), Algorithm.SPLIT)
     call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
     return dA, dB

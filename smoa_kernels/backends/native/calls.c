@@ -102,9 +102,12 @@ i64 smoa_input(const call *c) { return for_each(c, input, 0); }
 /* dA (rank, cols) and dB (rows, rank), dense, in the dtype of A and B, from dY (tokens, rows) and x (tokens, cols). */
 i64 smoa_gradient(const call *c) { return for_each(c, factor_gradients, 0); }
 
-/* 0 if each row and each column of the layer is in exactly one block, else 1. The workspace must have one byte per coordinate of the
- * longer side. */
-i64 smoa_check(const call *c) { return misfit(&c->layer, (uint8_t *)c->workspace); }
+/* 0 if each row and each column of the layer is in exactly one block, else 1. The workspace must have 64 floats, and one byte per
+ * coordinate of the longer side. */
+i64 smoa_check(const call *c) {
+    arena a = workspace_of(c->workspace);
+    return misfit(&c->layer, take(&a, greatest(c->layer.rows, c->layer.cols)));
+}
 
 /* Dropout's mask, a bit per element (definition/dropout.py), by Philox-4x32-7 (Salmon et al. 2011). A 64-bit lane computes the four words of
  * one column and eight tokens, in its lower 32 bits; its upper 32 are of no use. A token takes 16 bits of a word. */
@@ -144,11 +147,14 @@ i64 smoa_mask(call *c) {
  * compiler does not know. */
 typedef struct {
     const char *source; /* digest of the sources that it was compiled from */
-    i64 call_bytes, has_threads, has_bf16, has_amx;
+    i64 has_threads, has_bf16, has_amx;
+    i64 format[13]; /* must be library.py's */
 } about;
 
 i64 smoa_about(about *a) {
     has_amx = HAS_TILES && a->has_amx;
-    *a = (about){SOURCE, sizeof(call), GOMP_parallel != NULL, HAS_TILES && a->has_bf16, has_amx};
+    *a = (about){SOURCE, GOMP_parallel != NULL, HAS_TILES && a->has_bf16, has_amx,
+                 {VECTOR_BYTES, FLOAT32, BFLOAT16, FLOAT16, FEW_TOKENS, FLOAT, TILES_PATH, MERGED, SPLIT, offsetof(call, path),
+                  offsetof(call, workspace), offsetof(call, ends), sizeof(call)}};
     return 0;
 }

@@ -5,8 +5,6 @@
 
 #include "pack_tiles.h"
 
-/* --- y ------------------------------------------------------------------------------------------------------------------ */
-
 enum { ROWS_BELOW = 6 };
 
 /* y (+)= sums + bias for some rows of float32 sums; the bias may be NULL. Each number is rounded once. */
@@ -21,8 +19,6 @@ INLINE void finish_rows(const float *sums, i64 stride, i64 count, i64 cols, cons
             narrow(to, 0, cols - c, value, dtype);
         }
 }
-
-/* --- dA and dB ---------------------------------------------------------------------------------------------------------- */
 
 enum {
     GROUP = 16, /* rows of H that are contracted together */

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, experts
-from .backend import Path, gradient_path, routes
-from .library import KINDS, Algorithm, Call, dense, obstacle
+from .backend import gradient_path, routes
+from .library import KINDS, Algorithm, Call, Path, dense, obstacle
 
 
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
@@ -59,7 +59,8 @@ class _EveryExpert(Call):
 
     def __init__(self, ends: Tensor, adapter: ExpertsAdapter) -> None:
         blocks = adapter.blocks
-        ends, rows, cols = dense(ends, torch.int32), _index(blocks.row_index), _index(blocks.col_index)
+        ends = dense("ends", ends, torch.int32)
+        rows, cols = _index(blocks.row_index), _index(blocks.col_index)
         super().__init__(algorithm=Algorithm.MERGED, experts=ends.shape[0], ends=ends.data_ptr())
         weight, offsets = self.describe(adapter, blocks, (None, None))
         self.weight_step, self.A_step, self.B_step = map(_step, (weight, adapter.A, adapter.B))
@@ -88,7 +89,8 @@ class _EveryExpert(Call):
 
 
 def _index(one: Tensor | None) -> Tensor | None:
-    return one if one is None else dense(one, torch.int16 if one.dtype == torch.int16 else torch.int32)
+    width = torch.int16 if one is not None and one.dtype == torch.int16 else torch.int32
+    return one if one is None else dense("index", one, width)
 
 
 def _step(one: Tensor) -> int:

@@ -82,7 +82,7 @@ INLINE void few_of_rows(int dtype, int tokens, const few_job *j, const float *x,
     case dtype * 16 + tokens: few_of_rows(dtype, tokens, j, x, row, end, y); break;
 #define CASES(d) CASE(d, 1) CASE(d, 2) CASE(d, 3) CASE(d, 4) CASE(d, 5) CASE(d, 6) CASE(d, 7) CASE(d, 8)
 static __attribute__((noinline)) void few_of(i64 tokens, const few_job *j, const float *x, i64 row, i64 end, float *y) {
-    switch (j->l->dtype * 16 + tokens) { CASES(FLOAT32) CASES(BFLOAT16) CASES(FLOAT16) }
+    switch (j->l->dtype * 16 + tokens) { CASES(FLOAT32) CASES(BFLOAT16) CASES(FLOAT16) default: __builtin_trap(); }
 }
 #undef CASE
 #undef CASES

@@ -10,15 +10,6 @@
  *
  * Two files call it: product.h (y and dX) and gradient.h (dA and dB). calls.c exports the functions; its `for_each` loops over experts.
  *
- * Example: a bfloat16 backward on AMX is smoa_gradient and smoa_input. `blocked_product` computes dX = dY W_eff: `tile_rows` packs dY in left
- * tiles; `pack_right` reads columns of W0, modulates them and packs them in right tiles that stay in the L2 cache; `tile_panel` multiplies 32
- * tokens by 32 columns in four tiles, over all terms; then `finish_rows` rounds them once and writes them to dX. Under dropout it adds the
- * masked dY ΔW, which `rows_by_tokens` wrote to dX first. `factor_gradients` computes dA and dB: the terms of a block's G = dYᵀ x are tokens, so
- * `pack_terms` transposes both operands; `contract_slab` turns rows of G into H = s G ∘ W0 and adds Bᵀ H to dA and H Aᵀ to dB.
- *
- * AVX10 with 512-bit vectors runs `dots` as it is. A new instruction for the same tiles needs a branch beside `has_amx` in `tile_panel`, a flag
- * in `about` and a name in `allowed` of library.py. Shorter vectors or other tiles need a format and a packing of their own.
- *
  * No function allocates memory. `smoa_about` alone keeps state, `has_amx`. The order of a sum does not depend on the number of threads, except
  * in dA (in dB where W0 is stored by columns): each thread sums its own rows.
  */

@@ -22,16 +22,15 @@ typedef struct {
 
 typedef struct {
     float *G, *dA, *line;
-    half *lines; /* while operands are packed: one step of tokens, transposed */
+    half *lines; /* one step of tokens, transposed */
     arena rest;
 } gradient_room;
 
 static gradient_room gradient_room_of(const gradient *g, arena a) {
-    arena pack = a;
     i64 padded = round_up(widest_of(&g->l), PANEL);
     gradient_room r = {.G = take(&a, g->slab * padded * 4), .dA = take(&a, g->l.rank * padded * 4), .line = take(&a, padded * 4)};
-    r.lines = take(&pack, g->format == PAIRS ? round_up(greatest(g->l.rows, g->l.cols), TERMS) * TERMS * 2 : 0);
-    r.rest = (arena){a.base, greatest(a.bytes, pack.bytes)};
+    r.lines = take(&a, g->format == PAIRS ? round_up(greatest(g->l.rows, g->l.cols), TERMS) * TERMS * 2 : 0);
+    r.rest = a;
     return r;
 }
 
@@ -136,8 +135,8 @@ static void write_gradient(const layer *l, const float *sums, i64 stride, i64 th
 /* Dense dA and dB. W0 is row-major or column-major; for tiles it is row-major. */
 static i64 factor_gradients(const call *c) {
     int tiles = c->path == TILES_PATH;
-    operand dy = operand_of(c->dy, c->dtype, 1, c->dy_stride, c->layer.rows, NULL);
-    operand x = operand_of(c->x, c->dtype, 1, c->x_stride, c->layer.cols, c->keep);
+    operand dy = operand_of(c->dy, c->dtype, 0, 1, c->dy_stride, c->layer.rows, NULL);
+    operand x = operand_of(c->x, c->dtype, 0, 1, c->x_stride, c->layer.cols, c->keep);
     int swapped = c->layer.col_stride != 1;
     gradient g = {.l = swapped ? transposed(c->layer) : c->layer, .threads = c->threads, .dy = swapped ? x : dy, .x = swapped ? dy : x};
     const layer *l = &g.l;

@@ -9,10 +9,10 @@ import ctypes
 import functools
 import hashlib
 import os
-from collections.abc import Hashable, Sequence
+import pathlib
+from collections.abc import Sequence
 from contextlib import nullcontext
 from enum import IntEnum
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FUNCTIONS = ("smoa_forward", "smoa_input", "smoa_gradient")
 """The functions that compute; a profile shows these names."""
 
-_FOLDER = Path(__file__).parent
+_FOLDER = pathlib.Path(__file__).parent
 
 
 def _integers(names: str) -> list[tuple[str, type]]:
@@ -44,6 +44,19 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _pointers(names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_void_p) for name in names.split()]
+
+
+class Path(IntEnum):
+    """The code that computes a call; the first three numbers are those of `operand.h`."""
+
+    FEW = 0
+    """`few_tokens.h`: reads W0 once, makes W_eff in registers and packs nothing."""
+    FLOAT = 1
+    """`product.h` and `gradient.h` in float32; half types are widened when they are packed."""
+    TILES = 2
+    """`product.h` and `gradient.h` in bfloat16, by AMX or AVX512-BF16."""
+    EAGER = 3
+    """torch's operators."""
 
 
 class Algorithm(IntEnum):
@@ -84,8 +97,9 @@ class Call(ctypes.Structure):
         *_integers("weight_step A_step B_step"),
     ]
 
-    planned_for: Hashable = None
-    """The arguments for which a kept call is planned."""
+    read: object = None
+    planned_for: object = None
+    """The tensors that a kept call reads, and the arguments for which it is planned."""
 
     @classmethod
     def of(cls, adapter: PackedAdapter, mask: Mask | None) -> Call:
@@ -95,13 +109,13 @@ class Call(ctypes.Structure):
             ValueError: indices or offsets of the blocks do not fit the weight.
         """
         p, call = adapter.partition, cls()
-        index = [dense(one, torch.int64) for one in (p.row_index, p.col_index)]
+        index = [dense(name, getattr(p, name), torch.int64) for name in ("row_index", "col_index")]
         weight, offsets = call.describe(adapter, p, index)
         if mask is not None:
             call.layer.scaling *= mask.scale
             call.keep, call._mask = mask.kept.data_ptr(), mask
         sizes = [*weight.shape, p.num_blocks + 1, p.num_blocks + 1, p.num_blocks]
-        room = workspace(weight, max(weight.shape))
+        room = workspace(weight, 64 + max(weight.shape))
         call.workspace = room.data_ptr()
         fits = [one.numel() for one in (*index, *offsets, adapter.ranks)] == sizes
         if not fits or library().smoa_check(ctypes.byref(call)):
@@ -118,9 +132,10 @@ class Call(ctypes.Structure):
         index: Sequence[Tensor | None],
     ) -> tuple[Tensor, list[Tensor]]:
         """Set the layer, or the first expert's; returns W0 and the blocks' offsets as compiled code reads them."""
-        weight, A, B = along_memory(adapter.weight), adapter.A, adapter.B
-        offsets = [dense(one, torch.int32) for one in (blocks.row_offsets, blocks.col_offsets)]
-        ranks = dense(adapter.ranks, torch.int32)
+        weight = along_memory(present("weight", adapter.weight))
+        A, B = present("A", adapter.A), present("B", adapter.B)
+        offsets = [dense(name, getattr(blocks, name), torch.int32) for name in ("row_offsets", "col_offsets")]
+        ranks = dense("ranks", adapter.ranks, torch.int32)
         self.layer = Layer(
             *weight.shape[-2:], KINDS[weight.dtype], *weight.stride()[-2:], weight.data_ptr(),
             A.shape[-2], KINDS[A.dtype], *A.stride()[-2:], *B.stride()[-2:], A.data_ptr(), B.data_ptr(),
@@ -149,9 +164,10 @@ class Call(ctypes.Structure):
         For experts it returns -1 if their pairs or the indices of their blocks do not fit; `results` are invalid then.
         Else it returns how many experts a forward has skipped, because their ΔW is zero.
         """
-        kept = [bias if bias is None else bias.contiguous()]
+        kept = [bias if bias is None else present("bias", bias).contiguous()]
         for field, given in (("x", x), ("dy", dy)):
             if given is not None:
+                present(field, given)
                 kept.append(tokens := given if given.stride(1) == 1 else given.contiguous())
                 setattr(self, field, tokens.data_ptr())
                 setattr(self, f"{field}_stride", tokens.stride(0))
@@ -177,7 +193,8 @@ class _About(ctypes.Structure):
 
     _fields_ = [
         ("source", ctypes.c_char_p),
-        *_integers("call_bytes has_threads bf16 amx"),
+        *_integers("has_threads bf16 amx"),
+        ("format", ctypes.c_int64 * 13),
         ("further", ctypes.c_int64 * 16),  # a library of other sources may write more fields
     ]
 
@@ -204,7 +221,6 @@ def library() -> ctypes.CDLL:
     return found[0]
 
 
-@functools.cache
 def has(feature: str) -> bool:
     """Whether compiled code multiplies bfloat16 itself ("bf16"), uses "amx", or has vectors of 512 bits ("avx512").
 
@@ -226,7 +242,7 @@ def allowed() -> tuple[bool, bool]:
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
     try:
-        processor = Path("/proc/cpuinfo").read_text()
+        processor = pathlib.Path("/proc/cpuinfo").read_text()
     except OSError:
         return False, False
 
@@ -260,8 +276,10 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
         found.smoa_about(ctypes.byref(about))
         if about.source != source.encode():
             return f"{path} was compiled from other sources: install the package again"
-        if about.call_bytes != ctypes.sizeof(Call):
-            return f"{path} has structs of other sizes than {Path(__file__).name}"
+        numbers = [64 if capability == "AVX512" else 32, *KINDS.values(), *list(Path)[:3], *Algorithm]
+        offsets = [getattr(Call, field).offset for field in ("path", "workspace", "ends")]
+        if [*about.format] != [*numbers, *offsets, ctypes.sizeof(Call)]:
+            return f"{path} has other numbers or structs than {pathlib.Path(__file__).name}"
         for name in (*FUNCTIONS, "smoa_check", "smoa_mask"):
             getattr(found, name).restype = ctypes.c_int64
     except (AttributeError, OSError) as error:  # another library, or none for this system
@@ -306,6 +324,14 @@ def lies_along_memory(matrix: Tensor) -> bool:
     return (along == 1 and down >= cols) or (down == 1 and along >= rows)
 
 
-def dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor, contiguous and in `dtype`; mostly it is already, and asking first saves torch's conversions."""
+def present(name: str, tensor: Tensor) -> Tensor:
+    """The tensor, or a RuntimeError if its memory was freed, as FSDP frees a weight's between uses."""
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise RuntimeError(f"{name} {tuple(tensor.shape)} has no memory: its storage was freed")
+    return tensor
+
+
+def dense(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`present`, contiguous and in `dtype`; mostly it is already, and asking first saves torch's conversions."""
+    present(name, tensor)
     return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

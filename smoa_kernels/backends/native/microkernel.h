@@ -217,3 +217,6 @@ TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 r
 #else
 #define HAS_TILES 0
 #endif
+
+_Static_assert(NR == 2 * LANES && MR <= NR && NR <= PANEL, "buffers have NR rows, and PANEL spare ones");
+_Static_assert(!HAS_TILES || NR == PANEL, "tiles are packed from panels of floats");

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -29,16 +30,29 @@ static inline i64 round_up(i64 count, i64 unit) { return ceil_div(count, unit) *
 /* 16-bit words that hold one bit for each of `count` elements. */
 static inline i64 words(i64 count) { return ceil_div(count, 16); }
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+enum { GAP = 128 };
+#else
+enum { GAP = 0 };
+#define ASAN_POISON_MEMORY_REGION(address, bytes)
+#define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
+#endif
+
 /* The workspace, or a part of it, given out in whole cache lines. With `base` NULL `take` only counts bytes, so one list of `take` calls
- * serves both to size the workspace and to lay it out. */
+ * serves both to size the workspace and to lay it out. Under AddressSanitizer nothing may touch the gaps between its pieces. */
 typedef struct {
     char *base;
     i64 bytes;
 } arena;
 
 static void *take(arena *a, i64 bytes) {
-    void *found = a->base ? a->base + a->bytes : NULL;
-    a->bytes += round_up(bytes, 64);
+    char *found = a->base ? a->base + a->bytes : NULL;
+    a->bytes += round_up(bytes, 64) + GAP;
+    if (found) {
+        ASAN_UNPOISON_MEMORY_REGION(found, (size_t)bytes);
+        ASAN_POISON_MEMORY_REGION(found + bytes, (size_t)(a->base + a->bytes - found - bytes));
+    }
     return found;
 }
 
@@ -116,23 +130,24 @@ static void write_labels(const i64 *index, const int32_t *offsets, i64 blocks, i
         for (i64 i = offsets[k]; i < offsets[k + 1]; i++) label[index[i]] = (int32_t)k;
 }
 
-/* A matrix (rows, terms) to be multiplied; its element (i, k) is data[rows[i] * row_stride + cols[k] * col_stride]. One stride is 1, and
- * `data` has `width` elements along it. A NULL index counts up; along `width` it begins at `start`. `keep`, or NULL, is a dropout mask: for
- * each step of the other stride `width` bits, in whole words. */
+/* A matrix (rows, terms) to be multiplied; its element (i, k) is data[rows[i] * row_stride + cols[k] * col_stride]. `row_major`: a row's terms
+ * are adjacent; else a term's rows are. Their stride is 1, and `data` has `width` elements along it. A NULL index counts up; along `width` it
+ * begins at `start`. `keep`, or NULL, is a dropout mask: for each step of the other stride `width` bits, in whole words. */
 typedef struct {
     const void *data;
-    int dtype;
+    int dtype, row_major;
     i64 row_stride, col_stride, width, start;
     const uint16_t *keep;
     const i64 *rows, *cols;
 } operand;
 
-static operand operand_of(const void *data, i64 dtype, i64 row_stride, i64 col_stride, i64 width, const uint16_t *keep) {
-    return (operand){data, (int)dtype, row_stride, col_stride, width, 0, keep, NULL, NULL};
+static operand operand_of(const void *data, i64 dtype, int row_major, i64 row_stride, i64 col_stride, i64 width, const uint16_t *keep) {
+    return (operand){data, (int)dtype, row_major, row_stride, col_stride, width, 0, keep, NULL, NULL};
 }
 
 static operand weight_of(const layer *l) {
-    return operand_of(l->weight, l->dtype, l->row_stride, l->col_stride, l->col_stride == 1 ? l->cols : l->rows, NULL);
+    int row_major = l->col_stride == 1;
+    return operand_of(l->weight, l->dtype, row_major, l->row_stride, l->col_stride, row_major ? l->cols : l->rows, NULL);
 }
 
 static inline const uint16_t *keep_of(const operand *o, i64 at) { return o->keep ? o->keep + at * words(o->width) : NULL; }

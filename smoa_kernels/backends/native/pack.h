@@ -172,14 +172,10 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
     }
 }
 
-/* Whether the terms of a row are contiguous in memory; otherwise, column-major, the rows of a term are. If both
- * strides are 1, it could be either: with an index of rows alone it is column-major. */
-static inline int is_row_major(const operand *o) { return o->col_stride == 1 && (o->cols || !o->rows); }
-
 /* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). After the last row come other rows or zeros: they are
  * multiplied, but their products are not stored. (What was in memory might be denormal numbers, which are slow.) */
 static void pack_floats(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
-    (is_row_major(o) ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
+    (o->row_major ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
 }
 
 /* Turns `count` terms from `col` on of a panel into W_eff or ΔW. `labels` are the rows' blocks, all 0 without labels. */

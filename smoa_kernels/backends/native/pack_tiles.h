@@ -56,8 +56,6 @@ static void transpose_tiles(i64 tiles, half *tile) {
     }
 }
 
-/* --- From float32 ------------------------------------------------------------------------------------------------------ */
-
 /* 32 numbers: those of `low`, then those of `high`. */
 TARGET_BF16 static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 
@@ -118,8 +116,6 @@ TARGET_BF16 static void split_rows(const operand *o, i64 first, i64 count, i64 k
             }
     }
 }
-
-/* --- From bfloat16 ----------------------------------------------------------------------------------------------------- */
 
 static inline __mmask32 first_halves(i64 count) {
     return count < TERMS ? ((__mmask32)1 << greatest(0, count)) - 1 : ~(__mmask32)0;
@@ -253,8 +249,6 @@ TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const 
 #define tile_rows(o, first, count, depth, as_left, scratch, to) ((void)(to))
 #endif
 
-/* --- By format --------------------------------------------------------------------------------------------------------- */
-
 /* Floats of scratch for an operand with `width` elements along a row. */
 static i64 scratch_size(int format, i64 width) {
     return format == FLOATS ? 0 : greatest(NC * KC, format == PAIRS ? round_up(width, TERMS) * SIDE / 2 : 0) + SPILL;
@@ -264,7 +258,7 @@ static i64 scratch_size(int format, i64 width) {
  * `scratch` has `scratch_size` floats. */
 static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to,
                        float *scratch) {
-    if (format == PAIRS && !m && is_row_major(o)) {
+    if (format == PAIRS && !m && o->row_major) {
         tile_rows(o, first, count, depth, 0, (half *)scratch, (half *)to);
         return;
     }
@@ -287,7 +281,7 @@ static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k,
         pack_floats(o, first, count, k, depth, MR, to);
     else if (format == PAIRS)
         tile_rows(o, first, count, depth, 1, (half *)scratch, (half *)to);
-    else if (is_row_major(o))
+    else if (o->row_major)
         split_rows(o, first, count, k, depth, (half *)to);
     else {
         pack_right(SPLIT3, o, NULL, first, count, k, depth, to, scratch);

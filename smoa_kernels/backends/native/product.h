@@ -52,7 +52,7 @@ static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
 /* Tokens whose tiles are in the workspace at a time. */
 static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows + l->cols) / 4, PANEL), 1024); }
 
-static operand x_of(const product *p) { return operand_of(p->x, p->dtype, p->x_stride, 1, p->l.cols, p->x_keep); }
+static operand x_of(const product *p) { return operand_of(p->x, p->dtype, 1, p->x_stride, 1, p->l.cols, p->x_keep); }
 
 /* How many parts to cut the tokens into. A thread then packs `tokens / parts` rows of x and `rows * parts / threads` of W0: least in sum. */
 static i64 token_parts_of(i64 tokens, i64 rows, i64 threads) {
