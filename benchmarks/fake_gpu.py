@@ -224,7 +224,7 @@ def adapter(
     weight: torch.dtype = torch.bfloat16,
     blocks: int = BLOCKS,
 ) -> PackedAdapter:
-    """A layer's operands without data, in torch's `FakeTensorMode`: blocks of one size, of whole granules."""
+    """A layer's operands without data, in torch's `FakeTensorMode`: blocks of one size; of granules, contiguous."""
     rho = RANK // blocks
 
     def empty(*shape: int, dtype: torch.dtype = weight) -> torch.Tensor:
@@ -234,7 +234,7 @@ def adapter(
     offsets = [empty(blocks + 1, dtype=torch.int32) for _ in features]
     labels = [empty(n, dtype=torch.uint8) for n in features]
     indices = [empty(n, dtype=torch.int64) for n in features]
-    sizes = [n // blocks + (k < n % blocks) for n in features for k in range(blocks)] + [granule, 0]
+    sizes = [n // blocks + (k < n % blocks) for n in features for k in range(blocks)] + [granule, granule > 1]
     return PackedAdapter(
         empty(*features),
         empty(rho, in_features, dtype=factors),

@@ -3,10 +3,10 @@
     python -m benchmarks.host_time
 
 It runs on a CPU with a pretended GPU (fake_gpu.py), so CUDA's own share of a launch and of torch's operators is
-missing. The layer is so small that its products take little time. The algorithms are those for many tokens: split in
-forward, merged for dX. Rows are measured in turns, many calls of each in a round. The table shows the thread's own
-time: the median of a round's calls, in the calmest round, because other programs share this machine's caches.
-nn.Linear computes three products on the CPU, SMoA two.
+missing. The layer is so small that its products take little time. The algorithm is that for many tokens, merged. Rows
+are measured in turns, many calls of each in a round. The table shows the thread's own time: the median of a round's
+calls, in the calmest round, because other programs share this machine's caches. nn.Linear computes three products on
+the CPU, SMoA the same and a batched one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ def pretend() -> FakeGpu:
     """For the life of the process, treat the CPU's tensors as a GPU's, and few tokens as many."""
     gpu = install()
     pretend_cpu("sm_90", 132)
-    choice = lambda stage, *_: "merged" if stage == "input_gradient" else "split"  # noqa: E731
-    setattr(importlib.import_module("smoa_kernels.backends.triton"), "choose_algorithm", choice)  # noqa: B010
+    setattr(importlib.import_module("smoa_kernels.backends.triton"), "choose_algorithm", lambda *_: "merged")  # noqa: B010
     return gpu
 
 
@@ -46,7 +45,7 @@ def measure(rounds: int) -> tuple[dict[str, float], list[str]]:
     torch.manual_seed(0)
     base = nn.Linear(FEATURES, FEATURES)
     layer = FusedSMoALinear.from_linear(
-        nn.Linear(FEATURES, FEATURES), r=RANK, num_blocks=BLOCKS, algorithm="split", backend="triton"
+        nn.Linear(FEATURES, FEATURES), r=RANK, num_blocks=BLOCKS, backend="triton"
     )
     x = torch.randn(TOKENS, FEATURES, requires_grad=True)
     dy = torch.randn(TOKENS, FEATURES)

@@ -22,8 +22,13 @@ def test_roofline_prints_every_way_as_predicted(capsys):
     rows = [line for line in out.splitlines() if line.strip().endswith("predicted")]
     assert len(rows) == len(WAYS)
     (chosen,) = (row for row in rows if "*" in row)
-    assert "SMoA split*" in chosen
-    assert "1.53" in chosen
+    assert "SMoA merged*" in chosen
+    assert chosen.split()[-4:] == [
+        "1.36",
+        "0.91",
+        "1.09",
+        "predicted",
+    ]  # over frozen, PEFT's LoRA and a fused one
 
 
 def test_roofline_takes_the_order_of_blocks_as_a_layer_does(capsys):

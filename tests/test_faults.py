@@ -119,8 +119,8 @@ class LaunchError(RuntimeError):
 # The launchers of a step, by algorithm and dropout, and whether one raises after it has written.
 LAUNCHERS = [
     ("gather_columns", "split", 0.0, False),
-    ("block_matmul", "split", 0.0, True),
-    ("block_grad", "split", 0.0, True),
+    ("modulated_blocks", "split", 0.0, True),
+    ("contract", "split", 0.0, True),
     ("modulated_weight", "merged", 0.0, False),
     ("fused_linear", "fused", 0.0, True),
     ("scatter_columns", "auto", 0.3, True),

@@ -143,10 +143,9 @@ def is_batch(adapter: PackedAdapter) -> bool:
     p, ranks = adapter.partition, adapter.block_ranks
     return (
         adapter.weight.device.type != "cpu"
-        and p.is_contiguous
+        and p.is_even
         and ranks is not None
         and set(ranks) == {adapter.A.shape[0]}
-        and len(set(p.row_sizes)) == len(set(p.col_sizes)) == 1
     )
 
 

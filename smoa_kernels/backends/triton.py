@@ -1,22 +1,22 @@
-"""Backend "triton": forward and backward composed of the kernels and of cuBLAS's plain GEMMs.
+"""Backend "triton": Triton's kernels do what is bound by memory, cuBLAS every product.
 
-- merged: `modulate` builds W_eff, one GEMM;
-- split: `permute` gathers x by block (`block_matmul` reads it where it lies if blocks consist of granules),
-  `block_matmul` writes the adapter's output, and the base GEMM accumulates onto it and rounds once;
+- merged: `modulate` builds W_eff, one GEMM multiplies by it;
+- split: `modulate` builds ΔW's blocks, one batched GEMM multiplies by them, and the base GEMM accumulates onto its
+  result and rounds once. Blocks that are slices of one size are multiplied where they lie; else `permute` gathers x by
+  block and scatters the result;
 - fused: for few tokens, base and adapter in one pass over W0; nothing is built. A sum of a single term (C = 1;
   for dX N = 1) is not fused: Triton 3.6 then removes the loop and clears the sum after wgmma.fence, which Hopper does
   not allow (emulated). Triton 3.9 does not.
 
-Where the kernels gain little, the eager backend computes any part of a pass (`algorithms.choose_algorithm`).
-
-Backward: `block_grad` computes dA and dB. Its gathered copies of dY and x are freed before dX needs its workspace.
-dX is merged in every dtype (a rounded W_eff is a second-order error there), split under dropout, fused for few tokens.
+Backward: a batched GEMM computes `G_k = dY_kᵀ X_k` in float32, and `contract` dA and dB from it. G and the gathered
+copies are freed before dX needs its workspace. dX is computed like y, by the transposed adapter; split under dropout.
 
 Experts: one launch computes all of them. Nothing of W0's size is built, and the host does not wait for `ends`.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,21 +24,19 @@ from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import accumulate
+from ..definition.precision import accumulate, bmm_in_float32
 from ..kernels import modulate, table
 from ..kernels.architectures import architecture
-from ..kernels.block_grad import block_grad
-from ..kernels.block_matmul import block_matmul
+from ..kernels.contract import contract
 from ..kernels.fused_linear import fused_linear
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
 from ..kernels.launch import Layout, described, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
-from ..kernels.spec import Key, block_width, bucket, granule_of
+from ..kernels.spec import ALGORITHM_KEYS, GRANULE, Key, block_width, bucket
 from . import Gradients, eager
-from .algorithms import admissible, choose_algorithm
-from .block_order import is_batch
+from .algorithms import choose_algorithm
 
 ALGORITHMS = ("merged", "split", "fused")
 
@@ -58,15 +56,12 @@ def _forward(
 ) -> Tensor:
     if algorithm == "auto":
         algorithm = "split" if dropout is not None else _chosen("forward", x, adapter)
-    if algorithm == "eager":
-        return eager.forward(x, bias, adapter, "auto", None)
     if algorithm == "merged":
         return F.linear(x, modulate.modulated_weight(adapter), bias)
     if algorithm == "fused" and adapter.weight.shape[1] > 1:
         return fused_linear(x, bias, adapter)
-    xg = _by_block(x, adapter.partition, dropout)
-    y = x.new_empty(x.shape[0], adapter.weight.shape[0])
-    block_matmul(xg, adapter, _delta_blocks(adapter), out=y)
+    partition = adapter.partition
+    y = _block_products(_by_block(x, partition, dropout), _delta_blocks(adapter).mT, partition.T)
     accumulate(y, x, adapter.weight)
     # The bias comes last: in a sum with it, before the base GEMM, the adapter's output would be rounded away.
     return y if bias is None else y.add_(bias)
@@ -112,58 +107,72 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
 def factor_gradients(
     dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) by the kernels or by torch's operators. On the current device."""
-    if dropout is None and _chosen("factor_gradients", dy, adapter) == "eager":
-        return eager.factor_gradients(dy, x, adapter)
-    dyg = _by_block(dy, adapter.partition.T)
-    return block_grad(dyg, _by_block(x, adapter.partition, dropout), adapter)
+    """(dA, dB). On the current device."""
+    partition = adapter.partition
+    G = bmm_in_float32(_by_block(dy, partition.T).mT, _by_block(x, partition, dropout))
+    return contract(G, adapter)
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
     """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C), split under dropout. On the current device."""
-    if dropout is None:
-        algorithm = _chosen("input_gradient", dy, adapter)
-        if algorithm == "eager":
-            return eager.input_gradient(dy, adapter)
-        if algorithm == "fused" and adapter.weight.shape[0] > 1:
-            return fused_linear(dy, None, adapter.T)
+    algorithm = "split" if dropout is not None else _chosen("input_gradient", dy, adapter)
+    if algorithm == "merged":
         return dy @ modulate.modulated_weight(adapter)
-    dyg = _by_block(dy, adapter.partition.T)
-    delta = _delta_blocks(adapter)
-    dxg = dy.new_empty(dy.shape[0], delta.shape[0], delta.shape[2])
-    block_matmul(dyg, adapter.T, delta.mT, out=dxg)
-    dx = dy.new_empty(dy.shape[0], adapter.weight.shape[1])
-    scatter_columns(dxg, adapter.partition, dx, dropout=dropout)
-    return dx.addmm_(dy, adapter.weight)
+    if algorithm == "fused" and adapter.weight.shape[0] > 1:
+        return fused_linear(dy, None, adapter.T)
+    partition = adapter.partition
+    dx = _block_products(_by_block(dy, partition.T), _delta_blocks(adapter), partition, dropout)
+    return accumulate(dx, dy, adapter.weight.T)
 
 
 def _by_block(x: Tensor, partition: BlockPartition, dropout: Dropout | None = None) -> Tensor:
-    """x's columns grouped by block, (T, K, P); x itself if it has granules, which kernels read in place."""
-    if dropout is None and granule_of(partition.granularity, partition.shape) > 1:
-        return x
-    return gather_columns(x, partition, block_width(partition.col_sizes), dropout=dropout)
+    """x's columns grouped by block, (K, T, P): a view where blocks are slices and nothing is masked, else a copy."""
+    if dropout is None and partition.is_even:
+        return _slices(x, partition)
+    return gather_columns(x, partition, _width(partition), dropout=dropout).transpose(0, 1)
+
+
+def _block_products(
+    x: Tensor, delta: Tensor, partition: BlockPartition, dropout: Dropout | None = None
+) -> Tensor:
+    """Every block's x (K, T, P) times its delta (K, P, Q), at its own columns of the result: those of `partition`."""
+    blocks, tokens, _ = x.shape
+    y = x.new_empty(tokens, partition.shape[1])
+    if dropout is None and partition.is_even:
+        torch.bmm(x, delta, out=_slices(y, partition))
+        return y
+    blocked = x.new_empty(tokens, blocks, delta.shape[2])
+    torch.bmm(x, delta, out=blocked.transpose(0, 1))
+    return scatter_columns(blocked, partition, y, dropout=dropout)
+
+
+def _slices(x: Tensor, partition: BlockPartition) -> Tensor:
+    """A view of x (T, C) by block, (K, T, P)."""
+    return x.view(x.shape[0], partition.num_blocks, partition.col_sizes[0]).transpose(0, 1)
 
 
 def _delta_blocks(adapter: PackedAdapter) -> Tensor:
     """ΔW by block, (K, P_n, P_c)."""
-    p = adapter.partition
-    widths = block_width(p.row_sizes), block_width(p.col_sizes)
-    return modulated_blocks(adapter, widths)
+    return modulated_blocks(adapter, (_width(adapter.partition.T), _width(adapter.partition)))
+
+
+def _width(partition: BlockPartition) -> int:
+    """P, the width of a block of columns in block order; slices are not padded."""
+    return partition.col_sizes[0] if partition.is_even else block_width(partition.col_sizes)
 
 
 def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
     """Choose the algorithm of "auto" without dropout, for one of `spec.ALGORITHM_KEYS`."""
     layout, _ = described(adapter)
-    batch = layout.num_blocks if is_batch(adapter) else 0
-    return _choose(stage, layout, bucket(x.shape[0]), batch)
+    return _choose(stage, layout, bucket(x.shape[0]), adapter.partition.is_even)
 
 
 @table.remembered
-def _choose(stage: str, layout: Layout, tokens: int, batch: int) -> str:
+def _choose(stage: str, layout: Layout, tokens: int, in_place: bool) -> str:
     """Choose by the tuning table for `tokens`, a power of two, else by the rule of `algorithms.py`."""
     name, sizes = layout.precision, (layout.rank, layout.num_blocks, *layout.features, tokens)
-    key = Key(stage, name, *sizes, granule=layout.granule, factors=layout.factors)
-    measured = table.fastest(key, layout.device, admissible(stage, name))
+    key = Key(stage, name, *sizes, granule=GRANULE if in_place else 1, factors=layout.factors)
+    measured = table.fastest(key, layout.device, ALGORITHM_KEYS[stage])
     if isinstance(measured, str):
         return measured
-    return choose_algorithm(stage, tokens, layout.rank, name, architecture(layout.device), batch)
+    return choose_algorithm(tokens, layout.rank, name, architecture(layout.device))

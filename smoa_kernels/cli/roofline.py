@@ -19,7 +19,8 @@ from .output import console, table_of
 
 LABELS = {
     "frozen": "frozen",
-    "lora": "LoRA",
+    "lora": "LoRA (PEFT)",
+    "lora_fused": "LoRA, fused",
     "hira": "HiRA",
     "merged": "SMoA merged",
     "split": "SMoA split",
@@ -41,8 +42,8 @@ def roofline(
     gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")] = "h100",
     tokens: Annotated[int, typer.Option(min=0, max=10**9, help="Tokens in the batch, T.")] = 8192,
     shape: Annotated[str, typer.Option(help="OUTxIN features of the layer, N×C.")] = "4096x4096",
-    rank: Annotated[int, typer.Option(min=0, max=10**9, help="Rank budget of all blocks together, r.")] = 16,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks, K.")] = 4,
+    rank: Annotated[int, typer.Option(min=0, max=10**9, help="Rank budget of all blocks together, r.")] = 8,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks, K.")] = 2,
     block_order: Annotated[str, typer.Option(help=f"One of {', '.join(BLOCK_ORDERS)}.")] = "spectral",
     granule: Annotated[int, typer.Option(min=1, help="Adjacent coordinates that stay together.")] = 1,
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(PRECISIONS)}.")] = "bf16",
@@ -59,7 +60,7 @@ def roofline(
     if block_order == "contiguous" and not any(size % (blocks * granule) for size in features):
         together = math.gcd(*(size // blocks for size in features))
     problem = Problem(tokens, *features, blocks, rank, dtype, together)
-    chosen = choose_algorithm("forward", tokens, problem.max_rank, dtype, GPUS[gpu].arch)
+    chosen = choose_algorithm(tokens, problem.max_rank, dtype, GPUS[gpu].arch)
     estimates = {way: Estimate(problem, GPUS[gpu], way) for way in WAYS}
     workspace = backward_workspace(problem)
 
@@ -79,7 +80,8 @@ def roofline(
 
 def _row(way: str, estimates: dict[str, Estimate], *, chosen: bool) -> dict[str, str]:
     """The cells of a way by their headings."""
-    found, frozen, lora = (estimates[name] for name in (way, "frozen", "lora"))
+    found = estimates[way]
+    over = {"frozen": "frozen", "LoRA": "lora", "fused\nLoRA": "lora_fused"}
     stages = {"forward": PASSES[:1], "backward": PASSES[1:], "both": PASSES}
     seconds = {stage: found.seconds(*passes) for stage, passes in stages.items()}
     seconds |= {"device": found.device_seconds(), "host": found.host_seconds()}
@@ -87,7 +89,6 @@ def _row(way: str, estimates: dict[str, Estimate], *, chosen: bool) -> dict[str,
         "": f"{LABELS[way]}{'*' if chosen else ''}",
         **{f"{name}\nms": f"{each * 1e3:.3f}" for name, each in seconds.items()},
         "launches": f"{found.launches()}",
-        "/frozen": f"{found.seconds() / frozen.seconds():.2f}",
-        "/LoRA": f"{found.seconds() / lora.seconds():.2f}",
+        **{f"/{name}": f"{found.seconds() / estimates[other].seconds():.2f}" for name, other in over.items()},
         " ": "predicted",
     }

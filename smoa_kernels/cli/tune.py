@@ -27,7 +27,6 @@ from ..tuning.plan import (
     describe_choice,
     jobs,
     tunable,
-    winner,
 )
 from ..tuning.roofline import Problem
 from .output import console, progress_of, table_of
@@ -186,7 +185,7 @@ def _measure(planned: Sequence[Job], device: torch.device, deadline: float | Non
 
 def _row(job: Job, entry: Entry) -> dict[str, str]:
     """The heuristic's and the tuned time of a problem, in microseconds."""
-    trials = entry.trial(job.candidates[0]), winner(entry)
+    trials = entry.trial(job.candidates[0]), entry.best()
     before, after = (trial.seconds if trial else None for trial in trials)
     return {
         "problem": describe(job.key),

@@ -288,6 +288,11 @@ class BlockPartition:
         """Where the labels live."""
         return self.row_block.device
 
+    @property
+    def is_even(self) -> bool:
+        """Whether blocks are slices of one size, which a matrix of W0's shape holds as a batch."""
+        return self.is_contiguous and len(set(self.row_sizes)) == len(set(self.col_sizes)) == 1
+
     def rows(self, block: int) -> Tensor:
         """Rows of one block, in the order of `row_order`."""
         return torch.split(self.row_order, list(self.row_sizes))[block]
@@ -297,10 +302,7 @@ class BlockPartition:
         return torch.split(self.col_order, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
-        """Partition of `weight[row_slice, col_slice]`, with the labels of those rows and columns.
-
-        Blocks may become empty.
-        """
+        """Partition of `weight[row_slice, col_slice]` by the labels of its rows and columns; blocks may get empty."""
         return BlockPartition.from_labels(
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
         )

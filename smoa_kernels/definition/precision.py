@@ -133,7 +133,8 @@ def bmm_in_float32(left: Tensor, right: Tensor) -> Tensor:
 @functools.cache
 def _returns_float32(device_type: str) -> bool:
     """Whether torch's batched product of half types has a float32 result on such devices."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("aten::bmm.dtype", device_type.upper())
+    key = {"cuda": "CUDA", "xpu": "XPU"}.get(device_type)  # AMD's GPUs are "cuda" too
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("aten::bmm.dtype", key)
 
 
 def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 LEVELS = 2**16
 _ROW_STEP, _COL_STEP = 40503, 30011
-_LACKS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's 23 bits behind the point
+LACKS = {torch.bfloat16: 16, torch.float16: 13}  # of float32's 23 bits behind the point
 
 
 class Place(NamedTuple):
@@ -68,7 +68,7 @@ def round_weight(W_eff: Tensor, dtype: torch.dtype, place: Place = WHOLE) -> Ten
         >>> W0.sum().item(), round(rounded.float().sum().item(), 1)
         (1000.0, 1000.1)
     """
-    lacks = _LACKS.get(dtype)
+    lacks = LACKS.get(dtype)
     if lacks is None:
         return W_eff.to(dtype)
     rows, cols = W_eff.shape

@@ -19,8 +19,7 @@ def __getattr__(name: str) -> Mapping[str, Kernel]:
     if name != "KERNELS":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import (
-        block_grad,
-        block_matmul,
+        contract,
         fused_linear,
         grouped_grad,
         grouped_linear,
@@ -30,7 +29,7 @@ def __getattr__(name: str) -> Mapping[str, Kernel]:
     )
     from .spec import Kernel
 
-    products = block_matmul, fused_linear, block_grad, grouped_linear, grouped_grad
-    values = [value for file in (modulate, permute, *products, sum_partials) for value in vars(file).values()]
+    files = modulate, permute, fused_linear, contract, grouped_linear, grouped_grad, sum_partials
+    values = [value for file in files for value in vars(file).values()]
     globals()[name] = kernels = {value.name: value for value in values if isinstance(value, Kernel)}
     return kernels

@@ -117,6 +117,27 @@ def slot_coordinates(index_ptr, start, size, slots, GRANULE: tl.constexpr):
 
 
 @triton.jit
+def load_block(w_ptr, rows, cols, row_inside, col_inside, stride_wn, stride_wc, GRANULE: tl.constexpr):
+    """A tile of W0 at these coordinates (int64), zero outside.
+
+    Single coordinates are loaded in a shape of their own. In that of the tile the load would have the layout of the
+    tile's other users, eight slots a thread, and each lane of a request would touch another place of W0. Here a warp
+    reads 32 neighbouring columns of the block at a time. They lie close together in one row, and the lanes share the
+    row's address.
+    """
+    if GRANULE > 1:
+        w_ptrs = w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc
+        return tl.load(w_ptrs, mask=row_inside[:, None] & col_inside[None, :], other=0.0)
+    else:  # noqa: RET505  Triton would compile what follows too
+        LANES: tl.constexpr = 32 if cols.shape[0] >= 32 else cols.shape[0]
+        GROUPS: tl.constexpr = cols.shape[0] // LANES
+        w_cols, inside = tl.reshape(cols, (GROUPS, 1, LANES)), tl.reshape(col_inside, (GROUPS, 1, LANES))
+        w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
+        w = tl.load(w_ptrs, mask=row_inside[None, :, None] & inside, other=0.0)
+        return tl.reshape(tl.permute(w, (1, 0, 2)), (rows.shape[0], cols.shape[0]))
+
+
+@triton.jit
 def rank_product(
     a_ptr,
     b_ptr,

@@ -256,11 +256,11 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     return on_amd(shipped) if arch.is_amd else shipped
 
 
-def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
+def _choose(shipped: Sequence[Config], key: Key, multiprocessors: int) -> Config:
     """Choose the narrowest tile that holds all tokens; split its sum over C if y has few tiles."""
-    widths = {config.block_t for config in fitting}
+    widths = {config.block_t for config in shipped}
     block_t = min((width for width in widths if width >= key.tokens), default=max(widths))
-    narrowest = [config for config in fitting if config.block_t == block_t]
+    narrowest = [config for config in shipped if config.block_t == block_t]
     tiles = -(-key.tokens // block_t) * -(-key.out_features // narrowest[0].block_n)
     few = tiles < 2 * multiprocessors
     return max(narrowest, key=lambda config: config.split if few else -config.split)

@@ -136,7 +136,7 @@ def grouped_grad_kernel(
             x_ptrs = x_ptr + pairs[:, None] * stride_xp + cols[None, :]
             x = tl.load(x_ptrs, mask=pair_valid[:, None] & col_valid[None, :], other=0.0)
             if x.dtype == tl.float32 and INPUT_PRECISION == "tf32":
-                # This keeps the values and takes the tiles to their product through registers, as in block_grad. With
+                # This keeps the values and takes the tiles to their product through registers. With
                 # the hints of `coordinates` alone, both are copied 4 bytes at a time on sm_90 (Triton 3.6, 3.9).
                 dy = tl.where(pair_valid[None, :], dy, 0.0)
                 x = tl.where(pair_valid[:, None], x, 0.0)

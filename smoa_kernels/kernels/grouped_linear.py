@@ -182,7 +182,7 @@ def grouped_linear_kernel(
             x_ptrs = x_rows[None, :] + cols[:, None]
             x = tl.load(x_ptrs, mask=pair_valid[None, :] & col_valid[:, None], other=0.0)
             if W_TRANSPOSED and w.dtype == tl.float32:
-                # This keeps the values and takes W0 through registers, as in block_matmul, to keep its copy 16 bytes
+                # This keeps the values and takes W0 through registers, to keep its copy 16 bytes
                 # wide. With the hints of `coordinates` alone it is 4 bytes on sm_90 (Triton 3.6, 3.9) and sm_100 (3.9).
                 w = tl.where(row_valid[:, None], w, 0.0)
             acc = dot(w, x, acc, INPUT_PRECISION)
@@ -321,15 +321,15 @@ def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
     return _GATHERED_OLD if OLD_TRITON and not arch.has_wide_tensor_cores else _GATHERED
 
 
-def _choose(fitting: Sequence[Config], key: Key, multiprocessors: int) -> Config:
+def _choose(shipped: Sequence[Config], key: Key, multiprocessors: int) -> Config:
     """Choose the widest tile of which an expert has two on average: its last tile is half empty.
 
     A tile of 256 pairs takes 16 ranks at a time and reads x again for the next 16. It needs base and adapter in one
     launch.
     """
     if key.rank > FEW_RANKS or key.granule == 1:
-        fitting = [config for config in fitting if config.block_t <= MOST_PAIRS]
-    return next((config for config in fitting if 2 * config.block_t <= key.tokens), fitting[-1])
+        shipped = [config for config in shipped if config.block_t <= MOST_PAIRS]
+    return next((config for config in shipped if 2 * config.block_t <= key.tokens), shipped[-1])
 
 
 GROUPED_LINEAR = Kernel(

@@ -5,6 +5,7 @@
     ΔW[k, p, q] = s · W0[i, j] · Σ_t B[i, t] A[t, j],  i and j in slots p and q of k      (K, P_n, P_c)
 
 Both read W0 once, compute in float32 and write once. Entries t ≥ ranks[k] of the factors are padding and are ignored.
+W_eff is rounded by a threshold for each entry (`definition/thresholds.py`), ΔW to nearest.
 
 Layout of the pointers: w (N, C), a (ρ, C), b (N, ρ) and the dense out (N, C) with any strides; row_block (N) and
 col_block (C) labels, uint8 or int32; row_index (N), col_index (C) int64, row_offsets, col_offsets (K + 1) int32;
@@ -16,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
-from .common import block_slots, power_of_two, rank_product, round_to
+from ..definition.thresholds import LACKS, Place
+from .common import block_slots, load_block, power_of_two, rank_product, round_to
 from .launch import Launch, Layout, described
 from .spec import Config, Kernel
 from .table import remembered
@@ -41,6 +44,20 @@ def store_tile(out_ptr, offsets, tile, inside):
 
 
 @triton.jit
+def round_by_place(value, rows, cols, place_first, place_row_step, place_col_step, LACKS: tl.constexpr):
+    """Cut off LACKS bits of float32 values, after adding the thresholds of their places. NaN and Inf stay.
+
+    A sum in int32 wraps round, which does not change the lower 16 bits.
+    """
+    if LACKS > 0:
+        places = rows.to(tl.int32)[:, None] * place_row_step + cols.to(tl.int32)[None, :] * place_col_step
+        threshold = ((places + place_first) & 0xFFFF) >> (16 - LACKS)
+        bits = (value.to(tl.int32, bitcast=True) + threshold) >> LACKS << LACKS
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value
+
+
+@triton.jit(do_not_specialize=["place_first", "place_row_step", "place_col_step"])
 def modulated_weight_kernel(
     w_ptr,
     a_ptr,
@@ -61,7 +78,11 @@ def modulated_weight_kernel(
     stride_br,
     stride_on,
     stride_oc,
+    place_first,
+    place_row_step,
+    place_col_step,
     INPUT_PRECISION: tl.constexpr,
+    LACKS: tl.constexpr,
     RANK_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -97,7 +118,9 @@ def modulated_weight_kernel(
     scaling = tl.load(scaling_ptr).to(tl.float32)
     modulation = tl.where(row_block[:, None] == col_block[None, :], scaling * product, 0.0)
     w = w.to(tl.float32)
-    out = w + w * modulation  # w * (1 + modulation) would round once more
+    # w * (1 + modulation) would round once more, and Inf · 0 is NaN.
+    out = tl.where(modulation == 0.0, w, w + w * modulation)
+    out = round_by_place(out, rows, cols, place_first, place_row_step, place_col_step, LACKS)
     store_tile(out_ptr, rows[:, None] * stride_on + cols[None, :] * stride_oc, out, inside)
 
 
@@ -109,11 +132,13 @@ def modulated_weight(
 ) -> Tensor:
     """W_eff (N, C) in W0's dtype and, unless `out` is given, in W0's memory order.
 
+    It is rounded by thresholds to a half type, or to TF32 where torch multiplies in it.
+
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
         out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
-        ieee: multiply the factors under a float32 weight in IEEE, even if torch multiplies in TF32. Under a half weight
-            float32 factors are rounded to TF32, which is as fine as float16 and eight times finer than bfloat16.
+        ieee: compute a float32 W_eff in IEEE, even if torch multiplies in TF32. Under a half weight float32 factors are
+            rounded to TF32, which is as fine as float16 and eight times finer than bfloat16.
     """
     # The tile's last dimension is W0's contiguous one.
     if adapter.weight.stride(0) < adapter.weight.stride(1):
@@ -126,7 +151,7 @@ def modulated_weight(
         return out
     layout, pointers = described(adapter)
     layout = layout._replace(precision="fp32") if ieee and layout.precision == "tf32" else layout
-    _weight_launch(layout, out.stride())(out_ptr=out, **pointers)
+    _weight_launch(layout, out.stride(), adapter.place)(out_ptr=out, **pointers)
     return out
 
 
@@ -134,6 +159,7 @@ def modulated_weight(
 def _weight_launch(
     layout: Layout,
     out_stride: Sequence[int],
+    place: Place,
 ) -> Launch:
     N, C = layout.features
     config = layout.choose("modulated_weight", factors=layout.factors)
@@ -144,6 +170,8 @@ def _weight_launch(
         layout,
         stride_on=out_stride[0],
         stride_oc=out_stride[1],
+        **{f"place_{name}": value for name, value in place._asdict().items()},
+        LACKS=0 if layout.precision == "fp32" else LACKS.get(layout.dtype, LACKS[torch.float16]),
         RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank, 16)),
     )
 
@@ -186,21 +214,10 @@ def modulated_blocks_kernel(
     block_rank = tl.minimum(tl.load(ranks_ptr + block), rank)
     row_rank = tl.where(row_valid, block_rank, 0)
     # A block of rank 0 is zero whatever W0 holds, so W0 is not read there.
-    mask = (row_rank > 0)[:, None] & col_valid[None, :]
-    # In IEEE float32 the `else` would spill 4 to 16 bytes (Triton 3.6: sm_90 and sm_100, 3.9: sm_100).
+    # In IEEE float32 the other layout would spill 4 to 16 bytes (Triton 3.6: sm_90 and sm_100, 3.9: sm_100).
     IEEE: tl.constexpr = INPUT_PRECISION == "ieee" and w_ptr.dtype.element_ty == tl.float32
-    if IEEE or GRANULE > 1:
-        w = tl.load(w_ptr + rows[:, None] * stride_wn + cols[None, :] * stride_wc, mask=mask, other=0.0)
-    else:
-        # W0 is loaded in its own shape. In the shape of `out` it would have the layout of `out`, eight slots a thread,
-        # and each lane of a request would touch another place of W0. Here a warp reads 32 neighbouring columns of the
-        # block at a time. They lie close together in one row, and the lanes share the row's address.
-        LANES: tl.constexpr = 32 if BLOCK_C >= 32 else BLOCK_C
-        GROUPS: tl.constexpr = BLOCK_C // LANES
-        w_cols, w_valid = tl.reshape(cols, (GROUPS, 1, LANES)), tl.reshape(col_valid, (GROUPS, 1, LANES))
-        w_ptrs = w_ptr + rows[None, :, None] * stride_wn + w_cols * stride_wc
-        w = tl.load(w_ptrs, mask=(row_rank > 0)[None, :, None] & w_valid, other=0.0)
-        w = tl.reshape(tl.permute(w, (1, 0, 2)), (BLOCK_N, BLOCK_C))
+    ADJACENT: tl.constexpr = 8 if IEEE else GRANULE
+    w = load_block(w_ptr, rows, cols, row_rank > 0, col_valid, stride_wn, stride_wc, ADJACENT)
     # If 16 divides `rank`, the compiler knows it and reads the rows of B 128 bits at a time.
     ranks_read = block_rank if IEEE else rank
     product = rank_product(

@@ -15,11 +15,10 @@ from ..definition.precision import PRECISIONS, Precision
 from .architectures import Architecture, facts
 
 ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
-    "forward": ("merged", "split", "fused", "eager"),
-    "input_gradient": ("merged", "fused", "eager"),
-    "factor_gradients": ("block_grad", "eager"),
+    "forward": ("merged", "split", "fused"),
+    "input_gradient": ("merged", "split", "fused"),
 }
-"""Keys whose choice is an algorithm, with the algorithms; "eager" means torch's operators."""
+"""Keys whose choice is an algorithm, with the algorithms."""
 
 GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
@@ -44,9 +43,10 @@ class Key(NamedTuple):
         padded_out: width that each block of rows is padded to.
         padded_in: width that each block of columns is padded to.
         transposed: the kernel reads W0 or ΔW across its rows, as dX does.
-        granule: from :func:`granule_of`; 1 if a kernel has no form for `GRANULE`.
+        granule: from :func:`granule_of`; 1 if a kernel has no form for `GRANULE`. For an algorithm, `GRANULE` if blocks
+            are slices of one size, else 1.
         factors: dtype of A and B, as `dtype`; empty if a kernel does not read them.
-        dropout: the kernel takes another form under dropout: it draws the mask, or reads x gathered with it.
+        dropout: the kernel takes another form under dropout, because it draws the mask.
     """
 
     kernel: str
@@ -76,7 +76,7 @@ def block_width(sizes: tuple[int, ...]) -> int:
 
 
 def partial_width(rank: int) -> int:
-    """R, the width of block_grad's partials: the rank ρ rounded up to whole stores of 128 bits."""
+    """R, the width of contract's partials: the rank ρ rounded up to whole stores of 128 bits."""
     return math.ceil(rank / PARTIAL_RANKS) * PARTIAL_RANKS
 
 
@@ -99,7 +99,7 @@ class Config:
         block_r: most ranks at a time.
         block: results of a sum.
         group_t: tiles of tokens that are walked together for the L2 cache.
-        split: programs that share a sum; 0: as many as fill the device.
+        split: programs that share a sum.
         wgmma: use Hopper's asynchronous tensor-core instruction, which reads shared memory.
         num_warps: warps of a program.
         num_stages: steps of a loop whose loads are in flight at the same time.
@@ -136,11 +136,6 @@ def on_amd(configs: Sequence[Config]) -> tuple[Config, ...]:
     )
 
 
-def tile_divides(config: Config, key: Key) -> bool:
-    """Whether tiles of `block_n` rows and `block_c` columns divide the padded blocks."""
-    return bool(key.padded_out % config.block_n == 0 and key.padded_in % config.block_c == 0)
-
-
 @dataclass(frozen=True)
 class Kernel:
     """One kernel as launches and the tuner see it.
@@ -149,16 +144,14 @@ class Kernel:
         name: in tuning tables.
         fn: the `@triton.jit` function.
         shipped: the configurations that ship for an architecture and a precision, largest tile first.
-        fits: whether a configuration can run a key.
-        choose: picks the configuration if nothing was measured, from those that fit, the key and the device's number
+        choose: picks the configuration if nothing was measured, from those that ship, the key and the device's number
             of multiprocessors.
     """
 
     name: str
     fn: Any
     shipped: Callable[[Architecture, Precision], tuple[Config, ...]]
-    fits: Callable[[Config, Key], bool] = lambda config, key: True
-    choose: Callable[[Sequence[Config], Key, int], Config] = lambda fitting, key, multiprocessors: fitting[0]
+    choose: Callable[[Sequence[Config], Key, int], Config] = lambda shipped, key, multiprocessors: shipped[0]
 
     def default(self, key: Key, arch: str, multiprocessors: int) -> Config:
         """Choose launch parameters without measurements. The result is always a configuration that the audit compiles.
@@ -168,6 +161,4 @@ class Kernel:
             arch: as the compiler spells it, for example "sm_90".
             multiprocessors: of the device.
         """
-        configs = self.shipped(facts(arch), PRECISIONS[key.dtype])
-        fitting = [config for config in configs if self.fits(config, key)]
-        return self.choose(fitting, key, multiprocessors) if fitting else configs[-1]
+        return self.choose(self.shipped(facts(arch), PRECISIONS[key.dtype]), key, multiprocessors)

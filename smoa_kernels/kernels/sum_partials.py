@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
-"""Sums of partial results in a fixed order: parts of y by `fused_linear`, of dA and dB by `block_grad`.
+"""Sums of partial results in a fixed order: parts of y by `fused_linear`, of dA and dB by `contract`.
 
     out[m, n] = Σ_p partials[p, m, n] + bias[n]        for n < N
 

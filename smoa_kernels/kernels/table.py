@@ -218,15 +218,15 @@ class Entry:
 
 
 def _choice(key: Key, identity: Identity, data: Any) -> Choice:
-    """Check a choice: only an algorithm, or a configuration that ships and divides the layout, may be launched."""
+    """Check a choice: only an algorithm, or a configuration that ships, may be launched."""
     if key.kernel in ALGORITHM_KEYS:
         check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
         return str(data)
     kernel = kernels.KERNELS[key.kernel]
     for config in kernel.shipped(facts(identity.capability), PRECISIONS[key.dtype]):
-        if config.to_json() == data and kernel.fits(config, key):
+        if config.to_json() == data:
             return config
-    raise ValueError(f"choice must be a configuration that ships and divides the layout, got {shown(data)}")
+    raise ValueError(f"choice must be a configuration that ships, got {shown(data)}")
 
 
 @dataclass

@@ -14,6 +14,8 @@ _ACHIEVED_GEMM = 700 / 989
 # A copy on an H100 SXM reaches 2.90 of 3.35 TB/s (github.com/aigatech/vpbenchmarking), on an H100 PCIe and on an A100
 # 1.70 and 1.73 of 2.04 (github.com/te42kyfo/gpu-benches, "scale").
 _ACHIEVED_MEMORY = 2.90 / 3.35
+# Of the published bandwidth, by kernels in Triton; an assumption.
+_ACHIEVED_TRITON = 0.8
 # A kernel with next to no work in a CUDA graph on an H200 (gpu-benches, "gpu-small-kernels"; on an A100 1.4 µs).
 START_SECONDS = 2.3e-6
 
@@ -48,6 +50,11 @@ class Gpu:
     def bytes_per_second(self) -> float:
         """The rate that a copy achieves, to and from memory."""
         return _ACHIEVED_MEMORY * self.memory_tbps * 1e12
+
+    @property
+    def triton_bytes_per_second(self) -> float:
+        """The rate that a kernel in Triton achieves, to and from memory."""
+        return _ACHIEVED_TRITON * self.memory_tbps * 1e12
 
 
 _ALL = (

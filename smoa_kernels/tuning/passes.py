@@ -137,8 +137,8 @@ def passes(layer: Problem, device: torch.device) -> dict[str, Pass]:
         device: of the operands; "meta" for those without data.
     """
     sizes = layer.precision, layer.max_rank, layer.num_blocks, *layer.features
-    granule = GRANULE if layer.in_place else 1
-    form, filled = "contiguous" if granule > 1 else "", device.type != "meta"  # blocks of granules mostly are
+    granule = GRANULE if layer.in_granules else 1
+    form, filled = "contiguous" if layer.in_place else "", device.type != "meta"
     tokens = -(-layer.tokens // max(layer.experts, 1))
     key = Key("", *sizes, tokens, granule=granule, factors=layer.factors)
     found: dict[str, Pass] = {}

@@ -10,12 +10,12 @@ import torch
 
 from .. import kernels
 from ..backends import MOST_TRITON_RANKS
-from ..backends.algorithms import admissible, choose_algorithm
+from ..backends.algorithms import choose_algorithm
 from ..checks import check_choice, check_count
 from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.architectures import facts
 from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
-from ..kernels.table import Choice, Entry, Trial, answered
+from ..kernels.table import Choice, answered
 from .roofline import Problem
 
 # Far above the tokens at which the fused kernel can win, so beyond them its launch parameters do not matter.
@@ -80,7 +80,7 @@ def _asked(layer: Problem, arch: str, multiprocessors: int) -> list[Job]:
     found: list[Job] = []
     for operation, one in passes(layer, torch.device("meta")).items():
         for algorithm in ALGORITHM_KEYS.get(operation, ("",)):
-            if algorithm == "eager" or (algorithm == "fused" and layer.tokens > MOST_FUSED_TOKENS):
+            if algorithm == "fused" and layer.tokens > MOST_FUSED_TOKENS:
                 continue
             answers: dict[Key, Choice] = {}
 
@@ -136,14 +136,14 @@ def check_layer(layer: Problem) -> None:
 
 
 def candidates(key: Key, arch: str, multiprocessors: int) -> tuple[Choice, ...]:
-    """Every algorithm, or a kernel's shipped configurations that divide the layout; first what runs without a table."""
+    """Every algorithm, or a kernel's shipped configurations; first what runs without a table."""
     if key.kernel in ALGORITHM_KEYS:
-        default: Choice = choose_algorithm(key.kernel, key.tokens, key.rank, key.dtype, arch)
+        default: Choice = choose_algorithm(key.tokens, key.rank, key.dtype, arch)
         return tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel])))
     kernel = kernels.KERNELS[key.kernel]
     ships = kernel.shipped(facts(arch), PRECISIONS[key.dtype])
     default = kernel.default(key, arch, multiprocessors)
-    return tuple(dict.fromkeys((default, *(c for c in ships if kernel.fits(c, key)))))
+    return tuple(dict.fromkeys((default, *ships)))
 
 
 # Names for readers, on the command line and on a bring-up's page
@@ -167,9 +167,3 @@ def describe_choice(choice: Choice) -> str:
         return choice
     fields = choice.to_json().items()
     return " ".join(f"{name.removeprefix('block_').removeprefix('num_')}={value}" for name, value in fields)
-
-
-def winner(entry: Entry) -> Trial | None:
-    """Return the fastest trial that may be chosen: no algorithm that breaks the numbers, however fast."""
-    kernel, dtype = entry.key.kernel, entry.key.dtype
-    return entry.best(admissible(kernel, dtype) if kernel in ALGORITHM_KEYS else None)

@@ -109,7 +109,7 @@ def _activations(d: Decoder) -> int:
 
 def _seconds(problem: Problem, gpu: Gpu, method: str, *, is_head: bool = False) -> float:
     """Seconds of a layer's kernels, whose forward runs twice; the head's runs once, without an adapter."""
-    way = "frozen" if is_head else {"full": "frozen", "lora": "lora", "smoa": "split"}[method]
+    way = "frozen" if is_head else {"full": "frozen", "lora": "lora", "smoa": "merged"}[method]
     found = Estimate(problem, gpu, way)
     forwards = (1 if is_head else 2) + (method == "full")  # dW: a product of the size of forward's
     return forwards * found.device_seconds("forward") + found.device_seconds("backward")

@@ -2,7 +2,7 @@
 
 It does not compile kernels that are listed as passed (passed.py), except a sample.
 
-PYTHONPATH=tests python -m audit --arch sm_90 --kernel block_grad
+PYTHONPATH=tests python -m audit --arch sm_90 --kernel contract
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from smoa_kernels.kernels.architectures import Architecture
-from smoa_kernels.kernels.common import OLD_TRITON
 from smoa_kernels.kernels.spec import GRANULE, Key
 
 # Small lookups: a few bytes per coordinate or block, or one number.
@@ -36,18 +34,9 @@ class Audited:
     narrow: Mapping[str, str] = field(default_factory=dict)
 
 
-# The audit's one exception for a compiler, in speed alone. Before 3.9 Triton for AMD forgets what `tl.max_contiguous`
-# says of an index that was loaded as int64, because its buffer loads do not carry that. So what lies at such indices is
-# loaded one number at a time; with AMDGCN_USE_BUFFER_OPS=0 it is loaded 128 bits wide (compiled, Triton 3.6).
-_FORGOTTEN = "at a loaded index, by a Triton that forgets its alignment"
-_OLD_ON_AMD = {"block_matmul": ("x_ptr",), "block_grad": ("x_ptr", "dy_ptr")}
-
-
-def narrow_pointers(kernel: str, form: str, arch: Architecture) -> dict[str, str]:
+def narrow_pointers(kernel: str) -> dict[str, str]:
     """Pointers that may be accessed below 128 bits, each with its reason."""
-    is_exception = OLD_TRITON and arch.is_amd and "granules" in form
-    forgotten = _OLD_ON_AMD.get(kernel, ()) if is_exception else ()
-    return {**LOOKED_UP, **AUDITED[kernel].narrow, **dict.fromkeys(forgotten, _FORGOTTEN)}
+    return {**LOOKED_UP, **AUDITED[kernel].narrow}
 
 
 _WHOLE_GRANULES = (
@@ -72,11 +61,14 @@ AUDITED: dict[str, Audited] = {
         ),
         {"x_ptr": "gathered by columns"},
     ),
-    "block_matmul": Audited("matmul", ("as stored", "transposed", "granules", "transposed granules")),
     "fused_linear": Audited(
         "matmul", ("r16", "r16 transposed", "r4", "r4 transposed", "r64 fp32 factors"), FACTOR_TILES
     ),
-    "block_grad": Audited("matmul", ("r16", "r64 fp32 factors", "r16 granules", "r16 granules dropout")),
+    "contract": Audited(
+        "copy",
+        ("r16", "r64 fp32 factors", "r16 granules"),
+        {**FACTOR_TILES, "w_ptr": "gathered by rows and columns of W0"},
+    ),
     "grouped_linear": Audited(
         "matmul",
         _WHOLE_GRANULES,

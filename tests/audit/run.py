@@ -54,7 +54,7 @@ class Task:
         arch = ARCHITECTURES[self.arch]
         config = kernel.shipped(arch, PRECISIONS[self.dtype])[self.config]
         known = self.kernel, self.form, AUDITED[self.kernel].role, config.to_json(), self.arch, self.dtype
-        return kernel, config, Record(*known, narrow=narrow_pointers(self.kernel, self.form, arch))
+        return kernel, config, Record(*known, narrow=narrow_pointers(self.kernel))
 
 
 def _load(registry: str) -> Mapping[str, Kernel]:

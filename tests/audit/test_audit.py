@@ -14,9 +14,6 @@ pytest.importorskip("triton", reason="there is no compiler")
 import triton
 from places import ran
 
-from smoa_kernels.kernels.architectures import ARCHITECTURES
-
-from . import forms
 from .compile import exact_lines
 from .listing import parse_amdgcn, parse_sass
 from .passed import sources
@@ -217,7 +214,7 @@ def kernel(x_ptr, index_ptr, out_ptr, n):
 
 LOADS = Traffic("x_ptr", "load", 128, True, True, 8)
 GOOD = Record(
-    *("block_matmul", "r16", "matmul", {"block_t": 128}, "sm_90", "bf16"),
+    *("fused_linear", "r16", "matmul", {"block_t": 128}, "sm_90", "bf16"),
     registers=168,
     shared=60_000,
     tensor_cores={"HGMMA": 8},
@@ -358,15 +355,6 @@ def test_a_passed_kernel_is_compiled_again_only_after_a_change(audit, tmp_path):
 def test_what_no_gpu_runs_is_not_audited(monkeypatch):
     """TF32 on Hopper and everything on Blackwell's data-centre GPUs, by a Triton that compiles them wrongly."""
     monkeypatch.setattr(triton, "__version__", "3.6.0")
-    asked = {(task.arch, task.dtype) for task in tasks(["sm_80", "sm_90", "sm_100"], ["block_matmul"])}
+    asked = {(task.arch, task.dtype) for task in tasks(["sm_80", "sm_90", "sm_100"], ["fused_linear"])}
     precisions = {"bf16", "fp16", "tf32", "fp32"}
     assert asked == {("sm_80", p) for p in precisions} | {("sm_90", p) for p in precisions - {"tf32"}}
-
-
-def test_only_an_old_triton_may_load_narrowly_and_only_on_amd(monkeypatch):
-    amd, nvidia = ARCHITECTURES["gfx942"], ARCHITECTURES["sm_90"]
-    assert not {"x_ptr", "dy_ptr"} & forms.narrow_pointers("block_grad", "r16", amd).keys()
-    for old in (False, True):
-        monkeypatch.setattr(forms, "OLD_TRITON", old)
-        assert ("x_ptr" in forms.narrow_pointers("block_grad", "r16 granules", amd)) is old
-        assert "x_ptr" not in forms.narrow_pointers("block_grad", "r16 granules", nvidia)

@@ -13,12 +13,11 @@ from torch import Tensor
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.precision import bmm_in_float32
 from smoa_kernels.definition.reference import delta_weight as defined_delta
 from smoa_kernels.definition.reference import factor_gradients
 from smoa_kernels.definition.reference import forward as reference_forward
-from smoa_kernels.kernels.block_grad import block_grad
-from smoa_kernels.kernels.block_matmul import block_matmul
+from smoa_kernels.kernels.contract import contract
 from smoa_kernels.kernels.fused_linear import fused_linear
 from smoa_kernels.kernels.grouped_grad import grouped_grad
 from smoa_kernels.kernels.grouped_linear import grouped_linear
@@ -42,10 +41,6 @@ class Operands(passes.Operands):
     def place(self, tensor: Tensor) -> Tensor:
         """Where an operand lies that another kernel has made."""
         return tensor
-
-    def blocked(self, x: Tensor, partition: BlockPartition, width: int, *, in_place: bool) -> Tensor:
-        """Activations in the order of blocks, or as they are where a kernel reads them in place."""
-        return x if in_place else self.place(gather_columns(x, partition, width))
 
 
 @contextmanager
@@ -126,22 +121,6 @@ def _permute(operands: Operands) -> Work:
     return run, defined
 
 
-def _block_matmul(operands: Operands) -> Work:
-    key, adapter = operands.key, operands.adapter()
-    x = operands.tensor(key.tokens, key.in_features)
-    in_place = key.granule > 1 and not key.dropout
-    xg = operands.blocked(x, adapter.partition, key.padded_in, in_place=in_place)
-    y = operands.tensor(key.tokens, key.out_features)
-    if key.transposed:
-        delta = operands.place(modulated_blocks(adapter.T, (key.padded_in, key.padded_out))).mT
-    else:
-        delta = operands.place(modulated_blocks(adapter, (key.padded_out, key.padded_in)))
-    return (
-        lambda: [block_matmul(xg, adapter, delta, out=y)],
-        lambda dtype: [x.to(dtype) @ delta_weight(adapter, dtype).T],
-    )
-
-
 def _fused_linear(operands: Operands) -> Work:
     adapter, bias = operands.adapter(), operands.bias
     x = operands.tensor(operands.key.tokens, operands.key.in_features)
@@ -151,14 +130,15 @@ def _fused_linear(operands: Operands) -> Work:
     )
 
 
-def _block_grad(operands: Operands) -> Work:
+def _contract(operands: Operands) -> Work:
     key, adapter = operands.key, operands.adapter()
     p = adapter.partition
     x, dy = operands.tensor(key.tokens, key.in_features), operands.tensor(key.tokens, key.out_features)
-    dyg = operands.blocked(dy, p.T, key.padded_out, in_place=key.granule > 1)
-    xg = operands.blocked(x, p, key.padded_in, in_place=key.granule > 1 and not key.dropout)
+    sides = (dy, p.T, key.padded_out), (x, p, key.padded_in)
+    left, right = (operands.place(gather_columns(*side)).transpose(0, 1) for side in sides)
+    G = bmm_in_float32(left.mT, right)
     return (
-        lambda: block_grad(dyg, xg, adapter),
+        lambda: contract(G, adapter),
         lambda dtype: factor_gradients(dy.to(dtype), x.to(dtype), in_dtype(adapter, dtype), None),
     )
 
@@ -208,9 +188,8 @@ WORKLOADS: dict[str, Callable[[Operands], Work]] = {
     "modulated_weight": _modulated_weight,
     "modulated_blocks": _modulated_blocks,
     "permute": _permute,
-    "block_matmul": _block_matmul,
     "fused_linear": _fused_linear,
-    "block_grad": _block_grad,
+    "contract": _contract,
     "grouped_linear": _grouped_linear,
     "grouped_linear_gathered": _grouped_linear,
     "grouped_grad": _grouped_grad,

@@ -21,10 +21,9 @@ from smoa_kernels.definition.precision import (
 )
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES, architecture, facts
-from smoa_kernels.kernels.common import OLD_TRITON
 from smoa_kernels.kernels.spec import Config, Key, granule_of
 
-CHECKED = ("modulated_weight", "modulated_blocks", "block_matmul", "fused_linear", "block_grad")
+CHECKED = ("modulated_weight", "modulated_blocks", "fused_linear", "contract")
 """The kernels of a layer that multiply."""
 each_dtype = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
@@ -37,21 +36,15 @@ def as_it_is(tensor: Tensor) -> Tensor:
 
 def tiles(kernel: str, p: LinearProblem) -> list[Config | None]:
     """Small tiles, so that small problems have several of each kind and a partial last group of tokens."""
-    if kernel == "block_matmul":
-        return [Config(block_t=16, block_n=16, block_c=16, group_t=2, num_warps=4, num_stages=2)]
-    if kernel == "block_grad":
-        # A quarter of block_c is multiplied; float32 factors' bfloat16 parts and Triton 3.6 need at least 16 columns.
-        columns = 64 if OLD_TRITON or p.A.dtype != p.weight.dtype else 32
-        tile = Config(block_n=16, block_c=columns, block_t=16, split=1, num_warps=4, num_stages=2)
-        return [tile, replace(tile, split=2)]
+    if kernel == "contract":
+        return [Config(block_n=16, block_c=32, block_d=16, num_warps=4)]
     # In the interpreter a sum in two parts, and one in one part, which adds the bias.
     return [config for config, _ in shipped_here(kernel)[1:3]] if kernel == "fused_linear" else [None]
 
 
 def widths(p: LinearProblem) -> tuple[int, int]:
-    """The largest block of rows and of columns, in whole tiles."""
-    tile = tiles("block_grad", p)[0].block_c  # type: ignore[union-attr]
-    rows, cols = (-(-max(sizes) // tile) * tile for sizes in (p.partition.row_sizes, p.partition.col_sizes))
+    """The largest block of rows and of columns, rounded up to no whole tile."""
+    rows, cols = (-(-max(sizes) // 8) * 8 for sizes in (p.partition.row_sizes, p.partition.col_sizes))
     return rows, cols
 
 
@@ -85,7 +78,7 @@ def transposed(p: LinearProblem) -> LinearProblem:
 
 def works(kernel: str, p: LinearProblem, place: Place = as_it_is) -> Iterator[tuple[LinearProblem, Work]]:
     """A kernel's workload on a problem, and that of dX where the kernel computes it too."""
-    for side in (p, transposed(p)) if kernel in ("fused_linear", "block_matmul") else (p,):
+    for side in (p, transposed(p)) if kernel == "fused_linear" else (p,):
         yield side, WORKLOADS[kernel](Placed(side, place))
 
 
@@ -103,7 +96,7 @@ def check(
         exact = p.to(torch.float64)
         same, truth = defined(dtype), defined(torch.float64)
         least = [0.0] * len(truth)
-        if kernel == "block_grad":  # its results have the factors' dtype
+        if kernel == "contract":  # its results have the factors' dtype
             # A short sum may be exact by luck in the reference, so four float32 roundings of the terms are allowed.
             sizes = {name: getattr(exact, name).abs() for name in ("x", "weight", "A", "B", "dy")}
             least = [4 * 2**-23 * terms for terms in replace(exact, **sizes).run_reference()[2:4]]

@@ -25,12 +25,11 @@ from problems import (
 )
 
 from smoa_kernels import operator
-from smoa_kernels.backends import algorithms, eager
+from smoa_kernels.backends import eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.precision import PRECISIONS, bmm_in_float32
+from smoa_kernels.definition.precision import bmm_in_float32
 from smoa_kernels.kernels.launch import described
-from smoa_kernels.tuning.gpus import GPUS
 from smoa_kernels.tuning.plan import multiplied_in
 
 pytestmark = pytest.mark.numerical
@@ -104,24 +103,6 @@ def test_cases_that_the_kernels_refuse(change: dict[str, object], words: str) ->
 def test_algorithm_of_another_backend() -> None:
     with pytest.raises(ValueError, match="merged, split, fused on backend 'triton', got 'expanded'"):
         make_problem(dtype=torch.float32).forward(backend="triton", algorithm="expanded")
-
-
-@pytest.mark.parametrize(
-    ("tokens", "blocks", "dtype", "many"),
-    [(4096, 4, "bf16", False), (8192, 4, "bf16", True), (4096, 8, "tf32", True), (1024, 4, "fp32", True)],
-)
-def test_eager_takes_many_tokens_of_one_batch(tokens: int, blocks: int, dtype: str, many: bool) -> None:
-    """With more tokens the kernels save under 5 % by the roofline (8 or 16 bytes per element of a block)."""
-    for stage in ("forward", "input_gradient", "factor_gradients"):
-        chosen = algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90", blocks)
-        assert (chosen == "eager") == many
-        assert algorithms.choose_algorithm(stage, tokens, 4, dtype, "sm_90") != "eager"
-        assert "eager" in algorithms.admissible(stage, dtype)
-    precision = PRECISIONS[dtype]
-    gpu = GPUS["h100"]
-    share = 4 * precision.dtype.itemsize / blocks / gpu.bytes_per_second
-    gemm = 2 * tokens / gpu.flops_per_second(dtype) + 2 * precision.dtype.itemsize / gpu.bytes_per_second
-    assert (share < 0.05 * gemm) == many
 
 
 ALL_ONE_BATCH = {"out_features": 64, "in_features": 80, "ranks": (3, 3, 3, 3)}

@@ -12,22 +12,25 @@ from dataclasses import replace
 import pytest
 import torch
 from audit.forms import AUDITED
-from audit.workloads import WORKLOADS, Operands, configured
+from audit.workloads import WORKLOADS, Operands, configured, delta_weight
 from draws import HealthCheck, assume, given, settings, st
 from kernel_cases import CHECKED, assert_within_its_rounding, check, each_dtype, results, shipped_here
-from problems import DEVICE, LinearProblem, make_problem, relative_error
+from problems import DEVICE, HALF, LinearProblem, make_problem, relative_error
 from test_permute import gather, gathered_by_hand, random_partition
+from torch import Tensor
 from vectors import Vector, all_vectors
 
 from smoa_kernels.definition.block_rule import BlockRule
+from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import PRECISIONS, Precision
+from smoa_kernels.definition.thresholds import round_weight
 from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.kernels.block_grad import token_splits
 from smoa_kernels.kernels.fused_linear import fused_linear
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.permute import scatter_columns
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
+from smoa_kernels.tuning.plan import multiplied_in
 
 pytestmark = pytest.mark.numerical
 
@@ -88,12 +91,6 @@ def test_every_shipped_configuration(kernel: str, config: Config, precision: Pre
 @pytest.mark.parametrize(
     ("kernel", "old", "arch", "dtype", "largest"),
     [
-        ("block_matmul", True, "sm_90", "bf16", 128),
-        ("block_matmul", True, "sm_90", "tf32", 64),
-        ("block_matmul", True, "sm_100", "bf16", 64),
-        ("block_matmul", False, "sm_90", "tf32", 256),
-        ("block_matmul", False, "sm_80", "bf16", 128),
-        ("block_matmul", False, "sm_100", "bf16", 256),
         ("grouped_linear", True, "sm_90", "bf16", 128),
         ("grouped_linear", False, "sm_90", "bf16", 256),
         ("grouped_grad", True, "sm_90", "bf16", 64),
@@ -166,6 +163,77 @@ def test_merges_in_place(dtype: torch.dtype) -> None:
         assert torch.equal(adapter.weight, expected)
 
 
+PRECISE = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float32: torch.float16}
+
+
+@each_dtype
+def test_w_eff_is_rounded_by_thresholds(dtype: torch.dtype) -> None:
+    """As the definition rounds, in float16 also where it is merged under TF32; float32 itself is not rounded."""
+    p = make_problem(dtype=dtype, out_features=70, in_features=150, random_labels=True)
+    p = replace(p, B=p.B * 1e-3)
+    adapter, exact = p.adapter(), modulated_weight(p.to(torch.float32).adapter(), ieee=True)
+    with multiplied_in("tf32"):
+        found, merged = modulated_weight(p.adapter()), modulated_weight(p.adapter(), ieee=True)
+    expected = round_weight(exact, PRECISE[dtype])
+    assert relative_error(found, exact) > 1e-5
+    same = found == expected.to(dtype) if dtype == torch.float32 else found == expected
+    assert same.double().mean() > 0.99  # a factor in TF32 or an FMA may move W_eff across a threshold
+    assert relative_error(found, expected.double()) < 2**-11
+    assert torch.equal(merged, exact.to(dtype) if dtype == torch.float32 else found)
+    if dtype != torch.float32:
+        zero = replace(adapter, B=torch.zeros_like(adapter.B))
+        assert torch.equal(modulated_weight(zero), p.weight)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_shards_and_the_transposed_weight_round_alike(dtype: torch.dtype) -> None:
+    p = make_problem(dtype=dtype, out_features=70, in_features=150, random_labels=True)
+    adapter = p.adapter()
+    whole, rows, cols = modulated_weight(adapter), slice(33, 70), slice(17, 140)
+    part = replace(
+        adapter,
+        weight=adapter.weight[rows, cols],
+        A=adapter.A[:, cols],
+        B=adapter.B[rows],
+        partition=adapter.partition.shard(rows, cols),
+        place=adapter.place.part(rows.start, cols.start),
+    )
+    assert torch.equal(modulated_weight(part), whole[rows, cols])
+    assert torch.equal(modulated_weight(adapter.T), whole.T)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_what_is_not_finite_and_what_is_small_rounds_as_defined(dtype: torch.dtype) -> None:
+    """NVIDIA's NaN is 0x7fffffff, to which nothing may be added."""
+    p = make_problem(dtype=dtype, ranks=(0, 2))
+    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    tiny = (
+        smallest / 4 if dtype == torch.float16 else smallest
+    )  # Triton's interpreter has no subnormal bfloat16
+    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), largest, -largest, tiny, -smallest, 0.0])
+    weight = (
+        odd.to(dtype).repeat(5, 33)[:, : p.weight.shape[1]].repeat(7, 1)[: p.weight.shape[0]].contiguous()
+    )
+    bits = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    weight[0, 0] = bits.to(dtype)
+    adapter = replace(p, weight=weight, B=p.B * 0.01).adapter()
+    modulation, W0 = defined_modulation(adapter), adapter.weight.float()
+    W_eff = torch.where(modulation == 0, W0, W0 + W0 * modulation)
+    torch.testing.assert_close(
+        modulated_weight(adapter),
+        round_weight(W_eff, dtype),
+        equal_nan=True,
+        rtol=2 * torch.finfo(dtype).eps,
+        atol=0,
+    )
+
+
+def defined_modulation(adapter: PackedAdapter) -> Tensor:
+    """s·mask·(B A) in float32."""
+    ones = torch.ones_like(adapter.weight, dtype=torch.float32)
+    return delta_weight(replace(adapter, weight=ones), torch.float32)
+
+
 def test_a_shard_without_columns_gives_the_bias() -> None:
     p, none = make_problem(dtype=torch.float32), slice(0)
     whole = p.adapter()
@@ -190,13 +258,6 @@ def test_large_half_gradients_do_not_overflow() -> None:
     problem = replace(problem, x=problem.x * 300, dy=problem.dy * 300, weight=problem.weight * 1e-3)
     rounded = problem.to(torch.float16)
     truth = rounded.to(torch.float64).run_reference()[2:4]
-    for mine, true in zip(results("block_grad", rounded), truth, strict=True):
+    for mine, true in zip(results("contract", rounded), truth, strict=True):
         assert mine.isfinite().all()
         assert relative_error(mine, true) < 2**-10  # float16 and each TF32 operand round by 2^-11
-
-
-def test_token_splits() -> None:
-    assert token_splits(8192, 1000, 132, 64) == 1  # the tiles fill the device
-    assert token_splits(8192, 32, 132, 64) == 5  # 160 programs on 132 multiprocessors
-    assert token_splits(600, 8, 132, 64) == 1  # too few tokens to share
-    assert token_splits(0, 8, 132, 64) == 1

@@ -1,8 +1,8 @@
-"""Blocks made of whole granules: kernels read x and dY in place, with the same bits as from gathered copies."""
+"""Blocks made of whole granules: the same bits as coordinate by coordinate; slices of one size are not copied."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +15,6 @@ from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.kernels import launch, permute
-from smoa_kernels.kernels.block_grad import block_grad
-from smoa_kernels.kernels.block_matmul import block_matmul
-from smoa_kernels.kernels.modulate import modulated_blocks
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import block_width, granule_of
 
@@ -57,20 +54,6 @@ def granule(partition: BlockPartition) -> int:
     return granule_of(partition.granularity, partition.shape)
 
 
-def gathered(p: LinearProblem) -> tuple[Tensor, Tensor]:
-    partition = p.partition
-    return (
-        gather_columns(p.dy, partition.T, block_width(partition.row_sizes)),
-        gather_columns(p.x, partition, block_width(partition.col_sizes)),
-    )
-
-
-def in_small_tiles(launch: Callable[..., Any], p: LinearProblem, *operands: object, **options: Tensor) -> Any:
-    kernel = launch.__name__
-    with configured(kernel, tiles(kernel, p)[0]):
-        return launch(*operands, **options)
-
-
 @contextmanager
 def coordinate_by_coordinate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Hide the granules from the kernels."""
@@ -96,37 +79,20 @@ def test_which_partitions_have_granules() -> None:
 
 
 @each_case
-def test_factor_gradients(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """y, dX, dA and dB of "split", whose kernels read x, dY and W0 a granule at a time."""
     p = problem_of(name, dtype)
-    dyg, xg = gathered(p)
-    adapter = p.adapter()
+    adapter, small = p.adapter(), tiles("contract", p)[0]
+    monkeypatch.setattr(triton_backend, "_chosen", lambda *_: "split")
+
+    def results() -> list[Tensor]:
+        with configured("contract", small):
+            y = triton_backend.forward(p.x, None, replace(adapter), "split", None)
+            return [y, *triton_backend.backward(p.dy, p.x, replace(adapter), None, needs_x=True)]
+
     with coordinate_by_coordinate(monkeypatch):
-        expected = in_small_tiles(block_grad, p, dyg, xg, adapter)
-    for operands in ((p.dy, p.x), (p.dy, xg), (dyg, p.x), (dyg, xg)):
-        found = in_small_tiles(block_grad, p, *operands, adapter)
-        assert all(map(torch.equal, found, expected))
-
-
-@each_case
-def test_the_adapters_output(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The output goes to its own rows; the transposed adapter's stays in block order."""
-    p = problem_of(name, dtype)
-    dyg, xg = gathered(p)
-    for side, adapter, here, blocked in ((p.dy, p.adapter(), p.x, xg), (p.x, p.adapter().T, p.dy, dyg)):
-        rows, cols = adapter.partition.row_sizes, adapter.partition.col_sizes
-        widths = block_width(rows), block_width(cols)
-        with coordinate_by_coordinate(monkeypatch):
-            delta = modulated_blocks(adapter, widths)
-            expected = in_small_tiles(block_matmul, p, blocked, adapter, delta, out=torch.empty_like(side))
-        assert torch.equal(modulated_blocks(adapter, widths), delta)
-        for x in (here, blocked):
-            out = in_small_tiles(block_matmul, p, x, adapter, delta, out=torch.empty_like(side))
-            assert torch.equal(out, expected)
-            padded = side.new_empty(len(side), len(rows), delta.shape[1])
-            in_small_tiles(block_matmul, p, x, adapter, delta, out=padded)
-            for k, index in enumerate(adapter.partition.row_index.split(rows)):
-                assert torch.equal(padded[:, k, : rows[k]], expected[:, index])
-                assert not padded[:, k, rows[k] :].any()
+        expected = results()
+    assert all(map(torch.equal, results(), expected))
 
 
 @each_partition
@@ -145,7 +111,10 @@ def test_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(map(torch.equal, moved(), expected))
 
 
-@pytest.mark.parametrize("order", ["contiguous", "random"])
+@pytest.mark.parametrize(
+    ("order", "features", "copies"),
+    [("contiguous", (80, 144), False), ("random", (80, 144), True), ("contiguous", (88, 152), True)],
+)
 @pytest.mark.parametrize(
     "case",
     [
@@ -153,8 +122,8 @@ def test_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         for case in cases("triton")
     ],
 )
-def test_the_backend_copies_x_only_under_dropout(
-    case: Case, order: str, monkeypatch: pytest.MonkeyPatch
+def test_slices_of_one_size_are_copied_only_under_dropout(
+    case: Case, order: str, features: tuple[int, int], copies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied: list[int] = []
     original = triton_backend.gather_columns
@@ -164,7 +133,14 @@ def test_the_backend_copies_x_only_under_dropout(
         return original(x, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(triton_backend, "gather_columns", seen)
-    sizes = {"tokens": 20, "out_features": 80, "in_features": 144, "ranks": (5, 2)}
+    N, C = features
+    sizes = {"tokens": 20, "out_features": N, "in_features": C, "ranks": (5, 0, 2) if N == 88 else (5, 2)}
     p = case.problem(**sizes, block_order=order, granule=8)
     assert_within_budget(p.run(**case.options), case, p)
-    assert copied == ([144, 144] if case.dropout else [])  # x is copied in the forward and in the backward
+    # x and dY for dA and dB, and what a product of blocks takes.
+    gradients = [N, C] if copies or case.dropout else []
+    forward = [C] if case.dropout or (copies and case.algorithm == "split") else []
+    backward = [N] if case.dropout else []
+    assert (
+        copied == [*forward, *gradients, *backward] if copies else copied.count(C) == 2 * bool(case.dropout)
+    )

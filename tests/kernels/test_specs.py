@@ -22,7 +22,7 @@ from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.definition.precision import PRECISIONS
 from smoa_kernels.kernels import KERNELS
 
-narrow_rank = [Task("block_grad", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
+narrow_rank = [Task("contract", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
 narrow_rank += [Task("sum_partials", "r4 transposed", 0, "sm_90", "bf16")]
 weight, hopper = KERNELS["modulated_weight"], ARCHITECTURES["sm_90"]
 config = weight.shipped(hopper, PRECISIONS["bf16"])[-1]

@@ -221,7 +221,7 @@ def test_a_planted_fault_is_refused(
     ("kernel", "case", "spoil"),
     [
         ("permute_kernel", DROPOUT, one_in_a_thousand),
-        ("block_matmul_kernel", SPLIT, lambda out: out.view(-1)[0].fill_(torch.inf)),
+        ("modulated_blocks_kernel", SPLIT, lambda out: out.view(-1)[0].fill_(torch.inf)),
         ("modulated_weight_kernel", MERGED, lambda out: out.view(-1)[0].fill_(torch.nan)),
     ],
 )

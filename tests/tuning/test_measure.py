@@ -1,7 +1,7 @@
 """The tuner in Triton's interpreter with a scripted clock: timing, checks, storage, and failures not retried."""
 
-import importlib
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +24,7 @@ from tuning_cases import (
     write,
 )
 
+from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import identity
 from smoa_kernels.kernels.launch import heard_by
 from smoa_kernels.kernels.spec import Config, Key
@@ -87,9 +88,9 @@ def test_stale_and_missing_entries_are_measured() -> None:
 def failing(
     monkeypatch: pytest.MonkeyPatch, kernel: str, error: Exception, choice: Config | None = None
 ) -> None:
-    """Let launches of a kernel raise, all or those with a choice's tile."""
-    module = importlib.import_module(f"smoa_kernels.kernels.{kernel}")
-    good = getattr(module, f"{kernel}_kernel")
+    """Let launches of a kernel raise, all or those with a choice's tile; copies back from block order never do."""
+    good = KERNELS[kernel].fn
+    name, module = good.fn.__name__, sys.modules[good.fn.__module__]
 
     class Failing:
         arg_names = good.arg_names
@@ -97,13 +98,14 @@ def failing(
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
             def launch(*arguments: object, **options: object) -> object:
                 given = dict(zip(self.arg_names, arguments, strict=True))
-                if choice is None or (given["BLOCK_T"], given["BLOCK_P"]) == (choice.block_t, choice.block_p):
+                tile = given.get("BLOCK_T"), given.get("BLOCK_P")
+                if not given.get("SCATTER") and (choice is None or tile == (choice.block_t, choice.block_p)):
                     raise error
                 return good[grid](*arguments, **options)
 
             return launch
 
-    monkeypatch.setattr(module, f"{kernel}_kernel", Failing())
+    monkeypatch.setattr(module, name, Failing())
 
 
 def test_a_choice_that_fails_is_recorded_and_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +126,7 @@ def test_a_choice_that_fails_is_recorded_and_skipped(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("kernel", "error", "choice"),
     [
-        ("block_matmul", RuntimeError("out of resource: shared memory"), None),
+        ("modulated_blocks", RuntimeError("out of resource: shared memory"), None),
         ("permute", torch.OutOfMemoryError("CUDA out of memory"), SECOND),
     ],
 )
@@ -143,17 +145,17 @@ def test_neither_another_kernels_failure_nor_a_lack_of_memory_is_recorded(
 
 
 def test_only_launches_with_the_key_and_sums_of_their_parts_are_timed() -> None:
-    """Of a backward that gathers dY and x, computes G, and adds the parts of dA and of dB."""
+    """Of a backward that gathers dY and x, contracts G, and adds the parts of dA and of dB."""
     (job,) = (
         job
-        for job in jobs([Problem(150, 140, 90, 2, 5, "fp32")], "cpu", 1, ["block_grad"])
+        for job in jobs([Problem(150, 140, 90, 2, 5, "fp32")], "cpu", 1, ["contract"])
         if job.operation == "factor_gradients"
     )
     _, again = workload(job, CPU).run(job.candidates[0])
     heard: list[str] = []
     with heard_by(lambda launch, pointers: heard.append(launch.kernel.__name__)):
         again()
-    assert heard == ["block_grad_kernel", *["sum_partials_kernel"] * 2]
+    assert heard == ["contract_kernel", *["sum_partials_kernel"] * 2]
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
