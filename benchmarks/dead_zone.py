@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, smoa_linear
-from smoa_kernels.adapter_folder.rounding import round_stochastically
 
 from .plots import svg
 from .results import ROOT, write
@@ -57,14 +56,13 @@ def curves(dtype: torch.dtype) -> dict[str, list[float]]:
         y: Tensor = hira(x)
         return y.detach()
 
-    def stochastic(B: Tensor) -> Tensor:
-        W_eff = base.weight.float() * (1 + B @ A)
-        return F.linear(x, round_stochastically(W_eff, dtype, seed=0, name="weight"), base.bias)
+    def nearest(B: Tensor) -> Tensor:
+        return F.linear(x, (base.weight.float() * (1 + B @ A)).to(dtype), base.bias)
 
     ways = {
+        "W_eff rounded by thresholds (merged)": ours("merged"),
         "adapter first, base accumulates (split)": ours("split"),
-        "W_eff rounded to nearest (merged)": ours("merged"),
-        "W_eff rounded stochastically": stochastic,
+        "W_eff rounded to nearest": nearest,
         "added to the rounded base (PEFT HiRA)": peft_hira,
     }
     relative = (direction @ A).square().mean().sqrt()

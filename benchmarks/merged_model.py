@@ -41,7 +41,7 @@ from .tables import shown, table
 
 CONFIG = "adapter_config.json"
 ALPHAS = [1, 1 / 10, 1 / 50, 1 / 200]  # relative to the adapter's own
-DRAWS = {"nearest": 1, "stochastic": 4}
+ROUNDINGS = ("thresholds", "nearest")
 ON_LOSS, BATCH = 48, 16  # whole batches of questions, from the first of the test split
 WAYS = list(product(("merge_to_folder", "PEFT"), ("5GB", "60MB")))  # tools; the size of a file
 RUNS = 3
@@ -51,14 +51,13 @@ def update(base: Path, adapter: Path) -> tuple[float, dict[str, float]]:
     """δ, and for each rounding the rms error of the stored ΔW relative to ΔW."""
     before = load_file(base / "model.safetensors")
     exact = merged_weights(base, adapter, dtype=torch.float32)
-    merges = (merged_weights(base, adapter, rounding=way) for way in DRAWS)
-    weights, change, errors = 0.0, 0.0, dict.fromkeys(DRAWS, 0.0)
-    for (name, W_eff), *stored in zip(exact, *merges, strict=True):
+    weights, change, errors = 0.0, 0.0, dict.fromkeys(ROUNDINGS, 0.0)
+    for (name, W_eff), (_, stored) in zip(exact, merged_weights(base, adapter), strict=True):
         W0 = before[name].float()
         if not torch.equal(W_eff, W0):  # an adapted weight
             weights += float(W0.square().sum())
             change += float((W_eff - W0).square().sum())
-            for way, (_, tensor) in zip(DRAWS, stored, strict=True):
+            for way, tensor in zip(ROUNDINGS, (stored, W_eff.bfloat16()), strict=True):
                 errors[way] += float((tensor.float() - W_eff).square().sum())
     return math.sqrt(change / weights), {way: math.sqrt(error / change) for way, error in errors.items()}
 
@@ -90,7 +89,7 @@ def rounding(original: Path, trained: Path, scratch: Path) -> None:
         return total / ON_LOSS
 
     without = loss(loaded(base))
-    rows = [["δ"], [f"loss ({without:.3f} without the adapter)"], *([f"kept, {way}"] for way in DRAWS)]
+    rows = [["δ"], [f"loss ({without:.3f} without the adapter)"], *([f"kept, {way}"] for way in ROUNDINGS)]
     for alpha in ALPHAS:
         shutil.copytree(trained, adapter, dirs_exist_ok=True)
         config = json.loads((trained / CONFIG).read_text(encoding="utf-8"))
@@ -100,14 +99,14 @@ def rounding(original: Path, trained: Path, scratch: Path) -> None:
         delta, errors = update(base, adapter)
         whole = loss(model)
         cells = [f"{delta:.1e}", f"{whole:.3f}"]
-        for way, draws in DRAWS.items():
-            kept = []
-            for seed in range(draws):
-                merge_to_folder(base, adapter, merged, rounding=way, seed=seed)
-                kept.append((without - loss(loaded(merged))) / (without - whole))
-                shutil.rmtree(merged)
+        for way in ROUNDINGS:
+            nearest = way == "nearest"  # the float32 merge, rounded here
+            merge_to_folder(base, adapter, merged, dtype=torch.float32 if nearest else None)
+            model = loaded(merged)
+            kept = (without - loss(model.bfloat16().float() if nearest else model)) / (without - whole)
+            shutil.rmtree(merged)
             print(f"δ = {delta:.1e}, {way}: error of the stored ΔW {100 * errors[way]:.1f} %", flush=True)
-            cells.append(" to ".join(f"{share:.3f}" for share in sorted({min(kept), max(kept)})))
+            cells.append(f"{kept:.3f}")
         for row, cell in zip(rows, cells, strict=True):
             row.append(cell)
     print("\n" + table(rows[0], rows[1:]))

@@ -11,7 +11,6 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import nn
 
 from smoa_kernels.backends.eager import choose_algorithm
-from smoa_kernels.backends.native.library import has, obstacle
 
 from .cases import FEW_TOKENS, LAYERS, MEMORY, skip_what_loops_multiply
 from .conftest import Measure
@@ -19,7 +18,6 @@ from .gate import check_layers
 from .memory import footprint
 from .protocol import DEVICE, Run, pass_seconds, timed
 from .providers import (
-    BF16,
     DEFAULT_HIRA,
     FROZEN,
     HIRA,
@@ -53,9 +51,7 @@ def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
     # Under dropout none is merged.
     algorithms = ["auto", "split"] if case.dropout else ["auto", "merged", "split"]
     if DEVICE.type == "cpu":  # the algorithm of "auto" is not timed twice
-        # Compiled code multiplies a widened bfloat16 like float32.
-        ieee = case.dtype != BF16 or (obstacle() is None and not has("bf16"))
-        algorithms.remove(choose_algorithm(case.tokens, case.rank, ieee=ieee, dropout=bool(case.dropout)))
+        algorithms.remove(choose_algorithm(case.tokens, case.rank, tf32=False, dropout=bool(case.dropout)))
     runs = {name: training_pass(layer, case) for name, layer in checked(case, algorithms).items()}
     measure("layer", title, params, runs, baseline=FROZEN, budget=12, warmup=1)
 

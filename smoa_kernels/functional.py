@@ -13,6 +13,7 @@ from .definition.arguments import (
     check_block_ranks,
     check_dropout,
     check_partition,
+    check_place,
     check_scaling,
     check_tensors,
 )
@@ -20,6 +21,7 @@ from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import autocast_enabled
+from .definition.thresholds import WHOLE
 from .operator import LinearCall, call_linear
 
 
@@ -35,6 +37,7 @@ def smoa_linear(
     scaling: float | Tensor,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    row_offset: int = 0,
     column_offset: int = 0,
     global_in_features: int | None = None,
     block_ranks: Sequence[int] | None = None,
@@ -63,17 +66,19 @@ def smoa_linear(
         scaling: s, a number or a 0-d tensor (which a compiled graph does not bake in).
         dropout_p: probability in [0, 1) of dropping an element of the adapter's input.
         dropout_seed: int64 with one element on x's device; drawn from the default generator when None.
-        column_offset: if x holds a shard of the columns, the global index of its first one; it places dropout's mask.
+        row_offset: if the weight holds a shard of the rows, the global index of its first one. Both offsets place the
+            thresholds by which W_eff is rounded to a half type (docs/numerics.md).
+        column_offset: if x holds a shard of the columns, the global index of its first one; it also places
+            dropout's mask.
         global_in_features: if x holds a shard of the columns, the global number of columns; only checked.
         block_ranks: the numbers in `ranks`, on the host. Without them the eager backend on a GPU reads `ranks` and so
             waits for the GPU, which a CUDA graph cannot hold.
         algorithm: how y is computed.
-            "merged": one GEMM with W_eff = W0 + ΔW.
+            "merged": one GEMM with W_eff = W0 + ΔW, rounded to half types by thresholds, so that small updates survive.
             "split": the adapter's output first; the base GEMM accumulates onto it.
             "expanded" (eager and native) and "fused" (triton, one kernel): W0 is read once, for few tokens.
-            "auto": the form for few tokens if there are few. Otherwise merged if the GEMM multiplies in IEEE float32 or
-            float64, or if "native" widens half precision to it; split in half precision and TF32, where a rounded W_eff
-            would lose a small update. Split whenever dropout is active.
+            "auto": the form for few tokens if there are few, otherwise merged. Split while dropout is active, and in
+            TF32, whose products would round a small update away.
         backend: what computes it: "eager" (torch's operators), "native" (compiled, x86 CPUs), "triton" (GPUs),
             "reference" (the definition, slow) or "auto" (the fastest that can).
 
@@ -97,15 +102,15 @@ def smoa_linear(
     check_scaling(scaling, x)
     check_partition(partition, weight, ranks)
     check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
-    check_dropout(x, dropout_p, dropout_seed, column_offset, global_in_features)
+    check_dropout(x, dropout_p, dropout_seed)
+    check_place(x, row_offset, column_offset, global_in_features)
     check_choice("backend", backend, BACKEND_CHOICES)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])
     _check_algorithm(algorithm, backend, dropout_p)
-    adapter = PackedAdapter(
-        weight, A, B, partition, ranks, scaling_tensor(scaling, x.device), block_ranks=block_ranks
-    )
+    s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
+    adapter = PackedAdapter(weight, A, B, partition, ranks, s, block_ranks, place)
     dropout = None
     if dropout_p > 0:
         seed = draw_seed(x.device) if dropout_seed is None else dropout_seed

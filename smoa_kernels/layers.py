@@ -20,6 +20,7 @@ from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
 from .definition.sketch import sketch_weight
+from .definition.thresholds import WHOLE
 from .functional import smoa_linear
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters
 from .layer_state import AdapterState
@@ -191,6 +192,7 @@ class FusedSMoALinear(AdapterState):
                 buffers["smoa_ranks"],
                 scaling=buffers["smoa_scaling"],
                 dropout_p=self.dropout if self.training else 0.0,
+                row_offset=0 if shard is None else shard.row_offset,
                 column_offset=0 if shard is None else shard.column_offset,
                 global_in_features=self.in_features,
                 block_ranks=self.block_ranks,
@@ -250,11 +252,11 @@ class FusedSMoALinear(AdapterState):
         self._check_whole()
         weight = self.weight if self.smoa_base_weight is None else self.smoa_base_weight
         weight, A, B = weight.detach(), self.smoa_A.detach(), self.smoa_B.detach()
-        if self._shard is not None:
-            weight, A, B = self._shard.weight(weight), self._shard.local(A), self._shard.local(B)
-        return PackedAdapter(
-            weight, A, B, self.partition, self.smoa_ranks, self.smoa_scaling, self.block_ranks
-        )
+        shard, place = self._shard, WHOLE
+        if shard is not None:
+            weight, A, B, place = shard.weight(weight), shard.local(A), shard.local(B), shard.place
+        given = self.partition, self.smoa_ranks, self.smoa_scaling, self.block_ranks
+        return PackedAdapter(weight, A, B, *given, place)
 
     def extra_repr(self) -> str:
         """Describe the layer as `nn.Linear` does, with the adapter's settings."""

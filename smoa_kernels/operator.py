@@ -27,11 +27,13 @@ from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
+from .definition.thresholds import Place
 
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, "
     "Tensor row_block, Tensor col_block, Tensor row_index, Tensor col_index, Tensor row_offsets, "
-    "Tensor col_offsets, int[]? block_ranks, int[] block_sizes, float dropout_p, int column_offset, str backend"
+    "Tensor col_offsets, int[]? block_ranks, int[] block_sizes, int place, float dropout_p, int column_offset, "
+    "str backend"
 )
 _TENSORS = _CALL.count("Tensor")
 
@@ -58,15 +60,16 @@ class LinearCall(NamedTuple):
         seed, *mask = (None, 0.0, 0) if drop is None else (drop.seed, drop.p, drop.column_offset)
         tensors = adapter.weight, adapter.A, adapter.B, adapter.ranks, adapter.scaling, seed
         ranks = None if adapter.block_ranks is None else list(adapter.block_ranks)
-        return *tensors, *partition.tensors(), ranks, partition.sizes(), *mask, self.backend
+        sizes, place = partition.sizes(), adapter.place.first
+        return *tensors, *partition.tensors(), ranks, sizes, place, *mask, self.backend
 
     @staticmethod
     def unflatten(*flat: Any) -> LinearCall:
         """Inverse of :meth:`flatten`."""
         weight, A, B, ranks, scaling, seed, *blocks = flat[:_TENSORS]
-        block_ranks, block_sizes, p, column_offset, backend = flat[_TENSORS:]
+        block_ranks, block_sizes, place, p, column_offset, backend = flat[_TENSORS:]
         partition = BlockPartition.from_tensors(blocks, block_sizes)
-        adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks)
+        adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks, Place(place))
         dropout = None if seed is None else Dropout(seed, p, column_offset)
         return LinearCall(adapter, dropout, backend)
 

@@ -374,11 +374,13 @@ def assert_within_budget(found: tuple[Tensor, ...], case: Case, p: LinearProblem
     assert all(share <= 1 for share in used.values()), used
 
 
-def small_update(case: Case, tokens: int, bias: bool, in_features: int = 16) -> LinearProblem:
-    """A problem with an update of 1e-4 of the weights in rms and factors in float32."""
+def small_update(
+    case: Case, tokens: int, bias: bool, in_features: int = 16, delta: float = 1e-4
+) -> LinearProblem:
+    """A problem with an update of `delta` of the weights in rms and factors in float32."""
     p = make_problem(tokens=tokens, out_features=192, in_features=in_features, ranks=(4,), bias=bias)
     relative = p.scaling * (p.B @ p.A).square().mean().sqrt()
-    return replace(p, B=p.B * (1e-4 / relative)).to(case.dtype, torch.float32)
+    return replace(p, B=p.B * (delta / relative)).to(case.dtype, torch.float32)
 
 
 def survival(case: Case, p: LinearProblem, run: Callable[[LinearProblem], Tensor]) -> tuple[float, float]:

@@ -26,6 +26,7 @@ from smoa_kernels.backends import eager, load_backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.precision import gemm_is_ieee
+from smoa_kernels.definition.thresholds import Place
 from smoa_kernels.operator import LinearCall, linear, linear_backward
 
 pytestmark = pytest.mark.numerical
@@ -35,14 +36,14 @@ def test_schema_and_bundle_agree() -> None:
     """`flatten` gives its values in the order of the schemas' names."""
     p, dropout = make_problem(), Dropout(torch.tensor(5), 0.25, 7)
     partition, scaling = p.partition, scaling_tensor(p.scaling, p.x.device)
-    adapter = PackedAdapter(p.weight, p.A, p.B, partition, p.ranks, scaling, p.ranks.tolist())
+    adapter = PackedAdapter(p.weight, p.A, p.B, partition, p.ranks, scaling, p.ranks.tolist(), Place(9))
     flat = LinearCall(adapter, dropout, "eager").flatten()
     arguments = [a.name for a in linear._schema.arguments[3:]]
     assert arguments == [a.name for a in linear_backward._schema.arguments[3:]]
     expected = {name: getattr(partition, name) for name in arguments if hasattr(partition, name)}
     expected |= {"weight": p.weight, "A": p.A, "B": p.B, "ranks": p.ranks, "block_ranks": p.ranks.tolist()}
     expected |= {"dropout_seed": dropout.seed, "dropout_p": 0.25, "column_offset": 7, "scaling": scaling}
-    expected |= {"backend": "eager", "block_sizes": partition.sizes()}
+    expected |= {"backend": "eager", "block_sizes": partition.sizes(), "place": 9}
     given = dict(zip(arguments, flat, strict=True))
     assert given.keys() == expected.keys()
     for name, value in given.items():
@@ -306,12 +307,12 @@ def test_nothing_is_read_on_the_host(
 
 def test_auto_chooses_by_the_multiplying_dtype() -> None:
     choose = eager.choose_algorithm
-    assert choose(4096, 16, ieee=True, dropout=False) == "merged"
-    assert choose(4096, 16, ieee=False, dropout=False) == "split"
-    assert choose(4096, 16, ieee=True, dropout=True) == "split"
-    assert choose(1, 16, ieee=True, dropout=False) == "expanded"
-    assert choose(1, 16, ieee=False, dropout=False) == "expanded"
-    assert choose(1, 16, ieee=True, dropout=True) == "split"
+    assert choose(4096, 16, tf32=False, dropout=False) == "merged"
+    assert choose(4096, 16, tf32=True, dropout=False) == "split"
+    assert choose(4096, 16, tf32=False, dropout=True) == "split"
+    assert choose(1, 16, tf32=False, dropout=False) == "expanded"
+    assert choose(1, 16, tf32=True, dropout=False) == "expanded"
+    assert choose(1, 16, tf32=False, dropout=True) == "split"
 
 
 def test_reduced_float32_precision_counts_as_half() -> None:

@@ -7,6 +7,7 @@ Biased small errors add up over many steps, and lost updates show. The error bud
 
 import functools
 import os
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -17,8 +18,12 @@ from smoa_kernels import smoa_linear
 
 pytestmark = [pytest.mark.numerical, pytest.mark.slow]
 
+Shapes: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+
 # (N, C) of two layers in a row: the first one learns through dX of the second.
-SHAPES = ((10, 12), (8, 10))
+NARROW: Shapes = (10, 12), (8, 10)
+# Thresholds deliver an update in the sum over a row, so a merged layer needs rows of a layer's length.
+WIDE: Shapes = (128, 256), (64, 128)
 
 
 def steps_of(backend: str) -> int:
@@ -27,14 +32,16 @@ def steps_of(backend: str) -> int:
     return int(os.environ.get("SMOA_SOAK_STEPS", "30" if interpreted else "2000"))
 
 
-def train(function: object, steps: int, dtype: torch.dtype, **options: object) -> tuple[Tensor, Tensor]:
+def train(
+    function: object, steps: int, dtype: torch.dtype, shapes: Shapes, **options: object
+) -> tuple[Tensor, Tensor]:
     """ΔW / W0 of both layers and the mean loss of the last tenth of the steps.
 
     The factors are in float32, like an optimiser's master weights.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    layers, wanted = [], torch.eye(SHAPES[0][1], dtype=torch.float64)
-    for seed, (out_features, in_features) in enumerate(SHAPES, 5):
+    layers, wanted = [], torch.eye(shapes[0][1], dtype=torch.float64)
+    for seed, (out_features, in_features) in enumerate(shapes, 5):
         p, target = (
             make_problem(
                 tokens=1,
@@ -54,7 +61,7 @@ def train(function: object, steps: int, dtype: torch.dtype, **options: object) -
     optimizer = torch.optim.Adam([factor for _, factors, _ in layers for factor in factors], 3e-3)
     generator, late = torch.Generator().manual_seed(0), []
     for step in range(steps):
-        x = torch.randn(16, SHAPES[0][1], generator=generator, dtype=torch.float64, device="cpu")
+        x = torch.randn(16, shapes[0][1], generator=generator, dtype=torch.float64, device="cpu")
         x = x.to(DEVICE, torch.bfloat16)
         y = x.to(dtype)
         for weight, factors, blocks in layers:
@@ -70,18 +77,19 @@ def train(function: object, steps: int, dtype: torch.dtype, **options: object) -
 
 
 @functools.cache
-def reference(steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return train(reference_linear, steps, dtype)
+def reference(steps: int, dtype: torch.dtype, shapes: Shapes) -> tuple[Tensor, Tensor]:
+    return train(reference_linear, steps, dtype, shapes)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", pytest.param("split", marks=pytest.mark.long)])
+@pytest.mark.parametrize("algorithm", ["auto", "merged", pytest.param("split", marks=pytest.mark.long)])
 @pytest.mark.parametrize("backend", map(if_it_runs, ("eager", "triton")))
 def test_training_drifts_no_further_than_the_reference(backend: str, algorithm: str) -> None:
-    """For so few tokens "auto" chooses expanded or fused; split is the choice for longer batches."""
+    """For so few tokens "auto" chooses expanded or fused; merged is the choice for longer batches."""
     steps = steps_of(backend)
-    truth, same = reference(steps, torch.float64), reference(steps, torch.bfloat16)
-    ours = train(smoa_linear, steps, torch.bfloat16, backend=backend, algorithm=algorithm)
-    start = reference(max(steps // 100, 1), torch.float64)
+    shapes = WIDE if algorithm == "merged" else NARROW
+    truth, same = (reference(steps, dtype, shapes) for dtype in (torch.float64, torch.bfloat16))
+    ours = train(smoa_linear, steps, torch.bfloat16, shapes, backend=backend, algorithm=algorithm)
+    start = reference(max(steps // 100, 1), torch.float64, shapes)
     assert truth[1] < 0.7 * start[1]  # training has reduced the loss
     for name, value, theirs, exact in zip(("weights", "loss"), ours, same, truth, strict=True):
         drift, allowed = (float((v - exact).norm() / exact.norm()) for v in (value, theirs))

@@ -54,8 +54,6 @@ def merge_to_folder(
     *,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
-    rounding: str = "nearest",
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
     """Write a base model with an adapter merged into it: weights, configuration and tokenizer, as a plain model.
@@ -65,7 +63,7 @@ def merge_to_folder(
     adapter replaces the base's.
 
     Args:
-        base, adapter, dtype, rounding, seed: see :func:`merged_weights`.
+        base, adapter, dtype: see :func:`merged_weights`.
         out: a folder that does not exist or is empty.
         max_shard_size: bytes of a file of weights, or text such as "5GB"; a larger tensor gets a file of its own.
         progress: called with the number of finished tensors, and of all.
@@ -88,7 +86,7 @@ def merge_to_folder(
         >>> merged = LlamaForCausalLM.from_pretrained("merged")
     """
     target = _new_folder(out)
-    merge = FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed)
+    merge = FolderMerge(base, adapter, dtype=dtype)
     split = _split(merge, max_shard_size)
     with replacing(target, whole=True) as scratch:
         _write_weights(merge, split, scratch, progress)

@@ -17,19 +17,13 @@ import torch
 from torch import Tensor
 
 from ..backends import eager
-from ..checks import check_choice, check_path, naming
+from ..checks import check_path, naming
 from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
 from .format import HIRA, METHOD, LayerBlocks
 from .reading import read_adapter, read_json
-from .rounding import round_stochastically
-
-ROUNDINGS = ("nearest", "stochastic")
-
-# Dtypes that are rounded stochastically; wider ones keep small updates anyway.
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def merged_weights(
@@ -37,22 +31,17 @@ def merged_weights(
     adapter: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    rounding: str = "nearest",
-    seed: int = 0,
 ) -> Iterator[tuple[str, Tensor]]:
     """Give every tensor of a base model with an adapter merged into it, under its stored name, one after another.
 
-    One layer is in memory at a time. In the base's dtype and rounded to nearest, the tensors are bit for bit those of
-    `PeftModel.from_pretrained(...).merge_and_unload()`.
+    One layer is in memory at a time. The tensors are bit for bit those of
+    `PeftModel.from_pretrained(...).merge_and_unload()` over the base in `dtype`. Into bfloat16 and float16 W_eff is
+    rounded by thresholds, as a layer's forward does, so that small updates survive (docs/numerics.md).
 
     Args:
         base: folder of a base model in safetensors files, not quantised.
         adapter: folder of an SMoA adapter, or of a HiRA adapter of PEFT.
-        dtype: of all floating-point tensors; each keeps its own where None. W_eff is computed from W0 as it is stored,
-            at least in float32, and rounded once.
-        rounding: "nearest", or "stochastic" for the tensors that the adapter changes, in bfloat16 and float16: up or
-            down by chance, so that updates below half a last bit of W0 are kept on average (docs/numerics.md).
-        seed: of the stochastic rounding; a tensor's bits depend on it and on the tensor's name alone.
+        dtype: of all floating-point tensors; each keeps its own where None. W0 is converted to it first.
 
     Raises:
         TypeError: a folder is not a path.
@@ -72,7 +61,7 @@ def merged_weights(
         >>> weights["model.layers.0.self_attn.q_proj.weight"].dtype
         torch.bfloat16
     """
-    return iter(FolderMerge(base, adapter, dtype=dtype, rounding=rounding, seed=seed))
+    return iter(FolderMerge(base, adapter, dtype=dtype))
 
 
 @dataclass(frozen=True)
@@ -82,9 +71,8 @@ class Change:
     Attributes:
         name: the parameter's name in the model.
         shapes: those in which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first.
-        effective: makes W_eff from W0, both as they are stored, which may be transposed. W_eff is at least float32, or
-            W0's dtype if the result must equal PEFT's. Raises ValueError if the adapter was trained over another
-            weight.
+        effective: makes W_eff from W0, both as they are stored, which may be transposed, in the result's dtype. Raises
+            ValueError if the adapter was trained on another weight.
         is_whole: whether the adapter holds the parameter itself; W0 is then not read.
     """
 
@@ -121,18 +109,13 @@ class FolderMerge:
         adapter: str | os.PathLike[str],
         *,
         dtype: torch.dtype | None,
-        rounding: str,
-        seed: int,
     ) -> None:
         check_path("base", base)
         check_path("adapter", adapter)
-        check_choice("rounding", rounding, ROUNDINGS)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be an int of at least 0, got {seed!r}")
         self.base, self.adapter = Path(base), Path(adapter)
-        self.dtype, self.rounding, self.seed = dtype, rounding, seed
+        self.dtype = dtype
         self._model = BaseModel(self.base)
         self.config = _read_plain_config(self.base)
         self.plan = {
@@ -142,7 +125,7 @@ class FolderMerge:
             for name, tensor in self._model.tensors()
         }
         self.untied: list[str] = []
-        changes = [*_read_changes(self.adapter, self._model, dtype, rounding)]
+        changes = [*_read_changes(self.adapter, self._model, dtype)]
         # Of the last changed parameter that is made from several tensors, the new parts that were not asked for yet.
         self._parts: dict[str, Tensor] = {}
         if any(_stands_alone(change.name) for change in changes):
@@ -159,11 +142,7 @@ class FolderMerge:
         planned = self.plan[name]
         change = planned.change
         value = self._model.read(planned.stored) if change is None else self._changed(planned, change)
-        narrowed = planned.dtype in _HALF and value.dtype not in _HALF
-        if change is not None and narrowed and self.rounding == "stochastic":
-            rounded = round_stochastically(value, planned.dtype, seed=self.seed, name=name)
-        else:
-            rounded = value.to(planned.dtype, copy=True, memory_format=torch.contiguous_format)
+        rounded = value.to(planned.dtype, copy=True, memory_format=torch.contiguous_format)
         if change is not None and not _is_finite(rounded):
             raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([planned.dtype])}")
         return rounded
@@ -240,9 +219,7 @@ def _read_plain_config(base: Path) -> dict[str, Any]:
     return config
 
 
-def _read_changes(
-    folder: Path, base: BaseModel, dtype: torch.dtype | None, rounding: str
-) -> Iterator[Change]:
+def _read_changes(folder: Path, base: BaseModel, dtype: torch.dtype | None) -> Iterator[Change]:
     """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
     adapter = read_adapter(folder, (METHOD, HIRA))
     for key, tensor in adapter.whole.items():
@@ -256,9 +233,9 @@ def _read_changes(
         if adapter.is_hira:
             # fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
             swapped = base.stores_swapped(name, blocks.partition.shape)
-            effective = partial(_hira_weight, A, B, swapped, dtype, rounding)
+            effective = partial(_hira_weight, blocks, A, B, swapped, dtype)
         else:
-            effective = partial(_smoa_weight, blocks, A, B, adapter.settings.for_layer(name).scaling)
+            effective = partial(_smoa_weight, blocks, A, B, adapter.settings.for_layer(name).scaling, dtype)
         yield Change(parameter, (shape, (*shape[:-2], shape[-1], shape[-2])), effective)
 
 
@@ -266,36 +243,35 @@ def _as_saved(tensor: Tensor, stored: Tensor) -> Tensor:
     return tensor
 
 
-def _smoa_weight(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, stored: Tensor) -> Tensor:
-    """W_eff of a matrix or of a stack of them, in its stored orientation, at least in float32."""
+def _smoa_weight(
+    blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype | None, stored: Tensor
+) -> Tensor:
+    """W_eff of a matrix or of a stack of them, in its stored orientation."""
     if blocks.of_experts:
         matrices = zip(blocks.matrices(), A, B, stored, strict=True)
-        return torch.stack([_smoa_weight(one, a, b, scaling, weight) for one, a, b, weight in matrices])
+        return torch.stack(
+            [_smoa_weight(one, a, b, scaling, dtype, weight) for one, a, b, weight in matrices]
+        )
     weight, distance = blocks.orient(stored)
     if not distance <= TOLERANCE:
         raise ValueError(
             f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
             f"in another precision by at most {TOLERANCE:.0%})"
         )
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    factors = A.to(wide.dtype), B.to(wide.dtype)
-    s = scaling_tensor(scaling, wide.device)
-    adapter = PackedAdapter(wide, *factors, blocks.partition, blocks.ranks, s, blocks.ranks.tolist())
-    merged = eager.delta_weight(adapter).add_(wide)
-    return merged if weight is stored else merged.T
+    W_eff = _effective(blocks, A, B, scaling, weight.to(dtype or weight.dtype))
+    return W_eff if weight is stored else W_eff.T
 
 
 def _hira_weight(
-    A: Tensor, B: Tensor, swapped: bool, dtype: torch.dtype | None, rounding: str, stored: Tensor
+    blocks: LayerBlocks, A: Tensor, B: Tensor, swapped: bool, dtype: torch.dtype | None, stored: Tensor
 ) -> Tensor:
-    wide = torch.promote_types(stored.dtype, torch.float32)
-    product = B.to(wide) @ A.to(wide)
-    if swapped:
-        product = product.T
-    # PEFT rounds each of these steps to W0's dtype. This is done here only to equal it bit for bit.
-    as_peft = rounding == "nearest" and dtype in (None, stored.dtype)
-    weight = stored if as_peft else stored.to(wide)
-    return weight + weight * product.to(weight.dtype)
+    weight = stored.to(dtype or stored.dtype)
+    return _effective(blocks, A, B, 1.0, weight.T).T if swapped else _effective(blocks, A, B, 1.0, weight)
+
+
+def _effective(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> Tensor:
+    ranks, s = blocks.ranks, scaling_tensor(scaling, weight.device)
+    return eager.modulated_weight(PackedAdapter(weight, A, B, blocks.partition, ranks, s, ranks.tolist()))
 
 
 def _check_shape(shape: torch.Size, change: Change) -> None:

@@ -3,7 +3,8 @@
 All functions take 2-D activations and a `PackedAdapter`. Since W_effᵀ has the form of W_eff with rows and
 columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three algorithms:
 
-- merged: build `W_eff = W0 ∘ (1 + s·B̃Ã)` from zero-padded factors, a panel at a time, and multiply by it;
+- merged: build `W_eff = W0 ∘ (1 + s·B̃Ã)` from zero-padded factors, a panel at a time, and multiply by it. In half types
+  it is computed in float32 and rounded by thresholds;
 - split: the adapter's output block by block, then the base GEMM accumulates onto it and rounds once;
 - expanded: for few tokens, `s·Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`: reads W0 and builds nothing of its size.
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
 from ..definition.precision import accumulate, gemm_is_ieee
+from ..definition.thresholds import round_weight
 from . import Gradients
 from .block_order import (
     Index,
@@ -37,9 +39,8 @@ from .pages import in_large_pages
 ALGORITHMS = ("merged", "split", "expanded")
 
 # The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them
-# it is the cheapest: measured on CPU at 2048² by benchmarks/test_layer.py. Half precision stays longer
-# because its alternative, split, also reads W0 twice.
-EXPANDED_MAX_ROWS = {True: 24, False: 96}
+# it is the cheapest: measured on CPU at 2048² by benchmarks/test_layer.py.
+EXPANDED_MAX_ROWS = 24
 
 # Rows of W_eff, about, that the merged form builds at a time. Fewer make the GEMM's panels too narrow. More do not stay
 # in cache, and a new buffer of W0's size costs page faults: at 4096² a forward takes 11 % more than a frozen one, with
@@ -51,6 +52,9 @@ MERGED_HALF_PANEL = 768
 MERGED_BYTES = 2**21
 MERGED_ALIGNMENT = 64
 
+# Elements of a half-precision W_eff that a CPU computes in float32 and rounds at a time: temporaries stay in its cache.
+ROUNDED_ELEMENTS = 2**17
+
 # Tokens whose columns are gathered at a time: the copies stay in cache, and all panels share one buffer, mapped once.
 # At 2048², K = 8, G costs 0.13 of a frozen pass instead of 0.26. In half precision each panel's product is rounded and
 # added to a float32 G, which takes a pass over G, so panels are longer.
@@ -58,21 +62,20 @@ TOKEN_PANEL = 128
 HALF_TOKEN_PANEL = 512
 
 
-def choose_algorithm(tokens: int, slots: int, *, ieee: bool, dropout: bool) -> str:
+def choose_algorithm(tokens: int, slots: int, *, tf32: bool, dropout: bool) -> str:
     """Choose the algorithm of "auto" on this backend.
 
     Args:
         tokens: T.
         slots: K·ρ, at least the adapter's rank.
-        ieee: whether the GEMM multiplies in IEEE float32 or float64.
+        tf32: whether the GEMM multiplies float32 in less than IEEE float32, and so would round a small update away.
         dropout: whether the adapter sees another x than the base layer.
     """
     if dropout:
         return "split"
-    if tokens * slots <= EXPANDED_MAX_ROWS[ieee]:
+    if tokens * slots <= EXPANDED_MAX_ROWS:
         return "expanded"
-    # A W_eff rounded to half precision loses an update smaller than W0's last bit.
-    return "merged" if ieee else "split"
+    return "split" if tf32 else "merged"
 
 
 def forward(
@@ -80,8 +83,10 @@ def forward(
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
     if algorithm == "auto":
-        ieee, drops = gemm_is_ieee(x.dtype, x.device.type), dropout is not None
-        algorithm = choose_algorithm(x.shape[0], _expanded_rows(adapter), ieee=ieee, dropout=drops)
+        tf32 = x.dtype == torch.float32 and not gemm_is_ieee(x.dtype, x.device.type)
+        algorithm = choose_algorithm(
+            x.shape[0], _expanded_rows(adapter), tf32=tf32, dropout=dropout is not None
+        )
     if algorithm == "merged":
         y = merged(x, adapter)
     elif algorithm == "expanded":
@@ -105,8 +110,8 @@ def backward(
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
     """`dX = dY W_eff` (T, C), without dropout."""
-    # Merged in every dtype: in dX a rounded W_eff is a second-order error.
-    if choose_algorithm(dy.shape[0], _expanded_rows(adapter), ieee=True, dropout=False) == "expanded":
+    # Merged in TF32 too: in dX its rounding is a second-order error.
+    if choose_algorithm(dy.shape[0], _expanded_rows(adapter), tf32=False, dropout=False) == "expanded":
         return expanded(dy, adapter.T)
     return merged(dy, adapter.T)
 
@@ -117,43 +122,63 @@ def _expanded_rows(adapter: PackedAdapter) -> int:
 
 
 def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
-    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order; copied to `out` where that is given."""
+    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order; copied to `out` where that is given.
+
+    Half types are rounded by thresholds (`definition/thresholds.py`).
+    """
     W_eff = _modulation(adapter)(0, torch.empty_like(adapter.weight))
     return W_eff if out is None else out.copy_(W_eff)
 
 
 def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
     """Return a function (first row, out) that writes rows of W_eff to `out`, in W0's memory order, and returns it."""
+    weight, modulate = adapter.weight, _modulate_rows(adapter)
+    if weight.dtype == torch.promote_types(weight.dtype, torch.float32):
+        return lambda first, out: modulate(first, weight[first : first + out.shape[0]], out)
+    rows = (
+        max(16, ROUNDED_ELEMENTS // max(1, weight.shape[1]))
+        if weight.device.type == "cpu"
+        else weight.shape[0]
+    )
+
+    def write(first: int, out: Tensor) -> Tensor:
+        for part in row_panels(out, max(1, rows)):
+            wide = weight[first : first + part.shape[0]].float()
+            W_eff = modulate(first, wide, torch.empty_like(wide))
+            part.copy_(round_weight(W_eff, weight.dtype, adapter.place.part(first, 0)))
+            first += part.shape[0]
+        return out
+
+    return write
+
+
+def _modulate_rows(adapter: PackedAdapter) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """Return a function (first row, rows of W0, out) that writes these rows of W_eff to `out`, at least in float32."""
     weight = adapter.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
     if not adapter.partition.is_contiguous:
-        A, B = adapter.expanded_factors(weight.dtype)
-
-        def write(first: int, out: Tensor) -> Tensor:
-            rows = slice(first, first + out.shape[0])
-            return _modulated(weight[rows], A, B[rows], out)
-
-        return write
+        A, B = adapter.expanded_factors(dtype)
+        return lambda first, W0, out: _modulated(W0, A, B[first : first + out.shape[0]], out)
     order = block_order(adapter, batched=is_batch(adapter))
-    factors = [(A.to(weight.dtype), B.to(weight.dtype)) for A, B in order.factors(order.A, order.B)]
+    factors = [(A.to(dtype), B.to(dtype)) for A, B in order.factors(order.A, order.B)]
     if order.batched:  # `merged` asks for all rows at once
-        W0 = order.batch(weight)
 
-        def write_batch(first: int, out: Tensor) -> Tensor:
-            _modulated(W0, *factors[0], order.batch(out.copy_(weight)))
+        def write_batch(first: int, W0: Tensor, out: Tensor) -> Tensor:
+            _modulated(order.batch(W0), *factors[0], order.batch(out.copy_(W0)))
             return out
 
         return write_batch
     blocks = list(zip(order.places(), factors, strict=True))
 
-    def write_blocks(first: int, out: Tensor) -> Tensor:
+    def write_blocks(first: int, W0: Tensor, out: Tensor) -> Tensor:
         """Only the blocks differ from W0."""
         last = first + out.shape[0]
-        out.copy_(weight[first:last])
+        out.copy_(W0)
         for (rows, cols), (A, B) in blocks:
             start, stop = max(first, rows.start), min(last, rows.stop)
             if start < stop:
-                part, W0 = out[start - first : stop - first, cols], weight[start:stop, cols]
-                _modulated(W0, A, B[start - rows.start : stop - rows.start], part)
+                place = slice(start - first, stop - first), cols
+                _modulated(W0[place], A, B[start - rows.start : stop - rows.start], out[place])
         return out
 
     return write_blocks

@@ -24,13 +24,6 @@ def merge(
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file of weights; about as much memory is needed.")
     ] = "5GB",
-    rounding: Annotated[
-        str,
-        typer.Option(
-            help="Rounding to half types: nearest, or stochastic, which keeps small updates on average."
-        ),
-    ] = "nearest",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the stochastic rounding.")] = 0,
 ) -> None:
     """Merge an adapter into its base model: a plain model that any program serves, a shard at a time."""
     if dtype is not None:
@@ -44,8 +37,6 @@ def merge(
             out,
             dtype=None if dtype is None else _DTYPES[dtype],
             max_shard_size=max_shard_size,
-            rounding=rounding,
-            seed=seed,
             progress=progress,
         )
     files = "1 file" if len(report.files) == 1 else f"{len(report.files)} files"

@@ -84,17 +84,22 @@ def check_scaling(scaling: float | Tensor, x: Tensor) -> None:
         raise ValueError("scaling must not require grad: it is not trained")
 
 
-def check_dropout(
-    x: Tensor, p: float, seed: Tensor | None, column_offset: int, global_in_features: int | None
-) -> None:
-    """Check the arguments of the dropout mask; the global number of columns, if given, must include x's."""
+def check_dropout(x: Tensor, p: float, seed: Tensor | None) -> None:
+    """Check the arguments of the dropout mask."""
     check_probability("dropout_p", p)
     if seed is not None:
         _check_seed(seed, x)
+
+
+def check_place(x: Tensor, row_offset: int, column_offset: int, global_in_features: int | None) -> None:
+    """Check where a shard lies; the global number of columns, if given, must include x's."""
     given = 0 if global_in_features is None else global_in_features
-    for name, value in (("column_offset", column_offset), ("global_in_features", given)):
+    offsets = {"row_offset": row_offset, "column_offset": column_offset}
+    for name, value in (*offsets.items(), ("global_in_features", given)):
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"{name} must be an int, got {value!r}")
+    if row_offset < 0:
+        raise ValueError(f"row_offset must be at least 0, got {row_offset}")
     columns = x.shape[-1]
     width = columns if global_in_features is None else global_in_features
     if column_offset < 0 or column_offset + columns > width:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .partition import BlockPartition
+from .thresholds import WHOLE, Place
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes three times as long, twice per call of a layer
@@ -30,6 +31,7 @@ class PackedAdapter:
         ranks: int32 (K,) rank r_k of each block.
         scaling: 0-d tensor, s.
         block_ranks: the numbers in `ranks`, where the host has them.
+        place: of W0 in the whole weight; a half-precision W_eff is rounded by it.
         layout: a backend's cached form of these tensors for its calls (`kernels.launch.described`, `Call`), or None. It
             holds while the tensors keep their memory, dtype and strides, and s its value.
     """
@@ -41,6 +43,7 @@ class PackedAdapter:
     ranks: Tensor
     scaling: Tensor
     block_ranks: Sequence[int] | None = None
+    place: Place = WHOLE
     layout: Any = field(default=None, init=False, repr=False)
 
     @property
@@ -50,7 +53,14 @@ class PackedAdapter:
         So code that computes `x W_effᵀ` also computes `dX = dY W_eff`.
         """
         return PackedAdapter(
-            self.weight.T, self.B.T, self.A.T, self.partition.T, self.ranks, self.scaling, self.block_ranks
+            self.weight.T,
+            self.B.T,
+            self.A.T,
+            self.partition.T,
+            self.ranks,
+            self.scaling,
+            self.block_ranks,
+            self.place.T,
         )
 
     def host_ranks(self) -> Sequence[int]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from .thresholds import WHOLE
+
 # torch.distributed.tensor takes about a second to import, and only a shard's methods need it.
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,7 +32,9 @@ class LayerShard:
     Attributes:
         rows: the rows of W0 that this process holds.
         cols: the columns of W0 that this process holds.
+        row_offset: index of the first of these rows.
         column_offset: index of the first of these columns.
+        place: of this process's part, for the rounding of W_eff.
     """
 
     def __init__(self, mesh: DeviceMesh, dim: int, out_features: int, in_features: int) -> None:
@@ -41,7 +45,8 @@ class LayerShard:
         part, every = slice(start, min(start + step, size)), slice(None)
         self.rows: slice = part if dim == 0 else every
         self.cols: slice = every if dim == 0 else part
-        self.column_offset = 0 if dim == 0 else start
+        self.row_offset, self.column_offset = (start, 0) if dim == 0 else (0, start)
+        self.place = WHOLE.part(self.row_offset, self.column_offset)
 
     @staticmethod
     def local(tensor: Tensor) -> Tensor:

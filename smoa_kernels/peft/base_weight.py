@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.shard import LayerShard
 from ..definition.sketch import sketch_distance, sketch_weight
+from .combine import sum_adapters
 from .dequantize import read_weight
 from .offload import check_present, present
 from .quantized import requantize
@@ -117,7 +117,9 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W0 + Σ ΔW, rounded (or quantised) once, into the base layer; W0 is kept for :meth:`unmerge`.
+        """Put W_eff, the W0 + Σ ΔW that the layer multiplies by, into the base layer; W0 is kept for :meth:`unmerge`.
+
+        Half types are rounded by thresholds (docs/numerics.md); a quantised base is quantised anew.
 
         Args:
             safe_merge: raise, and change nothing, where the result is not finite.
@@ -191,7 +193,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         with present(self):
             weight = self.base_weight()
             _check_unsharded(weight)
-            deltas = [_sum([each]) for each in self._matrices(adapter, weight.detach())]
+            wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+            deltas = [eager.delta_weight(each) for each in self._matrices(adapter, wide)]
         delta = torch.stack(deltas) if self.stack else deltas[0]
         return delta.mT if self.fan_in_fan_out else delta
 
@@ -203,10 +206,9 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             place.copy_(each)
 
     def _merged(self, names: Sequence[str], weight: Tensor) -> Iterator[Tensor]:
-        """Compute W0 + Σ ΔW in W0's dtype, one matrix after another."""
-        adapters = (self._matrices(name, weight.detach()) for name in names)
-        for base, *each in zip(self._each(weight.detach()), *adapters, strict=True):
-            yield _sum(each).add_(base).to(base.dtype)
+        """Compute W_eff of several adapters in W0's dtype, one matrix after another."""
+        for each in zip(*(self._matrices(name, weight.detach()) for name in names), strict=True):
+            yield eager.modulated_weight(sum_adapters(each) if len(each) > 1 else each[0])
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -217,16 +219,6 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     def _each(self, weight: Tensor) -> Sequence[Tensor]:
         return weight.unbind() if self.stack else (weight,)
-
-
-def _sum(adapters: Sequence[PackedAdapter]) -> Tensor:
-    """Compute Σ ΔW (N, C) over one weight, at least in float32, each ΔW as its own product."""
-    weight = adapters[0].weight
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    total = eager.delta_weight(replace(adapters[0], weight=wide))
-    for each in adapters[1:]:
-        total += eager.delta_weight(replace(each, weight=wide))
-    return total
 
 
 def _check_unsharded(weight: Tensor) -> None:

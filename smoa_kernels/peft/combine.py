@@ -45,7 +45,7 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
     blocks, rank = partition.num_blocks, A.shape[0]
     ranks = torch.full((blocks,), rank, dtype=torch.int32, device=A.device)
     one = torch.ones_like(first.scaling)
-    return PackedAdapter(first.weight, A, B, partition, ranks, one, [rank] * blocks)
+    return PackedAdapter(first.weight, A, B, partition, ranks, one, [rank] * blocks, first.place)
 
 
 def single_block(like: BlockPartition) -> BlockPartition:

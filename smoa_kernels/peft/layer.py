@@ -25,6 +25,7 @@ from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_te
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
+from ..definition.thresholds import WHOLE
 from .base_weight import BaseWeight
 from .combine import single_block
 from .offload import execution_device, gathered, present
@@ -259,10 +260,11 @@ class SMoALayer(BaseWeight):
     def packed(self, adapter_name: str, weight: Tensor) -> Any:
         """Pair an adapter with W0 (N, C), or this process's part of it; autograd sees the factors."""
         ready = self._ready(adapter_name)
-        A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
+        A, B, place = self.smoa_A[adapter_name], self.smoa_B[adapter_name], WHOLE
         if self._shard is not None:
-            A, B = self._shard.local(A), self._shard.local(B)
-        return PackedAdapter(weight, A, B, ready.partition, ready.ranks, ready.scaling, ready.block_ranks)
+            A, B, place = self._shard.local(A), self._shard.local(B), self._shard.place
+        given = ready.partition, ready.ranks, ready.scaling, ready.block_ranks
+        return PackedAdapter(weight, A, B, *given, place)
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
         packed = self.packed(adapter_name, weight)

@@ -127,7 +127,8 @@ class Linear(SMoALayer, nn.Module):
         bias, adapter = base.bias, self._summed(self.base_weight(), names)
         if shard is None:
             return adapted_linear(x, bias, adapter, **settings)
-        part = {"column_offset": shard.column_offset, "global_in_features": self.in_features}
+        part = {"global_in_features": self.in_features}
+        part |= {"row_offset": shard.row_offset, "column_offset": shard.column_offset}
         bias = None if bias is None else shard.bias(bias)
         return shard.output(adapted_linear(shard.local(x), bias, adapter, **part, **settings))
 

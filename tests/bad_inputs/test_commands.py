@@ -68,8 +68,6 @@ ADAPTERS = [
     ("merge FOLDER FOLDER FOLDER", "out must be a new or an empty folder, got"),
     ("merge /nowhere FOLDER FOLDER/out", "there are no safetensors files in /nowhere"),
     ("merge FOLDER FOLDER FOLDER/out --dtype int8", "--dtype must be one of bfloat16"),
-    ("merge FOLDER FOLDER FOLDER/out --rounding up", "rounding must be one of nearest, stochastic, got 'up'"),
-    ("merge FOLDER FOLDER FOLDER/out --seed -1", "--seed"),
 ]
 
 

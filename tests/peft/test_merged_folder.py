@@ -45,16 +45,12 @@ def test_refused_by_name_and_nothing_is_left(prepare, message, folders, tmp_path
 
 
 BFLOAT16 = ["--dtype", "bfloat16"]
-STOCHASTIC = [*BFLOAT16, "--rounding", "stochastic"]
-BY_CHANCE = {"dtype": torch.bfloat16, "rounding": "stochastic"}
 
 
 @pytest.mark.parametrize(
     ("options", "without", "settings"),
     [
         (BFLOAT16, [], {"dtype": torch.bfloat16}),
-        (STOCHASTIC, BFLOAT16, BY_CHANCE),
-        ([*STOCHASTIC, "--seed", "3"], STOCHASTIC, {**BY_CHANCE, "seed": 3}),
         (["--max-shard-size", "20KB"], [], {"max_shard_size": "20KB"}),
     ],
 )
