@@ -20,7 +20,7 @@ from smoa_kernels.backends import pages
 from smoa_kernels.backends.native import backend, library
 
 BF16 = torch.bfloat16
-FORMS = {form: Case("native", form, BF16) for form in ("split", "dropout")}
+FORMS = {form: Case("native", form, BF16) for form in ("merged", "split", "dropout")}
 each_form = pytest.mark.parametrize("form", FORMS)
 on_cpu = partial(compiled.on_cpu, BF16)
 
@@ -132,9 +132,11 @@ def test_a_bias_is_added_before_the_one_rounding(
     tokens: int, order: str, guarded_memory: None, only_compiled: None
 ) -> None:
     p = on_cpu(tokens=tokens, out_features=600, in_features=160, ranks=(4, 9), block_order=order)
-    exact = FORMS["split"].definition(p.to(torch.float64))[0]
-    # The rms error of one rounding is 0.21 eps; a second rounding of the same size would give 0.30 eps.
-    assert relative_error(p.run()[0], exact) < 0.25 * torch.finfo(BF16).eps
+    base = replace(p, B=torch.zeros_like(p.B))  # whose W_eff is W0
+    for q, algorithm in ((p, "split"), (base, "auto")):
+        exact = FORMS["split"].definition(q.to(torch.float64))[0]
+        # The rms error of one rounding is 0.21 eps; a second rounding of the same size would give 0.30 eps.
+        assert relative_error(q.run(algorithm=algorithm)[0], exact) < 0.25 * torch.finfo(BF16).eps
 
 
 @needs_library
@@ -153,12 +155,9 @@ def test_one_row_for_all_tokens(tokens: int) -> None:
 
 @needs_library
 @each_form
-def test_weights_that_it_leaves_to_others(form: str) -> None:
-    """Tiles need contiguous rows of W0 without shared memory; for other weights torch's operators compute."""
+def test_weights_of_any_layout(form: str, only_compiled: None) -> None:
     p = on_cpu(tokens=40, ranks=(2, 3))
     for weight in (p.weight.T.contiguous().T, p.weight[:1].expand_as(p.weight)):
-        path = backend.route(p.x, weight, 3, form)
-        assert path == (backend.Path.EAGER if library.has("bf16") else backend.Path.FLOAT)
         other = replace(p, weight=weight)
         assert_within_budget(other.run(**FORMS[form].options), FORMS[form], other)
 
