@@ -224,7 +224,7 @@ def test_padding_is_never_read(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) -> None:
     """The adapter's output is added before the only rounding, so on average all of it survives."""
-    exact = make_problem(pairs=(200, 0, 300), rows=96, cols=64, ranks=(2, 2), blocks="shared")
+    exact = make_problem(pairs=(200, 0, 300), rows=96, cols=1024, ranks=(2, 2), blocks="shared")
     p = replace(exact, adapter=replace(exact.adapter, B=exact.adapter.B * 1e-3)).to(dtype, torch.float32)
 
     def change(function: object, problem: object) -> Tensor:

@@ -43,7 +43,7 @@ TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const 
                                   half *lines, half *to) {
     i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
     for (i64 c = 0; c < width; c += TERMS) {
-        pair_terms(o, first, tokens - first, c, width - c, lines + c * TERMS);
+        pair_terms(o, NULL, first, tokens - first, c, width - c, lines + c * TERMS);
         transpose_tiles(2, lines + c * TERMS);
     }
     to += step * STEP;

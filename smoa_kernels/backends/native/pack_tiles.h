@@ -9,8 +9,10 @@
 
 #include "pack.h"
 
-/* Whether tiles are rows of the operand as they lie. */
-static inline int is_plain(const operand *o) { return o->row_major && !o->cols && !o->keep; }
+/* Whether lines of the operand's memory are packed as they lie, or modulated to W_eff. */
+static inline int is_plain(const operand *o, const adapter *m) {
+    return !(o->row_major ? o->cols : o->rows) && !o->keep && (!m || m->row_label);
+}
 
 #if HAS_TILES
 /* Transposes r as 16 rows of 16 numbers of 32 bits. */
@@ -78,29 +80,21 @@ INLINE vf term_or_zero(const float *panel, i64 p, i64 depth, i64 column) {
     return p < depth ? load(panel + p * PANEL + column) : (vf){0};
 }
 
-/* Packs panels of floats (depth, PANEL), rows from `first` on and terms from k on, in right tiles; `apart` lies between panels. PAIRS: rounded
- * by the modulation's thresholds; what is not modulated is bfloat16 and stays. The two terms of a pair are neighbours in PAIRS, and half a step
- * apart in SPLIT3, so that rows can be packed in left tiles without a permutation. */
-static void tiles_of_floats(int format, const adapter *m, i64 first, i64 count, i64 k, i64 depth, const float *panel, half *to, i64 apart) {
-    static const uint32_t lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+/* Packs panels of floats (depth, PANEL) in right tiles; `apart` lies between panels. PAIRS: to nearest. The two terms of a pair are neighbours in
+ * PAIRS, and half a step apart in SPLIT3, so that rows can be packed in left tiles without a permutation. */
+static void tiles_of_floats(int format, i64 count, i64 depth, const float *panel, half *to, i64 apart) {
     i64 beside = format == PAIRS ? 1 : SIDE, step = format == PAIRS ? STEP : 3 * STEP;
-    uint32_t place = m ? (uint32_t)m->place : 0, row_step = m ? (uint32_t)m->row_step : 0, col_step = m ? (uint32_t)m->col_step : 0;
-    vu lanes;
-    memcpy(&lanes, lane, sizeof lanes);
     for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL, to += apart)
-        for (int q = 0; q < 2; q++) {
-            vu start = (lanes + (uint32_t)(first + top + q * SIDE)) * row_step + place;
-            for (i64 line = 0; line < round_up(depth, TERMS) / 2; line++) {
+        for (i64 line = 0; line < round_up(depth, TERMS) / 2; line++)
+            for (int q = 0; q < 2; q++) {
                 i64 p = format == PAIRS ? 2 * line : line / SIDE * TERMS + line % SIDE;
                 vf low = term_or_zero(panel, p, depth, q * SIDE), high = term_or_zero(panel, p + beside, depth, q * SIDE);
                 half *at = to + line / SIDE * step + q * TILE + line % SIDE * TERMS;
-                vu threshold = start + (uint32_t)(k + p) * col_step;
                 if (format == SPLIT3)
                     write_parts(low, high, at);
                 else
-                    _mm512_store_si512(at, (__m512i)(rounded_by(threshold & 0xffff, low) >> 16 | rounded_by((threshold + col_step) & 0xffff, high)));
+                    _mm512_store_si512(at, (__m512i)(rounded(low) >> 16 | rounded(high)));
             }
-        }
 }
 
 /* Packs a row-major operand in left panels of SPLIT3, in their own order. */
@@ -140,57 +134,112 @@ INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
     return _mm512_permutex2var_epi16(first, at, second);
 }
 
-/* Packs up to SIDE rows of a row-major operand in left or right tiles, a step apart; missing rows and terms become 0.
- * Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher follows. */
-INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width, half *to) {
-    for (i64 c = 0; c < width; c += TERMS, to += STEP) {
-        __m512i r[SIDE];
-#pragma GCC unroll 16
-        for (int i = 0; i < SIDE; i++) {
-            r[i] = _mm512_setzero_si512();
-            if (i >= count) continue;
-            __builtin_prefetch(row[i] + c + 4 * TERMS);
-            r[i] = _mm512_maskz_loadu_epi16(first_halves(width - c), row[i] + c);
+/* The adapter as it modulates lines of memory: the weight's rows, or if it is column-major its columns. */
+static adapter along_lines(const adapter *m, int row_major) {
+    adapter t = {m->rank, m->B_stride, m->A_stride, m->place, m->col_step, m->row_step, m->B, m->A, m->col_label, m->row_label};
+    return row_major ? *m : t;
+}
+
+/* Turns 32 elements from `col` on of BESIDE lines from `row` on into W_eff, rounded by its thresholds. */
+INLINE void modulate_lines(const adapter *m, i64 row, i64 col, __m512i *line) {
+    static const uint32_t lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static const uint16_t upper[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const float *A = m->A + col, *B = m->B + row;
+    __mmask16 inside[BESIDE][2];
+    int any = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < BESIDE; i++)
+        for (int q = 0; q < 2; q++) {
+            __m512i label = _mm512_set1_epi32(m->row_label[row + i]);
+            inside[i][q] = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(m->col_label + col + q * SIDE), label);
+            any |= inside[i][q];
         }
-        if (!as_left) transpose_lines(r);
-        store_lines(r, to);
+    if (!any) return;
+    vf update[BESIDE][2] = {{{0}}};
+    for (i64 t = 0; t < m->rank; t++, A += m->A_stride, B += m->B_stride)
+#pragma GCC unroll 4
+        for (int i = 0; i < BESIDE; i++) update[i][0] += B[i] * load(A), update[i][1] += B[i] * load(A + SIDE);
+    vu place = (vu)_mm512_loadu_si512(lane) * (uint32_t)m->col_step + (uint32_t)(m->place + row * m->row_step + col * m->col_step);
+#pragma GCC unroll 4
+    for (int i = 0; i < BESIDE; i++, place += (uint32_t)m->row_step) {
+        __m512i half_line[2];
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++) {
+            vf w = from_bfloat16((vh)_mm512_extracti64x4_epi64(line[i], q));
+            vu threshold = (place + (uint32_t)(q * SIDE * m->col_step)) & 0xffff;
+            half_line[q] = _mm512_mask_mov_epi32((__m512i)w, inside[i][q], (__m512i)rounded_by(threshold, w + w * update[i][q]));
+        }
+        line[i] = _mm512_permutex2var_epi16(half_line[0], _mm512_loadu_si512(upper), half_line[1]);
     }
 }
 
-/* Packs rows first to first + count of a plain operand, terms k to k + depth, in left or right panels. */
-static void tile_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, int as_left, half *to) {
+/* Packs rows first to first + count of a row-major operand, terms k to k + depth, in left or right panels; missing rows and terms become 0.
+ * Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher follows. */
+INLINE void tile_rows(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, half *to) {
     i64 deep = round_up(depth, TERMS);
     for (i64 i = 0; i < count; i += SIDE) {
         const half *row[SIDE];
         for (i64 r = 0; r < least(SIDE, count - i); r++)
             row[r] = (const half *)o->data + (o->rows ? o->rows[first + i + r] : first + i + r) * o->row_stride + o->start + k;
-        half *tiles = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
-        as_left ? tile_group(1, row, count - i, depth, tiles) : tile_group(0, row, count - i, depth, tiles);
+        half *tile = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
+        for (i64 c = 0; c < depth; c += TERMS, tile += STEP) {
+            __m512i r[SIDE];
+#pragma GCC unroll 16
+            for (int n = 0; n < SIDE; n++) {
+                r[n] = _mm512_setzero_si512();
+                if (i + n >= count) continue;
+                __builtin_prefetch(row[n] + c + 4 * TERMS);
+                r[n] = _mm512_maskz_loadu_epi16(first_halves(depth - c), row[n] + c);
+            }
+#pragma GCC unroll 4
+            for (int n = 0; n < SIDE && m; n += BESIDE) modulate_lines(m, first + i + n, k + c, r + n);
+            if (!as_left) transpose_lines(r);
+            store_lines(r, tile);
+        }
     }
 }
 
 /* Packs one step of a right panel from a column-major operand: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
  * Prefetches the next panel, since rows are too far apart for the hardware prefetcher. */
-INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, half *to) {
+INLINE void pair_terms(const operand *o, const adapter *m, i64 first, i64 valid, i64 c, i64 count, half *to) {
     const half *from = (const half *)o->data + first * o->col_stride + c;
     __mmask32 inside = first_halves(count);
-    for (i64 t = 0; t < TERMS; t += 2, to += TERMS) {
-        __m512i two[2];
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            two[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
+    for (i64 t = 0; t < TERMS; t += BESIDE) {
+        __m512i line[BESIDE];
+#pragma GCC unroll 4
+        for (int i = 0; i < BESIDE; i++) {
+            line[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
             __builtin_prefetch(from + (t + i) * o->col_stride + PANEL);
-            if (o->keep && t + i < valid) two[i] = drop(two[i], keep_of(o, first + t + i), c);
+            if (o->keep && t + i < valid) line[i] = drop(line[i], keep_of(o, first + t + i), c);
         }
-        _mm512_store_si512(to, pairs_in(two[0], two[1], 0));
-        _mm512_store_si512(to + TILE, pairs_in(two[0], two[1], 1));
+        if (m) modulate_lines(m, first + t, c, line);
+#pragma GCC unroll 2
+        for (int i = 0; i < BESIDE; i += 2, to += TERMS) {
+            _mm512_store_si512(to, pairs_in(line[i], line[i + 1], 0));
+            _mm512_store_si512(to + TILE, pairs_in(line[i], line[i + 1], 1));
+        }
     }
 }
+
+/* Packs an operand that is read in memory's order in PAIRS: a weight, which `m` modulates, or tokens. */
+static void pack_pairs(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, half *to) {
+    adapter along = m ? along_lines(m, o->row_major) : (adapter){0};
+    m = m ? &along : NULL;
+    if (o->row_major)
+        as_left ? tile_rows(1, o, m, first, count, k, depth, to) : tile_rows(0, o, m, first, count, k, depth, to);
+    for (i64 top = 0; top < count && !o->row_major; top += PANEL)
+        for (i64 p = 0; p < depth; p += TERMS, to += STEP) {
+            pair_terms(o, m, k + p, depth - p, first + top, count - top, to);
+            if (as_left) transpose_tiles(2, to);
+        }
+}
+
 #else
 #define transpose_tiles(tiles, tile) ((void)(tile))
-#define tiles_of_floats(format, m, first, count, k, depth, panel, to, apart) ((void)(to))
+#define tiles_of_floats(format, count, depth, panel, to, apart) ((void)(to))
 #define split_rows(o, first, count, k, depth, to) ((void)(to))
-#define tile_rows(o, first, count, k, depth, as_left, to) ((void)(to))
+#define pack_pairs(as_left, o, m, first, count, k, depth, to) ((void)(to))
 #endif
 
 /* Floats of scratch that packing takes. */
@@ -199,8 +248,8 @@ static i64 scratch_size(int format) { return format == FLOATS ? 0 : NC * KC + SP
 /* Packs right panels: rows first to first + count, terms k to k + depth. If `m` is given, modulates them while they are in the cache.
  * `scratch` has `scratch_size` floats. */
 static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
-    if (format == PAIRS && !m && is_plain(o)) {
-        tile_rows(o, first, count, k, depth, 0, (half *)to);
+    if (format == PAIRS && is_plain(o, m)) {
+        pack_pairs(0, o, m, first, count, k, depth, (half *)to);
         return;
     }
     for (i64 top = 0; top < count; top += NC)
@@ -212,7 +261,7 @@ static void pack_right(int format, const operand *o, const adapter *m, i64 first
             half *tiles = (half *)(to + top * size) + p * PANEL;
             pack_floats(o, first + top, rows, k + p, deep, NR, panels);
             if (m) modulate(m, first + top, rows, k + p, deep, panels);
-            if (format != FLOATS) tiles_of_floats(format, m, first + top, rows, k + p, deep, panels, tiles, 2 * PANEL * size);
+            if (format != FLOATS) tiles_of_floats(format, rows, deep, panels, tiles, 2 * PANEL * size);
         }
 }
 
@@ -220,8 +269,8 @@ static void pack_right(int format, const operand *o, const adapter *m, i64 first
 static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
     if (format == FLOATS)
         pack_floats(o, first, count, k, depth, MR, to);
-    else if (format == PAIRS && is_plain(o))
-        tile_rows(o, first, count, k, depth, 1, (half *)to);
+    else if (format == PAIRS && is_plain(o, NULL))
+        pack_pairs(1, o, NULL, first, count, k, depth, (half *)to);
     else if (format == SPLIT3 && o->row_major)
         split_rows(o, first, count, k, depth, (half *)to);
     else {
