@@ -11,16 +11,18 @@ from functools import partial
 import compiled
 import pytest
 import torch
-from compiled import needs_avx512_bf16, needs_library, system_has
+from compiled import needs_avx512_bf16, needs_bf16, needs_library, system_has
 from places import ran
-from problems import Case, assert_within_budget, relative_error
+from problems import LAYOUTS, Case, assert_within_budget, relative_error
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.backends import pages
 from smoa_kernels.backends.native import backend, library
+from smoa_kernels.definition.packed import padding_masks
+from smoa_kernels.definition.thresholds import WHOLE, Place, round_weight
 
 BF16 = torch.bfloat16
-FORMS = {form: Case("native", form, BF16) for form in ("split", "dropout")}
+FORMS = {form: Case("native", form, BF16) for form in ("merged", "split", "dropout")}
 each_form = pytest.mark.parametrize("form", FORMS)
 on_cpu = partial(compiled.on_cpu, BF16)
 
@@ -87,6 +89,30 @@ def test_a_workspace_is_as_large_as_offsets_ask(
     assert asked[: len(asked) // 2] == asked[len(asked) // 2 :]
 
 
+@needs_bf16
+@pytest.mark.parametrize("order", ["spectral", "contiguous"])
+@pytest.mark.parametrize("layout", ["contiguous", "column-major"])
+@pytest.mark.parametrize("place", [WHOLE, WHOLE.part(3, 50)], ids=["whole", "shard"])
+def test_w_eff_is_rounded_by_its_thresholds(
+    order: str, layout: str, place: Place, only_compiled: None
+) -> None:
+    """One-hot tokens give W_eff itself. Its numbers are few enough bits for float32 to hold them before rounding."""
+    p = on_cpu(tokens=1, out_features=97, in_features=150, ranks=(2, 0, 3), block_order=order, bias=False)
+    A, B = (2.0**-6 * torch.randint(-8, 9, factor.shape) for factor in (p.A, p.B))
+    p = replace(p, A=A, B=B, scaling=0.5).stored(LAYOUTS[layout])
+    used_A, used_B = padding_masks(p.partition, p.ranks, 3)
+    inside = p.partition.row_block[:, None] == p.partition.col_block
+    exact = p.weight.float() * (1 + 0.5 * inside * ((B * used_B) @ (A * used_A)))
+    expected = round_weight(exact, BF16, place)
+    assert (expected != p.weight).sum() > 1000
+    adapter = replace(p.adapter(), place=place)
+    assert torch.equal(backend.modulated_weight(adapter), expected)
+    found = backend.forward(torch.eye(150, dtype=BF16), None, adapter, "auto", None)
+    assert torch.equal(found, expected.T)
+    found = backend.backward(torch.eye(97, dtype=BF16), None, adapter, None, needs_x=True)[0]
+    assert torch.equal(found, expected)
+
+
 @needs_library
 @each_form
 def test_float32_factors_are_not_rounded(form: str, only_compiled: None) -> None:
@@ -132,9 +158,11 @@ def test_a_bias_is_added_before_the_one_rounding(
     tokens: int, order: str, guarded_memory: None, only_compiled: None
 ) -> None:
     p = on_cpu(tokens=tokens, out_features=600, in_features=160, ranks=(4, 9), block_order=order)
-    exact = FORMS["split"].definition(p.to(torch.float64))[0]
-    # The rms error of one rounding is 0.21 eps; a second rounding of the same size would give 0.30 eps.
-    assert relative_error(p.run()[0], exact) < 0.25 * torch.finfo(BF16).eps
+    base = replace(p, B=torch.zeros_like(p.B))  # whose W_eff is W0
+    for q, algorithm in ((p, "split"), (base, "auto")):
+        exact = FORMS["split"].definition(q.to(torch.float64))[0]
+        # The rms error of one rounding is 0.21 eps; a second rounding of the same size would give 0.30 eps.
+        assert relative_error(q.run(algorithm=algorithm)[0], exact) < 0.25 * torch.finfo(BF16).eps
 
 
 @needs_library
@@ -153,12 +181,9 @@ def test_one_row_for_all_tokens(tokens: int) -> None:
 
 @needs_library
 @each_form
-def test_weights_that_it_leaves_to_others(form: str) -> None:
-    """Tiles need contiguous rows of W0 without shared memory; for other weights torch's operators compute."""
+def test_weights_of_any_layout(form: str, only_compiled: None) -> None:
     p = on_cpu(tokens=40, ranks=(2, 3))
     for weight in (p.weight.T.contiguous().T, p.weight[:1].expand_as(p.weight)):
-        path = backend.route(p.x, weight, 3, form)
-        assert path == (backend.Path.EAGER if library.has("bf16") else backend.Path.FLOAT)
         other = replace(p, weight=weight)
         assert_within_budget(other.run(**FORMS[form].options), FORMS[form], other)
 

@@ -83,7 +83,7 @@ SHAPES: dict[str, tuple[tuple[int, int, int, tuple[int, ...]], ...]] = {
 CODES = {
     "float": (needs_library, FORMS),
     "amx_parts": (needs_amx, ("merged", "split", "dropout")),
-    "bf16_tiles": (needs_bf16, ("split", "dropout")),
+    "bf16_tiles": (needs_bf16, ("merged", "split", "dropout")),
 }
 
 
@@ -112,9 +112,8 @@ def test_every_shape(
     """Without tiles half types are widened while they are packed: float32's bits, rounded once; "split" is "merged"."""
     sizes = dict(zip(("tokens", "out_features", "in_features", "ranks"), shape, strict=True))
     p, case = on_cpu(**sizes, block_order=order).stored(LAYOUTS[layout]), FORMS[form]
-    if code == "bf16_tiles":  # they take rows of W0
+    if code == "bf16_tiles":
         p, case = p.to(torch.bfloat16), replace(case, dtype=torch.bfloat16)
-        p = p if p.weight.stride(1) == 1 else replace(p, weight=p.weight.contiguous())
     if code == "float":
         request.getfixturevalue("in_float32")
     assert_threads_agree(case, p)
@@ -159,7 +158,7 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, *HALF
         ),
         *((one, BFLOAT16, 13, "auto", Path.TILES) for one in (AMX, AVX512_BF16)),
         (AMX, BFLOAT16, 4, "dropout", Path.TILES),
-        (AMX, BFLOAT16, 50, "merged", Path.EAGER),
+        *((AMX, BFLOAT16, 50, form, Path.TILES) for form in ("merged", "split")),
         *((one, dtype, 16, "auto", Path.FEW) for one, dtype in ((AVX512, BFLOAT16), (AMX, FLOAT16))),
         (AMX, FLOAT16, 50, "split", Path.FLOAT),
         *((AVX2, dtype, 13, "auto", Path.FLOAT) for dtype in KINDS),
@@ -179,8 +178,7 @@ def test_which_code_computes_a_call(
     x, weight = torch.empty(tokens, 64, dtype=dtype), torch.empty(32, 64, dtype=dtype)
     assert backend.route(x, weight, 4, algorithm) == expected
     column_major = backend.route(x, weight.T.contiguous().T, 4, algorithm)
-    assert column_major in (Path.FLOAT, Path.EAGER)
-    assert column_major == (Path.EAGER if "bf16" in has and dtype == BFLOAT16 else Path.FLOAT)
+    assert column_major == (Path.TILES if "bf16" in has and dtype == BFLOAT16 else Path.FLOAT)
 
 
 @needs_library

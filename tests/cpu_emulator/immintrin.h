@@ -95,6 +95,16 @@ EMULATED __mmask32 _mm512_mask_cmpeq_epi16_mask(__mmask32 own, __m512i a, __m512
     EACH(32, mask |= (__mmask32)(((halves_)a)[i] == ((halves_)b)[i]) << i);
     return mask & own;
 }
+EMULATED __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
+    __mmask16 mask = 0;
+    EACH(16, mask |= (__mmask16)((((ints_)a)[i] == ((ints_)b)[i]) << i));
+    return mask;
+}
+EMULATED __m512i _mm512_mask_mov_epi32(__m512i without, __mmask16 mask, __m512i with) {
+    ints_ line;
+    EACH(16, line[i] = mask >> i & 1 ? ((ints_)with)[i] : ((ints_)without)[i]);
+    return (__m512i)line;
+}
 EMULATED __m512i _mm512_mask_mov_epi16(__m512i without, __mmask32 mask, __m512i with) {
     halves_ line;
     EACH(32, line[i] = mask >> i & 1 ? ((halves_)with)[i] : ((halves_)without)[i]);

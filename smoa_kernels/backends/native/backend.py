@@ -8,6 +8,7 @@ computes a call.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Route:
         algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
         needs: what the machine must have, a name for :func:`library.has`, or "".
         most: the largest T and T·ρ that it takes, for `FEW`; None: it takes all.
-        contiguous: the dimension of W0 that must be contiguous: "rows", the "terms" of the sum, or "" for either.
+        by_terms: whether the terms of W0's sums must be contiguous: a row, or for dX a column.
     """
 
     path: Path
@@ -39,18 +40,15 @@ class Route:
     algorithms: tuple[str, ...] = ("auto", "merged", "split", "expanded", "dropout")
     needs: str = ""
     most: tuple[int, int] | None = None
-    contiguous: str = ""
+    by_terms: bool = False
 
 
-_BF16 = (torch.bfloat16,)
+_FEW = partial(Route, Path.FEW, by_terms=True)
 ROUTES = (
-    Route(Path.FEW, algorithms=("expanded",), contiguous="terms"),
-    Route(Path.FEW, algorithms=("auto", "merged", "split"), most=(12, 64), contiguous="terms"),
-    Route(Path.TILES, _BF16, ("auto", "split", "dropout"), needs="bf16", contiguous="rows"),
-    Route(Path.EAGER, _BF16, needs="bf16"),
-    Route(
-        Path.FEW, algorithms=("auto", "merged", "split"), needs="avx512", most=(16, 64), contiguous="terms"
-    ),
+    _FEW(algorithms=("expanded",)),
+    _FEW(algorithms=("auto", "merged", "split"), most=(12, 64)),
+    Route(Path.TILES, (torch.bfloat16,), needs="bf16"),
+    _FEW(algorithms=("auto", "merged", "split"), needs="avx512", most=(16, 64)),
     Route(Path.FLOAT),
 )
 """The first row that takes a call computes it.
@@ -59,11 +57,9 @@ FEW makes W_eff in float32 in registers, so that no update is lost: "merged" and
 for every few rows of W0, and W0 once for every eight tokens. Beyond the limits these repeated reads cost more than
 packing W0, which costs least for tiles. The limits were measured at 576² and 2048², without AMX.
 
-EAGER: torch multiplies by AMX or AVX512-BF16 too, and computes what tiles do not: a W_eff that is rounded to bfloat16
-("merged"), and a W0 whose rows are not contiguous.
-
-FLOAT takes all other half types, because torch's operators were slower (docs/internals/cpu.md). On processors with AMX
-for float16 this was not measured."""
+TILES rounds W_eff by thresholds (`definition/thresholds.py`). FLOAT takes half types where there are no tiles, because
+torch's operators were slower (docs/internals/cpu.md): it widens W0, W_eff stays in float32, and "split" is "merged". On
+processors with AMX for float16 this was not measured."""
 
 
 def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:
@@ -76,19 +72,14 @@ def routes(
     dtype: torch.dtype, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False
 ) -> tuple[int, Path]:
     """Up to how many tokens a call takes `FEW`, and the path of more; as :func:`route`, also for a stack of W0s."""
-    (row_stride, col_stride), cols, few = weight.stride()[-2:], weight.shape[-1], 0
-    side = row_stride if transposed else col_stride
-    contiguous = {
-        "": True,
-        "rows": col_stride == 1 and row_stride >= cols,
-        # If W0's elements share memory, a copy with contiguous rows is read instead.
-        "terms": side == 1 if lies_along_memory(weight) else not transposed,
-    }
+    few = 0
+    # If W0's elements share memory, a copy with contiguous rows is read instead.
+    along = weight.stride(-2 if transposed else -1) == 1 if lies_along_memory(weight) else not transposed
     for row in ROUTES:
         if (
             dtype in row.dtypes
             and algorithm in row.algorithms
-            and contiguous[row.contiguous]
+            and (along or not row.by_terms)
             and (not row.needs or has(row.needs))
         ):
             if row.most is None:
@@ -115,18 +106,17 @@ def forward(
     kept, adapter.layout = adapter.layout, None
     call = kept if isinstance(kept, Call) and dropout is None and kept.read == read else None
     if call is None or call.planned_for != arguments:
-        path = Path.EAGER
-        if _fits(adapter, x, None, bias):
-            path = route(x, weight, A.shape[0], algorithm if dropout is None else "dropout")
-        if path == Path.EAGER:
+        if not _fits(adapter, x, None, bias):
             return eager.forward(x, bias, adapter, algorithm, dropout)
+        path = route(x, weight, A.shape[0], algorithm if dropout is None else "dropout")
         if not x.numel() or not weight.numel():
             empty_sums = x.new_zeros(x.shape[0], weight.shape[0])
             return empty_sums if bias is None else empty_sums.copy_(bias)
         mask = None if dropout is None else drawn(dropout, x, x.shape[1])
         call = call or Call.of(adapter, mask)
-        # In float32 the update of a half-precision weight is not lost, so one product is enough.
-        split = mask is not None or (algorithm == "split" and x.dtype == torch.float32)
+        split = mask is not None or (
+            algorithm == "split" and (path == Path.TILES or x.dtype == torch.float32)
+        )
         call.plan(path, Algorithm.SPLIT if split else Algorithm.MERGED)
         call.read, call.planned_for = read, arguments
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
@@ -139,11 +129,10 @@ def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`; one mask serves them all."""
-    path, algorithm = Path.EAGER, "auto" if dropout is None else "dropout"
-    if _fits(adapter, x, dy, None):
-        path = route(dy, adapter.weight, adapter.A.shape[0], algorithm, transposed=True)
-    if path == Path.EAGER:
+    if not _fits(adapter, x, dy, None):
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
+    algorithm = "auto" if dropout is None else "dropout"
+    path = route(dy, adapter.weight, adapter.A.shape[0], algorithm, transposed=True)
     mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
     call = Call.of(adapter, mask) if dy.numel() and adapter.weight.numel() else None
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, call)

@@ -71,30 +71,20 @@ static i64 for_each(const call *c, i64 (*function)(const call *), int skip_zeros
     return first != c->tokens ? -1 : c->workspace ? skipped : most + floats_of(&a);
 }
 
-static product product_of(const call *c, layer l) {
-    return (product){.l = l, .algorithm = c->algorithm, .tokens = c->tokens, .total = c->tokens, .threads = c->threads, .dtype = (int)c->dtype,
-                     .tiles = c->path == TILES_PATH, .bias = c->bias, .y = c->y, .y_stride = c->y_stride, .workspace = workspace_of(c->workspace)};
+static i64 compute(const call *c, product p) {
+    p.algorithm = c->algorithm, p.tokens = p.total = c->tokens, p.threads = c->threads, p.dtype = (int)c->dtype, p.tiles = c->path == TILES_PATH;
+    p.bias = c->bias, p.y = c->y, p.y_stride = c->y_stride, p.workspace = workspace_of(c->workspace);
+    return (c->path == FEW_TOKENS ? few_product : blocked_product)(p);
 }
 
-static i64 forward(const call *c) {
-    product p = product_of(c, c->layer);
-    p.x = c->x, p.x_stride = c->x_stride, p.x_keep = c->keep;
-    if (c->path == FEW_TOKENS) return few_product(p);
-    return p.tiles ? rows_by_tokens(p) : blocked_product(p);
+static i64 forward(const call *c) { return compute(c, (product){.l = c->layer, .x = c->x, .x_stride = c->x_stride, .x_keep = c->keep}); }
+
+static i64 input(const call *c) {
+    return compute(c, (product){.l = transposed(c->layer), .x = c->dy, .x_stride = c->dy_stride, .y_keep = c->keep});
 }
 
 /* y (tokens, rows) = x W0ᵀ + dropout(x) ΔWᵀ + b. No dimension is 0, here and below. */
 i64 smoa_forward(const call *c) { return for_each(c, forward, 1); }
-
-static i64 input(const call *c) {
-    product p = product_of(c, transposed(c->layer));
-    p.x = c->dy, p.x_stride = c->dy_stride, p.y_keep = c->keep;
-    if (c->path == FEW_TOKENS) return few_product(p);
-    product update = p;
-    update.algorithm = UPDATE;
-    i64 floats = p.tiles && p.y_keep ? rows_by_tokens(update) : 0;
-    return greatest(floats, blocked_product(p));
-}
 
 /* y (tokens, cols) = dX = dY W_eff; under dropout dY W0 plus the masked dY ΔW. */
 i64 smoa_input(const call *c) { return for_each(c, input, 0); }

@@ -17,11 +17,9 @@ def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     torch computes for an expert whose ΔW is zero, so that y equals that of the model without an adapter.
     """
     weight = adapter.weight
-    few, path = 0, Path.EAGER
-    if _fits(adapter, ends) and _takes(weight, x, weight.shape[2]):
-        few, path = routes(x.dtype, weight, adapter.A.shape[1], "auto")
-    if path == Path.EAGER:
+    if not (_fits(adapter, ends) and _takes(weight, x, weight.shape[2])):
         return experts.experts_forward(x, ends, adapter)
+    few, path = routes(x.dtype, weight, adapter.A.shape[1], "auto")
     y = x.new_empty(x.shape[0], weight.shape[1])
     if _EveryExpert(ends, adapter).compute("smoa_forward", few, path, x=x, y=y):
         for e, start, end in experts.spans(ends):
@@ -38,12 +36,10 @@ def experts_backward(
     dA and dB of an expert without pairs are zero.
     """
     weight, A, B = adapter.weight, adapter.A, adapter.B
-    few, path = 0, Path.EAGER
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
-    if fits and (x is None or (_takes(weight, x, weight.shape[2]) and x.shape[0] == dy.shape[0])):
-        few, path = routes(dy.dtype, weight, A.shape[1], "auto", transposed=True)
-    if path == Path.EAGER:
+    if not fits or (x is not None and not (_takes(weight, x, weight.shape[2]) and x.shape[0] == dy.shape[0])):
         return experts.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
+    few, path = routes(dy.dtype, weight, A.shape[1], "auto", transposed=True)
     dx, dA, dB, call = None, None, None, _EveryExpert(ends, adapter)
     if needs_x:
         dx = dy.new_empty(dy.shape[0], weight.shape[2])

@@ -55,7 +55,7 @@ static local_rooms take_rooms(arena *a, i64 threads, i64 bytes) { return (local_
 
 static arena room_of(const local_rooms *rooms, i64 thread) { return (arena){rooms->base ? rooms->base + thread * rooms->bytes : NULL, 0}; }
 
-/* A matrix product C (+)= left rightᵀ. C may be bfloat16 if all terms are summed in registers. */
+/* A matrix product C (+)= left rightᵀ + bias. C may be bfloat16, and have a bias, if tiles sum all terms in registers. */
 typedef struct {
     int format;
     i64 depth, terms; /* all terms of a sum; terms that are packed and summed in registers at a time */
@@ -64,56 +64,44 @@ typedef struct {
     i64 right_rows;         /* rows of the right operand that are packed together */
     void *C;
     i64 stride;
-    int dtype, add; /* dtype: of C */
+    int dtype, add;   /* dtype: of C */
+    const void *bias; /* or NULL */
 } gemm_job;
 
 #if HAS_TILES
-/* Multiplies operands in PAIRS or SPLIT3, up to two pairs of them in one sum. The operand with fewer rows is in the inner loop and stays in the
- * L2 cache. */
-TARGET_BF16 INLINE void multiply_tiles(int format, const packed *operands, int count, i64 i_count, i64 j_count, epilogue *finish,
-                                       const void *context) {
+/* Multiplies panels. The operand with fewer rows is in the inner loop and stays in the L2 cache. */
+TARGET_BF16 INLINE void multiply_tiles(int format, int dtype, const gemm_job *g, const half *left, const half *right, i64 depth, i64 i_count,
+                                       i64 j_count) {
     _Alignas(64) float sums[PANEL * PANEL];
-    int tall = i_count > j_count;
+    i64 tall = i_count > j_count, apart = 2 * row_size(format, depth);
     if (has_amx) use_tiles();
     for (i64 outer = 0; outer < greatest(i_count, j_count); outer += PANEL)
         for (i64 inner = 0; inner < least(i_count, j_count); inner += PANEL) {
             i64 i = tall ? outer : inner, j = tall ? inner : outer, rows = least(PANEL, i_count - i), columns = least(PANEL, j_count - j);
-            packed panels[2];
-            for (int n = 0; n < count; n++) {
-                panels[n] = operands[n];
-                panels[n].left += i * row_size(format, operands[n].depth);
-                panels[n].right += j * row_size(format, operands[n].right_depth);
-            }
-            tile_panel(format, panels, count, rows, columns, sums);
-            finish(context, sums, i, rows, j, columns);
+            tile_panel(format, left + i * apart, right + j * apart, depth, rows, columns, sums);
+            finish_rows(sums, PANEL, rows, columns, g->bias ? element(g->bias, j, dtype) : NULL, g->add,
+                        (char *)g->C + (i * g->stride + j) * bytes_of(dtype), g->stride, dtype);
         }
     if (has_amx) _tile_release();
 }
 
-/* The epilogue of a job, whose C begins with the sums' first row and column. */
-INLINE void add_to_C(const void *context, const float *sums, i64 row, i64 count, i64 col, i64 width) {
-    const gemm_job *g = context;
-    void *to = (char *)g->C + (row * g->stride + col) * bytes_of(g->dtype);
-    if (g->dtype == FLOAT32)
-        finish_rows(sums, PANEL, count, width, NULL, g->add, to, g->stride, FLOAT32);
+/* C (+)= left rightᵀ + bias of packed operands. */
+TARGET_BF16 static __attribute__((noinline)) void multiply_packed(const gemm_job *g, const void *left, const void *right, i64 depth, i64 i_count,
+                                                                  i64 j_count) {
+    if (g->format == SPLIT3)
+        multiply_tiles(SPLIT3, FLOAT32, g, left, right, depth, i_count, j_count);
+    else if (g->dtype == FLOAT32)
+        multiply_tiles(PAIRS, FLOAT32, g, left, right, depth, i_count, j_count);
     else
-        finish_rows(sums, PANEL, count, width, NULL, g->add, to, g->stride, BFLOAT16);
-}
-
-/* C (+)= left rightᵀ of packed operands. */
-TARGET_BF16 static __attribute__((noinline)) void multiply_packed(const gemm_job *g, const packed *both, i64 i_count, i64 j_count) {
-    if (g->format == PAIRS)
-        multiply_tiles(PAIRS, both, 1, i_count, j_count, add_to_C, g);
-    else
-        multiply_tiles(SPLIT3, both, 1, i_count, j_count, add_to_C, g);
+        multiply_tiles(PAIRS, BFLOAT16, g, left, right, depth, i_count, j_count);
 }
 #else
-#define multiply_packed(g, both, i_count, j_count) ((void)(both))
+#define multiply_packed(g, left, right, depth, i_count, j_count) ((void)(left), (void)(right))
 #endif
 
 /* Rows that are packed together. The right ones stay in the L2 cache; each further group of left rows packs the right operand again. */
 static i64 right_rows_of(int format) { return format == SPLIT3 ? 2 * NC : NC; }
-static i64 left_rows_of(int format) { return format == FLOATS ? MC : format == PAIRS ? 1024 : 2048; }
+static i64 left_rows_of(int format) { return format == FLOATS ? MC : 2048; }
 
 typedef struct {
     float *left, *right, *scratch;
@@ -124,7 +112,7 @@ static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 ri
     i64 deep = row_size(format, least(terms, depth)), high = left_height(format);
     i64 left = least(round_up(left_rows_of(format), high), round_up(left_count, high));
     return (packing_room){take(a, (left * deep + SPILL) * 4), take(a, (right_rows * deep + SPILL) * 4),
-                          take(a, scratch_size(format, depth) * 4)};
+                          take(a, scratch_size(format) * 4)};
 }
 
 /* Multiplies some rows of the left operand by some rows of the right one; C points to the product of the first two. */
@@ -139,14 +127,14 @@ static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j
             pack_left(f, &g->left, i_first + i, height, k, deep, room.left, room.scratch);
             for (i64 j = 0; j < j_count; j += g->right_rows) {
                 i64 width = least(g->right_rows, j_count - j);
-                packed both = {room.left, room.right, deep, deep};
                 gemm_job part = *g;
                 part.C = (char *)g->C + (i * g->stride + j) * bytes_of(g->dtype), part.add = g->add || k > 0;
+                part.bias = g->bias && k + deep == g->depth ? element(g->bias, j, g->dtype) : NULL;
                 pack_right(f, &g->right, g->adapter, j_first + j, width, k, deep, room.right, room.scratch);
                 if (f == FLOATS)
                     fma_panels(deep, room.left, room.right, part.C, g->stride, height, width, part.add);
                 else
-                    multiply_packed(&part, &both, height, width);
+                    multiply_packed(&part, room.left, room.right, deep, height, width);
             }
             k += kc;
         } while (k < g->depth);

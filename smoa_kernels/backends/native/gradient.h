@@ -7,6 +7,9 @@
 
 #include "product.h"
 
+/* Tokens whose tiles are in the workspace at a time. */
+static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows + l->cols) / 4, PANEL), 1024); }
+
 enum { SLAB = 512 }; /* most rows of G that are held at a time */
 
 typedef struct {
@@ -40,7 +43,7 @@ TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const 
                                   half *lines, half *to) {
     i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
     for (i64 c = 0; c < width; c += TERMS) {
-        pair_terms(o, first, tokens - first, c, width - c, lines + c * TERMS);
+        pair_terms(o, NULL, first, tokens - first, c, width - c, lines + c * TERMS);
         transpose_tiles(2, lines + c * TERMS);
     }
     to += step * STEP;
@@ -109,10 +112,9 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
         end = share_of(height, PANEL, share + 1, g->threads);
         for (first = share_of(height, PANEL, share, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
-            packed tiles = {(float *)(g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size),
-                            (float *)(g->x_tiles + padded_before(l->col_offsets, k) * size), g->tokens, g->tokens};
             if (g->format == PAIRS)
-                multiply_packed(&product, &tiles, count, width);
+                multiply_packed(&product, g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size,
+                                g->x_tiles + padded_before(l->col_offsets, k) * size, g->tokens, count, width);
             else
                 gemm(&product, l->row_offsets[k] + first, count, l->col_offsets[k], width, r.rest);
             contract_slab(g, &r, k, first, count, g->dA + thread * l->rank * g->factors.A_stride);
@@ -163,7 +165,7 @@ static i64 factor_gradients(const call *c) {
 #endif
         in_parallel(add_gradients, &g, g.threads, 1, g.threads);
         g.dy.data = element(g.dy.data, g.tokens * g.dy.col_stride, c->dtype), g.x.data = element(g.x.data, g.tokens * g.x.col_stride, c->dtype);
-        g.x.keep = keep_of(&g.x, g.tokens);
+        g.dy.keep = keep_of(&g.dy, g.tokens), g.x.keep = keep_of(&g.x, g.tokens);
     }
     layer other = transposed(*l);
     write_gradient(l, g.dA, g.factors.A_stride, g.threads, swapped ? c->dB : c->dA, swapped ? 1 : l->cols, swapped ? l->rank : 1);

@@ -23,6 +23,7 @@ from ...definition.dropout import Dropout
 from ...definition.experts import ExpertBlocks, ExpertsAdapter
 from ...definition.packed import PackedAdapter
 from ...definition.partition import BlockPartition
+from ...definition.thresholds import WHOLE
 from ..pages import workspace
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -47,20 +48,18 @@ def _pointers(names: str) -> list[tuple[str, type]]:
 
 
 class Path(IntEnum):
-    """The code that computes a call; the first three numbers are those of `operand.h`."""
+    """The code that computes a call, as `operand.h` numbers it."""
 
     FEW = 0
     """`few_tokens.h`: reads W0 once, makes W_eff in registers and packs nothing."""
     FLOAT = 1
     """`product.h` and `gradient.h` in float32; half types are widened when they are packed."""
     TILES = 2
-    """`product.h` and `gradient.h` in bfloat16, by AMX or AVX512-BF16."""
-    EAGER = 3
-    """torch's operators."""
+    """`product.h` and `gradient.h` in bfloat16, by AMX or AVX512-BF16; W_eff is rounded by thresholds."""
 
 
 class Algorithm(IntEnum):
-    """How a layer is computed, as `operand.h` numbers it; bfloat16 tiles always split a forward."""
+    """How a layer is computed, as `operand.h` numbers it."""
 
     MERGED = 0
     SPLIT = 1
@@ -70,7 +69,7 @@ class Layer(ctypes.Structure):
     """`layer` of `operand.h`: a frozen weight W0 and its adapter."""
 
     _fields_ = [
-        *_integers("rows cols dtype row_stride col_stride"),
+        *_integers("rows cols dtype row_stride col_stride place row_step col_step"),
         *_pointers("weight"),
         *_integers("rank factor_dtype A_rank A_col B_row B_rank"),
         *_pointers("A B"),
@@ -136,8 +135,9 @@ class Call(ctypes.Structure):
         A, B = present("A", adapter.A), present("B", adapter.B)
         offsets = [dense(name, getattr(blocks, name), torch.int32) for name in ("row_offsets", "col_offsets")]
         ranks = dense("ranks", adapter.ranks, torch.int32)
+        place = adapter.place if isinstance(adapter, PackedAdapter) else WHOLE
         self.layer = Layer(
-            *weight.shape[-2:], KINDS[weight.dtype], *weight.stride()[-2:], weight.data_ptr(),
+            *weight.shape[-2:], KINDS[weight.dtype], *weight.stride()[-2:], *place, weight.data_ptr(),
             A.shape[-2], KINDS[A.dtype], *A.stride()[-2:], *B.stride()[-2:], A.data_ptr(), B.data_ptr(),
             ranks.shape[0], blocks.is_contiguous, *map(_address, (ranks, *index, *offsets)), adapter.scaling.item(),
         )  # fmt: skip
@@ -276,7 +276,7 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
         found.smoa_about(ctypes.byref(about))
         if about.source != source.encode():
             return f"{path} was compiled from other sources: install the package again"
-        numbers = [64 if capability == "AVX512" else 32, *KINDS.values(), *list(Path)[:3], *Algorithm]
+        numbers = [64 if capability == "AVX512" else 32, *KINDS.values(), *Path, *Algorithm]
         offsets = [getattr(Call, field).offset for field in ("path", "workspace", "ends")]
         if [*about.format] != [*numbers, *offsets, ctypes.sizeof(Call)]:
             return f"{path} has other numbers or structs than {pathlib.Path(__file__).name}"

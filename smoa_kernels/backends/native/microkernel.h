@@ -83,15 +83,6 @@ static void fma_panels(i64 depth, const float *left, const float *right, float *
             fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i), least(NR, columns - j), add);
 }
 
-/* A left and a right operand in PAIRS or SPLIT3, or a panel of each: `depth` terms are multiplied; the right one holds `right_depth`. */
-typedef struct {
-    const float *left, *right;
-    i64 depth, right_depth;
-} packed;
-
-/* Takes sums (count, PANEL) to where rows from `row` on and `width` columns from `col` on of a product belong. */
-typedef void epilogue(const void *context, const float *sums, i64 row, i64 count, i64 col, i64 width);
-
 /* Whether to multiply by AMX. library.py finds out and sets it by `smoa_about`, before threads run. */
 static int has_amx;
 
@@ -128,13 +119,13 @@ TARGET_BF16 static inline void store_sums(float *to) {
     _tile_stored(3, to + SIDE * PANEL + SIDE, PANEL * 4);
 }
 
-/* C (rows, columns * SIDE) (+)= left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows by two. With SIDE
+/* C (rows, columns * SIDE) = left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows by two. With SIDE
  * independent sums no addition waits for the last one to the same sum. */
-TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, int add, float *c) {
+TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, float *c) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++)
-        for (int q = 0; q < columns; q++) sum[i][q] = add ? _mm512_load_ps(c + i * PANEL + q * SIDE) : _mm512_setzero_ps();
+        for (int q = 0; q < columns; q++) sum[i][q] = _mm512_setzero_ps();
     for (; steps > 0; steps--, left += STEP, right += STEP)
         for (int p = 0; p < SIDE; p++) {
             __m512bh line[2];
@@ -153,11 +144,11 @@ TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *le
 }
 
 /* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. */
-TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right, int add, float *c) {
+TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right, float *c) {
     if (two)
-        dots_of(SIDE / 2, 2, steps, left, right, add, c);
+        dots_of(SIDE / 2, 2, steps, left, right, c);
     else
-        dots_of(SIDE, 1, steps, left, right, add, c);
+        dots_of(SIDE, 1, steps, left, right, c);
 }
 
 TARGET_BF16 static inline void load_left(const half *from) {
@@ -197,22 +188,20 @@ TARGET_BF16 static inline void add_split_products(const half *left, const half *
     add_products(1);
 }
 
-/* sums = Σ left rightᵀ over `count` pairs of panels, of which `rows` and `columns` exist. */
-TARGET_BF16 INLINE void tile_panel(int format, const packed *p, int count, i64 rows, i64 columns, float *sums) {
+/* sums = left rightᵀ of two panels, of which `rows` and `columns` exist. */
+TARGET_BF16 INLINE void tile_panel(int format, const half *left, const half *right, i64 depth, i64 rows, i64 columns, float *sums) {
     int two = columns > SIDE; /* right tiles */
-    if (has_amx) zero_sums();
-    for (int n = 0; n < count; n++) {
-        const half *left = (const half *)p[n].left, *right = (const half *)p[n].right;
-        for (i64 i = 0; i < rows && !has_amx; i += two ? SIDE / 2 : SIDE)
-            dots(two, ceil_div(p[n].depth, TERMS), left + i * TERMS, right, n > 0, sums + i * PANEL);
-        i64 step = format == SPLIT3 ? 3 * STEP : STEP;
-        for (i64 k = 0; k < p[n].depth && has_amx; k += TERMS, left += step, right += step)
-            if (format == SPLIT3)
-                add_split_products(left, right);
-            else
-                load_left(left), load_right(right), add_products(rows > SIDE);
-    }
-    if (has_amx) store_sums(sums);
+    for (i64 i = 0; i < rows && !has_amx; i += two ? SIDE / 2 : SIDE)
+        dots(two, ceil_div(depth, TERMS), left + i * TERMS, right, sums + i * PANEL);
+    if (!has_amx) return;
+    zero_sums();
+    i64 step = format == SPLIT3 ? 3 * STEP : STEP;
+    for (i64 k = 0; k < depth; k += TERMS, left += step, right += step)
+        if (format == SPLIT3)
+            add_split_products(left, right);
+        else
+            load_left(left), load_right(right), add_products(rows > SIDE);
+    store_sums(sums);
 }
 #else
 #define HAS_TILES 0

@@ -65,6 +65,7 @@ static i64 floats_of(const arena *a) { return a->bytes / 4 + 16; }
  * in the same way. If blocks are `contiguous`, indices count up from 0. The transposed layer is the same struct with its sides swapped. */
 typedef struct {
     i64 rows, cols, dtype, row_stride, col_stride;
+    i64 place, row_step, col_step; /* W_eff's thresholds (definition/thresholds.py): of its first entry, and steps to the next ones */
     const void *weight;
     i64 rank, factor_dtype, A_rank, A_col, B_row, B_rank;
     const void *A, *B;
@@ -77,7 +78,7 @@ typedef struct {
 
 /* The layer with W_effᵀ: its forward is dX. */
 static layer transposed(layer l) {
-    return (layer){l.cols, l.rows, l.dtype, l.col_stride, l.row_stride, l.weight, l.rank, l.factor_dtype, l.B_rank, l.B_row, l.A_col, l.A_rank,
+    return (layer){l.cols, l.rows, l.dtype, l.col_stride, l.row_stride, l.place, l.col_step, l.row_step, l.weight, l.rank, l.factor_dtype, l.B_rank, l.B_row, l.A_col, l.A_rank,
                    l.B, l.A, l.blocks, l.contiguous, l.ranks, l.col_index, l.row_index, l.col_offsets, l.row_offsets, l.scaling};
 }
 
@@ -106,7 +107,7 @@ typedef struct {
 } call;
 
 enum { FEW_TOKENS, FLOAT, TILES_PATH };
-enum { MERGED, SPLIT, UPDATE /* y = x ΔWᵀ, in tiles; for dX under dropout */ };
+enum { MERGED, SPLIT };
 
 static inline i64 height_of(const layer *l, i64 k) { return l->row_offsets[k + 1] - l->row_offsets[k]; }
 static inline i64 width_of(const layer *l, i64 k) { return l->col_offsets[k + 1] - l->col_offsets[k]; }
@@ -202,11 +203,14 @@ INLINE vf select_label(vi labels, int32_t k, vf yes, vf no) {
     return (vf)(((vi)yes & same) | ((vi)no & ~same));
 }
 
-/* Rounded to bfloat16, in the upper half of each lane; NaN stays NaN. */
-INLINE vu rounded(vf value) {
-    vu bits = (vu)value, up = bits + 0x7fff + (bits >> 16 & 1), number = (vu)(value == value);
-    return (up & number) | ((bits | 0x7fc00000) & ~number);
+/* Rounded to bfloat16 by thresholds below 2^16, in the upper half of each lane; NaN stays NaN. */
+INLINE vu rounded_by(vu threshold, vf value) {
+    vu bits = (vu)value, number = (vu)(value == value);
+    return ((((bits + threshold) & number) | ((bits | 0x7fc00000) & ~number))) & 0xffff0000;
 }
+
+/* To nearest. */
+INLINE vu rounded(vf value) { return rounded_by(0x7fff + ((vu)value >> 16 & 1), value); }
 
 INLINE vf widen_all(const void *from, int dtype) {
     if (dtype == FLOAT32) return load(from);

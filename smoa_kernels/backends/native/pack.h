@@ -55,17 +55,17 @@ static factors factors_of(arena *a, const layer *l, int in_blocks, double scalin
     return f;
 }
 
-/* How a weight is modulated. With labels: to W_eff = W0 ∘ (1 + s B A) where the labels of row and column agree. Without labels: to one
- * block's ΔW = W0 ∘ s B A. A and s B begin where the operand does; its first `skip` terms are not the block's, and become 0. */
+/* How a weight is modulated. With labels: to W_eff = W0 ∘ (1 + s B A) where the labels of row and column agree, which bfloat16 rounds by
+ * thresholds. Without labels: to one block's ΔW = W0 ∘ s B A, rounded to nearest. A and s B begin where the operand does. */
 typedef struct {
-    i64 rank, A_stride, B_stride, skip;
+    i64 rank, A_stride, B_stride, place, row_step, col_step;
     const float *A, *B;
     const int32_t *row_label, *col_label; /* one panel longer than the side */
 } adapter;
 
-/* W0's rows of block k from `first` on. Its terms are the block's columns, after the `skip` columns that precede them in block order. */
-static operand weight_of_block(const layer *l, i64 k, i64 first, i64 skip) {
-    i64 row = l->row_offsets[k] + first, col = l->col_offsets[k] - skip;
+/* Block k of W0. */
+static operand weight_of_block(const layer *l, i64 k) {
+    i64 row = l->row_offsets[k], col = l->col_offsets[k];
     operand o = weight_of(l);
     if (l->contiguous)
         o.data = element(l->weight, row * l->row_stride + col * l->col_stride, l->dtype);
@@ -75,9 +75,9 @@ static operand weight_of_block(const layer *l, i64 k, i64 first, i64 skip) {
 }
 
 /* The modulation that turns `weight_of_block` into ΔW. */
-static adapter adapter_of_block(const layer *l, const factors *f, i64 k, i64 first, i64 skip) {
-    return (adapter){.rank = rank_of(l, k), .A_stride = f->A_stride, .B_stride = f->B_stride, .skip = skip,
-                     .A = f->A + padded_before(l->col_offsets, k) - skip, .B = f->B + padded_before(l->row_offsets, k) + first};
+static adapter adapter_of_block(const layer *l, const factors *f, i64 k) {
+    return (adapter){.rank = rank_of(l, k), .A_stride = f->A_stride, .B_stride = f->B_stride, .place = 0x8000,
+                     .A = f->A + padded_before(l->col_offsets, k), .B = f->B + padded_before(l->row_offsets, k)};
 }
 
 /* to (8, 8) = the transpose of 8 floats at each of `rows`; rows of `to` are `stride` apart and written in order. */
@@ -207,15 +207,14 @@ static inline uint64_t blocks_of(const int32_t *label, i64 count) {
 /* Turns right panels (depth, NR) of the weight, rows first to first + count, terms k to k + depth, into W_eff or ΔW. */
 static void modulate(const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *panels) {
     for (i64 top = 0; top < count; top += NR, panels += depth * NR) {
-        i64 row = first + top, p = greatest(0, least(depth, m->skip - k));
+        i64 row = first + top;
         vi labels[2] = {{0}};
         uint64_t blocks = 0; /* of these rows; columns of other blocks are left alone */
         if (m->row_label) {
             memcpy(labels, m->row_label + row, sizeof labels);
             blocks = blocks_of(m->row_label + row, least(NR, count - top));
         }
-        memset(panels, 0, (size_t)(p * NR) * sizeof *panels);
-        for (i64 terms; p < depth; p += terms) {
+        for (i64 p = 0, terms; p < depth; p += terms) {
             terms = p + BESIDE > depth ? 1 : BESIDE;
             if (m->col_label && !(blocks & blocks_of(m->col_label + k + p, terms))) continue;
             if (terms == BESIDE)

@@ -9,6 +9,11 @@
 
 #include "pack.h"
 
+/* Whether lines of the operand's memory are packed as they lie, or modulated to W_eff. */
+static inline int is_plain(const operand *o, const adapter *m) {
+    return !(o->row_major ? o->cols : o->rows) && !o->keep && (!m || m->row_label);
+}
+
 #if HAS_TILES
 /* Transposes r as 16 rows of 16 numbers of 32 bits. */
 INLINE void transpose_lines(__m512i *r) {
@@ -56,22 +61,11 @@ static void transpose_tiles(i64 tiles, half *tile) {
     }
 }
 
-/* 32 numbers: those of `low`, then those of `high`. */
-TARGET_BF16 static inline __m512i narrowed(vf low, vf high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-
-/* The lower or upper 16 of 32 numbers as float32. */
-#define HALF_WIDENED(values, upper) from_bfloat16((vh)_mm512_extracti64x4_epi64(values, upper))
-
-/* Writes 16 pairs of numbers. PAIRS: rounded. SPLIT3: three bfloat16 for each number, STEP apart, whose sum is exact. The first is the number
- * truncated, so that it cannot overflow; the second is the remainder rounded; the third is the rest. Infinity becomes NaN, since its second
- * part is infinity minus infinity. */
-TARGET_BF16 INLINE void write_pairs(int format, vf low, vf high, half *to) {
+/* Writes 16 numbers in three bfloat16, STEP apart, whose sum is exact: pairs of `low` and `high`. The first is the number truncated, so that it
+ * cannot overflow; the second is the remainder rounded; the third is the rest. Infinity becomes NaN, since its second part is infinity minus
+ * infinity. */
+INLINE void write_parts(vf low, vf high, half *to) {
     const vu upper = (vu){0} + 0xffff0000;
-    if (format == PAIRS) {
-        __m512i both = narrowed(low, high);
-        _mm512_store_si512(to, (__m512i)((vu)HALF_WIDENED(both, 0) >> 16 | (vu)HALF_WIDENED(both, 1)));
-        return;
-    }
     vu first = (vu)low & upper, second = (vu)high & upper;
     _mm512_store_si512(to, (__m512i)(first >> 16 | second));
     low -= (vf)first, high -= (vf)second;
@@ -86,22 +80,25 @@ INLINE vf term_or_zero(const float *panel, i64 p, i64 depth, i64 column) {
     return p < depth ? load(panel + p * PANEL + column) : (vf){0};
 }
 
-/* Packs panels of floats (depth, PANEL) in right tiles; `apart` lies between panels. The two terms of a pair are neighbours in PAIRS, and half
- * a step apart in SPLIT3, so that rows can be packed in left tiles without a permutation. */
-TARGET_BF16 static void tiles_of_floats(int format, i64 count, i64 depth, const float *panel, half *to, i64 apart) {
+/* Packs panels of floats (depth, PANEL) in right tiles; `apart` lies between panels. PAIRS: to nearest. The two terms of a pair are neighbours in
+ * PAIRS, and half a step apart in SPLIT3, so that rows can be packed in left tiles without a permutation. */
+static void tiles_of_floats(int format, i64 count, i64 depth, const float *panel, half *to, i64 apart) {
     i64 beside = format == PAIRS ? 1 : SIDE, step = format == PAIRS ? STEP : 3 * STEP;
     for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL, to += apart)
-        for (i64 k = 0; k < depth; k += TERMS)
-            for (i64 i = 0; i < SIDE; i++)
-                for (int q = 0; q < 2; q++) {
-                    i64 p = k + (format == PAIRS ? 2 * i : i);
-                    write_pairs(format, term_or_zero(panel, p, depth, q * SIDE), term_or_zero(panel, p + beside, depth, q * SIDE),
-                                to + k / TERMS * step + q * TILE + i * TERMS);
-                }
+        for (i64 line = 0; line < round_up(depth, TERMS) / 2; line++)
+            for (int q = 0; q < 2; q++) {
+                i64 p = format == PAIRS ? 2 * line : line / SIDE * TERMS + line % SIDE;
+                vf low = term_or_zero(panel, p, depth, q * SIDE), high = term_or_zero(panel, p + beside, depth, q * SIDE);
+                half *at = to + line / SIDE * step + q * TILE + line % SIDE * TERMS;
+                if (format == SPLIT3)
+                    write_parts(low, high, at);
+                else
+                    _mm512_store_si512(at, (__m512i)(rounded(low) >> 16 | rounded(high)));
+            }
 }
 
 /* Packs a row-major operand in left panels of SPLIT3, in their own order. */
-TARGET_BF16 static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
+static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
     float ordered[PANEL * KC];
     for (i64 top = 0; top < count; top += PANEL) {
         i64 valid = least(PANEL, count - top);
@@ -112,7 +109,7 @@ TARGET_BF16 static void split_rows(const operand *o, i64 first, i64 count, i64 k
                 const float *from = row[i] + p;
                 __builtin_prefetch(from + AHEAD);
                 __builtin_prefetch(from + AHEAD + SIDE);
-                write_pairs(SPLIT3, widen(from, 0, depth - p, FLOAT32), widen(from, SIDE, depth - p - SIDE, FLOAT32), to + i * TERMS);
+                write_parts(widen(from, 0, depth - p, FLOAT32), widen(from, SIDE, depth - p - SIDE, FLOAT32), to + i * TERMS);
             }
     }
 }
@@ -137,129 +134,122 @@ INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
     return _mm512_permutex2var_epi16(first, at, second);
 }
 
-/* Packs up to SIDE rows of a row-major operand, masked by `keep`, in left or right tiles, `apart` each; missing rows and terms become 0.
+/* The adapter as it modulates lines of memory: the weight's rows, or if it is column-major its columns. */
+static adapter along_lines(const adapter *m, int row_major) {
+    adapter t = {m->rank, m->B_stride, m->A_stride, m->place, m->col_step, m->row_step, m->B, m->A, m->col_label, m->row_label};
+    return row_major ? *m : t;
+}
+
+/* Turns 32 elements from `col` on of BESIDE lines from `row` on into W_eff, rounded by its thresholds. */
+INLINE void modulate_lines(const adapter *m, i64 row, i64 col, __m512i *line) {
+    static const uint32_t lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    static const uint16_t upper[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const float *A = m->A + col, *B = m->B + row;
+    __mmask16 inside[BESIDE][2];
+    int any = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < BESIDE; i++)
+        for (int q = 0; q < 2; q++) {
+            __m512i label = _mm512_set1_epi32(m->row_label[row + i]);
+            inside[i][q] = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(m->col_label + col + q * SIDE), label);
+            any |= inside[i][q];
+        }
+    if (!any) return;
+    vf update[BESIDE][2] = {{{0}}};
+    for (i64 t = 0; t < m->rank; t++, A += m->A_stride, B += m->B_stride)
+#pragma GCC unroll 4
+        for (int i = 0; i < BESIDE; i++) update[i][0] += B[i] * load(A), update[i][1] += B[i] * load(A + SIDE);
+    vu place = (vu)_mm512_loadu_si512(lane) * (uint32_t)m->col_step + (uint32_t)(m->place + row * m->row_step + col * m->col_step);
+#pragma GCC unroll 4
+    for (int i = 0; i < BESIDE; i++, place += (uint32_t)m->row_step) {
+        __m512i half_line[2];
+#pragma GCC unroll 2
+        for (int q = 0; q < 2; q++) {
+            vf w = from_bfloat16((vh)_mm512_extracti64x4_epi64(line[i], q));
+            vu threshold = (place + (uint32_t)(q * SIDE * m->col_step)) & 0xffff;
+            half_line[q] = _mm512_mask_mov_epi32((__m512i)w, inside[i][q], (__m512i)rounded_by(threshold, w + w * update[i][q]));
+        }
+        line[i] = _mm512_permutex2var_epi16(half_line[0], _mm512_loadu_si512(upper), half_line[1]);
+    }
+}
+
+/* Packs rows first to first + count of a row-major operand, terms k to k + depth, in left or right panels; missing rows and terms become 0.
  * Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher follows. */
-INLINE void tile_group(int as_left, const half *const *row, i64 count, i64 width, const uint16_t *keep, i64 keep_words, i64 apart,
-                       half *to) {
-    for (i64 c = 0; c < width; c += TERMS, to += apart) {
-        __m512i r[SIDE];
-#pragma GCC unroll 16
-        for (int i = 0; i < SIDE; i++) {
-            r[i] = _mm512_setzero_si512();
-            if (i >= count) continue;
-            __builtin_prefetch(row[i] + c + 4 * TERMS);
-            r[i] = _mm512_maskz_loadu_epi16(first_halves(width - c), row[i] + c);
-            if (keep) r[i] = drop(r[i], keep + i * keep_words, c);
-        }
-        if (!as_left) transpose_lines(r);
-        store_lines(r, to);
-    }
-}
-
-/* Terms `one` and `other` of consecutive right tiles as a line of pairs. */
-INLINE __m512i pick_pair(const half *tiles, i64 one, i64 other) {
-    /* For each row: which half of the first line and which of the second to take, the lower or the upper of the row's pair. */
-    static const uint32_t each[] = {0x00000, 0x20002, 0x40004, 0x60006, 0x80008, 0xa000a, 0xc000c, 0xe000e,
-                                    0x100010, 0x120012, 0x140014, 0x160016, 0x180018, 0x1a001a, 0x1c001c, 0x1e001e};
-    static const uint32_t upper[2][2] = {{0x200000, 0x210000}, {0x200001, 0x210001}};
-    __m512i order = _mm512_add_epi32(_mm512_loadu_si512(each), _mm512_set1_epi32((int)upper[one & 1][other & 1]));
-    return _mm512_permutex2var_epi16(_mm512_load_si512(tiles + (one & ~(i64)1) * SIDE), order, _mm512_load_si512(tiles + (other & ~(i64)1) * SIDE));
-}
-
-/* Permutes terms of consecutive right tiles by `index` to right tiles, or to left ones, a step apart. */
-INLINE void pick_terms(int as_left, const half *tiles, const i64 *index, i64 count, half *to) {
-    for (i64 c = 0; c < count; to += STEP) {
-        __m512i r[SIDE];
-#pragma GCC unroll 16
-        for (int i = 0; i < SIDE; i++, c += 2) {
-            r[i] = _mm512_setzero_si512();
-            if (__builtin_expect(c + 1 < count, 1))
-                r[i] = pick_pair(tiles, index[c], index[c + 1]);
-            else if (c < count)
-                r[i] = _mm512_maskz_mov_epi16(0x55555555, pick_pair(tiles, index[c], index[c]));
-        }
-        if (as_left) transpose_lines(r);
-        store_lines(r, to);
-    }
-}
-
-/* Packs rows first to first + count of a row-major operand in left or right panels. With an index of terms, all terms go to right tiles in
- * `scratch` first, and the index picks from these. */
-static void tile_rows(const operand *o, i64 first, i64 count, i64 depth, int as_left, half *scratch, half *to) {
+INLINE void tile_rows(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, half *to) {
     i64 deep = round_up(depth, TERMS);
     for (i64 i = 0; i < count; i += SIDE) {
         const half *row[SIDE];
-        half *tiles = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
         for (i64 r = 0; r < least(SIDE, count - i); r++)
-            row[r] = (const half *)o->data + (o->rows ? o->rows[first + i + r] : first + i + r) * o->row_stride;
-        if (as_left && !o->cols)
-            tile_group(1, row, count - i, depth, NULL, 0, STEP, tiles);
-        else
-            tile_group(0, row, count - i, o->cols ? o->width : depth, keep_of(o, first + i), words(o->width), o->cols ? TILE : STEP,
-                       o->cols ? scratch : tiles);
-        if (o->cols) as_left ? pick_terms(1, scratch, o->cols, depth, tiles) : pick_terms(0, scratch, o->cols, depth, tiles);
+            row[r] = (const half *)o->data + (o->rows ? o->rows[first + i + r] : first + i + r) * o->row_stride + o->start + k;
+        half *tile = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
+        for (i64 c = 0; c < depth; c += TERMS, tile += STEP) {
+            __m512i r[SIDE];
+#pragma GCC unroll 16
+            for (int n = 0; n < SIDE; n++) {
+                r[n] = _mm512_setzero_si512();
+                if (i + n >= count) continue;
+                __builtin_prefetch(row[n] + c + 4 * TERMS);
+                r[n] = _mm512_maskz_loadu_epi16(first_halves(depth - c), row[n] + c);
+            }
+#pragma GCC unroll 4
+            for (int n = 0; n < SIDE && m; n += BESIDE) modulate_lines(m, first + i + n, k + c, r + n);
+            if (!as_left) transpose_lines(r);
+            store_lines(r, tile);
+        }
     }
 }
 
 /* Packs one step of a right panel from a column-major operand: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
  * Prefetches the next panel, since rows are too far apart for the hardware prefetcher. */
-INLINE void pair_terms(const operand *o, i64 first, i64 valid, i64 c, i64 count, half *to) {
+INLINE void pair_terms(const operand *o, const adapter *m, i64 first, i64 valid, i64 c, i64 count, half *to) {
     const half *from = (const half *)o->data + first * o->col_stride + c;
     __mmask32 inside = first_halves(count);
-    for (i64 t = 0; t < TERMS; t += 2, to += TERMS) {
-        __m512i two[2];
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            two[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
+    for (i64 t = 0; t < TERMS; t += BESIDE) {
+        __m512i line[BESIDE];
+#pragma GCC unroll 4
+        for (int i = 0; i < BESIDE; i++) {
+            line[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
             __builtin_prefetch(from + (t + i) * o->col_stride + PANEL);
-            if (o->keep && t + i < valid) two[i] = drop(two[i], keep_of(o, first + t + i), c);
+            if (o->keep && t + i < valid) line[i] = drop(line[i], keep_of(o, first + t + i), c);
         }
-        _mm512_store_si512(to, pairs_in(two[0], two[1], 0));
-        _mm512_store_si512(to + TILE, pairs_in(two[0], two[1], 1));
+        if (m) modulate_lines(m, first + t, c, line);
+#pragma GCC unroll 2
+        for (int i = 0; i < BESIDE; i += 2, to += TERMS) {
+            _mm512_store_si512(to, pairs_in(line[i], line[i + 1], 0));
+            _mm512_store_si512(to + TILE, pairs_in(line[i], line[i + 1], 1));
+        }
     }
 }
 
-/* Left tiles of ΔW, a step apart, for up to SIDE rows of a block, from those tiles of W0 that overlap the block's columns. The first `skip`
- * columns and those from `end` on belong to other blocks and become 0. */
-TARGET_BF16 static void delta_tiles(const adapter *m, i64 count, i64 end, const half *W0, half *to) {
-    for (i64 c = 0; c < end; c += TERMS, W0 += STEP, to += STEP) {
-        __mmask32 inside = first_halves(end - c) & ~first_halves(greatest(0, m->skip - c));
-        for (i64 i = 0; i < count; i += BESIDE) {
-            vf update[BESIDE][2] = {{{0}}};
-            for (i64 t = 0; t < m->rank; t++) {
-                const float *A = m->A + t * m->A_stride + c, *B = m->B + t * m->B_stride + i;
-#pragma GCC unroll 4
-                for (int r = 0; r < BESIDE; r++) update[r][0] += B[r] * load(A), update[r][1] += B[r] * load(A + SIDE);
-            }
-#pragma GCC unroll 4
-            for (int r = 0; r < BESIDE; r++)
-                if (i + r < count) {
-                    __m512i line = _mm512_load_si512(W0 + (i + r) * TERMS);
-                    line = narrowed(HALF_WIDENED(line, 0) * update[r][0], HALF_WIDENED(line, 1) * update[r][1]);
-                    _mm512_store_si512(to + (i + r) * TERMS, _mm512_maskz_mov_epi16(inside, line));
-                }
+/* Packs an operand that is read in memory's order in PAIRS: a weight, which `m` modulates, or tokens. */
+static void pack_pairs(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, half *to) {
+    adapter along = m ? along_lines(m, o->row_major) : (adapter){0};
+    m = m ? &along : NULL;
+    if (o->row_major)
+        as_left ? tile_rows(1, o, m, first, count, k, depth, to) : tile_rows(0, o, m, first, count, k, depth, to);
+    for (i64 top = 0; top < count && !o->row_major; top += PANEL)
+        for (i64 p = 0; p < depth; p += TERMS, to += STEP) {
+            pair_terms(o, m, k + p, depth - p, first + top, count - top, to);
+            if (as_left) transpose_tiles(2, to);
         }
-    }
 }
 
 #else
 #define transpose_tiles(tiles, tile) ((void)(tile))
 #define tiles_of_floats(format, count, depth, panel, to, apart) ((void)(to))
 #define split_rows(o, first, count, k, depth, to) ((void)(to))
-#define tile_rows(o, first, count, depth, as_left, scratch, to) ((void)(to))
+#define pack_pairs(as_left, o, m, first, count, k, depth, to) ((void)(to))
 #endif
 
-/* Floats of scratch for an operand with `width` elements along a row. */
-static i64 scratch_size(int format, i64 width) {
-    return format == FLOATS ? 0 : greatest(NC * KC, format == PAIRS ? round_up(width, TERMS) * SIDE / 2 : 0) + SPILL;
-}
+/* Floats of scratch that packing takes. */
+static i64 scratch_size(int format) { return format == FLOATS ? 0 : NC * KC + SPILL; }
 
 /* Packs right panels: rows first to first + count, terms k to k + depth. If `m` is given, modulates them while they are in the cache.
  * `scratch` has `scratch_size` floats. */
-static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to,
-                       float *scratch) {
-    if (format == PAIRS && !m && o->row_major) {
-        tile_rows(o, first, count, depth, 0, (half *)scratch, (half *)to);
+static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
+    if (format == PAIRS && is_plain(o, m)) {
+        pack_pairs(0, o, m, first, count, k, depth, (half *)to);
         return;
     }
     for (i64 top = 0; top < count; top += NC)
@@ -279,12 +269,12 @@ static void pack_right(int format, const operand *o, const adapter *m, i64 first
 static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
     if (format == FLOATS)
         pack_floats(o, first, count, k, depth, MR, to);
-    else if (format == PAIRS)
-        tile_rows(o, first, count, depth, 1, (half *)scratch, (half *)to);
-    else if (o->row_major)
+    else if (format == PAIRS && is_plain(o, NULL))
+        pack_pairs(1, o, NULL, first, count, k, depth, (half *)to);
+    else if (format == SPLIT3 && o->row_major)
         split_rows(o, first, count, k, depth, (half *)to);
     else {
-        pack_right(SPLIT3, o, NULL, first, count, k, depth, to, scratch);
-        transpose_tiles(round_up(count, PANEL) * row_size(SPLIT3, depth) * 2 / TILE, (half *)to);
+        pack_right(format, o, NULL, first, count, k, depth, to, scratch);
+        transpose_tiles(round_up(count, PANEL) * row_size(format, depth) * 2 / TILE, (half *)to);
     }
 }
