@@ -223,7 +223,7 @@ def test_padding_is_never_read(backend: str, dtype: torch.dtype) -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) -> None:
-    """The update is added before the only rounding, or W_eff is rounded by thresholds: on average all of it survives."""
+    """It is added before the only rounding, or W_eff is rounded by thresholds: on average all of it survives."""
     exact = make_problem(pairs=(200, 0, 300), rows=96, cols=512, ranks=(2, 2), blocks="shared")
     p = replace(exact, adapter=replace(exact.adapter, B=exact.adapter.B * 1e-3)).to(dtype, torch.float32)
 
@@ -235,7 +235,9 @@ def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) 
     truth = change(reference_experts_linear, p.to(torch.float64))
     found = change(partial(experts_linear, backend=backend), p)
     share = float((found * truth).sum() / truth.square().sum())
-    assert abs(share - 1) < (0.05 if backend == "triton" else 0.1)  # of long rows thresholds deliver more exactly
+    assert abs(share - 1) < (
+        0.05 if backend == "triton" else 0.1
+    )  # of long rows thresholds deliver more exactly
 
 
 @numerical
