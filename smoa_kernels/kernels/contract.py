@@ -172,7 +172,7 @@ _SHIPPED = (
 # IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
 _SHIPPED_IEEE = (
     Config(block_n=32, block_c=128, block_d=32, num_warps=4),
-    Config(block_n=16, block_c=128, block_d=32, num_warps=4),
+    Config(block_n=32, block_c=64, block_d=32, num_warps=4),
 )
 
 

@@ -69,13 +69,13 @@ def test_few_tokens_on_hopper_load_w0_a_step_ahead(audited: dict) -> None:
 
 
 def test_partials_of_few_ranks_are_stored_and_read_as_wide_as_those_of_many(audited: dict) -> None:
-    """ρ = 4 (K = 4 at r = 16): a row is one 128-bit store; on Hopper two threads share a group of dA's tile."""
+    """ρ = 4 (K = 4 at r = 16): a row is one 128-bit store."""
     hopper, amd, summed = map(Record.from_json, audited["narrow rank"])
 
     def widths(record: Record) -> dict[str, int]:
         return {t.pointer: t.bits for t in record.traffic if t.pointer.startswith("partial")}
 
-    assert widths(hopper) == {"partial_a_ptr": 64, "partial_b_ptr": 128}
+    assert widths(hopper) == {"partial_a_ptr": 128, "partial_b_ptr": 128}
     assert widths(amd) == {"partial_a_ptr": 128, "partial_b_ptr": 128}
     assert widths(summed) == {"partials_ptr": 128}
     assert not broken_rules(hopper)
