@@ -1,4 +1,4 @@
-"""PEFT's own layer in half precision delivers a tenth of an update of 1e-4 of the weights (docs/numerics.md).
+"""PEFT's own layer in half precision delivers a fifth of an update of 3e-4 of the weights (docs/numerics.md).
 
 tests/test_contract.py shows that every backend delivers all of it. This file tests the cuBLAS settings for that.
 """
@@ -21,11 +21,11 @@ REDUCTIONS = {
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_peft_layers_deliver_a_tenth(bias: bool) -> None:
+def test_peft_layers_deliver_a_fifth(bias: bool) -> None:
     """PEFT's HiRA is K = 1: it adds the same update to a base output that is already rounded."""
     case = Case("eager", "auto", torch.bfloat16)
-    p = small_update(case, tokens=2048, bias=bias)
-    linear = nn.Linear(64, 192, bias=bias, dtype=case.dtype).requires_grad_(False)
+    p = small_update(case, 256, bias, 1024, 3e-4)
+    linear = nn.Linear(1024, 192, bias=bias, dtype=case.dtype).requires_grad_(False)
     linear.weight.data = p.weight
     if p.bias is not None:
         linear.bias.data = p.bias
@@ -37,9 +37,8 @@ def test_peft_layers_deliver_a_tenth(bias: bool) -> None:
         layer.hira_B["default"].data = p.scaling * p.B.bfloat16()
         return layer(p.x).detach()
 
-    assert 0.0 < survival(case, p, run)[0] < 0.2
-    share, noise = survival(case, p, LinearProblem.forward)
-    assert share == pytest.approx(1.0, abs=4 * noise)
+    assert 0.0 < survival(case, p, run)[0] < 0.3
+    assert survival(case, p, LinearProblem.forward)[0] == pytest.approx(1.0, abs=0.1)
 
 
 class Settings(TorchDispatchMode):

@@ -154,10 +154,10 @@ def test_each_loads_the_files_of_the_other(make_model, tokens, tmp_path):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_against_float64(dtype, bias):
-    """y is closer to float64 than PEFT's, whose factors and their products are float32 by default.
+    """y and dX are about as close to float64 as PEFT's, whose factors and their products are float32 by default.
 
-    PEFT rounds the base layer's output and then the sum; we round once. If the compiled code multiplies
-    bfloat16, this holds with a bias too, and the factors' gradients are also closer. dX is about equal.
+    PEFT rounds the base layer's output and then the sum; we round W_eff by thresholds, and y once. If the compiled code
+    widens half types, y is closer; if it multiplies bfloat16, the factors' gradients are.
     """
     torch.manual_seed(0)
     model = single(nn.Linear(256, 192, bias=bias).to(dtype))
@@ -183,13 +183,14 @@ def test_half_precision_against_float64(dtype, bias):
     assert layer.hira_A["default"].dtype == torch.float32
     found = errors(model)
     compiled = dtype == torch.bfloat16 and has("bf16")
-    assert found[0] < (0.8 if compiled or not bias else 1.1) * default[0]
-    assert found[1] < 1.05 * default[1]
+    more = 1.25 if compiled else 1.0  # of y and dX, where W_eff is rounded
+    assert found[0] < (more if compiled else 1.1 if bias else 0.8) * default[0]
+    assert found[1] < max(more, 1.05) * default[1]
     for mine, theirs_ in zip(found[2:], default[2:], strict=True):
         assert mine < (theirs_ if compiled else torch.finfo(dtype).eps / 4)
     for ours in (found, errors(model.to(dtype))):
-        for mine, theirs_ in zip(ours, peft, strict=True):
-            assert mine < theirs_
+        for mine, theirs_, times in zip(ours, peft, [more, more, *[1] * (len(peft) - 2)], strict=True):
+            assert mine < times * theirs_
 
 
 def test_autocast_is_as_with_peft(llama, tokens, monkeypatch):
