@@ -204,18 +204,13 @@ def test_shards_and_the_transposed_weight_round_alike(dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_what_is_not_finite_and_what_is_small_rounds_as_defined(dtype: torch.dtype) -> None:
-    """NVIDIA's NaN is 0x7fffffff, to which nothing may be added."""
-    p = make_problem(dtype=dtype, ranks=(0, 2))
-    largest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
-    tiny = (
-        smallest / 4 if dtype == torch.float16 else smallest
-    )  # Triton's interpreter has no subnormal bfloat16
-    odd = torch.tensor([float("nan"), float("inf"), -float("inf"), largest, -largest, tiny, -smallest, 0.0])
-    weight = (
-        odd.to(dtype).repeat(5, 33)[:, : p.weight.shape[1]].repeat(7, 1)[: p.weight.shape[0]].contiguous()
-    )
-    bits = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
-    weight[0, 0] = bits.to(dtype)
+    """Of NaN the largest: NVIDIA's is 0x7fffffff in float32, to which nothing may be added."""
+    p, kind = make_problem(dtype=dtype, ranks=(0, 2)), torch.finfo(dtype)
+    # Triton's interpreter has no subnormal bfloat16.
+    tiny = kind.smallest_normal / (4 if dtype == torch.float16 else 1)
+    odd = torch.tensor([0.0, float("inf"), -float("inf"), kind.max, -kind.max, tiny, -kind.smallest_normal])
+    weight = odd.to(dtype).repeat(p.weight.numel() // 7 + 1)[: p.weight.numel()].view_as(p.weight).clone()
+    weight.view(torch.int16)[::3, ::5] = 0x7FFF
     adapter = replace(p, weight=weight, B=p.B * 0.01).adapter()
     modulation, W0 = defined_modulation(adapter), adapter.weight.float()
     W_eff = torch.where(modulation == 0, W0, W0 + W0 * modulation)
