@@ -109,7 +109,7 @@ static i64 few_product(product p) {
         for (i64 t = 0; t < l->rank; t++, B += ROWS) memcpy(B, job.factors.B + t * job.factors.B_stride + row, ROWS * sizeof *B);
     memset(job.x, 0, (size_t)(p.tokens * job.x_stride) * sizeof *job.x);
     for (i64 t = 0; t < p.tokens; t++)
-        widen_row(p.x, p.dtype, t * p.x_stride, l->cols, NULL, job.x + t * job.x_stride);
+        widen_row(element(p.x, t * p.x_stride, p.dtype), p.dtype, l->cols, NULL, job.x + t * job.x_stride);
     write_labels(l->row_index, l->row_offsets, l->blocks, row_label);
     write_labels(l->col_index, l->col_offsets, l->blocks, col_label);
     in_parallel(few_part, &job, l->rows, ROWS, p.threads);
