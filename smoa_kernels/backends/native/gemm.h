@@ -10,7 +10,7 @@
  *
  * Two files call it: product.h (y and dX) and gradient.h (dA and dB). calls.c exports the functions; its `for_each` loops over experts.
  *
- * No function allocates memory. `smoa_about` alone keeps state, `has_amx`. The order of a sum does not depend on the number of threads, except
+ * No function allocates memory. `smoa_about` alone keeps state. The order of a sum does not depend on the number of threads, except
  * in dA (in dB where W0 is stored by columns): each thread sums its own rows.
  */
 #pragma once
