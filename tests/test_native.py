@@ -25,7 +25,7 @@ from compiled import (
     on_cpu,
 )
 from places import ran
-from problems import HALF, LAYOUTS
+from problems import HALF, LAYOUTS, assert_within_budget
 
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.backends.native import backend, library
@@ -119,6 +119,10 @@ def test_every_shape(
     assert_threads_agree(case, p)
     for dtype in HALF if code == "float" else ():
         rounded = p.to(dtype)
+        if dtype == torch.bfloat16 and len(p.x) == 1 and form != "dropout" and library.has("bf16"):
+            # One token is multiplied by W0 and by A_t ∘ x, which is rounded.
+            assert_within_budget(rounded.run(**case.options), replace(case, dtype=dtype), rounded)
+            continue
         exact = rounded.to(torch.float32).run(**FORMS["merged" if form == "split" else form].options)
         for ours, theirs in zip(rounded.run(**case.options)[:4], exact, strict=False):
             assert torch.equal(ours, theirs.to(dtype))

@@ -142,8 +142,8 @@ typedef struct {
 } about;
 
 i64 smoa_about(about *a) {
-    has_amx = HAS_TILES && a->has_amx;
-    *a = (about){SOURCE, GOMP_parallel != NULL, HAS_TILES && a->has_bf16, has_amx,
+    has_bf16 = HAS_TILES && a->has_bf16, has_amx = HAS_TILES && a->has_amx;
+    *a = (about){SOURCE, GOMP_parallel != NULL, has_bf16, has_amx,
                  {VECTOR_BYTES, FLOAT32, BFLOAT16, FLOAT16, FEW_TOKENS, FLOAT, TILES_PATH, MERGED, SPLIT, offsetof(call, path),
                   offsetof(call, workspace), offsetof(call, ends), sizeof(call)}};
     return 0;

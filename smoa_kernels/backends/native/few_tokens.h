@@ -95,8 +95,110 @@ static void few_part(void *it, i64 thread, i64 row, i64 end) {
         few_of(least(FEW, j->tokens - token), j, j->x + token * j->x_stride, row, end, j->y + token * j->l->rows);
 }
 
+#if HAS_TILES
+/* For one token in bfloat16, without W_eff: y_i = ⟨w_i, x⟩ + s Σ_t B_it ⟨w_i, A_t ∘ x⟩ for row i. A_t ∘ x is rounded to bfloat16; it is an
+ * update's part only. */
+enum { DOTS_ROWS = 3, DOTS_VECTORS = 9 };
+
+typedef struct {
+    const layer *l;
+    i64 stride, groups; /* groups: one, or one for each block if they are not contiguous */
+    const half *x;      /* (groups, 1 + rank, stride): x, then A_t ∘ x, which is 0 outside a group's block */
+    float *y;
+} dot_job;
+
+/* sums = the products of some rows and vectors, over the terms from `first` to `end`. */
+TARGET_BF16 INLINE void dots_with(int vectors, const half *const *row, const half *x, i64 stride, i64 first, i64 end,
+                                  float (*sums)[DOTS_VECTORS]) {
+    __m512 sum[DOTS_ROWS][DOTS_VECTORS];
+#pragma GCC unroll 9
+    for (int t = 0; t < vectors; t++)
+#pragma GCC unroll 3
+        for (int i = 0; i < DOTS_ROWS; i++) sum[i][t] = _mm512_setzero_ps();
+    for (i64 c = first / TERMS * TERMS; c < end; c += TERMS) {
+        __mmask32 inside = first_halves(end - c) & ~first_halves(first - c);
+        __m512bh w[DOTS_ROWS];
+#pragma GCC unroll 3
+        for (int i = 0; i < DOTS_ROWS; i++) w[i] = (__m512bh)_mm512_maskz_loadu_epi16(inside, row[i] + c);
+#pragma GCC unroll 9
+        for (int t = 0; t < vectors; t++)
+#pragma GCC unroll 3
+            for (int i = 0; i < DOTS_ROWS; i++)
+                sum[i][t] = _mm512_dpbf16_ps(sum[i][t], w[i], (__m512bh)_mm512_load_si512(x + t * stride + c));
+    }
+#pragma GCC unroll 9
+    for (int t = 0; t < vectors; t++)
+#pragma GCC unroll 3
+        for (int i = 0; i < DOTS_ROWS; i++) sums[i][t] = total((vf)sum[i][t]);
+}
+
+#define CASE(n) case n: dots_with(n, row, x, stride, first, end, sums); break;
+TARGET_BF16 static void dots_of_rows(i64 vectors, const half *const *row, const half *x, i64 stride, i64 first, i64 end,
+                                     float (*sums)[DOTS_VECTORS]) {
+    switch (vectors) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) default: __builtin_trap(); }
+}
+#undef CASE
+
+/* A thread's rows, in block order. */
+static void dot_rows(void *it, i64 thread, i64 from, i64 to) {
+    const dot_job *j = it;
+    const layer *l = j->l;
+    (void)thread;
+    for (i64 k = 0; k < l->blocks; k++)
+        for (i64 n = greatest(from, l->row_offsets[k]), last = least(to, l->row_offsets[k + 1]); n < last; n += DOTS_ROWS) {
+            /* Of contiguous blocks all columns are multiplied by x alone, and those of the block by A_t ∘ x. */
+            i64 apart = l->contiguous && width_of(l, k) < l->cols, vectors, row_at[DOTS_ROWS];
+            const half *row[DOTS_ROWS], *x = j->x + k % j->groups * (l->rank + 1) * j->stride;
+            for (i64 i = 0; i < DOTS_ROWS; i++) {
+                row_at[i] = l->row_index[least(n + i, last - 1)];
+                row[i] = element(l->weight, row_at[i] * l->row_stride, BFLOAT16);
+            }
+            for (i64 t = 0; t <= rank_of(l, k); t += vectors) {
+                i64 first = apart && t ? l->col_offsets[k] : 0, end = apart && t ? l->col_offsets[k + 1] : l->cols;
+                float sums[DOTS_ROWS][DOTS_VECTORS];
+                vectors = apart && !t ? 1 : least(DOTS_VECTORS, rank_of(l, k) + 1 - t);
+                dots_of_rows(vectors, row, x + t * j->stride, j->stride, first, end, sums);
+                for (i64 i = 0; i < least(DOTS_ROWS, last - n); i++) {
+                    float sum = t ? j->y[row_at[i]] : sums[i][0];
+                    for (i64 v = !t, b = row_at[i] * l->B_row + (t - 1) * l->B_rank; v < vectors; v++)
+                        sum += (float)l->scaling * value_at(l->B, b + v * l->B_rank, (int)l->factor_dtype) * sums[i][v];
+                    j->y[row_at[i]] = sum;
+                }
+            }
+        }
+}
+
+static i64 dot_product(product p) {
+    const layer *l = &p.l;
+    arena a = p.workspace;
+    dot_job j = {.l = l, .stride = round_up(l->cols, TERMS) + TERMS, .groups = l->contiguous ? 1 : l->blocks};
+    half *x = take(&a, j.groups * (l->rank + 1) * j.stride * 2);
+    int32_t *label = take(&a, j.stride * 4);
+    j.x = x, j.y = take(&a, l->rows * 4);
+    if (!a.base) return floats_of(&a);
+    write_labels(l->col_index, l->col_offsets, l->blocks, label);
+    for (i64 k = 0; k < j.groups; k++)
+        for (i64 t = -1; t < l->rank; t++, x += j.stride)
+            for (i64 c = 0; c < j.stride; c += LANES) {
+                vf value = widen(p.x, c, l->cols - c, BFLOAT16), factor = {0};
+                vi labels;
+                memcpy(&labels, label + c, sizeof labels);
+                for (i64 i = 0; i < least(LANES, l->cols - c) && t >= 0; i++)
+                    factor[i] = value_at(l->A, t * l->A_rank + (c + i) * l->A_col, (int)l->factor_dtype);
+                if (t >= 0) value = j.groups == 1 ? value * factor : select_label(labels, (int32_t)k, value * factor, (vf){0});
+                narrow(x, c, LANES, value, BFLOAT16);
+            }
+    in_parallel(dot_rows, &j, l->rows, 1, p.threads);
+    finish_rows(j.y, l->rows, 1, l->rows, p.bias, 0, p.y, p.y_stride, BFLOAT16);
+    return floats_of(&a);
+}
+#else
+static i64 dot_product(product p) { return (void)p, 0; }
+#endif
+
 /* y (tokens, rows) = x W_effᵀ + b; W0 is row-major. Returns the size of the workspace that it needs, in floats. */
 static i64 few_product(product p) {
+    if (has_bf16 && p.dtype == BFLOAT16 && p.tokens == 1) return dot_product(p);
     const layer *l = &p.l;
     arena a = p.workspace;
     few_job job = {.l = l, .tokens = p.tokens, .x_stride = round_up(l->cols, LANES) + SKEW};
@@ -109,7 +211,7 @@ static i64 few_product(product p) {
         for (i64 t = 0; t < l->rank; t++, B += ROWS) memcpy(B, job.factors.B + t * job.factors.B_stride + row, ROWS * sizeof *B);
     memset(job.x, 0, (size_t)(p.tokens * job.x_stride) * sizeof *job.x);
     for (i64 t = 0; t < p.tokens; t++)
-        widen_row(p.x, p.dtype, t * p.x_stride, l->cols, NULL, job.x + t * job.x_stride);
+        widen_row(element(p.x, t * p.x_stride, p.dtype), p.dtype, l->cols, NULL, job.x + t * job.x_stride);
     write_labels(l->row_index, l->row_offsets, l->blocks, row_label);
     write_labels(l->col_index, l->col_offsets, l->blocks, col_label);
     in_parallel(few_part, &job, l->rows, ROWS, p.threads);

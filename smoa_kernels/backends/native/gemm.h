@@ -10,7 +10,7 @@
  *
  * Two files call it: product.h (y and dX) and gradient.h (dA and dB). calls.c exports the functions; its `for_each` loops over experts.
  *
- * No function allocates memory. `smoa_about` alone keeps state, `has_amx`. The order of a sum does not depend on the number of threads, except
+ * No function allocates memory. `smoa_about` alone keeps state. The order of a sum does not depend on the number of threads, except
  * in dA (in dB where W0 is stored by columns): each thread sums its own rows.
  */
 #pragma once
@@ -54,6 +54,43 @@ typedef struct {
 static local_rooms take_rooms(arena *a, i64 threads, i64 bytes) { return (local_rooms){take(a, threads * bytes), bytes}; }
 
 static arena room_of(const local_rooms *rooms, i64 thread) { return (arena){rooms->base ? rooms->base + thread * rooms->bytes : NULL, 0}; }
+
+/* Copies rows of a matrix, their elements in the order of an index, times dropout's mask: what is multiplied lies as it is packed then. */
+typedef struct {
+    operand from;
+    const i64 *rows, *index; /* NULL: all rows */
+    const uint16_t *keep;    /* or NULL; `words(width)` for a row */
+    i64 width;
+    char *to; /* (rows, width) */
+} order_job;
+
+static void order_rows(void *it, i64 thread, i64 row, i64 end) {
+    const order_job *j = it;
+    float line[KC];
+    (void)thread;
+    for (; row < end; row++)
+        for (i64 c = 0, count; c < j->width; c += count) {
+            const void *from = element_of(&j->from, j->rows ? j->rows[row] : row, 0);
+            char *to = j->to + (row * j->width + c) * bytes_of(j->from.dtype);
+            count = least(KC, j->width - c);
+            if (!j->keep && j->from.dtype != FLOAT32) {
+#pragma GCC unroll 8
+                for (i64 i = 0; i < count; i++) ((half *)to)[i] = ((const half *)from)[j->index[c + i]];
+                continue;
+            }
+            gather(from, j->from.dtype, j->index + c, count, j->keep ? j->keep + row * words(j->width) : NULL, line);
+            for (i64 i = 0; i < count; i += LANES) narrow(to, i, count - i, load(line + i), j->from.dtype);
+        }
+}
+
+/* The next `count` rows in that order: copied, if the job has where to. Moves on to the rows after them. */
+static operand ordered(order_job *j, i64 count, i64 threads) {
+    operand o = j->from;
+    if (j->to) in_parallel(order_rows, j, count, 1, threads), o.data = j->to, o.stride = j->width;
+    j->from.data = element_of(&j->from, count, 0);
+    if (j->keep) j->keep += count * words(j->width);
+    return o;
+}
 
 /* A matrix product C (+)= left rightᵀ + bias. C may be bfloat16, and have a bias, if tiles sum all terms in registers. */
 typedef struct {
@@ -112,7 +149,7 @@ static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 ri
     i64 deep = row_size(format, least(terms, depth)), high = left_height(format);
     i64 left = least(round_up(left_rows_of(format), high), round_up(left_count, high));
     return (packing_room){take(a, (left * deep + SPILL) * 4), take(a, (right_rows * deep + SPILL) * 4),
-                          take(a, scratch_size(format) * 4)};
+                          take(a, format == SPLIT3 ? (NC * KC + SPILL) * 4 : 0)};
 }
 
 /* Multiplies some rows of the left operand by some rows of the right one; C points to the product of the first two. */

@@ -1,13 +1,12 @@
-/* dA and dB. G = dYᵀ x, a sum over tokens, is computed for some rows of a block at a time and contracted with the factors at once.
- *
- * FLOATS and SPLIT3 pack as they multiply. In bfloat16 (PAIRS) both operands of some tokens are packed first: moving single elements
- * would take longer than multiplying them. dA and dB are summed in float32, as (rank, coordinates in padded block order).
+/* dA and dB. G = dYᵀ x, a sum over tokens, is computed for some rows of a block at a time and contracted with the factors at once. If blocks are
+ * not contiguous, or elements of x are dropped, some tokens are copied in block order first, once for all blocks. dA and dB are summed in
+ * float32, as (rank, coordinates in padded block order).
  */
 #pragma once
 
 #include "product.h"
 
-/* Tokens whose tiles are in the workspace at a time. */
+/* Tokens that are copied, or packed in tiles, at a time. */
 static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows + l->cols) / 4, PANEL), 1024); }
 
 enum { SLAB = 512 }; /* most rows of G that are held at a time */
@@ -15,60 +14,24 @@ enum { SLAB = 512 }; /* most rows of G that are held at a time */
 typedef struct {
     layer l; /* W0 is row-major */
     i64 tokens, threads, slab;
-    operand dy, x; /* (rows, tokens), (cols, tokens) */
+    operand dy, x; /* (rows, tokens), (cols, tokens), in block order */
     factors factors; /* B, not s B */
     float *dA, *dB; /* laid out as A and B; one dA per thread */
-    half *dy_tiles, *x_tiles; /* for PAIRS */
     int format;
     local_rooms rooms;
 } gradient;
 
 typedef struct {
     float *G, *dA, *line;
-    half *lines; /* one step of tokens, transposed */
     arena rest;
 } gradient_room;
 
 static gradient_room gradient_room_of(const gradient *g, arena a) {
     i64 padded = round_up(widest_of(&g->l), PANEL);
     gradient_room r = {.G = take(&a, g->slab * padded * 4), .dA = take(&a, g->l.rank * padded * 4), .line = take(&a, padded * 4)};
-    r.lines = take(&a, g->format == PAIRS ? round_up(greatest(g->l.rows, g->l.cols), TERMS) * TERMS * 2 : 0);
     r.rest = a;
     return r;
 }
-
-#if HAS_TILES
-/* Packs one step of tokens of an operand in left or right panels in block order: transposes it, then picks its columns, each a line. */
-TARGET_BF16 static void pack_side(const operand *o, i64 step, i64 tokens, const i64 *index, const int32_t *offsets, i64 blocks, int as_left,
-                                  half *lines, half *to) {
-    i64 first = step * TERMS, width = offsets[blocks], panel = ceil_div(tokens, TERMS) * STEP;
-    for (i64 c = 0; c < width; c += TERMS) {
-        pair_terms(o, NULL, first, tokens - first, c, width - c, lines + c * TERMS);
-        transpose_tiles(2, lines + c * TERMS);
-    }
-    to += step * STEP;
-    for (i64 k = 0; k < blocks; k++)
-        for (i64 n = offsets[k]; n < offsets[k + 1]; n += PANEL, to += panel) {
-            for (i64 i = 0; i < PANEL; i++) {
-                __builtin_prefetch(to + panel + i * TERMS, 1); /* the next panel is far away */
-                _mm512_store_si512(to + i * TERMS,
-                                   n + i < offsets[k + 1] ? _mm512_load_si512(lines + index[n + i] * TERMS) : _mm512_setzero_si512());
-            }
-            if (!as_left) transpose_tiles(2, to);
-        }
-}
-
-/* Packs some steps of tokens: dY in left tiles, x in right ones. */
-static void pack_terms(void *it, i64 thread, i64 step, i64 end) {
-    const gradient *g = it;
-    const layer *l = &g->l;
-    half *lines = gradient_room_of(g, room_of(&g->rooms, thread)).lines;
-    for (; step < end; step++) {
-        pack_side(&g->dy, step, g->tokens, l->row_index, l->row_offsets, l->blocks, 1, lines, g->dy_tiles);
-        pack_side(&g->x, step, g->tokens, l->col_index, l->col_offsets, l->blocks, 0, lines, g->x_tiles);
-    }
-}
-#endif
 
 /* Turns rows of G into H, GROUP at a time, and contracts them with the factors. dA is summed per slab first, so that sums stay short. */
 static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 top, i64 count, float *dA) {
@@ -99,24 +62,17 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
     const gradient *g = it;
     const layer *l = &g->l;
     gradient_room r = gradient_room_of(g, room_of(&g->rooms, thread));
-    i64 size = ceil_div(g->tokens, TERMS) * TERMS; /* elements of a row in tiles */
     for (i64 k = 0; k < l->blocks; k++) {
         /* Threads share whole panels, so that the order of dB's sums does not depend on their number. `share` differs from block to
          * block: when a block has fewer panels than there are threads, other threads take the next block's. */
         i64 height = height_of(l, k), width = width_of(l, k), share = (thread + k) % g->threads;
         if (!width || !rank_of(l, k)) continue;
-        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = KC, .left = g->dy, .right = g->x,
+        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = g->format == PAIRS ? g->tokens : KC, .left = g->dy, .right = g->x,
                             .right_rows = right_rows_of(g->format), .C = r.G, .stride = round_up(width, PANEL)};
-        product.left.rows = l->contiguous ? NULL : l->row_index;
-        product.right.rows = l->contiguous ? NULL : l->col_index;
         end = share_of(height, PANEL, share + 1, g->threads);
         for (first = share_of(height, PANEL, share, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
-            if (g->format == PAIRS)
-                multiply_packed(&product, g->dy_tiles + (padded_before(l->row_offsets, k) + first) * size,
-                                g->x_tiles + padded_before(l->col_offsets, k) * size, g->tokens, count, width);
-            else
-                gemm(&product, l->row_offsets[k] + first, count, l->col_offsets[k], width, r.rest);
+            gemm(&product, l->row_offsets[k] + first, count, l->col_offsets[k], width, r.rest);
             contract_slab(g, &r, k, first, count, g->dA + thread * l->rank * g->factors.A_stride);
         }
     }
@@ -134,38 +90,37 @@ static void write_gradient(const layer *l, const float *sums, i64 stride, i64 th
             }
 }
 
-/* Dense dA and dB. W0 is row-major or column-major; for tiles it is row-major. */
+/* Dense dA and dB. Where W0 is column-major, the transposed layer's. */
 static i64 factor_gradients(const call *c) {
-    int tiles = c->path == TILES_PATH;
-    operand dy = operand_of(c->dy, c->dtype, 0, 1, c->dy_stride, c->layer.rows, NULL);
-    operand x = operand_of(c->x, c->dtype, 0, 1, c->x_stride, c->layer.cols, c->keep);
-    int swapped = c->layer.col_stride != 1;
-    gradient g = {.l = swapped ? transposed(c->layer) : c->layer, .threads = c->threads, .dy = swapped ? x : dy, .x = swapped ? dy : x};
+    int tiles = c->path == TILES_PATH, swapped = c->layer.col_stride != 1, size = (int)bytes_of(c->dtype);
+    gradient g = {.l = swapped ? transposed(c->layer) : c->layer, .threads = c->threads};
     const layer *l = &g.l;
+    order_job dy = {{c->dy, (int)c->dtype, 0, c->dy_stride}, NULL, c->layer.row_index, NULL, c->layer.rows, NULL};
+    order_job x = {{c->x, (int)c->dtype, 0, c->x_stride}, NULL, c->layer.col_index, c->keep, c->layer.cols, NULL};
     i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads), remaining = c->tokens; /* most panels of a block that one thread has */
-    i64 most = tiles ? least(remaining, tokens_together(l)) : remaining, padded = tiles ? round_up(most, TERMS) : 0;
+    i64 most = tiles || !l->contiguous || x.keep ? least(remaining, tokens_together(l)) : remaining;
     arena a = workspace_of(c->workspace), local = {0};
     /* A block's rows decide the format; with a thread's share of them, results would depend on the number of threads. */
     g.format = tiles ? PAIRS : format_of(tallest_of(l), remaining);
-    g.slab = least(tiles ? rows_together(l->rows, 2 * widest_of(l), L2_CACHE, 1) : SLAB, panels * PANEL), g.tokens = most;
+    g.slab = least(SLAB, panels * PANEL), g.tokens = most;
     g.factors = factors_of(&a, l, 1, 1);
     g.dA = take(&a, g.threads * l->rank * g.factors.A_stride * 4), g.dB = take(&a, l->rank * g.factors.B_stride * 4);
-    g.dy_tiles = take(&a, padded_before(l->row_offsets, l->blocks) * padded * 2);
-    g.x_tiles = take(&a, padded_before(l->col_offsets, l->blocks) * padded * 2);
+    if (!l->contiguous) dy.to = take(&a, most * dy.width * size);
+    if (!l->contiguous || x.keep) x.to = take(&a, most * x.width * size);
     local = gradient_room_of(&g, local).rest;
-    if (!tiles) packing_room_of(&local, g.format, g.slab, right_rows_of(g.format), most, KC);
+    packing_room_of(&local, g.format, g.slab, right_rows_of(g.format), most, tiles ? most : KC);
     g.rooms = take_rooms(&a, g.threads, local.bytes);
     if (!a.base) return floats_of(&a);
     memset(g.dA, 0, (size_t)(g.threads * l->rank * g.factors.A_stride) * sizeof *g.dA);
     memset(g.dB, 0, (size_t)(l->rank * g.factors.B_stride) * sizeof *g.dB);
     for (; remaining > 0; remaining -= g.tokens) {
         g.tokens = least(most, remaining);
-#if HAS_TILES
-        if (tiles) in_parallel(pack_terms, &g, ceil_div(g.tokens, TERMS), 1, g.threads);
-#endif
+        g.dy = ordered(&dy, g.tokens, g.threads), g.x = ordered(&x, g.tokens, g.threads);
+        if (swapped) {
+            operand was = g.dy;
+            g.dy = g.x, g.x = was;
+        }
         in_parallel(add_gradients, &g, g.threads, 1, g.threads);
-        g.dy.data = element(g.dy.data, g.tokens * g.dy.col_stride, c->dtype), g.x.data = element(g.x.data, g.tokens * g.x.col_stride, c->dtype);
-        g.dy.keep = keep_of(&g.dy, g.tokens), g.x.keep = keep_of(&g.x, g.tokens);
     }
     layer other = transposed(*l);
     write_gradient(l, g.dA, g.factors.A_stride, g.threads, swapped ? c->dB : c->dA, swapped ? 1 : l->cols, swapped ? l->rank : 1);

@@ -83,8 +83,8 @@ static void fma_panels(i64 depth, const float *left, const float *right, float *
             fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i), least(NR, columns - j), add);
 }
 
-/* Whether to multiply by AMX. library.py finds out and sets it by `smoa_about`, before threads run. */
-static int has_amx;
+/* Whether to multiply by AVX512-BF16, and AMX. library.py finds out and sets them by `smoa_about`, before threads run. */
+static int has_bf16, has_amx;
 
 /* Packing tiles and vdpbf16ps take vectors of 512 bits; every processor with AMX has these. */
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)

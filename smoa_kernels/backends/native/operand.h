@@ -131,27 +131,17 @@ static void write_labels(const i64 *index, const int32_t *offsets, i64 blocks, i
         for (i64 i = offsets[k]; i < offsets[k + 1]; i++) label[index[i]] = (int32_t)k;
 }
 
-/* A matrix (rows, terms) to be multiplied; its element (i, k) is data[rows[i] * row_stride + cols[k] * col_stride]. `row_major`: a row's terms
- * are adjacent; else a term's rows are. Their stride is 1, and `data` has `width` elements along it. A NULL index counts up; along `width` it
- * begins at `start`. `keep`, or NULL, is a dropout mask: for each step of the other stride `width` bits, in whole words. */
+/* A matrix (rows, terms) to be multiplied. Its lines in memory are rows, or if not `row_major` columns, `stride` elements apart. */
 typedef struct {
     const void *data;
     int dtype, row_major;
-    i64 row_stride, col_stride, width, start;
-    const uint16_t *keep;
-    const i64 *rows, *cols;
+    i64 stride;
 } operand;
-
-static operand operand_of(const void *data, i64 dtype, int row_major, i64 row_stride, i64 col_stride, i64 width, const uint16_t *keep) {
-    return (operand){data, (int)dtype, row_major, row_stride, col_stride, width, 0, keep, NULL, NULL};
-}
 
 static operand weight_of(const layer *l) {
     int row_major = l->col_stride == 1;
-    return operand_of(l->weight, l->dtype, row_major, l->row_stride, l->col_stride, row_major ? l->cols : l->rows, NULL);
+    return (operand){l->weight, (int)l->dtype, row_major, row_major ? l->row_stride : l->col_stride};
 }
-
-static inline const uint16_t *keep_of(const operand *o, i64 at) { return o->keep ? o->keep + at * words(o->width) : NULL; }
 
 INLINE vf load(const float *p) {
     vf v;
@@ -163,8 +153,9 @@ INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 static inline i64 bytes_of(i64 dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
-/* The address of element `at`. */
+/* The address of element `at`; of an element of a line. */
 static inline const void *element(const void *data, i64 at, i64 dtype) { return (const char *)data + at * bytes_of(dtype); }
+static inline const void *element_of(const operand *o, i64 line, i64 at) { return element(o->data, line * o->stride + at, o->dtype); }
 
 /* Element `at` as float32. */
 INLINE float value_at(const void *data, i64 at, int dtype) {
@@ -252,11 +243,11 @@ INLINE vf all_kept(const uint16_t *keep, i64 at) {
     return (vf)((vi)one & ((((vi){0} + (int32_t)(bits >> at % 16)) & lanes) != 0));
 }
 
-/* to = `count` elements from `at` on as float32, times their mask. */
-static void widen_row(const void *from, int dtype, i64 at, i64 count, const uint16_t *keep, float *to) {
+/* to = `count` elements as float32, times their mask. */
+static void widen_row(const void *from, int dtype, i64 count, const uint16_t *keep, float *to) {
     for (i64 c = 0; c < count; c += LANES) {
-        vf found = widen(from, at + c, count - c, dtype);
-        narrow(to, c, count - c, keep ? found * all_kept(keep, at + c) : found, FLOAT32);
+        vf found = widen(from, c, count - c, dtype);
+        narrow(to, c, count - c, keep ? found * all_kept(keep, c) : found, FLOAT32);
     }
 }
 

@@ -63,18 +63,7 @@ typedef struct {
     const int32_t *row_label, *col_label; /* one panel longer than the side */
 } adapter;
 
-/* Block k of W0. */
-static operand weight_of_block(const layer *l, i64 k) {
-    i64 row = l->row_offsets[k], col = l->col_offsets[k];
-    operand o = weight_of(l);
-    if (l->contiguous)
-        o.data = element(l->weight, row * l->row_stride + col * l->col_stride, l->dtype);
-    else
-        o.rows = l->row_index + row, o.cols = l->col_index + col;
-    return o;
-}
-
-/* The modulation that turns `weight_of_block` into ΔW. */
+/* The modulation that turns block k of W0 into ΔW. */
 static adapter adapter_of_block(const layer *l, const factors *f, i64 k) {
     return (adapter){.rank = rank_of(l, k), .A_stride = f->A_stride, .B_stride = f->B_stride, .place = 0x8000,
                      .A = f->A + padded_before(l->col_offsets, k), .B = f->B + padded_before(l->row_offsets, k)};
@@ -103,38 +92,28 @@ static inline void transpose(const float *const *rows, i64 at, float *to, i64 st
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
 
-/* Whether elements along `width`, in the order of `index`, can be read in place. */
-static inline int is_in_place(const operand *o, const i64 *index) { return !index && !o->keep && o->dtype == FLOAT32; }
-
-/* row = where terms k to k + depth of some rows lie, in a row-major operand: in place, or else permuted and widened in `ordered`
- * (rows, KC). */
-static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, float *ordered, const float **row) {
-    for (i64 i = 0; i < count; i++, ordered += KC) {
-        i64 at = first + i;
-        const void *from = element(o->data, (o->rows ? o->rows[at] : at) * o->row_stride, o->dtype);
-        row[i] = is_in_place(o, o->cols) ? (const float *)from + o->start + k : ordered;
-        if (o->cols && depth)
-            gather(from, o->dtype, o->cols + k, depth, keep_of(o, at), ordered);
-        else if (row[i] == ordered)
-            widen_row(from, o->dtype, o->start + k, depth, keep_of(o, at), ordered);
+/* row = where terms k to k + depth of some rows lie, in a row-major operand: in place, or widened in `wide` (rows, KC). */
+static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, float *wide, const float **row) {
+    for (i64 i = 0; i < count; i++, wide += KC) {
+        row[i] = o->dtype == FLOAT32 ? element_of(o, first + i, k) : wide;
+        if (row[i] == wide) widen_row(element_of(o, first + i, k), o->dtype, depth, NULL, wide);
     }
 }
 
 /* Panels of a row-major operand: transposes them. */
 static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
-    float ordered[NR * KC];
-    int in_place = is_in_place(o, o->cols);
+    float wide[NR * KC];
     for (i64 top = 0; top < count; top += height, to += depth * height) {
         i64 valid = least(height, count - top), p = 0;
         const float *row[NR + 8];
-        read_rows(o, first + top, valid, k, depth, ordered, row);
+        read_rows(o, first + top, valid, k, depth, wide, row);
         for (i64 i = valid; i < NR + 8; i++) row[i] = row[valid - 1];
         /* Eight rows at a time; the last eight overlap others if 8 does not divide the height. In a panel lower than eight a transpose
          * also writes to the next column, which is overwritten later, or beyond the panel (SPILL). */
         for (; p + 8 <= depth; p += 8)
             for (int i = 0; i < height; i += 8) {
                 int start = i + 8 > height && height >= 8 ? height - 8 : i;
-                if (in_place && p % 16 == 0)
+                if (o->dtype == FLOAT32 && p % 16 == 0)
                     for (int r = 0; r < 8; r++) __builtin_prefetch(row[start + r] + p + AHEAD);
                 transpose(row + start, p, to + p * height + start, height);
             }
@@ -143,19 +122,14 @@ static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
     }
 }
 
-/* Panels of a column-major operand: each column is read, permuted and widened once for all panels. */
+/* Panels of a column-major operand: each column is read and widened once for all panels. */
 static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     float line[MC];
     for (i64 p = 0; p < depth; p++) {
-        i64 at = k + p, further = k + least(p + COLUMNS_AHEAD, depth - 1), start = o->start + first;
-        const void *from = element(o->data, (o->cols ? o->cols[at] : at) * o->col_stride, o->dtype);
-        const void *later = element(o->data, (o->cols ? o->cols[further] : further) * o->col_stride + start, o->dtype);
-        const float *column = is_in_place(o, o->rows) ? (const float *)from + start : line;
-        for (i64 i = 0; i < count && !o->rows; i += 64 / bytes_of(o->dtype)) __builtin_prefetch(element(later, i, o->dtype));
-        if (o->rows)
-            gather(from, o->dtype, o->rows + first, count, keep_of(o, at), line);
-        else if (column == line)
-            widen_row(from, o->dtype, start, count, keep_of(o, at), line);
+        const void *later = element_of(o, k + least(p + COLUMNS_AHEAD, depth - 1), first);
+        const float *column = o->dtype == FLOAT32 ? element_of(o, k + p, first) : line;
+        for (i64 i = 0; i < count; i += 64 / bytes_of(o->dtype)) __builtin_prefetch(element(later, i, o->dtype));
+        if (column == line) widen_row(element_of(o, k + p, first), o->dtype, count, NULL, line);
         for (i64 top = 0; top < count; top += height) {
             float *panel = to + top * depth + p * height;
             i64 valid = least(height, count - top);

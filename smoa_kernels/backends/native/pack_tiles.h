@@ -9,11 +9,6 @@
 
 #include "pack.h"
 
-/* Whether lines of the operand's memory are packed as they lie, or modulated to W_eff. */
-static inline int is_plain(const operand *o, const adapter *m) {
-    return !(o->row_major ? o->cols : o->rows) && !o->keep && (!m || m->row_label);
-}
-
 #if HAS_TILES
 /* Transposes r as 16 rows of 16 numbers of 32 bits. */
 INLINE void transpose_lines(__m512i *r) {
@@ -80,30 +75,24 @@ INLINE vf term_or_zero(const float *panel, i64 p, i64 depth, i64 column) {
     return p < depth ? load(panel + p * PANEL + column) : (vf){0};
 }
 
-/* Packs panels of floats (depth, PANEL) in right tiles; `apart` lies between panels. PAIRS: to nearest. The two terms of a pair are neighbours in
- * PAIRS, and half a step apart in SPLIT3, so that rows can be packed in left tiles without a permutation. */
-static void tiles_of_floats(int format, i64 count, i64 depth, const float *panel, half *to, i64 apart) {
-    i64 beside = format == PAIRS ? 1 : SIDE, step = format == PAIRS ? STEP : 3 * STEP;
-    for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL, to += apart)
-        for (i64 line = 0; line < round_up(depth, TERMS) / 2; line++)
-            for (int q = 0; q < 2; q++) {
-                i64 p = format == PAIRS ? 2 * line : line / SIDE * TERMS + line % SIDE;
-                vf low = term_or_zero(panel, p, depth, q * SIDE), high = term_or_zero(panel, p + beside, depth, q * SIDE);
-                half *at = to + line / SIDE * step + q * TILE + line % SIDE * TERMS;
-                if (format == SPLIT3)
-                    write_parts(low, high, at);
-                else
-                    _mm512_store_si512(at, (__m512i)(rounded(low) >> 16 | rounded(high)));
-            }
+/* Packs panels of floats (depth, PANEL) in right panels of SPLIT3. The two terms of a pair are half a step apart, so that rows can be packed in
+ * left tiles without a permutation. */
+static void split_floats(i64 count, i64 depth, const float *panel, half *to) {
+    for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL)
+        for (i64 k = 0; k < depth; k += TERMS, to += 3 * STEP)
+            for (i64 p = k; p < k + SIDE; p++)
+                for (int q = 0; q < 2; q++)
+                    write_parts(term_or_zero(panel, p, depth, q * SIDE), term_or_zero(panel, p + SIDE, depth, q * SIDE),
+                                to + q * TILE + (p - k) * TERMS);
 }
 
-/* Packs a row-major operand in left panels of SPLIT3, in their own order. */
+/* Packs a row-major operand in left panels of SPLIT3. */
 static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
-    float ordered[PANEL * KC];
+    float wide[PANEL * KC];
     for (i64 top = 0; top < count; top += PANEL) {
         i64 valid = least(PANEL, count - top);
         const float *row[PANEL];
-        read_rows(o, first + top, valid, k, depth, ordered, row);
+        read_rows(o, first + top, valid, k, depth, wide, row);
         for (i64 p = 0; p < depth; p += TERMS, to += 3 * STEP)
             for (i64 i = 0; i < valid; i++) {
                 const float *from = row[i] + p;
@@ -116,14 +105,6 @@ static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth,
 
 static inline __mmask32 first_halves(i64 count) {
     return count < TERMS ? ((__mmask32)1 << greatest(0, count)) - 1 : ~(__mmask32)0;
-}
-
-/* Applies a token's mask to 32 elements from `at` on: a dropped element becomes 0, or NaN if it is Inf or NaN. */
-INLINE __m512i drop(__m512i values, const uint16_t *keep, i64 at) {
-    uint32_t bits = *(const mask_bits *)(keep + at / 16);
-    __m512i all = _mm512_set1_epi16(0x7f80);
-    __mmask32 lost = _mm512_mask_cmpeq_epi16_mask(~bits, _mm512_and_si512(values, all), all);
-    return _mm512_mask_mov_epi16(_mm512_maskz_mov_epi16(bits, values), lost, _mm512_set1_epi16(0x7fff));
 }
 
 /* Interleaves the lower, or upper, halves of two vectors to a line of pairs. */
@@ -140,19 +121,21 @@ static adapter along_lines(const adapter *m, int row_major) {
     return row_major ? *m : t;
 }
 
-/* Turns 32 elements from `col` on of BESIDE lines from `row` on into W_eff, rounded by its thresholds. */
+/* Turns 32 elements from `col` on of BESIDE lines from `row` on into W_eff or ΔW, rounded by thresholds. */
 INLINE void modulate_lines(const adapter *m, i64 row, i64 col, __m512i *line) {
     static const uint32_t lane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     static const uint16_t upper[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const vi merged = (vi){0} - (m->row_label != NULL); /* all bits, or none */
     const float *A = m->A + col, *B = m->B + row;
     __mmask16 inside[BESIDE][2];
     int any = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < BESIDE; i++)
         for (int q = 0; q < 2; q++) {
-            __m512i label = _mm512_set1_epi32(m->row_label[row + i]);
-            inside[i][q] = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(m->col_label + col + q * SIDE), label);
+            inside[i][q] = 0xffff;
+            if (m->row_label)
+                inside[i][q] = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(m->col_label + col + q * SIDE), _mm512_set1_epi32(m->row_label[row + i]));
             any |= inside[i][q];
         }
     if (!any) return;
@@ -163,14 +146,15 @@ INLINE void modulate_lines(const adapter *m, i64 row, i64 col, __m512i *line) {
     vu place = (vu)_mm512_loadu_si512(lane) * (uint32_t)m->col_step + (uint32_t)(m->place + row * m->row_step + col * m->col_step);
 #pragma GCC unroll 4
     for (int i = 0; i < BESIDE; i++, place += (uint32_t)m->row_step) {
-        __m512i half_line[2];
+        __m512i changed[2];
 #pragma GCC unroll 2
         for (int q = 0; q < 2; q++) {
             vf w = from_bfloat16((vh)_mm512_extracti64x4_epi64(line[i], q));
             vu threshold = (place + (uint32_t)(q * SIDE * m->col_step)) & 0xffff;
-            half_line[q] = _mm512_mask_mov_epi32((__m512i)w, inside[i][q], (__m512i)rounded_by(threshold, w + w * update[i][q]));
+            changed[q] = (__m512i)rounded_by(threshold, (vf)((vi)w & merged) + w * update[i][q]);
+            changed[q] = _mm512_mask_mov_epi32((__m512i)w, inside[i][q], changed[q]);
         }
-        line[i] = _mm512_permutex2var_epi16(half_line[0], _mm512_loadu_si512(upper), half_line[1]);
+        line[i] = _mm512_permutex2var_epi16(changed[0], _mm512_loadu_si512(upper), changed[1]);
     }
 }
 
@@ -181,7 +165,7 @@ INLINE void tile_rows(int as_left, const operand *o, const adapter *m, i64 first
     for (i64 i = 0; i < count; i += SIDE) {
         const half *row[SIDE];
         for (i64 r = 0; r < least(SIDE, count - i); r++)
-            row[r] = (const half *)o->data + (o->rows ? o->rows[first + i + r] : first + i + r) * o->row_stride + o->start + k;
+            row[r] = element_of(o, first + i + r, k);
         half *tile = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
         for (i64 c = 0; c < depth; c += TERMS, tile += STEP) {
             __m512i r[SIDE];
@@ -203,15 +187,14 @@ INLINE void tile_rows(int as_left, const operand *o, const adapter *m, i64 first
 /* Packs one step of a right panel from a column-major operand: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
  * Prefetches the next panel, since rows are too far apart for the hardware prefetcher. */
 INLINE void pair_terms(const operand *o, const adapter *m, i64 first, i64 valid, i64 c, i64 count, half *to) {
-    const half *from = (const half *)o->data + first * o->col_stride + c;
+    const half *from = element_of(o, first, c);
     __mmask32 inside = first_halves(count);
     for (i64 t = 0; t < TERMS; t += BESIDE) {
         __m512i line[BESIDE];
 #pragma GCC unroll 4
         for (int i = 0; i < BESIDE; i++) {
-            line[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->col_stride);
-            __builtin_prefetch(from + (t + i) * o->col_stride + PANEL);
-            if (o->keep && t + i < valid) line[i] = drop(line[i], keep_of(o, first + t + i), c);
+            line[i] = _mm512_maskz_loadu_epi16(t + i < valid ? inside : 0, from + (t + i) * o->stride);
+            __builtin_prefetch(from + (t + i) * o->stride + PANEL);
         }
         if (m) modulate_lines(m, first + t, c, line);
 #pragma GCC unroll 2
@@ -222,7 +205,7 @@ INLINE void pair_terms(const operand *o, const adapter *m, i64 first, i64 valid,
     }
 }
 
-/* Packs an operand that is read in memory's order in PAIRS: a weight, which `m` modulates, or tokens. */
+/* Packs an operand in PAIRS: a weight, which `m` modulates, or tokens. */
 static void pack_pairs(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, half *to) {
     adapter along = m ? along_lines(m, o->row_major) : (adapter){0};
     m = m ? &along : NULL;
@@ -237,44 +220,37 @@ static void pack_pairs(int as_left, const operand *o, const adapter *m, i64 firs
 
 #else
 #define transpose_tiles(tiles, tile) ((void)(tile))
-#define tiles_of_floats(format, count, depth, panel, to, apart) ((void)(to))
+#define split_floats(count, depth, panel, to) ((void)(to))
 #define split_rows(o, first, count, k, depth, to) ((void)(to))
 #define pack_pairs(as_left, o, m, first, count, k, depth, to) ((void)(to))
 #endif
 
-/* Floats of scratch that packing takes. */
-static i64 scratch_size(int format) { return format == FLOATS ? 0 : NC * KC + SPILL; }
-
 /* Packs right panels: rows first to first + count, terms k to k + depth. If `m` is given, modulates them while they are in the cache.
- * `scratch` has `scratch_size` floats. */
+ * `scratch` has NC * KC + SPILL floats. */
 static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
-    if (format == PAIRS && is_plain(o, m)) {
+    if (format == PAIRS) {
         pack_pairs(0, o, m, first, count, k, depth, (half *)to);
         return;
     }
-    for (i64 top = 0; top < count; top += NC)
-        for (i64 p = 0, deep; p < depth; p += deep) {
-            i64 rows = least(NC, count - top);
-            deep = format == FLOATS ? depth : least(KC, depth - p);
-            i64 size = row_size(format, depth);
-            float *panels = format == FLOATS ? to + top * depth : scratch;
-            half *tiles = (half *)(to + top * size) + p * PANEL;
-            pack_floats(o, first + top, rows, k + p, deep, NR, panels);
-            if (m) modulate(m, first + top, rows, k + p, deep, panels);
-            if (format != FLOATS) tiles_of_floats(format, rows, deep, panels, tiles, 2 * PANEL * size);
-        }
+    for (i64 top = 0; top < count; top += NC) {
+        i64 rows = least(NC, count - top);
+        float *at = to + top * row_size(format, depth), *panels = format == FLOATS ? at : scratch;
+        pack_floats(o, first + top, rows, k, depth, NR, panels);
+        if (m) modulate(m, first + top, rows, k, depth, panels);
+        if (format == SPLIT3) split_floats(rows, depth, panels, (half *)at);
+    }
 }
 
 /* The same for left panels. */
 static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
     if (format == FLOATS)
         pack_floats(o, first, count, k, depth, MR, to);
-    else if (format == PAIRS && is_plain(o, NULL))
+    else if (format == PAIRS)
         pack_pairs(1, o, NULL, first, count, k, depth, (half *)to);
-    else if (format == SPLIT3 && o->row_major)
+    else if (o->row_major)
         split_rows(o, first, count, k, depth, (half *)to);
     else {
-        pack_right(format, o, NULL, first, count, k, depth, to, scratch);
-        transpose_tiles(round_up(count, PANEL) * row_size(format, depth) * 2 / TILE, (half *)to);
+        pack_right(SPLIT3, o, NULL, first, count, k, depth, to, scratch);
+        transpose_tiles(round_up(count, PANEL) * row_size(SPLIT3, depth) * 2 / TILE, (half *)to);
     }
 }

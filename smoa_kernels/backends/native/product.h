@@ -28,13 +28,14 @@ typedef struct {
     factors factors;
     void *C; /* float32, or y */
     adapter merged;
+    operand update_x; /* dropout(x) in block order */
+    char *ordered_weight; /* the blocks of W0 in block order, or NULL: as they lie */
     local_rooms rooms;
 } product;
 
 /* Advances by `count` tokens. */
 static void next_tokens(product *p, i64 count) {
     p->x = element(p->x, count * p->x_stride, p->dtype), p->y = (char *)p->y + count * p->y_stride * bytes_of(p->dtype);
-    if (p->x_keep) p->x_keep += count * words(p->l.cols);
     if (p->y_keep) p->y_keep += count * words(p->l.rows);
 }
 
@@ -46,7 +47,7 @@ static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
     return least(fit, round_up(ceil_div(all, threads), PANEL));
 }
 
-static operand x_of(const product *p) { return operand_of(p->x, p->dtype, 1, p->x_stride, 1, p->l.cols, p->x_keep); }
+static operand x_of(const product *p) { return (operand){p->x, p->dtype, 1, p->x_stride}; }
 
 /* How many parts to cut the tokens into. A thread then packs `tokens / parts` rows of x and `rows * parts / threads` of W0: least in sum. */
 static i64 token_parts_of(i64 tokens, i64 rows, i64 threads) {
@@ -71,7 +72,6 @@ static gemm_job weight_product(const product *p) {
     gemm_job g = {.format = p->tiles ? PAIRS : format_of(p->total, l->cols), .depth = l->cols, .terms = p->tiles ? l->cols : terms_of(p->total),
                   .left = x_of(p), .right = weight_of(l), .adapter = p->algorithm == MERGED ? &p->merged : NULL, .stride = p->C_stride,
                   .dtype = is_in_y(p) ? p->dtype : FLOAT32, .add = p->algorithm == SPLIT};
-    g.left.keep = NULL;
     g.right_rows = p->tiles ? rows_together(l->rows, l->cols, L2_CACHE, p->threads) : right_rows_of(g.format);
     return g;
 }
@@ -91,17 +91,35 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     gemm(&g, first, end - first, row, count, room);
 }
 
+/* Elements of W0 in the blocks before k. */
+static i64 elements_before(const layer *l, i64 k) {
+    i64 before = 0;
+    for (i64 b = 0; b < k; b++) before += height_of(l, b) * width_of(l, b);
+    return before;
+}
+
+/* Copies the blocks of W0 in block order, their lines as they lie in memory. */
+static void order_weight(const product *p) {
+    layer l = p->l.col_stride == 1 ? p->l : transposed(p->l);
+    for (i64 k = 0; k < l.blocks; k++) {
+        order_job j = {weight_of(&l), l.row_index + l.row_offsets[k], l.col_index + l.col_offsets[k], NULL, width_of(&l, k),
+                       p->ordered_weight + elements_before(&l, k) * bytes_of(l.dtype)};
+        if (j.width) in_parallel(order_rows, &j, height_of(&l, k), 1, p->threads);
+    }
+}
+
 /* The gemm of C = x_k ΔW_kᵀ, whose columns are those of a block in block order; those of a block of rank 0 become 0. */
 static gemm_job block_product(const product *p, const adapter *m, i64 k) {
     const layer *l = &p->l;
     int format = p->tiles ? PAIRS : format_of(p->total, widest_of(l));
     i64 depth = rank_of(l, k) ? width_of(l, k) : 0;
-    gemm_job g = {.format = format, .depth = depth, .terms = p->tiles ? depth : terms_of(p->total), .left = x_of(p), .right = weight_of_block(l, k),
+    gemm_job g = {.format = format, .depth = depth, .terms = p->tiles ? depth : terms_of(p->total), .left = p->update_x, .right = weight_of(l),
                   .adapter = m, .right_rows = right_rows_of(format), .C = (float *)p->C + l->row_offsets[k], .stride = p->C_stride};
-    if (l->contiguous)
-        g.left.start = l->col_offsets[k];
+    g.left.data = element_of(&g.left, 0, l->col_offsets[k]);
+    if (p->ordered_weight)
+        g.right.data = p->ordered_weight + elements_before(l, k) * bytes_of(l->dtype), g.right.stride = g.right.row_major ? width_of(l, k) : height_of(l, k);
     else
-        g.left.cols = l->col_index + l->col_offsets[k];
+        g.right.data = element(l->weight, l->row_offsets[k] * l->row_stride + l->col_offsets[k] * l->col_stride, l->dtype);
     return g;
 }
 
@@ -122,7 +140,7 @@ static void add_update(void *it, i64 thread, i64 first, i64 end) {
             memcpy(line, C, (size_t)l->rows * sizeof *line);
             for (i64 i = 0; i < l->rows; i++) C[l->row_index[i]] = line[i];
         }
-        if (p->y_keep) widen_row(C, FLOAT32, 0, l->rows, p->y_keep + t * words(l->rows), C);
+        if (p->y_keep) widen_row(C, FLOAT32, l->rows, p->y_keep + t * words(l->rows), C);
     }
 }
 
@@ -158,14 +176,19 @@ static i64 blocked_product(product p) {
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm == SPLIT, l->scaling);
     p.C = take(&a, in_y ? 0 : most * l->rows * 4), p.C_stride = in_y ? p.y_stride : l->rows;
+    order_job x = {x_of(&p), NULL, l->col_index, p.x_keep, l->cols, NULL};
+    if (p.algorithm == SPLIT && (!l->contiguous || p.x_keep)) x.to = take(&a, most * l->cols * bytes_of(p.dtype));
+    if (p.algorithm == SPLIT && !l->contiguous) p.ordered_weight = take(&a, elements_before(l, l->blocks) * bytes_of(l->dtype));
     int32_t *row_label = take(&a, (l->rows + PANEL) * 4), *col_label = take(&a, (l->cols + PANEL) * 4);
     p.rooms = take_rooms(&a, p.threads, product_room(&p));
     if (!a.base) return floats_of(&a);
     write_labels(l->row_index, l->row_offsets, l->blocks, row_label);
     write_labels(l->col_index, l->col_offsets, l->blocks, col_label);
     p.merged = (adapter){l->rank, p.factors.A_stride, p.factors.B_stride, l->place, l->row_step, l->col_step, p.factors.A, p.factors.B, row_label, col_label};
+    if (p.ordered_weight) order_weight(&p);
     for (; remaining > 0; remaining -= most, next_tokens(&p, most)) {
         p.tokens = least(most, remaining), p.C = in_y ? p.y : p.C;
+        p.update_x = ordered(&x, p.tokens, p.threads);
         if (p.algorithm == SPLIT) in_parallel(add_update, &p, p.tokens, left_height(block_product(&p, NULL, 0).format), p.threads);
         in_parallel(multiply_weight, &p, p.threads, 1, p.threads);
         if (!in_y || (p.bias && format == FLOATS)) in_parallel(finish, &p, p.tokens, 1, p.threads);
