@@ -1,8 +1,8 @@
 /* SMoA's forward and backward on a CPU: the functions that Python calls (library.py). gemm.h explains the method.
  *
- * hatch_build.py compiles this once per instruction set and sets VECTOR_BYTES. The functions that compute return the size of the workspace
- * that they need, in floats; called without a workspace they do nothing else. They assume that `smoa_check` accepted a layer's indices;
- * those of experts they check.
+ * hatch_build.py compiles this once per instruction set and sets VECTOR_BYTES. The functions that compute return the
+ * size of the workspace that they need, in floats; called without a workspace they do nothing else. They assume that
+ * `smoa_check` accepted a layer's indices; those of experts they check.
  */
 #include "few_tokens.h"
 #include "gradient.h"
@@ -14,8 +14,8 @@ static const i64 *index_of(const void *all, i64 bytes, i64 first, i64 count, i64
     return to;
 }
 
-/* Whether indices and offsets give each of `count` coordinates to exactly one block; `seen` has one byte per coordinate. If it is NULL, only
- * offsets are checked, on which the size of a workspace depends. */
+/* Whether indices and offsets give each of `count` coordinates to exactly one block; `seen` has one byte per
+ * coordinate. If it is NULL, only offsets are checked, on which the size of a workspace depends. */
 static int shared_out(const i64 *index, const int32_t *offsets, i64 count, i64 blocks, uint8_t *seen) {
     int right = offsets[0] == 0 && offsets[blocks] == count;
     for (i64 k = 0; k < blocks; k++) right &= offsets[k] <= offsets[k + 1];
@@ -37,12 +37,13 @@ static int update_is_zero(const layer *l) {
     return 1;
 }
 
-/* Calls `function` for the layer, or for each expert that has pairs; with `skip_zeros` not for those whose ΔW is zero. For experts it returns
- * -1 if `ends` or indices do not fit, else with a workspace how many experts it skipped. */
+/* Calls `function` for the layer, or for each expert that has pairs; with `skip_zeros` not for those whose ΔW is zero.
+ * For experts it returns -1 if `ends` or indices do not fit, else with a workspace how many experts it skipped. */
 static i64 for_each(const call *c, i64 (*function)(const call *), int skip_zeros) {
     if (!c->experts) return function(c);
     arena a = workspace_of(c->workspace);
-    i64 *row_index = take(&a, c->layer.rows * 8), *col_index = take(&a, c->layer.cols * 8), most = 0, first = 0, skipped = 0;
+    i64 *row_index = take(&a, c->layer.rows * 8), *col_index = take(&a, c->layer.cols * 8);
+    i64 most = 0, first = 0, skipped = 0;
     uint8_t *seen = take(&a, greatest(c->layer.rows, c->layer.cols));
     for (i64 e = 0; e < c->experts; first = c->ends[e++]) {
         call one = *c;
@@ -72,12 +73,15 @@ static i64 for_each(const call *c, i64 (*function)(const call *), int skip_zeros
 }
 
 static i64 compute(const call *c, product p) {
-    p.algorithm = c->algorithm, p.tokens = p.total = c->tokens, p.threads = c->threads, p.dtype = (int)c->dtype, p.tiles = c->path == TILES_PATH;
+    p.algorithm = c->algorithm, p.tiles = c->path == TILES_PATH, p.dtype = (int)c->dtype;
+    p.tokens = p.total = c->tokens, p.threads = c->threads;
     p.bias = c->bias, p.y = c->y, p.y_stride = c->y_stride, p.workspace = workspace_of(c->workspace);
     return (c->path == FEW_TOKENS ? few_product : blocked_product)(p);
 }
 
-static i64 forward(const call *c) { return compute(c, (product){.l = c->layer, .x = c->x, .x_stride = c->x_stride, .x_keep = c->keep}); }
+static i64 forward(const call *c) {
+    return compute(c, (product){.l = c->layer, .x = c->x, .x_stride = c->x_stride, .x_keep = c->keep});
+}
 
 static i64 input(const call *c) {
     return compute(c, (product){.l = transposed(c->layer), .x = c->dy, .x_stride = c->dy_stride, .y_keep = c->keep});
@@ -92,15 +96,16 @@ i64 smoa_input(const call *c) { return for_each(c, input, 0); }
 /* dA (rank, cols) and dB (rows, rank), dense, in the dtype of A and B, from dY (tokens, rows) and x (tokens, cols). */
 i64 smoa_gradient(const call *c) { return for_each(c, factor_gradients, 0); }
 
-/* 0 if each row and each column of the layer is in exactly one block, else 1. The workspace must have 64 floats, and one byte per
- * coordinate of the longer side. */
+/* 0 if each row and each column of the layer is in exactly one block, else 1. The workspace must have 64 floats, and
+ * one byte per coordinate of the longer side. */
 i64 smoa_check(const call *c) {
     arena a = workspace_of(c->workspace);
     return misfit(&c->layer, take(&a, greatest(c->layer.rows, c->layer.cols)));
 }
 
-/* Dropout's mask, a bit per element (definition/dropout.py), by Philox-4x32-7 (Salmon et al. 2011). A 64-bit lane computes the four words of
- * one column and eight tokens, in its lower 32 bits; its upper 32 are of no use. A token takes 16 bits of a word. */
+/* Dropout's mask, a bit per element (definition/dropout.py), by Philox-4x32-7 (Salmon et al. 2011). A 64-bit lane
+ * computes the four words of one column and eight tokens, in its lower 32 bits; its upper 32 are of no use. A token
+ * takes 16 bits of a word. */
 enum { GROUPS = VECTOR_BYTES / 8, TOGETHER = 8 * GROUPS };
 
 static void draw_mask(void *it, i64 thread, i64 token, i64 end) {
@@ -127,14 +132,15 @@ static void draw_mask(void *it, i64 thread, i64 token, i64 end) {
         }
 }
 
-/* y (tokens, words(cols)), of 16 bits each: a bit is set where the draw of a token and a column is at least `threshold`. */
+/* y (tokens, words(cols)), of 16 bits each: a bit is set where the draw of a token and a column is at least
+ * `threshold`. */
 i64 smoa_mask(call *c) {
     in_parallel(draw_mask, c, c->tokens, TOGETHER, c->threads);
     return 0;
 }
 
-/* Facts about this library that Python checks. Python sets `has_bf16` and `has_amx` to what is to be used; smoa_about clears those that the
- * compiler does not know. */
+/* Facts about this library that Python checks. Python sets `has_bf16` and `has_amx` to what is to be used; smoa_about
+ * clears those that the compiler does not know. */
 typedef struct {
     const char *source; /* digest of the sources that it was compiled from */
     i64 has_threads, has_bf16, has_amx;
@@ -143,8 +149,11 @@ typedef struct {
 
 i64 smoa_about(about *a) {
     has_bf16 = HAS_TILES && a->has_bf16, has_amx = HAS_TILES && a->has_amx;
-    *a = (about){SOURCE, GOMP_parallel != NULL, has_bf16, has_amx,
-                 {VECTOR_BYTES, FLOAT32, BFLOAT16, FLOAT16, FEW_TOKENS, FLOAT, TILES_PATH, MERGED, SPLIT, offsetof(call, path),
-                  offsetof(call, workspace), offsetof(call, ends), sizeof(call)}};
+    *a = (about){SOURCE,
+                 GOMP_parallel != NULL,
+                 has_bf16,
+                 has_amx,
+                 {VECTOR_BYTES, FLOAT32, BFLOAT16, FLOAT16, FEW_TOKENS, FLOAT, TILES_PATH, MERGED, SPLIT,
+                  offsetof(call, path), offsetof(call, workspace), offsetof(call, ends), sizeof(call)}};
     return 0;
 }

@@ -1,5 +1,5 @@
-/* Epilogues of a finished piece of C. For y: add a bias and round once. For dA and dB, where C is rows of a block's G = dYᵀ x: make
- * H = s G ∘ W0 and contract it with the factors, dA += Bᵀ H, dB += H Aᵀ.
+/* Epilogues of a finished piece of C. For y: add a bias and round once. For dA and dB, where C is rows of a block's G =
+ * dYᵀ x: make H = s G ∘ W0 and contract it with the factors, dA += Bᵀ H, dB += H Aᵀ.
  */
 #pragma once
 
@@ -8,12 +8,14 @@
 enum { ROWS_BELOW = 6 };
 
 /* y (+)= sums + bias for some rows of float32 sums; the bias may be NULL. Each number is rounded once. */
-INLINE void finish_rows(const float *sums, i64 stride, i64 count, i64 cols, const void *bias, int add, void *y, i64 y_stride, int dtype) {
+INLINE void finish_rows(const float *sums, i64 stride, i64 count, i64 cols, const void *bias, int add, void *y,
+                        i64 y_stride, int dtype) {
     for (i64 t = 0; t < count; t++)
         for (i64 c = 0; c < cols; c += LANES) {
             void *to = (char *)y + (t * y_stride + c) * bytes_of(dtype);
             vf value = widen(sums + t * stride, c, cols - c, FLOAT32);
-            __builtin_prefetch((char *)to + ROWS_BELOW * y_stride * bytes_of(dtype), 1); /* a piece of C has left the cache */
+            __builtin_prefetch((char *)to + ROWS_BELOW * y_stride * bytes_of(dtype),
+                               1); /* a piece of C has left the cache */
             if (bias) value += widen(bias, c, cols - c, dtype);
             if (add) value += widen(to, 0, cols - c, dtype);
             narrow(to, 0, cols - c, value, dtype);
@@ -29,7 +31,8 @@ enum {
 /* Overwrites a row of G with H = scale G ∘ W0, and with 0 from `width` to a multiple of PANEL. */
 INLINE void make_H(float *G, const void *W0, int dtype, float scale, i64 width) {
     i64 c = 0;
-    for (; c < width; c += LANES) store(G + c, widen(G, c, width - c, FLOAT32) * (scale * widen(W0, c, width - c, dtype)));
+    for (; c < width; c += LANES)
+        store(G + c, widen(G, c, width - c, FLOAT32) * (scale * widen(W0, c, width - c, dtype)));
     for (; c < round_up(width, PANEL); c += LANES) store(G + c, (vf){0});
 }
 
@@ -72,8 +75,9 @@ INLINE void add_dA(i64 rank, const float *H, i64 columns, const float *B, i64 B_
 }
 
 /* dA += Bᵀ H and dB += H Aᵀ for GROUP rows: H (GROUP, columns), with columns a multiple of PANEL. */
-static __attribute__((noinline)) void contract(i64 rank, const float *H, i64 columns, const float *A, i64 A_stride, const float *B,
-                                               i64 B_stride, float *dA, i64 dA_stride, float *dB, i64 dB_stride) {
+static __attribute__((noinline)) void contract(i64 rank, const float *H, i64 columns, const float *A, i64 A_stride,
+                                               const float *B, i64 B_stride, float *dA, i64 dA_stride, float *dB,
+                                               i64 dB_stride) {
     for (i64 t = 0; t < rank; t += RANKS) {
         add_dB(rank - t, H, columns, A + t * A_stride, A_stride, dB + t * dB_stride, dB_stride);
         add_dA(rank - t, H, columns, B + t * B_stride, B_stride, dA + t * dA_stride, dA_stride);

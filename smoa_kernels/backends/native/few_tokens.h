@@ -1,11 +1,11 @@
-/* y = x W_effᵀ for few tokens, which packing W0 would not pay for. Each row of W0 is read once, becomes W_eff in registers, a vector at a
- * time, and is multiplied by every token there. */
+/* y = x W_effᵀ for few tokens, which packing W0 would not pay for. Each row of W0 is read once, becomes W_eff in
+ * registers, a vector at a time, and is multiplied by every token there. */
 #pragma once
 
 #include "product.h"
 
 enum {
-    FEW = 8,  /* tokens per pass over W0 */
+    FEW = 8, /* tokens per pass over W0 */
     ROWS = 4, /* most rows of W0 side by side: they share the loads of x and A */
     NONE = 0, SOME, ALL, /* how many of some columns are inside the block of each of some rows */
 };
@@ -20,10 +20,11 @@ typedef struct {
     float *x, *y; /* (tokens, x_stride), 0 beyond cols; (tokens, rows) */
 } few_job;
 
-/* Multiplies LANES columns of some rows by all tokens: as W_eff, where a column is inside the block of a row, else as W0. They begin at c, and
- * `valid` of them exist; A and x point to column c, B and row_label to the first row. */
-INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_job *j, const int32_t *row_label, const float *B, const float *A,
-                        const void *const *weight, i64 c, i64 valid, const float *x, vf (*sums)[FEW]) {
+/* Multiplies LANES columns of some rows by all tokens: as W_eff, where a column is inside the block of a row, else as
+ * W0. They begin at c, and `valid` of them exist; A and x point to column c, B and row_label to the first row. */
+INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_job *j, const int32_t *row_label,
+                        const float *B, const float *A, const void *const *weight, i64 c, i64 valid, const float *x,
+                        vf (*sums)[FEW]) {
     vi of_column = (vi){0} - 1; /* no block */
     memcpy(&of_column, j->col_label + c, valid < LANES ? (size_t)valid * sizeof *j->col_label : sizeof of_column);
     vf update[ROWS] = {{0}};
@@ -45,8 +46,10 @@ INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_j
 INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const float *x, i64 row, float *y) {
     const layer *l = j->l;
     const int32_t *label = j->row_label + row;
-    i64 cols = l->cols, c = 0, first = 0, end = cols, whole = 0; /* the columns of the rows' blocks; `whole` is `end` if they are one block */
-    if (l->contiguous) first = l->col_offsets[label[0]], end = l->col_offsets[label[rows - 1] + 1], whole = label[0] == label[rows - 1] ? end : 0;
+    /* The columns of the rows' blocks; `whole` is `end` if they are one block. */
+    i64 cols = l->cols, c = 0, first = l->contiguous ? l->col_offsets[label[0]] : 0;
+    i64 end = l->contiguous ? l->col_offsets[label[rows - 1] + 1] : cols;
+    i64 whole = l->contiguous && label[0] == label[rows - 1] ? end : 0;
     const float *A = j->factors.A, *B = j->B + row / ROWS * ROWS * l->rank + row % ROWS;
     const void *weight[ROWS];
     vf sums[ROWS][FEW];
@@ -57,7 +60,8 @@ INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, const fl
     for (; c + LANES <= cols; c += LANES, A += LANES) {
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) __builtin_prefetch(element(weight[i], c + rows * l->row_stride, dtype), 0, 2);
-        if (VECTOR_BYTES == 64 && c >= first && c + LANES <= whole) /* with AVX2's 16 registers a third case slows the others */
+        /* With AVX2's 16 registers a third case slows the others. */
+        if (VECTOR_BYTES == 64 && c >= first && c + LANES <= whole)
             few_columns(dtype, tokens, rows, ALL, j, label, B, A, weight, c, LANES, x + c, sums);
         else if (c < end && c + LANES > first)
             few_columns(dtype, tokens, rows, SOME, j, label, B, A, weight, c, LANES, x + c, sums);
@@ -76,10 +80,9 @@ INLINE void few_of_rows(int dtype, int tokens, const few_job *j, const float *x,
     for (; row < end; row++) few_rows(dtype, tokens, 1, j, x, row, y);
 }
 
-/* Unrolled for each dtype of W0 and number of tokens, so that sums stay in registers. Not inlined, because GCC would then keep the address of
- * every token's x, and spill. */
-#define CASE(dtype, tokens) \
-    case dtype * 16 + tokens: few_of_rows(dtype, tokens, j, x, row, end, y); break;
+/* Unrolled for each dtype of W0 and number of tokens, so that sums stay in registers. Not inlined, because GCC would
+ * then keep the address of every token's x, and spill. */
+#define CASE(dtype, n) case dtype * 16 + n: few_of_rows(dtype, n, j, x, row, end, y); break;
 #define CASES(d) CASE(d, 1) CASE(d, 2) CASE(d, 3) CASE(d, 4) CASE(d, 5) CASE(d, 6) CASE(d, 7) CASE(d, 8)
 static __attribute__((noinline)) void few_of(i64 tokens, const few_job *j, const float *x, i64 row, i64 end, float *y) {
     switch (j->l->dtype * 16 + tokens) { CASES(FLOAT32) CASES(BFLOAT16) CASES(FLOAT16) default: __builtin_trap(); }
@@ -96,46 +99,48 @@ static void few_part(void *it, i64 thread, i64 row, i64 end) {
 }
 
 #if HAS_TILES
-/* For one token in bfloat16, without W_eff: y_i = ⟨w_i, x⟩ + s Σ_t B_it ⟨w_i, A_t ∘ x⟩ for row i. A_t ∘ x is rounded to bfloat16; it is an
- * update's part only. */
-enum { DOTS_ROWS = 3, DOTS_VECTORS = 9 };
+/* For one token in bfloat16, without W_eff: y_i = ⟨w_i, x⟩ + s Σ_t B_it ⟨w_i, A_t ∘ x⟩ for row i. A_t ∘ x is rounded to
+ * bfloat16; it is an update's part only. */
+enum { TRIPLE = 3, VECTORS = 9 };
 
 typedef struct {
     const layer *l;
-    i64 stride, groups; /* groups: one, or one for each block if they are not contiguous */
-    const half *x;      /* (groups, 1 + rank, stride): x, then A_t ∘ x, which is 0 outside a group's block */
+    i64 stride;
+    const half *x; /* (blocks, 1 + rank, stride): x, then A_t ∘ x, which is 0 outside the block */
     float *y;
 } dot_job;
 
-/* sums = the products of some rows and vectors, over the terms from `first` to `end`. */
-TARGET_BF16 INLINE void dots_with(int vectors, const half *const *row, const half *x, i64 stride, i64 first, i64 end,
-                                  float (*sums)[DOTS_VECTORS]) {
-    __m512 sum[DOTS_ROWS][DOTS_VECTORS];
+typedef float row_sums[VECTORS];
+
+/* sums = the products of some rows and vectors. */
+TARGET_BF16 INLINE void dots_with(int vectors, const half *const *row, const half *x, i64 stride, i64 cols,
+                                  row_sums *sums) {
+    __m512 sum[TRIPLE][VECTORS];
 #pragma GCC unroll 9
     for (int t = 0; t < vectors; t++)
 #pragma GCC unroll 3
-        for (int i = 0; i < DOTS_ROWS; i++) sum[i][t] = _mm512_setzero_ps();
-    for (i64 c = first / TERMS * TERMS; c < end; c += TERMS) {
-        __mmask32 inside = first_halves(end - c) & ~first_halves(first - c);
-        __m512bh w[DOTS_ROWS];
+        for (int i = 0; i < TRIPLE; i++) sum[i][t] = _mm512_setzero_ps();
+    for (i64 c = 0; c < cols; c += TERMS) {
+        __m512bh w[TRIPLE];
 #pragma GCC unroll 3
-        for (int i = 0; i < DOTS_ROWS; i++) w[i] = (__m512bh)_mm512_maskz_loadu_epi16(inside, row[i] + c);
+        for (int i = 0; i < TRIPLE; i++)
+            w[i] = (__m512bh)_mm512_maskz_loadu_epi16(first_halves(cols - c), row[i] + c);
 #pragma GCC unroll 9
         for (int t = 0; t < vectors; t++)
 #pragma GCC unroll 3
-            for (int i = 0; i < DOTS_ROWS; i++)
+            for (int i = 0; i < TRIPLE; i++)
                 sum[i][t] = _mm512_dpbf16_ps(sum[i][t], w[i], (__m512bh)_mm512_load_si512(x + t * stride + c));
     }
 #pragma GCC unroll 9
     for (int t = 0; t < vectors; t++)
 #pragma GCC unroll 3
-        for (int i = 0; i < DOTS_ROWS; i++) sums[i][t] = total((vf)sum[i][t]);
+        for (int i = 0; i < TRIPLE; i++) sums[i][t] = total((vf)sum[i][t]);
 }
 
-#define CASE(n) case n: dots_with(n, row, x, stride, first, end, sums); break;
-TARGET_BF16 static void dots_of_rows(i64 vectors, const half *const *row, const half *x, i64 stride, i64 first, i64 end,
-                                     float (*sums)[DOTS_VECTORS]) {
-    switch (vectors) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) default: __builtin_trap(); }
+#define CASE(n) case n: dots_with(n, row, x, stride, cols, sums); break;
+TARGET_BF16 static void token_dots(i64 n, const half *const *row, const half *x, i64 stride, i64 cols,
+                                   row_sums *sums) {
+    switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) default: __builtin_trap(); }
 }
 #undef CASE
 
@@ -145,20 +150,18 @@ static void dot_rows(void *it, i64 thread, i64 from, i64 to) {
     const layer *l = j->l;
     (void)thread;
     for (i64 k = 0; k < l->blocks; k++)
-        for (i64 n = greatest(from, l->row_offsets[k]), last = least(to, l->row_offsets[k + 1]); n < last; n += DOTS_ROWS) {
-            /* Of contiguous blocks all columns are multiplied by x alone, and those of the block by A_t ∘ x. */
-            i64 apart = l->contiguous && width_of(l, k) < l->cols, vectors, row_at[DOTS_ROWS];
-            const half *row[DOTS_ROWS], *x = j->x + k % j->groups * (l->rank + 1) * j->stride;
-            for (i64 i = 0; i < DOTS_ROWS; i++) {
-                row_at[i] = l->row_index[least(n + i, last - 1)];
+        for (i64 n = greatest(from, l->row_offsets[k]), end = least(to, l->row_offsets[k + 1]); n < end; n += TRIPLE) {
+            i64 vectors, row_at[TRIPLE];
+            const half *row[TRIPLE], *x = j->x + k * (l->rank + 1) * j->stride;
+            for (i64 i = 0; i < TRIPLE; i++) {
+                row_at[i] = l->row_index[least(n + i, end - 1)];
                 row[i] = element(l->weight, row_at[i] * l->row_stride, BFLOAT16);
             }
             for (i64 t = 0; t <= rank_of(l, k); t += vectors) {
-                i64 first = apart && t ? l->col_offsets[k] : 0, end = apart && t ? l->col_offsets[k + 1] : l->cols;
-                float sums[DOTS_ROWS][DOTS_VECTORS];
-                vectors = apart && !t ? 1 : least(DOTS_VECTORS, rank_of(l, k) + 1 - t);
-                dots_of_rows(vectors, row, x + t * j->stride, j->stride, first, end, sums);
-                for (i64 i = 0; i < least(DOTS_ROWS, last - n); i++) {
+                row_sums sums[TRIPLE];
+                vectors = least(VECTORS, rank_of(l, k) + 1 - t);
+                token_dots(vectors, row, x + t * j->stride, j->stride, l->cols, sums);
+                for (i64 i = 0; i < least(TRIPLE, end - n); i++) {
                     float sum = t ? j->y[row_at[i]] : sums[i][0];
                     for (i64 v = !t, b = row_at[i] * l->B_row + (t - 1) * l->B_rank; v < vectors; v++)
                         sum += (float)l->scaling * value_at(l->B, b + v * l->B_rank, (int)l->factor_dtype) * sums[i][v];
@@ -171,13 +174,13 @@ static void dot_rows(void *it, i64 thread, i64 from, i64 to) {
 static i64 dot_product(product p) {
     const layer *l = &p.l;
     arena a = p.workspace;
-    dot_job j = {.l = l, .stride = round_up(l->cols, TERMS) + TERMS, .groups = l->contiguous ? 1 : l->blocks};
-    half *x = take(&a, j.groups * (l->rank + 1) * j.stride * 2);
+    dot_job j = {.l = l, .stride = round_up(l->cols, TERMS) + TERMS};
+    half *x = take(&a, l->blocks * (l->rank + 1) * j.stride * 2);
     int32_t *label = take(&a, j.stride * 4);
     j.x = x, j.y = take(&a, l->rows * 4);
     if (!a.base) return floats_of(&a);
     write_labels(l->col_index, l->col_offsets, l->blocks, label);
-    for (i64 k = 0; k < j.groups; k++)
+    for (i64 k = 0; k < l->blocks; k++)
         for (i64 t = -1; t < l->rank; t++, x += j.stride)
             for (i64 c = 0; c < j.stride; c += LANES) {
                 vf value = widen(p.x, c, l->cols - c, BFLOAT16), factor = {0};
@@ -185,7 +188,7 @@ static i64 dot_product(product p) {
                 memcpy(&labels, label + c, sizeof labels);
                 for (i64 i = 0; i < least(LANES, l->cols - c) && t >= 0; i++)
                     factor[i] = value_at(l->A, t * l->A_rank + (c + i) * l->A_col, (int)l->factor_dtype);
-                if (t >= 0) value = j.groups == 1 ? value * factor : select_label(labels, (int32_t)k, value * factor, (vf){0});
+                if (t >= 0) value = select_label(labels, (int32_t)k, value * factor, (vf){0});
                 narrow(x, c, LANES, value, BFLOAT16);
             }
     in_parallel(dot_rows, &j, l->rows, 1, p.threads);
@@ -198,8 +201,9 @@ static i64 dot_product(product p) { return (void)p, 0; }
 
 /* y (tokens, rows) = x W_effᵀ + b; W0 is row-major. Returns the size of the workspace that it needs, in floats. */
 static i64 few_product(product p) {
-    if (has_bf16 && p.dtype == BFLOAT16 && p.tokens == 1) return dot_product(p);
     const layer *l = &p.l;
+    /* In contiguous blocks W_eff is made of a part of the columns only. */
+    if (has_bf16 && p.dtype == BFLOAT16 && p.tokens == 1 && !(l->contiguous && l->blocks > 1)) return dot_product(p);
     arena a = p.workspace;
     few_job job = {.l = l, .tokens = p.tokens, .x_stride = round_up(l->cols, LANES) + SKEW};
     int32_t *row_label = take(&a, l->rows * 4), *col_label = take(&a, l->cols * 4);
@@ -208,7 +212,8 @@ static i64 few_product(product p) {
     job.x = take(&a, p.tokens * job.x_stride * 4), job.y = take(&a, p.tokens * l->rows * 4);
     if (!a.base) return floats_of(&a);
     for (i64 row = 0; row < l->rows; row += ROWS)
-        for (i64 t = 0; t < l->rank; t++, B += ROWS) memcpy(B, job.factors.B + t * job.factors.B_stride + row, ROWS * sizeof *B);
+        for (i64 t = 0; t < l->rank; t++, B += ROWS)
+            memcpy(B, job.factors.B + t * job.factors.B_stride + row, ROWS * sizeof *B);
     memset(job.x, 0, (size_t)(p.tokens * job.x_stride) * sizeof *job.x);
     for (i64 t = 0; t < p.tokens; t++)
         widen_row(element(p.x, t * p.x_stride, p.dtype), p.dtype, l->cols, NULL, job.x + t * job.x_stride);

@@ -1,27 +1,32 @@
-/* The blocked GEMM C (+)= left rightᵀ after Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication", 2008).
+/* The blocked GEMM C (+)= left rightᵀ after Goto and van de Geijn ("Anatomy of High-Performance Matrix Multiplication",
+ * 2008).
  *
- * Every product of a layer and its gradients is a call of `gemm`, or of `multiply_tiles` where operands are packed before. What differs:
+ * Every product of a layer and its gradients is a call of `gemm`. What differs:
  *
- *   operand.h      the matrices that are read: three dtypes, two memory orders, rows or terms permuted by an index, elements dropped;
- *   pack.h         packs a piece of an operand in panels of floats and modulates a weight meanwhile (W0 ∘ (1 + s B A), or W0 ∘ s B A);
- *   pack_tiles.h   packs in tiles of bfloat16;
+ *   operand.h      the matrices that are read: three dtypes, two memory orders;
+ *   pack.h         packs a piece of one in panels of floats and modulates a weight meanwhile (to W_eff, or ΔW);
+ *   pack_tiles.h   packs and modulates in tiles of bfloat16;
  *   microkernel.h  multiplies panels by FMA, vdpbf16ps or AMX;
  *   epilogue.h     finishes rows of C: adds a bias or what was there and rounds once, or contracts them with A and B.
  *
- * Two files call it: product.h (y and dX) and gradient.h (dA and dB). calls.c exports the functions; its `for_each` loops over experts.
+ * Two files call it: product.h (y and dX) and gradient.h (dA and dB). Where rows or terms have another order, or
+ * elements are dropped, `order_rows` copies them first.
  *
- * No function allocates memory. `smoa_about` alone keeps state. The order of a sum does not depend on the number of threads, except
- * in dA (in dB where W0 is stored by columns): each thread sums its own rows.
+ * No function allocates memory. `smoa_about` alone keeps state. The order of a sum does not depend on the number of
+ * threads, except in dA (in dB where W0 is stored by columns): each thread sums its own rows.
  */
 #pragma once
 
 #include "epilogue.h"
 
-/* Starts threads of the OpenMP runtime that torch has loaded: a second pool would compete with it. Weak: NULL without that runtime. */
+/* Starts threads of the OpenMP runtime that torch has loaded: a second pool would compete with it. Weak: NULL without
+ * that runtime. */
 void GOMP_parallel(void (*)(void *), void *, unsigned, unsigned) __attribute__((weak));
 
 /* The first item of a thread's share of `count` items; shares are multiples of `unit`. */
-static i64 share_of(i64 count, i64 unit, i64 thread, i64 threads) { return least(count, ceil_div(count, unit) * thread / threads * unit); }
+static i64 share_of(i64 count, i64 unit, i64 thread, i64 threads) {
+    return least(count, ceil_div(count, unit) * thread / threads * unit);
+}
 
 typedef void share_function(void *job, i64 thread, i64 first, i64 end);
 
@@ -35,7 +40,8 @@ static void run_next(void *it) {
     team *t = it;
     i64 thread = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED);
     if (thread < t->threads)
-        t->run(t->job, thread, share_of(t->count, t->unit, thread, t->threads), share_of(t->count, t->unit, thread + 1, t->threads));
+        t->run(t->job, thread, share_of(t->count, t->unit, thread, t->threads),
+               share_of(t->count, t->unit, thread + 1, t->threads));
 }
 
 /* Every thread runs its share of `count`. */
@@ -51,15 +57,20 @@ typedef struct {
     i64 bytes;
 } local_rooms;
 
-static local_rooms take_rooms(arena *a, i64 threads, i64 bytes) { return (local_rooms){take(a, threads * bytes), bytes}; }
+static local_rooms take_rooms(arena *a, i64 threads, i64 bytes) {
+    return (local_rooms){take(a, threads * bytes), bytes};
+}
 
-static arena room_of(const local_rooms *rooms, i64 thread) { return (arena){rooms->base ? rooms->base + thread * rooms->bytes : NULL, 0}; }
+static arena room_of(const local_rooms *rooms, i64 thread) {
+    return (arena){rooms->base ? rooms->base + thread * rooms->bytes : NULL, 0};
+}
 
-/* Copies rows of a matrix, their elements in the order of an index, times dropout's mask: what is multiplied lies as it is packed then. */
+/* Copies rows of a matrix, their elements in the order of an index, times dropout's mask: what is multiplied lies as it
+ * is packed then. */
 typedef struct {
     operand from;
     const i64 *rows, *index; /* NULL: all rows */
-    const uint16_t *keep;    /* or NULL; `words(width)` for a row */
+    const uint16_t *keep; /* or NULL; `words(width)` for a row */
     i64 width;
     char *to; /* (rows, width) */
 } order_job;
@@ -92,29 +103,31 @@ static operand ordered(order_job *j, i64 count, i64 threads) {
     return o;
 }
 
-/* A matrix product C (+)= left rightᵀ + bias. C may be bfloat16, and have a bias, if tiles sum all terms in registers. */
+/* A matrix product C (+)= left rightᵀ + bias. C may be bfloat16, and have a bias, if tiles sum all terms in registers.
+ */
 typedef struct {
     int format;
     i64 depth, terms; /* all terms of a sum; terms that are packed and summed in registers at a time */
     operand left, right;
     const adapter *adapter; /* of the right operand, or NULL */
-    i64 right_rows;         /* rows of the right operand that are packed together */
+    i64 right_rows; /* rows of the right operand that are packed together */
     void *C;
     i64 stride;
-    int dtype, add;   /* dtype: of C */
+    int dtype, add; /* dtype: of C */
     const void *bias; /* or NULL */
 } gemm_job;
 
 #if HAS_TILES
 /* Multiplies panels. The operand with fewer rows is in the inner loop and stays in the L2 cache. */
-TARGET_BF16 INLINE void multiply_tiles(int format, int dtype, const gemm_job *g, const half *left, const half *right, i64 depth, i64 i_count,
-                                       i64 j_count) {
+TARGET_BF16 INLINE void multiply_tiles(int format, int dtype, const gemm_job *g, const half *left, const half *right,
+                                       i64 depth, i64 i_count, i64 j_count) {
     _Alignas(64) float sums[PANEL * PANEL];
     i64 tall = i_count > j_count, apart = 2 * row_size(format, depth);
     if (has_amx) use_tiles();
     for (i64 outer = 0; outer < greatest(i_count, j_count); outer += PANEL)
         for (i64 inner = 0; inner < least(i_count, j_count); inner += PANEL) {
-            i64 i = tall ? outer : inner, j = tall ? inner : outer, rows = least(PANEL, i_count - i), columns = least(PANEL, j_count - j);
+            i64 i = tall ? outer : inner, j = tall ? inner : outer, rows = least(PANEL, i_count - i),
+                columns = least(PANEL, j_count - j);
             tile_panel(format, left + i * apart, right + j * apart, depth, rows, columns, sums);
             finish_rows(sums, PANEL, rows, columns, g->bias ? element(g->bias, j, dtype) : NULL, g->add,
                         (char *)g->C + (i * g->stride + j) * bytes_of(dtype), g->stride, dtype);
@@ -123,7 +136,8 @@ TARGET_BF16 INLINE void multiply_tiles(int format, int dtype, const gemm_job *g,
 }
 
 /* C (+)= left rightᵀ + bias of packed operands. */
-TARGET_BF16 static __attribute__((noinline)) void multiply_packed(const gemm_job *g, const void *left, const void *right, i64 depth, i64 i_count,
+TARGET_BF16 static __attribute__((noinline)) void multiply_packed(const gemm_job *g, const void *left,
+                                                                  const void *right, i64 depth, i64 i_count,
                                                                   i64 j_count) {
     if (g->format == SPLIT3)
         multiply_tiles(SPLIT3, FLOAT32, g, left, right, depth, i_count, j_count);
@@ -136,7 +150,8 @@ TARGET_BF16 static __attribute__((noinline)) void multiply_packed(const gemm_job
 #define multiply_packed(g, left, right, depth, i_count, j_count) ((void)(left), (void)(right))
 #endif
 
-/* Rows that are packed together. The right ones stay in the L2 cache; each further group of left rows packs the right operand again. */
+/* Rows that are packed together. The right ones stay in the L2 cache; each further group of left rows packs the right
+ * operand again. */
 static i64 right_rows_of(int format) { return format == SPLIT3 ? 2 * NC : NC; }
 static i64 left_rows_of(int format) { return format == FLOATS ? MC : 2048; }
 

@@ -1,6 +1,6 @@
-/* dA and dB. G = dYᵀ x, a sum over tokens, is computed for some rows of a block at a time and contracted with the factors at once. If blocks are
- * not contiguous, or elements of x are dropped, some tokens are copied in block order first, once for all blocks. dA and dB are summed in
- * float32, as (rank, coordinates in padded block order).
+/* dA and dB. G = dYᵀ x, a sum over tokens, is computed for some rows of a block at a time and contracted with the
+ * factors at once. If blocks are not contiguous, or elements of x are dropped, some tokens are copied in block order
+ * first, once for all blocks. dA and dB are summed in float32, as (rank, coordinates in padded block order).
  */
 #pragma once
 
@@ -28,12 +28,14 @@ typedef struct {
 
 static gradient_room gradient_room_of(const gradient *g, arena a) {
     i64 padded = round_up(widest_of(&g->l), PANEL);
-    gradient_room r = {.G = take(&a, g->slab * padded * 4), .dA = take(&a, g->l.rank * padded * 4), .line = take(&a, padded * 4)};
+    gradient_room r = {
+        .G = take(&a, g->slab * padded * 4), .dA = take(&a, g->l.rank * padded * 4), .line = take(&a, padded * 4)};
     r.rest = a;
     return r;
 }
 
-/* Turns rows of G into H, GROUP at a time, and contracts them with the factors. dA is summed per slab first, so that sums stay short. */
+/* Turns rows of G into H, GROUP at a time, and contracts them with the factors. dA is summed per slab first, so that
+ * sums stay short. */
 static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 top, i64 count, float *dA) {
     const layer *l = &g->l;
     const factors *f = &g->factors;
@@ -50,8 +52,8 @@ static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 
             W0 = l->contiguous ? element(W0, l->col_offsets[k], dtype) : r->line;
             make_H(r->G + i * padded, W0, dtype, (float)l->scaling, width);
         }
-        contract(rank_of(l, k), r->G + n * padded, padded, f->A + before, f->A_stride, f->B + row + n, f->B_stride, r->dA, padded,
-                 g->dB + row + n, f->B_stride);
+        contract(rank_of(l, k), r->G + n * padded, padded, f->A + before, f->A_stride, f->B + row + n, f->B_stride,
+                 r->dA, padded, g->dB + row + n, f->B_stride);
     }
     for (i64 t = 0; t < rank_of(l, k); t++)
         for (i64 c = 0; c < padded; c++) dA[t * f->A_stride + before + c] += r->dA[t * padded + c];
@@ -63,12 +65,19 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
     const layer *l = &g->l;
     gradient_room r = gradient_room_of(g, room_of(&g->rooms, thread));
     for (i64 k = 0; k < l->blocks; k++) {
-        /* Threads share whole panels, so that the order of dB's sums does not depend on their number. `share` differs from block to
-         * block: when a block has fewer panels than there are threads, other threads take the next block's. */
+        /* Threads share whole panels, so that the order of dB's sums does not depend on their number. `share` differs
+         * from block to block: when a block has fewer panels than there are threads, other threads take the next
+         * block's. */
         i64 height = height_of(l, k), width = width_of(l, k), share = (thread + k) % g->threads;
         if (!width || !rank_of(l, k)) continue;
-        gemm_job product = {.format = g->format, .depth = g->tokens, .terms = g->format == PAIRS ? g->tokens : KC, .left = g->dy, .right = g->x,
-                            .right_rows = right_rows_of(g->format), .C = r.G, .stride = round_up(width, PANEL)};
+        gemm_job product = {.format = g->format,
+                            .depth = g->tokens,
+                            .terms = g->format == PAIRS ? g->tokens : KC,
+                            .left = g->dy,
+                            .right = g->x,
+                            .right_rows = right_rows_of(g->format),
+                            .C = r.G,
+                            .stride = round_up(width, PANEL)};
         end = share_of(height, PANEL, share + 1, g->threads);
         for (first = share_of(height, PANEL, share, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
@@ -79,14 +88,17 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
 }
 
 /* Adds the threads' sums and writes dA (rank, cols), stored as A is; for the transposed layer dB. */
-static void write_gradient(const layer *l, const float *sums, i64 stride, i64 threads, void *dA, i64 rank_step, i64 col_step) {
+static void write_gradient(const layer *l, const float *sums, i64 stride, i64 threads, void *dA, i64 rank_step,
+                           i64 col_step) {
     for (i64 k = 0, before = 0; k < l->blocks; before += round_up(width_of(l, k), PANEL), k++)
         for (i64 t = 0; t < l->rank; t++)
             for (i64 c = 0; c < width_of(l, k); c++) {
                 const float *from = sums + t * stride + before + c;
                 vf sum = {0};
-                for (i64 thread = 0; thread < threads && t < rank_of(l, k); thread++) sum[0] += from[thread * l->rank * stride];
-                narrow(dA, t * rank_step + l->col_index[l->col_offsets[k] + c] * col_step, 1, sum, (int)l->factor_dtype);
+                for (i64 thread = 0; thread < threads && t < rank_of(l, k); thread++)
+                    sum[0] += from[thread * l->rank * stride];
+                narrow(dA, t * rank_step + l->col_index[l->col_offsets[k] + c] * col_step, 1, sum,
+                       (int)l->factor_dtype);
             }
 }
 
@@ -97,10 +109,12 @@ static i64 factor_gradients(const call *c) {
     const layer *l = &g.l;
     order_job dy = {{c->dy, (int)c->dtype, 0, c->dy_stride}, NULL, c->layer.row_index, NULL, c->layer.rows, NULL};
     order_job x = {{c->x, (int)c->dtype, 0, c->x_stride}, NULL, c->layer.col_index, c->keep, c->layer.cols, NULL};
-    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads), remaining = c->tokens; /* most panels of a block that one thread has */
+    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads),
+        remaining = c->tokens; /* most panels of a block that one thread has */
     i64 most = tiles || !l->contiguous || x.keep ? least(remaining, tokens_together(l)) : remaining;
     arena a = workspace_of(c->workspace), local = {0};
-    /* A block's rows decide the format; with a thread's share of them, results would depend on the number of threads. */
+    /* A block's rows decide the format; with a thread's share of them, results would depend on the number of threads.
+     */
     g.format = tiles ? PAIRS : format_of(tallest_of(l), remaining);
     g.slab = least(SLAB, panels * PANEL), g.tokens = most;
     g.factors = factors_of(&a, l, 1, 1);
@@ -123,7 +137,9 @@ static i64 factor_gradients(const call *c) {
         in_parallel(add_gradients, &g, g.threads, 1, g.threads);
     }
     layer other = transposed(*l);
-    write_gradient(l, g.dA, g.factors.A_stride, g.threads, swapped ? c->dB : c->dA, swapped ? 1 : l->cols, swapped ? l->rank : 1);
-    write_gradient(&other, g.dB, g.factors.B_stride, 1, swapped ? c->dA : c->dB, swapped ? l->rows : 1, swapped ? 1 : l->rank);
+    write_gradient(l, g.dA, g.factors.A_stride, g.threads, swapped ? c->dB : c->dA, swapped ? 1 : l->cols,
+                   swapped ? l->rank : 1);
+    write_gradient(&other, g.dB, g.factors.B_stride, 1, swapped ? c->dA : c->dB, swapped ? l->rows : 1,
+                   swapped ? 1 : l->rank);
     return floats_of(&a);
 }

@@ -3,11 +3,12 @@
  *   format   left panel        right panel       instructions                      for
  *   FLOATS   MR rows           NR rows           FMA of AVX2 or AVX-512            every dtype, widened
  *   PAIRS    32 rows of tiles  32 rows of tiles  AMX, or vdpbf16ps of AVX512-BF16  bfloat16
- *   SPLIT3   the same, thrice  the same, thrice  AMX                               float32: each number is the sum of three bfloat16
+ *   SPLIT3   the same, thrice  the same, thrice  AMX                               float32, as a sum of three bfloat16
  *
- * A panel of FLOATS is (depth, rows). One of PAIRS is (steps, 2 tiles), one of SPLIT3 (steps, 3, 2 tiles). A step is 32 terms; a tile has 16
- * rows of them, 1 KiB of bfloat16. A line of a left tile is one row. A line of a right tile is one pair of terms of all 16 rows: the
- * transpose of the left tile in units of 32 bits. An instruction set that multiplies differently needs a format here, and a packing.
+ * A panel of FLOATS is (depth, rows). One of PAIRS is (steps, 2 tiles), one of SPLIT3 (steps, 3, 2 tiles). A step is 32
+ * terms; a tile has 16 rows of them, 1 KiB of bfloat16. A line of a left tile is one row. A line of a right tile is one
+ * pair of terms of all 16 rows: the transpose of the left tile in units of 32 bits. An instruction set that multiplies
+ * differently needs a format here, and a packing.
  */
 #pragma once
 
@@ -35,7 +36,8 @@ static inline i64 row_size(int format, i64 depth) {
 }
 
 /* c (+)= Σ_k a_k b_kᵀ with a (depth, MR) and b (depth, NR): a tile (rows, NR), of which (height, width) is stored. */
-INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width, int add) {
+INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
+                     int add) {
     vf sum[MR][2];
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
 #pragma GCC unroll 4
@@ -49,25 +51,20 @@ INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float 
     }
     float sums[MR * NR];
     int whole = height == rows && width == NR;
-    float *to = whole ? c : sums;
-    i64 step = whole ? stride : NR;
-    if (whole && add)
-        for (int i = 0; i < rows; i++) {
-            sum[i][0] += load(c + i * stride);
-            sum[i][1] += load(c + i * stride + LANES);
+    for (int i = 0; i < rows; i++)
+        for (int q = 0; q < 2; q++) {
+            float *to = (whole ? c + i * stride : sums + i * NR) + q * LANES;
+            store(to, whole && add ? sum[i][q] + load(to) : sum[i][q]);
         }
-    for (int i = 0; i < rows; i++) {
-        store(to + i * step, sum[i][0]);
-        store(to + i * step + LANES, sum[i][1]);
-    }
     if (!whole)
         for (i64 i = 0; i < height; i++)
             for (i64 j = 0; j < width; j++) c[i * stride + j] = sums[i * NR + j] + (add ? c[i * stride + j] : 0);
 }
 
-/* Computes MR, MR / 2 or MR / 4 rows: the last panel may be low. Not inlined, because GCC would then keep the sums in memory. */
-static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
-                                                int add) {
+/* Computes MR, MR / 2 or MR / 4 rows: the last panel may be low. Not inlined, because GCC would then keep the sums in
+ * memory. */
+static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const float *b, float *c, i64 stride,
+                                                i64 height, i64 width, int add) {
     if (height > MR / 2)
         fma_tile(MR, depth, a, b, c, stride, height, width, add);
     else if (height > MR / 4)
@@ -77,23 +74,27 @@ static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const
 }
 
 /* C (rows, columns) (+)= left rightᵀ of consecutive left and right panels. */
-static void fma_panels(i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns, int add) {
+static void fma_panels(i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns,
+                       int add) {
     for (i64 i = 0; i < rows; i += MR)
         for (i64 j = 0; j < columns; j += NR)
-            fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i), least(NR, columns - j), add);
+            fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i),
+                      least(NR, columns - j), add);
 }
 
-/* Whether to multiply by AVX512-BF16, and AMX. library.py finds out and sets them by `smoa_about`, before threads run. */
+/* Whether to multiply by AVX512-BF16, and AMX: set by `smoa_about`, before threads run. */
 static int has_bf16, has_amx;
 
 /* Packing tiles and vdpbf16ps take vectors of 512 bits; every processor with AMX has these. */
 #if VECTOR_BYTES == 64 && (__GNUC__ >= 11 || __clang_major__ >= 13)
 #define HAS_TILES 1
-/* The compiler uses these instructions only through their intrinsics, so other code in such a function runs on any processor. */
+/* The compiler uses these instructions only through their intrinsics, so other code in such a function runs on any
+ * processor. */
 #define TARGET_BF16 __attribute__((target("amx-tile,amx-bf16,avx512bf16")))
 
-/* Sets the size of this thread's tiles, which must be released before the thread ends its work. The sizes are a constant because GCC before
- * the fix of its bug 114098 (12.4) believes that only 8 bytes are read, and may leave the others unwritten. */
+/* Sets the size of this thread's tiles, which must be released before the thread ends its work. The sizes are a
+ * constant because GCC before the fix of its bug 114098 (12.4) believes that only 8 bytes are read, and may leave the
+ * others unwritten. */
 TARGET_BF16 static void use_tiles(void) {
     static const struct {
         uint8_t palette, start, reserved[14];
@@ -103,7 +104,8 @@ TARGET_BF16 static void use_tiles(void) {
     _tile_loadconfig(&sizes);
 }
 
-/* Clears the four tiles of C, (PANEL, PANEL). GCC does not know that a tile load reads memory, and might move earlier stores behind it. */
+/* Clears the four tiles of C, (PANEL, PANEL). GCC does not know that a tile load reads memory, and might move earlier
+ * stores behind it. */
 TARGET_BF16 static inline void zero_sums(void) {
     __asm__ volatile("" ::: "memory");
     _tile_zero(0);
@@ -119,8 +121,8 @@ TARGET_BF16 static inline void store_sums(float *to) {
     _tile_stored(3, to + SIDE * PANEL + SIDE, PANEL * 4);
 }
 
-/* C (rows, columns * SIDE) = left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows by two. With SIDE
- * independent sums no addition waits for the last one to the same sum. */
+/* C (rows, columns * SIDE) = left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows
+ * by two. With SIDE independent sums no addition waits for the last one to the same sum. */
 TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, float *c) {
     __m512 sum[SIDE][2];
 #pragma GCC unroll 16
@@ -144,7 +146,8 @@ TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *le
 }
 
 /* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. */
-TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right, float *c) {
+TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right,
+                                                       float *c) {
     if (two)
         dots_of(SIDE / 2, 2, steps, left, right, c);
     else
@@ -170,8 +173,8 @@ TARGET_BF16 static inline void add_products(int both) {
     _tile_dpbf16ps(3, 5, 7);
 }
 
-/* Six of the nine products of the parts of SPLIT3; the other three are below float32's own rounding. The smallest come first. Each product
- * keeps one operand of the last one. */
+/* Six of the nine products of the parts of SPLIT3; the other three are below float32's own rounding. The smallest come
+ * first. Each product keeps one operand of the last one. */
 TARGET_BF16 static inline void add_split_products(const half *left, const half *right) {
     load_left(left + 2 * STEP);
     load_right(right);
@@ -189,7 +192,8 @@ TARGET_BF16 static inline void add_split_products(const half *left, const half *
 }
 
 /* sums = left rightᵀ of two panels, of which `rows` and `columns` exist. */
-TARGET_BF16 INLINE void tile_panel(int format, const half *left, const half *right, i64 depth, i64 rows, i64 columns, float *sums) {
+TARGET_BF16 INLINE void tile_panel(int format, const half *left, const half *right, i64 depth, i64 rows, i64 columns,
+                                   float *sums) {
     int two = columns > SIDE; /* right tiles */
     for (i64 i = 0; i < rows && !has_amx; i += two ? SIDE / 2 : SIDE)
         dots(two, ceil_div(depth, TERMS), left + i * TERMS, right, sums + i * PANEL);

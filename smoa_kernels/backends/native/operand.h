@@ -1,4 +1,4 @@
-/* Operands of a product: a weight with its adapter, and matrices of three dtypes with strides, an order and a dropout mask.
+/* Operands of a product: a weight with its adapter, and matrices of three dtypes.
  *
  * All sums are float32. Elements are widened when they are packed, and rounded once, to nearest, when they are written.
  */
@@ -39,8 +39,9 @@ enum { GAP = 0 };
 #define ASAN_UNPOISON_MEMORY_REGION(address, bytes)
 #endif
 
-/* The workspace, or a part of it, given out in whole cache lines. With `base` NULL `take` only counts bytes, so one list of `take` calls
- * serves both to size the workspace and to lay it out. Under AddressSanitizer nothing may touch the gaps between its pieces. */
+/* The workspace, or a part of it, given out in whole cache lines. With `base` NULL `take` only counts bytes, so one
+ * list of `take` calls serves both to size the workspace and to lay it out. Under AddressSanitizer nothing may touch
+ * the gaps between its pieces. */
 typedef struct {
     char *base;
     i64 bytes;
@@ -60,12 +61,13 @@ static arena workspace_of(float *p) { return (arena){p ? (char *)p + -(uintptr_t
 
 static i64 floats_of(const arena *a) { return a->bytes / 4 + 16; }
 
-/* A frozen weight W0 (rows, cols) and its adapter; library.py fills it. A (rank, cols) and B (rows, rank) may have any strides. Block k
- * uses the first ranks[k] of `rank` ranks; its rows are row_index[row_offsets[k]] to row_index[row_offsets[k + 1] - 1], its columns
- * in the same way. If blocks are `contiguous`, indices count up from 0. The transposed layer is the same struct with its sides swapped. */
+/* A frozen weight W0 (rows, cols) and its adapter; library.py fills it. A (rank, cols) and B (rows, rank) may have any
+ * strides. Block k uses the first ranks[k] of `rank` ranks; its rows are row_index[row_offsets[k]] to
+ * row_index[row_offsets[k + 1] - 1], its columns in the same way. If blocks are `contiguous`, indices count up from 0.
+ * The transposed layer is the same struct with its sides swapped. */
 typedef struct {
     i64 rows, cols, dtype, row_stride, col_stride;
-    i64 place, row_step, col_step; /* W_eff's thresholds (definition/thresholds.py): of its first entry, and steps to the next ones */
+    i64 place, row_step, col_step; /* thresholds of W_eff (definition/thresholds.py): the first, and steps */
     const void *weight;
     i64 rank, factor_dtype, A_rank, A_col, B_row, B_rank;
     const void *A, *B;
@@ -78,29 +80,30 @@ typedef struct {
 
 /* The layer with W_effᵀ: its forward is dX. */
 static layer transposed(layer l) {
-    return (layer){l.cols, l.rows, l.dtype, l.col_stride, l.row_stride, l.place, l.col_step, l.row_step, l.weight, l.rank, l.factor_dtype, l.B_rank, l.B_row, l.A_col, l.A_rank,
-                   l.B, l.A, l.blocks, l.contiguous, l.ranks, l.col_index, l.row_index, l.col_offsets, l.row_offsets, l.scaling};
+    return (layer){l.cols, l.rows, l.dtype, l.col_stride, l.row_stride, l.place, l.col_step, l.row_step, l.weight,
+                   l.rank, l.factor_dtype, l.B_rank, l.B_row, l.A_col, l.A_rank, l.B, l.A, l.blocks, l.contiguous,
+                   l.ranks, l.col_index, l.row_index, l.col_offsets, l.row_offsets, l.scaling};
 }
 
-/* The arguments of a function; library.py fills it. Matrices are row-major. A mask has a bit for each element of x or dX: each row
- * in whole 16-bit words, and one word more after the last. */
+/* The arguments of a function; library.py fills it. Matrices are row-major. A mask has a bit for each element of x or
+ * dX: each row in whole 16-bit words, and one word more after the last. */
 typedef struct {
     layer layer;
     i64 path, algorithm; /* FEW_TOKENS, FLOAT or TILES_PATH; MERGED or SPLIT */
-    i64 tokens, dtype;   /* dtype: of x, dY, y and bias */
+    i64 tokens, dtype; /* dtype: of x, dY, y and bias */
     const void *x, *dy;
     i64 x_stride, dy_stride, y_stride;
     const uint16_t *keep; /* dropout's mask of x; NULL: no dropout */
-    const void *bias;     /* or NULL */
+    const void *bias; /* or NULL */
     void *y, *dA, *dB;
     float *workspace; /* NULL: only return how many floats it must have */
     i64 threads;
     i64 seed, threshold, column_offset; /* of a mask that is drawn */
-    /* Layers of one shape, whose tokens are pairs of a token and an expert. `layer`, x, dy and results are the first one's; the
-     * steps say how many elements further on those of the next one are. */
-    i64 experts;              /* 0: one layer, and nothing below is read */
-    const int32_t *ends;      /* where each expert's pairs end */
-    i64 few;                  /* experts of up to so many pairs take FEW_TOKENS, the others `path` */
+    /* Layers of one shape, whose tokens are pairs of a token and an expert. `layer`, x, dy and results are the first
+     * one's; the steps say how many elements further on those of the next one are. */
+    i64 experts; /* 0: one layer, and nothing below is read */
+    const int32_t *ends; /* where each expert's pairs end */
+    i64 few; /* experts of up to so many pairs take FEW_TOKENS, the others `path` */
     const void *row_index, *col_index; /* in place of the layer's; NULL: contiguous blocks */
     i64 row_bytes, col_bytes; /* of a number in these: 2 or 4 */
     i64 row_step, col_step, row_offsets_step, col_offsets_step, weight_step, A_step, B_step;
@@ -131,7 +134,8 @@ static void write_labels(const i64 *index, const int32_t *offsets, i64 blocks, i
         for (i64 i = offsets[k]; i < offsets[k + 1]; i++) label[index[i]] = (int32_t)k;
 }
 
-/* A matrix (rows, terms) to be multiplied. Its lines in memory are rows, or if not `row_major` columns, `stride` elements apart. */
+/* A matrix (rows, terms) to be multiplied. Its lines in memory are rows, or if not `row_major` columns, `stride`
+ * elements apart. */
 typedef struct {
     const void *data;
     int dtype, row_major;
@@ -154,8 +158,12 @@ INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline i64 bytes_of(i64 dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
 /* The address of element `at`; of an element of a line. */
-static inline const void *element(const void *data, i64 at, i64 dtype) { return (const char *)data + at * bytes_of(dtype); }
-static inline const void *element_of(const operand *o, i64 line, i64 at) { return element(o->data, line * o->stride + at, o->dtype); }
+static inline const void *element(const void *data, i64 at, i64 dtype) {
+    return (const char *)data + at * bytes_of(dtype);
+}
+static inline const void *element_of(const operand *o, i64 line, i64 at) {
+    return element(o->data, line * o->stride + at, o->dtype);
+}
 
 /* Element `at` as float32. */
 INLINE float value_at(const void *data, i64 at, int dtype) {
@@ -168,8 +176,8 @@ INLINE float value_at(const void *data, i64 at, int dtype) {
     return value;
 }
 
-/* What differs between vectors of 512 and of 256 bits: half types to float32; float32 to float16, to nearest; the product of each 64-bit
- * lane's lower half and a number; the sum of all numbers. */
+/* What differs between vectors of 512 and of 256 bits: half types to float32; float32 to float16, to nearest; the
+ * product of each 64-bit lane's lower half and a number; the sum of all numbers. */
 #if VECTOR_BYTES == 64
 INLINE vf from_float16(vh v) { return (vf)_mm512_cvtph_ps((__m256i)v); }
 INLINE vf from_bfloat16(vh v) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16); }
@@ -231,7 +239,9 @@ INLINE void narrow(void *data, i64 at, i64 count, vf value, int dtype) {
 }
 
 /* 1 for a kept element, 0 for a dropped one. A factor, not a selection: a dropped Inf or NaN becomes NaN. */
-static inline float kept(const uint16_t *keep, uint64_t at) { return (float)(int)(((const mask_bits *)keep)[at / 32] >> at % 32 & 1); }
+static inline float kept(const uint16_t *keep, uint64_t at) {
+    return (float)(int)(((const mask_bits *)keep)[at / 32] >> at % 32 & 1);
+}
 
 /* The same for LANES elements from `at` on. */
 INLINE vf all_kept(const uint16_t *keep, i64 at) {
@@ -253,7 +263,7 @@ static void widen_row(const void *from, int dtype, i64 count, const uint16_t *ke
 
 /* The same for elements at `count` > 0 coordinates. */
 static void gather(const void *from, int dtype, const i64 *index, i64 count, const uint16_t *keep, float *to) {
-    i64 line = 64 / bytes_of(dtype), end = least(index[count - 1], index[0] + count * line); /* an index mostly ascends */
+    i64 line = 64 / bytes_of(dtype), end = least(index[count - 1], index[0] + count * line); /* it mostly ascends */
     for (i64 i = index[0]; i < end; i += line) __builtin_prefetch(element(from, i, dtype));
 #pragma GCC unroll 8
     for (i64 i = 0; i < count && keep; i++) to[i] = value_at(from, index[i], dtype) * kept(keep, (uint64_t)index[i]);

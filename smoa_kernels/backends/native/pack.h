@@ -1,6 +1,6 @@
-/* Packing: copies a piece of an operand to the layout that a micro-kernel reads. SMoA's own work is done meanwhile: a weight's panel becomes
- * W_eff or ΔW, rows and columns are gathered in block order, dropped elements become 0, half types become float32. So neither W_eff nor a
- * permuted x or dY is ever in memory as a whole.
+/* Packing: copies a piece of an operand to the layout that a micro-kernel reads. SMoA's own work is done meanwhile: a
+ * weight's panel becomes W_eff or ΔW, rows and columns are gathered in block order, dropped elements become 0, half
+ * types become float32. So neither W_eff nor a permuted x or dY is ever in memory as a whole.
  *
  * This file packs panels of floats. pack_tiles.h packs these, or bfloat16 directly, in tiles.
  */
@@ -10,13 +10,15 @@
 
 enum {
     NC = NR * 4, /* right rows that are packed together */
-    MC = MR * 147, /* left rows: 2058 with AVX-512, 882 with AVX2. For more of them the right operand is packed again. */
+    MC = MR *
+        147, /* left rows: 2058 with AVX-512, 882 with AVX2. For more of them the right operand is packed again. */
     SPILL = 8, /* floats beyond the last panel that packing may write */
     /* Packing reads short runs that are far apart, so it prefetches: so many floats of a row ahead, or columns. */
     AHEAD = 64,
     COLUMNS_AHEAD = 4,
     BESIDE = 4, /* rows, or columns, modulated at a time: they share the loads of a factor */
-    /* Floats added to the stride of a factor: at a multiple of 4 KB all its rows would share one set of the L1 cache. */
+    /* Floats added to the stride of a factor: at a multiple of 4 KB all its rows would share one set of the L1 cache.
+     */
     SKEW = 16,
 };
 
@@ -27,8 +29,8 @@ static i64 padded_before(const int32_t *offsets, i64 k) {
     return before;
 }
 
-/* A layer's factors in float32: A (rank, columns) and s B (rank, rows), in memory's order or in padded block order. They are 0 beyond a
- * block's own rank, in the padding, and in one more panel at the end. */
+/* A layer's factors in float32: A (rank, columns) and s B (rank, rows), in memory's order or in padded block order.
+ * They are 0 beyond a block's own rank, in the padding, and in one more panel at the end. */
 typedef struct {
     i64 A_stride, B_stride;
     float *A, *B;
@@ -42,7 +44,8 @@ static void pack_factor(const layer *l, int in_blocks, float scale, float *to, i
         float *block = in_blocks ? to + padded_before(l->col_offsets, k) : to;
         for (i64 t = 0; t < rank_of(l, k); t++)
             for (i64 c = 0; c < width_of(l, k); c++)
-                block[t * stride + (in_blocks ? c : cols[c])] = scale * value_at(l->A, t * l->A_rank + cols[c] * l->A_col, (int)l->factor_dtype);
+                block[t * stride + (in_blocks ? c : cols[c])] =
+                    scale * value_at(l->A, t * l->A_rank + cols[c] * l->A_col, (int)l->factor_dtype);
     }
 }
 
@@ -51,12 +54,14 @@ static factors factors_of(arena *a, const layer *l, int in_blocks, double scalin
     factors f = {.A_stride = (in_blocks ? padded_before(l->col_offsets, l->blocks) : l->cols) + PANEL + SKEW,
                  .B_stride = (in_blocks ? padded_before(l->row_offsets, l->blocks) : l->rows) + PANEL + SKEW};
     f.A = take(a, l->rank * f.A_stride * 4), f.B = take(a, l->rank * f.B_stride * 4);
-    if (a->base) pack_factor(l, in_blocks, 1, f.A, f.A_stride), pack_factor(&other, in_blocks, (float)scaling, f.B, f.B_stride);
+    if (a->base)
+        pack_factor(l, in_blocks, 1, f.A, f.A_stride), pack_factor(&other, in_blocks, (float)scaling, f.B, f.B_stride);
     return f;
 }
 
-/* How a weight is modulated. With labels: to W_eff = W0 ∘ (1 + s B A) where the labels of row and column agree, which bfloat16 rounds by
- * thresholds. Without labels: to one block's ΔW = W0 ∘ s B A, rounded to nearest. A and s B begin where the operand does. */
+/* How a weight is modulated. With labels: to W_eff = W0 ∘ (1 + s B A) where the labels of row and column agree, which
+ * bfloat16 rounds by thresholds. Without labels: to one block's ΔW = W0 ∘ s B A, rounded to nearest. A and s B begin
+ * where the operand does. */
 typedef struct {
     i64 rank, A_stride, B_stride, place, row_step, col_step;
     const float *A, *B;
@@ -65,8 +70,12 @@ typedef struct {
 
 /* The modulation that turns block k of W0 into ΔW. */
 static adapter adapter_of_block(const layer *l, const factors *f, i64 k) {
-    return (adapter){.rank = rank_of(l, k), .A_stride = f->A_stride, .B_stride = f->B_stride, .place = 0x8000,
-                     .A = f->A + padded_before(l->col_offsets, k), .B = f->B + padded_before(l->row_offsets, k)};
+    return (adapter){.rank = rank_of(l, k),
+                     .A_stride = f->A_stride,
+                     .B_stride = f->B_stride,
+                     .place = 0x8000,
+                     .A = f->A + padded_before(l->col_offsets, k),
+                     .B = f->B + padded_before(l->row_offsets, k)};
 }
 
 /* to (8, 8) = the transpose of 8 floats at each of `rows`; rows of `to` are `stride` apart and written in order. */
@@ -92,7 +101,8 @@ static inline void transpose(const float *const *rows, i64 at, float *to, i64 st
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
 
-/* row = where terms k to k + depth of some rows lie, in a row-major operand: in place, or widened in `wide` (rows, KC). */
+/* row = where terms k to k + depth of some rows lie, in a row-major operand: in place, or widened in `wide` (rows, KC).
+ */
 static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, float *wide, const float **row) {
     for (i64 i = 0; i < count; i++, wide += KC) {
         row[i] = o->dtype == FLOAT32 ? element_of(o, first + i, k) : wide;
@@ -108,8 +118,8 @@ static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
         const float *row[NR + 8];
         read_rows(o, first + top, valid, k, depth, wide, row);
         for (i64 i = valid; i < NR + 8; i++) row[i] = row[valid - 1];
-        /* Eight rows at a time; the last eight overlap others if 8 does not divide the height. In a panel lower than eight a transpose
-         * also writes to the next column, which is overwritten later, or beyond the panel (SPILL). */
+        /* Eight rows at a time; the last eight overlap others if 8 does not divide the height. In a panel lower than
+         * eight a transpose also writes to the next column, which is overwritten later, or beyond the panel (SPILL). */
         for (; p + 8 <= depth; p += 8)
             for (int i = 0; i < height; i += 8) {
                 int start = i + 8 > height && height >= 8 ? height - 8 : i;
@@ -146,13 +156,15 @@ static void pack_columns(const operand *o, i64 first, i64 count, i64 k, i64 dept
     }
 }
 
-/* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). After the last row come other rows or zeros: they are
- * multiplied, but their products are not stored. (What was in memory might be denormal numbers, which are slow.) */
+/* Packs rows first to first + count, terms k to k + depth, in panels (depth, height). After the last row come other
+ * rows or zeros: they are multiplied, but their products are not stored. (What was in memory might be denormal numbers,
+ * which are slow.) */
 static void pack_floats(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     (o->row_major ? pack_rows : pack_columns)(o, first, count, k, depth, height, to);
 }
 
-/* Turns `count` terms from `col` on of a panel into W_eff or ΔW. `labels` are the rows' blocks, all 0 without labels. */
+/* Turns `count` terms from `col` on of a panel into W_eff or ΔW. `labels` are the rows' blocks, all 0 without labels.
+ */
 INLINE void modulate_terms(int count, const adapter *m, i64 row, i64 col, const vi *labels, float *panel) {
     vf update[BESIDE][2] = {{{0}}};
     const vi merged = (vi){0} - (m->col_label != NULL); /* all bits, or none */

@@ -1,9 +1,9 @@
-/* Packing in tiles (microkernel.h): SPLIT3 from float32; PAIRS from bfloat16, whose bits are moved unchanged, or from panels of floats
- * where a weight is modulated or the operand is column-major.
+/* Packing in tiles (microkernel.h): SPLIT3 from float32; PAIRS from bfloat16, whose bits are moved unchanged, or from
+ * panels of floats where a weight is modulated or the operand is column-major.
  *
- * A row-major operand is copied to left tiles, and transposed to right tiles. To put terms in block order, lines of right tiles are
- * picked, each of which is two terms of 16 rows; another transpose makes left tiles. In gradients a column-major operand becomes right tiles by
- * interleaving two terms, and left tiles by another transpose.
+ * A row-major operand is copied to left tiles, and transposed to right tiles. To put terms in block order, lines of
+ * right tiles are picked, each of which is two terms of 16 rows; another transpose makes left tiles. In gradients a
+ * column-major operand becomes right tiles by interleaving two terms, and left tiles by another transpose.
  */
 #pragma once
 
@@ -56,9 +56,9 @@ static void transpose_tiles(i64 tiles, half *tile) {
     }
 }
 
-/* Writes 16 numbers in three bfloat16, STEP apart, whose sum is exact: pairs of `low` and `high`. The first is the number truncated, so that it
- * cannot overflow; the second is the remainder rounded; the third is the rest. Infinity becomes NaN, since its second part is infinity minus
- * infinity. */
+/* Writes 16 numbers in three bfloat16, STEP apart, whose sum is exact: pairs of `low` and `high`. The first is the
+ * number truncated, so that it cannot overflow; the second is the remainder rounded; the third is the rest. Infinity
+ * becomes NaN, since its second part is infinity minus infinity. */
 INLINE void write_parts(vf low, vf high, half *to) {
     const vu upper = (vu){0} + 0xffff0000;
     vu first = (vu)low & upper, second = (vu)high & upper;
@@ -67,7 +67,8 @@ INLINE void write_parts(vf low, vf high, half *to) {
     first = ((vu)low + 0x8000) & upper, second = ((vu)high + 0x8000) & upper;
     _mm512_store_si512(to + STEP, (__m512i)(first >> 16 | second));
     low -= (vf)first, high -= (vf)second;
-    _mm512_store_si512(to + 2 * STEP, (__m512i)((vu)low >> 16 | ((vu)high & upper))); /* masked: tiny numbers have lower bits too */
+    _mm512_store_si512(to + 2 * STEP,
+                       (__m512i)((vu)low >> 16 | ((vu)high & upper))); /* masked: tiny numbers have lower bits too */
 }
 
 /* Term p of 16 rows of a panel; 0 beyond the last term. */
@@ -75,8 +76,8 @@ INLINE vf term_or_zero(const float *panel, i64 p, i64 depth, i64 column) {
     return p < depth ? load(panel + p * PANEL + column) : (vf){0};
 }
 
-/* Packs panels of floats (depth, PANEL) in right panels of SPLIT3. The two terms of a pair are half a step apart, so that rows can be packed in
- * left tiles without a permutation. */
+/* Packs panels of floats (depth, PANEL) in right panels of SPLIT3. The two terms of a pair are half a step apart, so
+ * that rows can be packed in left tiles without a permutation. */
 static void split_floats(i64 count, i64 depth, const float *panel, half *to) {
     for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL)
         for (i64 k = 0; k < depth; k += TERMS, to += 3 * STEP)
@@ -98,7 +99,8 @@ static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth,
                 const float *from = row[i] + p;
                 __builtin_prefetch(from + AHEAD);
                 __builtin_prefetch(from + AHEAD + SIDE);
-                write_parts(widen(from, 0, depth - p, FLOAT32), widen(from, SIDE, depth - p - SIDE, FLOAT32), to + i * TERMS);
+                write_parts(widen(from, 0, depth - p, FLOAT32), widen(from, SIDE, depth - p - SIDE, FLOAT32),
+                            to + i * TERMS);
             }
     }
 }
@@ -117,7 +119,8 @@ INLINE __m512i pairs_in(__m512i first, __m512i second, int upper) {
 
 /* The adapter as it modulates lines of memory: the weight's rows, or if it is column-major its columns. */
 static adapter along_lines(const adapter *m, int row_major) {
-    adapter t = {m->rank, m->B_stride, m->A_stride, m->place, m->col_step, m->row_step, m->B, m->A, m->col_label, m->row_label};
+    adapter t = {m->rank,     m->B_stride, m->A_stride, m->place,     m->col_step,
+                 m->row_step, m->B,        m->A,        m->col_label, m->row_label};
     return row_major ? *m : t;
 }
 
@@ -135,7 +138,8 @@ INLINE void modulate_lines(const adapter *m, i64 row, i64 col, __m512i *line) {
         for (int q = 0; q < 2; q++) {
             inside[i][q] = 0xffff;
             if (m->row_label)
-                inside[i][q] = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(m->col_label + col + q * SIDE), _mm512_set1_epi32(m->row_label[row + i]));
+                inside[i][q] = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(m->col_label + col + q * SIDE),
+                                                       _mm512_set1_epi32(m->row_label[row + i]));
             any |= inside[i][q];
         }
     if (!any) return;
@@ -143,7 +147,8 @@ INLINE void modulate_lines(const adapter *m, i64 row, i64 col, __m512i *line) {
     for (i64 t = 0; t < m->rank; t++, A += m->A_stride, B += m->B_stride)
 #pragma GCC unroll 4
         for (int i = 0; i < BESIDE; i++) update[i][0] += B[i] * load(A), update[i][1] += B[i] * load(A + SIDE);
-    vu place = (vu)_mm512_loadu_si512(lane) * (uint32_t)m->col_step + (uint32_t)(m->place + row * m->row_step + col * m->col_step);
+    vu place = (vu)_mm512_loadu_si512(lane) * (uint32_t)m->col_step +
+               (uint32_t)(m->place + row * m->row_step + col * m->col_step);
 #pragma GCC unroll 4
     for (int i = 0; i < BESIDE; i++, place += (uint32_t)m->row_step) {
         __m512i changed[2];
@@ -158,14 +163,15 @@ INLINE void modulate_lines(const adapter *m, i64 row, i64 col, __m512i *line) {
     }
 }
 
-/* Packs rows first to first + count of a row-major operand, terms k to k + depth, in left or right panels; missing rows and terms become 0.
- * Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher follows. */
-INLINE void tile_rows(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, half *to) {
+/* Packs rows first to first + count of a row-major operand, terms k to k + depth, in left or right panels; missing rows
+ * and terms become 0. Prefetches four steps ahead: a group reads more rows at a time than the hardware prefetcher
+ * follows. */
+INLINE void tile_rows(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth,
+                      half *to) {
     i64 deep = round_up(depth, TERMS);
     for (i64 i = 0; i < count; i += SIDE) {
         const half *row[SIDE];
-        for (i64 r = 0; r < least(SIDE, count - i); r++)
-            row[r] = element_of(o, first + i + r, k);
+        for (i64 r = 0; r < least(SIDE, count - i); r++) row[r] = element_of(o, first + i + r, k);
         half *tile = to + i / PANEL * PANEL * deep + i % PANEL * TERMS;
         for (i64 c = 0; c < depth; c += TERMS, tile += STEP) {
             __m512i r[SIDE];
@@ -184,8 +190,9 @@ INLINE void tile_rows(int as_left, const operand *o, const adapter *m, i64 first
     }
 }
 
-/* Packs one step of a right panel from a column-major operand: `count` rows, up to 32, from c on, and terms from `first` on, of which `valid` exist.
- * Prefetches the next panel, since rows are too far apart for the hardware prefetcher. */
+/* Packs one step of a right panel from a column-major operand: `count` rows, up to 32, from c on, and terms from
+ * `first` on, of which `valid` exist. Prefetches the next panel, since rows are too far apart for the hardware
+ * prefetcher. */
 INLINE void pair_terms(const operand *o, const adapter *m, i64 first, i64 valid, i64 c, i64 count, half *to) {
     const half *from = element_of(o, first, c);
     __mmask32 inside = first_halves(count);
@@ -206,7 +213,8 @@ INLINE void pair_terms(const operand *o, const adapter *m, i64 first, i64 valid,
 }
 
 /* Packs an operand in PAIRS: a weight, which `m` modulates, or tokens. */
-static void pack_pairs(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, half *to) {
+static void pack_pairs(int as_left, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth,
+                       half *to) {
     adapter along = m ? along_lines(m, o->row_major) : (adapter){0};
     m = m ? &along : NULL;
     if (o->row_major)
@@ -225,9 +233,10 @@ static void pack_pairs(int as_left, const operand *o, const adapter *m, i64 firs
 #define pack_pairs(as_left, o, m, first, count, k, depth, to) ((void)(to))
 #endif
 
-/* Packs right panels: rows first to first + count, terms k to k + depth. If `m` is given, modulates them while they are in the cache.
- * `scratch` has NC * KC + SPILL floats. */
-static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth, float *to, float *scratch) {
+/* Packs right panels: rows first to first + count, terms k to k + depth. If `m` is given, modulates them while they are
+ * in the cache. `scratch` has NC * KC + SPILL floats. */
+static void pack_right(int format, const operand *o, const adapter *m, i64 first, i64 count, i64 k, i64 depth,
+                       float *to, float *scratch) {
     if (format == PAIRS) {
         pack_pairs(0, o, m, first, count, k, depth, (half *)to);
         return;

@@ -1,7 +1,8 @@
 /* y and dX: in float32 (FLOATS and SPLIT3) from operands in any dtype, and in bfloat16 (PAIRS).
  *
- * The merged algorithm packs W_eff, which PAIRS rounds by thresholds. With dropout only ΔW sees the dropped x: y = dropout(x) ΔWᵀ is computed first, block by block, and then
- * x W0ᵀ is added. dX is the same product of the transposed layer, and the mask applies to its result.
+ * The merged algorithm packs W_eff, which PAIRS rounds by thresholds. With dropout only ΔW sees the dropped x: y =
+ * dropout(x) ΔWᵀ is computed first, block by block, and then x W0ᵀ is added. dX is the same product of the transposed
+ * layer, and the mask applies to its result.
  */
 #pragma once
 
@@ -9,7 +10,8 @@
 
 enum {
     L2_CACHE = 1 << 20,
-    HALF_TOKENS = 512, /* tokens computed at a time if y is a half type: their float32 sums take memory, but each time W0 is packed again */
+    /* Tokens whose float32 sums are in the workspace, if y is a half type; for more of them W0 is packed again. */
+    HALF_TOKENS = 512,
 };
 
 /* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
@@ -39,8 +41,8 @@ static void next_tokens(product *p, i64 count) {
     if (p->y_keep) p->y_keep += count * words(p->l.rows);
 }
 
-/* How many of `all` rows, each of `numbers` bfloat16, are multiplied together: they fit into `bytes` of a cache, are at least PANEL, and
- * leave work for all threads. */
+/* How many of `all` rows, each of `numbers` bfloat16, are multiplied together: they fit into `bytes` of a cache, are at
+ * least PANEL, and leave work for all threads. */
 static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
     enum { MOST = 256 };
     i64 fit = least(MOST, round_up(ceil_div(bytes / 2, greatest(1, numbers)), PANEL));
@@ -49,19 +51,18 @@ static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
 
 static operand x_of(const product *p) { return (operand){p->x, p->dtype, 1, p->x_stride}; }
 
-/* How many parts to cut the tokens into. A thread then packs `tokens / parts` rows of x and `rows * parts / threads` of W0: least in sum. */
+/* How many parts to cut the tokens into. A thread then packs `tokens / parts` rows of x and `rows * parts / threads` of
+ * W0: least in sum. */
 static i64 token_parts_of(i64 tokens, i64 rows, i64 threads) {
     i64 best = 1;
     for (i64 parts = 2; parts <= threads; parts++)
-        if (threads % parts == 0 && tokens / parts + rows * parts / threads < tokens / best + rows * best / threads) best = parts;
+        if (threads % parts == 0 && tokens / parts + rows * parts / threads < tokens / best + rows * best / threads)
+            best = parts;
     return best;
 }
 
-/* Terms per partial sum. They are fewer for few tokens, where MKL's sums are about as short: the tests compare the error with MKL's. */
-static i64 terms_of(i64 tokens) {
-    enum { FEW_ROWS = 16, SHORT = 64 };
-    return tokens < FEW_ROWS ? SHORT : KC;
-}
+/* Terms per partial sum: all in tiles. They are fewer for few tokens, as MKL's, with whose error tests compare ours. */
+static i64 terms_of(const product *p, i64 depth) { return p->tiles ? depth : p->total < 16 ? 64 : KC; }
 
 /* Whether C is y. Else it is float32, for some tokens at a time, and `finish` rounds it. */
 static int is_in_y(const product *p) { return p->dtype == FLOAT32 || (p->tiles && p->algorithm == MERGED); }
@@ -69,9 +70,10 @@ static int is_in_y(const product *p) { return p->dtype == FLOAT32 || (p->tiles &
 /* The gemm of C (+)= x W0ᵀ or x W_effᵀ; the caller sets C. */
 static gemm_job weight_product(const product *p) {
     const layer *l = &p->l;
-    gemm_job g = {.format = p->tiles ? PAIRS : format_of(p->total, l->cols), .depth = l->cols, .terms = p->tiles ? l->cols : terms_of(p->total),
-                  .left = x_of(p), .right = weight_of(l), .adapter = p->algorithm == MERGED ? &p->merged : NULL, .stride = p->C_stride,
-                  .dtype = is_in_y(p) ? p->dtype : FLOAT32, .add = p->algorithm == SPLIT};
+    int merged = p->algorithm == MERGED, format = p->tiles ? PAIRS : format_of(p->total, l->cols);
+    gemm_job g = {.format = format, .depth = l->cols, .terms = terms_of(p, l->cols), .left = x_of(p),
+                  .right = weight_of(l), .adapter = merged ? &p->merged : NULL, .stride = p->C_stride,
+                  .dtype = is_in_y(p) ? p->dtype : FLOAT32, .add = !merged};
     g.right_rows = p->tiles ? rows_together(l->rows, l->cols, L2_CACHE, p->threads) : right_rows_of(g.format);
     return g;
 }
@@ -79,16 +81,16 @@ static gemm_job weight_product(const product *p) {
 /* A thread multiplies one part of the tokens by one part of the rows. */
 static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
-    i64 rows = p->l.rows, token_parts = token_parts_of(p->tokens, rows, p->threads), row_parts = p->threads / token_parts;
-    i64 token_part = thread / row_parts, row_part = thread % row_parts;
     gemm_job g = weight_product(p);
-    arena room = room_of(&p->rooms, thread);
-    i64 high = left_height(g.format), row = share_of(rows, PANEL, row_part, row_parts), count = share_of(rows, PANEL, row_part + 1, row_parts) - row;
-    first = share_of(p->tokens, high, token_part, token_parts), end = share_of(p->tokens, high, token_part + 1, token_parts);
+    i64 high = left_height(g.format), parts = token_parts_of(p->tokens, p->l.rows, p->threads);
+    i64 row_parts = p->threads / parts, part = thread / row_parts, row_part = thread % row_parts;
+    i64 row = share_of(p->l.rows, PANEL, row_part, row_parts);
+    i64 count = share_of(p->l.rows, PANEL, row_part + 1, row_parts) - row;
+    first = share_of(p->tokens, high, part, parts), end = share_of(p->tokens, high, part + 1, parts);
     if (first == end || !count) return;
     g.C = (char *)p->C + (first * g.stride + row) * bytes_of(g.dtype);
     if (p->bias && is_in_y(p) && g.format != FLOATS) g.bias = element(p->bias, row, p->dtype);
-    gemm(&g, first, end - first, row, count, room);
+    gemm(&g, first, end - first, row, count, room_of(&p->rooms, thread));
 }
 
 /* Elements of W0 in the blocks before k. */
@@ -102,8 +104,8 @@ static i64 elements_before(const layer *l, i64 k) {
 static void order_weight(const product *p) {
     layer l = p->l.col_stride == 1 ? p->l : transposed(p->l);
     for (i64 k = 0; k < l.blocks; k++) {
-        order_job j = {weight_of(&l), l.row_index + l.row_offsets[k], l.col_index + l.col_offsets[k], NULL, width_of(&l, k),
-                       p->ordered_weight + elements_before(&l, k) * bytes_of(l.dtype)};
+        order_job j = {weight_of(&l), l.row_index + l.row_offsets[k], l.col_index + l.col_offsets[k], NULL,
+                       width_of(&l, k), p->ordered_weight + elements_before(&l, k) * bytes_of(l.dtype)};
         if (j.width) in_parallel(order_rows, &j, height_of(&l, k), 1, p->threads);
     }
 }
@@ -113,17 +115,21 @@ static gemm_job block_product(const product *p, const adapter *m, i64 k) {
     const layer *l = &p->l;
     int format = p->tiles ? PAIRS : format_of(p->total, widest_of(l));
     i64 depth = rank_of(l, k) ? width_of(l, k) : 0;
-    gemm_job g = {.format = format, .depth = depth, .terms = p->tiles ? depth : terms_of(p->total), .left = p->update_x, .right = weight_of(l),
-                  .adapter = m, .right_rows = right_rows_of(format), .C = (float *)p->C + l->row_offsets[k], .stride = p->C_stride};
-    g.left.data = element_of(&g.left, 0, l->col_offsets[k]);
+    gemm_job g = {.format = format, .depth = depth, .terms = terms_of(p, depth), .left = p->update_x,
+                  .right = weight_of(l), .adapter = m, .right_rows = right_rows_of(format),
+                  .C = (float *)p->C + l->row_offsets[k], .stride = p->C_stride};
+    i64 row = l->row_offsets[k], col = l->col_offsets[k], line = g.right.row_major ? row : col, at = row + col - line;
+    g.left.data = element_of(&g.left, 0, col);
     if (p->ordered_weight)
-        g.right.data = p->ordered_weight + elements_before(l, k) * bytes_of(l->dtype), g.right.stride = g.right.row_major ? width_of(l, k) : height_of(l, k);
+        g.right.data = p->ordered_weight + elements_before(l, k) * bytes_of(l->dtype),
+        g.right.stride = g.right.row_major ? width_of(l, k) : height_of(l, k);
     else
-        g.right.data = element(l->weight, l->row_offsets[k] * l->row_stride + l->col_offsets[k] * l->col_stride, l->dtype);
+        g.right.data = element_of(&g.right, line, at);
     return g;
 }
 
-/* Computes C = x ΔWᵀ for a thread's tokens, block by block; then each row is copied to `line`, put back in y's order, and masked. */
+/* Computes C = x ΔWᵀ for a thread's tokens, block by block; then each row is copied to `line`, put back in y's order,
+ * and masked. */
 static void add_update(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     const layer *l = &p->l;
@@ -148,7 +154,8 @@ static void finish(void *it, i64 thread, i64 first, i64 end) {
     const product *p = it;
     (void)thread;
     void *to = (char *)p->y + first * p->y_stride * bytes_of(p->dtype);
-    finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, p->l.rows, p->bias, 0, to, p->y_stride, p->dtype);
+    finish_rows((float *)p->C + first * p->C_stride, p->C_stride, end - first, p->l.rows, p->bias, 0, to, p->y_stride,
+                p->dtype);
 }
 
 /* Bytes of workspace per thread, for `multiply_weight`, and for `add_update` of the block that takes most. */
@@ -161,13 +168,15 @@ static i64 product_room(const product *p) {
         gemm_job block = block_product(p, NULL, k);
         i64 high = left_height(block.format);
         take(&b, p->l.rows * 4);
-        packing_room_of(&b, block.format, ceil_div(ceil_div(p->tokens, high), p->threads) * high, block.right_rows, block.depth, block.terms);
+        packing_room_of(&b, block.format, ceil_div(ceil_div(p->tokens, high), p->threads) * high, block.right_rows,
+                        block.depth, block.terms);
         a.bytes = greatest(a.bytes, b.bytes);
     }
     return a.bytes;
 }
 
-/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Each number of a half type is summed in float32 and rounded once. */
+/* y = x W_effᵀ + b, or split x W0ᵀ + dropout(x) ΔWᵀ + b. Each number of a half type is summed in float32 and rounded
+ * once. */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
     int format = weight_product(&p).format, in_y = is_in_y(&p);
@@ -178,18 +187,21 @@ static i64 blocked_product(product p) {
     p.C = take(&a, in_y ? 0 : most * l->rows * 4), p.C_stride = in_y ? p.y_stride : l->rows;
     order_job x = {x_of(&p), NULL, l->col_index, p.x_keep, l->cols, NULL};
     if (p.algorithm == SPLIT && (!l->contiguous || p.x_keep)) x.to = take(&a, most * l->cols * bytes_of(p.dtype));
-    if (p.algorithm == SPLIT && !l->contiguous) p.ordered_weight = take(&a, elements_before(l, l->blocks) * bytes_of(l->dtype));
+    if (p.algorithm == SPLIT && !l->contiguous)
+        p.ordered_weight = take(&a, elements_before(l, l->blocks) * bytes_of(l->dtype));
     int32_t *row_label = take(&a, (l->rows + PANEL) * 4), *col_label = take(&a, (l->cols + PANEL) * 4);
     p.rooms = take_rooms(&a, p.threads, product_room(&p));
     if (!a.base) return floats_of(&a);
     write_labels(l->row_index, l->row_offsets, l->blocks, row_label);
     write_labels(l->col_index, l->col_offsets, l->blocks, col_label);
-    p.merged = (adapter){l->rank, p.factors.A_stride, p.factors.B_stride, l->place, l->row_step, l->col_step, p.factors.A, p.factors.B, row_label, col_label};
+    p.merged = (adapter){l->rank, p.factors.A_stride, p.factors.B_stride, l->place, l->row_step, l->col_step,
+                         p.factors.A, p.factors.B, row_label, col_label};
     if (p.ordered_weight) order_weight(&p);
     for (; remaining > 0; remaining -= most, next_tokens(&p, most)) {
         p.tokens = least(most, remaining), p.C = in_y ? p.y : p.C;
         p.update_x = ordered(&x, p.tokens, p.threads);
-        if (p.algorithm == SPLIT) in_parallel(add_update, &p, p.tokens, left_height(block_product(&p, NULL, 0).format), p.threads);
+        if (p.algorithm == SPLIT)
+            in_parallel(add_update, &p, p.tokens, left_height(block_product(&p, NULL, 0).format), p.threads);
         in_parallel(multiply_weight, &p, p.threads, 1, p.threads);
         if (!in_y || (p.bias && format == FLOATS)) in_parallel(finish, &p, p.tokens, 1, p.threads);
     }
