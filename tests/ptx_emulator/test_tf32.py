@@ -1,7 +1,7 @@
 """TF32 products round their operands to nearest; a tensor core alone would truncate them.
 
 All values are positive and equal. Operands lie 0.75 of a step above a TF32 number. Truncation loses 0.75 of a step,
-rounding gains 0.25, and two bfloat16 parts are exact. So a product of two such operands errs by 1.5 steps or by
+rounding gains 0.25, and two TF32 parts are exact. So a product of two such operands errs by 1.5 steps or by
 half a step.
 """
 
@@ -60,10 +60,10 @@ def steps(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
 
 @pytest.mark.parametrize("algorithm", ["split", "merged", "fused"])
 def test_float32_factors_of_a_layer(algorithm: str) -> None:
-    """Over a half weight: dA and dB are products of bfloat16 parts."""
+    """Over a half weight: dA and dB take the factors as two TF32 parts, and H rounded."""
     errors = steps(*of_layer(algorithm, torch.float32))
     assert max(errors["y"], errors["dX"]) < 1, errors
-    assert max(errors["dA"], errors["dB"]) < 0.1, errors
+    assert max(errors["dA"], errors["dB"]) < 0.25, errors
 
 
 def test_float32_factors_of_experts() -> None:
