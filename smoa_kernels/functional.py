@@ -78,7 +78,7 @@ def smoa_linear(
             "split": the adapter's output first; the base GEMM accumulates onto it.
             "expanded" (eager and native) and "fused" (triton, one kernel): W0 is read once, for few tokens.
             "auto": the form for few tokens if there are few, otherwise merged. Split while dropout is active, and in
-            TF32, whose products would round a small update away.
+            TF32 by torch's operators, which would round a small update away.
         backend: what computes it: "eager" (torch's operators), "native" (compiled, x86 CPUs), "triton" (GPUs),
             "reference" (the definition, slow) or "auto" (the fastest that can).
 

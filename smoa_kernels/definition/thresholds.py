@@ -10,8 +10,8 @@ These are multiples of two irrational numbers, nearly, so u is spread evenly alo
 a row delivers the whole update. Where ΔW is zero the result is W0, bit for bit. u depends on the place alone: forward,
 gradient, recomputation, merging and every process of a job round alike. i and j count in the whole weight.
 
-An update below float16's normal numbers (2^-14) is rounded to nearest. float32 is not rounded; where its product is
-taken in TF32 the adapter's output is a product of its own ("split").
+An update below float16's normal numbers (2^-14) is rounded to nearest. float32 is not rounded, but by the kernels for
+products in TF32, to its ten bits, as to float16's; torch's operators take "split" there.
 """
 
 from __future__ import annotations
