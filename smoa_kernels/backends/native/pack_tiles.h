@@ -154,7 +154,8 @@ INLINE void modulate_lines(const adapter *m, i64 row, i64 col, __m512i *line) {
         __m512i changed[2];
 #pragma GCC unroll 2
         for (int q = 0; q < 2; q++) {
-            vf w = from_bfloat16((vh)_mm512_extracti64x4_epi64(line[i], q));
+            __m256i part = q ? _mm512_extracti64x4_epi64(line[i], 1) : _mm512_extracti64x4_epi64(line[i], 0);
+            vf w = from_bfloat16((vh)part);
             vu threshold = (place + (uint32_t)(q * SIDE * m->col_step)) & 0xffff;
             changed[q] = (__m512i)rounded_by(threshold, (vf)((vi)w & merged) + w * update[i][q]);
             changed[q] = _mm512_mask_mov_epi32((__m512i)w, inside[i][q], changed[q]);
