@@ -257,6 +257,9 @@ class AdapterState(nn.Linear):
             partition = partition_in(
                 name, given, r=self.r, num_blocks=self.num_blocks, max_rank=self.smoa_A.shape[0]
             )
+            s = given.get("smoa_scaling")
+            if s is not None and not s.is_meta:
+                check_finite(f"{name}.smoa_scaling", float(s))
             weight = given.get("weight", self.weight)
             if "smoa_sketch" in given and not weight.is_meta:
                 distance = sketch_distance(given["smoa_sketch"], sketch_weight(weight))

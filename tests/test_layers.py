@@ -305,6 +305,16 @@ def test_no_spectrum_is_computed_for_other_orders(order: str, monkeypatch: pytes
     assert torch.equal(meta(x), layer(x))
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_activations(layout: torch.layout) -> None:
+    """A residual is added to them, which takes a nested tensor of the same shape."""
+    layer, parts = FusedSMoALinear.from_linear(nn.Linear(8, 8), r=4), [torch.randn(n, 8) for n in (3, 5)]
+    nn.init.normal_(layer.smoa_B)
+    x = torch.nested.as_nested_tensor(parts, layout=layout)
+    for ours, part in zip((x + layer(x)).unbind(), parts, strict=True):
+        torch.testing.assert_close(ours, part + layer(part))
+
+
 @torch.no_grad()
 def test_torchs_encoder_calls_it_in_evaluation() -> None:
     """Its fast path reads weights. A stack of layers makes a nested tensor of a padded batch."""

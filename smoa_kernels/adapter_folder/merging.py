@@ -34,7 +34,7 @@ def merged_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Give every tensor of a base model with an adapter merged into it, under its stored name, one after another.
 
-    One layer is in memory at a time. The tensors are bit for bit those of
+    One layer is in memory at a time. The tensors of an SMoA adapter are bit for bit those of
     `PeftModel.from_pretrained(...).merge_and_unload()` over the base in `dtype`. Into bfloat16 and float16 W_eff is
     rounded by thresholds, as a layer's forward does, so that small updates survive (docs/numerics.md).
 

@@ -33,7 +33,7 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import gemm_is_ieee, precision_of
 from ..kernels.architectures import architecture, assembler, identity
-from ..kernels.launch import Launch, Pointers, heard_by, on_device
+from ..kernels.launch import Launch, Pointers, described, heard_by, on_device
 from ..kernels.spec import bucket
 from ..kernels.table import chosen_for, keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
@@ -79,7 +79,7 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
             adapter, out=out if of is triton else None
         )  # a comparison needs both results
 
-    W_eff: Tensor = _run("weight", run, adapter, 0, out)
+    W_eff: Tensor = _run("weight", run, adapter, None, out)
     return W_eff if out is None or W_eff is out else out.copy_(W_eff)
 
 
@@ -120,8 +120,11 @@ def _is_verified(device: torch.device) -> bool:
     return device.type == "cuda" and os.environ.get("SMOA_VERIFY") != "0"
 
 
-def _run(name: object, run: Run, adapter: Any, tokens: int, *tensors: Tensor | None) -> Any:
-    """Run an operation by the kernels, or by eager where they must not run. `tokens`: of its activations, if any."""
+def _run(name: object, run: Run, adapter: Any, tokens: int | None, *tensors: Tensor | None) -> Any:
+    """Run an operation by the kernels, or by eager where they must not run.
+
+    `tokens`: of its activations; None if it has none.
+    """
     weight, theirs = adapter.weight, eager if isinstance(adapter, PackedAdapter) else experts
     if not _is_verified(weight.device):
         return run(triton, adapter, *tensors)
@@ -136,9 +139,10 @@ def _run(name: object, run: Run, adapter: Any, tokens: int, *tensors: Tensor | N
                     return
                 raise _WithheldError(f"{kernel} did not run before the capture of this CUDA graph", False)
             with _one_at_a_time:
-                for rows in (FEW if tokens else 0, tokens):
+                for rows in (0,) if tokens is None else (FEW, tokens):
                     if kernel not in known.kernels:
-                        _compare(known, run, ALLOWED[precision], tokens, *probe(adapter, tensors, rows))
+                        given = probe(adapter, tensors, rows)
+                        _compare(known, run, ALLOWED[precision], tokens or 0, *given)
             if kernel not in known.kernels:
                 raise LookupError(f"no probe launches {kernel}")
         except _WithheldError:
@@ -149,7 +153,13 @@ def _run(name: object, run: Run, adapter: Any, tokens: int, *tensors: Tensor | N
         known.ran.add(kernel)
 
     # Calls that are equal in this launch about the same kernels.
-    question = name, precision, weight.shape, bucket(tokens)
+    question = (
+        name,
+        described(adapter)[0],
+        bucket(tokens or 0),
+        tokens == 0,
+        *(one is None for one in tensors),
+    )
     if (why := known.withheld.get(question)) is None:
         try:
             with heard_by(check, new=True):

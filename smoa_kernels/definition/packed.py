@@ -76,7 +76,8 @@ class PackedAdapter:
         s is folded into B̃, which is rounded to `dtype` after that.
         """
         p, ranks, rho = self.partition, self.host_ranks(), self.A.shape[0]
-        A, B = self.A, self.B * self.scaling
+        wide = torch.promote_types(dtype, torch.float32)
+        A, B = self.A.to(wide), self.B.to(wide) * self.scaling
         if p.num_blocks > 1:  # ρ slots for each block
             # Scattered, not multiplied by a mask: padding may hold anything, and 0 · NaN is NaN.
             cols = p.col_block.long().expand(1, rho, -1)

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from ..adapter_folder.format import STATE_KEYS
@@ -168,7 +169,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             return
         settings = peft_config.for_layer(current_key)
         with naming(current_key):
-            if getattr(type(parent), "forward", None) is nn.MultiheadAttention.forward:
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            if isinstance(parent, nn.MultiheadAttention) and isinstance(
+                base, NonDynamicallyQuantizableLinear
+            ):
                 raise ValueError(
                     "nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it cannot be "
                     "adapted; exclude_modules leaves it out"

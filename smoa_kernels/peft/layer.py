@@ -278,7 +278,7 @@ class SMoALayer(BaseWeight):
         A, B, place = self.smoa_A[adapter_name], self.smoa_B[adapter_name], WHOLE
         if self._shard is not None:
             A, B, place = self._shard.local(A), self._shard.local(B), self._shard.place
-        given = ready.partition, ready.ranks, self._scaling[adapter_name], ready.block_ranks
+        given = ready.partition, ready.ranks, ready.current_scaling(), ready.block_ranks
         return PackedAdapter(weight, A, B, *given, place)
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
@@ -309,8 +309,8 @@ class SMoALayer(BaseWeight):
             same = (other for other in others if other.device == partition.device and other == partition)
             partition = next(same, partition)
             self._whole = single_block(partition)  # made now, since forward may be compiled
-        self._scaling[adapter_name] = scaling_tensor(self._scaling[adapter_name], partition.device)
-        ready = Prepared(self.smoa_blocks[adapter_name], partition, ranks, ranks.tolist())
+        s = self._scaling[adapter_name] = scaling_tensor(self._scaling[adapter_name], partition.device)
+        ready = Prepared(self.smoa_blocks[adapter_name], partition, ranks, s, ranks.tolist())
         self._prepared[adapter_name] = ready
         return ready
 
@@ -374,7 +374,12 @@ class Prepared(NamedTuple):
     packed: Tensor
     partition: Any  # `BlockPartition`, or `ExpertBlocks` of a stack
     ranks: Tensor
+    scaling: Tensor  # the tensor of `_scaling`; replicas of `nn.DataParallel` share that dictionary
     block_ranks: list[int]
+
+    def current_scaling(self) -> Tensor:
+        """s for a call, a copy if a backward may follow: s may be changed before it, as PEFT's `scale_layer` does."""
+        return self.scaling.clone() if torch.is_grad_enabled() else self.scaling
 
 
 def _read_blocks(layer: SMoALayer, _: object) -> None:

@@ -150,8 +150,10 @@ def _create_lora_modules(original: Callable[..., Any], self: Any) -> None:
     """On a CPU, add an empty slot: tokens without LoRA have slot -1, which vLLM's operators there take for the last."""
     most = self.lora_config.max_loras
     self.lora_config.max_loras += import_module("vllm.platforms").current_platform.is_cpu()
-    original(self)
-    self.lora_config.max_loras = most
+    try:
+        original(self)
+    finally:
+        self.lora_config.max_loras = most
 
 
 def _register_module(original: Callable[..., Any], self: Any, module_name: str, module: Any) -> None:

@@ -121,6 +121,21 @@ def test_merged_weights(kind: str) -> None:
             assert relative_error(cut.bias.full_tensor(), one.bias) == 0
 
 
+@in_two
+@pytest.mark.parametrize("kind", ["fused", "peft"])
+def test_half_types_round_like_one_process(kind: str) -> None:
+    """The thresholds of an entry depend on its place in the whole weight, also in a part of it."""
+    single, model = build(kind, torch.bfloat16).eval(), parallelize(build(kind, torch.bfloat16)).eval()
+    for one, cut in zip(layers(single), layers(model), strict=True):
+        base = one if kind == "fused" else one.base_layer
+        shards = cut if kind == "fused" else cut.base_layer
+        before = base.weight.clone()
+        one.merge()
+        cut.merge()
+        assert torch.equal(whole(shards.weight), base.weight)
+        assert not torch.equal(base.weight, before)
+
+
 @in_groups
 def test_sequence_parallel_layouts() -> None:
     expected = step(build("fused", torch.float64, dropout=0.4), *batch(torch.float64))

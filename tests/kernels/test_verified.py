@@ -367,6 +367,26 @@ def test_a_failure_holds_for_the_process(error: Exception, file: Path, gpu: Gpu)
     assert gpu.names() == {"modulated_weight_kernel"}
 
 
+def test_a_failure_holds_for_calls_of_that_layout_alone(gpu: Gpu) -> None:
+    p = MERGED.problem(**SIZES)
+    gpu.name, gpu.spoil = "modulated_weight_kernel", RuntimeError("no such instruction")
+    warned(lambda: p.forward(**MERGED.options))
+    gpu.name = ""
+    replace(p, weight=p.weight.T.contiguous().T).forward(**MERGED.options)
+    assert gpu.names() == {"modulated_weight_kernel"}
+
+
+def test_a_call_without_tokens_refuses_nothing(gpu: Gpu) -> None:
+    p = MERGED.problem(**SIZES)
+    for tokens in (0, 1):
+        few = replace(p, x=p.x[:tokens], dy=p.dy[:tokens])
+        for algorithm in ("merged", "split"):
+            _, told = warned(
+                lambda few=few, algorithm=algorithm: few.forward(backend="triton", algorithm=algorithm)
+            )
+            assert told == []
+
+
 def test_a_lack_of_memory_holds_for_the_call(file: Path, gpu: Gpu) -> None:
     p = MERGED.problem(**SIZES)
     gpu.name, gpu.spoil = "modulated_weight_kernel", torch.OutOfMemoryError("40 GiB")

@@ -28,6 +28,7 @@ def one_layer():
     return tiny_llama(num_hidden_layers=1)
 
 
+@torch.no_grad()
 def operands_of(model):
     """The addresses of scaling and indices, by layer."""
     found = [layer.packed("default", layer.base_weight()) for layer in layer_list(model)]

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from smoa_kernels import BlockPartition
 from smoa_kernels.definition.block_rule import BlockRule
-from smoa_kernels.peft import SMoAConfig, hotswap
+from smoa_kernels.peft import Linear, SMoAConfig, hotswap
 from smoa_kernels.peft.base_weight import BaseWeight
 
 # Configuration by layer
@@ -155,6 +155,24 @@ SCALES = [
 
 
 @pytest.mark.numerical
+def test_a_backward_uses_the_scale_of_its_forward():
+    """diffusers scales a layer, calls it, and unscales it before the backward."""
+    torch.manual_seed(0)
+    gradients = []
+    for unscaled_first in (False, True):
+        torch.manual_seed(0)
+        base = nn.Linear(8, 6).requires_grad_(False)
+        layer = Linear(base, "default", SMoAConfig(r=4, init_weights=False).for_layer(""))
+        layer.initialize("default")
+        layer.scale_layer(0.5)
+        loss = layer(torch.ones(3, 8)).square().sum()
+        if unscaled_first:
+            layer.unscale_layer(0.5)
+        loss.backward()
+        gradients.append(layer.smoa_A["default"].grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scales_change_as_loras_do(rslora):
     base, x = nn.Linear(12, 9), torch.randn(4, 12)

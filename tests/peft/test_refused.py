@@ -83,6 +83,12 @@ OF_LAYERS = [
     # PEFT wraps the embedding and the norms before it reaches a layer with an adapter.
     ({"modules_to_save": ["embed_tokens", "norm", "j"]}, "modules_to_save cannot be applied to modules"),
 ]
+
+
+def called(self, *args, **kwargs):
+    return nn.MultiheadAttention.forward(self, *args, **kwargs)
+
+
 DOWN = {"target_parameters": ["1.mlp.experts.down_proj"]}
 REFUSED = [
     *((tiny_llama, config(**settings), message) for settings, message in OF_LAYERS),
@@ -91,10 +97,13 @@ REFUSED = [
         (partial(with_experts, change), experts.config(**DOWN), message)
         for message, change in CHANGED.items()
     ),
-    (
-        lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
-        config(),
-        "0.out_proj: nn.MultiheadAttention reads the weight .*exclude_modules",
+    *(
+        (
+            lambda kind=kind: nn.Sequential(kind(8, 2)),
+            config(),
+            "0.out_proj: nn.MultiheadAttention reads the weight .*",
+        )
+        for kind in (nn.MultiheadAttention, type("Attention", (nn.MultiheadAttention,), {"forward": called}))
     ),
     (
         lambda: tiny_experts().model.layers[0].mlp.experts,
