@@ -51,7 +51,9 @@ def test_over_frozen(case: Case, smoke: bool, measure: Measure) -> None:
     # Under dropout none is merged.
     algorithms = ["auto", "split"] if case.dropout else ["auto", "merged", "split"]
     if DEVICE.type == "cpu":  # the algorithm of "auto" is not timed twice
-        algorithms.remove(choose_algorithm(case.tokens, case.rank, tf32=False, dropout=bool(case.dropout)))
+        algorithms.remove(
+            choose_algorithm(case.tokens, case.rank, case.dtype, tf32=False, dropout=bool(case.dropout))
+        )
     runs = {name: training_pass(layer, case) for name, layer in checked(case, algorithms).items()}
     measure("layer", title, params, runs, baseline=FROZEN, budget=12, warmup=1)
 

@@ -307,12 +307,15 @@ def test_nothing_is_read_on_the_host(
 
 def test_auto_chooses_by_the_multiplying_dtype() -> None:
     choose = eager.choose_algorithm
-    assert choose(4096, 16, tf32=False, dropout=False) == "merged"
-    assert choose(4096, 16, tf32=True, dropout=False) == "split"
-    assert choose(4096, 16, tf32=False, dropout=True) == "split"
-    assert choose(1, 16, tf32=False, dropout=False) == "expanded"
-    assert choose(1, 16, tf32=True, dropout=False) == "expanded"
-    assert choose(1, 16, tf32=False, dropout=True) == "split"
+    assert choose(4096, 16, torch.float32, tf32=False, dropout=False) == "merged"
+    assert choose(4096, 16, torch.float32, tf32=True, dropout=False) == "split"
+    assert choose(4096, 16, torch.float32, tf32=False, dropout=True) == "split"
+    assert choose(1, 16, torch.float32, tf32=False, dropout=False) == "expanded"
+    assert choose(4, 16, torch.float32, tf32=False, dropout=False) == "merged"
+    assert choose(4, 16, torch.bfloat16, tf32=False, dropout=False) == "expanded"
+    assert choose(4096, 16, torch.bfloat16, tf32=False, dropout=False) == "merged"
+    assert choose(1, 16, torch.float32, tf32=True, dropout=False) == "expanded"
+    assert choose(1, 16, torch.float32, tf32=False, dropout=True) == "split"
 
 
 def test_reduced_float32_precision_counts_as_half() -> None:

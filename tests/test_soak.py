@@ -86,6 +86,10 @@ def reference(steps: int, dtype: torch.dtype, shapes: Shapes) -> tuple[Tensor, T
 def test_training_drifts_no_further_than_the_reference(backend: str, algorithm: str) -> None:
     """For so few tokens "auto" chooses expanded or fused; merged is the choice for longer batches."""
     steps = steps_of(backend)
+    if algorithm == "merged" and steps < 1000:
+        pytest.skip(
+            "wide layers have learnt little after the interpreter's few steps; `make soak` takes 2,000"
+        )
     shapes = WIDE if algorithm == "merged" else NARROW
     truth, same = (reference(steps, dtype, shapes) for dtype in (torch.float64, torch.bfloat16))
     ours = train(smoa_linear, steps, torch.bfloat16, shapes, backend=backend, algorithm=algorithm)

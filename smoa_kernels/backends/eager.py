@@ -39,8 +39,9 @@ from .pages import in_large_pages
 ALGORITHMS = ("merged", "split", "expanded")
 
 # The expanded form multiplies slots·T further rows by W0 (one slot per block and rank). Up to this many of them
-# it is the cheapest: measured on CPU at 2048² by benchmarks/test_layer.py.
-EXPANDED_MAX_ROWS = 24
+# it is the cheapest: measured on CPU at 2048² by benchmarks/test_layer.py. In half precision it stays so for longer,
+# because W_eff is computed in float32 and rounded.
+EXPANDED_MAX_ROWS = {4: 24, 2: 96}  # by bytes of a number
 
 # Rows of W_eff, about, that the merged form builds at a time. Fewer make the GEMM's panels too narrow. More do not stay
 # in cache, and a new buffer of W0's size costs page faults: at 4096² a forward takes 11 % more than a frozen one, with
@@ -62,18 +63,19 @@ TOKEN_PANEL = 128
 HALF_TOKEN_PANEL = 512
 
 
-def choose_algorithm(tokens: int, slots: int, *, tf32: bool, dropout: bool) -> str:
+def choose_algorithm(tokens: int, slots: int, dtype: torch.dtype, *, tf32: bool, dropout: bool) -> str:
     """Choose the algorithm of "auto" on this backend.
 
     Args:
         tokens: T.
         slots: K·ρ, at least the adapter's rank.
+        dtype: that the GEMM multiplies.
         tf32: whether the GEMM multiplies float32 in less than IEEE float32, and so would round a small update away.
         dropout: whether the adapter sees another x than the base layer.
     """
     if dropout:
         return "split"
-    if tokens * slots <= EXPANDED_MAX_ROWS:
+    if tokens * slots <= EXPANDED_MAX_ROWS[min(dtype.itemsize, 4)]:
         return "expanded"
     return "split" if tf32 else "merged"
 
@@ -84,9 +86,8 @@ def forward(
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
     if algorithm == "auto":
         tf32 = x.dtype == torch.float32 and not gemm_is_ieee(x.dtype, x.device.type)
-        algorithm = choose_algorithm(
-            x.shape[0], _expanded_rows(adapter), tf32=tf32, dropout=dropout is not None
-        )
+        rows, drops = _expanded_rows(adapter), dropout is not None
+        algorithm = choose_algorithm(x.shape[0], rows, x.dtype, tf32=tf32, dropout=drops)
     if algorithm == "merged":
         y = merged(x, adapter)
     elif algorithm == "expanded":
@@ -111,7 +112,8 @@ def backward(
 def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
     """`dX = dY W_eff` (T, C), without dropout."""
     # Merged in TF32 too: in dX its rounding is a second-order error.
-    if choose_algorithm(dy.shape[0], _expanded_rows(adapter), tf32=False, dropout=False) == "expanded":
+    rows = _expanded_rows(adapter)
+    if choose_algorithm(dy.shape[0], rows, dy.dtype, tf32=False, dropout=False) == "expanded":
         return expanded(dy, adapter.T)
     return merged(dy, adapter.T)
 
