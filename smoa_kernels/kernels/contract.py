@@ -181,8 +181,9 @@ def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
         return on_amd(_SHIPPED)
     if precision.ieee:
         return _SHIPPED_IEEE
-    # The first spills 12 bytes on sm_80 (32 ranks of float32 factors), the second 4 on sm_90 and sm_100 (float16).
-    return _SHIPPED[1:] if arch.name == "sm_80" else _SHIPPED[:1]
+    # The first spills 12 bytes on sm_80 (32 ranks of float32 factors) and 8 on sm_120 in TF32, the second 4 elsewhere.
+    narrow = arch.name == "sm_80" or (arch.name == "sm_120" and precision.name == "tf32")
+    return _SHIPPED[1:] if narrow else _SHIPPED[:1]
 
 
 CONTRACT = Kernel("contract", contract_kernel, shipped=_shipped)
