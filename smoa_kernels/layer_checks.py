@@ -190,7 +190,10 @@ def _nothing(module: nn.Module, args: Any) -> None:
 def over_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of (T, C) to a nested tensor, which `nn.TransformerEncoder` makes of a padded batch."""
     if x.layout == torch.jagged:  # the result shares x's offsets, so that sums with x are allowed
-        return torch.nested.nested_tensor_from_jagged(function(x.values()), x.offsets(), x.lengths())
+        jagged: Any = x
+        return torch.nested.nested_tensor_from_jagged(
+            function(x.values()), jagged.offsets(), jagged.lengths()
+        )
     parts = x.unbind()
     y = function(torch.cat(parts)).split([len(part) for part in parts])
     return torch.nested.as_nested_tensor(list(y))
