@@ -8,7 +8,8 @@ the entries moves by a whole last bit instead, as large as the update asks for:
 
 These are multiples of two irrational numbers, nearly, so u is spread evenly along every row and column, and a sum over
 a row delivers the whole update. Where ΔW is zero the result is W0, bit for bit. u depends on the place alone: forward,
-gradient, recomputation, merging and every process of a job round alike. i and j count in the whole weight.
+gradient, recomputation, merging and every process of a job round alike, but for entries so near their threshold that
+the order of a float32 sum decides. i and j count in the whole weight.
 
 An update below float16's normal numbers (2^-14) is rounded to nearest. float32 is not rounded, but by the kernels for
 products in TF32, to its ten bits, as to float16's; torch's operators take "split" there.

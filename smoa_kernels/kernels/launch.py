@@ -187,7 +187,8 @@ def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers
     blocks: BlockPartition | ExpertBlocks
     if isinstance(adapter, PackedAdapter):
         known = adapter.layout
-        if isinstance(known, tuple) and known[0].precision == precision:
+        strides = (*w.stride(), *a.stride(), *b.stride())  # `weight.data = …` may have changed them
+        if isinstance(known, tuple) and (known[0].precision, known[0].strides) == (precision, strides):
             found: tuple[Layout, Pointers] = known
             return found
         blocks, granularity, apart = adapter.partition, adapter.partition.granularity, []

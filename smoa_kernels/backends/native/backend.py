@@ -1,8 +1,8 @@
 """Backend "native": the eager backend's algorithms on a CPU, compiled from `calls.c`.
 
-A GEMM copies its operands into panels anyway. While it copies, this one modulates W0, gathers columns and drops
-elements. So there is no W_eff and no gathered or masked copy of x or dY (`gemm.h`). `ROUTES` decides which code
-computes a call.
+A GEMM copies its operands into panels anyway. While it copies, this one modulates W0, so there is no W_eff in memory
+(`gemm.h`). x and dY are copied in block order, some tokens at a time, where an order or a mask asks for it. `ROUTES`
+decides which code computes a call.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ ROUTES = (
 )
 """The first row that takes a call computes it.
 
-FEW makes W_eff in float32 in registers, so that no update is lost: "merged" and "split" are one there. It reads A once
+FEW makes W_eff in float32 in registers, so that no update is lost: "merged" and "split" are one there. One bfloat16
+token of spectral blocks or K = 1 is multiplied by W0 and by A_t ∘ x instead, which is rounded. It reads A once
 for every few rows of W0, and W0 once for every eight tokens. Beyond the limits these repeated reads cost more than
 packing W0, which costs least for tiles. The limits were measured at 576² and 2048², without AMX.
 

@@ -6,7 +6,7 @@
 
 #include "product.h"
 
-/* Tokens that are copied, or packed in tiles, at a time. */
+/* Tokens that are packed in tiles at a time. */
 static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows + l->cols) / 4, PANEL), 1024); }
 
 enum { SLAB = 512 }; /* most rows of G that are held at a time */
@@ -111,7 +111,8 @@ static i64 factor_gradients(const call *c) {
     order_job x = {{c->x, (int)c->dtype, 0, c->x_stride}, NULL, c->layer.col_index, c->keep, c->layer.cols, NULL};
     i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads),
         remaining = c->tokens; /* most panels of a block that one thread has */
-    i64 most = tiles || !l->contiguous || x.keep ? least(remaining, tokens_together(l)) : remaining;
+    i64 together = tiles ? tokens_together(l) : !l->contiguous || x.keep ? COPIED_TOKENS : remaining;
+    i64 most = least(remaining, together);
     arena a = workspace_of(c->workspace), local = {0};
     /* A block's rows decide the format; with a thread's share of them, results would depend on the number of threads.
      */

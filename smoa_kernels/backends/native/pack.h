@@ -1,6 +1,5 @@
 /* Packing: copies a piece of an operand to the layout that a micro-kernel reads. SMoA's own work is done meanwhile: a
- * weight's panel becomes W_eff or ΔW, rows and columns are gathered in block order, dropped elements become 0, half
- * types become float32. So neither W_eff nor a permuted x or dY is ever in memory as a whole.
+ * weight's panel becomes W_eff or ΔW, half types become float32. So W_eff is never in memory as a whole.
  *
  * This file packs panels of floats. pack_tiles.h packs these, or bfloat16 directly, in tiles.
  */

@@ -12,6 +12,7 @@ enum {
     L2_CACHE = 1 << 20,
     /* Tokens whose float32 sums are in the workspace, if y is a half type; for more of them W0 is packed again. */
     HALF_TOKENS = 512,
+    COPIED_TOKENS = 1024, /* of float32 tokens that are copied in block order, or masked, at a time */
 };
 
 /* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
@@ -180,13 +181,15 @@ static i64 product_room(const product *p) {
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
     int format = weight_product(&p).format, in_y = is_in_y(&p);
-    i64 remaining = p.tokens, most = in_y ? remaining : least(remaining, round_up(HALF_TOKENS, left_height(format)));
+    int copies = p.algorithm == SPLIT && (!l->contiguous || p.x_keep); /* x is copied */
+    i64 remaining = p.tokens, together = in_y ? (copies ? COPIED_TOKENS : remaining) : HALF_TOKENS,
+        most = least(remaining, round_up(together, left_height(format)));
     arena a = p.workspace;
     p.tokens = most;
     p.factors = factors_of(&a, l, p.algorithm == SPLIT, l->scaling);
     p.C = take(&a, in_y ? 0 : most * l->rows * 4), p.C_stride = in_y ? p.y_stride : l->rows;
     order_job x = {x_of(&p), NULL, l->col_index, p.x_keep, l->cols, NULL};
-    if (p.algorithm == SPLIT && (!l->contiguous || p.x_keep)) x.to = take(&a, most * l->cols * bytes_of(p.dtype));
+    if (copies) x.to = take(&a, most * l->cols * bytes_of(p.dtype));
     if (p.algorithm == SPLIT && !l->contiguous)
         p.ordered_weight = take(&a, elements_before(l, l->blocks) * bytes_of(l->dtype));
     int32_t *row_label = take(&a, (l->rows + PANEL) * 4), *col_label = take(&a, (l->cols + PANEL) * 4);
