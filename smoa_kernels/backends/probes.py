@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,95 +13,88 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 
-# As a share of the norm of a row or column. In half types twice the spacing of numbers; in TF32 more, since cuBLAS may
-# truncate operands; in float32 long sums have different orders.
+# In half types twice the spacing of numbers; in TF32 more, since cuBLAS may truncate operands; in float32 long sums
+# have different orders.
 ALLOWED = {"bf16": 2.0**-6, "fp16": 2.0**-9, "tf32": 2.0**-8, "fp32": 2.0**-14}
-_FEWEST = 32  # numbers of a row or column that is compared by itself
-_PANEL = (
-    2**20
-)  # numbers, about, that are compared at a time: their float32 copies take several times 4 bytes each
-# Each number must satisfy |ours - eager's| <= share * (|eager's| + _OUTLIER * r). r is the root mean square of its row
-# or column, whichever is larger. Rounding the terms of a sum moves a number by share * r / 7 on average, so two
-# right results differ by share * r / 5. 4 * share * r is 20 times that.
-_OUTLIER = 4
+# Numbers, about, that are compared at a time: their float32 copies take several times 4 bytes each.
+_PANEL = 2**20
 
 
-def probe(adapter: Any, tensors: Sequence[Tensor | None], tokens: int) -> tuple[Any, ...]:
-    """Operands of about so many tokens in a call's layout, whose numbers are random and always the same.
+def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any], rows: int) -> Any:
+    """The result of a call with `rows` tokens, or pairs, whose numbers are random and always the same.
 
     W0 is the call's, unless it has only zeros, or numbers that are not finite. Every second block has half the rank,
-    and of experts the first has `tokens` pairs, the others none and one in turn. Of `tensors`, activations have two
-    dimensions, and `ends` comes last. Returns the number of tokens, no size of W0, then the adapter and the tensors.
+    and of experts the first has nearly all pairs, the others none and one in turn.
     """
+    adapter = next(one for one in args if hasattr(one, "scaling"))
     weight, rho = adapter.weight, adapter.A.shape[-2]
     like = partial(_like, torch.Generator(weight.device).manual_seed(0))
-    if not 0 < float(torch.linalg.vector_norm(weight, dtype=torch.float32)) < math.inf:
-        weight = like(weight, scale=weight.shape[-1] ** -0.5)
     ranks = [rho // (1 + k % 2) for k in range(len(adapter.ranks))]
-    changed = {"weight": weight, "A": like(adapter.A), "B": like(adapter.B, scale=max(rho, 1) ** -0.5)}
-    changed |= {"ranks": like(adapter.ranks, of=torch.tensor(ranks)), "scaling": like(adapter.scaling, of=1)}
+    changed = {"A": like(adapter.A), "B": like(adapter.B), "ranks": like(adapter.ranks, of=ranks)}
+    changed["scaling"] = like(adapter.scaling, of=max(rho, 1) ** -0.5)
+    if not _says_something(weight):
+        changed["weight"] = like(weight)
     if isinstance(adapter, PackedAdapter):
-        tokens = next(rows for rows in range(tokens, tokens + 3) if rows not in weight.shape)
-        found = [like(one, tokens if one is not None and one.ndim == 2 else 0) for one in tensors]
-        return tokens, replace(adapter, block_ranks=ranks, **changed), *found
-    pairs = torch.arange(len(weight), device=weight.device) % 2
-    pairs[0] = tokens
-    tokens += len(weight) // 2
-    found = [*(like(one, tokens) for one in tensors[:-1]), like(tensors[-1], of=pairs.cumsum(0))]
-    return tokens, replace(adapter, **changed), *found
+        changed["block_ranks"] = ranks
+
+    def operand(one: Any, rows: int = 0) -> Any:
+        if one is adapter:
+            return replace(adapter, **changed)
+        if not isinstance(one, Tensor):
+            return one
+        if one.is_floating_point():
+            return like(one, rows if one.ndim == 2 else 0)
+        return like(one, of=(rows - torch.arange(len(one)).flip(0) // 2).clamp(min=0))  # `ends` of experts
+
+    return run(*(operand(one, rows) for one in args), **{name: operand(one) for name, one in options.items()})
 
 
-def _like(
-    draw: torch.Generator, tensor: Tensor | None, rows: int = 0, scale: float = 1.0, of: Any = None
-) -> Any:
+def _like(draw: torch.Generator, tensor: Tensor, rows: int = 0, of: Any = None) -> Tensor:
     """Random numbers, or those of `of`, in new memory for which Triton compiles the same; with `rows` rows, if given.
 
-    Strides are as small as they can be, but 1 stays 1, and remainders by 16 stay, also that of the address.
+    Strides that are 1 stay 1, and remainders by 16 stay, also that of the address. Other strides become no longer than
+    a dense tensor's may be, so numbers of activations may share memory.
     """
-    if tensor is None:
-        return None
-    shape, stride, span = [*tensor.shape], [*tensor.stride()], 1
-    if rows:
-        shape[0] = rows
-    for dim in sorted(range(tensor.ndim), key=tensor.stride):
-        stride[dim] = min(stride[dim], span + 16 + (stride[dim] - span) % 16) or 16
-        span += max(shape[dim] - 1, 0) * stride[dim]
+    shape = [rows or tensor.shape[0], *tensor.shape[1:]] if tensor.ndim else []
+    most = 16 + math.prod(shape) // max(1, min(shape, default=1)) // 16 * 16
+    strides = [min(stride, most + stride % 16) or 16 for stride in tensor.stride()]
     first = tensor.data_ptr() % 16 // tensor.element_size()
+    span = 1 + sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
     memory = tensor.new_empty(first + span)
-    found = memory.as_strided(shape, stride, first)
-    if of is None:
-        memory.normal_(generator=draw).mul_(scale)
-        return found
-    return found.copy_(torch.as_tensor(of))
+    found = memory.as_strided(shape, strides, first)
+    if of is not None:
+        return found.copy_(torch.as_tensor(of))
+    memory.normal_(generator=draw)
+    return found
 
 
-def distance(found: Any, expected: Any, allowed: float) -> float | None:
-    """The largest distance of a row, column or number over the allowed one; None if an expected result proves nothing.
+def distance(found: Any, expected: Any, allowed: float) -> float:
+    """The largest distance of a number over the allowed one, a share of the number and of its row's or column's size.
 
-    It proves nothing if it has only zeros, or numbers that are not finite. Results are tensors, or tuples with None.
+    Rounding the terms of a sum moves it by a seventh of `allowed * size` on average, so two right results differ by a
+    fifth, and four times the size is 20 times that. The size is the root mean square of the row or the column,
+    whichever is larger. Results are tensors, or tuples with None.
+
+    Raises:
+        ArithmeticError: an expected result proves nothing: it has only zeros, or numbers that are not finite.
     """
     shares: list[Tensor] = []
     for ours, theirs in zip(_matrices(found), _matrices(expected), strict=True):
-        if not 0 < float(torch.linalg.vector_norm(theirs, dtype=torch.float32)) < math.inf:
-            return None
-        rows = max(_FEWEST, _PANEL // theirs.shape[1])
-        for panels in zip(ours.split(rows), theirs.split(rows), strict=True):
-            shares += _shares(*panels, allowed)
-    return float(torch.stack(shares).max()) if shares else None
+        if not _says_something(theirs):
+            raise ArithmeticError("torch's operators give zeros, or numbers that are not finite")
+        # Subnormal numbers have the spacing of the smallest normal one.
+        floor = torch.finfo(theirs.dtype).smallest_normal * torch.finfo(theirs.dtype).eps
+        rows = max(32, _PANEL // theirs.shape[1])
+        for one, other in zip(ours.split(rows), theirs.split(rows), strict=True):
+            right = other.float()
+            sizes = (right.square().mean(dim, keepdim=True).sqrt() for dim in (0, 1))
+            size = right.abs() + 4 * torch.maximum(*sizes)
+            shares.append(((one.float() - right).abs() / (allowed * size + floor)).max())
+    return float(torch.stack(shares).max())
 
 
-def _shares(ours: Tensor, theirs: Tensor, allowed: float) -> Iterator[Tensor]:
-    # Subnormal numbers have the spacing of the smallest normal one.
-    kind = torch.finfo(theirs.dtype)
-    floor = kind.smallest_normal * kind.eps * max(theirs.shape) ** 0.5
-    error, usual = (ours.float() - theirs.float()).abs(), theirs.new_zeros((), dtype=torch.float32)
-    long: list[tuple[int, ...]] = [(dim,) for dim in (0, 1) if theirs.shape[dim] >= _FEWEST]
-    for dim in long or [(0, 1)]:
-        norm = torch.linalg.vector_norm(theirs, dim=dim, keepdim=True, dtype=torch.float32)
-        apart = torch.linalg.vector_norm(error, dim=dim, keepdim=True)
-        yield (apart / (allowed * norm + floor)).max()
-        usual = torch.maximum(usual, norm * (norm.numel() / theirs.numel()) ** 0.5)
-    yield (error / (allowed * (theirs.abs() + _OUTLIER * usual) + floor)).max()
+def _says_something(tensor: Tensor) -> bool:
+    return 0 < float(torch.linalg.vector_norm(tensor, dtype=torch.float32)) < math.inf
 
 
 def _matrices(results: Any) -> Iterator[Tensor]:

@@ -3,14 +3,13 @@
 Triton has compiled correct kernels wrongly before, so a compiled kernel runs only after it was compared. It is known by
 Triton's hash: of its source, constants and options, of the compiler, and of what Triton specialises by itself (sizes
 and strides that are 1 or that 16 divides, aligned pointers). A call that is about to launch a new one first computes a
-probe, by the kernels and by eager: the user's W0, random x, dY, bias, A and B in the same layout, two of the largest
-tiles of tokens and a tail. Launch parameters are chosen as for the call (`table.chosen_for`), and no kernel's control
-flow depends on the random numbers, so the probe launches what the call launches. If not, one of all tokens follows.
+probe, by the kernels and by torch's operators: two of the largest tiles of tokens and a tail, in the call's layout.
+Launch parameters are chosen as for the call (`table.chosen_for`), and no kernel's control flow depends on the random
+numbers, so the probe launches what the call launches. If not, one of all tokens follows.
 
 A finished comparison is kept in the tuning table's file, by the first process of a job. Another failure, such as a
 missing C compiler, holds for the process; a lack of memory for the call. While a CUDA graph is captured nothing can be
-compared or loaded: eager computes what did not run before, for experts as in `experts_masked.py`. `SMOA_VERIFY=0` turns
-verification off.
+compared or loaded: torch's operators compute what did not run before. `SMOA_VERIFY=0` turns verification off.
 """
 
 from __future__ import annotations
@@ -18,179 +17,32 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
-from typing import Any, TypeAlias
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from triton import __version__ as triton_version
 
 from ..checks import first_line
-from ..definition.dropout import Dropout
-from ..definition.experts import ExpertsAdapter
-from ..definition.packed import PackedAdapter
-from ..definition.precision import gemm_is_ieee, precision_of
 from ..kernels.architectures import architecture, assembler, identity
 from ..kernels.launch import Launch, Pointers, described, heard_by, on_device
 from ..kernels.spec import bucket
 from ..kernels.table import chosen_for, keep, read, user_table
-from . import Gradients, eager, experts, experts_masked, triton
+from . import eager, experts, experts_masked, triton
 from .probes import ALLOWED, distance, probe
-
-ALGORITHMS = triton.ALGORITHMS
-
-Run: TypeAlias = Callable[..., Any]
-"""Runs an operation: `run(backend's module, adapter, *tensors)`. Of these, activations have two dimensions."""
-
-
-def forward(
-    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
-) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
-
-    def run(of: Any, adapter: Any, x: Tensor, bias: Tensor | None) -> Any:
-        return of.forward(x, bias, adapter, algorithm if of is triton else "auto", dropout)
-
-    y: Tensor = _run((algorithm, dropout is None), run, adapter, x.shape[0], x, bias)
-    return y
-
-
-def backward(
-    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
-) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
-
-    def run(of: Any, adapter: Any, dy: Tensor, x: Tensor | None) -> Any:
-        return of.backward(dy, x, adapter, dropout, needs_x=x is None)
-
-    name, nothing = ("backward", dropout is None), (None, None, None)
-    _, dA, dB = nothing if x is None else _run((*name, "x"), run, adapter, dy.shape[0], dy, x)
-    dx, _, _ = _run(name, run, adapter, dy.shape[0], dy, None) if needs_x else nothing
-    return dx, dA, dB
-
-
-def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
-    """`W_eff`, (N, C) in W0's dtype; written to `out`, which is not W0, where that is given."""
-
-    def run(of: Any, adapter: Any, out: Tensor | None) -> Any:
-        return of.modulated_weight(
-            adapter, out=out if of is triton else None
-        )  # a comparison needs both results
-
-    W_eff: Tensor = _run("weight", run, adapter, None, out)
-    return W_eff if out is None or W_eff is out else out.copy_(W_eff)
-
-
-def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
-    """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
-    y: Tensor = _run(
-        "experts", lambda of, one, *given: of.experts_forward(*given, one), adapter, x.shape[0], x, ends
-    )
-    return y
-
-
-def experts_backward(
-    dy: Tensor, x: Tensor | None, ends: Tensor, adapter: ExpertsAdapter, *, needs_x: bool
-) -> Gradients:
-    """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
-
-    def run(of: Any, adapter: Any, *given: Tensor | None) -> Any:
-        return of.experts_backward(*given, adapter, needs_x=needs_x)
-
-    found: Gradients = _run(("experts", needs_x, x is None), run, adapter, dy.shape[0], dy, x, ends)
-    return found
-
-
-# Whether a kernel may run
 
 FEW = 2 * 256 + 37
 """Tokens of a probe: two of the largest tiles of any kernel, and a tail."""
 
+P, R = ParamSpec("P"), TypeVar("R")
 _one_at_a_time = threading.RLock()  # backward runs in a thread for each device
 
 
 class _WithheldError(RuntimeError):
-    """A kernel must not run: why, and whether that holds for the process, not only for this call."""
-
-
-@cache
-def _is_verified(device: torch.device) -> bool:
-    return device.type == "cuda" and os.environ.get("SMOA_VERIFY") != "0"
-
-
-def _run(name: object, run: Run, adapter: Any, tokens: int | None, *tensors: Tensor | None) -> Any:
-    """Run an operation by the kernels, or by eager where they must not run.
-
-    `tokens`: of its activations; None if it has none.
-    """
-    weight, theirs = adapter.weight, eager if isinstance(adapter, PackedAdapter) else experts
-    if not _is_verified(weight.device):
-        return run(triton, adapter, *tensors)
-    known = verdicts(weight.device)
-    precision = precision_of(weight.dtype, gemm_is_ieee(weight.dtype, "cuda")).name
-
-    def check(launch: Launch, pointers: Pointers) -> None:
-        try:
-            kernel = known.name_of(launch, pointers)
-            if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-                if kernel in known.ran:
-                    return
-                raise _WithheldError(f"{kernel} did not run before the capture of this CUDA graph", False)
-            with _one_at_a_time:
-                for rows in (0,) if tokens is None else (FEW, tokens):
-                    if kernel not in known.kernels:
-                        given = probe(adapter, tensors, rows)
-                        _compare(known, run, ALLOWED[precision], tokens or 0, *given)
-            if kernel not in known.kernels:
-                raise LookupError(f"no probe launches {kernel}")
-        except _WithheldError:
-            raise
-        except Exception as error:  # for example there is no C compiler, or no room on the disk
-            lasts = not isinstance(error, torch.OutOfMemoryError)
-            raise _WithheldError(f"{type(error).__name__}: {first_line(error)}", lasts) from error
-        known.ran.add(kernel)
-
-    # Calls that are equal in this launch about the same kernels.
-    question = (
-        name,
-        described(adapter)[0],
-        bucket(tokens or 0),
-        tokens == 0,
-        *(one is None for one in tensors),
-    )
-    if (why := known.withheld.get(question)) is None:
-        try:
-            with heard_by(check, new=True):
-                return run(triton, adapter, *tensors)
-        except _WithheldError as error:
-            why, lasts = error.args
-        if lasts:
-            known.withheld[question] = why
-        told = f"{why} ({known.gpu}, {known.versions}). Please report wrong kernels and what `smoa-kernels info` says"
-        warnings.warn(f"torch's operators compute instead of a GPU kernel: {told}", stacklevel=3)
-    with on_device(weight.device):
-        if theirs is experts and torch.cuda.is_current_stream_capturing():
-            theirs = experts_masked
-            warnings.warn(f"in a CUDA graph every expert multiplies all pairs: {why}", stacklevel=3)
-    return run(theirs, adapter, *tensors)
-
-
-def _compare(known: Verdicts, run: Run, allowed: float, tokens: int, rows: int, *given: Any) -> None:
-    """Compare kernels and torch on a probe of `rows` for a call of `tokens`. Keeps a verdict on the new ones."""
-    heard: list[str] = []
-    is_packed, E = isinstance(given[0], PackedAdapter), len(given[0].weight)
-    stand_ins = {rows: tokens} if is_packed else {-(-rows // E): -(-tokens // E)}  # of the average expert
-    with chosen_for(stand_ins), heard_by(lambda *launch: heard.append(known.name_of(*launch)), new=True):
-        run(triton, *given)
-        if known.kernels.keys() >= set(heard):
-            return
-        found = run(triton, *given)  # as later calls do: each `Launch` now has its compiled kernel
-    far = distance(found, run(eager if is_packed else experts, *given), allowed)
-    if far is None:
-        raise ArithmeticError("torch's operators give zeros, or numbers that are not finite")
-    known.add(heard, "" if far <= 1 else f"results differ by {far:.3g} times what rounding explains")
+    """A kernel must not run."""
 
 
 class Verdicts:
@@ -214,20 +66,107 @@ class Verdicts:
         """Compile a kernel and name it. Raises a _WithheldError if it is refused."""
         name = f"{launch.kernel.__name__} {launch.compiled(pointers).hash}"
         if reason := self.kernels.get(name):
-            raise _WithheldError(reason, True)
+            raise _WithheldError(reason)
         return name
 
-    def add(self, kernels: Iterable[str], reason: str) -> None:
-        """Keep a verdict on new kernels, a job's first process on disk too. Raises a _WithheldError for a reason."""
-        new = [name for name in kernels if name not in self.kernels]
-        found = dict.fromkeys(new, reason and f"{', '.join(new)}: {reason}")
+    def add(self, heard: list[str], far: float) -> None:
+        """Keep a verdict on those kernels of a probe that have none, a job's first process on disk too."""
+        new = [name for name in dict.fromkeys(heard) if name not in self.kernels]
+        wrong = f"{', '.join(new)}: results differ by {far:.3g} times what rounding explains"
+        found = dict.fromkeys(new, "" if far <= 1 else wrong)
         self.kernels |= found
         job = torch.distributed
-        if not (job.is_available() and job.is_initialized() and job.get_rank()):
+        if new and not (job.is_available() and job.is_initialized() and job.get_rank()):
             with suppress(OSError, NotImplementedError):  # filelock's, where the system has no locks
                 keep(self._now, verdicts={self.versions: found})
-        if reason:
-            raise _WithheldError(found[new[0]], True)
 
 
 verdicts = cache(Verdicts)  # reads the file once
+
+
+@cache
+def _is_verified(device: torch.device) -> bool:
+    return device.type == "cuda" and os.environ.get("SMOA_VERIFY") != "0"
+
+
+def _is_captured() -> bool:
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+
+
+def _verified(
+    run: Callable[P, R], by_torch: Callable[P, R], in_graph: Callable[P, R] | None = None
+) -> Callable[P, R]:
+    """The operation `run` of the kernels, replaced by torch's operators where a kernel must not run.
+
+    While a CUDA graph is captured `in_graph` replaces `by_torch`, if that waits for the device.
+    """
+
+    @wraps(run)
+    def operation(*args: P.args, **options: P.kwargs) -> R:
+        given = *args, *options.values()
+        adapter: Any = next(one for one in given if hasattr(one, "scaling"))
+        device = adapter.weight.device
+        if not _is_verified(device):
+            return run(*args, **options)
+        known, (layout, _) = verdicts(device), described(adapter)
+        tokens = len(args[0]) if isinstance(args[0], Tensor) else 0
+
+        def compare(rows: int) -> None:
+            heard: list[str] = []
+            experts = max(layout.experts, 1)  # parameters are chosen for the average expert
+            hearing = heard_by(lambda *launch: heard.append(known.name_of(*launch)), new=True)
+            with chosen_for({-(-rows // experts): -(-tokens // experts)}), hearing:
+                for _ in range(2):  # the second time as later calls do: each `Launch` has its compiled kernel
+                    found = probe(run, args, options, rows)
+            known.add(heard, distance(found, probe(by_torch, args, options, rows), ALLOWED[layout.precision]))
+
+        def check(launch: Launch, pointers: Pointers) -> None:
+            try:
+                kernel = known.name_of(launch, pointers)
+                if _is_captured() and kernel not in known.ran:
+                    raise _WithheldError(f"{kernel} did not run before the capture of this CUDA graph")
+                with _one_at_a_time:
+                    for rows in (FEW + layout.experts // 2, tokens or FEW):
+                        if kernel not in known.kernels:
+                            compare(rows)
+                if known.name_of(launch, pointers) not in known.kernels:
+                    raise LookupError(f"no probe launches {kernel}")
+            except _WithheldError:
+                raise
+            except Exception as error:  # for example there is no C compiler, or no room on the disk
+                raise _WithheldError(f"{type(error).__name__}: {first_line(error)}") from error
+            known.ran.add(kernel)
+
+        # Calls that are equal in this launch the same kernels.
+        kinds = (one if isinstance(one, str | bool) else type(one) for one in given)
+        call, lasts = (run, layout, tokens and bucket(tokens), *kinds), True
+        if (why := known.withheld.get(call)) is None:
+            try:
+                with heard_by(check, new=True):
+                    return run(*args, **options)
+            except _WithheldError as error:
+                why, lasts = str(error), not isinstance(error.__cause__, torch.OutOfMemoryError)
+            told = f"torch's operators compute instead of a GPU kernel: {why} ({known.gpu}, {known.versions})"
+            warnings.warn(
+                f"{told}. Please report wrong kernels and what `smoa-kernels info` says", stacklevel=2
+            )
+        with on_device(device):
+            is_captured = _is_captured()
+        if lasts and not is_captured:
+            known.withheld[call] = why
+        if in_graph is None or not is_captured:
+            return by_torch(*args, **options)
+        warnings.warn(f"in a CUDA graph every expert multiplies all pairs: {why}", stacklevel=2)
+        return in_graph(*args, **options)
+
+    return operation
+
+
+ALGORITHMS = triton.ALGORITHMS
+forward = _verified(triton.forward, eager.forward)
+backward = _verified(triton.backward, eager.backward)
+modulated_weight = _verified(triton.modulated_weight, eager.modulated_weight)
+experts_forward = _verified(triton.experts_forward, experts.experts_forward, experts_masked.experts_forward)
+experts_backward = _verified(
+    triton.experts_backward, experts.experts_backward, experts_masked.experts_backward
+)

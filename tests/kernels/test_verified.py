@@ -313,12 +313,12 @@ def test_a_probe_of_few_tokens_is_launched_like_the_call(
     """Else a probe of all tokens follows. Up to 16 tokens `fused_linear` has another tile."""
     rows: list[int] = []
     draw = verified.probe
-    monkeypatch.setattr(verified, "probe", lambda *given: rows.append(given[2]) or draw(*given))
+    monkeypatch.setattr(verified, "probe", lambda *given: rows.append(given[3]) or draw(*given))
     monkeypatch.setattr(verified, "FEW", 5)
     if not covered:
         monkeypatch.setattr(verified, "chosen_for", nullcontext)
     FUSED.problem(**SIZES).forward(**FUSED.options)
-    assert rows == [5, 20][: 2 - covered]
+    assert rows == [5] * 3 + [20] * 3 * (not covered)  # the kernels twice, and torch's operators
     assert gpu.users
 
 
