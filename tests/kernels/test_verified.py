@@ -9,7 +9,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import triton
+from expert_problems import ExpertsProblem
 from expert_problems import make_problem as make_experts
 from problems import DEVICE, Case, LinearProblem, assert_within_budget, make_problem
 from torch import Tensor
@@ -53,7 +54,7 @@ def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """The state of a fresh process on a GPU; yields the path of its file of verdicts."""
     monkeypatch.setenv("SMOA_CACHE", str(tmp_path))
     monkeypatch.setattr(verified, "_is_verified", lambda device: True)
-    monkeypatch.setattr(verified, "FEW", 37)  # the interpreter is slow
+    monkeypatch.setattr(verified, "FEW", 17)  # a tile and a tail: the interpreter is slow
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     start_anew()
     yield tmp_path / "tuning" / "cpu.json"
@@ -165,8 +166,8 @@ def test_no_gradient_of_the_user_makes_a_right_kernel_wrong(
 ) -> None:
     """dX of few rows, or of equal rows, cancels."""
     sequences, loss = GRADIENTS[gradient]
-    adapter = make_problem(dtype=dtype, out_features=128, in_features=256, ranks=(3, 2)).adapter()
-    y = torch.randn(sequences, 66 // sequences, 128, dtype=dtype).requires_grad_()
+    adapter = make_problem(dtype=dtype, out_features=96, in_features=64, ranks=(3, 2)).adapter()
+    y = torch.randn(sequences, 66 // sequences, 96, dtype=dtype).requires_grad_()
     (dy,) = torch.autograd.grad(loss(y), y)
     verified.backward(dy.flatten(0, 1), None, adapter, None, needs_x=True)
     assert gpu.names() == {"modulated_weight_kernel"}
@@ -244,14 +245,6 @@ def test_what_is_compared_was_launched_like_later_calls(gpu: Gpu) -> None:
     gpu.name, gpu.spoil = "modulated_weight_kernel", lambda out: len(gpu.probes) == 2 and out.zero_()
     _, (told,) = warned(lambda: MERGED.problem(**SIZES).forward(**MERGED.options))
     assert ROUNDING in told
-
-
-def test_experts(gpu: Gpu) -> None:
-    gpu.name, gpu.spoil = "grouped_linear_kernel", lambda out: out[..., 0].neg_()
-    e = make_experts(dtype=torch.float32, pairs=(3, 0, 4, 7), rows=16, cols=24, blocks="contiguous")
-    found, told = warned(lambda: e.operator("triton"))
-    assert [gpu.name in message for message in told] == [True, True]  # y, and then dX
-    e.assert_within_budget(found)
 
 
 def test_merging(gpu: Gpu) -> None:
@@ -461,7 +454,7 @@ def test_a_compiled_decode_step_is_captured_after_its_first_call(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Like `torch.compile(mode="reduce-overhead")`: the first call is not captured, the second is."""
-    p = SPLIT.problem(**SIZES | {"tokens": 1})
+    p = SPLIT.problem(**SIZES | {"tokens": 1, "out_features": 16})
     layer = p.layer(partition=p.partition, backend="triton")
     decode = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -473,23 +466,57 @@ def test_a_compiled_decode_step_is_captured_after_its_first_call(
     assert "fused_linear_kernel" in gpu.names()
 
 
-@pytest.mark.parametrize(("blocks", "refused"), [("own", False), ("contiguous", False), ("contiguous", True)])
-def test_experts_that_were_not_verified_are_captured_without_waiting(
-    blocks: str, refused: bool, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu.name, gpu.spoil = "grouped_linear_kernel" if refused else "", lambda out: out.fill_(torch.nan)
-    e = make_experts(dtype=torch.float32, pairs=(3, 0, 4, 7), rows=16, cols=24, blocks=blocks)
-    if refused:
-        warned(lambda: e.operator("triton"))
-        gpu.users.clear()
+EXPERTS: dict[str, Any] = {"dtype": torch.float32, "pairs": (0, 3), "rows": 16, "cols": 16}
+
+
+def test_refused_experts(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu.name, gpu.spoil = "grouped_linear_kernel", lambda out: out[..., 0].neg_()
+    e = make_experts(blocks="contiguous", **EXPERTS)
+    found, told = warned(lambda: e.operator("triton"))
+    assert [gpu.name in message for message in told] == [True, True]  # y, and then dX
+    e.assert_within_budget(found)
+    told = captured_experts(e, gpu, monkeypatch)
+    assert [ROUNDING in message for message in told] == [True, True]
+
+
+@pytest.mark.parametrize("blocks", ["own", "contiguous"])
+def test_experts_that_were_not_verified(blocks: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = captured_experts(make_experts(blocks=blocks, **EXPERTS), gpu, monkeypatch)
+    assert ["before the capture" in message for message in told] == [True, True]
+
+
+def captured_experts(e: ExpertsProblem, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings of experts that a CUDA graph captures; the host does not wait, and no kernel is launched."""
+    gpu.users.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(experts, "spans", lambda ends: pytest.fail("the host waited"))
     found, told = warned(lambda: e.operator("triton"))
     e.assert_within_budget(found)
     assert gpu.users == []
-    told = [message for message in told if "every expert multiplies all pairs" in message]
-    assert [ROUNDING in message for message in told] == [refused] * 2
-    assert ["before the capture" in message for message in told] == [not refused] * 2
+    return [message for message in told if "every expert multiplies all pairs" in message]
+
+
+def test_the_capture_asked_about_is_that_of_the_tensors_device(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[torch.device] = []
+    asked: list[bool] = []
+
+    @contextmanager
+    def on_device(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        try:
+            yield
+        finally:
+            current.pop()
+
+    for module in (verified, verified.triton):
+        monkeypatch.setattr(module, "on_device", on_device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(bool(current)))
+    gpu.name, gpu.spoil = "fused_linear_kernel", one_in_a_thousand
+    for case in (MERGED, FUSED):
+        warned(lambda case=case: case.problem(**SIZES).forward(**case.options))
+    assert asked == [True] * 3  # before each first launch, and by what replaces the kernels
 
 
 # Distances, and the switch
