@@ -30,7 +30,11 @@ def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
     weight, rho = adapter.weight, adapter.A.shape[-2]
     like = partial(_like, torch.Generator(weight.device).manual_seed(0))
     ranks = [rho // (1 + k % 2) for k in range(len(adapter.ranks))]
-    changed = {"A": like(adapter.A), "B": like(adapter.B), "ranks": like(adapter.ranks, of=ranks)}
+    changed: dict[str, Any] = {
+        "A": like(adapter.A),
+        "B": like(adapter.B),
+        "ranks": like(adapter.ranks, of=ranks),
+    }
     changed["scaling"] = like(adapter.scaling, of=max(rho, 1) ** -0.5)
     if not _says_something(weight):
         changed["weight"] = like(weight)

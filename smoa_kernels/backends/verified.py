@@ -19,7 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -27,17 +27,20 @@ from torch import Tensor
 from triton import __version__ as triton_version
 
 from ..checks import first_line
+from ..definition.dropout import Dropout
+from ..definition.packed import PackedAdapter
 from ..kernels.architectures import architecture, assembler, identity
 from ..kernels.launch import Launch, Pointers, described, heard_by, on_device
 from ..kernels.spec import bucket
 from ..kernels.table import chosen_for, keep, read, user_table
-from . import eager, experts, experts_masked, triton
+from . import Gradients, eager, experts, experts_masked, triton
 from .probes import ALLOWED, distance, probe
 
 FEW = 2 * 256 + 37
 """Tokens of a probe: two of the largest tiles of any kernel, and a tail."""
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 _one_at_a_time = threading.RLock()  # backward runs in a thread for each device
 
 
@@ -69,16 +72,21 @@ class Verdicts:
             raise _WithheldError(reason)
         return name
 
-    def add(self, heard: list[str], far: float) -> None:
-        """Keep a verdict on those kernels of a probe that have none, a job's first process on disk too."""
+    def compare(self, run: Callable[[], Any], by_torch: Callable[[], Any], allowed: float) -> None:
+        """Compare a probe's results. Keeps a verdict on its new kernels, in a job's first process on disk too."""
+        heard: list[str] = []
+        with heard_by(lambda *launch: heard.append(self.name_of(*launch)), new=True):
+            for _ in range(2):  # the second time as later calls do: each `Launch` has its compiled kernel
+                found = run()
+        far = distance(found, by_torch(), allowed)
         new = [name for name in dict.fromkeys(heard) if name not in self.kernels]
         wrong = f"{', '.join(new)}: results differ by {far:.3g} times what rounding explains"
-        found = dict.fromkeys(new, "" if far <= 1 else wrong)
-        self.kernels |= found
+        verdicts = dict.fromkeys(new, "" if far <= 1 else wrong)
+        self.kernels |= verdicts
         job = torch.distributed
         if new and not (job.is_available() and job.is_initialized() and job.get_rank()):
             with suppress(OSError, NotImplementedError):  # filelock's, where the system has no locks
-                keep(self._now, verdicts={self.versions: found})
+                keep(self._now, verdicts={self.versions: verdicts})
 
 
 verdicts = cache(Verdicts)  # reads the file once
@@ -111,15 +119,6 @@ def _verified(
         known, (layout, _) = verdicts(device), described(adapter)
         tokens = len(args[0]) if isinstance(args[0], Tensor) else 0
 
-        def compare(rows: int) -> None:
-            heard: list[str] = []
-            experts = max(layout.experts, 1)  # parameters are chosen for the average expert
-            hearing = heard_by(lambda *launch: heard.append(known.name_of(*launch)), new=True)
-            with chosen_for({-(-rows // experts): -(-tokens // experts)}), hearing:
-                for _ in range(2):  # the second time as later calls do: each `Launch` has its compiled kernel
-                    found = probe(run, args, options, rows)
-            known.add(heard, distance(found, probe(by_torch, args, options, rows), ALLOWED[layout.precision]))
-
         def check(launch: Launch, pointers: Pointers) -> None:
             try:
                 kernel = known.name_of(launch, pointers)
@@ -128,7 +127,10 @@ def _verified(
                 with _one_at_a_time:
                     for rows in (FEW + layout.experts // 2, tokens or FEW):
                         if kernel not in known.kernels:
-                            compare(rows)
+                            ours, theirs = (partial(probe, of, args, options, rows) for of in (run, by_torch))
+                            experts = max(layout.experts, 1)  # parameters are chosen for the average one
+                            with chosen_for({-(-rows // experts): -(-tokens // experts)}):
+                                known.compare(ours, theirs, ALLOWED[layout.precision])
                 if known.name_of(launch, pointers) not in known.kernels:
                     raise LookupError(f"no probe launches {kernel}")
             except _WithheldError:
@@ -137,7 +139,7 @@ def _verified(
                 raise _WithheldError(f"{type(error).__name__}: {first_line(error)}") from error
             known.ran.add(kernel)
 
-        # Calls that are equal in this launch the same kernels.
+        # Calls that are equal in `call` launch the same kernels.
         kinds = (one if isinstance(one, str | bool) else type(one) for one in given)
         call, lasts = (run, layout, tokens and bucket(tokens), *kinds), True
         if (why := known.withheld.get(call)) is None:
@@ -164,9 +166,19 @@ def _verified(
 
 ALGORITHMS = triton.ALGORITHMS
 forward = _verified(triton.forward, eager.forward)
-backward = _verified(triton.backward, eager.backward)
 modulated_weight = _verified(triton.modulated_weight, eager.modulated_weight)
 experts_forward = _verified(triton.experts_forward, experts.experts_forward, experts_masked.experts_forward)
+_gradients = _verified(triton.backward, eager.backward)
 experts_backward = _verified(
     triton.experts_backward, experts.experts_backward, experts_masked.experts_backward
 )
+
+
+def backward(
+    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
+) -> Gradients:
+    """Gradients of :func:`forward`, as in `triton.py`. A wrong kernel of dX refuses none of dA and dB."""
+    nothing = None, None, None
+    _, dA, dB = nothing if x is None else _gradients(dy, x, adapter, dropout, needs_x=False)
+    dx, _, _ = _gradients(dy, None, adapter, dropout, needs_x=True) if needs_x else nothing
+    return dx, dA, dB

@@ -240,6 +240,17 @@ def test_a_refused_kernel_never_runs(kernel: str, case: Case, spoil: Any, file: 
     assert (len(gpu.probes), kernel in gpu.names()) == (probes, False)
 
 
+def test_a_wrong_kernel_of_dx_refuses_none_of_the_factors(file: Path, gpu: Gpu) -> None:
+    p = MERGED.problem(**SIZES | {"tokens": 66})
+    gpu.name, gpu.spoil = "modulated_weight_kernel", one_in_a_thousand
+    _, told = warned(
+        lambda: verified.backward(p.dy.flatten(0, -2), p.x.flatten(0, -2), p.adapter(), None, needs_x=True)
+    )
+    assert [gpu.name in message for message in told] == [True]
+    assert "contract_kernel" in gpu.names()
+    assert {name.partition(" ")[0] for name, reason in kept(file).items() if reason} == {gpu.name}
+
+
 def test_what_is_compared_was_launched_like_later_calls(gpu: Gpu) -> None:
     """A `Launch` calls a kernel that it knows by itself; the first time Triton launches."""
     gpu.name, gpu.spoil = "modulated_weight_kernel", lambda out: len(gpu.probes) == 2 and out.zero_()
