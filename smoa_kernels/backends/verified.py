@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -72,6 +72,24 @@ class Verdicts:
             raise _WithheldError(reason)
         return name
 
+    def check(self, compare: Callable[[int], None], sizes: Iterable[int], *launch: Any) -> None:
+        """Raise a _WithheldError if a kernel must not run; `compare` a probe of each size until there is a verdict."""
+        try:
+            kernel = self.name_of(*launch)
+            if _is_captured() and kernel not in self.ran:
+                raise _WithheldError(f"{kernel} did not run before the capture of this CUDA graph")
+            with _one_at_a_time:
+                for rows in sizes:
+                    if kernel not in self.kernels:
+                        compare(rows)
+            if self.name_of(*launch) not in self.kernels:
+                raise LookupError(f"no probe launches {kernel}")
+        except _WithheldError:
+            raise
+        except Exception as error:  # for example there is no C compiler, or no room on the disk
+            raise _WithheldError(f"{type(error).__name__}: {first_line(error)}") from error
+        self.ran.add(kernel)
+
     def compare(self, run: Callable[[], Any], by_torch: Callable[[], Any], allowed: float) -> None:
         """Compare a probe's results. Keeps a verdict on its new kernels, in a job's first process on disk too."""
         heard: list[str] = []
@@ -119,31 +137,18 @@ def _verified(
         known, (layout, _) = verdicts(device), described(adapter)
         tokens = len(args[0]) if isinstance(args[0], Tensor) else 0
 
-        def check(launch: Launch, pointers: Pointers) -> None:
-            try:
-                kernel = known.name_of(launch, pointers)
-                if _is_captured() and kernel not in known.ran:
-                    raise _WithheldError(f"{kernel} did not run before the capture of this CUDA graph")
-                with _one_at_a_time:
-                    for rows in (FEW + layout.experts // 2, tokens or FEW):
-                        if kernel not in known.kernels:
-                            ours, theirs = (partial(probe, of, args, options, rows) for of in (run, by_torch))
-                            experts = max(layout.experts, 1)  # parameters are chosen for the average one
-                            with chosen_for({-(-rows // experts): -(-tokens // experts)}):
-                                known.compare(ours, theirs, ALLOWED[layout.precision])
-                if known.name_of(launch, pointers) not in known.kernels:
-                    raise LookupError(f"no probe launches {kernel}")
-            except _WithheldError:
-                raise
-            except Exception as error:  # for example there is no C compiler, or no room on the disk
-                raise _WithheldError(f"{type(error).__name__}: {first_line(error)}") from error
-            known.ran.add(kernel)
+        def compare(rows: int) -> None:
+            ours, theirs = (partial(probe, of, args, options, rows) for of in (run, by_torch))
+            experts = max(layout.experts, 1)  # parameters are chosen for the average one
+            with chosen_for({-(-rows // experts): -(-tokens // experts)}):
+                known.compare(ours, theirs, ALLOWED[layout.precision])
 
         # Calls that are equal in `call` launch the same kernels.
         kinds = (one if isinstance(one, str | bool) else type(one) for one in given)
         call, lasts = (run, layout, tokens and bucket(tokens), *kinds), True
         if (why := known.withheld.get(call)) is None:
             try:
+                check = partial(known.check, compare, (FEW + layout.experts // 2, tokens or FEW))
                 with heard_by(check, new=True):
                     return run(*args, **options)
             except _WithheldError as error:
