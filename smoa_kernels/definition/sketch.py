@@ -8,6 +8,7 @@ norm. A relative error ε in W0 moves the projections by about ε; another weigh
 from __future__ import annotations
 
 import functools
+import hashlib
 import struct
 import warnings
 from collections.abc import Callable, Mapping
@@ -101,13 +102,6 @@ def _signs(size: int, side: int, device: torch.device) -> Tensor:
     return signs.view(size, PROJECTIONS).to(device)
 
 
-# Sketches in files were drawn by numpy's `PCG64(0)` for rows and `PCG64(1)` for columns. These are their first states
-# and increments; the steps are PCG's published XSL-RR 128/64. No other seed is needed, and so no numpy.
-_GENERATORS = (
-    (35399562948360463058890781895381311971, 87136372517582989555478159403783844777),
-    (207833532711051698738587646355624148094, 194290289479364712180083596243593368443),
-)
-_MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
 # The signs of a byte of random bits, the lowest bit first; a set bit is -1.
 _SIGNS = [struct.pack("8f", *(1.0 - 2.0 * (byte >> bit & 1) for bit in range(8))) for byte in range(256)]
 
@@ -116,11 +110,6 @@ _SIGNS = [struct.pack("8f", *(1.0 - 2.0 * (byte >> bit & 1) for bit in range(8))
 # fake or functional modes must not outlive the mode.
 @functools.lru_cache(maxsize=64)
 def _host_signs(size: int, side: int) -> bytearray:
-    state, increment = _GENERATORS[side]
-    words = []
-    for _ in range(size):
-        state = state * _MULTIPLIER + increment & 2**128 - 1
-        word = (state >> 64 ^ state) & 2**64 - 1
-        # Rotate by the state's upper six bits: shift the word beside a copy of itself. The lower 32 bits are used.
-        words.append(word * (2**64 + 1) >> (state >> 122) & 2**PROJECTIONS - 1)
-    return bytearray().join(_SIGNS[byte] for byte in struct.pack(f"<{size}I", *words))
+    """The signs of W0's rows (`side` 0) or columns (1): SHAKE128 of the word, 32 bits for each of them."""
+    bits = hashlib.shake_128((b"rows", b"columns")[side]).digest(size * PROJECTIONS // 8)
+    return bytearray().join(map(_SIGNS.__getitem__, bits))

@@ -107,7 +107,8 @@ def test_report_of_a_folder(make_model, folder, tmp_path):
     make_model(seed=1).save_pretrained(tmp_path / "other")
     other = inspect_adapter(path, tmp_path / "other")
     assert not other.fits
-    assert all(1.0 < layer.base_distance < 2.0 for layer in other.layers)
+    # √2, with a standard deviation of an eighth of it: a sketch has 32 projections.
+    assert all(0.7 < layer.base_distance < 2.1 for layer in other.layers)
 
 
 def test_a_base_that_was_saved_with_or_without_its_head(llama, tmp_path):
