@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 
 # In half types twice the spacing of numbers; in TF32 more, since cuBLAS may truncate operands; in float32 long sums
@@ -26,7 +27,7 @@ def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
     W0 is the call's, unless it has only zeros, or numbers that are not finite. Every second block has half the rank,
     and of experts the first has nearly all pairs, the others none and one in turn.
     """
-    adapter = next(one for one in args if hasattr(one, "scaling"))
+    adapter = next(one for one in args if isinstance(one, (PackedAdapter, ExpertsAdapter)))
     weight, rho = adapter.weight, adapter.A.shape[-2]
     like = partial(_like, torch.Generator(weight.device).manual_seed(0))
     ranks = [rho // (1 + k % 2) for k in range(len(adapter.ranks))]

@@ -28,6 +28,7 @@ from triton import __version__ as triton_version
 
 from ..checks import first_line
 from ..definition.dropout import Dropout
+from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..kernels.architectures import architecture, assembler, identity
 from ..kernels.launch import Launch, Pointers, described, heard_by, on_device
@@ -130,7 +131,7 @@ def _verified(
     @wraps(run)
     def operation(*args: P.args, **options: P.kwargs) -> R:
         given = *args, *options.values()
-        adapter: Any = next(one for one in given if hasattr(one, "scaling"))
+        adapter: Any = next(one for one in given if isinstance(one, (PackedAdapter, ExpertsAdapter)))
         device = adapter.weight.device
         if not _is_verified(device):
             return run(*args, **options)
@@ -144,7 +145,7 @@ def _verified(
                 known.compare(ours, theirs, ALLOWED[layout.precision])
 
         # Calls that are equal in `call` launch the same kernels.
-        kinds = (one if isinstance(one, str | bool) else type(one) for one in given)
+        kinds = [one if isinstance(one, (str, bool)) else type(one) for one in given]
         call, lasts = (run, layout, tokens and bucket(tokens), *kinds), True
         if (why := known.withheld.get(call)) is None:
             try:
