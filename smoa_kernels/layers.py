@@ -20,9 +20,10 @@ from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate, trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.thresholds import WHOLE
-from .functional import smoa_linear
+from .functional import adapted_linear, checked_adapter
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
+from .operator import is_traced
 
 
 class FusedSMoALinear(AdapterState):
@@ -174,24 +175,29 @@ class FusedSMoALinear(AdapterState):
         bias: Tensor | None = self.bias
         A: Tensor = self.smoa_A
         B: Tensor = self.smoa_B
-        shard = self._shard
-        buffers: Any = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
+        shard, place = self._shard, WHOLE
         if shard is not None:
             x, weight, A, B = shard.local(x), shard.weight(weight), shard.local(A), shard.local(B)
-            bias = None if bias is None else shard.bias(bias)
+            bias, place = None if bias is None else shard.bias(bias), shard.place
         if self._stored_base is not None:
             check_input(x, weight)
             y = F.linear(x, weight, bias)
         else:
-            given = x, weight, bias, A, B, self.partition, buffers["smoa_ranks"]
-            y = smoa_linear(
-                *given,
-                scaling=buffers["smoa_scaling"],
+            buffers: Any = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
+            kept, given = self._kept, (weight, A, B, buffers["smoa_ranks"], buffers["smoa_scaling"])
+            traced = is_traced()  # a graph would depend on what is kept
+            if traced or kept is None or not kept.is_of(*given):
+                tensors, (ranks, s) = given[:3], given[3:]
+                partition = self.partition.to(weight.device)
+                kept = checked_adapter(*tensors, partition, ranks, s, self.block_ranks, place)
+                if not traced:
+                    self._kept = kept
+            y = adapted_linear(
+                x,
+                bias,
+                kept,
                 dropout_p=self.dropout if self.training else 0.0,
-                row_offset=0 if shard is None else shard.row_offset,
                 column_offset=0 if shard is None else shard.column_offset,
-                global_in_features=self.in_features,
-                block_ranks=self.block_ranks,
                 algorithm=self.algorithm,
                 backend=self.backend,
             )

@@ -19,7 +19,7 @@ from ..definition.dropout import Dropout, draw_seed
 from ..definition.packed import PackedAdapter
 from ..definition.precision import autocast_enabled, without_autocast
 from ..functional import smoa_linear
-from ..operator import LinearCall, call_linear_backward
+from ..operator import LinearCall, linear_gradients
 
 # Gives W0 (N, C), newly allocated, in a dtype.
 ReadWeight = Callable[[torch.dtype], Tensor]
@@ -94,7 +94,7 @@ class _DequantizedLinear(torch.autograd.Function):
         adapter = PackedAdapter(ctx.read(dy.dtype), A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
         dropout = None if seed is None else Dropout(seed, ctx.settings["dropout_p"])
         call = LinearCall(adapter, dropout, backend)
-        dx, dA, dB = call_linear_backward(dy, x, needs_x, *call.flatten())
+        dx, dA, dB = linear_gradients(dy, x, call, needs_x=needs_x)
         dbias = torch.atleast_2d(dy).flatten(0, -2).sum(0) if needs_bias else None
         gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
         return (*gradients, None, None, None, None)
