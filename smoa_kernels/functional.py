@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -142,7 +143,8 @@ def adapted_linear(
         check_tensors(x, a.weight, bias, a.A, a.B, a.ranks, autocast=autocast)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    check_choice("backend", backend, BACKEND_CHOICES)
+    if backend != "auto":
+        check_choice("backend", backend, BACKEND_CHOICES)
     backend = resolve_backend(backend, x.device, x.dtype, adapter.A.shape[0])
     _check_algorithm(algorithm, backend, dropout_p)
     dropout = None
@@ -150,6 +152,12 @@ def adapted_linear(
         seed = draw_seed(x.device) if dropout_seed is None else dropout_seed
         dropout = Dropout(seed, dropout_p, column_offset)
     return linear(x, bias, adapter, algorithm, dropout, backend)
+
+
+def cast_factors(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
+    """The adapter for activations of `dtype`: PEFT may load factors in another half type, which is cast to theirs."""
+    A, B = adapter.A, adapter.B
+    return adapter if A.dtype in (dtype, torch.float32) else replace(adapter, A=A.to(dtype), B=B.to(dtype))
 
 
 def _fits(x: Tensor, bias: Tensor | None, adapter: PackedAdapter) -> bool:
@@ -168,9 +176,9 @@ def _fits(x: Tensor, bias: Tensor | None, adapter: PackedAdapter) -> bool:
 
 
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
-    check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     if algorithm == "auto":
         return
+    check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     allowed = algorithms_of(backend)
     if algorithm not in allowed:
         raise ValueError(

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from .backends import load_backend
 from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
-from .definition.packed import PackedAdapter
+from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import without_autocast
 from .definition.thresholds import Place
@@ -95,9 +95,9 @@ def linear(
         y: Tensor = call_linear(x, bias, algorithm, *LinearCall(adapter, dropout, backend).flatten())
         return y
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, bias, adapter.A, adapter.B):
-        apply: Any = _Direct.apply
-        return cast(Tensor, apply(x, bias, adapter.A, adapter.B, algorithm, LinearCall(adapter, dropout, backend)))
-    return _compute(x, bias, algorithm, LinearCall(adapter, dropout, backend))
+        result: Tensor = _Direct.apply(x, bias, adapter.A, adapter.B, (algorithm, adapter, dropout, backend))
+        return result
+    return _compute(x, bias, algorithm, adapter, dropout, backend)
 
 
 def linear_gradients(
@@ -115,7 +115,7 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 def is_traced() -> bool:
     """Whether a compiler or `torch.jit.trace` records what happens."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 def _is_observed(*tensors: Tensor) -> bool:
@@ -126,17 +126,22 @@ def _is_observed(*tensors: Tensor) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._autograd._profiler_enabled()
-        or any(type(one) not in _PLAIN or one._is_zerotensor() or one.is_neg() for one in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
+        or tensors[0]._is_zerotensor()
+        or tensors[0].is_neg()
     )
 
 
-def _compute(x: Tensor, bias: Tensor | None, algorithm: str, call: LinearCall) -> Tensor:
-    adapter, dropout, backend = call
+def _compute(
+    x: Tensor, bias: Tensor | None, algorithm: str, adapter: PackedAdapter, dropout: Dropout | None, backend: str
+) -> Tensor:
     if adapter.layout is None:  # no backend has taken it yet
         check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
     bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if adapter.weight.dtype != x.dtype:  # under autocast each pass casts W0, so that no copy is saved for backward
+        adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
     with without_autocast(x):  # it would round B A to half precision
-        y = load_backend(backend).forward(_as_matrix(x), bias, _cast(adapter, x.dtype), algorithm, dropout)
+        y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
     return _with_leading_dimensions(y, x)
 
 
@@ -144,16 +149,12 @@ def _compute_gradients(
     dy: Tensor, x: Tensor | None, call: LinearCall, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     adapter, dropout, backend = call
-    rows, adapter = None if x is None else _as_matrix(x), _cast(adapter, dy.dtype)
+    rows = None if x is None else _as_matrix(x)
+    if adapter.weight.dtype != dy.dtype:
+        adapter = replace(adapter, weight=adapter.weight.to(dy.dtype))
     with without_autocast(dy):
         dx, dA, dB = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
     return None if dx is None else _with_leading_dimensions(dx, dy), dA, dB
-
-
-def _cast(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
-    """The adapter over W0 in `dtype`. Under autocast each pass casts W0, so that no copy is saved for backward."""
-    weight = adapter.weight
-    return adapter if weight.dtype == dtype else replace(adapter, weight=weight.to(dtype))
 
 
 class _Direct(torch.autograd.Function):
@@ -161,38 +162,45 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, algorithm: str, call: LinearCall
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        call: tuple[str, PackedAdapter, Dropout | None, str],
     ) -> Tensor:
         """Save x if the factors' gradients need it, the factors, the seed, and references to frozen tensors."""
         _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
-        adapter, dropout, _ = call
+        _, adapter, dropout, _ = call
         seed = None if dropout is None else dropout.seed
         ctx.save_for_backward(x if needs_A or needs_B else None, adapter.weight, A, B, adapter.ranks, seed)
-        ctx.call, ctx.scaling = call, adapter.scaling.clone()
+        s = adapter.scaling
+        ctx.call, ctx.scaling = call, s.item() if s.is_cpu else s.clone()
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _compute(x, bias, algorithm, call)
+        return _compute(x, bias, *call)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in x, bias, A and B."""
         x, weight, A, B, ranks, seed = ctx.saved_tensors
         needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        adapter, dropout, backend = ctx.call
+        _, adapter, dropout, backend = ctx.call
         same = weight is adapter.weight and A is adapter.A and B is adapter.B and ranks is adapter.ranks
-        if not (same and weight.is_cpu and adapter.scaling.item() == ctx.scaling.item()):
-            adapter = replace(adapter, weight=weight, A=A, B=B, ranks=ranks, scaling=ctx.scaling)
+        if not (same and weight.is_cpu and adapter.scaling.item() == ctx.scaling):
+            s = scaling_tensor(ctx.scaling, weight.device)
+            adapter = replace(adapter, weight=weight, A=A, B=B, ranks=ranks, scaling=s)
         if dropout is not None:
             dropout = replace(dropout, seed=seed)
         dx, dA, dB = linear_gradients(dy, x, LinearCall(adapter, dropout, backend), needs_x=needs_x)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None, None, None
+        return dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None, None
 
 
 # The operators' kernels
 
 
 def _forward(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
-    return _compute(x, bias, algorithm, LinearCall.unflatten(*flat))
+    return _compute(x, bias, algorithm, *LinearCall.unflatten(*flat))
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
