@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import load_backend
+from .backends import eager, load_backend
 from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
 from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import without_autocast
-from .definition.thresholds import Place
+from .definition.thresholds import Place, round_weight
 
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, Tensor plan, "
@@ -157,6 +157,11 @@ def _compute_gradients(
     return None if dx is None else _with_leading_dimensions(dx, dy), dA, dB
 
 
+def _version(tensor: Tensor) -> int | None:
+    """A number that grows when a tensor is changed in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class _Direct(torch.autograd.Function):
     """:func:`linear` where nothing has to see the operator."""
 
@@ -175,7 +180,7 @@ class _Direct(torch.autograd.Function):
         seed = None if dropout is None else dropout.seed
         ctx.save_for_backward(x if needs_A or needs_B else None, adapter.weight, A, B, adapter.ranks, seed)
         s = adapter.scaling
-        ctx.call, ctx.scaling = call, s.item() if s.is_cpu else s.clone()
+        ctx.call, ctx.scaling, ctx.version = call, s.item() if s.is_cpu else s.clone(), _version(s)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return _compute(x, bias, *call)
 
@@ -186,7 +191,7 @@ class _Direct(torch.autograd.Function):
         needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         _, adapter, dropout, backend = ctx.call
         same = weight is adapter.weight and A is adapter.A and B is adapter.B and ranks is adapter.ranks
-        if not (same and weight.is_cpu and adapter.scaling.item() == ctx.scaling):
+        if not same or ctx.version is None or ctx.version != _version(adapter.scaling):
             s = scaling_tensor(ctx.scaling, weight.device)
             adapter = replace(adapter, weight=weight, A=A, B=B, ranks=ranks, scaling=s)
         if dropout is not None:
@@ -194,6 +199,62 @@ class _Direct(torch.autograd.Function):
         dx, dA, dB = linear_gradients(dy, x, LinearCall(adapter, dropout, backend), needs_x=needs_x)
         dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
         return dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None, None
+
+
+def modulate(adapter: PackedAdapter, backend: str = "eager") -> Tensor:
+    """Compute `W_eff = W0 ∘ (1 + s · mask ∘ (B A))`, (N, C) in W0's dtype, differentiable in A and B.
+
+    It is the weight that :func:`linear` multiplies by; the derivative of its rounding counts as 1. A layer of any kind
+    can compute with it, but a linear one is faster and leaner by :func:`linear`.
+
+    Args:
+        adapter: W0, the factors, their blocks and s.
+        backend: the name of a resolved backend.
+    """
+    weight, A, B = adapter.weight, adapter.A, adapter.B
+    with without_autocast(weight):
+        if _is_observed(A, B, weight):
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            A, B = adapter.expanded_factors(dtype)
+            W_eff = torch.addcmul(weight.to(dtype), weight.to(dtype), B @ A)
+            rounded: Tensor = _Round.apply(W_eff, weight.dtype, adapter.place.first)
+            return rounded
+        result: Tensor = _Modulate.apply(A, B, adapter, backend)
+        return result
+
+
+class _Round(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(W_eff: Tensor, dtype: torch.dtype, place: int) -> Tensor:
+        return round_weight(W_eff, dtype, Place(place))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
+        return dW.to(ctx.dtype), None, None
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, adapter: PackedAdapter, backend: str) -> Tensor:
+        ctx.adapter = replace(adapter, scaling=adapter.scaling.clone())
+        ctx.save_for_backward(A, B, adapter.weight)
+        return load_backend(backend).modulated_weight(adapter)
+
+    @staticmethod
+    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
+        A, B, weight = ctx.saved_tensors
+        adapter = replace(ctx.adapter, weight=weight, A=A, B=B)
+        if torch.is_grad_enabled() or _is_observed(dW):  # a derivative of the gradients may be asked for
+            _, pull = torch.func.vjp(lambda A, B: modulate(replace(adapter, A=A, B=B)), A, B)
+            return *pull(dW), None, None
+        with without_autocast(dW):
+            return *eager.weight_gradients(dW, adapter), None, None
 
 
 # The operators' kernels
