@@ -101,6 +101,8 @@ def smoa_linear(
     """
     check_tensors(x, weight, bias, A, B, ranks, autocast=autocast_enabled(x))
     check_scaling(scaling, x)
+    check_choice("backend", backend, BACKEND_CHOICES)
+    check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     check_dropout(x, dropout_p, dropout_seed)
     check_place(x, row_offset, column_offset, global_in_features)
     s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
@@ -143,8 +145,6 @@ def adapted_linear(
         check_tensors(x, a.weight, bias, a.A, a.B, a.ranks, autocast=autocast)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if backend != "auto":
-        check_choice("backend", backend, BACKEND_CHOICES)
     backend = resolve_backend(backend, x.device, x.dtype, adapter.A.shape[0])
     _check_algorithm(algorithm, backend, dropout_p)
     dropout = None
@@ -178,7 +178,6 @@ def _fits(x: Tensor, bias: Tensor | None, adapter: PackedAdapter) -> bool:
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
     if algorithm == "auto":
         return
-    check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     allowed = algorithms_of(backend)
     if algorithm not in allowed:
         raise ValueError(

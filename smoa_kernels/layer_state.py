@@ -29,6 +29,7 @@ class AdapterState(nn.Linear):
     _stored_base: Tensor | None = None  # W0 while the layer is merged, in the CPU's memory
     _shard: LayerShard | None = None  # this process's part, under tensor parallelism
     _partition: BlockPartition | None = None  # of this part; None until there are labels
+    _labels: tuple[Tensor | None, Tensor | None] = None, None  # the buffers that the partition was made of
     _kept: PackedAdapter | None = None  # of the last call; it holds what the backend made of it
 
     def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
@@ -74,10 +75,18 @@ class AdapterState(nn.Linear):
     def partition(self, partition: BlockPartition) -> None:
         check_fit(partition, (self.out_features, self.in_features), self.num_blocks)
         partition = partition.to(self.weight.device)
-        self.smoa_row_block, self.smoa_col_block = partition.row_block, partition.col_block
+        # Loading writes to the buffers, and others may share the partition.
+        self.smoa_row_block, self.smoa_col_block = partition.row_block.clone(), partition.col_block.clone()
+        self._labels = self.smoa_row_block, self.smoa_col_block
         if self._shard is not None:
             partition = partition.shard(self._shard.rows, self._shard.cols)
         self._partition, self._kept = partition, None
+
+    def _has_own_labels(self) -> bool:
+        """Whether the partition is of the labels in the buffers."""
+        buffers: Any = self._buffers
+        rows, cols = self._labels
+        return buffers["smoa_row_block"] is rows and buffers["smoa_col_block"] is cols
 
     @property
     def scaling(self) -> float:
@@ -186,6 +195,7 @@ class AdapterState(nn.Linear):
         if self._partition is not None and self._partition.device != device:
             # Of meta tensors nothing is left: a state dict brings the labels.
             self._partition = None if self._partition.plan.is_meta else self._partition.to(device)
+        self._labels = self.smoa_row_block, self.smoa_col_block
         return self
 
     def _place_scaling(self, s: Tensor) -> None:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from .backends import eager, load_backend, resolve_backend
 from .checks import check_kind
 from .definition.arguments import check_input
+from .definition import reference
 from .definition.block_rule import BlockRule
+from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate, trainable_parameters
@@ -186,6 +188,8 @@ class FusedSMoALinear(AdapterState):
             buffers: Any = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
             kept, given = self._kept, (weight, A, B, buffers["smoa_ranks"], buffers["smoa_scaling"])
             traced = is_traced()  # a graph would depend on what is kept
+            if not self._has_own_labels():  # `torch.func.functional_call` gave others, maybe a batch of them
+                return self._by_formula(x)
             if traced or kept is None or not kept.is_of(*given):
                 tensors, (ranks, s) = given[:3], given[3:]
                 partition = self.partition.to(weight.device)
@@ -202,6 +206,15 @@ class FusedSMoALinear(AdapterState):
                 backend=self.backend,
             )
         return y if shard is None else shard.output(y)
+
+    def _by_formula(self, x: Tensor) -> Tensor:
+        """The layer with the labels that its buffers hold, in plain operators, which torch batches."""
+        labels = self.smoa_row_block, self.smoa_col_block
+        partition = self.partition.with_labels(*labels)
+        ranks = torch.tensor(self.block_ranks, dtype=torch.int32, device=x.device)
+        adapter = PackedAdapter(self.weight, self.smoa_A, self.smoa_B, partition, ranks, self.smoa_scaling)
+        p = self.dropout if self.training else 0.0
+        return reference.forward(x, self.bias, adapter, "auto", Dropout(draw_seed(x.device), p) if p else None)
 
     def delta_weight(self) -> Tensor:
         """Compute the update ΔW (N, C) in W0's dtype; under tensor parallelism, this process's part of it.

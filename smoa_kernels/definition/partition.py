@@ -344,6 +344,17 @@ class BlockPartition:
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
         )
 
+    def with_labels(self, row_block: Tensor, col_block: Tensor) -> BlockPartition:
+        """A partition with blocks of the same sizes; its labels may be a batch under `torch.func.vmap`. Nothing is checked.
+
+        Args:
+            row_block: (N,) block of each row.
+            col_block: (C,) block of each column.
+        """
+        index = [labels.argsort(stable=True) for labels in (row_block, col_block)]
+        tensors = [row_block, col_block, *index, self.row_offsets, self.col_offsets]
+        return BlockPartition.from_tensors(tensors, self.sizes())
+
     @property
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
