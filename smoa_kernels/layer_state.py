@@ -18,6 +18,7 @@ from .definition.sketch import SKETCH_SIZE, check_base, sketch_distance, sketch_
 from .definition.spectral_order import whole
 from .layer_checks import LABELS, Settings, call_always, check_fit, check_keys, check_tensors, partition_in
 
+
 class AdapterState(nn.Linear):
     """A linear layer that holds an adapter's tensors beside its own. `FusedSMoALinear` computes with them."""
 

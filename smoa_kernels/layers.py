@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .backends import eager, load_backend, resolve_backend
 from .checks import check_kind
-from .definition.arguments import check_input
 from .definition import reference
+from .definition.arguments import check_input
 from .definition.block_rule import BlockRule
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
@@ -185,7 +185,9 @@ class FusedSMoALinear(AdapterState):
             check_input(x, weight)
             y = F.linear(x, weight, bias)
         else:
-            buffers: Any = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
+            buffers: Any = (
+                self._buffers
+            )  # nn.Module's attribute access is slow enough to show in small layers
             kept, given = self._kept, (weight, A, B, buffers["smoa_ranks"], buffers["smoa_scaling"])
             traced = is_traced()  # a graph would depend on what is kept
             if not self._has_own_labels():  # `torch.func.functional_call` gave others, maybe a batch of them
@@ -214,7 +216,9 @@ class FusedSMoALinear(AdapterState):
         ranks = torch.tensor(self.block_ranks, dtype=torch.int32, device=x.device)
         adapter = PackedAdapter(self.weight, self.smoa_A, self.smoa_B, partition, ranks, self.smoa_scaling)
         p = self.dropout if self.training else 0.0
-        return reference.forward(x, self.bias, adapter, "auto", Dropout(draw_seed(x.device), p) if p else None)
+        return reference.forward(
+            x, self.bias, adapter, "auto", Dropout(draw_seed(x.device), p) if p else None
+        )
 
     def delta_weight(self) -> Tensor:
         """Compute the update ΔW (N, C) in W0's dtype; under tensor parallelism, this process's part of it.

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,13 +66,20 @@ class LinearCall(NamedTuple):
         """Inverse of :meth:`flatten`."""
         weight, A, B, ranks, scaling, seed, plan, block_ranks, place, p, column_offset, backend = flat
         partition = BlockPartition.from_plan(plan)
-        adapter = PackedAdapter(weight, A, B, partition, ranks.contiguous(), scaling, block_ranks, Place(place))
+        adapter = PackedAdapter(
+            weight, A, B, partition, ranks.contiguous(), scaling, block_ranks, Place(place)
+        )
         dropout = None if seed is None else Dropout(seed, p, column_offset)
         return LinearCall(adapter, dropout, backend)
 
 
 def linear(
-    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None, backend: str
+    x: Tensor,
+    bias: Tensor | None,
+    adapter: PackedAdapter,
+    algorithm: str,
+    dropout: Dropout | None,
+    backend: str,
 ) -> Tensor:
     """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ`, differentiable in x, bias, A and B.
 
@@ -103,7 +110,10 @@ def linear(
 def linear_gradients(
     dy: Tensor, x: Tensor | None, call: LinearCall, *, needs_x: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients (dX, dA, dB) of :func:`linear`: dX where `needs_x`, dA and dB where x is given; others are undefined."""
+    """Gradients (dX, dA, dB) of :func:`linear`: dX where `needs_x`, dA and dB where x is given; others are not defined.
+
+    They are differentiable where gradients are enabled.
+    """
     if torch.is_grad_enabled() or _is_observed(dy, *(() if x is None else (x,))):
         found: Gradients = call_linear_backward(dy, x, needs_x, *call.flatten())
         return found
@@ -133,12 +143,19 @@ def _is_observed(*tensors: Tensor) -> bool:
 
 
 def _compute(
-    x: Tensor, bias: Tensor | None, algorithm: str, adapter: PackedAdapter, dropout: Dropout | None, backend: str
+    x: Tensor,
+    bias: Tensor | None,
+    algorithm: str,
+    adapter: PackedAdapter,
+    dropout: Dropout | None,
+    backend: str,
 ) -> Tensor:
     if adapter.layout is None:  # no backend has taken it yet
         check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if adapter.weight.dtype != x.dtype:  # under autocast each pass casts W0, so that no copy is saved for backward
+    if (
+        adapter.weight.dtype != x.dtype
+    ):  # under autocast each pass casts W0, so that no copy is saved for backward
         adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
     with without_autocast(x):  # it would round B A to half precision
         y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)

@@ -107,7 +107,11 @@ def test_a_kept_call_follows_its_tensors(change: str, monkeypatch: pytest.Monkey
     if change == "transposed":
         adapter.weight.data = adapter.weight.data.T
     elif change == "fewer ranks":  # the same memory
-        adapter.A.data, adapter.B.data, adapter.block_ranks = adapter.A.data[:4], adapter.B.data[:, :4], (4, 4)
+        adapter.A.data, adapter.B.data, adapter.block_ranks = (
+            adapter.A.data[:4],
+            adapter.B.data[:, :4],
+            (4, 4),
+        )
         adapter.ranks.fill_(4)
     elif change == "scaling":
         adapter.scaling.mul_(3)

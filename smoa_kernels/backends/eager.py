@@ -260,7 +260,7 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
 
 
 def weight_gradients(dW: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
-    """(dA, dB) from the gradient dW (N, C) of W_eff: `H_k = s·dW_k ∘ W0_k`, contracted as in :func:`factor_gradients`."""
+    """(dA, dB) from the gradient dW (N, C) of W_eff: :func:`factor_gradients` with dW's blocks for `dY_kᵀ X_k`."""
     gradient = _BlockGradient(adapter)
     gradient.take(dW)
     return gradient.contract()

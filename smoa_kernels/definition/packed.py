@@ -69,7 +69,16 @@ class PackedAdapter:
         return factors and weight is self.weight and ranks is self.ranks and scaling is self.scaling
 
     def __reduce__(self) -> tuple[Any, ...]:  # a backend's form is of this object and process
-        given = self.weight, self.A, self.B, self.partition, self.ranks, self.scaling, self.block_ranks, self.place
+        given = (
+            self.weight,
+            self.A,
+            self.B,
+            self.partition,
+            self.ranks,
+            self.scaling,
+            self.block_ranks,
+            self.place,
+        )
         return PackedAdapter, given
 
     def host_ranks(self) -> Sequence[int]:

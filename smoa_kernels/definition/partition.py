@@ -246,7 +246,7 @@ class BlockPartition:
 
     @classmethod
     def from_plan(cls, plan: Tensor) -> BlockPartition:
-        """The partition whose :attr:`plan` it is. Waits for a GPU where that partition is gone, as in another process."""
+        """The partition whose :attr:`plan` it is. Where that is gone, as in another process, this waits for a GPU once."""
         known = _of_plans.get(id(plan))
         if known is not None and known._plan is plan:
             return known
@@ -345,7 +345,7 @@ class BlockPartition:
         )
 
     def with_labels(self, row_block: Tensor, col_block: Tensor) -> BlockPartition:
-        """A partition with blocks of the same sizes; its labels may be a batch under `torch.func.vmap`. Nothing is checked.
+        """A partition with blocks of the same sizes. Nothing is checked, so `torch.func.vmap` may batch the labels.
 
         Args:
             row_block: (N,) block of each row.
@@ -412,8 +412,8 @@ def _padded(size: int) -> int:
 
 def _sections(shape: Sequence[int], num_blocks: int) -> list[tuple[torch.dtype, int]]:
     """The dtypes and sizes of :meth:`BlockPartition.tensors`."""
-    dtypes = label_dtype(num_blocks), torch.int64, torch.int32
-    return [(dtype, num_blocks + 1 if dtype is dtypes[2] else size) for dtype in dtypes for size in shape]
+    labels, index = ([(dtype, size) for size in shape] for dtype in (label_dtype(num_blocks), torch.int64))
+    return [*labels, *index, *[(torch.int32, num_blocks + 1)] * 2]
 
 
 def _packed(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
@@ -424,9 +424,7 @@ def _packed(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
     return torch.cat([F.pad(part, [0, _padded(len(part)) - len(part)]) for part in parts])
 
 
-def _unpacked(
-    plan: Tensor, shape: Sequence[int], sizes: Sequence[int]
-) -> tuple[list[Tensor], Sequence[int]]:
+def _unpacked(plan: Tensor, shape: Sequence[int], sizes: Sequence[int]) -> tuple[list[Tensor], Sequence[int]]:
     """The tensors in a plan, views of it, and the sizes."""
     start, tensors = _padded(8 * (3 + len(sizes))), []
     for dtype, size in _sections(shape, len(sizes) // 2 - 1):

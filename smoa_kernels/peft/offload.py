@@ -13,7 +13,6 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
-
 _NOTHING = nullcontext()
 
 

@@ -198,4 +198,6 @@ def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Ten
     if bias is not None:
         fits = fits and bias.dtype == adapter.weight.dtype and bias.is_cpu and bias.shape == (rows,)
     fits = fits and adapter.weight.dtype in KINDS and adapter.A.dtype in KINDS
-    return fits and adapter.A.dtype == adapter.B.dtype and (type(adapter.layout) is Call or obstacle() is None)
+    return (
+        fits and adapter.A.dtype == adapter.B.dtype and (type(adapter.layout) is Call or obstacle() is None)
+    )
