@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..adapter_folder.format import (
     STATE_KEYS,
-    LayerBlocks,
     blocks_layout,
     check_shapes,
     pack_blocks,
@@ -205,9 +204,10 @@ class SMoALayer(BaseWeight):
             self._prepared[adapter_name] = before
 
     def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
-        matrices = LayerBlocks(partition, ranks, sketch.cpu()).matrices()
-        packed = self.smoa_blocks[adapter_name]
-        packed.copy_(torch.stack([pack_blocks(*each) for each in matrices]).view_as(packed))
+        partitions = partition.partitions(range(*self.stack)) if self.stack else [partition]
+        packed, sketches = self.smoa_blocks[adapter_name], sketch.cpu().view(len(partitions), -1)
+        matrices = [pack_blocks(p, ranks, one) for p, one in zip(partitions, sketches, strict=True)]
+        packed.copy_(torch.stack(matrices).view_as(packed))
         self._prepare(adapter_name, partition, ranks)
 
     @torch.no_grad()
