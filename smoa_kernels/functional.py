@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES, algorithms_of, resolve_backend
 from .checks import check_choice
@@ -21,8 +23,8 @@ from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import autocast_enabled
-from .definition.thresholds import WHOLE
-from .operator import LinearCall, call_linear
+from .definition.thresholds import WHOLE, Place
+from .operator import linear
 
 
 def smoa_linear(
@@ -97,30 +99,83 @@ def smoa_linear(
         >>> y.shape
         torch.Size([3, 6])
     """
-    autocast = autocast_enabled(x)
-    check_tensors(x, weight, bias, A, B, ranks, autocast=autocast)
+    check_tensors(x, weight, bias, A, B, ranks, autocast=autocast_enabled(x))
     check_scaling(scaling, x)
-    check_partition(partition, weight, ranks)
-    check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
+    check_choice("backend", backend, BACKEND_CHOICES)
+    check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     check_dropout(x, dropout_p, dropout_seed)
     check_place(x, row_offset, column_offset, global_in_features)
-    check_choice("backend", backend, BACKEND_CHOICES)
+    s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
+    adapter = checked_adapter(weight, A, B, partition, ranks, s, block_ranks, place)
+    mask = {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "column_offset": column_offset}
+    return adapted_linear(x, bias, adapter, **mask, algorithm=algorithm, backend=backend)
+
+
+def checked_adapter(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    partition: BlockPartition,
+    ranks: Tensor,
+    scaling: Tensor,
+    block_ranks: Sequence[int] | None = None,
+    place: Place = WHOLE,
+) -> PackedAdapter:
+    """Make an adapter after checking that its blocks and ranks fit; its arguments are those of :func:`smoa_linear`."""
+    check_partition(partition, weight, ranks)
+    check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
+    return PackedAdapter(weight, A, B, partition, ranks.contiguous(), scaling, block_ranks, place)
+
+
+def adapted_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    adapter: PackedAdapter,
+    *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    column_offset: int = 0,
+    algorithm: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """Compute :func:`smoa_linear` with a :func:`checked_adapter`, which a layer keeps between calls."""
+    autocast = autocast_enabled(x)
+    if autocast or not _fits(x, bias, adapter):
+        a = adapter
+        check_tensors(x, a.weight, bias, a.A, a.B, a.ranks, autocast=autocast)
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])
+    backend = resolve_backend(backend, x.device, x.dtype, adapter.A.shape[0])
     _check_algorithm(algorithm, backend, dropout_p)
-    s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
-    adapter = PackedAdapter(weight, A, B, partition, ranks, s, block_ranks, place)
     dropout = None
     if dropout_p > 0:
         seed = draw_seed(x.device) if dropout_seed is None else dropout_seed
         dropout = Dropout(seed, dropout_p, column_offset)
-    y: Tensor = call_linear(x, bias, algorithm, *LinearCall(adapter, dropout, backend).flatten())
-    return y
+    return linear(x, bias, adapter, algorithm, dropout, backend)
+
+
+def cast_factors(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
+    """The adapter for activations of `dtype`: PEFT may load factors in another half type, which is cast to theirs."""
+    A, B = adapter.A, adapter.B
+    return adapter if A.dtype in (dtype, torch.float32) else replace(adapter, A=A.to(dtype), B=B.to(dtype))
+
+
+def _fits(x: Tensor, bias: Tensor | None, adapter: PackedAdapter) -> bool:
+    """Whether nothing that :func:`check_tensors` would check can be wrong; it takes ten times as long."""
+    weight, A, B, dtype = adapter.weight, adapter.A, adapter.B, x.dtype
+    return (
+        type(x) in (Tensor, Parameter)
+        and x.layout == torch.strided
+        and x.ndim > 0
+        and (x.shape[-1], dtype, x.device) == (weight.shape[-1], weight.dtype, weight.device)
+        and A.dtype in (dtype, torch.float32)
+        and (A.dtype, A.shape[-1], A.shape[:1]) == (B.dtype, weight.shape[-1], B.shape[1:])
+        and not weight.requires_grad
+        and (bias is None or (bias.dtype, bias.shape, bias.device) == (dtype, weight.shape[:1], x.device))
+    )
 
 
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
-    check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     if algorithm == "auto":
         return
     allowed = algorithms_of(backend)

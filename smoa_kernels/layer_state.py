@@ -11,18 +11,12 @@ from torch import Tensor, nn
 
 from .checks import check_finite, check_weight
 from .definition.block_rule import BlockRule
-from .definition.packed import draw_A, scaling_tensor
+from .definition.packed import PackedAdapter, draw_A, scaling_tensor
 from .definition.partition import BlockPartition, label_dtype
 from .definition.shard import LayerShard
 from .definition.sketch import SKETCH_SIZE, check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
 from .layer_checks import LABELS, Settings, call_always, check_fit, check_keys, check_tensors, partition_in
-
-# The buffers that hold the partition, in the order of `BlockPartition.tensors`.
-_PARTITION = tuple(
-    f"smoa_{name}"
-    for name in ("row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets")
-)
 
 
 class AdapterState(nn.Linear):
@@ -33,9 +27,11 @@ class AdapterState(nn.Linear):
     smoa_ranks: Tensor
     smoa_sketch: Tensor
     smoa_scaling: Tensor  # s; never on the meta device
-    smoa_row_index: Tensor | None  # None until there are labels, like the other indices and offsets
     _stored_base: Tensor | None = None  # W0 while the layer is merged, in the CPU's memory
     _shard: LayerShard | None = None  # this process's part, under tensor parallelism
+    _partition: BlockPartition | None = None  # of this part; None until there are labels
+    _labels: tuple[Tensor | None, Tensor | None] = None, None  # the buffers that the partition was made of
+    _kept: PackedAdapter | None = None  # of the last call; it holds what the backend made of it
 
     def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
         self.weight.requires_grad_(False)
@@ -56,9 +52,6 @@ class AdapterState(nn.Linear):
         s = (self.r if settings.alpha is None else settings.alpha) / self.r
         self.register_buffer("smoa_scaling", scaling_tensor(s, torch.device("cpu")))
         self._place_scaling(self.smoa_scaling)
-        for name in ("row_index", "col_index", "row_offsets", "col_offsets"):
-            self.register_buffer(f"smoa_{name}", None, persistent=False)
-        self._sizes: list[int] = []
         call_always(self)
         if not self.weight.is_meta:
             self._set_base(partition)
@@ -72,27 +65,29 @@ class AdapterState(nn.Linear):
             RuntimeError: the layer has no blocks yet: it was made on the meta device, and nothing was loaded.
             TypeError, ValueError: the assigned value is not a partition, or does not fit the weight and `num_blocks`.
         """
-        if not self._sizes:
+        if self._partition is None:
             raise RuntimeError(
                 "the layer has no blocks yet: load a state dict, its own or that of a plain nn.Linear; "
                 "reset_parameters() makes blocks too, and draws a new base weight"
             )
-        buffers: Any = self._buffers
-        tensors = [buffers[name] for name in _PARTITION]
-        if self._shard is not None:
-            tensors[:2] = tensors[0][self._shard.rows], tensors[1][self._shard.cols]
-        return BlockPartition.from_tensors(tensors, self._sizes)
+        return self._partition
 
     @partition.setter
     def partition(self, partition: BlockPartition) -> None:
         check_fit(partition, (self.out_features, self.in_features), self.num_blocks)
         partition = partition.to(self.weight.device)
-        self.smoa_row_block, self.smoa_col_block = partition.row_block, partition.col_block
+        # Loading writes to the buffers, and others may share the partition.
+        self.smoa_row_block, self.smoa_col_block = partition.row_block.clone(), partition.col_block.clone()
+        self._labels = self.smoa_row_block, self.smoa_col_block
         if self._shard is not None:
             partition = partition.shard(self._shard.rows, self._shard.cols)
-        for name in ("row_index", "col_index", "row_offsets", "col_offsets"):
-            setattr(self, f"smoa_{name}", getattr(partition, name))
-        self._sizes = partition.sizes()
+        self._partition, self._kept = partition, None
+
+    def _has_own_labels(self) -> bool:
+        """Whether the partition is of the labels in the buffers."""
+        buffers: Any = self._buffers
+        rows, cols = self._labels
+        return buffers["smoa_row_block"] is rows and buffers["smoa_col_block"] is cols
 
     @property
     def scaling(self) -> float:
@@ -176,7 +171,7 @@ class AdapterState(nn.Linear):
 
     def _relabel(self) -> None:
         """Recompute the indices, and the sizes that Python holds, from the labels and ranks."""
-        if self.smoa_row_index is None:
+        if self._partition is None:
             return
         labels = self.smoa_row_block, self.smoa_col_block
         self.partition = BlockPartition.from_labels(*labels, self.num_blocks)
@@ -197,6 +192,11 @@ class AdapterState(nn.Linear):
         s = self.smoa_scaling
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
         self._place_scaling(s)  # as it was: half() rounds the buffers, to_empty() discards their values
+        self._kept, device = None, self.smoa_ranks.device
+        if self._partition is not None and self._partition.device != device:
+            # Of meta tensors nothing is left: a state dict brings the labels.
+            self._partition = None if self._partition.plan.is_meta else self._partition.to(device)
+        self._labels = self.smoa_row_block, self.smoa_col_block
         return self
 
     def _place_scaling(self, s: Tensor) -> None:

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from .backends import eager, load_backend, resolve_backend
 from .checks import check_kind
+from .definition import reference
 from .definition.arguments import check_input
 from .definition.block_rule import BlockRule
+from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate, trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.thresholds import WHOLE
-from .functional import smoa_linear
+from .functional import adapted_linear, checked_adapter
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
+from .operator import is_traced
 
 
 class FusedSMoALinear(AdapterState):
@@ -174,28 +177,48 @@ class FusedSMoALinear(AdapterState):
         bias: Tensor | None = self.bias
         A: Tensor = self.smoa_A
         B: Tensor = self.smoa_B
-        shard = self._shard
-        buffers: Any = self._buffers  # nn.Module's attribute access is slow enough to show in small layers
+        shard, place = self._shard, WHOLE
         if shard is not None:
             x, weight, A, B = shard.local(x), shard.weight(weight), shard.local(A), shard.local(B)
-            bias = None if bias is None else shard.bias(bias)
+            bias, place = None if bias is None else shard.bias(bias), shard.place
         if self._stored_base is not None:
             check_input(x, weight)
             y = F.linear(x, weight, bias)
         else:
-            given = x, weight, bias, A, B, self.partition, buffers["smoa_ranks"]
-            y = smoa_linear(
-                *given,
-                scaling=buffers["smoa_scaling"],
+            buffers: Any = (
+                self._buffers
+            )  # nn.Module's attribute access is slow enough to show in small layers
+            kept, given = self._kept, (weight, A, B, buffers["smoa_ranks"], buffers["smoa_scaling"])
+            traced = is_traced()  # a graph would depend on what is kept
+            if not self._has_own_labels():  # `torch.func.functional_call` gave others, maybe a batch of them
+                return self._by_formula(x)
+            if traced or kept is None or not kept.is_of(*given):
+                tensors, (ranks, s) = given[:3], given[3:]
+                partition = self.partition.to(weight.device)
+                kept = checked_adapter(*tensors, partition, ranks, s, self.block_ranks, place)
+                if not traced:
+                    self._kept = kept
+            y = adapted_linear(
+                x,
+                bias,
+                kept,
                 dropout_p=self.dropout if self.training else 0.0,
-                row_offset=0 if shard is None else shard.row_offset,
                 column_offset=0 if shard is None else shard.column_offset,
-                global_in_features=self.in_features,
-                block_ranks=self.block_ranks,
                 algorithm=self.algorithm,
                 backend=self.backend,
             )
         return y if shard is None else shard.output(y)
+
+    def _by_formula(self, x: Tensor) -> Tensor:
+        """The layer with the labels that its buffers hold, in plain operators, which torch batches."""
+        labels = self.smoa_row_block, self.smoa_col_block
+        partition = self.partition.with_labels(*labels)
+        ranks = torch.tensor(self.block_ranks, dtype=torch.int32, device=x.device)
+        adapter = PackedAdapter(self.weight, self.smoa_A, self.smoa_B, partition, ranks, self.smoa_scaling)
+        p = self.dropout if self.training else 0.0
+        return reference.forward(
+            x, self.bias, adapter, "auto", Dropout(draw_seed(x.device), p) if p else None
+        )
 
     def delta_weight(self) -> Tensor:
         """Compute the update ΔW (N, C) in W0's dtype; under tensor parallelism, this process's part of it.

@@ -22,19 +22,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import load_backend
+from .backends import eager, load_backend
 from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
-from .definition.packed import PackedAdapter
+from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import without_autocast
-from .definition.thresholds import Place
+from .definition.thresholds import Place, round_weight
 
 _CALL = (
-    "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, "
-    "Tensor row_block, Tensor col_block, Tensor row_index, Tensor col_index, Tensor row_offsets, "
-    "Tensor col_offsets, int[]? block_ranks, int[] block_sizes, int place, float dropout_p, int column_offset, "
-    "str backend"
+    "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, Tensor plan, "
+    "int[]? block_ranks, int place, float dropout_p, int column_offset, str backend"
 )
 _TENSORS = _CALL.count("Tensor")
 
@@ -57,48 +55,236 @@ class LinearCall(NamedTuple):
 
     def flatten(self) -> tuple[Any, ...]:
         """The arguments of the operators, tensors first: they take only tensors and plain types."""
-        adapter, drop, partition = self.adapter, self.dropout, self.adapter.partition
+        adapter, drop = self.adapter, self.dropout
         seed, *mask = (None, 0.0, 0) if drop is None else (drop.seed, drop.p, drop.column_offset)
         tensors = adapter.weight, adapter.A, adapter.B, adapter.ranks, adapter.scaling, seed
         ranks = None if adapter.block_ranks is None else list(adapter.block_ranks)
-        sizes, place = partition.sizes(), adapter.place.first
-        return *tensors, *partition.tensors(), ranks, sizes, place, *mask, self.backend
+        return *tensors, adapter.partition.plan, ranks, adapter.place.first, *mask, self.backend
 
     @staticmethod
     def unflatten(*flat: Any) -> LinearCall:
         """Inverse of :meth:`flatten`."""
-        weight, A, B, ranks, scaling, seed, *blocks = flat[:_TENSORS]
-        block_ranks, block_sizes, place, p, column_offset, backend = flat[_TENSORS:]
-        partition = BlockPartition.from_tensors(blocks, block_sizes)
-        # Kernels read the strides of matrices only.
-        ranks = ranks.contiguous()
-        adapter = PackedAdapter(weight, A, B, partition, ranks, scaling, block_ranks, Place(place))
+        weight, A, B, ranks, scaling, seed, plan, block_ranks, place, p, column_offset, backend = flat
+        partition = BlockPartition.from_plan(plan)
+        adapter = PackedAdapter(
+            weight, A, B, partition, ranks.contiguous(), scaling, block_ranks, Place(place)
+        )
         dropout = None if seed is None else Dropout(seed, p, column_offset)
         return LinearCall(adapter, dropout, backend)
+
+
+def linear(
+    x: Tensor,
+    bias: Tensor | None,
+    adapter: PackedAdapter,
+    algorithm: str,
+    dropout: Dropout | None,
+    backend: str,
+) -> Tensor:
+    """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ`, differentiable in x, bias, A and B.
+
+    The dispatcher costs a small layer as much as its products, so it is called only if something has to see the
+    operator. A backward takes the s of its forward, though s may have been changed in place since.
+
+    Args:
+        x: (..., C).
+        bias: (N,) or None.
+        adapter: W0, the factors, their blocks and s. If it is kept, so is what the backend made of it.
+        algorithm: one of `ALGORITHM_CHOICES`.
+        dropout: the active one, or None.
+        backend: the name of a resolved backend.
+
+    Returns:
+        (..., N) in x's dtype.
+    """
+    if _is_observed(x, adapter.weight, adapter.A, adapter.B):
+        adapter = replace(adapter, scaling=adapter.scaling.clone())
+        y: Tensor = call_linear(x, bias, algorithm, *LinearCall(adapter, dropout, backend).flatten())
+        return y
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, bias, adapter.A, adapter.B):
+        result: Tensor = _Direct.apply(x, bias, adapter.A, adapter.B, (algorithm, adapter, dropout, backend))
+        return result
+    return _compute(x, bias, algorithm, adapter, dropout, backend)
+
+
+def linear_gradients(
+    dy: Tensor, x: Tensor | None, call: LinearCall, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients (dX, dA, dB) of :func:`linear`: dX where `needs_x`, dA and dB where x is given; others are not defined.
+
+    They are differentiable where gradients are enabled.
+    """
+    if torch.is_grad_enabled() or _is_observed(dy, *(() if x is None else (x,))):
+        found: Gradients = call_linear_backward(dy, x, needs_x, *call.flatten())
+        return found
+    return _compute_gradients(dy, x, call, needs_x=needs_x)
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def is_traced() -> bool:
+    """Whether a compiler or `torch.jit.trace` records what happens."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def _is_observed(*tensors: Tensor) -> bool:
+    """Whether a compiler, tracer, transform, mode, profiler or tensor of another kind needs the dispatcher."""
+    return (
+        is_traced()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or not _PLAIN.issuperset(map(type, tensors))
+        or tensors[0]._is_zerotensor()
+        or tensors[0].is_neg()
+    )
+
+
+def _compute(
+    x: Tensor,
+    bias: Tensor | None,
+    algorithm: str,
+    adapter: PackedAdapter,
+    dropout: Dropout | None,
+    backend: str,
+) -> Tensor:
+    if adapter.layout is None:  # no backend has taken it yet
+        check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if (
+        adapter.weight.dtype != x.dtype
+    ):  # under autocast each pass casts W0, so that no copy is saved for backward
+        adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
+    with without_autocast(x):  # it would round B A to half precision
+        y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
+    return _with_leading_dimensions(y, x)
+
+
+def _compute_gradients(
+    dy: Tensor, x: Tensor | None, call: LinearCall, *, needs_x: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    adapter, dropout, backend = call
+    rows = None if x is None else _as_matrix(x)
+    if adapter.weight.dtype != dy.dtype:
+        adapter = replace(adapter, weight=adapter.weight.to(dy.dtype))
+    with without_autocast(dy):
+        dx, dA, dB = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
+    return None if dx is None else _with_leading_dimensions(dx, dy), dA, dB
+
+
+def _version(tensor: Tensor) -> int | None:
+    """A number that grows when a tensor is changed in place; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+class _Direct(torch.autograd.Function):
+    """:func:`linear` where nothing has to see the operator."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        call: tuple[str, PackedAdapter, Dropout | None, str],
+    ) -> Tensor:
+        """Save x if the factors' gradients need it, the factors, the seed, and references to frozen tensors."""
+        _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        _, adapter, dropout, _ = call
+        seed = None if dropout is None else dropout.seed
+        ctx.save_for_backward(x if needs_A or needs_B else None, adapter.weight, A, B, adapter.ranks, seed)
+        s = adapter.scaling
+        ctx.call, ctx.scaling, ctx.version = call, s.item() if s.is_cpu else s.clone(), _version(s)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _compute(x, bias, *call)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients in x, bias, A and B."""
+        x, weight, A, B, ranks, seed = ctx.saved_tensors
+        needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        _, adapter, dropout, backend = ctx.call
+        same = weight is adapter.weight and A is adapter.A and B is adapter.B and ranks is adapter.ranks
+        if not same or ctx.version is None or ctx.version != _version(adapter.scaling):
+            s = scaling_tensor(ctx.scaling, weight.device)
+            adapter = replace(adapter, weight=weight, A=A, B=B, ranks=ranks, scaling=s)
+        if dropout is not None:
+            dropout = replace(dropout, seed=seed)
+        dx, dA, dB = linear_gradients(dy, x, LinearCall(adapter, dropout, backend), needs_x=needs_x)
+        dbias = _as_matrix(dy).sum(0).to(ctx.bias_dtype) if needs_bias else None
+        return dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None, None
+
+
+def modulate(adapter: PackedAdapter, backend: str = "eager") -> Tensor:
+    """Compute `W_eff = W0 ∘ (1 + s · mask ∘ (B A))`, (N, C) in W0's dtype, differentiable in A and B.
+
+    It is the weight that :func:`linear` multiplies by; the derivative of its rounding counts as 1. A layer of any kind
+    can compute with it, but a linear one is faster and leaner by :func:`linear`.
+
+    Args:
+        adapter: W0, the factors, their blocks and s.
+        backend: the name of a resolved backend.
+    """
+    weight, A, B = adapter.weight, adapter.A, adapter.B
+    with without_autocast(weight):
+        if _is_observed(A, B, weight):
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            A, B = adapter.expanded_factors(dtype)
+            W_eff = torch.addcmul(weight.to(dtype), weight.to(dtype), B @ A)
+            rounded: Tensor = _Round.apply(W_eff, weight.dtype, adapter.place.first)
+            return rounded
+        result: Tensor = _Modulate.apply(A, B, adapter, backend)
+        return result
+
+
+class _Round(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(W_eff: Tensor, dtype: torch.dtype, place: int) -> Tensor:
+        return round_weight(W_eff, dtype, Place(place))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
+        return dW.to(ctx.dtype), None, None
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, adapter: PackedAdapter, backend: str) -> Tensor:
+        ctx.adapter = replace(adapter, scaling=adapter.scaling.clone())
+        ctx.save_for_backward(A, B, adapter.weight)
+        return load_backend(backend).modulated_weight(adapter)
+
+    @staticmethod
+    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
+        A, B, weight = ctx.saved_tensors
+        adapter = replace(ctx.adapter, weight=weight, A=A, B=B)
+        if torch.is_grad_enabled() or _is_observed(dW):  # a derivative of the gradients may be asked for
+            _, pull = torch.func.vjp(lambda A, B: modulate(replace(adapter, A=A, B=B)), A, B)
+            return *pull(dW), None, None
+        with without_autocast(dW):
+            return *eager.weight_gradients(dW, adapter), None, None
 
 
 # The operators' kernels
 
 
 def _forward(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tensor:
-    weight, *others = flat
-    # Under autocast W0 is cast here, per call, so that no copy of it is saved for backward.
-    adapter, dropout, backend = LinearCall.unflatten(weight.to(x.dtype), *others)
-    check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    with without_autocast(x):  # it would round B A to half precision
-        y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
-    return _with_leading_dimensions(y, x)
+    return _compute(x, bias, algorithm, *LinearCall.unflatten(*flat))
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    weight, *others = flat
-    adapter, dropout, backend = LinearCall.unflatten(weight.to(dy.dtype), *others)
-    rows = None if x is None else _as_matrix(x)
-    with without_autocast(dy):
-        dx, *factors = load_backend(backend).backward(_as_matrix(dy), rows, adapter, dropout, needs_x=needs_x)
-    dx = None if dx is None else _with_leading_dimensions(dx, dy)
-    return or_empty((dx, *factors), (dy, adapter.A, adapter.B))
+    call = LinearCall.unflatten(*flat)
+    found = _compute_gradients(dy, x, call, needs_x=needs_x)
+    return or_empty(found, (dy, call.adapter.A, call.adapter.B))
 
 
 def or_empty(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Gradients:
@@ -277,7 +463,6 @@ def register(
     operator = getattr(torch.ops.smoa, name).default
     function.forward = staticmethod(partial(_below_autograd, operator))
     untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
-    unbound = _without_binding(function, operator)
 
     def recorded(*args: Any) -> Any:
         tangents = (forward_ad.unpack_dual(one).tangent for one in args if isinstance(one, Tensor))
@@ -285,11 +470,11 @@ def register(
         if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
             return formula(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return (function if torch._C._are_functorch_transforms_active() else unbound).apply(*args)
+            return function.apply(*args)
         return _below_autograd(operator, *args)
 
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+        if is_traced():
             return operator(*args)
         if not torch._C._are_functorch_transforms_active():
             return recorded(*args)
@@ -304,28 +489,13 @@ def register(
     return operator, call
 
 
-def _without_binding(function: Any, operator: Any) -> Any:
-    """The function for calls outside `torch.func`.
-
-    `apply` binds the arguments of one that has a `setup_context` to a signature, half of the function's time.
-    """
-
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = _below_autograd(operator, *args)
-        function.setup_context(ctx, args, output)
-        return output
-
-    methods = {"forward": forward, "setup_context": torch.autograd.Function.setup_context}
-    return type(function.__name__, (function,), {name: staticmethod(one) for name, one in methods.items()})
-
-
 def _below_autograd(operator: Any, *args: Any) -> Any:
     """Call an operator without recording its derivative."""
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)
 
 
-linear, call_linear = register(
+linear_operator, call_linear = register(
     f"linear(Tensor x, Tensor? bias, str algorithm, {_CALL}) -> Tensor",
     kernel=_forward,
     fake=_forward_fake,
@@ -334,7 +504,7 @@ linear, call_linear = register(
 )
 """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C), a bias or None, an algorithm, and a flat :class:`LinearCall`."""
 
-linear_backward, call_linear_backward = register(
+linear_backward_operator, call_linear_backward = register(
     f"linear_backward(Tensor dy, Tensor? x, bool needs_x, {_CALL}) -> (Tensor dx, Tensor dA, Tensor dB)",
     kernel=_backward,
     fake=backward_fake,

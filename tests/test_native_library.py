@@ -69,23 +69,26 @@ def test_a_setting_that_a_program_meets_later_rounds_nothing() -> None:
     assert_within_budget((y, *gradients), case, p)
 
 
+def calls_made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each new call."""
+    made: list[int] = []
+    monkeypatch.setattr(library.Call, "of", lambda adapter, of=library.Call.of: made.append(1) or of(adapter))
+    return made
+
+
 @needs_library
 def test_a_kept_adapter_follows_its_tensors_and_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Serving keeps an adapter, and its call, over many steps; factors, x, bias and threads may change between.
-
-    The second of two equal calls asks no more which code computes it.
-    """
+    """Layers keep an adapter, and its call, over many steps; factors, x, bias and threads may change between."""
     p = on_cpu(tokens=130, out_features=200, in_features=96, ranks=(4, 8))
-    adapter, asked = p.adapter(), []
-    monkeypatch.setattr(backend, "route", lambda *args, known=backend.route: asked.append(1) or known(*args))
+    adapter, made = p.adapter(), calls_made(monkeypatch)
     for count, tokens, bias in ((1, 130, p.bias), (2, 7, None), (3, 130, None), (1, 1, p.bias)):
         with on_threads(count):
             for scale in (1, 3):
                 adapter.B.mul_(-2)
                 x, b = p.x[:tokens] * scale, None if bias is None else bias * scale
-                before = len(asked)
+                before = len(made)
                 y = backend.forward(x, b, adapter, "auto", None)
-                assert len(asked) - before == (scale == 1)
+                assert len(made) - before == (before == 0)
                 torch.testing.assert_close(y, backend.forward(x, b, replace(adapter), "auto", None))
             assert adapter.layout.threads == count
     with pytest.raises(RuntimeError, match=r"size|shape|dimension"):
@@ -93,17 +96,23 @@ def test_a_kept_adapter_follows_its_tensors_and_the_threads(monkeypatch: pytest.
 
 
 @needs_library
-@pytest.mark.parametrize("change", ["weight", "transposed", "A", "scaling", "threads"])
-def test_a_kept_call_is_made_anew(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", ["weight", "transposed", "A", "fewer ranks", "scaling", "threads"])
+def test_a_kept_call_follows_its_tensors(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """`data = …` leaves the tensor object as it is; the memory that the call knows is free then."""
     p = on_cpu(tokens=5, out_features=64, in_features=64, ranks=(4, 8), bias=False)
     p = replace(p, weight=p.weight.clone(), A=p.A.clone(), scaling=torch.tensor(p.scaling))
-    adapter, asked = p.adapter(), []
-    monkeypatch.setattr(backend, "route", lambda *args, known=backend.route: asked.append(1) or known(*args))
+    adapter, made = p.adapter(), calls_made(monkeypatch)
     with on_threads(1):
         backend.forward(p.x, None, adapter, "auto", None)
     if change == "transposed":
         adapter.weight.data = adapter.weight.data.T
+    elif change == "fewer ranks":  # the same memory
+        adapter.A.data, adapter.B.data, adapter.block_ranks = (
+            adapter.A.data[:4],
+            adapter.B.data[:, :4],
+            (4, 4),
+        )
+        adapter.ranks.fill_(4)
     elif change == "scaling":
         adapter.scaling.mul_(3)
     elif change != "threads":
@@ -111,7 +120,7 @@ def test_a_kept_call_is_made_anew(change: str, monkeypatch: pytest.MonkeyPatch) 
     with on_threads(2 if change == "threads" else 1):
         y = backend.forward(p.x, None, adapter, "auto", None)
         assert torch.equal(y, backend.forward(p.x, None, replace(adapter), "auto", None))
-    assert len(asked) == 3
+    assert len(made) == (2 if change in ("scaling", "threads") else 3)
 
 
 @needs_library

@@ -27,7 +27,7 @@ from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.precision import gemm_is_ieee
 from smoa_kernels.definition.thresholds import Place
-from smoa_kernels.operator import LinearCall, linear, linear_backward
+from smoa_kernels.operator import LinearCall, linear_backward_operator, linear_operator
 
 pytestmark = pytest.mark.numerical
 
@@ -38,12 +38,12 @@ def test_schema_and_bundle_agree() -> None:
     partition, scaling = p.partition, scaling_tensor(p.scaling, p.x.device)
     adapter = PackedAdapter(p.weight, p.A, p.B, partition, p.ranks, scaling, p.ranks.tolist(), Place(9))
     flat = LinearCall(adapter, dropout, "eager").flatten()
-    arguments = [a.name for a in linear._schema.arguments[3:]]
-    assert arguments == [a.name for a in linear_backward._schema.arguments[3:]]
+    arguments = [a.name for a in linear_operator._schema.arguments[3:]]
+    assert arguments == [a.name for a in linear_backward_operator._schema.arguments[3:]]
     expected = {name: getattr(partition, name) for name in arguments if hasattr(partition, name)}
     expected |= {"weight": p.weight, "A": p.A, "B": p.B, "ranks": p.ranks, "block_ranks": p.ranks.tolist()}
     expected |= {"dropout_seed": dropout.seed, "dropout_p": 0.25, "column_offset": 7, "scaling": scaling}
-    expected |= {"backend": "eager", "block_sizes": partition.sizes(), "place": 9}
+    expected |= {"backend": "eager", "place": 9}
     given = dict(zip(arguments, flat, strict=True))
     assert given.keys() == expected.keys()
     for name, value in given.items():
@@ -139,7 +139,7 @@ def test_exports_an_inference_graph(ahead_of_time: bool, tmp_path: Path) -> None
     block, x = Block().eval(), torch.randn(9, 40)
     tokens = torch.export.Dim("tokens", min=2, max=4096)
     program = torch.export.export(block, (x,), dynamic_shapes=({0: tokens},))
-    assert sum(node.target is linear for node in program.graph.nodes) == 2
+    assert sum(node.target is linear_operator for node in program.graph.nodes) == 2
     run: Any = program.module()
     if ahead_of_time:
         with needs_a_compiler():
@@ -198,7 +198,7 @@ def test_the_operator_itself_has_a_forward_mode_derivative() -> None:
     x, t = torch.randn(2, 5, 64)
     call = LinearCall(layer._packed(), None, "eager")
     with forward_ad.dual_level():
-        y = linear(forward_ad.make_dual(x, t), None, "auto", *call.flatten())
+        y = linear_operator(forward_ad.make_dual(x, t), None, "auto", *call.flatten())
         tangent = forward_ad.unpack_dual(y).tangent
     torch.testing.assert_close(tangent, layer(t) - layer(torch.zeros_like(t)))
 

@@ -1,5 +1,7 @@
 """The spectral order and its blocks (docs/definition.md)."""
 
+import copy
+import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -261,3 +263,28 @@ def test_shortcuts_are_found_from_the_labels() -> None:
     assert partition.shard(slice(8, 21), slice(8, 40)).granularity == 8
     assert partition.shard(slice(3, 21)).granularity == 1
     assert partition.shard(slice(4, 16)).is_contiguous
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 256, 300])
+def test_a_plan_is_the_partition(num_blocks: int) -> None:
+    """It is found again by its plan, also after copying, and is read from one that comes from elsewhere."""
+    partition = BlockPartition.random((641, 317), num_blocks, seed=1)
+    crossed = BlockPartition.from_tensors(partition.tensors(), partition.sizes())
+    again = [
+        partition,
+        partition.T.T,
+        crossed,
+        copy.deepcopy(partition),
+        pickle.loads(pickle.dumps(partition)),
+    ]
+    for one in again:
+        assert one == partition
+        assert one.sizes() == partition.sizes()
+        assert torch.equal(one.plan, partition.plan)
+        assert BlockPartition.from_plan(one.plan) is one
+    foreign = partition.plan.clone()
+    found = BlockPartition.from_plan(foreign)
+    assert found is BlockPartition.from_plan(foreign)
+    for ours, theirs in zip(found.tensors(), partition.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() % 16 == 0

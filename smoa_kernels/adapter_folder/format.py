@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,12 +38,28 @@ METHOD, HIRA = "SMOA", "HIRA"
 STATE_KEYS = ("smoa_A", "smoa_B", "smoa_blocks")
 
 
-class LayerBlocks(NamedTuple):
-    """The data of a layer in an adapter's file, except its factors; of experts, of all of them."""
+@dataclass
+class LayerBlocks:
+    """The data of a layer in an adapter's file, except its factors; of experts, of all of them.
 
-    partition: Any  # `BlockPartition`; `ExpertBlocks` of experts
-    ranks: Tensor  # int32 (K,), of every expert
-    sketch: Tensor  # float32 (33,), of W0; (E, 33) of experts
+    Attributes:
+        row_block, col_block: the labels, (N,) and (C,); of experts (E, N) and (E, C).
+        num_blocks: K.
+        ranks: int32 (K,), of every expert.
+        sketch: float32 (33,), of W0; (E, 33) of experts.
+    """
+
+    row_block: Tensor
+    col_block: Tensor
+    num_blocks: int
+    ranks: Tensor
+    sketch: Tensor
+
+    @cached_property
+    def partition(self) -> Any:
+        """The `BlockPartition`; `ExpertBlocks` of experts. A check of a file needs none, and making one takes longer."""
+        kind: Any = ExpertBlocks if self.of_experts else BlockPartition
+        return kind.from_labels(self.row_block, self.col_block, self.num_blocks)
 
     @property
     def of_experts(self) -> bool:
@@ -52,8 +70,13 @@ class LayerBlocks(NamedTuple):
         """One entry per matrix: this one, or one per expert."""
         if not self.of_experts:
             return [self]
-        partitions = self.partition.partitions(range(len(self.sketch)))
-        return [LayerBlocks(p, self.ranks, sketch) for p, sketch in zip(partitions, self.sketch, strict=True)]
+        found = [
+            LayerBlocks(rows, cols, self.num_blocks, self.ranks, sketch)
+            for rows, cols, sketch in zip(self.row_block, self.col_block, self.sketch, strict=True)
+        ]
+        for blocks, partition in zip(found, self.partition.partitions(range(len(found))), strict=True):
+            blocks.partition = partition  # experts may share it
+        return found
 
     def orient(self, stored: Tensor) -> tuple[Tensor, float]:
         """Turn a base's stored matrix into W0 (N, C), and return its distance from the W0 that was trained over.
@@ -124,12 +147,11 @@ def unpack_blocks(packed: Tensor, out_features: int, in_features: int) -> LayerB
     rank = torch.from_numpy(found["ranks"].astype(np.int32)).to(packed.device)
     sketch = torch.from_numpy(found["sketch"].astype(np.float32)).to(packed.device)
     if packed.ndim == 1:
-        return LayerBlocks(BlockPartition.from_labels(rows[0], cols[0], num_blocks), rank[0], sketch[0])
+        return LayerBlocks(rows[0], cols[0], num_blocks, rank[0], sketch[0])
     other = (rank != rank[0]).any(1).nonzero()
     if len(other):
         raise ValueError(f"{name.format(int(other[0]))} has other ranks than those of expert 0")
-    blocks = ExpertBlocks.from_labels(rows, cols, num_blocks)
-    return LayerBlocks(blocks, rank[0], sketch)
+    return LayerBlocks(rows, cols, num_blocks, rank[0], sketch)
 
 
 def read_blocks(name: str, given: Mapping[str, Any], r: int) -> LayerBlocks:

@@ -16,7 +16,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..checks import naming, shown
-from ..definition.partition import BlockPartition
 from ..definition.sketch import SKETCH_SIZE
 from .format import (
     CONFIG_NAME,
@@ -160,9 +159,9 @@ def _hira_layers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             if B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
                 raise ValueError(f"{name} has no hira_B that fits its hira_A")
             tensors |= {f"{name}.smoa_A": A, f"{name}.smoa_B": B}
-            partition = BlockPartition.contiguous((B.shape[0], A.shape[1]), 1, device="cpu")
+            labels = (torch.zeros(size, dtype=torch.uint8) for size in (B.shape[0], A.shape[1]))
             ranks = torch.tensor([A.shape[0]], dtype=torch.int32)
-            layers[name] = LayerBlocks(partition, ranks, torch.full([SKETCH_SIZE], torch.nan))
+            layers[name] = LayerBlocks(*labels, 1, ranks, torch.full([SKETCH_SIZE], torch.nan))
     return tensors, layers
 
 

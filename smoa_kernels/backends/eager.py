@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -258,6 +259,13 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
     return gradient.contract()
 
 
+def weight_gradients(dW: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
+    """(dA, dB) from the gradient dW (N, C) of W_eff: :func:`factor_gradients` with dW's blocks for `dY_kᵀ X_k`."""
+    gradient = _BlockGradient(adapter)
+    gradient.take(dW)
+    return gradient.contract()
+
+
 def _dropout_backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, needs_x: bool
 ) -> Gradients:
@@ -353,6 +361,11 @@ class _BlockGradient:
         else:  # half precision: the sums are float32
             for k, (left_k, right_k) in enumerate(pairs):
                 self._G[k] = self._G[k].to(order.A.dtype).add_(left_k @ right_k)
+
+    def take(self, G: Tensor) -> None:
+        """Take the blocks of a matrix G (N, C) as the sums."""
+        blocks = replace(self._order, weight=G.T if self._transposed else G).weights()
+        self._G = [block.to(self._order.A.dtype, copy=True) for block in blocks]
 
     def contract(self) -> tuple[Tensor, Tensor]:
         """(dA, dB); consumes the sums."""

@@ -63,6 +63,24 @@ class PackedAdapter:
             self.place.T,
         )
 
+    def is_of(self, weight: Tensor, A: Tensor, B: Tensor, ranks: Tensor, scaling: Tensor) -> bool:
+        """Whether these very tensors are the adapter's."""
+        factors = A is self.A and B is self.B
+        return factors and weight is self.weight and ranks is self.ranks and scaling is self.scaling
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a backend's form is of this object and process
+        given = (
+            self.weight,
+            self.A,
+            self.B,
+            self.partition,
+            self.ranks,
+            self.scaling,
+            self.block_ranks,
+            self.place,
+        )
+        return PackedAdapter, given
+
     def host_ranks(self) -> Sequence[int]:
         """The ranks as numbers, clamped to 0 and ρ. Waits for the GPU if only the GPU has them."""
         if self.block_ranks is not None:

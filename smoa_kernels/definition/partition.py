@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import (
@@ -28,7 +31,7 @@ from ..checks import (
 from .spectral_order import order_source, whole
 
 
-@dataclass(slots=True, kw_only=True, eq=False, repr=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class BlockPartition:
     """K aligned blocks of a weight W0 (N, C), of its N rows (outputs) and C columns (inputs).
 
@@ -74,6 +77,7 @@ class BlockPartition:
     is_contiguous: bool
     row_order: Tensor
     col_order: Tensor
+    _plan: Tensor | None = field(default=None)
 
     @classmethod
     def from_weight(cls, weight: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:
@@ -225,20 +229,53 @@ class BlockPartition:
                 "row_block and col_block must be on one device, "
                 f"got {row_block.device} and {col_block.device}"
             )
-        # int64, because torch can do little with uint16, uint32 and uint64 but convert them. One copy for both, so that
-        # the host waits for a GPU only once.
+        # int64, because torch can do little with uint16, uint32 and uint64 but convert them. One copy for both, and one
+        # back, so that the host waits for a GPU only once.
         both = torch.cat([row_block.long(), col_block.long()]).cpu()
         sides = both.split([row_block.shape[0], col_block.shape[0]])
         _check_range("row_block", sides[0], num_blocks)
         _check_range("col_block", sides[1], num_blocks)
+        labels = [side.to(label_dtype(num_blocks)) for side in sides]
+        index = [torch.argsort(side, stable=True) for side in labels]
         sizes = [torch.bincount(side, minlength=num_blocks).tolist() for side in sides]
-        labels = [one.long().to(label_dtype(num_blocks)) for one in (row_block, col_block)]
-        index = [torch.argsort(one, stable=True) for one in labels]
-        device = row_block.device
-        offsets = [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device=device) for one in sizes]
+        offsets = [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device="cpu") for one in sizes]
         is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
         numbers = [*sizes[0], *sizes[1], granularity(sides), is_contiguous]
-        return cls.from_tensors([*labels, *index, *offsets], numbers)
+        plan = _packed([*labels, *index, *offsets], numbers).to(row_block.device)
+        return replace(cls.from_tensors(*_unpacked(plan, [len(side) for side in sides], numbers)), _plan=plan)
+
+    @classmethod
+    def from_plan(cls, plan: Tensor) -> BlockPartition:
+        """The partition whose :attr:`plan` it is. Where that is gone, as in another process, this waits for a GPU once."""
+        known = _of_plans.get(id(plan))
+        if known is not None and known._plan is plan:
+            return known
+        known = getattr(plan, "smoa_partition", None)
+        if known is None:
+            head = plan.cpu().view(torch.int64)
+            N, C, num_blocks = head[:3].tolist()
+            known = cls.from_tensors(*_unpacked(plan, [N, C], head[3 : 2 * num_blocks + 5].tolist()))
+            plan.smoa_partition = known  # type: ignore[attr-defined]
+        return known
+
+    @property
+    def plan(self) -> Tensor:
+        """Sizes, labels, indices and offsets in one tensor, uint8, which operators take."""
+        if self._plan is None:
+            kinds = [dtype for dtype, _ in _sections(self.shape, self.num_blocks)]
+            tensors = [tensor.to(dtype) for tensor, dtype in zip(self.tensors(), kinds, strict=True)]
+            self._plan = _packed(tensors, self.sizes())
+            self.__post_init__()
+        return self._plan
+
+    def __post_init__(self) -> None:
+        """Let :meth:`from_plan` find the partition."""
+        if self._plan is not None:
+            _of_plans[id(self._plan)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
@@ -307,6 +344,17 @@ class BlockPartition:
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
         )
 
+    def with_labels(self, row_block: Tensor, col_block: Tensor) -> BlockPartition:
+        """A partition with blocks of the same sizes. Nothing is checked, so `torch.func.vmap` may batch the labels.
+
+        Args:
+            row_block: (N,) block of each row.
+            col_block: (C,) block of each column.
+        """
+        index = [labels.argsort(stable=True) for labels in (row_block, col_block)]
+        tensors = [row_block, col_block, *index, self.row_offsets, self.col_offsets]
+        return BlockPartition.from_tensors(tensors, self.sizes())
+
     @property
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
@@ -329,8 +377,10 @@ class BlockPartition:
         """The same partition on another device."""
         if self.device == torch.device(device):
             return self
-        moved = BlockPartition.from_tensors([t.to(device) for t in self.tensors()], self.sizes())
-        return replace(moved, row_order=self.row_order.to(device), col_order=self.col_order.to(device))
+        plan = self.plan.to(device)
+        moved = BlockPartition.from_tensors(*_unpacked(plan, self.shape, self.sizes()))
+        orders = {"row_order": self.row_order.to(device), "col_order": self.col_order.to(device)}
+        return replace(moved, _plan=plan, **orders)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):
@@ -349,6 +399,39 @@ class BlockPartition:
             f"BlockPartition(shape={self.shape}, num_blocks={self.num_blocks}, row_sizes={self.row_sizes}, "
             f"col_sizes={self.col_sizes}, device={str(self.device)!r})"
         )
+
+
+_of_plans: WeakValueDictionary[int, BlockPartition] = WeakValueDictionary()  # by id(plan)
+
+_ALIGNMENT = 16  # bytes, as Triton asks of a pointer that it reads vectors from
+
+
+def _padded(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _sections(shape: Sequence[int], num_blocks: int) -> list[tuple[torch.dtype, int]]:
+    """The dtypes and sizes of :meth:`BlockPartition.tensors`."""
+    labels, index = ([(dtype, size) for size in shape] for dtype in (label_dtype(num_blocks), torch.int64))
+    return [*labels, *index, *[(torch.int32, num_blocks + 1)] * 2]
+
+
+def _packed(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
+    """`BlockPartition.plan` of the tensors and sizes of a partition: int64 N, C, K and the sizes, then the tensors."""
+    shape = [tensor.shape[0] for tensor in tensors[:2]]
+    head = torch.tensor([*shape, len(numbers) // 2 - 1, *numbers], device=tensors[0].device)
+    parts = [part.contiguous().view(torch.uint8) for part in (head, *tensors)]
+    return torch.cat([F.pad(part, [0, _padded(len(part)) - len(part)]) for part in parts])
+
+
+def _unpacked(plan: Tensor, shape: Sequence[int], sizes: Sequence[int]) -> tuple[list[Tensor], Sequence[int]]:
+    """The tensors in a plan, views of it, and the sizes."""
+    start, tensors = _padded(8 * (3 + len(sizes))), []
+    for dtype, size in _sections(shape, len(sizes) // 2 - 1):
+        end = start + size * dtype.itemsize
+        tensors.append(plan[start:end].view(dtype))
+        start = _padded(end)
+    return tensors, sizes
 
 
 def label_dtype(num_blocks: int) -> torch.dtype:

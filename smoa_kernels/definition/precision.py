@@ -77,9 +77,12 @@ def autocast_enabled(x: Tensor) -> bool:
     return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
+_NOTHING = nullcontext()
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Turn autocast off on `tensor`'s device where it is on, so that products keep the operands' dtype."""
-    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled(tensor) else nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_enabled(tensor) else _NOTHING
 
 
 def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..adapter_folder.format import (
     STATE_KEYS,
-    LayerBlocks,
     blocks_layout,
     check_shapes,
     pack_blocks,
@@ -27,6 +26,7 @@ from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
 from ..definition.thresholds import WHOLE
 from ..layer_checks import call_always
+from ..operator import is_traced
 from .base_weight import BaseWeight
 from .combine import single_block
 from .offload import execution_device, gathered, present
@@ -54,7 +54,7 @@ class SMoALayer(BaseWeight):
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa_A", "smoa_B")
-    other_param_names: tuple[str, ...] = ("smoa_blocks", "scaling", "settings", "_prepared")
+    other_param_names: tuple[str, ...] = ("smoa_blocks", "scaling", "settings", "_prepared", "_kept")
     smoa_B: nn.ParameterDict
 
     def __init__(self) -> None:
@@ -64,6 +64,7 @@ class SMoALayer(BaseWeight):
         self._scaling: dict[str, Tensor] = {}  # no buffers, which would be rounded with W0
         self.settings: dict[str, AdapterSettings] = {}
         self._prepared: dict[str, Prepared] = {}
+        self._kept: dict[str, PackedAdapter] = {}  # of the last call
         # The partition with a single block, made when there are several adapters to sum.
         self._whole: BlockPartition | None = None
         self._disable_adapters = False
@@ -203,9 +204,10 @@ class SMoALayer(BaseWeight):
             self._prepared[adapter_name] = before
 
     def _set_blocks(self, adapter_name: str, partition: Any, ranks: Tensor, sketch: Tensor) -> None:
-        matrices = LayerBlocks(partition, ranks, sketch.cpu()).matrices()
-        packed = self.smoa_blocks[adapter_name]
-        packed.copy_(torch.stack([pack_blocks(*each) for each in matrices]).view_as(packed))
+        partitions = partition.partitions(range(*self.stack)) if self.stack else [partition]
+        packed, sketches = self.smoa_blocks[adapter_name], sketch.cpu().view(len(partitions), -1)
+        matrices = [pack_blocks(p, ranks, one) for p, one in zip(partitions, sketches, strict=True)]
+        packed.copy_(torch.stack(matrices).view_as(packed))
         self._prepare(adapter_name, partition, ranks)
 
     @torch.no_grad()
@@ -273,13 +275,21 @@ class SMoALayer(BaseWeight):
         return blocks.partitions(range(*self.stack)) if self.stack else [blocks]
 
     def packed(self, adapter_name: str, weight: Tensor) -> Any:
-        """Pair an adapter with W0 (N, C), or this process's part of it; autograd sees the factors."""
+        """Pair an adapter with W0 (N, C), or this process's part of it; autograd sees the factors.
+
+        The pair is kept, with what a backend made of it, until one of its tensors is another object.
+        """
         ready = self._ready(adapter_name)
         A, B, place = self.smoa_A[adapter_name], self.smoa_B[adapter_name], WHOLE
         if self._shard is not None:
             A, B, place = self._shard.local(A), self._shard.local(B), self._shard.place
-        given = ready.partition, ready.ranks, ready.current_scaling(), ready.block_ranks
-        return PackedAdapter(weight, A, B, *given, place)
+        kept, given = self._kept.get(adapter_name), (weight, A, B, ready.ranks, ready.scaling)
+        if kept is None or is_traced() or not kept.is_of(*given):
+            *tensors, ranks, s = given
+            kept = PackedAdapter(*tensors, ready.partition, ranks, s, ready.block_ranks, place)
+            if not is_traced():
+                self._kept[adapter_name] = kept
+        return kept
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> Sequence[PackedAdapter]:
         packed = self.packed(adapter_name, weight)
@@ -287,11 +297,12 @@ class SMoALayer(BaseWeight):
 
     def _ready(self, adapter_name: str) -> Prepared:
         """Index tensors of an adapter, rebuilt from its labels where these were moved or loaded."""
-        check_choice("adapter_name", adapter_name, self.smoa_blocks)
-        packed = self.smoa_blocks[adapter_name]
-        ready = self._prepared.get(adapter_name)
+        blocks = self.smoa_blocks
+        packed, ready = blocks._buffers.get(adapter_name), self._prepared.get(adapter_name)
         if ready is not None and ready.packed is packed:
             return ready
+        check_choice("adapter_name", adapter_name, blocks)
+        packed = blocks[adapter_name]
         # These tensors are kept for later calls, so they are inference tensors only if the adapter's own are.
         with torch.inference_mode(packed.is_inference()):
             if self.awaits_blocks(adapter_name):
@@ -376,10 +387,6 @@ class Prepared(NamedTuple):
     ranks: Tensor
     scaling: Tensor  # the tensor of `_scaling`; replicas of `nn.DataParallel` share that dictionary
     block_ranks: list[int]
-
-    def current_scaling(self) -> Tensor:
-        """s for a call, a copy if a backward may follow: s may be changed before it, as PEFT's `scale_layer` does."""
-        return self.scaling.clone() if torch.is_grad_enabled() else self.scaling
 
 
 def _read_blocks(layer: SMoALayer, _: object) -> None:

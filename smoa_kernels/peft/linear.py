@@ -16,11 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter_folder.settings import AdapterSettings
 from ..definition.packed import PackedAdapter
 from ..definition.precision import without_autocast
+from ..functional import adapted_linear, cast_factors
 from ..layer_checks import over_rows
 from .combine import sum_adapters
 from .layer import SMoALayer
 from .offload import present
-from .quantized import adapted_linear, dequantized_linear
+from .quantized import dequantized_linear
 
 
 class Linear(SMoALayer, nn.Module):
@@ -86,13 +87,14 @@ class Linear(SMoALayer, nn.Module):
         """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return self._base_output(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        return self._adapted(x, cast("list[str]", self.active_adapters), *args, **kwargs)
+        active: list[str] = self.active_adapters
+        return self._adapted(x, active, *args, **kwargs)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shard = self._shard
@@ -103,15 +105,18 @@ class Linear(SMoALayer, nn.Module):
         return shard.output(y if bias is None else y + shard.bias(bias))
 
     def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        names = [name for name in adapter_names if name in self.smoa_A]
+        own = self.settings
+        names = [name for name in adapter_names if name in own]
         if not names or not self._reads_weight or args or kwargs:
             y, rest = self._base_output(x, *args, **kwargs), names
         else:
             # A product has one dropout mask; adapters with another probability get products of their own below.
-            p = self._dropout_p(names[0])
-            rest = [name for name in names if self._dropout_p(name) != p]
+            p, rest = self._dropout_p(names[0]), []
+            if len(names) > 1:
+                rest = [name for name in names if self._dropout_p(name) != p]
+                names = [name for name in names if name not in rest]
             with present(self):
-                y = self._linear(x, [name for name in names if name not in rest], p)
+                y = self._linear(x, names, p)
         for name in rest:
             # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept.
             y = y + checkpoint(self._adapter_output, x, name, use_reentrant=False).to(y.dtype)
@@ -121,21 +126,15 @@ class Linear(SMoALayer, nn.Module):
         if x.is_nested:
             return over_rows(partial(self._linear, names=names, dropout_p=dropout_p), x)
         base, config, shard = self.get_base_layer(), self.settings[names[0]], self._shard
-        settings: dict[str, Any] = {
-            "dropout_p": dropout_p,
-            "algorithm": config.algorithm,
-            "backend": config.backend,
-        }
+        settings: Any = {"dropout_p": dropout_p, "algorithm": config.algorithm, "backend": config.backend}
         if self.quantization_backend is not None:
             adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
             return dequantized_linear(x, base, self._dequantize, adapter, **settings)
-        bias, adapter = base.bias, self._summed(self.base_weight(), names)
+        bias, adapter = base.bias, cast_factors(self._summed(self.base_weight(), names), x.dtype)
         if shard is None:
             return adapted_linear(x, bias, adapter, **settings)
-        part = {"global_in_features": self.in_features}
-        part |= {"row_offset": shard.row_offset, "column_offset": shard.column_offset}
-        bias = None if bias is None else shard.bias(bias)
-        return shard.output(adapted_linear(shard.local(x), bias, adapter, **part, **settings))
+        bias, settings["column_offset"] = None if bias is None else shard.bias(bias), shard.column_offset
+        return shard.output(adapted_linear(shard.local(x), bias, adapter, **settings))
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
         """Compute `dropout(x) ΔWᵀ` with a dense ΔW, to be added to the base layer's own output."""
@@ -178,8 +177,9 @@ class Linear(SMoALayer, nn.Module):
         return self.settings[name].smoa_dropout if self.training else 0.0
 
     def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
-        parts = [self.packed(name, weight) for name in names]
-        return parts[0] if len(parts) == 1 else sum_adapters(parts, self._whole)
+        if len(names) == 1:
+            return self.packed(names[0], weight)
+        return sum_adapters([self.packed(name, weight) for name in names], self._whole)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say that PEFT can factorise the additive ΔW; as a rule that takes a rank far above r.

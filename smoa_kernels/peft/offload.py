@@ -13,12 +13,14 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
+_NOTHING = nullcontext()
+
 
 def present(layer: Any) -> AbstractContextManager[None]:
     """Load the weights of a tuner layer, its base's and its adapters', that accelerate offloaded, within the block."""
-    weight = getattr(layer.get_base_layer(), "weight", None)
+    weight = layer.get_base_layer()._parameters.get("weight")  # asked in each forward
     if weight is None or not weight.is_meta:
-        return nullcontext()
+        return _NOTHING
     return _onloaded([module for module in layer.modules() if _hook(module) is not None])
 
 

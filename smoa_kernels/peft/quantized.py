@@ -18,27 +18,11 @@ from ..backends import resolve_backend
 from ..definition.dropout import Dropout, draw_seed
 from ..definition.packed import PackedAdapter
 from ..definition.precision import autocast_enabled, without_autocast
-from ..functional import smoa_linear
-from ..operator import LinearCall, call_linear_backward
+from ..functional import adapted_linear, cast_factors
+from ..operator import LinearCall, linear_gradients
 
 # Gives W0 (N, C), newly allocated, in a dtype.
 ReadWeight = Callable[[torch.dtype], Tensor]
-
-
-def adapted_linear(x: Tensor, bias: Tensor | None, adapter: PackedAdapter, **settings: Any) -> Tensor:
-    """`y = x W0ᵀ + b + dropout(x) ΔWᵀ` of a packed adapter; factors of another half type than x's are cast to x's.
-
-    Args:
-        x: (..., C).
-        bias: (N,) or None.
-        adapter: W0, the factors, their blocks and s.
-        settings: further arguments of :func:`smoa_kernels.smoa_linear`.
-    """
-    A, B = adapter.A, adapter.B
-    if A.dtype not in (x.dtype, torch.float32):
-        A, B = A.to(x.dtype), B.to(x.dtype)
-    given = x, adapter.weight, bias, A, B, adapter.partition, adapter.ranks
-    return smoa_linear(*given, scaling=adapter.scaling, block_ranks=adapter.block_ranks, **settings)
 
 
 def dequantized_linear(
@@ -59,9 +43,8 @@ def dequantized_linear(
     dtype = getattr(base, "compute_dtype", None)
     if dtype is None:
         dtype = torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else x.dtype
+    adapter = cast_factors(adapter, dtype)
     A, B = adapter.A, adapter.B
-    if A.dtype not in (dtype, torch.float32):
-        A, B = A.to(dtype), B.to(dtype)
     bias = None if base.bias is None else base.bias.to(dtype)
     seed = draw_seed(x.device) if settings["dropout_p"] > 0 else None
     apply: Any = _DequantizedLinear.apply
@@ -94,7 +77,7 @@ class _DequantizedLinear(torch.autograd.Function):
         adapter = PackedAdapter(ctx.read(dy.dtype), A, B, ctx.partition, ranks, scaling, ctx.block_ranks)
         dropout = None if seed is None else Dropout(seed, ctx.settings["dropout_p"])
         call = LinearCall(adapter, dropout, backend)
-        dx, dA, dB = call_linear_backward(dy, x, needs_x, *call.flatten())
+        dx, dA, dB = linear_gradients(dy, x, call, needs_x=needs_x)
         dbias = torch.atleast_2d(dy).flatten(0, -2).sum(0) if needs_bias else None
         gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
         return (*gradients, None, None, None, None)

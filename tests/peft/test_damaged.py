@@ -46,7 +46,7 @@ def repacked(edit):
         shape = state[prefix + "smoa_B"].shape[0], state[prefix + "smoa_A"].shape[1]
         blocks = unpack_blocks(state[prefix + "smoa_blocks"], *shape)
         edit(blocks)
-        state[prefix + "smoa_blocks"] = pack_blocks(*blocks)
+        state[prefix + "smoa_blocks"] = pack_blocks(blocks.partition, blocks.ranks, blocks.sketch)
 
     return tensors(apply)
 

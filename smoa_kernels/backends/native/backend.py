@@ -17,7 +17,7 @@ from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
 from .. import Gradients, eager
 from ..pages import in_large_pages
-from .library import KINDS, Algorithm, Call, Path, drawn, has, lies_along_memory, obstacle
+from .library import KINDS, Algorithm, Call, Mask, Path, drawn, has, lies_along_memory, obstacle
 
 ALGORITHMS, modulated_weight = eager.ALGORITHMS, eager.modulated_weight
 
@@ -97,32 +97,19 @@ def forward(
     dropout: Dropout | None,
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
-    biased = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    arguments = x.shape, x.dtype, x.device, biased, algorithm, torch.get_num_threads()
-    weight, A, B = adapter.weight, adapter.A, adapter.B
-    # What `weight.data = …` or `scaling.mul_(…)` changes in the adapter.
-    read = weight.data_ptr(), weight.stride(), A.data_ptr(), B.data_ptr(), adapter.scaling.item()
-    # Serving keeps the adapter, and in it the call: making one takes as long as a few tokens of a small layer.
-    # Meanwhile no other thread may find it.
-    kept, adapter.layout = adapter.layout, None
-    call = kept if isinstance(kept, Call) and dropout is None and kept.read == read else None
-    if call is None or call.planned_for != arguments:
-        if not _fits(adapter, x, None, bias):
-            return eager.forward(x, bias, adapter, algorithm, dropout)
-        path = route(x, weight, A.shape[0], algorithm if dropout is None else "dropout")
-        if not x.numel() or not weight.numel():
-            empty_sums = x.new_zeros(x.shape[0], weight.shape[0])
-            return empty_sums if bias is None else empty_sums.copy_(bias)
-        mask = None if dropout is None else drawn(dropout, x, x.shape[1])
-        call = call or Call.of(adapter, mask)
-        split = mask is not None or (
-            algorithm == "split" and (path == Path.TILES or x.dtype == torch.float32)
-        )
-        call.plan(path, Algorithm.SPLIT if split else Algorithm.MERGED)
-        call.read, call.planned_for = read, arguments
+    if not _fits(adapter, x, None, bias):
+        return eager.forward(x, bias, adapter, algorithm, dropout)
+    weight, algorithm = adapter.weight, algorithm if dropout is None else "dropout"
+    if not x.numel() or not weight.numel():
+        empty_sums = x.new_zeros(x.shape[0], weight.shape[0])
+        return empty_sums if bias is None else empty_sums.copy_(bias)
+    call = _take(adapter, None if dropout is None else drawn(dropout, x, x.shape[1]))
+    path = _route(call, x, adapter, algorithm)
+    split = dropout is not None or (algorithm == "split" and (path == Path.TILES or x.dtype == torch.float32))
+    call.path, call.algorithm = path, Algorithm.SPLIT if split else Algorithm.MERGED
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
     call.run("smoa_forward", x=x, bias=bias, y=y)
-    adapter.layout = kept if dropout is not None else call
+    adapter.layout = call
     return y
 
 
@@ -132,20 +119,49 @@ def backward(
     """Gradients (dX, dA, dB) of :func:`forward`, as :func:`eager.backward`; one mask serves them all."""
     if not _fits(adapter, x, dy, None):
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
-    algorithm = "auto" if dropout is None else "dropout"
-    path = route(dy, adapter.weight, adapter.A.shape[0], algorithm, transposed=True)
-    mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
-    call = Call.of(adapter, mask) if dy.numel() and adapter.weight.numel() else None
+    call = None
+    if dy.numel() and adapter.weight.numel():
+        call = _take(adapter, None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1]))
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, call)
-    return input_gradient(dy, adapter, call, path) if needs_x else None, dA, dB
+    dx = input_gradient(dy, adapter, call) if needs_x else None
+    adapter.layout = call
+    return dx, dA, dB
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter, call: Call | None, path: Path) -> Tensor:
+def _take(adapter: PackedAdapter, mask: Mask | None) -> Call:
+    """The call that the adapter keeps, or a new one. Making one takes as long as a few tokens of a small layer.
+
+    No other thread finds it before it is put back.
+    """
+    weight, A, B = adapter.weight, adapter.A, adapter.B
+    # What `weight.data = …` changes.
+    read = weight.data_ptr(), weight.stride(), A.data_ptr(), A.shape, A.stride(), B.data_ptr(), B.stride()
+    call, adapter.layout = adapter.layout, None
+    if not isinstance(call, Call) or call.read != read:
+        call = Call.of(adapter)
+        call.read = read
+    return call.scaled(adapter.scaling.item(), mask)
+
+
+def _route(
+    call: Call, tokens: Tensor, adapter: PackedAdapter, algorithm: str, *, transposed: bool = False
+) -> Path:
+    """:func:`route`, which the call remembers."""
+    key = algorithm, transposed
+    if key not in call.routes:
+        rank = adapter.A.shape[0]
+        call.routes[key] = routes(tokens.dtype, adapter.weight, rank, algorithm, transposed=transposed)
+    few, path = call.routes[key]
+    return Path.FEW if len(tokens) <= few else path
+
+
+def input_gradient(dy: Tensor, adapter: PackedAdapter, call: Call | None) -> Tensor:
     """`dX = dY W_eff`, or under dropout `dY W0 + dropoutᵀ(dY ΔW)`; `call` is None where a dimension is 0."""
     dx = in_large_pages(dy.new_empty(dy.shape[0], adapter.weight.shape[1]))
     if call is None:
         return dx.zero_()
-    call.plan(path, Algorithm.SPLIT if call.keep else Algorithm.MERGED)
+    call.path = _route(call, dy, adapter, "dropout" if call.keep else "auto", transposed=True)
+    call.algorithm = Algorithm.SPLIT if call.keep else Algorithm.MERGED
     call.run("smoa_input", dy=dy, y=dx)
     return dx
 
@@ -157,14 +173,15 @@ def factor_gradients(
     dA, dB = adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
     if call is None:
         return dA.zero_(), dB.zero_()
-    call.plan(gradient_path(dy, adapter.weight, adapter.A.shape[0]), Algorithm.SPLIT)
+    call.path = max(_route(call, dy, adapter, "dropout"), Path.FLOAT)  # few tokens have no path of their own
+    call.algorithm = Algorithm.SPLIT
     call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
     return dA, dB
 
 
 def gradient_path(dy: Tensor, weight: Tensor, rank: int) -> Path:
     """The path for dA and dB, which is never for few tokens."""
-    return Path.TILES if route(dy, weight, rank, "dropout") == Path.TILES else Path.FLOAT
+    return max(route(dy, weight, rank, "dropout"), Path.FLOAT)
 
 
 def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Tensor | None) -> bool:
@@ -181,4 +198,6 @@ def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Ten
     if bias is not None:
         fits = fits and bias.dtype == adapter.weight.dtype and bias.is_cpu and bias.shape == (rows,)
     fits = fits and adapter.weight.dtype in KINDS and adapter.A.dtype in KINDS
-    return fits and adapter.A.dtype == adapter.B.dtype and obstacle() is None
+    return (
+        fits and adapter.A.dtype == adapter.B.dtype and (type(adapter.layout) is Call or obstacle() is None)
+    )

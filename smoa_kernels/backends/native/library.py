@@ -11,7 +11,6 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -96,23 +95,21 @@ class Call(ctypes.Structure):
         *_integers("weight_step A_step B_step"),
     ]
 
-    read: object = None
-    planned_for: object = None
-    """The tensors that a kept call reads, and the arguments for which it is planned."""
+    read: object
+    routes: dict[object, tuple[int, Path]]
+    """What a kept call reads, and where it goes: up to how many tokens `Path.FEW`, and the path of more."""
 
     @classmethod
-    def of(cls, adapter: PackedAdapter, mask: Mask | None) -> Call:
-        """A call for a layer; its scaling is s times the mask's scale.
+    def of(cls, adapter: PackedAdapter) -> Call:
+        """A call for a layer.
 
         Raises:
             ValueError: indices or offsets of the blocks do not fit the weight.
         """
         p, call = adapter.partition, cls()
+        call.routes = {}
         index = [dense(name, getattr(p, name), torch.int64) for name in ("row_index", "col_index")]
         weight, offsets = call.describe(adapter, p, index)
-        if mask is not None:
-            call.layer.scaling *= mask.scale
-            call.keep, call._mask = mask.kept.data_ptr(), mask
         sizes = [*weight.shape, p.num_blocks + 1, p.num_blocks + 1, p.num_blocks]
         room = workspace(weight, 64 + max(weight.shape))
         call.workspace = room.data_ptr()
@@ -144,9 +141,10 @@ class Call(ctypes.Structure):
         self._kept = [weight, A, B, ranks, index, offsets]
         return weight, offsets
 
-    def plan(self, path: int, algorithm: Algorithm) -> Call:
-        """Set the path (`backend.Path`) and the algorithm; returns itself."""
-        self.path, self.algorithm = path, algorithm
+    def scaled(self, s: float, mask: Mask | None) -> Call:
+        """Set the scaling, s times the mask's, and the mask; returns itself."""
+        self.layer.scaling = s if mask is None else s * mask.scale
+        self.keep, self._mask = None if mask is None else mask.kept.data_ptr(), mask
         return self
 
     def run(
@@ -183,8 +181,9 @@ class Call(ctypes.Structure):
             return -1
         room = workspace(tokens, floats)
         self.workspace = room.data_ptr()
-        # A running profiler by itself sees operators only.
-        with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
+        if not torch._C._autograd._profiler_enabled():
+            return int(function(ctypes.byref(self)))
+        with record_function(name):  # a running profiler by itself sees operators only
             return int(function(ctypes.byref(self)))
 
 

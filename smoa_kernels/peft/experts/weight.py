@@ -99,7 +99,9 @@ class ExpertsWeight(SMoALayer, nn.Module):
         A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
         if A.dtype not in (weight.dtype, torch.float32):
             A, B = A.to(weight.dtype), B.to(weight.dtype)
-        return ExpertsAdapter(weight, A, B, ready.partition, ready.ranks, ready.current_scaling())
+        # A copy if a backward may follow: s may be changed before it, as PEFT's `scale_layer` does.
+        s = ready.scaling.clone() if torch.is_grad_enabled() else ready.scaling
+        return ExpertsAdapter(weight, A, B, ready.partition, ready.ranks, s)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         weight = self._stored_weight()

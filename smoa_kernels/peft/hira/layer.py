@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
 from ...definition.precision import autocast_enabled
+from ...functional import adapted_linear
 from ..dequantize import keep_packing, read_weight
-from ..quantized import adapted_linear, dequantized_linear
+from ..quantized import dequantized_linear
 
 
 @functools.lru_cache(maxsize=256)
