@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +108,7 @@ def smoa_linear(
     check_place(x, row_offset, column_offset, global_in_features)
     s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
     adapter = checked_adapter(weight, A, B, partition, ranks, s, block_ranks, place)
-    mask = {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "column_offset": column_offset}
+    mask: Any = {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "column_offset": column_offset}
     return adapted_linear(x, bias, adapter, **mask, algorithm=algorithm, backend=backend)
 
 

@@ -84,10 +84,17 @@ class AdapterState(nn.Linear):
         self._partition, self._kept = partition, None
 
     def _has_own_labels(self) -> bool:
-        """Whether the partition is of the labels in the buffers."""
+        """Whether the partition is of the labels in the buffers: `torch.func.functional_call` may put others there."""
         buffers: Any = self._buffers
         rows, cols = self._labels
-        return buffers["smoa_row_block"] is rows and buffers["smoa_col_block"] is cols
+        row_block, col_block = buffers["smoa_row_block"], buffers["smoa_col_block"]
+        if row_block is rows and col_block is cols:
+            return True
+        if torch.compiler.is_exporting() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack():
+            return True  # these put stand-ins there
+        if torch._C._are_functorch_transforms_active() or rows is None or cols is None:
+            return False
+        return torch.equal(row_block.cpu(), rows.cpu()) and torch.equal(col_block.cpu(), cols.cpu())
 
     @property
     def scaling(self) -> float:

@@ -190,13 +190,14 @@ class FusedSMoALinear(AdapterState):
             )  # nn.Module's attribute access is slow enough to show in small layers
             kept, given = self._kept, (weight, A, B, buffers["smoa_ranks"], buffers["smoa_scaling"])
             traced = is_traced()  # a graph would depend on what is kept
-            if not self._has_own_labels():  # `torch.func.functional_call` gave others, maybe a batch of them
+            if not self._has_own_labels():
                 return self._by_formula(x)
             if traced or kept is None or not kept.is_of(*given):
                 tensors, (ranks, s) = given[:3], given[3:]
                 partition = self.partition.to(weight.device)
                 kept = checked_adapter(*tensors, partition, ranks, s, self.block_ranks, place)
-                if not traced:
+                # Another weight may be computed, or loaded by accelerate's hook, for each call; it is not held back.
+                if not traced and type(weight) is nn.Parameter and not hasattr(self, "_hf_hook"):
                     self._kept = kept
             y = adapted_linear(
                 x,

@@ -102,8 +102,7 @@ def linear(
         y: Tensor = call_linear(x, bias, algorithm, *LinearCall(adapter, dropout, backend).flatten())
         return y
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, bias, adapter.A, adapter.B):
-        result: Tensor = _Direct.apply(x, bias, adapter.A, adapter.B, (algorithm, adapter, dropout, backend))
-        return result
+        return _direct(x, bias, adapter.A, adapter.B, (algorithm, adapter, dropout, backend))
     return _compute(x, bias, algorithm, adapter, dropout, backend)
 
 
@@ -234,10 +233,8 @@ def modulate(adapter: PackedAdapter, backend: str = "eager") -> Tensor:
             dtype = torch.promote_types(weight.dtype, torch.float32)
             A, B = adapter.expanded_factors(dtype)
             W_eff = torch.addcmul(weight.to(dtype), weight.to(dtype), B @ A)
-            rounded: Tensor = _Round.apply(W_eff, weight.dtype, adapter.place.first)
-            return rounded
-        result: Tensor = _Modulate.apply(A, B, adapter, backend)
-        return result
+            return _round(W_eff, weight.dtype, adapter.place.first)
+        return _modulate(A, B, adapter, backend)
 
 
 class _Round(torch.autograd.Function):
@@ -264,14 +261,19 @@ class _Modulate(torch.autograd.Function):
         return load_backend(backend).modulated_weight(adapter)
 
     @staticmethod
-    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dW: Tensor) -> tuple[Any, ...]:
         A, B, weight = ctx.saved_tensors
         adapter = replace(ctx.adapter, weight=weight, A=A, B=B)
         if torch.is_grad_enabled() or _is_observed(dW):  # a derivative of the gradients may be asked for
-            _, pull = torch.func.vjp(lambda A, B: modulate(replace(adapter, A=A, B=B)), A, B)
+            pull: Any = torch.func.vjp(lambda A, B: modulate(replace(adapter, A=A, B=B)), A, B)[1]
             return *pull(dW), None, None
         with without_autocast(dW):
             return *eager.weight_gradients(dW, adapter), None, None
+
+
+_direct: Callable[..., Tensor] = _Direct.apply
+_round: Callable[..., Tensor] = _Round.apply
+_modulate: Callable[..., Tensor] = _Modulate.apply
 
 
 # The operators' kernels

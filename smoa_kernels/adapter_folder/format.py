@@ -57,7 +57,7 @@ class LayerBlocks:
 
     @cached_property
     def partition(self) -> Any:
-        """The `BlockPartition`; `ExpertBlocks` of experts. A check of a file needs none, and making one takes longer."""
+        """The `BlockPartition`; `ExpertBlocks` of experts. Checks of a file need none, and making it takes longer."""
         kind: Any = ExpertBlocks if self.of_experts else BlockPartition
         return kind.from_labels(self.row_block, self.col_block, self.num_blocks)
 

@@ -159,9 +159,9 @@ def _hira_layers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             if B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
                 raise ValueError(f"{name} has no hira_B that fits its hira_A")
             tensors |= {f"{name}.smoa_A": A, f"{name}.smoa_B": B}
-            labels = (torch.zeros(size, dtype=torch.uint8) for size in (B.shape[0], A.shape[1]))
+            rows, cols = (torch.zeros(size, dtype=torch.uint8) for size in (B.shape[0], A.shape[1]))
             ranks = torch.tensor([A.shape[0]], dtype=torch.int32)
-            layers[name] = LayerBlocks(*labels, 1, ranks, torch.full([SKETCH_SIZE], torch.nan))
+            layers[name] = LayerBlocks(rows, cols, 1, ranks, torch.full([SKETCH_SIZE], torch.nan))
     return tensors, layers
 
 

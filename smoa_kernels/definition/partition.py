@@ -246,7 +246,7 @@ class BlockPartition:
 
     @classmethod
     def from_plan(cls, plan: Tensor) -> BlockPartition:
-        """The partition whose :attr:`plan` it is. Where that is gone, as in another process, this waits for a GPU once."""
+        """The partition whose :attr:`plan` it is. If that is gone, as in another process, it waits for a GPU once."""
         known = _of_plans.get(id(plan))
         if known is not None and known._plan is plan:
             return known
@@ -379,8 +379,8 @@ class BlockPartition:
             return self
         plan = self.plan.to(device)
         moved = BlockPartition.from_tensors(*_unpacked(plan, self.shape, self.sizes()))
-        orders = {"row_order": self.row_order.to(device), "col_order": self.col_order.to(device)}
-        return replace(moved, _plan=plan, **orders)
+        rows, cols = self.row_order.to(device), self.col_order.to(device)
+        return replace(moved, _plan=plan, row_order=rows, col_order=cols)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):

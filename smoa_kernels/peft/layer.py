@@ -29,7 +29,7 @@ from ..layer_checks import call_always
 from ..operator import is_traced
 from .base_weight import BaseWeight
 from .combine import single_block
-from .offload import execution_device, gathered, present
+from .offload import execution_device, gathered, is_offloaded, present
 from .scaling import Scaling
 
 
@@ -283,11 +283,11 @@ class SMoALayer(BaseWeight):
         A, B, place = self.smoa_A[adapter_name], self.smoa_B[adapter_name], WHOLE
         if self._shard is not None:
             A, B, place = self._shard.local(A), self._shard.local(B), self._shard.place
-        kept, given = self._kept.get(adapter_name), (weight, A, B, ready.ranks, ready.scaling)
-        if kept is None or is_traced() or not kept.is_of(*given):
-            *tensors, ranks, s = given
-            kept = PackedAdapter(*tensors, ready.partition, ranks, s, ready.block_ranks, place)
-            if not is_traced():
+        kept, ranks, s = self._kept.get(adapter_name), ready.ranks, ready.scaling
+        if kept is None or is_traced() or not kept.is_of(weight, A, B, ranks, s):
+            kept = PackedAdapter(weight, A, B, ready.partition, ranks, s, ready.block_ranks, place)
+            # Another weight may be computed, or loaded by accelerate's hook, for each call; it is not held back.
+            if type(weight) is nn.Parameter and not (is_traced() or is_offloaded(self.get_base_layer())):
                 self._kept[adapter_name] = kept
         return kept
 

@@ -93,7 +93,7 @@ class Linear(SMoALayer, nn.Module):
             return self._base_output(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        active: list[str] = self.active_adapters
+        active: Any = self.active_adapters
         return self._adapted(x, active, *args, **kwargs)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -177,9 +177,10 @@ class Linear(SMoALayer, nn.Module):
         return self.settings[name].smoa_dropout if self.training else 0.0
 
     def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
+        first: PackedAdapter = self.packed(names[0], weight)
         if len(names) == 1:
-            return self.packed(names[0], weight)
-        return sum_adapters([self.packed(name, weight) for name in names], self._whole)
+            return first
+        return sum_adapters([first, *(self.packed(name, weight) for name in names[1:])], self._whole)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Say that PEFT can factorise the additive ΔW; as a rule that takes a rank far above r.

@@ -109,7 +109,7 @@ def forward(
     call.path, call.algorithm = path, Algorithm.SPLIT if split else Algorithm.MERGED
     y = in_large_pages(x.new_empty(x.shape[0], weight.shape[0]))
     call.run("smoa_forward", x=x, bias=bias, y=y)
-    adapter.layout = call
+    _put(adapter, call)
     return y
 
 
@@ -124,7 +124,7 @@ def backward(
         call = _take(adapter, None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1]))
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, call)
     dx = input_gradient(dy, adapter, call) if needs_x else None
-    adapter.layout = call
+    _put(adapter, call)
     return dx, dA, dB
 
 
@@ -141,6 +141,12 @@ def _take(adapter: PackedAdapter, mask: Mask | None) -> Call:
         call = Call.of(adapter)
         call.read = read
     return call.scaled(adapter.scaling.item(), mask)
+
+
+def _put(adapter: PackedAdapter, call: Call | None) -> None:
+    """Keep a call, unless it reads a copy of W0, which may change."""
+    if call is not None and lies_along_memory(adapter.weight):
+        adapter.layout = call
 
 
 def _route(
