@@ -1,7 +1,7 @@
-"""The operators `smoa::linear` and `smoa::linear_backward`, and all their derivatives.
+"""`linear`, the operators `smoa::linear` and `smoa::linear_backward` behind it, and all their derivatives.
 
-They are opaque to compilers, for two reasons. A compiler must not reorder their additions: in half precision the
-adapter's output survives only if it is added before the base GEMM rounds. And a graph must not bake in values that
+The operators are opaque to compilers, for two reasons. A compiler must not reorder their additions: in half precision
+the adapter's output survives only if it is added before the base GEMM rounds. And a graph must not bake in values that
 change between calls: scaling and dropout seed are passed as tensors, and "auto" is decided inside, so that the graph
 does not depend on the token count.
 
