@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,7 @@ from smoa_kernels.backends import native_obstacle, triton_obstacle
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.definition.reference import delta_weight
-from smoa_kernels.tuning.roofline import Problem
+from smoa_kernels.tuning.problem import Problem
 
 from .protocol import DEVICE
 
@@ -66,14 +66,7 @@ class Case:
 
     def problem(self) -> Problem:
         """The same for the cost model."""
-        return Problem(
-            self.tokens,
-            self.out_features,
-            self.in_features,
-            self.num_blocks,
-            self.rank,
-            precision_of(self.dtype, ieee=True).name,
-        )
+        return Problem(*astuple(self)[:5], precision=precision_of(self.dtype, ieee=True).name)
 
     def smoke(self) -> Case:
         """The same at a tiny size."""

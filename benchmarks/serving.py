@@ -25,6 +25,7 @@ from typing import Any
 from smoa_kernels.backends import resolve_backend
 
 from .machine import cpu_name
+from .predict.gpus import GPUS
 from .protocol import Turns
 from .tables import shown, table
 
@@ -91,12 +92,10 @@ def predicted(batch: int, rank: int) -> float:
     >>> predicted(8, 8)  # bound by memory: W0 is read twice
     2.0
     """
-    from smoa_kernels.tuning.gpus import GPUS
-
     gpu = GPUS["h100"]
 
     def seconds_per_weight(rows: int) -> float:
-        return max(2 / gpu.bytes_per_second, 2 * rows / gpu.flops_per_second("bf16"))
+        return max(2 / gpu.bytes_per_second(), 2 * rows / gpu.flops_per_second("bf16"))
 
     return (seconds_per_weight(batch) + seconds_per_weight(batch * rank)) / seconds_per_weight(batch)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import Estimate, Problem
+from smoa_kernels.tuning.problem import Problem
 
 from .. import tables
+from ..predict.gpus import GPUS, Gpu
+from ..predict.roofline import Estimate
 from ..providers import FROZEN, HIRA, LORA, SMOA, Case
 from ..results import Result, Run
 
