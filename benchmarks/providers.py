@@ -66,7 +66,7 @@ class Case:
 
     def problem(self) -> Problem:
         """The same for the cost model."""
-        return Problem(*astuple(self)[:5], precision=precision_of(self.dtype, ieee=True).name)
+        return Problem(*astuple(self)[:5], precision_of(self.dtype, ieee=True).name)
 
     def smoke(self) -> Case:
         """The same at a tiny size."""

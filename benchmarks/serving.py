@@ -92,10 +92,9 @@ def predicted(batch: int, rank: int) -> float:
     >>> predicted(8, 8)  # bound by memory: W0 is read twice
     2.0
     """
-    gpu = GPUS["h100"]
 
     def seconds_per_weight(rows: int) -> float:
-        return max(2 / gpu.bytes_per_second(), 2 * rows / gpu.flops_per_second("bf16"))
+        return max(2 / GPUS["h100"].bytes_per_second(), 2 * rows / GPUS["h100"].flops_per_second("bf16"))
 
     return (seconds_per_weight(batch) + seconds_per_weight(batch * rank)) / seconds_per_weight(batch)
 

@@ -46,7 +46,7 @@ LATE = {
     ("cli.convert", "peft.folder.convert"): "PEFT is an extra",
     ("cli.info", "backends.verified"): "imports Triton",
     ("cli.inspect", "adapter_folder.inspecting"): "safetensors is an extra",
-    ("cli.merge", "adapter_folder.merged_folder"): "safetensors is an extra",
+    ("cli.merge", "adapter_folder.merging"): "safetensors is an extra",
     ("cli.tune", "tuning.measure"): "imports Triton",
     ("tuning.plan", "kernels.launch"): "imports Triton",
     ("tuning.plan", "tuning.passes"): "imports Triton",

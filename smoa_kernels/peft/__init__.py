@@ -21,8 +21,7 @@ except ImportError as error:
         "smoa_kernels.peft needs PEFT and transformers: pip install 'smoa-kernels[peft]'"
     ) from error
 
-from ..adapter_folder.merged_folder import MergeReport, merge_to_folder
-from ..adapter_folder.merging import merged_weights
+from ..adapter_folder.merging import MergeReport, merge_to_folder, merged_weights
 from .config import PEFT_TYPE, SMoAConfig
 from .experts.experts import Experts
 from .experts.weight import ExpertsWeight
