@@ -43,7 +43,7 @@ LATE = {
     **{("kernels", f"kernels.{name}"): "imports Triton" for name in [*KERNELS, "spec"]},
     ("adapter_folder.base_model", "adapter_folder.architecture"): "imports transformers",
     ("cli", "cli.app"): "typer and rich are an extra",
-    ("cli.convert", "peft.folder.convert"): "PEFT is an extra",
+    ("cli.convert", "peft.hira.convert"): "PEFT is an extra",
     ("cli.info", "backends.verified"): "imports Triton",
     ("cli.inspect", "adapter_folder.inspecting"): "safetensors is an extra",
     ("cli.merge", "adapter_folder.merging"): "safetensors is an extra",

@@ -2,24 +2,22 @@
 
 import itertools
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.predict.__main__ import app
 from benchmarks.predict.gpus import GPUS
-from benchmarks.predict.roofline import Estimate, Part, backward_workspace, partial_bytes
+from benchmarks.predict.roofline import Estimate, Part, Problem, backward_workspace, partial_bytes
 from benchmarks.predict.scaling import METHODS, WHOLE, Plan, predict
 from smoa_kernels.backends.algorithms import choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.tuning.problem import Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 H100 = GPUS["h100"]
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
-CONTIGUOUS = replace(SQUARE, granule=1024)
+CONTIGUOUS = SQUARE._replace(granule=1024)
 
 
 def over_frozen(problem: Problem, way: str) -> float:
@@ -73,7 +71,7 @@ def test_totals_by_hand() -> None:
 )
 def test_the_plan(gpu: str, blocks: int, order: str, most: float) -> None:
     """What the design is to cost, predicted: T=8192, 4096², r=16, bf16, device time over frozen."""
-    p = replace(SQUARE, num_blocks=blocks, granule=1 if order == "spectral" else 4096 // blocks)
+    p = SQUARE._replace(num_blocks=blocks, granule=1 if order == "spectral" else 4096 // blocks)
     found, frozen = (Estimate(p, GPUS[gpu], way).seconds() for way in ("merged", "frozen"))
     assert found / frozen <= most + 0.001
 
@@ -87,7 +85,7 @@ def test_the_page_shows_the_predictions() -> None:
     assert ("2", "8", "spectral") in [row[:3] for row in rows]  # the recommended setting
     for blocks, rank, order, cells in rows:
         granule = 1 if order == "spectral" else 4096 // int(blocks)
-        problem = replace(SQUARE, num_blocks=int(blocks), rank=int(rank), granule=granule)
+        problem = SQUARE._replace(num_blocks=int(blocks), rank=int(rank), granule=granule)
         ways = "lora", "lora_fused", "hira", "merged", "split"
         assert cells.strip().split(" | ") == [f"{over_frozen(problem, way):.2f}" for way in ways]
 
@@ -96,7 +94,7 @@ def test_bytes_in_place_by_hand() -> None:
     """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns."""
     p = Problem(8, 32, 16, 2, 2, "fp32", granule=8)
     size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
-    scattered = replace(p, granule=1)
+    scattered = p._replace(granule=1)
     assert part(scattered, "split", "build ΔW blocks").bytes == size * (3 * blocks + factors)  # all of W0
     assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
     partials = 4 * (32 + 16)  # float32, one tile on each side
@@ -105,7 +103,7 @@ def test_bytes_in_place_by_hand() -> None:
         assert part(problem, "split", "G = dYᵀ·x", "backward").bytes == size * (x + y + blocks)
         found = part(problem, "split", "contract G", "backward")
         assert found.bytes == size * (w + factors + blocks) + partials
-    many = replace(p, rank=2 * 33)  # more ranks than a program takes
+    many = p._replace(rank=2 * 33)  # more ranks than a program takes
     assert (
         part(many, "split", "contract G", "backward").bytes
         == 2 * size * (2 * blocks + 33 * factors) + 33 * partials
@@ -126,7 +124,7 @@ def test_bytes_in_place_by_hand() -> None:
     ids=str,
 )
 def test_operands_multiplied_in_place(change: dict[str, int], in_granules: bool, in_place: bool) -> None:
-    p = replace(SQUARE, **change)
+    p = SQUARE._replace(**change)
     assert (p.in_granules, p.in_place) == (in_granules, in_place)
     for way in ("merged", "split"):
         assert in_place != any(q.name.startswith("gather") for q in Estimate(p, H100, way).parts)
@@ -168,7 +166,7 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
     ):
         tokens = 1
         while choose_algorithm(tokens, SQUARE.max_rank, dtype, gpu.arch) == "fused":
-            p = replace(SQUARE, tokens=tokens, out_features=n, in_features=c, precision=dtype)
+            p = SQUARE._replace(tokens=tokens, out_features=n, in_features=c, precision=dtype)
             assert seconds(p, "fused", stage) <= most * seconds(p, "merged", stage), (tokens, stage)
             tokens *= 2
         assert tokens > 1

@@ -1,7 +1,8 @@
-"""Predict costs on GPUs: `python -m benchmarks.predict roofline|plan`. Tables in Markdown; nothing is measured."""
+"""Predict costs on GPUs, as tables in Markdown: `python -m benchmarks.predict roofline|plan|serving`."""
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated
 
@@ -10,11 +11,10 @@ import typer
 from smoa_kernels.backends.algorithms import choose_algorithm
 from smoa_kernels.checks import check_choice
 from smoa_kernels.definition.precision import PRECISIONS
-from smoa_kernels.tuning.problem import Problem, parse_shape
 
 from ..tables import table
 from .gpus import GPUS
-from .roofline import PASSES, WAYS, Estimate, backward_workspace
+from .roofline import PASSES, WAYS, Estimate, Problem, backward_workspace
 from .scaling import METHODS, WHOLE, predict
 
 Count = Annotated[int, typer.Option(min=1, max=10**9)]
@@ -36,7 +36,9 @@ def roofline(
     """Predict the time of one layer for each way to run it. The granule of contiguous blocks is their size."""
     check_choice("--gpu", gpu, GPUS)
     check_choice("--dtype", dtype, PRECISIONS)
-    problem = Problem(tokens, *parse_shape(shape), blocks, rank, dtype, granule)
+    if (sizes := re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", shape)) is None:
+        raise ValueError(f"--shape must be OUTxIN, for example 4096x14336, got {shape!r}")
+    problem = Problem(tokens, int(sizes[1]), int(sizes[2]), blocks, rank, dtype, granule)
     if blocks * granule > min(problem.features):
         raise ValueError(f"--blocks times --granule must be at most {min(problem.features)} for {shape}")
     chosen = choose_algorithm(tokens, problem.max_rank, dtype, GPUS[gpu].arch)
@@ -91,6 +93,18 @@ def plan(
     how = "FSDP2" if fsdp else "DDP"
     print(f"**{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}**\n")
     print(table(list(rows[0]), [list(cells.values()) for cells in rows]))
+
+
+@app.command()
+def serving(gpu: GpuName = "h100") -> None:
+    """Predict a decode step's products with an adapter for each of T sequences, over the base's: T r rows beside T."""
+    check_choice("--gpu", gpu, GPUS)
+    to_read, to_multiply = 2 / GPUS[gpu].bytes_per_second(), 2 / GPUS[gpu].flops_per_second("bf16")
+    ranks, rows = (4, 8, 16, 32), []
+    for n in (8, 32, 64):
+        base, *adapted = (max(to_read, n * each * to_multiply) for each in (1, *ranks))
+        rows.append((f"{n}", *(f"{(base + each) / base:.1f}" for each in adapted)))
+    print(table(("T", *(f"r={rank}" for rank in ranks)), rows))
 
 
 def _gigabytes(size: float) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from smoa_kernels.tuning.gpus import GPUS as SHAPES
+from typing import NamedTuple
 
 # A large bf16 GEMM on an H100 SXM reaches about 700 of its published 989 dense TFLOP/s. The same share of the
 # published rate is assumed for every dtype and GPU until someone measures; AMD's usually reach less.
@@ -12,14 +10,12 @@ _ACHIEVED_GEMM = 700 / 989
 # A copy on an H100 SXM reaches 2.90 of 3.35 TB/s (github.com/aigatech/vpbenchmarking), on an H100 PCIe and on an A100
 # 1.70 and 1.73 of 2.04 (github.com/te42kyfo/gpu-benches, "scale").
 _ACHIEVED_MEMORY = 2.90 / 3.35
-# Of the published bandwidth, by kernels in Triton; an assumption.
-_ACHIEVED_TRITON = 0.8
+_ACHIEVED_TRITON = 0.8  # of the published bandwidth, by kernels in Triton; an assumption
 # A kernel with next to no work in a CUDA graph on an H200 (gpu-benches, "gpu-small-kernels"; on an A100 1.4 µs).
 START_SECONDS = 2.3e-6
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """Published data of a GPU."""
 
     name: str
@@ -27,12 +23,9 @@ class Gpu:
         float, float, float, float
     ]  # dense: bf16 and fp16 (with fp32 accumulation), TF32, IEEE fp32, fp64
     memory_tbps: float
+    multiprocessors: int  # or compute units
+    arch: str  # that kernels are compiled for
     memory_gb: int  # 10⁹ bytes
-
-    @property
-    def arch(self) -> str:
-        """The architecture that kernels are compiled for."""
-        return SHAPES[self.name].arch
 
     def flops_per_second(self, precision: str) -> float:
         """The rate that a large GEMM achieves in one of `precision.PRECISIONS`."""
@@ -46,15 +39,15 @@ class Gpu:
 
 
 _ALL = (
-    Gpu("h100", (989, 495, 67, 67), 3.35, 80),
-    Gpu("h200", (989, 495, 67, 67), 4.8, 141),
-    Gpu("a100", (312, 156, 19.5, 19.5), 2.04, 80),
-    Gpu("a40", (150, 75, 37.4, 0.58), 0.696, 48),
-    Gpu("l40s", (362, 183, 91.6, 1.43), 0.864, 48),
-    Gpu("rtx4090", (165, 82.6, 82.6, 1.29), 1.008, 24),
-    Gpu("b200", (2250, 1125, 75, 37), 7.7, 180),
-    Gpu("rtx5090", (210, 105, 105, 1.64), 1.792, 32),
-    Gpu("mi300x", (1307, 654, 163, 163), 5.3, 192),
+    Gpu("h100", (989, 495, 67, 67), 3.35, 132, "sm_90", 80),
+    Gpu("h200", (989, 495, 67, 67), 4.8, 132, "sm_90", 141),
+    Gpu("a100", (312, 156, 19.5, 19.5), 2.04, 108, "sm_80", 80),
+    Gpu("a40", (150, 75, 37.4, 0.58), 0.696, 84, "sm_86", 48),
+    Gpu("l40s", (362, 183, 91.6, 1.43), 0.864, 142, "sm_89", 48),
+    Gpu("rtx4090", (165, 82.6, 82.6, 1.29), 1.008, 128, "sm_89", 24),
+    Gpu("b200", (2250, 1125, 75, 37), 7.7, 148, "sm_100", 180),
+    Gpu("rtx5090", (210, 105, 105, 1.64), 1.792, 170, "sm_120", 32),
+    Gpu("mi300x", (1307, 654, 163, 163), 5.3, 304, "gfx942", 192),
 )
 GPUS = {gpu.name: gpu for gpu in _ALL}
 """By name."""

@@ -19,16 +19,15 @@ arithmetic and memory.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from smoa_kernels.backends.algorithms import FUSED_MAX_RANK
 from smoa_kernels.definition.precision import PRECISIONS
-from smoa_kernels.tuning.problem import Problem
+from smoa_kernels.kernels.spec import GRANULE
 
 from .gpus import START_SECONDS, Gpu
 
-Pass = Literal["forward", "backward"]
-PASSES: tuple[Pass, ...] = ("forward", "backward")
+PASSES = "forward", "backward"
 
 # Share of a large GEMM's rate: the fused kernel makes an operand in its main loop. An assumption; not measured. Kernels
 # in Triton that do so reach 0.56 to 0.66 (triton-lang/triton#11742).
@@ -36,11 +35,47 @@ FUSED_EFFICIENCY = 0.5
 CONTRACTED_RANKS = 32  # with more ranks `contract` reads G and W0 again
 
 
+class Problem(NamedTuple):
+    """A linear layer of N rows and C columns with K blocks of r ranks together, and T rows of x."""
+
+    tokens: int
+    out_features: int
+    in_features: int
+    num_blocks: int
+    rank: int
+    precision: str = "bf16"  # of all operands, one of `precision.PRECISIONS`
+    granule: int = (
+        1  # adjacent coordinates that stay together: the size of contiguous blocks, if all are equal
+    )
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """N and C."""
+        return self.out_features, self.in_features
+
+    @property
+    def max_rank(self) -> int:
+        """ρ, the largest rank of a block under the even split."""
+        return math.ceil(self.rank / self.num_blocks)
+
+    @property
+    def in_granules(self) -> bool:
+        """Whether N, C and all blocks consist of whole granules of `GRANULE`, which kernels read as one."""
+        together = self.num_blocks == 1 or self.granule % GRANULE == 0
+        return together and self.out_features % GRANULE == self.in_features % GRANULE == 0
+
+    @property
+    def in_place(self) -> bool:
+        """Whether x and dY are multiplied where they lie: blocks are slices of one size."""
+        (rows, short), (cols, narrow) = (divmod(n, self.num_blocks) for n in self.features)
+        return self.num_blocks == 1 or (not short and not narrow and 1 < self.granule == math.gcd(rows, cols))
+
+
 class Part(NamedTuple):
     """The work of one kernel."""
 
     name: str
-    stage: Pass
+    stage: str
     bytes: float  # to and from memory
     seconds: float  # its starts, and the longer of arithmetic and memory
 
@@ -59,26 +94,21 @@ def partial_bytes(p: Problem) -> int:
 
 
 def backward_workspace(p: Problem) -> int:
-    """The most bytes that our backward holds beyond its inputs and results.
-
-    For dA and dB it holds G, first with dY and x, if they are gathered, then with all partials. They are freed before
-    dX is computed, which takes W_eff. A BLAS library's own memory is not counted.
-    """
+    """The most bytes that our backward holds beyond inputs and results: G, first with gathered dY and x, then with all
+    partials; these are freed before dX takes W_eff. A BLAS library's own memory is not counted."""
     gathered = 0 if p.in_place else p.tokens * sum(p.features)
     size = PRECISIONS[p.precision].dtype.itemsize
     return max(gradient_bytes(p) + max(gathered * size, partial_bytes(p)), math.prod(p.features) * size)
 
 
 class Estimate:
-    """The predicted cost of a problem on one GPU, run in one of :data:`WAYS`; `stages` are the passes that count.
-
-    `parts` are the kernels, forward, then backward, added by the rules at the top of this file. Sizes are in elements.
-    """
+    """The predicted cost of a problem on one GPU, run in one of :data:`WAYS`: `parts` are its kernels, added by the
+    rules at the top of this file. Sizes are in elements."""
 
     def __init__(self, problem: Problem, gpu: Gpu, way: str) -> None:
         self.p, self.gpu, p = problem, gpu, problem
         self.parts: list[Part] = []
-        self.stage: Pass = "forward"
+        self.stage: str = "forward"
         self.T, (self.N, self.C), self.rank = p.tokens, p.features, p.rank
         self.x, self.y, self.w = self.T * self.C, self.T * self.N, self.N * self.C
         self.unit = 2 * self.T * self.w  # flops of the base layer's GEMM
@@ -87,7 +117,7 @@ class Estimate:
         self.factors = p.max_rank * (self.N + self.C)
         _WAYS[way](self)
 
-    def seconds(self, *stages: Pass) -> float:
+    def seconds(self, *stages: str) -> float:
         """Predicted time of both passes or of one."""
         return sum(part.seconds for part in self.parts if part.stage in (stages or PASSES))
 

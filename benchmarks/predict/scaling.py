@@ -1,7 +1,6 @@
 """Predicts the cost of fine-tuning a whole model on many GPUs: each GPU's memory, and the bytes it sends in a step.
 
-Full fine-tuning, LoRA and SMoA are counted by the same rules (docs/scaling.md, "How it is counted"). Nothing here is
-measured. T is the number of tokens of one replica in a step, h the hidden size.
+All methods are counted by the same rules (docs/scaling.md, "How it is counted"), for T tokens of one replica.
 """
 
 from __future__ import annotations
@@ -10,11 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from smoa_kernels.tuning.models import MODELS, Decoder
-from smoa_kernels.tuning.problem import Problem
-
 from .gpus import Gpu
-from .roofline import Estimate, backward_workspace
+from .roofline import Estimate, Problem, backward_workspace
 
 NODE = 8  # GPUs that share the fast links
 NODE_BYTES_PER_SECOND = 450e9  # NVLink 4, one direction
@@ -25,19 +21,27 @@ _LABELS = 9  # bytes of a uint8 label and an int64 index; every process holds al
 
 
 class Model(NamedTuple):
-    """A language model: `layers` equal decoder layers, an embedding, and a head, which may be tied to it."""
+    """The published sizes of a decoder with gated feed-forward and grouped-query attention."""
 
-    decoder: Decoder
+    hidden: int
+    intermediate: int
+    key: int  # features of all keys together; those of all queries are hidden
     layers: int
     vocabulary: int
-    tied: bool = False
+    tied: bool = False  # the head is the embedding
+
+    @property
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(N, C) of query, key, value, output, gate, up and down."""
+        h, key, inner = self.hidden, self.key, self.intermediate
+        return (h, h), (key, h), (key, h), (h, h), (inner, h), (inner, h), (h, inner)
 
 
 WHOLE = {
-    "llama-3-8b": Model(MODELS["llama-3-8b"], layers=32, vocabulary=128256),
-    "llama-3-70b": Model(MODELS["llama-3-70b"], layers=80, vocabulary=128256),
-    "llama-3-405b": Model(MODELS["llama-3-405b"], layers=126, vocabulary=128256),
-    "smollm2-135m": Model(MODELS["smollm2-135m"], layers=30, vocabulary=49152, tied=True),
+    "llama-3-8b": Model(4096, 14336, 1024, 32, 128256),
+    "llama-3-70b": Model(8192, 28672, 1024, 80, 128256),
+    "llama-3-405b": Model(16384, 53248, 1024, 126, 128256),
+    "smollm2-135m": Model(576, 1536, 192, 30, 49152, tied=True),
 }
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "smoa": "SMoA"}
 
@@ -54,7 +58,7 @@ class Plan(NamedTuple):
 
 def predict(
     method: str,
-    model: Model,
+    d: Model,
     gpu: Gpu,
     gpus: int,
     *,
@@ -63,18 +67,14 @@ def predict(
     rank: int = 16,
     num_blocks: int = 4,
 ) -> Plan:
-    """Predict memory, traffic and time of one GPU of many, by one of :data:`METHODS`.
-
-    FSDP2 shards parameters, gradients and states; without it every process holds all of them, as in DDP. `tokens` is
-    T, `rank` r, of LoRA and of SMoA, `num_blocks` K.
-    """
-    full, shards, d, layers = method == "full", gpus if fsdp else 1, model.decoder, model.layers
+    """Predict memory, traffic and time of one GPU of many, by one of :data:`METHODS`; without FSDP2 by DDP."""
+    full, shards, layers = method == "full", gpus if fsdp else 1, d.layers
     problems = [Problem(tokens, n, c, num_blocks, rank) for n, c in d.linears]
     # Parameters of one process, before FSDP2 shards them. SMoA's rank is that of a block, which may be padded.
     each = {"full": 0.0, "lora": rank, "smoa": rank / num_blocks}[method]
     layer, sides = (sum(sizes) for sizes in zip(*((n * c, n + c) for n, c in d.linears), strict=True))
     factors = _SINGLE * layers * math.ceil(each) * sides
-    root = _HALF * model.vocabulary * d.hidden * (1 if model.tied else 2)  # embedding and head
+    root = _HALF * d.vocabulary * d.hidden * (1 if d.tied else 2)  # embedding and head
     base = root + _HALF * (layers * layer + (2 * layers + 1) * d.hidden)
     held, trained = base + factors, base if full else factors
     one_output = tokens * _HALF * max(p.out_features for p in problems)
@@ -86,7 +86,7 @@ def predict(
         "labels": layers * _LABELS * sides if method == "smoa" else 0,
         # Two whole decoder layers, the current and the next one, and embedding and head until backward ends.
         "gathered layers": root + 2 * (_HALF * layer + factors / layers) if shards > 1 else 0,
-        "activations": tokens * (_HALF * _activations(d, layers) + (_HALF + _SINGLE) * model.vocabulary),
+        "activations": tokens * (_HALF * _activations(d) + (_HALF + _SINGLE) * d.vocabulary),
         "workspace": workspace[method],
     }
     # Decoder layers are gathered in forward and in backward, embedding and head once.
@@ -96,19 +96,16 @@ def predict(
         "gather": share * (2 * held - root) if fsdp else 0,
     }
     link = NODE_BYTES_PER_SECOND if gpus <= NODE else NETWORK_BYTES_PER_SECOND
-    seconds = _seconds(Problem(tokens, model.vocabulary, d.hidden, 1, 1), gpu, method, is_head=True)
+    seconds = _seconds(Problem(tokens, d.vocabulary, d.hidden, 1, 1), gpu, method, is_head=True)
     seconds += layers * sum(_seconds(p, gpu, method) for p in problems)
     parameters = base // _HALF if full else round(layers * each * sides)
     return Plan(parameters, memory, traffic, seconds, sum(traffic.values()) / link)
 
 
-def _activations(d: Decoder, layers: int) -> int:
-    """Of a token: checkpointed inputs of all layers, and what one layer keeps while it is recomputed.
-
-    These are norms and inputs (4 h), queries, attention's output, keys, values, gate, up and the last two's product.
-    """
-    query, key = d.widths
-    return (layers + 4) * d.hidden + 2 * query + 2 * key + 3 * d.intermediate
+def _activations(d: Model) -> int:
+    """Of a token: checkpointed inputs of all layers, and what one layer keeps while it is recomputed: norms and inputs
+    (4 h), queries, attention's output, keys, values, gate, up and the last two's product."""
+    return (d.layers + 6) * d.hidden + 2 * d.key + 3 * d.intermediate
 
 
 def _seconds(problem: Problem, gpu: Gpu, method: str, *, is_head: bool = False) -> float:

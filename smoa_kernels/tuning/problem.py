@@ -1,4 +1,4 @@
-"""A layer and a batch, by their sizes: what the tuner looks up, and the predictions in benchmarks/predict count."""
+"""A layer and a batch, by their sizes, for the tuner."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Problem:
         rank: r, the budget of all blocks together.
         precision: of x and W0, one of `precision.PRECISIONS`.
         granule: adjacent coordinates that stay together, a partition's `granularity`: the size of contiguous blocks if
-            all are equal. If they are not it is smaller, and the cost is overestimated.
+            all are equal. If they are not it is smaller.
         experts: E, of a layer of experts, whose tokens are pairs of token and expert; 0 for one weight.
-        factors: precision of A and B; PEFT keeps them in float32. Predictions assume W0's.
+        factors: precision of A and B; PEFT keeps them in float32.
     """
 
     tokens: int
