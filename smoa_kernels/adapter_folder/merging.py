@@ -2,6 +2,19 @@
 
 No model is built; one file of weights and one layer are in memory. The merged model has the base's files. If it needs
 others, as a head that is no longer tied does, PEFT's `merge_and_unload` makes it.
+
+    >>> from peft import get_peft_model
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from smoa_kernels.peft import SMoAConfig, merge_to_folder, merged_weights
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 8}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+    >>> model.save_pretrained("base")
+    >>> get_peft_model(model, SMoAConfig(target_modules=["q_proj"])).save_pretrained("adapter")
+    >>> merge_to_folder("base", "adapter", "merged", dtype=torch.bfloat16).changed
+    1
+    >>> weights = dict(merged_weights("base", "adapter"))
+    >>> weights["model.layers.0.self_attn.q_proj.weight"].dtype
+    torch.float32
 """
 
 from __future__ import annotations
@@ -64,18 +77,6 @@ def merged_weights(
         ValueError, FileNotFoundError: a file is missing or cannot be read, an argument is not allowed, the base is
             quantised, lacks a tensor that the adapter changes, or ties it to another. Later, at a tensor: the adapter
             was trained over another one, or the result is not finite. The message names the tensor.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from smoa_kernels.peft import SMoAConfig
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 8}
-        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
-        >>> model.save_pretrained("base")
-        >>> get_peft_model(model, SMoAConfig(target_modules=["q_proj"])).save_pretrained("adapter")
-        >>> weights = dict(merged_weights("base", "adapter", dtype=torch.bfloat16))
-        >>> weights["model.layers.0.self_attn.q_proj.weight"].dtype
-        torch.bfloat16
     """
     merge = _Merge(base, adapter, dtype)
     return merge.tensors(name for names in merge.files.values() for name in names)
@@ -83,14 +84,7 @@ def merged_weights(
 
 @dataclass(frozen=True)
 class MergeReport:
-    """A summary of the written model.
-
-    Attributes:
-        tensors: how many.
-        changed: how many of them the adapter changed.
-        size: bytes of the files of weights.
-        files: their names.
-    """
+    """The written model: `tensors`, of which the adapter changed `changed`, in `files` of `size` bytes together."""
 
     tensors: int
     changed: int
@@ -119,17 +113,6 @@ def merge_to_folder(
     Raises:
         TypeError, ValueError, FileNotFoundError: as `merged_weights` does; `out` is taken.
         OSError: the files could not be written; the message names `out`.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from smoa_kernels.peft import SMoAConfig
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 8}
-        >>> LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained("base")
-        >>> model = LlamaForCausalLM.from_pretrained("base")
-        >>> get_peft_model(model, SMoAConfig(target_modules=["q_proj"])).save_pretrained("adapter")
-        >>> merge_to_folder("base", "adapter", "merged").changed
-        1
     """
     target = _new_folder(out)
     merge = _Merge(base, adapter, dtype)

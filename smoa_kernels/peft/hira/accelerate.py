@@ -68,7 +68,7 @@ def accelerate_hira(model: nn.Module) -> HiraReport:
     """
     taken, left = [], {}
     for name, layer in _layers(model).items():
-        kind: type[nn.Module] = layer.pefts_class if _is_accelerated(layer) else type(layer)
+        kind: type = layer.pefts_class if _is_accelerated(layer) else type(layer)
         if (reason := _obstacle(layer, kind)) is not None:
             left[name] = reason
             continue
