@@ -147,9 +147,8 @@ class Change(NamedTuple):
     """How an adapter changes a parameter of the model."""
 
     name: str
-    shapes: Sequence[
-        tuple[int, ...]
-    ]  # in which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first
+    # In which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first.
+    shapes: Sequence[tuple[int, ...]]
     # W_eff from W0, both as they are stored, which may be transposed; ValueError if it is not the W0 of the training.
     effective: Callable[[Tensor], Tensor]
 
