@@ -30,9 +30,7 @@ class BaseModel:
         if self.index is not None:
             files: Any = self.index.get("weight_map")
             if not isinstance(files, dict) or any(Path(str(file)).name != file for file in files.values()):
-                raise ValueError(
-                    f"{folder / INDEX} is not an index of safetensors files: it has no weight_map"
-                )
+                raise ValueError(f"{folder / INDEX} is not an index of safetensors files in its folder")
             self.files = {name: folder / file for name, file in files.items()}
         else:
             single = folder / "model.safetensors"  # transformers prefers this file to all others

@@ -143,6 +143,12 @@ def test_files_that_the_adapter_does_not_change_are_copied(sharded, tmp_path):
     (base / same[0]).write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=f"{same[0]} is truncated or corrupt"):
         merge_to_folder(base, adapter, tmp_path / "other")
+    index = base / "model.safetensors.index.json"
+    text = index.read_text()
+    index.write_text(text.replace(same[0], f"../{same[0]}"))
+    with pytest.raises(ValueError, match="is not an index of safetensors files in its folder"):
+        merge_to_folder(base, adapter, tmp_path / "other")
+    index.write_text(text)
     (base / same[0]).write_bytes((base / same[1]).read_bytes())
     with pytest.raises(
         ValueError, match=f"{same[0]} lacks .*, which model.safetensors.index.json says it holds"
