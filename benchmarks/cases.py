@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smoa_kernels.definition.precision import has_gemm
-from smoa_kernels.tuning.roofline import Problem
+from smoa_kernels.tuning.problem import Problem
 
 from .protocol import DEVICE
 from .providers import BF16, Case

@@ -6,7 +6,7 @@
 Rounding: the base is a bf16 copy. All models compute in float32, so they differ only in the stored weights. δ is the
 rms of ΔW over that of W0, over all adapted weights; a smaller `smoa_alpha` makes it smaller.
 Memory: each run has a fresh process, which first imports the modules that all of them need. The figure is VmHWM of
-/proc/self/status at the end, less VmRSS at the start. The base is float32.
+/proc/self/status at the end, less VmRSS at the start. The base is float32, in files of the size that is named.
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ def resident(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def merge(
-    tool: str, most: str | int, base: Path, adapter: Path, out: Path
-) -> tuple[float, float, list[float]]:
+def merge(tool: str, most: str, base: Path, adapter: Path, out: Path) -> tuple[float, float, list[float]]:
     """Merge in this process: GB that its resident set grew by, seconds of processor time, GB of each file."""
     torch.set_num_threads(1)
     with torch.device("meta"):  # imports the model's code
@@ -131,7 +129,7 @@ def merge(
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
         model.merge_and_unload().save_pretrained(out, max_shard_size=most)
     else:
-        merge_to_folder(base, adapter, out, max_shard_size=most)
+        merge_to_folder(base, adapter, out)
     seconds, grown = time.process_time() - began, resident("VmHWM") - before
     return grown / 1e9, seconds, [file.stat().st_size / 1e9 for file in out.glob("*.safetensors")]
 
@@ -139,10 +137,13 @@ def merge(
 def memory(base: Path, adapter: Path, out: Path) -> None:
     """Print memory and time of each way to merge; the ways take turns."""
     files: dict[str, list[float]] = {}
+    bases = {most: out.with_name(f"base-{most}") for _, most in WAYS}
+    for most, folder in bases.items():
+        AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder, max_shard_size=most)
 
     def run(name: str, tool: str, most: str) -> dict[str, float]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            grown, seconds, files[name] = fresh.submit(merge, tool, most, base, adapter, out).result()
+            grown, seconds, files[name] = fresh.submit(merge, tool, most, bases[most], adapter, out).result()
         shutil.rmtree(out)
         return {"resident set grew by, GB": grown, "processor time, s": seconds}
 

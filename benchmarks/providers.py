@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.backends import native_obstacle, triton_obstacle
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.precision import precision_of
 from smoa_kernels.definition.reference import delta_weight
-from smoa_kernels.tuning.roofline import Problem
 
 from .protocol import DEVICE
 
@@ -63,17 +61,6 @@ class Case:
     def multiplications(self) -> int:
         """Multiplications of a frozen forward."""
         return self.tokens * self.out_features * self.in_features
-
-    def problem(self) -> Problem:
-        """The same for the cost model."""
-        return Problem(
-            self.tokens,
-            self.out_features,
-            self.in_features,
-            self.num_blocks,
-            self.rank,
-            precision_of(self.dtype, ieee=True).name,
-        )
 
     def smoke(self) -> Case:
         """The same at a tiny size."""

@@ -1,7 +1,6 @@
 """The cost of adapters that vLLM serves unmerged: time per output token, prefill, loading.
 
     python -m benchmarks.serving BASE FOLDER [--dtype bfloat16]     # in vLLM's environment
-    python -m benchmarks.serving --predict                          # decode on an H100; nothing runs
 
 FOLDER gets adapters of BASE with random factors, made the first time (PEFT is needed for that), and the merged model.
 Every case takes its turn in each round. Times are processor time of one thread, so other programs matter little.
@@ -82,25 +81,6 @@ def phases(engine: Any, adapters: list[Any]) -> dict[str, float]:
     return {"a token": 1e3 * decode / (TOKENS - 1), f"{PREFILL} tokens": 1e3 * prefill}
 
 
-def predicted(batch: int, rank: int) -> float:
-    """Time of a decode step's products with an adapter for each sequence, over the base's alone, on an H100 in bf16.
-
-    The base's product has one row per sequence, the adapters' have `rank`. Each takes the longer of reading W0 and its
-    arithmetic; kernels' starts and the factors' bytes are left out.
-
-    >>> predicted(8, 8)  # bound by memory: W0 is read twice
-    2.0
-    """
-    from smoa_kernels.tuning.gpus import GPUS
-
-    gpu = GPUS["h100"]
-
-    def seconds_per_weight(rows: int) -> float:
-        return max(2 / gpu.bytes_per_second, 2 * rows / gpu.flops_per_second("bf16"))
-
-    return (seconds_per_weight(batch) + seconds_per_weight(batch * rank)) / seconds_per_weight(batch)
-
-
 def measure(base: str, folder: Path, dtype: str, rounds: int, summary: Path | None) -> None:
     """Print decode and prefill of each case over the merged model's, and how long loading took."""
     import torch
@@ -146,22 +126,14 @@ def measure(base: str, folder: Path, dtype: str, rounds: int, summary: Path | No
 
 
 def main() -> None:
-    """Print one of the tables."""
+    """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("base", nargs="?")
-    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("base")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--predict", action="store_true")
     parser.add_argument("--summary", type=Path, help="JSON file for the README's row")
     options = parser.parse_args()
-    if options.predict:
-        ranks = (4, 8, 16, 32)
-        rows = [(f"{n}", *(f"{predicted(n, r):.1f}" for r in ranks)) for n in (1, 4, 8, 16, 32, 64, 128)]
-        print(table(("sequences", *(f"r={rank}" for rank in ranks)), rows))
-        return
-    if options.folder is None:
-        parser.error("give BASE and FOLDER")
     if not (options.folder / "merged").exists():
         make(options.base, options.folder)
     measure(options.base, options.folder, options.dtype, options.rounds, options.summary)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smoa_kernels.peft import accelerate_hira, decelerate_hira
-from smoa_kernels.peft.hira.layer import Accelerated
+from smoa_kernels.peft.hira.accelerate import Accelerated
 from smoa_kernels.peft.layer import SMoALayer
 
 from .cases import skip_what_loops_multiply

@@ -42,7 +42,7 @@ from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.table import Table, answered
 from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.plan import jobs
-from smoa_kernels.tuning.roofline import Problem
+from smoa_kernels.tuning.problem import Problem
 
 BF16 = torch.bfloat16
 TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)

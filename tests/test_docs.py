@@ -213,7 +213,7 @@ def experts(code: str) -> None:
 
 
 def hira(code: str) -> None:
-    from smoa_kernels.peft.hira.layer import AcceleratedLinear
+    from smoa_kernels.peft.hira.accelerate import AcceleratedLinear
 
     assert isinstance(run(code)["model"].get_submodule("base_model.model.0"), AcceleratedLinear)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from smoa_kernels.tuning.gpus import GPUS, Gpu
-from smoa_kernels.tuning.roofline import Estimate, Problem
+from smoa_kernels.definition.precision import precision_of
 
 from .. import tables
-from ..providers import FROZEN, HIRA, LORA, SMOA, Case
-from ..results import Result, Run
+from ..predict.gpus import GPUS, Gpu
+from ..predict.roofline import Estimate, Problem
+from ..providers import FROZEN, HIRA, LORA, SMOA
+from ..results import Run
 
 WAYS = {
     FROZEN: "frozen",
@@ -69,7 +70,9 @@ def _headline(run: Run, gpu: Gpu) -> str:
     """A row for each case: the measurement, marked if the machine was noisy, and the prediction."""
     rows = []
     for result in run.select("layer"):
-        problem, both, cells = _problem(result), result.comparison("both"), [tables.case_name(result)]
+        dtype = precision_of(getattr(torch, result.params["dtype"]), ieee=True).name
+        problem = Problem(**{name: result.params[name] for name in Problem._fields[:5]}, precision=dtype)
+        both, cells = result.comparison("both"), [tables.case_name(result)]
         frozen = Estimate(problem, gpu, "frozen").seconds()
         for name, way in WAYS.items():
             predicted, found = Estimate(problem, gpu, way).seconds() / frozen, both.ratio(name)
@@ -95,7 +98,3 @@ def _tuning(run: Run) -> str:
         f"{len(found['table']['entries'])} keys are tuned, {len(found['problems'])} are not done. The JSON file's "
         "`findings.tune.table` is the table itself; send it to us and it ships."
     )
-
-
-def _problem(result: Result) -> Problem:
-    return Case(**{**result.params, "dtype": getattr(torch, result.params["dtype"])}).problem()

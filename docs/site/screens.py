@@ -21,7 +21,6 @@ WIDTH = 110
 COMMANDS = {
     "overview": "",
     "info": "info",
-    "roofline": "roofline --gpu h100 --shape 4096x14336 --tokens 8192",
     "tune": "tune --dry-run --gpu h100 --shape 4096x4096 --tokens 8192 --kernel sum_partials",
 }
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,17 +13,29 @@ from .reading import opened, read_json
 if TYPE_CHECKING:
     from .architecture import Architecture
 
+INDEX = "model.safetensors.index.json"
+
 
 class BaseModel:
     """A base model's folder. Most parameters are stored under the model's names; `architecture` knows the others.
 
     Attributes:
         files: the file of each tensor, by stored name.
+        index: the index of the files as it is stored; None without one.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = dict(_scan(folder))
+        self.folder, self.files = folder, dict[str, Path]()
+        self.index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
+        if self.index is not None:
+            files: Any = self.index.get("weight_map")
+            if not isinstance(files, dict) or any(Path(str(file)).name != file for file in files.values()):
+                raise ValueError(f"{folder / INDEX} is not an index of safetensors files in its folder")
+            self.files = {name: folder / file for name, file in files.items()}
+        else:
+            single = folder / "model.safetensors"  # transformers prefers this file to all others
+            for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
+                self.files |= dict.fromkeys(_names(path), path)
         if not self.files:
             raise FileNotFoundError(
                 f"there are no safetensors files in {folder}, as save_pretrained writes them; `hf download NAME` "
@@ -68,13 +78,15 @@ class BaseModel:
             return self.read(stored)
         return self.architecture.assemble(name, self.read) if name in self.architecture.parts else None
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Give every tensor by its stored name, file by file; mapped into memory, so that none is read yet."""
-        by_file = sorted(self.files, key=lambda name: self.files[name])
-        for path, names in itertools.groupby(by_file, key=lambda name: self.files[name]):
-            with opened(path) as file:
-                for name in names:
-                    yield name, file.get_tensor(name)
+    def by_file(self) -> dict[Path, list[str]]:
+        """The names of the tensors in each file; all files are readable and hold them."""
+        found: dict[Path, list[str]] = {}
+        for name, path in self.files.items():
+            found.setdefault(path, []).append(name)
+        for path, names in found.items():
+            if missing := sorted({*names}.difference(_names(path))):
+                raise ValueError(f"{path} lacks {missing[0]}, which {INDEX} says it holds")
+        return found
 
     def stores_swapped(self, name: str, shape: tuple[int, int]) -> bool:
         """Whether W0 of `shape` (N, C) is stored (C, N), by the stored shape, or by the layer's class if N = C."""
@@ -91,15 +103,6 @@ class BaseModel:
         return any(self._same_name(each) == stored for each in self.architecture.swapped)
 
 
-def _scan(folder: Path) -> Iterator[tuple[str, Path]]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise ValueError(f"{index} is not an index of safetensors files: it has no weight_map")
-        yield from ((name, folder / file) for name, file in files.items())
-        return
-    single = folder / "model.safetensors"  # transformers prefers this file to all others
-    for path in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
-        with opened(path) as file:
-            yield from ((name, path) for name in file.keys())  # noqa: SIM118  # it is no mapping
+def _names(path: Path) -> list[str]:
+    with opened(path) as file:
+        return list(file.keys())

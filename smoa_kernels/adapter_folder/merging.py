@@ -1,19 +1,36 @@
-"""Merges an adapter's folder into a base model's, tensor by tensor: no model is built, and one layer is in memory.
+"""Merges an adapter's folder into a base model's: of each file of weights, load, change what matches, write.
 
-To support another kind of adapted tensor, yield a `Change` of it in `_read_changes`.
+No model is built; one file of weights and one layer are in memory. The merged model has the base's files. If it needs
+others, as a head that is no longer tied does, PEFT's `merge_and_unload` makes it.
+
+    >>> from peft import get_peft_model
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> from smoa_kernels.peft import SMoAConfig, merge_to_folder, merged_weights
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 8}
+    >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
+    >>> model.save_pretrained("base")
+    >>> get_peft_model(model, SMoAConfig(target_modules=["q_proj"])).save_pretrained("adapter")
+    >>> merge_to_folder("base", "adapter", "merged", dtype=torch.bfloat16).changed
+    1
+    >>> weights = dict(merged_weights("base", "adapter"))
+    >>> weights["model.layers.0.self_attn.q_proj.weight"].dtype
+    torch.float32
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..backends import eager
@@ -21,9 +38,21 @@ from ..checks import check_path, naming
 from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
 from ..definition.sketch import TOLERANCE
-from .base_model import BaseModel
+from .base_model import INDEX, BaseModel
 from .format import HIRA, METHOD, LayerBlocks
 from .reading import read_adapter, read_json
+from .writing import replacing
+
+# Weights in other formats; a copy would hold the base's values.
+_OTHER_FORMATS = ("bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "onnx", "onnx_data", "ot")
+# Written anew, or valid for the base only.
+_LEFT_OUT = ("config.json", "README.md", "adapter_config.json")
+# A run saves its tokenizer beside the adapter, perhaps with a chat template of its own.
+_TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template*", "additional_chat_templates/*", "*processor_config.json"),
+)
+_INSTEAD = "merge with PEFT's merge_and_unload(), then save_pretrained()"
 
 
 def merged_weights(
@@ -46,162 +75,159 @@ def merged_weights(
     Raises:
         TypeError: a folder is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, an argument is not allowed, the base is
-            quantised or lacks a tensor that the adapter changes. Later, at a tensor: the adapter was trained over
-            another one, or the result is not finite. The message names the tensor.
-
-    Example:
-        >>> from peft import get_peft_model
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from smoa_kernels.peft import SMoAConfig
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 8}
-        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1))
-        >>> model.save_pretrained("base")
-        >>> get_peft_model(model, SMoAConfig(target_modules=["q_proj"])).save_pretrained("adapter")
-        >>> weights = dict(merged_weights("base", "adapter", dtype=torch.bfloat16))
-        >>> weights["model.layers.0.self_attn.q_proj.weight"].dtype
-        torch.bfloat16
+            quantised, lacks a tensor that the adapter changes, or ties it to another. Later, at a tensor: the adapter
+            was trained over another one, or the result is not finite. The message names the tensor.
     """
-    return iter(FolderMerge(base, adapter, dtype=dtype))
+    merge = _Merge(base, adapter, dtype)
+    return merge.tensors(name for names in merge.files.values() for name in names)
 
 
 @dataclass(frozen=True)
-class Change:
-    """How an adapter changes a parameter.
+class MergeReport:
+    """The written model: `tensors`, of which the adapter changed `changed`, in `files` of `size` bytes together."""
 
-    Attributes:
-        name: the parameter's name in the model.
-        shapes: those in which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first.
-        effective: makes W_eff from W0, both as they are stored, which may be transposed, in the result's dtype. Raises
-            ValueError if the adapter was trained on another weight.
-        is_whole: whether the adapter holds the parameter itself; W0 is then not read.
+    tensors: int
+    changed: int
+    size: int
+    files: tuple[str, ...]
+
+
+def merge_to_folder(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> MergeReport:
+    """Write a base model with an adapter merged into it: weights, configuration and tokenizer, as a plain model.
+
+    It has the base's files of weights; one is in memory at a time. All is written into a hidden folder beside `out`,
+    then renamed: after any interruption `out` is whole or absent. A tokenizer beside the adapter replaces the base's.
+
+    Args:
+        base, adapter, dtype: see :func:`merged_weights`.
+        out: a folder that does not exist or is empty.
+        progress: called with the number of finished tensors, and of all.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as `merged_weights` does; `out` is taken.
+        OSError: the files could not be written; the message names `out`.
     """
+    target = _new_folder(out)
+    merge = _Merge(base, adapter, dtype)
+    total, done, size = len(merge.model.files), 0, 0
+    with replacing(target, whole=True) as scratch:
+        for path, names in merge.files.items():
+            shard: dict[str, Tensor] = {}  # the last one is freed before this one is made
+            progress(done, total)
+            if dtype is None and not merge.changes.keys() & set(names):
+                shutil.copyfile(path, scratch / path.name)
+                done += len(names)
+                continue
+            for name, tensor in merge.tensors(names):
+                shard[name], done, size = tensor, done + 1, size + tensor.nbytes
+                progress(done, total)
+            save_file(shard, scratch / path.name, metadata={"format": "pt"})
+            # safetensors' files are their owner's alone
+            os.chmod(scratch / path.name, 0o666 & scratch.stat().st_mode)
+        progress(done, total)
+        files = sorted(scratch.iterdir())
+        report = MergeReport(
+            total,
+            len(merge.changes),
+            sum(file.stat().st_size for file in files),
+            tuple(file.name for file in files),
+        )
+        _write_beside_weights(merge, size, scratch)
+    return report
+
+
+class Change(NamedTuple):
+    """How an adapter changes a parameter of the model."""
 
     name: str
-    shapes: tuple[tuple[int, ...], ...]
+    # In which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first.
+    shapes: Sequence[tuple[int, ...]]
+    # W_eff from W0, both as they are stored, which may be transposed; ValueError if it is not the W0 of the training.
     effective: Callable[[Tensor], Tensor]
-    is_whole: bool = False
+
+    def fitting(self, stored: Tensor) -> Tensor:
+        """The base's tensor, if it has a shape of the adapter's."""
+        if tuple(stored.shape) not in self.shapes:
+            raise ValueError(
+                f"it has shape {tuple(stored.shape)} in the base, and {' or '.join(map(str, self.shapes))} in the "
+                "adapter. If tokens were added, resize the base's embeddings as before training and save it first"
+            )
+        return stored
 
 
-@dataclass
-class _Planned:
-    """Sources of a tensor of the merged model: the base's tensor `stored`, and the change of the parameter it is."""
-
-    stored: str
-    shape: torch.Size
-    dtype: torch.dtype  # of the result
-    change: Change | None = None
-    parts: Sequence[str] = ()  # if the parameter is made from several stored tensors: all of them
-
-
-class FolderMerge:
-    """A merge of an adapter's folder into a base model's, checked and ready; see :func:`merged_weights`.
-
-    Attributes:
-        base, adapter: the folders.
-        config: the base's configuration.
-        plan: the sources of each tensor, in the order of the base's files.
-        untied: names of tensors that the base ties to another one, and that now are stored themselves.
-    """
+class _Merge:
+    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes."""
 
     def __init__(
-        self,
-        base: str | os.PathLike[str],
-        adapter: str | os.PathLike[str],
-        *,
-        dtype: torch.dtype | None,
+        self, base: str | os.PathLike[str], adapter: str | os.PathLike[str], dtype: torch.dtype | None
     ) -> None:
         check_path("base", base)
         check_path("adapter", adapter)
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
-        self.base, self.adapter = Path(base), Path(adapter)
-        self.dtype = dtype
-        self._model = BaseModel(self.base)
+        self.base, self.adapter, self.dtype = Path(base), Path(adapter), dtype
+        self.model = BaseModel(self.base)
+        self.files = self.model.by_file()
         self.config = _read_plain_config(self.base)
-        self.plan = {
-            name: _Planned(
-                name, tensor.shape, tensor.dtype if tensor.dtype not in DTYPES else dtype or tensor.dtype
-            )
-            for name, tensor in self._model.tensors()
-        }
-        self.untied: list[str] = []
-        changes = [*_read_changes(self.adapter, self._model, dtype)]
-        # Of the last changed parameter that is made from several tensors, the new parts that were not asked for yet.
-        self._parts: dict[str, Tensor] = {}
-        if any(_stands_alone(change.name) for change in changes):
-            self._untie({self._stored(change.name) or change.name for change in changes})
-        for change in changes:
-            self._place(change)
+        changes = [*_read_changes(self.adapter, self.model, dtype)]
+        self._check_ties([change.name for change in changes])
+        self.changes = {stored: change for change in changes for stored in self._stored(change)}
+        # Of the changed parameters that are made of several tensors, the new tensors that were not asked for yet.
+        self._made: dict[str, Tensor] = {}
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.plan:
-            yield name, self.tensor(name)
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Make these tensors of the merged model, in memory of their own."""
+        for name in names:
+            stored, change = self.model.read(name), self.changes.get(name)
+            value = stored if change is None else self._changed(name, change, stored)
+            dtype = self.dtype or stored.dtype if stored.dtype in DTYPES else stored.dtype
+            tensor = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            if change is not None and not _is_finite(tensor):
+                raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([dtype])}")
+            yield name, tensor
 
-    def tensor(self, name: str) -> Tensor:
-        """Make one tensor of the merged model, in memory of its own."""
-        planned = self.plan[name]
-        change = planned.change
-        value = self._model.read(planned.stored) if change is None else self._changed(planned, change)
-        rounded = value.to(planned.dtype, copy=True, memory_format=torch.contiguous_format)
-        if change is not None and not _is_finite(rounded):
-            raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([planned.dtype])}")
-        return rounded
+    def _changed(self, name: str, change: Change, stored: Tensor) -> Tensor:
+        if name not in self._made:
+            with naming(change.name):
+                if self.model.stored_name(change.name) == name:
+                    return change.effective(stored)
+                architecture = self.model.architecture
+                W0 = change.fitting(architecture.assemble(change.name, self.model.read))
+                self._made |= architecture.take_apart(change.name, change.effective(W0))
+                if name not in self._made:
+                    raise ValueError(f"transformers cannot split it into the stored tensors: {_INSTEAD}")
+        return self._made.pop(name)
 
-    def _changed(self, planned: _Planned, change: Change) -> Tensor:
-        """A changed parameter, or its stored part; the other parts are kept for their turn."""
-        with naming(change.name):
-            if not planned.parts:
-                return change.effective(self._model.read(planned.stored))
-            if planned.stored not in self._parts:
-                architecture = self._model.architecture
-                whole = architecture.assemble(change.name, self._model.read)
-                _check_shape(whole.shape, change)
-                self._parts = architecture.take_apart(change.name, change.effective(whole))
-                if self._parts.keys() != set(planned.parts):
-                    raise ValueError(
-                        "transformers cannot split it into the stored tensors: merge with merge_and_unload()"
-                    )
-        return self._parts.pop(planned.stored)
+    def _stored(self, change: Change) -> list[str]:
+        """The stored tensors that hold a parameter: one, or those that transformers makes it of."""
+        if (stored := self.model.stored_name(change.name)) is not None:
+            with naming(change.name):
+                change.fitting(self.model.read(stored))
+            return [stored]
+        if parts := self.model.architecture.parts.get(change.name):
+            return parts
+        raise ValueError(
+            f"{self.base} stores no {change.name}, which the adapter changes. A new head: save the base with it "
+            f"first. A parameter that is a part of another: {_INSTEAD}"
+        )
 
-    def _untie(self, changed: set[str]) -> None:
-        """Plan tied parameters as tensors of their own if the adapter changes one of them."""
-        tied = self._model.architecture.tied
-        for name, source in tied.items():
-            places = [self._stored(each) or each for each in (name, source)]
-            if not changed & set(places):
-                continue
-            if self._stored(name) is None and places[1] in self.plan:
-                if len(tied) > 1:
-                    raise ValueError(
-                        f"the adapter changes {name} or {source}, which are tied, and {self.base} ties other "
-                        "parameters too: they cannot be stored apart"
-                    )
-                self.plan[name] = replace(self.plan[places[1]])
-            self.untied.append(name)
-
-    def _place(self, change: Change) -> None:
-        """Plan the change of a parameter, which is a stored tensor or made of several."""
-        name, stored = change.name, self._stored(change.name)
-        if stored is not None:
-            planned = self.plan[stored]
-            planned.change = change
-            with naming(name):
-                _check_shape(planned.shape, change)
-            if not change.is_whole and planned.dtype not in DTYPES:
-                raise ValueError(f"{name} must be {dtype_names(DTYPES)} to be merged, got {planned.dtype}")
-            return
-        parts = [] if change.is_whole else self._model.architecture.parts.get(name, [])
-        if not parts:
-            raise ValueError(
-                f"{self.base} stores no {name}, which the adapter changes. A new head: save the base with it first. A "
-                "parameter that transformers makes of others as it loads the base: merge with merge_and_unload()"
-            )
-        for part in parts:  # made one after another
-            self.plan[part] = replace(self.plan.pop(part), change=change, parts=parts)
-
-    def _stored(self, name: str) -> str | None:
-        """The planned tensor of a parameter; None if it is not a single one."""
-        return name if name in self.plan else self._model.stored_name(name)
+    def _check_ties(self, changed: Sequence[str]) -> None:
+        """Raise if the adapter changes a parameter that the base ties to another."""
+        if all(any(part.isdigit() for part in name.split(".")) for name in changed):
+            return  # to those of numbered layers nothing is tied; importing transformers takes seconds
+        stored = {self.model.stored_name(name) or name for name in changed}
+        for pair in self.model.architecture.tied.items():
+            if stored & {self.model.stored_name(name) or name for name in pair}:
+                raise ValueError(
+                    f"the adapter changes {' or '.join(pair)}, which {self.base} ties to each other: {_INSTEAD}"
+                )
 
 
 def _read_plain_config(base: Path) -> dict[str, Any]:
@@ -224,62 +250,48 @@ def _read_changes(folder: Path, base: BaseModel, dtype: torch.dtype | None) -> I
     adapter = read_adapter(folder, (METHOD, HIRA))
     for key, tensor in adapter.whole.items():
         name = key.replace(".base_layer.", ".")
-        yield Change(name, (tuple(tensor.shape),), partial(_as_saved, tensor), is_whole=True)
+        yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor))
     for name, blocks in adapter.layers.items():
         # For experts the file names the parameter itself.
         parameter = name if blocks.of_experts else f"{name}.weight"
         A, B = (adapter.tensors[f"{name}.{key}"] for key in ("smoa_A", "smoa_B"))
         shape = (*B.shape[:-1], A.shape[-1])
-        if adapter.is_hira:
-            # fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
-            swapped = base.stores_swapped(name, blocks.partition.shape)
-            effective = partial(_hira_weight, blocks, A, B, swapped, dtype)
-        else:
-            effective = partial(_smoa_weight, blocks, A, B, adapter.settings.for_layer(name).scaling, dtype)
-        yield Change(parameter, (shape, (*shape[:-2], shape[-1], shape[-2])), effective)
+        # HiRA has no sketch. fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
+        swapped = base.stores_swapped(name, blocks.partition.shape) if adapter.is_hira else None
+        scaling = scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
+        effective = partial(_effective, blocks, A, B, scaling, dtype, swapped)
+        yield Change(parameter, [shape, (*shape[:-2], shape[-1], shape[-2])], effective)
 
 
-def _as_saved(tensor: Tensor, stored: Tensor) -> Tensor:
-    return tensor
-
-
-def _smoa_weight(
-    blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, dtype: torch.dtype | None, stored: Tensor
+def _effective(
+    blocks: LayerBlocks,
+    A: Tensor,
+    B: Tensor,
+    scaling: Tensor,
+    dtype: torch.dtype | None,
+    swapped: bool | None,
+    stored: Tensor,
 ) -> Tensor:
-    """W_eff of a matrix or of a stack of them, in its stored orientation."""
+    """W_eff of a matrix or of a stack of them, in its stored orientation; `swapped` is None if the sketch shows it."""
+    if stored.dtype not in DTYPES:
+        raise ValueError(f"W0 must be {dtype_names(DTYPES)} to be merged, got {stored.dtype}")
     if blocks.of_experts:
-        matrices = zip(blocks.matrices(), A, B, stored, strict=True)
+        experts = zip(blocks.matrices(), A, B, stored, strict=True)
         return torch.stack(
-            [_smoa_weight(one, a, b, scaling, dtype, weight) for one, a, b, weight in matrices]
+            [_effective(one, a, b, scaling, dtype, None, weight) for one, a, b, weight in experts]
         )
-    weight, distance = blocks.orient(stored)
-    if not distance <= TOLERANCE:
-        raise ValueError(
-            f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
-            f"in another precision by at most {TOLERANCE:.0%})"
-        )
-    W_eff = _effective(blocks, A, B, scaling, weight.to(dtype or weight.dtype))
+    if swapped is None:
+        weight, distance = blocks.orient(stored)
+        if not distance <= TOLERANCE:
+            raise ValueError(
+                f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
+                f"in another precision by at most {TOLERANCE:.0%})"
+            )
+    else:
+        weight = stored.T if swapped else stored
+    W0, ranks = weight.to(dtype or weight.dtype), blocks.ranks.tolist()
+    W_eff = eager.modulated_weight(PackedAdapter(W0, A, B, blocks.partition, blocks.ranks, scaling, ranks))
     return W_eff if weight is stored else W_eff.T
-
-
-def _hira_weight(
-    blocks: LayerBlocks, A: Tensor, B: Tensor, swapped: bool, dtype: torch.dtype | None, stored: Tensor
-) -> Tensor:
-    weight = stored.to(dtype or stored.dtype)
-    return _effective(blocks, A, B, 1.0, weight.T).T if swapped else _effective(blocks, A, B, 1.0, weight)
-
-
-def _effective(blocks: LayerBlocks, A: Tensor, B: Tensor, scaling: float, weight: Tensor) -> Tensor:
-    ranks, s = blocks.ranks, scaling_tensor(scaling, weight.device)
-    return eager.modulated_weight(PackedAdapter(weight, A, B, blocks.partition, ranks, s, ranks.tolist()))
-
-
-def _check_shape(shape: torch.Size, change: Change) -> None:
-    if tuple(shape) not in change.shapes:
-        raise ValueError(
-            f"it has shape {tuple(shape)} in the base, and {' or '.join(map(str, change.shapes))} in the adapter. If "
-            "tokens were added, resize the base's embeddings as before training and save it first"
-        )
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -287,6 +299,53 @@ def _is_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(math.isfinite(value) for value in tensor.aminmax())
 
 
-def _stands_alone(name: str) -> bool:
-    """Whether a parameter belongs to no numbered layer, so that another may be tied to it."""
-    return not any(part.isdigit() for part in name.split("."))
+def _new_folder(out: str | os.PathLike[str]) -> Path:
+    check_path("out", out)
+    target = Path(out).resolve()  # a link is followed, and "." has a name
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"out must be a new or an empty folder, got {target}")
+    # No folder can be renamed to these; checked before the merge.
+    if target.is_mount() or target == Path.cwd():
+        raise ValueError(
+            f"out must not be a mount point or the working folder, name a folder in it: got {target}"
+        )
+    return target
+
+
+def _write_beside_weights(merge: _Merge, size: int, scratch: Path) -> None:
+    """Write everything in a model's folder except its weights, which take `size` bytes; the configuration last."""
+    for path in merge.base.rglob("*"):
+        inside = path.relative_to(merge.base)
+        hidden = any(part.startswith((".", "checkpoint-")) for part in inside.parts)
+        weights = path.suffix[1:] in ("safetensors", *_OTHER_FORMATS) or path.name.endswith(".index.json")
+        if not (hidden or weights or inside.as_posix() in _LEFT_OUT):
+            _copy(path, scratch / inside)
+    if (merge.adapter / "tokenizer_config.json").is_file():
+        for path in (path for pattern in _TOKENIZER for path in merge.adapter.glob(pattern)):
+            _copy(path, scratch / path.relative_to(merge.adapter))
+    config, index = merge.config, merge.model.index
+    if merge.dtype is not None:
+        index = index and {**index, "metadata": {**index.get("metadata", {}), "total_size": size}}
+        name = str(merge.dtype).removeprefix("torch.")
+        config = {**({} if "torch_dtype" in config else {"dtype": name}), **_with_dtype(config, name)}
+    if index:
+        _write_json(scratch / INDEX, index)
+    _write_json(scratch / "config.json", config)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    """Replace the dtype in a configuration, and in those nested in it, where it is given."""
+    nested = {
+        key: _with_dtype(value, name) if isinstance(value, dict) else value for key, value in config.items()
+    }
+    return {**nested, **{key: name for key in ("dtype", "torch_dtype") if key in config}}
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

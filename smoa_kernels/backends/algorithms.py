@@ -16,8 +16,8 @@ def choose_algorithm(tokens: int, rank: int, dtype: str, arch: str) -> str:
     With few tokens reading W0 takes most of the time; "fused" reads it once and builds no weight. But it multiplies
     twice per element and slower than a GEMM, so with more tokens a GEMM is faster. The limit is
     `Architecture.fused_tokens` in half types, half of it if an element is twice as large, and half of that in
-    IEEE float32. By the roofline (`smoa-kernels roofline`) the two meet at the limit or above it in half types and in
-    TF32, and at about the limit in IEEE float32 without tensor cores (tests/test_roofline.py). On a B200 the kernel's
+    IEEE float32. By the roofline (`benchmarks/predict`) the two meet at the limit or above it in half types and in
+    TF32, and at about the limit in IEEE float32 without tensor cores (tests/test_predict.py). On a B200 the kernel's
     instructions are the limit before its products are, and `fused_tokens` is a quarter of the others'.
 
     For some tokens more, contiguous blocks may be faster by "split", which writes 1/K of W_eff and multiplies 1/K more:

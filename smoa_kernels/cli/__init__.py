@@ -10,7 +10,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `smoa-kernels` and return its exit code: 0, 1 for a finding, 2 for an error, 130 when interrupted.
 
     Example:
-        >>> main(["roofline", "--gpu", "h999"])  # the error is one line on stderr
+        >>> main(["tune", "--shape", "h999"])  # the error is one line on stderr
         2
     """
     try:

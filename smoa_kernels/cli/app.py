@@ -13,13 +13,11 @@ from .convert import convert
 from .info import info
 from .inspect import inspect
 from .merge import merge
-from .plan import plan
-from .roofline import roofline
 from .tune import tune
 
 app = typer.Typer(
     name="smoa-kernels",
-    help="SMoA's kernels: where they run, what they cost, how to tune them. And its adapters.",
+    help="SMoA's kernels: where they run, how to tune them. And its adapters.",
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,10 +29,6 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
         inspect: "inspect path/to/adapter --base path/to/model",
         convert: "convert path/to/hira path/to/smoa --base path/to/model",
         merge: "merge path/to/model path/to/adapter path/to/merged",
-    },
-    "No GPU yet": {
-        roofline: "roofline --gpu h100 --shape 4096x14336 --tokens 8192",
-        plan: "plan --model llama-3-8b --gpus 8 --parallel fsdp",
     },
     "A GPU": {tune: "tune --from-model path/to/model --budget 30"},
 }

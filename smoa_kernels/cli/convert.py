@@ -21,7 +21,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a HiRA adapter of PEFT into an SMoA adapter with one block, or the other way round."""
-    from ..peft.folder.convert import convert_adapter
+    from ..peft.hira.convert import convert_adapter
 
     with progress_of("converting") as progress:
         method = convert_adapter(folder, out, base, progress)

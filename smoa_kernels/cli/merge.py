@@ -21,26 +21,15 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(_DTYPES)}; each tensor keeps its own if absent.")
     ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option(help="Largest file of weights; about as much memory is needed.")
-    ] = "5GB",
 ) -> None:
-    """Merge an adapter into its base model: a plain model that any program serves, a shard at a time."""
+    """Merge an adapter into its base model, a file of weights at a time: a plain model that any program serves."""
     if dtype is not None:
         check_choice("--dtype", dtype, _DTYPES)
-    from ..adapter_folder.merged_folder import merge_to_folder
+    from ..adapter_folder.merging import merge_to_folder
 
     with progress_of("merging") as progress:
-        report = merge_to_folder(
-            base,
-            adapter,
-            out,
-            dtype=None if dtype is None else _DTYPES[dtype],
-            max_shard_size=max_shard_size,
-            progress=progress,
-        )
+        kind = None if dtype is None else _DTYPES[dtype]
+        report = merge_to_folder(base, adapter, out, dtype=kind, progress=progress)
     files = "1 file" if len(report.files) == 1 else f"{len(report.files)} files"
     text = f"{out}: {report.tensors} tensors, {report.changed} of them changed; {report.size:,} bytes in {files}."
-    if report.untied:
-        text += f" No longer tied, so stored of its own: {', '.join(report.untied)}."
     console().print(text, highlight=False, soft_wrap=True)

@@ -28,9 +28,8 @@ from ..tuning.plan import (
     jobs,
     tunable,
 )
-from ..tuning.roofline import Problem
+from ..tuning.problem import Problem, parse_shape
 from .output import console, progress_of, table_of
-from .roofline import parse_shape
 
 DEFAULT_GPU = "h100"
 """The GPU of a dry run if there is none here and none was named."""

@@ -21,16 +21,15 @@ except ImportError as error:
         "smoa_kernels.peft needs PEFT and transformers: pip install 'smoa-kernels[peft]'"
     ) from error
 
-from ..adapter_folder.merged_folder import MergeReport, merge_to_folder
-from ..adapter_folder.merging import merged_weights
+from ..adapter_folder.merging import MergeReport, merge_to_folder, merged_weights
 from .config import PEFT_TYPE, SMoAConfig
 from .experts.experts import Experts
 from .experts.weight import ExpertsWeight
-from .folder.convert import convert_adapter, hira_to_smoa, smoa_to_hira
 from .folder.hotswap import hotswap
 from .folder.loading import checked_load, named_read
 from .folder.saving import atomic_save
 from .hira.accelerate import HiraReport, accelerate_hira, decelerate_hira
+from .hira.convert import convert_adapter
 from .injection import SMoAModel
 from .layer import SMoALayer
 from .linear import Linear
@@ -47,11 +46,9 @@ __all__ = [
     "accelerate_hira",
     "convert_adapter",
     "decelerate_hira",
-    "hira_to_smoa",
     "hotswap",
     "merge_to_folder",
     "merged_weights",
-    "smoa_to_hira",
 ]
 
 # PEFT and transformers have no hooks for these.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -278,6 +279,20 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             layer = self.model.get_submodule(name)
             layer.fill(adapter_name, adapter, next(a for a in adapters if a in layer.smoa_A))
         self.peft_config[adapter_name].format_version = None
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """Give adapted weights that other modules share, as a head that is tied to the embedding, memory of their own.
+
+        PEFT then sets `tie_word_embeddings` to False; alone it would write W_eff into the embedding too.
+        """
+        held = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        for layer in self.model.modules() if merge else ():
+            if isinstance(layer, SMoALayer) and not layer.merged and layer.quantization_backend is None:
+                weight = layer.parameter
+                if weight is not None and held[id(weight)] > 1 and not weight.is_meta:
+                    own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                    setattr(layer.get_base_layer(), layer.parameter_name, own)
+        return cast(nn.Module, super()._unload_and_optionally_merge(merge, *args, **kwargs))
 
     @classmethod
     def _get_adapter_state_dict(

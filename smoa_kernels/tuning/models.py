@@ -18,9 +18,6 @@ class Decoder:
         heads: `num_attention_heads`.
         kv_heads: `num_key_value_heads`.
         head_dim: `head_dim`, if it is not hidden / heads.
-        layers: `num_hidden_layers`; 0 if unknown.
-        vocabulary: `vocab_size`; 0 if unknown.
-        tied: the head is the embedding.
     """
 
     hidden: int
@@ -28,9 +25,6 @@ class Decoder:
     heads: int
     kv_heads: int
     head_dim: int | None = None
-    layers: int = 0
-    vocabulary: int = 0
-    tied: bool = False
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -47,16 +41,16 @@ class Decoder:
 
 
 MODELS = {
-    "llama-3-8b": Decoder(4096, 14336, 32, 8, layers=32, vocabulary=128256),
-    "llama-3-70b": Decoder(8192, 28672, 64, 8, layers=80, vocabulary=128256),
-    "llama-3-405b": Decoder(16384, 53248, 128, 8, layers=126, vocabulary=128256),
-    "llama-3.2-1b": Decoder(2048, 8192, 32, 8, layers=16, vocabulary=128256, tied=True),
-    "llama-3.2-3b": Decoder(3072, 8192, 24, 8, layers=28, vocabulary=128256, tied=True),
+    "llama-3-8b": Decoder(4096, 14336, 32, 8),
+    "llama-3-70b": Decoder(8192, 28672, 64, 8),
+    "llama-3-405b": Decoder(16384, 53248, 128, 8),
+    "llama-3.2-1b": Decoder(2048, 8192, 32, 8),
+    "llama-3.2-3b": Decoder(3072, 8192, 24, 8),
     "qwen3-8b": Decoder(4096, 12288, 32, 8, 128),
     "qwen3-0.6b": Decoder(1024, 3072, 16, 8, 128),
     "mistral-7b": Decoder(4096, 14336, 32, 8),
     "gemma-2-9b": Decoder(3584, 14336, 16, 8, 256),
-    "smollm2-135m": Decoder(576, 1536, 9, 3, layers=30, vocabulary=49152, tied=True),
+    "smollm2-135m": Decoder(576, 1536, 9, 3),
 }
 
 

@@ -16,7 +16,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS
 from ..kernels.spec import GRANULE, Key
-from .roofline import Problem
+from .problem import Problem
 
 DROPOUT = 0.1
 

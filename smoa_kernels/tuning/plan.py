@@ -16,7 +16,7 @@ from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from ..kernels.architectures import facts
 from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from ..kernels.table import Choice, answered
-from .roofline import Problem
+from .problem import Problem
 
 # Far above the tokens at which the fused kernel can win, so beyond them its launch parameters do not matter.
 MOST_FUSED_TOKENS = 1024

@@ -12,7 +12,7 @@ from torch import nn
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.cli import main
-from smoa_kernels.peft import SMoAConfig, accelerate_hira, hira_to_smoa, smoa_to_hira
+from smoa_kernels.peft import SMoAConfig, accelerate_hira, convert_adapter
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def hira(make_model, base, tmp_path):
 def test_there_and_back(hira, base, make_model, tokens, tmp_path, capsys):
     folder, model = hira
     told = []
-    hira_to_smoa(folder, tmp_path / "smoa", progress=lambda *counts: told.append(counts))
+    convert_adapter(folder, tmp_path / "smoa", progress=lambda *counts: told.append(counts))
     report = inspect_adapter(tmp_path / "smoa", base)
     assert told == [(i, len(report.layers)) for i in range(len(report.layers))]
     assert report.fits
@@ -79,12 +79,12 @@ def test_ranks_are_the_files(base, make_model, tmp_path):
 
     edit_weights(tmp_path / "hira", narrow)
     edit_config(tmp_path / "hira", rank_pattern={"nothing": 9})
-    hira_to_smoa(tmp_path / "hira", tmp_path / "smoa", base)
+    convert_adapter(tmp_path / "hira", tmp_path / "smoa", base)
     report = inspect_adapter(tmp_path / "smoa", base)
     assert sorted({layer.ranks for layer in report.layers}) == [(2,), (4,)]
     PeftModel.from_pretrained(make_model(), tmp_path / "smoa")
     with pytest.raises(ValueError, match=r"rank 2 beside r=4 has no counterpart"):
-        smoa_to_hira(tmp_path / "smoa", tmp_path / "back")
+        convert_adapter(tmp_path / "smoa", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
 
@@ -93,7 +93,7 @@ def test_a_square_weight_is_read_as_its_layer_stores_it(tmp_path, recwarn):
     base, hira, smoa = (tmp_path / name for name in ("base", "hira", "smoa"))
     tiny_gpt2().save_pretrained(base)
     trained(tiny_gpt2(), hira_config(target_modules=["attn.c_proj"]), hira)
-    hira_to_smoa(hira, smoa, base)
+    convert_adapter(hira, smoa, base)
     PeftModel.from_pretrained(tiny_gpt2(), smoa, strict_base=True)
 
 
@@ -126,13 +126,13 @@ def test_what_has_no_counterpart_is_refused(layer, config, message, tmp_path, ca
 def test_bad_folders_are_refused(hira, base, tmp_path):
     folder, _ = hira
     with pytest.raises(ValueError, match="another folder"):
-        hira_to_smoa(folder, folder)
+        convert_adapter(folder, folder)
     with pytest.raises(TypeError, match="out"):
-        hira_to_smoa(folder, 3)
+        convert_adapter(folder, 3)
     trained(nn.Sequential(nn.Linear(8, 6)), HIRA, tmp_path / "small")
     with pytest.raises(ValueError, match="lacks"):
-        hira_to_smoa(tmp_path / "small", tmp_path / "out", base)
+        convert_adapter(tmp_path / "small", tmp_path / "out", base)
     edit_weights(folder, lambda state: state.pop(next(key for key in state if key.endswith("hira_B"))))
     with pytest.raises(ValueError, match="no hira_B"):
-        hira_to_smoa(folder, tmp_path / "out")
+        convert_adapter(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

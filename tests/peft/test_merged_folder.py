@@ -45,17 +45,7 @@ def test_refused_by_name_and_nothing_is_left(prepare, message, folders, tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
-BFLOAT16 = ["--dtype", "bfloat16"]
-
-
-@pytest.mark.parametrize(
-    ("options", "without", "settings"),
-    [
-        (BFLOAT16, [], {"dtype": torch.bfloat16}),
-        (["--max-shard-size", "20KB"], [], {"max_shard_size": "20KB"}),
-    ],
-)
-def test_options_of_the_command(options, without, settings, folders, tmp_path):
+def test_options_of_the_command(folders, tmp_path):
     def merged(name, *given):
         out = tmp_path / name
         assert main(["merge", *map(str, folders), str(out), *given]) == 0
@@ -64,10 +54,18 @@ def test_options_of_the_command(options, without, settings, folders, tmp_path):
     def files(folder):
         return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
-    merge_to_folder(*folders, tmp_path / "function", **settings)
-    found = merged("command", *options)
+    merge_to_folder(*folders, tmp_path / "function", dtype=torch.bfloat16)
+    found = merged("command", "--dtype", "bfloat16")
     assert found == files(tmp_path / "function")
-    assert found != merged("without", *without)
+    assert found != merged("without")
+
+
+@pytest.fixture
+def sharded(folders):
+    """The same, with the base in several files."""
+    (folders[0] / "model.safetensors").unlink()
+    tiny_llama().save_pretrained(folders[0], max_shard_size="10KB")
+    return folders
 
 
 def add(name, *shape):
@@ -95,7 +93,7 @@ def full(*args, **kwargs):
 
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("at", [0, 7, 21, None])
-def test_a_merge_that_fails(at, exists, folders, tmp_path, monkeypatch):
+def test_a_merge_that_fails(at, exists, sharded, tmp_path, monkeypatch):
     """Before the first tensor, in between, after the last, or in a write: no file remains, not even a hidden folder."""
     out = tmp_path / "out"
     if exists:
@@ -109,28 +107,54 @@ def test_a_merge_that_fails(at, exists, folders, tmp_path, monkeypatch):
 
     failure = pytest.raises(KeyboardInterrupt)
     if at is None:
-        monkeypatch.setattr("smoa_kernels.adapter_folder.merged_folder.save_file", full)
+        monkeypatch.setattr("smoa_kernels.adapter_folder.merging.save_file", full)
         failure = pytest.raises(OSError, match=f"cannot save to {out}, which is as it was: .*No space left")
     with failure:
-        merge_to_folder(*folders, out, max_shard_size="10KB", progress=interrupt)
+        merge_to_folder(*sharded, out, progress=interrupt)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def merge_until_killed(base, adapter, out):
     kill = lambda done, total: done == 15 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-    merge_to_folder(base, adapter, out, max_shard_size="10KB", progress=kill)
+    merge_to_folder(base, adapter, out, progress=kill)
 
 
-def test_killed(folders, tmp_path):
+def test_killed(sharded, tmp_path):
     """A killed merge leaves only a hidden folder, which holds no model; the next merge ignores it."""
     out = tmp_path / "out"
-    killed(merge_until_killed, *folders, out)
+    killed(merge_until_killed, *sharded, out)
     (left,) = (path for path in tmp_path.iterdir() if path.name not in ("base", "adapter"))
     assert left.name.startswith(".out.saving-")
     assert list(left.glob("*.safetensors"))
     assert not (left / "config.json").exists()
-    merge_to_folder(*folders, out)
+    merge_to_folder(*sharded, out)
     assert loaded(out)
+
+
+def test_files_that_the_adapter_does_not_change_are_copied(sharded, tmp_path):
+    """Byte for byte; but not a file that is cut short, or that lacks what the index says it holds."""
+    base, adapter = sharded
+    report = merge_to_folder(base, adapter, tmp_path / "out")
+    same = [
+        name for name in report.files if (base / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    ]
+    assert 0 < len(same) < len(report.files) == len(list(base.glob("*.safetensors")))
+    whole = (base / same[0]).read_bytes()
+    (base / same[0]).write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match=f"{same[0]} is truncated or corrupt"):
+        merge_to_folder(base, adapter, tmp_path / "other")
+    index = base / "model.safetensors.index.json"
+    text = index.read_text()
+    index.write_text(text.replace(same[0], f"../{same[0]}"))
+    with pytest.raises(ValueError, match="is not an index of safetensors files in its folder"):
+        merge_to_folder(base, adapter, tmp_path / "other")
+    index.write_text(text)
+    (base / same[0]).write_bytes((base / same[1]).read_bytes())
+    with pytest.raises(
+        ValueError, match=f"{same[0]} lacks .*, which model.safetensors.index.json says it holds"
+    ):
+        merge_to_folder(base, adapter, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_folder_that_another_process_fills_meanwhile_is_left_alone(folders, tmp_path):
@@ -191,7 +215,7 @@ def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
     )
     places = (tmp_path / name for name in ("base", "adapter", "out"))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        grown, _, files = fresh.submit(merge, "merge_to_folder", 8 * layer, *places).result()
+        grown, _, files = fresh.submit(merge, "merge_to_folder", "", *places).result()
     assert len(files) >= 8
     # Per layer: W0 as stored, W0 and W_eff in float32, W_eff rounded, and the product for the sketch.
     print("peak over a shard:", grown * 1e9 / (8 * layer))

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import tiny_experts
 import torch
-from adapted import WEIGHTS, close, config, hira_config, loaded, logits, trained
+from adapted import close, config, hira_config, loaded, logits, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_gpt2, tiny_llama, tiny_t5
@@ -37,12 +37,6 @@ def tiny_llava():
     ).eval()
 
 
-def differing(base, adapter):
-    """Names of the merged tensors whose bits differ from the base's."""
-    stored = load_file(base / "model.safetensors")
-    return {n for n, t in merged_weights(base, adapter) if n not in stored or not torch.equal(t, stored[n])}
-
-
 F32, BF16 = torch.float32, torch.bfloat16
 PATTERNS = {
     "target_modules": ["q_proj", "k_proj", "down_proj"],
@@ -55,7 +49,7 @@ PATTERNS = {
 QUICK = {
     "plain, sharded": (BF16, tiny_llama, config(target_modules=["o_proj", "up_proj"])),
     "conv1d, sharded": (BF16, tiny_gpt2, config(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
-    "tied head, sharded": (BF16, tied_llama, config(modules_to_save=["lm_head"])),
+    "tied, sharded": (BF16, tied_llama, config(modules_to_save=["norm"])),
     # transformers changes the names of its tensors.
     "llava": (F32, tiny_llava, config(target_modules=r".*(language_model|self_attn).*\.(q_proj|v_proj)")),
     "hira": (F32, tiny_llama, hira_config(modules_to_save=["norm"])),
@@ -68,8 +62,6 @@ SLOW = {
     "biases": (F32, biased_llama, config(bias="all")),
     "own biases": (BF16, biased_llama, config(bias="smoa_only")),
     "head": (BF16, tiny_llama, config(modules_to_save=["lm_head", "norm"])),
-    "tied": (F32, tied_llama, config()),
-    "tied embedding": (BF16, tied_llama, config(modules_to_save=["embed_tokens"])),
     "patterns": (BF16, tiny_llama, config(**PATTERNS)),
     "granules": (BF16, tiny_llama, config(target_modules=["o_proj", "up_proj"], granule=4)),
     "contiguous": (BF16, tiny_llama, config(block_order="contiguous")),
@@ -81,7 +73,6 @@ SLOW = {
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)])
 def test_merges_to_the_same_bits_as_peft(case, tmp_path):
     """Float32 factors over each dtype. Float32 weights that PEFT trains beside them are rounded to the base's dtype.
@@ -98,8 +89,8 @@ def test_merges_to_the_same_bits_as_peft(case, tmp_path):
     hira = method.peft_type == "HIRA"
     model = loaded(base).float() if hira else loaded(base)
     expected = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    report = merge_to_folder(base, adapter, out, max_shard_size="5GB" if sharded else "20KB")
-    assert (out / "model.safetensors").exists() is sharded
+    report = merge_to_folder(base, adapter, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in base.iterdir())
     merged = loaded(out)
     assert merged.config.tie_word_embeddings == expected.config.tie_word_embeddings
     found, wanted = merged.state_dict(), expected.state_dict()
@@ -113,48 +104,74 @@ def test_merges_to_the_same_bits_as_peft(case, tmp_path):
         if tensor.ndim == 2:
             value = round_weight(value.T, dtype).T if swapped else round_weight(value, dtype)
         torch.testing.assert_close(tensor, value.to(dtype), rtol=1e-6, atol=1e-8)
-    assert report.untied == (("lm_head.weight",) if case.startswith("tied ") else ())
-    if not sharded:
-        names = {name for file in out.glob("*.safetensors") for name in load_file(file)}
-        assert names == {*load_file(base / "model.safetensors"), *report.untied}
-        assert report.changed == len(differing(base, adapter)) - (case == "tied embedding")
+    stored = {file.name: load_file(file) for file in base.glob("*.safetensors")}
+    written = {file.name: load_file(file) for file in out.glob("*.safetensors")}
+    assert {name: file.keys() for name, file in written.items()} == {
+        name: file.keys() for name, file in stored.items()
+    }
+    assert report.tensors == sum(map(len, stored.values()))
+    changed = [
+        not torch.equal(written[file][name], stored[file][name]) for file in stored for name in stored[file]
+    ]
+    assert report.changed == sum(changed)
+
+
+def save_head_too(base):
+    path = base / "model.safetensors"
+    state = load_file(path)
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
 
 
 @pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning")
-def test_a_tied_head_that_is_adapted_is_stored_of_its_own(tmp_path, tokens):
-    """PEFT's own merge would change the embedding too."""
-    tied_llama().save_pretrained(tmp_path / "base")
-    trained(tied_llama(), config(target_modules=["lm_head", "q_proj"]), tmp_path / "adapter")
-    model = PeftModel.from_pretrained(tied_llama(), tmp_path / "adapter").eval()
-    report = merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert report.untied == ("lm_head.weight",)
-    merged = loaded(tmp_path / "out")
-    assert torch.equal(merged.get_input_embeddings().weight, tied_llama().get_input_embeddings().weight)
-    assert not torch.equal(merged.get_input_embeddings().weight, merged.lm_head.weight)
+@pytest.mark.parametrize(
+    ("make", "settings", "edit"),
+    [
+        (tied_llama, {"target_modules": ["lm_head", "q_proj"]}, None),
+        (tied_llama, {"modules_to_save": ["lm_head"]}, None),
+        (tied_llama, {"modules_to_save": ["lm_head"]}, save_head_too),
+        (tied_llama, {"modules_to_save": ["embed_tokens"]}, None),
+        (
+            partial(tiny_t5, T5ForConditionalGeneration),
+            {"target_modules": ["q"], "modules_to_save": ["lm_head"]},
+            None,
+        ),
+        (partial(tiny_t5, T5Model), {"target_modules": ["q"], "modules_to_save": ["shared"]}, None),
+    ],
+)
+def test_a_change_of_a_tied_parameter_is_refused(make, settings, edit, tmp_path):
+    """The merged model would need files that the base lacks; of three and two parameters in T5."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    make().save_pretrained(base)
+    trained(make(), config(**settings), adapter)
+    if edit is not None:
+        edit(base)
+    with pytest.raises(
+        ValueError, match=r"the adapter changes .* ties to each other: merge with .*merge_and_unload"
+    ):
+        merge_to_folder(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|no longer tied).*:UserWarning")
+def test_merge_and_unload_unties_an_adapted_head(tmp_path, tokens):
+    """What the refusal names: the embedding keeps its values, in memory and in the saved folder."""
+    base = tied_llama()
+    model = trained(tied_llama(), config(target_modules=["lm_head", "q_proj"]), tmp_path / "adapter")
     with torch.no_grad():
-        close(logits(merged, tokens), logits(model, tokens))
-
-
-def test_a_tied_head_that_the_base_stores_too(tmp_path):
-    """The head's own values are written, and the configuration no longer ties it."""
-    tied_llama().save_pretrained(tmp_path / "base")
-    path = tmp_path / "base" / "model.safetensors"
-    state = load_file(path)
-    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
-    trained(tied_llama(), config(modules_to_save=["lm_head"]), tmp_path / "adapter")
-    assert merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").untied == (
-        "lm_head.weight",
-    )
-    merged = loaded(tmp_path / "out")
-    assert torch.equal(merged.get_input_embeddings().weight, state["model.embed_tokens.weight"])
-    head = load_file(tmp_path / "adapter" / WEIGHTS)["base_model.model.lm_head.weight"]
-    assert torch.equal(merged.lm_head.weight, head)
+        expected = logits(model, tokens)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "out")
+    for each in (merged, loaded(tmp_path / "out")):
+        assert not each.config.tie_word_embeddings
+        assert torch.equal(each.get_input_embeddings().weight, base.get_input_embeddings().weight)
+        with torch.no_grad():
+            close(logits(each, tokens), expected)
 
 
 def test_other_dtypes_are_those_of_a_base_in_that_dtype(folders, tmp_path):
     """To bfloat16: the bits of a bfloat16 base's merge. To float32: the bfloat16 merge before its rounding."""
     base, adapter = folders
-    merge_to_folder(base, adapter, tmp_path / "out", dtype=torch.bfloat16, max_shard_size="10KB")
+    merge_to_folder(base, adapter, tmp_path / "out", dtype=torch.bfloat16)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     found = loaded(tmp_path / "out").state_dict()
 
@@ -182,16 +199,6 @@ def test_a_merged_layer_multiplies_by_the_same_weight(folders):
     assert not torch.equal(W_eff, layer.base_weight())
 
 
-@pytest.mark.parametrize(("kind", "changed"), [(T5ForConditionalGeneration, "lm_head"), (T5Model, "shared")])
-def test_ties_that_cannot_be_cut_are_refused(kind, changed, tmp_path):
-    """Three parameters that are tied to the embedding, and two."""
-    model = tiny_t5(kind)
-    model.save_pretrained(tmp_path / "base")
-    trained(model, config(target_modules=["q"], modules_to_save=[changed]), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=rf"adapter changes .*{changed}.* they cannot be stored apart"):
-        merged_weights(tmp_path / "base", tmp_path / "adapter")
-
-
 @pytest.mark.parametrize(
     "kind",
     [
@@ -207,7 +214,7 @@ def test_experts(kind, tmp_path):
     settings = {"target_parameters": fused, "target_modules": ["q_proj"], "block_order": "contiguous"}
     trained(loaded(base), config(**settings), adapter)
     expected = PeftModel.from_pretrained(loaded(base), adapter).merge_and_unload().state_dict()
-    report = merge_to_folder(base, adapter, tmp_path / "out", max_shard_size="30KB")
+    report = merge_to_folder(base, adapter, tmp_path / "out")
     stored = {name for file in base.glob("*.safetensors") for name in load_file(file)}
     assert stored == {name for file in (tmp_path / "out").glob("*.safetensors") for name in load_file(file)}
     assert report.tensors == len(stored)
@@ -231,5 +238,3 @@ def test_bad_arguments(settings, message, folders):
         merged_weights(*folders, **settings)
     with pytest.raises(TypeError, match="adapter"):
         merged_weights(folders[0], 3)
-    with pytest.raises(ValueError, match="max_shard_size must be a size such as '5GB', got '5XB'"):
-        merge_to_folder(*folders, folders[0].parent / "out", max_shard_size="5XB")

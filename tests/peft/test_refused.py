@@ -17,7 +17,7 @@ from tiny_models import tiny_llama
 from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
-from smoa_kernels.peft import Experts, SMoALayer, hotswap, smoa_to_hira
+from smoa_kernels.peft import Experts, SMoALayer, convert_adapter, hotswap
 
 
 def with_experts(change):
@@ -269,5 +269,5 @@ def test_hira_and_hotswap_have_no_experts(tmp_path):
     with pytest.raises(ValueError, match=r"experts.* cannot be exchanged in place"):
         hotswap(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"experts.down_proj: experts have no counterpart in HiRA"):
-        smoa_to_hira(tmp_path / "adapter", tmp_path / "hira")
+        convert_adapter(tmp_path / "adapter", tmp_path / "hira")
     assert not (tmp_path / "hira").exists()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.fake_gpu import pretend_cpu
-from smoa_kernels.tuning.gpus import GPUS
+from benchmarks.predict.gpus import GPUS
 
 from . import ARCH, emulator
 from .findings import ALLOWED, Finding

@@ -32,7 +32,7 @@ from smoa_kernels.kernels.table import INTERRUPTED, UNFINISHED, Choice, Trial, k
 from smoa_kernels.tuning import measure
 from smoa_kernels.tuning.measure import MOST_CHARACTERS, DeviceLostError, Workload, tune, workload
 from smoa_kernels.tuning.plan import Job, jobs
-from smoa_kernels.tuning.roofline import Problem
+from smoa_kernels.tuning.problem import Problem
 
 pytestmark = needs_interpreter
 

@@ -13,7 +13,7 @@ from smoa_kernels.kernels import KERNELS, table
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, block_width, bucket
 from smoa_kernels.tuning.plan import candidates, check_layer, jobs
-from smoa_kernels.tuning.roofline import Problem
+from smoa_kernels.tuning.problem import Problem
 
 
 @pytest.mark.parametrize(

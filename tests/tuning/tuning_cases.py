@@ -14,7 +14,7 @@ from smoa_kernels.kernels.architectures import facts, identity
 from smoa_kernels.kernels.spec import Config, Key
 from smoa_kernels.kernels.table import SCHEMA, Choice, Entry, Trial, keep, read, select, user_table
 from smoa_kernels.tuning.plan import Job
-from smoa_kernels.tuning.roofline import Problem
+from smoa_kernels.tuning.problem import Problem
 
 CPU = torch.device("cpu")
 

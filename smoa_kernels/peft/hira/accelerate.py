@@ -1,17 +1,32 @@
-"""`accelerate_hira`: PEFT's own HiRA layers compute through SMoA's operator. HiRA is SMoA with one block and s = 1."""
+"""PEFT's HiRA layers with a forward by SMoA's operator: HiRA is SMoA with one block and s = 1.
+
+    W_eff = W0 ∘ (1 + B A)     hira_B is B (N, r), hira_A is A (r, C)
+
+An accelerated layer is PEFT's layer with its class replaced by a subclass with another `forward`. It adds no parameter
+or buffer, so state dict and files stay PEFT's. Where the operator cannot compute a call, `forward` calls PEFT's.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft.tuners import hira
 from peft.tuners.hira.layer import HiraLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
 from ...checks import check_kind
-from .layer import Accelerated, accelerated_class
+from ...definition.packed import PackedAdapter, scaling_tensor
+from ...definition.partition import BlockPartition
+from ...definition.precision import autocast_enabled
+from ...functional import adapted_linear
+from ..dequantize import keep_packing, read_weight
+from ..quantized import dequantized_linear
 
 
 @dataclass(frozen=True)
@@ -42,22 +57,23 @@ def accelerate_hira(model: nn.Module) -> HiraReport:
 
     Example:
         >>> from peft import HiraConfig, get_peft_model
-        >>> from smoa_kernels.peft import accelerate_hira
+        >>> from smoa_kernels.peft import accelerate_hira, decelerate_hira
         >>> model = nn.Sequential(nn.Embedding(5, 8), nn.Linear(8, 6))
         >>> model = get_peft_model(model, HiraConfig(r=2, target_modules=["0", "1"]))
         >>> report = accelerate_hira(model)
         >>> report.taken
         ('base_model.model.1',)
         >>> report.left
-        {'base_model.model.0': 'an embedding is a look-up, not a product'}
+        {'base_model.model.0': 'its class is Embedding, not Linear'}
+        >>> decelerate_hira(model)
     """
     taken, left = [], {}
     for name, layer in _layers(model).items():
-        kind = _class_for(layer)
-        if isinstance(kind, str):
-            left[name] = kind
+        kind: type = layer.pefts_class if _is_accelerated(layer) else type(layer)
+        if (reason := _obstacle(layer, kind)) is not None:
+            left[name] = reason
             continue
-        layer.__class__ = kind
+        layer.__class__ = accelerated_class(kind)
         layer.make_ready()
         taken.append(name)
     return HiraReport(tuple(taken), left)
@@ -72,20 +88,13 @@ def decelerate_hira(model: nn.Module) -> None:
     Raises:
         TypeError: `model` is no module.
         ValueError: it has no HiRA layer.
-
-    Example:
-        >>> from peft import HiraConfig, get_peft_model
-        >>> from smoa_kernels.peft import accelerate_hira
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), HiraConfig(r=2, target_modules=["0"]))
-        >>> layer = model.base_model.model[0]
-        >>> report = accelerate_hira(model)
-        >>> decelerate_hira(model)
-        >>> type(layer).__module__
-        'peft.tuners.hira.layer'
     """
     for layer in _layers(model).values():
         if _is_accelerated(layer):
-            layer.give_back()
+            if vars(layer).pop("_repacks", False):
+                layer.base_layer.support_avx512bf16_for_cpu = True
+            vars(layer).pop("_prepared", None)
+            layer.__class__ = layer.pefts_class
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
@@ -101,23 +110,124 @@ def _is_accelerated(layer: nn.Module) -> bool:
     return "pefts_class" in vars(type(layer))
 
 
-_OTHERS = {"Embedding": "an embedding is a look-up, not a product"} | dict.fromkeys(
-    ("Conv1d", "Conv2d", "Conv3d"), "a convolution is no product with a matrix that SMoA has an operator for"
-)
-
-
-def _class_for(layer: Any) -> type[Accelerated] | str:
-    """The accelerated class for a layer, or why there is none."""
-    kind: type = layer.pefts_class if _is_accelerated(layer) else type(layer)
-    is_quantized = kind.__module__ == "peft.tuners.hira.bnb"
+def _obstacle(layer: Any, kind: type[nn.Module]) -> str | None:
+    """Why a layer of one of PEFT's classes cannot be accelerated; None if it can."""
+    is_quantized, base = kind.__module__ == "peft.tuners.hira.bnb", layer.base_layer
     if kind is not hira.Linear and not is_quantized:
-        return _OTHERS.get(kind.__name__, f"its class is {kind.__qualname__}, not PEFT's hira.Linear")
+        return f"its class is {kind.__qualname__}, not Linear"
     if "forward" in vars(layer):
         return "its forward was replaced, as accelerate's hooks do"
-    base = layer.base_layer
-    if not is_quantized:
-        if type(base) is not Conv1D and getattr(type(base), "forward", None) is not nn.Linear.forward:
-            return f"its base layer {type(base).__qualname__} may compute something else than a product"
-        if type(base.weight) not in (Tensor, nn.Parameter):
-            return f"its base weight is a {type(base.weight).__qualname__}, not a plain tensor"
-    return accelerated_class(kind)
+    if is_quantized:
+        return None
+    if type(base) is not Conv1D and getattr(type(base), "forward", None) is not nn.Linear.forward:
+        return f"its base layer {type(base).__qualname__} may compute something else than a product"
+    if type(base.weight) not in (Tensor, nn.Parameter):
+        return f"its base weight is a {type(base.weight).__qualname__}, not a plain tensor"
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _one_block(out_features: int, in_features: int, device: torch.device) -> tuple[BlockPartition, Tensor]:
+    """The single block and the scale 1 of layers of this shape, which share them."""
+    partition = BlockPartition.contiguous((out_features, in_features), 1, device=device)
+    return partition, scaling_tensor(1.0, device)
+
+
+def _rank(r: int, device: torch.device) -> Tensor:
+    return torch.full((1,), r, dtype=torch.int32, device=device)
+
+
+_Layer: Any = nn.Module  # Any, since it is mixed into PEFT's layer and has that one's attributes
+
+
+class Accelerated(_Layer):  # type: ignore[misc]
+    """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible.
+
+    Attributes:
+        pefts_class: PEFT's class of the layer, which :func:`decelerate_hira` restores.
+    """
+
+    pefts_class: type[nn.Module]
+    # Block, s, and the ranks int32 (1,) by r; None while the weight is on the meta device.
+    _prepared: tuple[BlockPartition, Tensor, dict[int, Tensor]] | None = None
+    _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
+
+    def make_ready(self) -> None:
+        """Make the tensors that forward needs beside the layer's own: now, because forward may be compiled."""
+        base, self._prepared = self.base_layer, None
+        self._repacks = self._repacks or getattr(base, "support_avx512bf16_for_cpu", False)
+        keep_packing(base)
+        device = base.weight.device
+        if device.type == "meta":
+            return
+        # Kept for later calls, so they must be ordinary tensors even if this call is in inference mode.
+        with torch.inference_mode(False), _disable_current_modes():
+            block = _one_block(self.out_features, self.in_features, device)
+            self._prepared = *block, {r: _rank(r, device) for r in self.r.values()}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        self.make_ready()
+        return self
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute (..., C) -> (..., N), in x's dtype.
+
+        Args:
+            x: floating point, any leading dimensions.
+            args, kwargs: passed to the base layer; PEFT's forward computes a call that has any.
+        """
+        found = None if args or kwargs else self._active(x)
+        if found is None:
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        adapter, dropout_p = found
+        base = self.base_layer
+        if self.pefts_class is hira.Linear:
+            return adapted_linear(x, base.bias, adapter, dropout_p=dropout_p)
+        read = functools.partial(read_weight, resolve_quantization_backend(base), base)
+        return dequantized_linear(x, base, read, adapter, dropout_p=dropout_p)
+
+    def _active(self, x: Tensor) -> tuple[PackedAdapter, float] | None:
+        """The sum of the active adapters and its dropout probability; None if PEFT's forward has to compute x."""
+        base, names = self.base_layer, [name for name in self.active_adapters if name in self.hira_A]
+        if self._prepared is None or self.disable_adapters or self.merged or not names:
+            return None
+        (partition, scaling, ranks), weight = self._prepared, base.weight
+        As, Bs = [self.hira_A[name] for name in names], [self.hira_B[name] for name in names]
+        dropouts, dtypes = [self.hira_dropout[name] for name in names], {each.dtype for each in (*As, *Bs)}
+        p = float(sum(each.p for each in dropouts if type(each) is nn.Dropout and each.training))
+        frozen = not weight.requires_grad and (weight.dtype == x.dtype or autocast_enabled(x))
+        possible = (
+            all(type(each) in (nn.Dropout, nn.Identity) for each in dropouts)
+            and (p == 0 or (p < 1 and len(names) == 1))  # of several, each draws a mask
+            and (len(dtypes) == 1 and dtypes <= {x.dtype, torch.float32})
+            and weight.device == scaling.device == x.device
+            and (frozen or self.pefts_class is not hira.Linear)
+            # Hooks on the base layer run only if it is called.
+            and not (base._forward_hooks or base._forward_pre_hooks)
+            and not (base._backward_hooks or base._backward_pre_hooks)
+        )
+        if not possible:
+            return None
+        A, B = (As[0], Bs[0]) if len(names) == 1 else (torch.cat(As), torch.cat(Bs, 1))
+        r, W0 = A.shape[0], weight.T if self.fan_in_fan_out else weight
+        rank = ranks[r] if r in ranks else _rank(r, A.device)  # newly made for a sum of several
+        return PackedAdapter(W0, A, B, partition, rank, scaling, [r]), p
+
+
+@functools.cache
+def accelerated_class(kind: type[nn.Module]) -> type[Accelerated]:
+    """The class for layers of one of PEFT's HiRA classes: `hira.Linear`, or one over bitsandbytes' layers.
+
+    :func:`accelerate_hira` sets it on an existing layer; it is never constructed.
+    """
+    return type(
+        f"Accelerated{kind.__name__}", (Accelerated, kind), {"pefts_class": kind, "__module__": __name__}
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Find these classes by name, for pickle."""
+    if name in ("AcceleratedLinear", "AcceleratedLinear8bitLt", "AcceleratedLinear4bit"):
+        return accelerated_class(getattr(hira, name.removeprefix("Accelerated")))
+    raise AttributeError(name)

@@ -1,28 +1,23 @@
-"""The roofline (smoa_kernels/tuning/roofline.py): time and memory counted by hand, and the rule of "auto"."""
+"""The predictions (benchmarks/predict): totals counted by hand, the published tables, and the limit of "auto"."""
 
 import itertools
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.predict.__main__ import app
+from benchmarks.predict.gpus import GPUS
+from benchmarks.predict.roofline import Estimate, Part, Problem, backward_workspace, partial_bytes
+from benchmarks.predict.scaling import METHODS, WHOLE, Plan, predict
 from smoa_kernels.backends.algorithms import choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
-from smoa_kernels.tuning.gpus import GPUS
-from smoa_kernels.tuning.roofline import (
-    LAUNCH_SECONDS,
-    Estimate,
-    Part,
-    Problem,
-    backward_workspace,
-)
 
+ROOT = Path(__file__).resolve().parents[1]
 H100 = GPUS["h100"]
 SQUARE = Problem(tokens=8192, out_features=4096, in_features=4096, num_blocks=4, rank=16)
-CONTIGUOUS = replace(SQUARE, granule=1024)
-GPU_PAGE = Path(__file__).resolve().parents[1] / "docs" / "gpu.md"
+CONTIGUOUS = SQUARE._replace(granule=1024)
 
 
 def over_frozen(problem: Problem, way: str) -> float:
@@ -76,51 +71,30 @@ def test_totals_by_hand() -> None:
 )
 def test_the_plan(gpu: str, blocks: int, order: str, most: float) -> None:
     """What the design is to cost, predicted: T=8192, 4096², r=16, bf16, device time over frozen."""
-    p = replace(SQUARE, num_blocks=blocks, granule=1 if order == "spectral" else 4096 // blocks)
-    found, frozen = (Estimate(p, GPUS[gpu], way).device_seconds() for way in ("merged", "frozen"))
+    p = SQUARE._replace(num_blocks=blocks, granule=1 if order == "spectral" else 4096 // blocks)
+    found, frozen = (Estimate(p, GPUS[gpu], way).seconds() for way in ("merged", "frozen"))
     assert found / frozen <= most + 0.001
 
 
 def test_the_page_shows_the_predictions() -> None:
     rows = re.findall(
         r"^\| (\d), r=(\d+), (spectral|contiguous) \|(.+)\|$",
-        GPU_PAGE.read_text(encoding="utf-8"),
+        (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"),
         re.MULTILINE,
     )
     assert ("2", "8", "spectral") in [row[:3] for row in rows]  # the recommended setting
     for blocks, rank, order, cells in rows:
         granule = 1 if order == "spectral" else 4096 // int(blocks)
-        problem = replace(SQUARE, num_blocks=int(blocks), rank=int(rank), granule=granule)
+        problem = SQUARE._replace(num_blocks=int(blocks), rank=int(rank), granule=granule)
         ways = "lora", "lora_fused", "hira", "merged", "split"
         assert cells.strip().split(" | ") == [f"{over_frozen(problem, way):.2f}" for way in ways]
-
-
-def test_launches() -> None:
-    """The launches that a profiler counts at T=256."""
-    p, q = (replace(found, tokens=256) for found in (SQUARE, CONTIGUOUS))
-    found, in_place = (
-        [
-            [Estimate(of, H100, way).launches(stage) for stage in ("forward", "backward")]
-            for way in ("frozen", "lora", "merged", "split", "fused")
-        ]
-        for of in (p, q)
-    )
-    assert found == [[1, 1], [5, 7], [2, 8], [5, 8], [1, 7]]
-    assert in_place == [[1, 1], [5, 7], [2, 6], [3, 6], [1, 5]]
-
-
-def test_a_pass_takes_the_longer_of_host_and_device() -> None:
-    few, many = Estimate(replace(SQUARE, tokens=64), H100, "lora"), Estimate(SQUARE, H100, "lora")
-    assert few.seconds() == few.host_seconds() == pytest.approx(12 * LAUNCH_SECONDS)
-    assert many.seconds() == pytest.approx(many.device_seconds())
-    assert many.device_seconds() > many.host_seconds()
 
 
 def test_bytes_in_place_by_hand() -> None:
     """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns."""
     p = Problem(8, 32, 16, 2, 2, "fp32", granule=8)
     size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
-    scattered = replace(p, granule=1)
+    scattered = p._replace(granule=1)
     assert part(scattered, "split", "build ΔW blocks").bytes == size * (3 * blocks + factors)  # all of W0
     assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
     partials = 4 * (32 + 16)  # float32, one tile on each side
@@ -129,7 +103,7 @@ def test_bytes_in_place_by_hand() -> None:
         assert part(problem, "split", "G = dYᵀ·x", "backward").bytes == size * (x + y + blocks)
         found = part(problem, "split", "contract G", "backward")
         assert found.bytes == size * (w + factors + blocks) + partials
-    many = replace(p, rank=2 * 33)  # more ranks than a program takes
+    many = p._replace(rank=2 * 33)  # more ranks than a program takes
     assert (
         part(many, "split", "contract G", "backward").bytes
         == 2 * size * (2 * blocks + 33 * factors) + 33 * partials
@@ -150,7 +124,7 @@ def test_bytes_in_place_by_hand() -> None:
     ids=str,
 )
 def test_operands_multiplied_in_place(change: dict[str, int], in_granules: bool, in_place: bool) -> None:
-    p = replace(SQUARE, **change)
+    p = SQUARE._replace(**change)
     assert (p.in_granules, p.in_place) == (in_granules, in_place)
     for way in ("merged", "split"):
         assert in_place != any(q.name.startswith("gather") for q in Estimate(p, H100, way).parts)
@@ -183,7 +157,7 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
     def seconds(p: Problem, way: str, stage: str) -> float:
         found = Estimate(p, gpu, way)
         if stage == "forward":
-            return found.device_seconds("forward")
+            return found.seconds("forward")
         names = ("fused dX",) if way == "fused" else ("build W_eff", "dX = dY·W")
         return sum(p.seconds for p in found.parts if p.stage == "backward" and p.name in names)
 
@@ -192,13 +166,10 @@ def test_the_roofline_justifies_fused(gpu, dtype, most):
     ):
         tokens = 1
         while choose_algorithm(tokens, SQUARE.max_rank, dtype, gpu.arch) == "fused":
-            p = replace(SQUARE, tokens=tokens, out_features=n, in_features=c, precision=dtype)
+            p = SQUARE._replace(tokens=tokens, out_features=n, in_features=c, precision=dtype)
             assert seconds(p, "fused", stage) <= most * seconds(p, "merged", stage), (tokens, stage)
             tokens *= 2
         assert tokens > 1
-
-
-# Memory of the backward
 
 
 def test_workspace_by_hand() -> None:
@@ -207,6 +178,85 @@ def test_workspace_by_hand() -> None:
     G, gathered, w_eff = 4 * 14336 * 1024, 2 * 8192 * (14336 + 4096), 2 * 4096 * 4096
     assert backward_workspace(p) == G + gathered
     # Slices are not copied. Partials are freed before W_eff is built.
-    assert Problem(64, 4096, 4096, 1, 16).partial_bytes == 4 * 16 * (4096 * 32 + 4096 * 64)
+    assert partial_bytes(Problem(64, 4096, 4096, 1, 16)) == 4 * 16 * (4096 * 32 + 4096 * 64)
     assert backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=1024)) == w_eff
     assert backward_workspace(Problem(8192, 4096, 4096, 1, 16)) == 4 * 4096 * 4096 + 4 * 16 * 4096 * 96
+
+
+# Many GPUs
+
+
+def plans(model: str, gpus: int, parallel: str, **options: int) -> dict:
+    return {m: predict(m, WHOLE[model], H100, gpus, fsdp=parallel == "fsdp", **options) for m in METHODS}
+
+
+def sent(plan: Plan) -> float:
+    return sum(plan.traffic.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("llama-3-8b", 8_030_261_248),  # as the authors publish them
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3-405b", 405_853_388_800),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_counts_published_parameters(model: str, parameters: int) -> None:
+    assert plans(model, 1, "ddp")["full"].trained_parameters == parameters
+
+
+def test_one_gpu_sends_nothing_however_it_is_called() -> None:
+    for parallel, model in itertools.product(("ddp", "fsdp"), WHOLE):
+        for plan in plans(model, 1, parallel).values():
+            assert sent(plan) == 0 < sum(plan.memory.values())
+
+
+def test_ddp_sends_the_factors_bytes_twice_around() -> None:
+    found = plans("llama-3-8b", 8, "ddp")
+    for method in ("lora", "smoa"):
+        assert sent(found[method]) == pytest.approx(2 * 7 / 8 * 4 * found[method].trained_parameters)
+    assert found["lora"].trained_parameters == 4 * found["smoa"].trained_parameters
+    # r=16 on q, k, v, o, gate, up and down of 32 layers
+    sizes = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
+    assert found["lora"].trained_parameters == 32 * 16 * sizes
+    assert found["smoa"].memory["optimizer"] == 2 * found["smoa"].memory["gradients"]
+    assert found["smoa"].memory["labels"] == 32 * 9 * sizes
+
+
+def test_fully_sharded_memory_adds_up_to_one_copy() -> None:
+    for method, plan in plans("llama-3-70b", 64, "fsdp").items():
+        whole = plans("llama-3-70b", 64, "ddp")[method]
+        for part in ("weights", "gradients", "optimizer"):
+            assert 64 * plan.memory[part] == pytest.approx(whole.memory[part])
+        assert plan.memory["labels"] == whole.memory["labels"]  # replicated
+
+
+def test_fully_sharded_gathers_layers_twice_and_the_rest_once() -> None:
+    plan = plans("llama-3-8b", 8, "fsdp")["lora"]
+    layer = 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096
+    norms, rest = (2 * 32 + 1) * 4096, 2 * 128256 * 4096  # embedding and head
+    factors = 4 * plan.trained_parameters
+    assert plan.traffic["gather"] == 7 / 8 * (2 * (2 * (32 * layer + norms) + factors) + 2 * rest)
+    assert plan.memory["gathered layers"] == 2 * (2 * layer + factors / 32) + 2 * rest
+
+
+def test_padding_is_not_trained() -> None:
+    """Rank 16 over 3 blocks is 6, 5 and 5; each is stored and sent as 6."""
+    even, uneven = (plans("llama-3-8b", 8, "ddp", rank=r, num_blocks=3)["smoa"] for r in (18, 16))
+    assert sent(uneven) == sent(even)
+    assert uneven.trained_parameters == round(even.trained_parameters * 16 / 18)
+
+
+def test_the_commands_print_the_pages(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    python -m benchmarks.predict (.*)$", page, flags=re.MULTILINE)
+    app(command.split(), standalone_mode=False)
+    assert capsys.readouterr().out.strip() in page
+    app(["roofline", "--rank", "16", "--blocks", "4"], standalone_mode=False)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    (chosen,) = (row for row in rows if row[0] == "| merged*")
+    assert chosen[4:] == ["1.36", "0.91", "1.09", "predicted |"]  # over frozen, PEFT's LoRA and a fused one
+    with pytest.raises(ValueError, match="--gpu must be one of h100"):
+        app(["plan", "--gpu", "h1000"], standalone_mode=False)

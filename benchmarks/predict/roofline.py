@@ -10,63 +10,43 @@ A way to run the layer is a list of parts, one for each kernel that a GPU would 
   move only themselves. Copies in block order count without their padding. Slices of one size are not copied.
 - A part takes its start time plus the longer of its flops at the rate of a large GEMM and its bytes at that of a copy;
   in Triton at a lower rate of bytes.
-- Host and device work side by side: a pass that Python launches kernel by kernel takes as long as the slower of them.
-  In a CUDA graph only the device's time counts.
 
-Not modelled: dropout, caches, the last wave of a kernel's programs, sums over tokens that programs share, and the
-slowdown of kernels that are bound by both arithmetic and memory.
+Not modelled: the host, for which the device waits with few tokens outside of a CUDA graph; dropout, caches, the last
+wave of a kernel's programs, sums over tokens that programs share, and the slowdown of kernels that are bound by both
+arithmetic and memory.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
-from ..backends.algorithms import FUSED_MAX_RANK
-from ..definition.precision import PRECISIONS
-from ..kernels.spec import GRANULE
+from smoa_kernels.backends.algorithms import FUSED_MAX_RANK
+from smoa_kernels.definition.precision import PRECISIONS
+from smoa_kernels.kernels.spec import GRANULE
+
 from .gpus import START_SECONDS, Gpu
 
-Pass = Literal["forward", "backward"]
-PASSES: tuple[Pass, ...] = ("forward", "backward")
+PASSES = "forward", "backward"
 
 # Share of a large GEMM's rate: the fused kernel makes an operand in its main loop. An assumption; not measured. Kernels
 # in Triton that do so reach 0.56 to 0.66 (triton-lang/triton#11742).
 FUSED_EFFICIENCY = 0.5
 CONTRACTED_RANKS = 32  # with more ranks `contract` reads G and W0 again
-# Python's time per launch, autograd included (measured on CPU), for PEFT's LoRA and HiRA and for ours
-# (`make host-time`: 564 µs for the 9 launches of a forward and a backward).
-LAUNCH_SECONDS = 17e-6
-OUR_LAUNCH_SECONDS = 63e-6
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One adapted linear layer and one batch.
-
-    Attributes:
-        tokens: T, rows of x.
-        out_features: N.
-        in_features: C.
-        num_blocks: K.
-        rank: r, the budget of all blocks together.
-        precision: of x and W0, one of `precision.PRECISIONS`.
-        granule: adjacent coordinates that stay together, a partition's `granularity`: the size of contiguous blocks if
-            all are equal. If they are not it is smaller, and the cost is overestimated.
-        experts: E, of a layer of experts, whose tokens are pairs of token and expert; 0 for one weight. The tuner's.
-        factors: precision of A and B, the tuner's too: PEFT keeps them in float32. Costs assume W0's.
-    """
+class Problem(NamedTuple):
+    """A linear layer of N rows and C columns with K blocks of r ranks together, and T rows of x."""
 
     tokens: int
     out_features: int
     in_features: int
     num_blocks: int
     rank: int
-    precision: str = "bf16"
-    granule: int = 1
-    experts: int = 0
-    factors: str = "fp32"
+    precision: str = "bf16"  # of all operands, one of `precision.PRECISIONS`
+    granule: int = (
+        1  # adjacent coordinates that stay together: the size of contiguous blocks, if all are equal
+    )
 
     @property
     def features(self) -> tuple[int, int]:
@@ -90,67 +70,45 @@ class Problem:
         (rows, short), (cols, narrow) = (divmod(n, self.num_blocks) for n in self.features)
         return self.num_blocks == 1 or (not short and not narrow and 1 < self.granule == math.gcd(rows, cols))
 
-    @property
-    def partial_bytes(self) -> int:
-        """Bytes of the float32 partials of dA and dB: a slice for each of `contract`'s tiles on the other side."""
-        tiles = zip(self.features, (64, 128), strict=True)
-        row_tiles, col_tiles = (math.ceil(n / self.num_blocks / tile) for n, tile in tiles)
-        return 4 * self.max_rank * (self.out_features * col_tiles + self.in_features * row_tiles)
 
-    @property
-    def gradient_bytes(self) -> int:
-        """Bytes of G, which is float32: the diagonal blocks."""
-        return 4 * math.prod(self.features) // self.num_blocks
-
-
-@dataclass(frozen=True)
-class Part:
-    """The work of one kernel.
-
-    Attributes:
-        name: what it computes.
-        stage: "forward" or "backward".
-        bytes: to and from memory.
-        seconds: on the device: its starts, and the longer of arithmetic and memory.
-        launches: how often it is launched; 0 where another part's launch does it.
-    """
+class Part(NamedTuple):
+    """The work of one kernel."""
 
     name: str
-    stage: Pass
-    bytes: float
-    seconds: float
-    launches: int
+    stage: str
+    bytes: float  # to and from memory
+    seconds: float  # its starts, and the longer of arithmetic and memory
+
+
+def gradient_bytes(p: Problem) -> int:
+    """Bytes of G, which is float32: the diagonal blocks."""
+    return 4 * math.prod(p.features) // p.num_blocks
+
+
+def partial_bytes(p: Problem) -> int:
+    """Bytes of the float32 partials of dA and dB: a slice for each of `contract`'s tiles on the other side."""
+    row_tiles, col_tiles = (
+        math.ceil(n / p.num_blocks / tile) for n, tile in ((p.out_features, 64), (p.in_features, 128))
+    )
+    return 4 * p.max_rank * (p.out_features * col_tiles + p.in_features * row_tiles)
 
 
 def backward_workspace(p: Problem) -> int:
-    """The most bytes that our backward holds beyond its inputs and results.
-
-    For dA and dB it holds G, first with dY and x, if they are gathered, then with all partials. They are freed before
-    dX is computed, which takes W_eff. A BLAS library's own memory is not counted.
-    """
+    """The most bytes that our backward holds beyond inputs and results: G, first with gathered dY and x, then with all
+    partials; these are freed before dX takes W_eff. A BLAS library's own memory is not counted."""
     gathered = 0 if p.in_place else p.tokens * sum(p.features)
     size = PRECISIONS[p.precision].dtype.itemsize
-    return max(p.gradient_bytes + max(gathered * size, p.partial_bytes), math.prod(p.features) * size)
+    return max(gradient_bytes(p) + max(gathered * size, partial_bytes(p)), math.prod(p.features) * size)
 
 
 class Estimate:
-    """The predicted cost of one way to run a problem on one GPU; `stages` are the passes that a method counts.
-
-    Parts are added by the rules at the top of this file. Sizes are in elements.
-
-    Args:
-        problem: the layer and its batch.
-        gpu: it runs on.
-        way: one of :data:`WAYS`.
-
-    Attributes:
-        parts: the kernels that it runs, forward, then backward.
-    """
+    """The predicted cost of a problem on one GPU, run in one of :data:`WAYS`: `parts` are its kernels, added by the
+    rules at the top of this file. Sizes are in elements."""
 
     def __init__(self, problem: Problem, gpu: Gpu, way: str) -> None:
-        self.p, self.gpu, self.way, p = problem, gpu, way, problem
+        self.p, self.gpu, p = problem, gpu, problem
         self.parts: list[Part] = []
-        self.stage: Pass = "forward"
+        self.stage: str = "forward"
         self.T, (self.N, self.C), self.rank = p.tokens, p.features, p.rank
         self.x, self.y, self.w = self.T * self.C, self.T * self.N, self.N * self.C
         self.unit = 2 * self.T * self.w  # flops of the base layer's GEMM
@@ -159,37 +117,18 @@ class Estimate:
         self.factors = p.max_rank * (self.N + self.C)
         _WAYS[way](self)
 
-    def seconds(self, *stages: Pass) -> float:
-        """Predicted time, launched kernel by kernel: of each pass the longer of host and device."""
-        return sum(max(self.device_seconds(each), self.host_seconds(each)) for each in stages or PASSES)
-
-    def device_seconds(self, *stages: Pass) -> float:
-        """Predicted time of the kernels alone."""
+    def seconds(self, *stages: str) -> float:
+        """Predicted time of both passes or of one."""
         return sum(part.seconds for part in self.parts if part.stage in (stages or PASSES))
 
-    def host_seconds(self, *stages: Pass) -> float:
-        """Time that Python takes to launch them."""
-        return self.launches(*stages) * (OUR_LAUNCH_SECONDS if self.way in OURS else LAUNCH_SECONDS)
-
-    def launches(self, *stages: Pass) -> int:
-        """Kernel launches."""
-        return sum(part.launches for part in self.parts if part.stage in (stages or PASSES))
-
     def add(
-        self,
-        name: str,
-        flops: float,
-        elements: float,
-        *,
-        bytes: float = 0,
-        launches: int = 1,
-        triton: bool = False,
+        self, name: str, flops: float, size: float, *, bytes: float = 0, starts: int = 1, triton: bool = False
     ) -> None:
-        """`elements` of the problem's dtype go to and from memory, and `bytes` of others."""
-        moved = elements * PRECISIONS[self.p.precision].dtype.itemsize + bytes
-        rate = self.gpu.triton_bytes_per_second if triton else self.gpu.bytes_per_second
-        work = max(flops / self.gpu.flops_per_second(self.p.precision), moved / rate)
-        self.parts.append(Part(name, self.stage, moved, launches * START_SECONDS + work, launches))
+        """`size` elements of the problem's dtype go to and from memory, and `bytes` of others."""
+        moved = size * PRECISIONS[self.p.precision].dtype.itemsize + bytes
+        arithmetic = flops / self.gpu.flops_per_second(self.p.precision)
+        work = max(arithmetic, moved / self.gpu.bytes_per_second(triton=triton))
+        self.parts.append(Part(name, self.stage, moved, starts * START_SECONDS + work))
 
     def gemm(self, name: str, m: int, n: int, k: int) -> None:
         """A product (m, k)·(k, n)."""
@@ -216,13 +155,12 @@ class Estimate:
         p = self.p
         self.copy("gather dY", self.N)
         self.copy("gather x", self.C)
-        self.add("G = dYᵀ·x", self.unit // p.num_blocks, self.x + self.y, bytes=p.gradient_bytes)
+        self.add("G = dYᵀ·x", self.unit // p.num_blocks, self.x + self.y, bytes=gradient_bytes(p))
         again, moved = math.ceil(p.max_rank / CONTRACTED_RANKS), self.read_w + self.factors
-        self.add(
-            "contract G", 0, again * moved, bytes=again * p.gradient_bytes + p.partial_bytes, triton=True
-        )
+        read = again * gradient_bytes(p) + partial_bytes(p)
+        self.add("contract G", 0, again * moved, bytes=read, triton=True)
         # Of dA and of dB.
-        self.add("sum partials", 0, self.factors, bytes=p.partial_bytes, launches=2, triton=True)
+        self.add("sum partials", 0, self.factors, bytes=partial_bytes(p), starts=2, triton=True)
 
 
 def _frozen(c: Estimate) -> None:
@@ -253,14 +191,14 @@ def _lora_fused(c: Estimate) -> None:
     c.base()
     c.gemm("h = x·Aᵀ", c.T, c.rank, c.C)
     c.gemm("y += h·Bᵀ", c.T, c.N, c.rank)
-    c.add("y, read to accumulate", 0, c.y, launches=0)
+    c.add("y, read to accumulate", 0, c.y, starts=0)
     c.stage = "backward"
     c.gemm("dB", c.N, c.rank, c.T)
     c.gemm("dh", c.T, c.rank, c.N)
     c.gemm("dA", c.rank, c.C, c.T)
     c.base()
     c.gemm("dX += dh·A", c.T, c.C, c.rank)
-    c.add("dX, read to accumulate", 0, c.x, launches=0)
+    c.add("dX, read to accumulate", 0, c.x, starts=0)
 
 
 def _hira(c: Estimate) -> None:
@@ -295,7 +233,7 @@ def _split(c: Estimate) -> None:
     c.add("x·ΔWᵀ", c.unit // c.p.num_blocks, c.x + c.block_w + c.y)
     c.copy("scatter y", c.N)
     c.base()
-    c.add("y, read to accumulate", 0, c.y, launches=0)
+    c.add("y, read to accumulate", 0, c.y, starts=0)
     _merged_backward(c)
 
 
@@ -316,7 +254,6 @@ def _fused(c: Estimate) -> None:
     c.add("fused dX", flops, chunks * (c.y + c.w) + c.factors + c.x, triton=True)
 
 
-OURS = ("merged", "split", "fused")
 _COUNTS = (_frozen, _lora, _lora_fused, _hira, _merged, _split, _fused)
 _WAYS = {count.__name__.removeprefix("_"): count for count in _COUNTS}
 WAYS = tuple(_WAYS)
