@@ -17,6 +17,7 @@ from .definition import reference
 from .definition.arguments import check_input
 from .definition.block_rule import BlockRule
 from .definition.dropout import Dropout, draw_seed
+from .definition.observers import is_traced
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate, trainable_parameters
@@ -25,7 +26,6 @@ from .definition.thresholds import WHOLE
 from .functional import adapted_linear, checked_adapter
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
-from .operator import is_traced
 
 
 class FusedSMoALinear(AdapterState):

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import eager, load_backend
+from .backends import load_backend
 from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
+from .definition.observers import is_observed, is_traced
 from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import without_autocast
-from .definition.thresholds import Place, round_weight
+from .definition.thresholds import Place
 
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, Tensor plan, "
@@ -97,7 +98,7 @@ def linear(
     Returns:
         (..., N) in x's dtype.
     """
-    if _is_observed(x, adapter.weight, adapter.A, adapter.B):
+    if is_observed(x, adapter.weight, adapter.A, adapter.B):
         adapter = replace(adapter, scaling=adapter.scaling.clone())
         y: Tensor = call_linear(x, bias, algorithm, *LinearCall(adapter, dropout, backend).flatten())
         return y
@@ -113,32 +114,10 @@ def linear_gradients(
 
     They are differentiable where gradients are enabled.
     """
-    if torch.is_grad_enabled() or _is_observed(dy, *(() if x is None else (x,))):
+    if torch.is_grad_enabled() or is_observed(dy, *(() if x is None else (x,))):
         found: Gradients = call_linear_backward(dy, x, needs_x, *call.flatten())
         return found
     return _compute_gradients(dy, x, call, needs_x=needs_x)
-
-
-_PLAIN = frozenset({Tensor, torch.nn.Parameter})
-
-
-def is_traced() -> bool:
-    """Whether a compiler or `torch.jit.trace` records what happens."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
-
-
-def _is_observed(*tensors: Tensor) -> bool:
-    """Whether a compiler, tracer, transform, mode, profiler or tensor of another kind needs the dispatcher."""
-    return (
-        is_traced()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._autograd._profiler_enabled()
-        or not _PLAIN.issuperset(map(type, tensors))
-        or tensors[0]._is_zerotensor()
-        or tensors[0].is_neg()
-    )
 
 
 def _compute(
@@ -217,63 +196,7 @@ class _Direct(torch.autograd.Function):
         return dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None, None
 
 
-def modulate(adapter: PackedAdapter, backend: str = "eager") -> Tensor:
-    """Compute `W_eff = W0 ∘ (1 + s · mask ∘ (B A))`, (N, C) in W0's dtype, differentiable in A and B.
-
-    It is the weight that :func:`linear` multiplies by; the derivative of its rounding counts as 1. A layer of any kind
-    can compute with it, but a linear one is faster and leaner by :func:`linear`.
-
-    Args:
-        adapter: W0, the factors, their blocks and s.
-        backend: the name of a resolved backend.
-    """
-    weight, A, B = adapter.weight, adapter.A, adapter.B
-    with without_autocast(weight):
-        if _is_observed(A, B, weight):
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            A, B = adapter.expanded_factors(dtype)
-            W_eff = torch.addcmul(weight.to(dtype), weight.to(dtype), B @ A)
-            return _round(W_eff, weight.dtype, adapter.place.first)
-        return _modulate(A, B, adapter, backend)
-
-
-class _Round(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(W_eff: Tensor, dtype: torch.dtype, place: int) -> Tensor:
-        return round_weight(W_eff, dtype, Place(place))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
-        return dW.to(ctx.dtype), None, None
-
-
-class _Modulate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, adapter: PackedAdapter, backend: str) -> Tensor:
-        ctx.adapter = replace(adapter, scaling=adapter.scaling.clone())
-        ctx.save_for_backward(A, B, adapter.weight)
-        return load_backend(backend).modulated_weight(adapter)
-
-    @staticmethod
-    def backward(ctx: Any, dW: Tensor) -> tuple[Any, ...]:
-        A, B, weight = ctx.saved_tensors
-        adapter = replace(ctx.adapter, weight=weight, A=A, B=B)
-        if torch.is_grad_enabled() or _is_observed(dW):  # a derivative of the gradients may be asked for
-            pull: Any = torch.func.vjp(lambda A, B: modulate(replace(adapter, A=A, B=B)), A, B)[1]
-            return *pull(dW), None, None
-        with without_autocast(dW):
-            return *eager.weight_gradients(dW, adapter), None, None
-
-
 _direct: Callable[..., Tensor] = _Direct.apply
-_round: Callable[..., Tensor] = _Round.apply
-_modulate: Callable[..., Tensor] = _Modulate.apply
 
 
 # The operators' kernels

@@ -251,18 +251,11 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
 
     Padding rows get zeros.
     """
-    gradient, left, right = _BlockGradient(adapter), _Buffer(), _Buffer()
+    gradient, left, right = BlockGradient(adapter), _Buffer(), _Buffer()
     # Contiguous blocks need no gathering, and so no panels.
     for dy_part, x_part in [(dy, x)] if adapter.partition.is_contiguous else _panels(dy, x):
         gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
     del left, right
-    return gradient.contract()
-
-
-def weight_gradients(dW: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
-    """(dA, dB) from the gradient dW (N, C) of W_eff: :func:`factor_gradients` with dW's blocks for `dY_kᵀ X_k`."""
-    gradient = _BlockGradient(adapter)
-    gradient.take(dW)
     return gradient.contract()
 
 
@@ -273,7 +266,7 @@ def _dropout_backward(
     width = adapter.weight.shape[1]
     rows, cols = block_indices(adapter)
     product = _BlockProduct(adapter.T) if needs_x else None
-    gradient = None if x is None else _BlockGradient(adapter)
+    gradient = None if x is None else BlockGradient(adapter)
     # If dX is not needed, or x not given, the other takes its place; it is then neither written nor read.
     dx = in_large_pages(dy.new_empty(dy.shape[0], width)) if needs_x or x is None else x
     draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
@@ -334,16 +327,19 @@ class _BlockProduct:
         return y if self._back is None else select_columns(y, self._back, out=out)
 
 
-class _BlockGradient:
-    """`G_k = dY_kᵀ X_k`, summed over panels of tokens, then contracted with W0 and the factors."""
+class BlockGradient:
+    """`G_k = dY_kᵀ X_k`, summed over panels of tokens, or the blocks of G (N, C); contracted with W0 and the factors."""
 
-    def __init__(self, adapter: PackedAdapter) -> None:
+    def __init__(self, adapter: PackedAdapter, G: Tensor | None = None) -> None:
         self._adapter = adapter
         self.rows, self.cols = block_indices(adapter)
         # W0 is read along its memory: if it is column-major everything is computed transposed.
         self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
         self._order = block_order(adapter.T if self._transposed else adapter, batched=is_batch(adapter))
         self._G: list[Tensor] = []
+        if G is not None:
+            blocks = replace(self._order, weight=G.T if self._transposed else G).weights()
+            self._G += (block.to(self._order.A.dtype, copy=True) for block in blocks)
 
     def add(self, dy: Tensor, x: Tensor) -> None:
         """Add a panel of tokens: dY with columns in the order of `rows`, x with columns in the order of `cols`."""
@@ -361,11 +357,6 @@ class _BlockGradient:
         else:  # half precision: the sums are float32
             for k, (left_k, right_k) in enumerate(pairs):
                 self._G[k] = self._G[k].to(order.A.dtype).add_(left_k @ right_k)
-
-    def take(self, G: Tensor) -> None:
-        """Take the blocks of a matrix G (N, C) as the sums."""
-        blocks = replace(self._order, weight=G.T if self._transposed else G).weights()
-        self._G = [block.to(self._order.A.dtype, copy=True) for block in blocks]
 
     def contract(self) -> tuple[Tensor, Tensor]:
         """(dA, dB); consumes the sums."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import reference
 from .packed import PackedAdapter
-from .partition import BlockPartition, granularity, label_dtype
+from .partition import BlockPartition, granularity
+from .plan import label_dtype
 from .spectral_order import one_thread
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import (
@@ -28,6 +27,7 @@ from ..checks import (
     check_weight,
     granules,
 )
+from .plan import label_dtype, pack, sections, unpack
 from .spectral_order import order_source, whole
 
 
@@ -77,7 +77,7 @@ class BlockPartition:
     is_contiguous: bool
     row_order: Tensor
     col_order: Tensor
-    _plan: Tensor | None = field(default=None)
+    _plan: ClassVar[Any] = None  # of an instance; no field
 
     @classmethod
     def from_weight(cls, weight: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:
@@ -129,7 +129,9 @@ class BlockPartition:
         sides = list(zip(orders, shape, strict=True))
         row_block, col_block = (_labels(order, num_blocks, granule, size) for order, size in sides)
         rows, cols = (_coordinates(order, granule, size) for order, size in sides)
-        return replace(cls.from_labels(row_block, col_block, num_blocks), row_order=rows, col_order=cols)
+        found = cls.from_labels(row_block, col_block, num_blocks)
+        found.row_order, found.col_order = rows, cols
+        return found
 
     @classmethod
     def contiguous(
@@ -241,8 +243,8 @@ class BlockPartition:
         offsets = [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device="cpu") for one in sizes]
         is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
         numbers = [*sizes[0], *sizes[1], granularity(sides), is_contiguous]
-        plan = _packed([*labels, *index, *offsets], numbers).to(row_block.device)
-        return replace(cls.from_tensors(*_unpacked(plan, [len(side) for side in sides], numbers)), _plan=plan)
+        plan = pack([*labels, *index, *offsets], numbers).to(row_block.device)
+        return cls.from_tensors(*unpack(plan, [len(side) for side in sides], numbers))._keep(plan)
 
     @classmethod
     def from_plan(cls, plan: Tensor) -> BlockPartition:
@@ -254,7 +256,7 @@ class BlockPartition:
         if known is None:
             head = plan.cpu().view(torch.int64)
             N, C, num_blocks = head[:3].tolist()
-            known = cls.from_tensors(*_unpacked(plan, [N, C], head[3 : 2 * num_blocks + 5].tolist()))
+            known = cls.from_tensors(*unpack(plan, [N, C], head[3 : 2 * num_blocks + 5].tolist()))
             plan.smoa_partition = known  # type: ignore[attr-defined]
         return known
 
@@ -262,20 +264,21 @@ class BlockPartition:
     def plan(self) -> Tensor:
         """Sizes, labels, indices and offsets in one tensor, uint8, which operators take."""
         if self._plan is None:
-            kinds = [dtype for dtype, _ in _sections(self.shape, self.num_blocks)]
+            kinds = [dtype for dtype, _ in sections(self.shape, self.num_blocks)]
             tensors = [tensor.to(dtype) for tensor, dtype in zip(self.tensors(), kinds, strict=True)]
-            self._plan = _packed(tensors, self.sizes())
-            self.__post_init__()
-        return self._plan
+            self._keep(pack(tensors, self.sizes()))
+        plan: Tensor = self._plan
+        return plan
 
-    def __post_init__(self) -> None:
-        """Let :meth:`from_plan` find the partition."""
-        if self._plan is not None:
-            _of_plans[id(self._plan)] = self
+    def _keep(self, plan: Tensor) -> BlockPartition:
+        """Let :meth:`from_plan` find the partition; returns itself."""
+        self._plan, _of_plans[id(plan)] = plan, self
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.__post_init__()
+        if self._plan is not None:
+            self._keep(self._plan)
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
@@ -378,9 +381,9 @@ class BlockPartition:
         if self.device == torch.device(device):
             return self
         plan = self.plan.to(device)
-        moved = BlockPartition.from_tensors(*_unpacked(plan, self.shape, self.sizes()))
-        rows, cols = self.row_order.to(device), self.col_order.to(device)
-        return replace(moved, _plan=plan, row_order=rows, col_order=cols)
+        moved = BlockPartition.from_tensors(*unpack(plan, self.shape, self.sizes()))._keep(plan)
+        moved.row_order, moved.col_order = self.row_order.to(device), self.col_order.to(device)
+        return moved
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):
@@ -402,41 +405,6 @@ class BlockPartition:
 
 
 _of_plans: WeakValueDictionary[int, BlockPartition] = WeakValueDictionary()  # by id(plan)
-
-_ALIGNMENT = 16  # bytes, as Triton asks of a pointer that it reads vectors from
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _sections(shape: Sequence[int], num_blocks: int) -> list[tuple[torch.dtype, int]]:
-    """The dtypes and sizes of :meth:`BlockPartition.tensors`."""
-    labels, index = ([(dtype, size) for size in shape] for dtype in (label_dtype(num_blocks), torch.int64))
-    return [*labels, *index, *[(torch.int32, num_blocks + 1)] * 2]
-
-
-def _packed(tensors: Sequence[Tensor], numbers: Sequence[int]) -> Tensor:
-    """`BlockPartition.plan` of the tensors and sizes of a partition: int64 N, C, K and the sizes, then the tensors."""
-    shape = [tensor.shape[0] for tensor in tensors[:2]]
-    head = torch.tensor([*shape, len(numbers) // 2 - 1, *numbers], device=tensors[0].device)
-    parts = [part.contiguous().view(torch.uint8) for part in (head, *tensors)]
-    return torch.cat([F.pad(part, [0, _padded(len(part)) - len(part)]) for part in parts])
-
-
-def _unpacked(plan: Tensor, shape: Sequence[int], sizes: Sequence[int]) -> tuple[list[Tensor], Sequence[int]]:
-    """The tensors in a plan, views of it, and the sizes."""
-    start, tensors = _padded(8 * (3 + len(sizes))), []
-    for dtype, size in _sections(shape, len(sizes) // 2 - 1):
-        end = start + size * dtype.itemsize
-        tensors.append(plan[start:end].view(dtype))
-        start = _padded(end)
-    return tensors, sizes
-
-
-def label_dtype(num_blocks: int) -> torch.dtype:
-    """uint8 where it fits, else int32: gloo and NCCL cannot send int16."""
-    return torch.uint8 if num_blocks <= 256 else torch.int32
 
 
 def _labels(order: Tensor, num_blocks: int, granule: int, size: int) -> Tensor:

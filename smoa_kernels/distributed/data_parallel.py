@@ -29,7 +29,7 @@ def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
     Example:
         >>> from smoa_kernels import FusedSMoALinear
         >>> sorted(smoa_buffers(FusedSMoALinear(8, 6)))[:2]
-        ['smoa_col_block', 'smoa_col_index']
+        ['smoa_col_block', 'smoa_ranks']
     """
     return {
         name: buffer
