@@ -13,7 +13,8 @@ from torch import Tensor
 from .backends import load_experts_backend
 from .definition.experts import ExpertBlocks, ExpertsAdapter
 from .definition.precision import without_autocast
-from .operator import Gradients, backward_fake, or_empty, register
+from .dispatch import register
+from .operator import Gradients, backward_fake, or_empty
 
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ends, Tensor ranks, Tensor scaling, Tensor row_offsets, "

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from .checks import check_finite, check_weight
 from .definition.block_rule import BlockRule
+from .definition.labels import label_dtype
 from .definition.packed import PackedAdapter, draw_A, scaling_tensor
 from .definition.partition import BlockPartition
-from .definition.plan import label_dtype
 from .definition.shard import LayerShard
 from .definition.sketch import SKETCH_SIZE, check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .arguments import check_input
 from .backends import eager, load_backend, resolve_backend
 from .checks import check_kind
 from .definition import reference
-from .definition.arguments import check_input
 from .definition.block_rule import BlockRule
 from .definition.dropout import Dropout, draw_seed
-from .definition.observers import is_traced
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate, trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.thresholds import WHOLE
+from .dispatch import is_traced
 from .functional import adapted_linear, checked_adapter
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
@@ -212,8 +212,11 @@ class FusedSMoALinear(AdapterState):
 
     def _by_formula(self, x: Tensor) -> Tensor:
         """The layer with the labels that its buffers hold, in plain operators, which torch batches."""
-        labels = self.smoa_row_block, self.smoa_col_block
-        partition = self.partition.with_labels(*labels)
+        # Blocks of the same sizes; `torch.func.vmap` may batch their labels.
+        labels, own = (self.smoa_row_block, self.smoa_col_block), self.partition
+        index = [side.argsort(stable=True) for side in labels]
+        tensors = [*labels, *index, own.row_offsets, own.col_offsets]
+        partition = BlockPartition.from_tensors(tensors, own.sizes())
         ranks = torch.tensor(self.block_ranks, dtype=torch.int32, device=x.device)
         adapter = PackedAdapter(self.weight, self.smoa_A, self.smoa_B, partition, ranks, self.smoa_scaling)
         p = self.dropout if self.training else 0.0

@@ -12,7 +12,6 @@ plain operators, which torch differentiates and batches by itself, slowly.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,16 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from .arguments import check_ranks
 from .backends import load_backend
-from .definition.arguments import check_ranks
 from .definition.dropout import Dropout
-from .definition.observers import is_observed, is_traced
 from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import without_autocast
 from .definition.thresholds import Place
+from .dispatch import is_observed, register
 
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ranks, Tensor scaling, Tensor? dropout_seed, Tensor plan, "
@@ -359,66 +357,6 @@ _vmap: Any = partial(torch.vmap, randomness="same")
 
 
 # Registration
-
-
-_LIBRARY = torch.library.Library("smoa", "DEF")
-
-
-def register(
-    schema: str,
-    *,
-    kernel: Callable[..., Any],
-    fake: Callable[..., Any],
-    function: Any,
-    formula: Callable[..., Any],
-) -> tuple[Any, Callable[..., Any]]:
-    """Define an opaque operator of "smoa" with its derivative; return it, and the function that Python calls.
-
-    That function records the derivative and then calls the operator, so that the dispatcher converts the arguments
-    once. Compilers get the operator itself. `torch.library.register_autograd` searches the schema for each argument.
-
-    Args:
-        schema: "name(arguments) -> results".
-        kernel: computes it, on any device.
-        fake: makes results of the right shapes and dtypes, without values.
-        function: the autograd function. Its arguments are the operator's, which its `forward` will be.
-        formula: computes it in forward mode, or raises an error.
-    """
-    name = _LIBRARY.define(schema)
-    operator = getattr(torch.ops.smoa, name).default
-    function.forward = staticmethod(partial(_below_autograd, operator))
-    untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
-
-    def recorded(*args: Any) -> Any:
-        tangents = (forward_ad.unpack_dual(one).tangent for one in args if isinstance(one, Tensor))
-        # The plain operator's result would have no tangent, which counts as zero.
-        if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
-            return formula(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        return _below_autograd(operator, *args)
-
-    def call(*args: Any) -> Any:
-        if is_traced():
-            return operator(*args)
-        if not torch._C._are_functorch_transforms_active():
-            return recorded(*args)
-        return formula(*args) if forward_ad._current_level >= 0 else function.apply(*args)
-
-    def opaque(*args: Any) -> Any:
-        return (untraced if "torch._dynamo" in sys.modules else kernel)(*args)
-
-    _LIBRARY.impl(name, opaque, "CompositeExplicitAutograd")
-    _LIBRARY.impl(name, recorded, "Autograd")
-    torch.library.register_fake(f"smoa::{name}", fake, lib=_LIBRARY)
-    return operator, call
-
-
-def _below_autograd(operator: Any, *args: Any) -> Any:
-    """Call an operator without recording its derivative."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args)
-
 
 linear_operator, call_linear = register(
     f"linear(Tensor x, Tensor? bias, str algorithm, {_CALL}) -> Tensor",

@@ -364,7 +364,7 @@ def arguments(it: Any) -> list[str]:
         for base in inspect.getmro(it):
             fields[base.__module__.startswith("smoa_kernels")] += vars(base).get("__annotations__", ())
         found = [name for name in fields[True] if name not in fields[False]]
-    return [name for name in found if name not in ("self", "args", "kwargs")]
+    return [name for name in found if name not in ("self", "args", "kwargs") and not name.startswith("_")]
 
 
 # Characters of a line of code that the site shows on a window of 1280 pixels.

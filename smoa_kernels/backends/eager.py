@@ -328,7 +328,7 @@ class _BlockProduct:
 
 
 class BlockGradient:
-    """`G_k = dY_kᵀ X_k`, summed over panels of tokens, or the blocks of G (N, C); contracted with W0 and the factors."""
+    """`G_k = dY_kᵀ X_k`, summed over panels of tokens, or blocks of G (N, C); contracted with W0 and the factors."""
 
     def __init__(self, adapter: PackedAdapter, G: Tensor | None = None) -> None:
         self._adapter = adapter

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .labels import granularity, label_dtype
 from .packed import PackedAdapter
-from .partition import BlockPartition, granularity
-from .plan import label_dtype
+from .partition import BlockPartition
 from .spectral_order import one_thread
 
 

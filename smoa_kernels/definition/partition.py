@@ -7,10 +7,9 @@ never recomputed, since another machine could put a coordinate into another bloc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -22,12 +21,21 @@ from ..checks import (
     MOST_COORDINATES,
     check_blocks,
     check_count,
-    check_dense,
     check_granule,
     check_weight,
     granules,
 )
-from .plan import label_dtype, pack, sections, unpack
+from .labels import (
+    check_labels,
+    check_range,
+    coordinates,
+    granularity,
+    label_dtype,
+    labels_of,
+    pack,
+    sections,
+    unpack,
+)
 from .spectral_order import order_source, whole
 
 
@@ -127,8 +135,8 @@ class BlockPartition:
         check_granule(granule, num_blocks, shape)
         orders = order_source.get()(weight, granule)
         sides = list(zip(orders, shape, strict=True))
-        row_block, col_block = (_labels(order, num_blocks, granule, size) for order, size in sides)
-        rows, cols = (_coordinates(order, granule, size) for order, size in sides)
+        row_block, col_block = (labels_of(order, num_blocks, granule, size) for order, size in sides)
+        rows, cols = (coordinates(order, granule, size) for order, size in sides)
         found = cls.from_labels(row_block, col_block, num_blocks)
         found.row_order, found.col_order = rows, cols
         return found
@@ -205,7 +213,9 @@ class BlockPartition:
             check_count(name, size, 0, MOST_COORDINATES)
         check_blocks(num_blocks, shape)
         check_granule(granule, num_blocks, shape)
-        rows, cols = (_labels(order_of(granules(size, granule)), num_blocks, granule, size) for size in shape)
+        rows, cols = (
+            labels_of(order_of(granules(size, granule)), num_blocks, granule, size) for size in shape
+        )
         if device is None:
             device = torch.get_default_device()
         return cls.from_labels(rows.to(device), cols.to(device), num_blocks)
@@ -224,8 +234,8 @@ class BlockPartition:
             ValueError: the labels are not vectors, out of range, or on two devices.
         """
         check_blocks(num_blocks)
-        _check_labels("row_block", row_block)
-        _check_labels("col_block", col_block)
+        check_labels("row_block", row_block)
+        check_labels("col_block", col_block)
         if row_block.device != col_block.device:
             raise ValueError(
                 "row_block and col_block must be on one device, "
@@ -235,8 +245,8 @@ class BlockPartition:
         # back, so that the host waits for a GPU only once.
         both = torch.cat([row_block.long(), col_block.long()]).cpu()
         sides = both.split([row_block.shape[0], col_block.shape[0]])
-        _check_range("row_block", sides[0], num_blocks)
-        _check_range("col_block", sides[1], num_blocks)
+        check_range("row_block", sides[0], num_blocks)
+        check_range("col_block", sides[1], num_blocks)
         labels = [side.to(label_dtype(num_blocks)) for side in sides]
         index = [torch.argsort(side, stable=True) for side in labels]
         sizes = [torch.bincount(side, minlength=num_blocks).tolist() for side in sides]
@@ -347,34 +357,15 @@ class BlockPartition:
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks
         )
 
-    def with_labels(self, row_block: Tensor, col_block: Tensor) -> BlockPartition:
-        """A partition with blocks of the same sizes. Nothing is checked, so `torch.func.vmap` may batch the labels.
-
-        Args:
-            row_block: (N,) block of each row.
-            col_block: (C,) block of each column.
-        """
-        index = [labels.argsort(stable=True) for labels in (row_block, col_block)]
-        tensors = [row_block, col_block, *index, self.row_offsets, self.col_offsets]
-        return BlockPartition.from_tensors(tensors, self.sizes())
-
-    @property
+    @cached_property
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
-        return BlockPartition(
-            row_block=self.col_block,
-            col_block=self.row_block,
-            row_index=self.col_index,
-            col_index=self.row_index,
-            row_offsets=self.col_offsets,
-            col_offsets=self.row_offsets,
-            row_sizes=self.col_sizes,
-            col_sizes=self.row_sizes,
-            granularity=self.granularity,
-            is_contiguous=self.is_contiguous,
-            row_order=self.col_order,
-            col_order=self.row_order,
-        )
+        tensors = self.tensors()
+        swapped = [one for pair in zip(tensors[1::2], tensors[::2], strict=True) for one in pair]
+        sizes = [*self.col_sizes, *self.row_sizes, self.granularity, self.is_contiguous]
+        turned = BlockPartition.from_tensors(swapped, sizes)
+        turned.row_order, turned.col_order = self.col_order, self.row_order
+        return turned
 
     def to(self, device: torch.device | str) -> BlockPartition:
         """The same partition on another device."""
@@ -405,45 +396,3 @@ class BlockPartition:
 
 
 _of_plans: WeakValueDictionary[int, BlockPartition] = WeakValueDictionary()  # by id(plan)
-
-
-def _labels(order: Tensor, num_blocks: int, granule: int, size: int) -> Tensor:
-    """Labels of `size` coordinates: `torch.tensor_split` cuts the order of their granules into blocks."""
-    labels = torch.empty_like(order)
-    for block, chunk in enumerate(order.tensor_split(num_blocks)):
-        labels[chunk] = block
-    return labels.repeat_interleave(granule)[:size]
-
-
-def _coordinates(order: Tensor, granule: int, size: int) -> Tensor:
-    """The coordinates of granules, in the granules' order."""
-    if granule == 1:
-        return order
-    every = (order[:, None] * granule + torch.arange(granule, device=order.device)).flatten()
-    return every[every < size]
-
-
-def granularity(sides: Sequence[Tensor]) -> int:
-    """The greatest common divisor of the positions where labels (n,), or those of any expert (E, n), change."""
-    stacks = [torch.atleast_2d(side) for side in sides]
-    places = [(side[:, 1:] != side[:, :-1]).any(0).nonzero().flatten() + 1 for side in stacks]
-    return math.gcd(*torch.cat(places).tolist()) or max(1, *(side.shape[1] for side in stacks))
-
-
-def _check_range(name: str, labels: Tensor, num_blocks: int) -> None:
-    if not labels.numel():
-        return
-    lowest, highest = (int(end) for end in labels.aminmax())
-    if not 0 <= lowest <= highest < num_blocks:
-        raise ValueError(
-            f"{name} must lie in [0, {num_blocks}) for num_blocks={num_blocks}, "
-            f"got labels from {lowest} to {highest}"
-        )
-
-
-def _check_labels(name: str, labels: Tensor) -> None:
-    check_dense(name, labels, integer=True)
-    if labels.ndim != 1:
-        raise ValueError(f"{name} must have one dimension, got shape {tuple(labels.shape)}")
-    if labels.is_meta:
-        raise ValueError(f"{name} must hold numbers, got a meta tensor")

@@ -20,12 +20,12 @@ from ..adapter_folder.format import (
 from ..adapter_folder.settings import AdapterSettings
 from ..checks import check_choice
 from ..definition.block_rule import BlockRule
-from ..definition.observers import is_traced
 from ..definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
 from ..definition.thresholds import WHOLE
+from ..dispatch import is_traced
 from ..layer_checks import call_always
 from .base_weight import BaseWeight
 from .combine import single_block
