@@ -8,7 +8,6 @@ decides which code computes a call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
 from .. import Gradients, eager
 from ..pages import in_large_pages
-from .library import KINDS, Algorithm, Call, Path, drawn, has, lies_along_memory, obstacle
+from .library import KINDS, Algorithm, Call, Path, drawn, has, obstacle
 
 ALGORITHMS, modulated_weight = eager.ALGORITHMS, eager.modulated_weight
 
@@ -32,7 +31,6 @@ class Route:
         algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
         needs: what the machine must have, a name for :func:`library.has`, or "".
         most: the largest T and T·ρ that it takes, for `FEW`; None: it takes all.
-        by_terms: whether the terms of W0's sums must be contiguous: a row, or for dX a column.
     """
 
     path: Path
@@ -40,49 +38,38 @@ class Route:
     algorithms: tuple[str, ...] = ("auto", "merged", "split", "expanded", "dropout")
     needs: str = ""
     most: tuple[int, int] | None = None
-    by_terms: bool = False
 
 
-_FEW = partial(Route, Path.FEW, by_terms=True)
 ROUTES = (
-    _FEW(algorithms=("expanded",)),
-    _FEW(algorithms=("auto", "merged", "split"), most=(12, 64)),
+    Route(Path.FEW, algorithms=("expanded",)),
+    Route(Path.FEW, algorithms=("auto", "merged", "split"), most=(12, 64)),
     Route(Path.TILES, (torch.bfloat16,), needs="bf16"),
-    _FEW(algorithms=("auto", "merged", "split"), needs="avx512", most=(16, 64)),
+    Route(Path.FEW, algorithms=("auto", "merged", "split"), needs="avx512", most=(16, 64)),
     Route(Path.FLOAT),
 )
 """The first row that takes a call computes it.
 
 FEW makes W_eff in float32 in registers, so that no update is lost: "merged" and "split" are one there. One bfloat16
-token of spectral blocks or K = 1 is multiplied by W0 and by A_t ∘ x instead, which is rounded. It reads A once
-for every few rows of W0, and W0 once for every eight tokens. Beyond the limits these repeated reads cost more than
-packing W0, which costs least for tiles. The limits were measured at 576² and 2048², without AMX.
+token of one block is multiplied by W0 and by A_t ∘ x instead, which is rounded. It reads A once for every few rows of
+W0, and W0 once for every eight tokens. Beyond the limits these repeated reads cost more than packing W0, which costs
+least for tiles. The limits were measured at 576² and 2048², without AMX.
 
 TILES rounds W_eff by thresholds (`definition/thresholds.py`). FLOAT takes half types where there are no tiles, because
 torch's operators were slower (docs/internals/cpu.md): it widens W0, W_eff stays in float32, and "split" is "merged". On
 processors with AMX for float16 this was not measured."""
 
 
-def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:
-    """The path for x (T, C), or if `transposed` for dX from dY (T, N)."""
-    few, path = routes(tokens.dtype, weight, rank, algorithm, transposed=transposed)
+def route(tokens: Tensor, rank: int, algorithm: str) -> Path:
+    """The path for x (T, C), or for dX from dY (T, N)."""
+    few, path = routes(tokens.dtype, rank, algorithm)
     return Path.FEW if len(tokens) <= few else path
 
 
-def routes(
-    dtype: torch.dtype, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False
-) -> tuple[int, Path]:
-    """Up to how many tokens a call takes `FEW`, and the path of more; as :func:`route`, also for a stack of W0s."""
+def routes(dtype: torch.dtype, rank: int, algorithm: str) -> tuple[int, Path]:
+    """Up to how many tokens a call takes `FEW`, and the path of more."""
     few = 0
-    # If W0's elements share memory, a copy with contiguous rows is read instead.
-    along = weight.stride(-2 if transposed else -1) == 1 if lies_along_memory(weight) else not transposed
     for row in ROUTES:
-        if (
-            dtype in row.dtypes
-            and algorithm in row.algorithms
-            and (along or not row.by_terms)
-            and (not row.needs or has(row.needs))
-        ):
+        if dtype in row.dtypes and algorithm in row.algorithms and (not row.needs or has(row.needs)):
             if row.most is None:
                 return few, row.path
             few = min(row.most[0], row.most[1] // max(rank, 1))
@@ -109,7 +96,7 @@ def forward(
     if call is None or call.planned_for != arguments:
         if not _fits(adapter, x, None, bias):
             return eager.forward(x, bias, adapter, algorithm, dropout)
-        path = route(x, weight, A.shape[0], algorithm if dropout is None else "dropout")
+        path = route(x, A.shape[0], algorithm if dropout is None else "dropout")
         if not x.numel() or not weight.numel():
             empty_sums = x.new_zeros(x.shape[0], weight.shape[0])
             return empty_sums if bias is None else empty_sums.copy_(bias)
@@ -133,7 +120,7 @@ def backward(
     if not _fits(adapter, x, dy, None):
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     algorithm = "auto" if dropout is None else "dropout"
-    path = route(dy, adapter.weight, adapter.A.shape[0], algorithm, transposed=True)
+    path = route(dy, adapter.A.shape[0], algorithm)
     mask = None if dropout is None else drawn(dropout, dy, adapter.weight.shape[1])
     call = Call.of(adapter, mask) if dy.numel() and adapter.weight.numel() else None
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter, call)
@@ -157,14 +144,14 @@ def factor_gradients(
     dA, dB = adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
     if call is None:
         return dA.zero_(), dB.zero_()
-    call.plan(gradient_path(dy, adapter.weight, adapter.A.shape[0]), Algorithm.SPLIT)
+    call.plan(gradient_path(dy), Algorithm.SPLIT)
     call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
     return dA, dB
 
 
-def gradient_path(dy: Tensor, weight: Tensor, rank: int) -> Path:
+def gradient_path(dy: Tensor) -> Path:
     """The path for dA and dB, which is never for few tokens."""
-    return Path.TILES if route(dy, weight, rank, "dropout") == Path.TILES else Path.FLOAT
+    return routes(dy.dtype, 1, "dropout")[1]
 
 
 def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Tensor | None) -> bool:

@@ -142,9 +142,9 @@ static void multiply(const gemm_job *g, const float *left, const float *right, i
 /* Bytes of a core's L2 cache: set by `smoa_about`. */
 static i64 l2_cache;
 
-/* Right rows that are packed together: they fit into half of the L2 cache. */
+/* Right rows that are packed together: they fit into the L2 cache. */
 static i64 right_rows_of(int format, i64 terms) {
-    i64 fit = l2_cache / 2 / (4 * greatest(1, row_size(format, terms)));
+    i64 fit = l2_cache / (4 * greatest(1, row_size(format, terms)));
     return greatest(PANEL, least(2 * NC, fit / PANEL * PANEL));
 }
 
