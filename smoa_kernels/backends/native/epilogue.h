@@ -1,5 +1,5 @@
-/* Epilogues of a finished piece of C. Of every product: add a bias or what was there and round once. For dA and dB, where C is rows of a block's G =
- * dYᵀ x: make H = s G ∘ W0 and contract it with the factors, dA += Bᵀ H, dB += H Aᵀ.
+/* Epilogues of a finished piece of C. Of every product: add what was there and a bias, and round once. For dA and dB,
+ * where C is rows of a block's G = dYᵀ x: make H = s G ∘ W0 and contract it with the factors, dA += Bᵀ H, dB += H Aᵀ.
  */
 #pragma once
 

@@ -1,6 +1,6 @@
-/* y = x W_effᵀ for few tokens, which packing W0 would not pay for. Each row of W0 is read once and becomes W_eff in
- * registers, a vector at a time. Every token is multiplied by it there, or if W0 is column-major, as in dX, W0's columns
- * are its rows: their multiples are added up. */
+/* y = x W_effᵀ for few tokens, which packing W0 would not pay for. Each line of W0 is read once and becomes W_eff in
+ * registers, a vector at a time. A row is multiplied by every token there. Of a column-major W0, as in dX, each line is
+ * a column: multiples of columns are added up. */
 #pragma once
 
 #include "product.h"
@@ -10,11 +10,11 @@ enum {
     ROWS = 4, /* most rows of W0 side by side: they share the loads of x and A */
     SHORT_SUM = 256, /* rows that are added up by themselves, for exactness */
     NONE = 0, SOME, ALL, /* how many of some columns are inside the block of each of some rows */
-    ADDED = 0, /* in place of a number of tokens: rows are added up */
+    ADDED = 0, /* in place of a number of tokens: lines are added up */
 };
 
 typedef struct {
-    layer l; /* W0 is row-major */
+    layer l; /* W0 is row-major: the transposed layer if lines are added up */
     i64 tokens;
     factors factors;
     const float *B; /* s B, in panels of ROWS rows so that a panel's ranks share cache lines: (panels, rank, ROWS) */
@@ -25,13 +25,15 @@ typedef struct {
     i64 dots_stride;
 } few_job;
 
-/* w = LANES columns of some rows from c on, of which `valid` exist: as W_eff, where a column is inside the block of a
- * row, else as W0. A points to column c, B and row_label to the first row. */
-INLINE void few_columns(int dtype, int rows, int inside, const few_job *j, const int32_t *row_label, const float *B,
-                        const float *A, const void *const *weight, i64 c, i64 valid, vf *w) {
+/* Multiplies LANES columns of some rows by all tokens: as W_eff, where a column is inside the block of a row, else as
+ * W0. They begin at c, and `valid` of them exist; A points to column c, B to the first row, x and y to the first token.
+ */
+INLINE void few_columns(int dtype, int tokens, int rows, int inside, const few_job *j, i64 row, const float *B,
+                        const float *A, const void *const *weight, i64 c, i64 valid, const float *x, float *y,
+                        vf (*sums)[FEW]) {
     vi of_column = (vi){0} - 1; /* no block */
     memcpy(&of_column, j->col_label + c, valid < LANES ? (size_t)valid * sizeof *j->col_label : sizeof of_column);
-    vf update[ROWS] = {{0}};
+    vf update[ROWS] = {{0}}, w[ROWS];
     for (i64 t = 0; inside && t < j->l.rank; t++) {
         vf a = load(A + t * j->factors.A_stride);
 #pragma GCC unroll 4
@@ -39,27 +41,18 @@ INLINE void few_columns(int dtype, int rows, int inside, const few_job *j, const
     }
 #pragma GCC unroll 4
     for (int i = 0; i < rows; i++) {
-        vf base = widen(weight[i], c, valid, dtype), merged = base + base * update[i];
-        w[i] = inside == ALL ? merged : inside ? select_label(of_column, row_label[i], merged, base) : base;
+        w[i] = widen(weight[i], c, valid, dtype);
+        if (inside == ALL) w[i] += w[i] * update[i];
+        if (inside == SOME) w[i] = select_label(of_column, j->row_label[row + i], w[i] + w[i] * update[i], w[i]);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; t++) sums[i][t] += w[i] * load(x + t * j->x_stride + c);
     }
-}
-
-/* Multiplies these columns by all tokens. x and y point to the first token. */
-INLINE void few_vector(int dtype, int tokens, int rows, int inside, const few_job *j, i64 row, const float *B,
-                       const float *A, const void *const *weight, i64 c, i64 valid, const float *x, float *y,
-                       vf (*sums)[FEW]) {
-    vf w[ROWS];
-    few_columns(dtype, rows, inside, j, j->row_label + row, B, A, weight, c, valid, w);
     for (i64 t = 0; tokens == ADDED && t < j->tokens; t++) {
         vf sum = w[0] * x[t * j->x_stride + row];
 #pragma GCC unroll 4
         for (int i = 1; i < rows; i++) sum += w[i] * x[t * j->x_stride + row + i];
         store(y + t * j->y_stride + c, load(y + t * j->y_stride + c) + sum);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 8
-        for (int t = 0; t < tokens; t++) sums[i][t] += w[i] * load(x + t * j->x_stride + c);
 }
 
 /* Columns c to `to` of some rows. Prefetches the next rows: memory is the limit. */
@@ -83,13 +76,13 @@ INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, i64 row,
         for (int i = 0; i < rows; i++) __builtin_prefetch(element(weight[i], c + rows * l->row_stride, dtype), 0, 2);
         /* With AVX2's 16 registers a third case slows the others. */
         if (VECTOR_BYTES == 64 && c >= first && c + LANES <= whole)
-            few_vector(dtype, tokens, rows, ALL, j, row, B, A, weight, c, LANES, x, y, sums);
+            few_columns(dtype, tokens, rows, ALL, j, row, B, A, weight, c, LANES, x, y, sums);
         else if (c < end && c + LANES > first)
-            few_vector(dtype, tokens, rows, SOME, j, row, B, A, weight, c, LANES, x, y, sums);
+            few_columns(dtype, tokens, rows, SOME, j, row, B, A, weight, c, LANES, x, y, sums);
         else
-            few_vector(dtype, tokens, rows, NONE, j, row, B, A, weight, c, LANES, x, y, sums);
+            few_columns(dtype, tokens, rows, NONE, j, row, B, A, weight, c, LANES, x, y, sums);
     }
-    if (c < to) few_vector(dtype, tokens, rows, SOME, j, row, B, A, weight, c, to - c, x, y, sums);
+    if (c < to) few_columns(dtype, tokens, rows, SOME, j, row, B, A, weight, c, to - c, x, y, sums);
     for (int i = 0; i < rows; i++)
         for (int t = 0; t < tokens; t++) y[t * j->y_stride + row + i] = total(sums[i][t]);
 }
@@ -215,7 +208,7 @@ static i64 few_product(product p) {
     job.x = take(&a, p.tokens * job.x_stride * 4), job.y = take(&a, p.tokens * job.y_stride * 4);
     job.part = take(&a, added ? p.tokens * job.y_stride * 4 : 0), job.dots_x = dots_x;
     if (!a.base) return floats_of(&a);
-    for (i64 row = 0; row < l->rows; row += ROWS)
+    for (i64 row = 0; row < l->rows && !dots; row += ROWS)
         for (i64 t = 0; t < l->rank; t++, B += ROWS)
             memcpy(B, job.factors.B + t * job.factors.B_stride + row, ROWS * sizeof *B);
     memset(job.x, 0, (size_t)(p.tokens * job.x_stride) * sizeof *job.x);

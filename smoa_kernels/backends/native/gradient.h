@@ -112,7 +112,8 @@ static i64 factor_gradients(const call *c) {
     order_job dy = {{c->dy, (int)c->dtype, 0, c->dy_stride}, NULL, c->layer.row_index, NULL, c->layer.rows, NULL};
     order_job x = {{c->x, (int)c->dtype, 0, c->x_stride}, NULL, c->layer.col_index, c->keep, c->layer.cols, NULL};
     i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads); /* most of a block that one thread has */
-    i64 remaining = c->tokens, together = tiles ? tokens_together(l) : !l->contiguous || x.keep ? COPIED_TOKENS : remaining;
+    i64 remaining = c->tokens;
+    i64 together = tiles ? tokens_together(l) : !l->contiguous || x.keep ? COPIED_TOKENS : remaining;
     i64 most = least(remaining, together);
     arena a = workspace_of(c->workspace), local = {0};
     /* A block's rows decide the format; with a thread's share of them, results would depend on the number of threads.
