@@ -8,7 +8,6 @@ decides which code computes a call.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ class Route:
         algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
         needs: what the machine must have, a name for :func:`library.has`, or "".
         most: the largest T and T·ρ that it takes, for `FEW`; None: it takes all.
-        by_terms: whether the terms of W0's sums must be contiguous: a row, or for dX a column.
     """
 
     path: Path
@@ -40,49 +38,38 @@ class Route:
     algorithms: tuple[str, ...] = ("auto", "merged", "split", "expanded", "dropout")
     needs: str = ""
     most: tuple[int, int] | None = None
-    by_terms: bool = False
 
 
-_FEW = partial(Route, Path.FEW, by_terms=True)
 ROUTES = (
-    _FEW(algorithms=("expanded",)),
-    _FEW(algorithms=("auto", "merged", "split"), most=(12, 64)),
+    Route(Path.FEW, algorithms=("expanded",)),
+    Route(Path.FEW, algorithms=("auto", "merged", "split"), most=(12, 64)),
     Route(Path.TILES, (torch.bfloat16,), needs="bf16"),
-    _FEW(algorithms=("auto", "merged", "split"), needs="avx512", most=(16, 64)),
+    Route(Path.FEW, algorithms=("auto", "merged", "split"), needs="avx512", most=(16, 64)),
     Route(Path.FLOAT),
 )
 """The first row that takes a call computes it.
 
 FEW makes W_eff in float32 in registers, so that no update is lost: "merged" and "split" are one there. One bfloat16
-token of spectral blocks or K = 1 is multiplied by W0 and by A_t ∘ x instead, which is rounded. It reads A once
-for every few rows of W0, and W0 once for every eight tokens. Beyond the limits these repeated reads cost more than
-packing W0, which costs least for tiles. The limits were measured at 576² and 2048², without AMX.
+token of one block is multiplied by W0 and by A_t ∘ x instead, which is rounded. It reads A once for every few rows of
+W0, and W0 once for every eight tokens. Beyond the limits these repeated reads cost more than packing W0, which costs
+least for tiles. The limits were measured at 576² and 2048², without AMX.
 
 TILES rounds W_eff by thresholds (`definition/thresholds.py`). FLOAT takes half types where there are no tiles, because
 torch's operators were slower (docs/internals/cpu.md): it widens W0, W_eff stays in float32, and "split" is "merged". On
 processors with AMX for float16 this was not measured."""
 
 
-def route(tokens: Tensor, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False) -> Path:
-    """The path for x (T, C), or if `transposed` for dX from dY (T, N)."""
-    few, path = routes(tokens.dtype, weight, rank, algorithm, transposed=transposed)
+def route(tokens: Tensor, rank: int, algorithm: str) -> Path:
+    """The path for x (T, C), or for dX from dY (T, N)."""
+    few, path = routes(tokens.dtype, rank, algorithm)
     return Path.FEW if len(tokens) <= few else path
 
 
-def routes(
-    dtype: torch.dtype, weight: Tensor, rank: int, algorithm: str, *, transposed: bool = False
-) -> tuple[int, Path]:
-    """Up to how many tokens a call takes `FEW`, and the path of more; as :func:`route`, also for a stack of W0s."""
+def routes(dtype: torch.dtype, rank: int, algorithm: str) -> tuple[int, Path]:
+    """Up to how many tokens a call takes `FEW`, and the path of more."""
     few = 0
-    # If W0's elements share memory, a copy with contiguous rows is read instead.
-    along = weight.stride(-2 if transposed else -1) == 1 if lies_along_memory(weight) else not transposed
     for row in ROUTES:
-        if (
-            dtype in row.dtypes
-            and algorithm in row.algorithms
-            and (along or not row.by_terms)
-            and (not row.needs or has(row.needs))
-        ):
+        if dtype in row.dtypes and algorithm in row.algorithms and (not row.needs or has(row.needs)):
             if row.most is None:
                 return few, row.path
             few = min(row.most[0], row.most[1] // max(rank, 1))
@@ -149,16 +136,12 @@ def _put(adapter: PackedAdapter, call: Call | None) -> None:
         adapter.layout = call
 
 
-def _route(
-    call: Call, tokens: Tensor, adapter: PackedAdapter, algorithm: str, *, transposed: bool = False
-) -> Path:
+def _route(call: Call, tokens: Tensor, adapter: PackedAdapter, algorithm: str) -> Path:
     """:func:`route`, which the call remembers."""
-    key = algorithm, transposed
-    if key not in call.routes:
-        rank = adapter.A.shape[0]
-        call.routes[key] = routes(tokens.dtype, adapter.weight, rank, algorithm, transposed=transposed)
-    few, path = call.routes[key]
-    return Path.FEW if len(tokens) <= few else path
+    if algorithm not in call.routes:
+        call.routes[algorithm] = routes(tokens.dtype, adapter.A.shape[0], algorithm)
+    few, path = call.routes[algorithm]
+    return Path.FEW if tokens.shape[0] <= few else path
 
 
 def input_gradient(dy: Tensor, adapter: PackedAdapter, call: Call | None) -> Tensor:
@@ -166,7 +149,7 @@ def input_gradient(dy: Tensor, adapter: PackedAdapter, call: Call | None) -> Ten
     dx = in_large_pages(dy.new_empty(dy.shape[0], adapter.weight.shape[1]))
     if call is None:
         return dx.zero_()
-    call.path = _route(call, dy, adapter, "dropout" if call.keep else "auto", transposed=True)
+    call.path = _route(call, dy, adapter, "dropout" if call.keep else "auto")
     call.algorithm = Algorithm.SPLIT if call.keep else Algorithm.MERGED
     call.run("smoa_input", dy=dy, y=dx)
     return dx
@@ -179,15 +162,16 @@ def factor_gradients(
     dA, dB = adapter.A.new_empty(adapter.A.shape), adapter.B.new_empty(adapter.B.shape)
     if call is None:
         return dA.zero_(), dB.zero_()
-    call.path = max(_route(call, dy, adapter, "dropout"), Path.FLOAT)  # few tokens have no path of their own
-    call.algorithm = Algorithm.SPLIT
+    if "gradient" not in call.routes:
+        call.routes["gradient"] = 0, gradient_path(dy)
+    call.path, call.algorithm = call.routes["gradient"][1], Algorithm.SPLIT
     call.run("smoa_gradient", dy=dy, x=x, dA=dA, dB=dB)
     return dA, dB
 
 
-def gradient_path(dy: Tensor, weight: Tensor, rank: int) -> Path:
+def gradient_path(dy: Tensor) -> Path:
     """The path for dA and dB, which is never for few tokens."""
-    return max(route(dy, weight, rank, "dropout"), Path.FLOAT)
+    return routes(dy.dtype, 1, "dropout")[1]
 
 
 def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Tensor | None) -> bool:

@@ -4,6 +4,8 @@
  * size of the workspace that they need, in floats; called without a workspace they do nothing else. They assume that
  * `smoa_check` accepted a layer's indices; those of experts they check.
  */
+#include <unistd.h>
+
 #include "few_tokens.h"
 #include "gradient.h"
 
@@ -149,6 +151,8 @@ typedef struct {
 
 i64 smoa_about(about *a) {
     has_bf16 = HAS_TILES && a->has_bf16, has_amx = HAS_TILES && a->has_amx;
+    l2_cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    if (l2_cache <= 0) l2_cache = 1 << 20; /* it is not known */
     *a = (about){SOURCE,
                  GOMP_parallel != NULL,
                  has_bf16,

@@ -1,5 +1,5 @@
-/* Epilogues of a finished piece of C. For y: add a bias and round once. For dA and dB, where C is rows of a block's G =
- * dYᵀ x: make H = s G ∘ W0 and contract it with the factors, dA += Bᵀ H, dB += H Aᵀ.
+/* Epilogues of a finished piece of C. Of every product: add what was there and a bias, and round once. For dA and dB,
+ * where C is rows of a block's G = dYᵀ x: make H = s G ∘ W0 and contract it with the factors, dA += Bᵀ H, dB += H Aᵀ.
  */
 #pragma once
 
@@ -7,19 +7,28 @@
 
 enum { ROWS_BELOW = 6 };
 
-/* y (+)= sums + bias for some rows of float32 sums; the bias may be NULL. Each number is rounded once. */
-INLINE void finish_rows(const float *sums, i64 stride, i64 count, i64 cols, const void *bias, int add, void *y,
-                        i64 y_stride, int dtype) {
+/* C (+)= sums + bias for some rows of float32 sums; the bias may be NULL. Each number is rounded once. */
+INLINE void finish_as(int dtype, const float *sums, i64 stride, i64 count, i64 cols, const void *bias, int add, void *C,
+                      i64 C_stride) {
     for (i64 t = 0; t < count; t++)
         for (i64 c = 0; c < cols; c += LANES) {
-            void *to = (char *)y + (t * y_stride + c) * bytes_of(dtype);
+            void *to = (char *)C + (t * C_stride + c) * bytes_of(dtype);
             vf value = widen(sums + t * stride, c, cols - c, FLOAT32);
-            __builtin_prefetch((char *)to + ROWS_BELOW * y_stride * bytes_of(dtype),
-                               1); /* a piece of C has left the cache */
-            if (bias) value += widen(bias, c, cols - c, dtype);
+            __builtin_prefetch((char *)to + ROWS_BELOW * C_stride * bytes_of(dtype), 1); /* it has left the cache */
             if (add) value += widen(to, 0, cols - c, dtype);
+            if (bias) value += widen(bias, c, cols - c, dtype);
             narrow(to, 0, cols - c, value, dtype);
         }
+}
+
+static __attribute__((noinline)) void finish_rows(const float *sums, i64 stride, i64 count, i64 cols, const void *bias,
+                                                  int add, void *C, i64 C_stride, int dtype) {
+    if (dtype == FLOAT32)
+        finish_as(FLOAT32, sums, stride, count, cols, bias, add, C, C_stride);
+    else if (dtype == BFLOAT16)
+        finish_as(BFLOAT16, sums, stride, count, cols, bias, add, C, C_stride);
+    else
+        finish_as(FLOAT16, sums, stride, count, cols, bias, add, C, C_stride);
 }
 
 enum {

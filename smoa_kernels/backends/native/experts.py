@@ -19,7 +19,7 @@ def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     weight = adapter.weight
     if not (_fits(adapter, ends) and _takes(weight, x, weight.shape[2])):
         return experts.experts_forward(x, ends, adapter)
-    few, path = routes(x.dtype, weight, adapter.A.shape[1], "auto")
+    few, path = routes(x.dtype, adapter.A.shape[1], "auto")
     y = x.new_empty(x.shape[0], weight.shape[1])
     if _EveryExpert(ends, adapter).compute("smoa_forward", few, path, x=x, y=y):
         for e, start, end in experts.spans(ends):
@@ -39,14 +39,14 @@ def experts_backward(
     fits = _fits(adapter, ends) and _takes(weight, dy, weight.shape[1])
     if not fits or (x is not None and not (_takes(weight, x, weight.shape[2]) and x.shape[0] == dy.shape[0])):
         return experts.experts_backward(dy, x, ends, adapter, needs_x=needs_x)
-    few, path = routes(dy.dtype, weight, A.shape[1], "auto", transposed=True)
+    few, path = routes(dy.dtype, A.shape[1], "auto")
     dx, dA, dB, call = None, None, None, _EveryExpert(ends, adapter)
     if needs_x:
         dx = dy.new_empty(dy.shape[0], weight.shape[2])
         call.compute("smoa_input", few, path, dy=dy, y=dx)
     if x is not None:
         dA, dB = A.new_zeros(A.shape), B.new_zeros(B.shape)
-        call.compute("smoa_gradient", 0, gradient_path(dy, weight, A.shape[1]), dy=dy, x=x, dA=dA, dB=dB)
+        call.compute("smoa_gradient", 0, gradient_path(dy), dy=dy, x=x, dA=dA, dB=dB)
     return dx, dA, dB
 
 

@@ -103,90 +103,88 @@ static operand ordered(order_job *j, i64 count, i64 threads) {
     return o;
 }
 
-/* A matrix product C (+)= left rightᵀ + bias. C may be bfloat16, and have a bias, if tiles sum all terms in registers.
- */
+/* A matrix product C (+)= left rightᵀ + bias. */
 typedef struct {
     int format;
-    i64 depth, terms; /* all terms of a sum; terms that are packed and summed in registers at a time */
+    i64 depth, terms; /* all terms of a sum; terms that are summed in registers at a time */
     operand left, right;
     const adapter *adapter; /* of the right operand, or NULL */
-    i64 right_rows; /* rows of the right operand that are packed together */
     void *C;
     i64 stride;
     int dtype, add; /* dtype: of C */
-    const void *bias; /* or NULL */
+    const void *bias; /* or NULL; in C's dtype */
 } gemm_job;
 
-#if HAS_TILES
-/* Multiplies panels. The operand with fewer rows is in the inner loop and stays in the L2 cache. */
-TARGET_BF16 INLINE void multiply_tiles(int format, int dtype, const gemm_job *g, const half *left, const half *right,
-                                       i64 depth, i64 i_count, i64 j_count) {
+/* Terms that are packed at a time: all if C is a half type, so that it is rounded once. */
+static i64 packed_terms(const gemm_job *g) { return least(g->depth, g->dtype == FLOAT32 ? g->terms : g->depth); }
+
+/* Multiplies packed operands. The one with fewer rows is in the inner loop and stays in the L2 cache. */
+static void multiply(const gemm_job *g, const float *left, const float *right, i64 depth, i64 i_count, i64 j_count) {
     _Alignas(64) float sums[PANEL * PANEL];
-    i64 tall = i_count > j_count, apart = 2 * row_size(format, depth);
-    if (has_amx) use_tiles();
-    for (i64 outer = 0; outer < greatest(i_count, j_count); outer += PANEL)
-        for (i64 inner = 0; inner < least(i_count, j_count); inner += PANEL) {
-            i64 i = tall ? outer : inner, j = tall ? inner : outer, rows = least(PANEL, i_count - i),
-                columns = least(PANEL, j_count - j);
-            tile_panel(format, left + i * apart, right + j * apart, depth, rows, columns, sums);
-            finish_rows(sums, PANEL, rows, columns, g->bias ? element(g->bias, j, dtype) : NULL, g->add,
-                        (char *)g->C + (i * g->stride + j) * bytes_of(dtype), g->stride, dtype);
+    int f = g->format, tall = f == FLOATS || i_count > j_count;
+    i64 size = row_size(f, depth), high = left_height(f), wide = right_height(f);
+    if (f != FLOATS && has_amx) use_tiles();
+    for (i64 outer = 0; outer < (tall ? i_count : j_count); outer += tall ? high : wide)
+        for (i64 inner = 0; inner < (tall ? j_count : i_count); inner += tall ? wide : high) {
+            i64 i = tall ? outer : inner, j = tall ? inner : outer, rows = least(high, i_count - i),
+                columns = least(wide, j_count - j);
+            const float *l = left + i * size, *r = right + j * size;
+            if (f == FLOATS)
+                fma_panel(g->terms, depth, l, r, rows, sums);
+            else
+                tile_panel(f, depth, (const half *)l, (const half *)r, rows, columns, sums);
+            finish_rows(sums, PANEL, rows, columns, g->bias ? element(g->bias, j, g->dtype) : NULL, g->add,
+                        (char *)g->C + (i * g->stride + j) * bytes_of(g->dtype), g->stride, g->dtype);
         }
-    if (has_amx) _tile_release();
+    if (f != FLOATS && has_amx) release_tiles();
 }
 
-/* C (+)= left rightᵀ + bias of packed operands. */
-TARGET_BF16 static __attribute__((noinline)) void multiply_packed(const gemm_job *g, const void *left,
-                                                                  const void *right, i64 depth, i64 i_count,
-                                                                  i64 j_count) {
-    if (g->format == SPLIT3)
-        multiply_tiles(SPLIT3, FLOAT32, g, left, right, depth, i_count, j_count);
-    else if (g->dtype == FLOAT32)
-        multiply_tiles(PAIRS, FLOAT32, g, left, right, depth, i_count, j_count);
-    else
-        multiply_tiles(PAIRS, BFLOAT16, g, left, right, depth, i_count, j_count);
-}
-#else
-#define multiply_packed(g, left, right, depth, i_count, j_count) ((void)(left), (void)(right))
-#endif
+/* Bytes of a core's L2 cache: set by `smoa_about`. */
+static i64 l2_cache;
 
-/* Rows that are packed together. The right ones stay in the L2 cache; each further group of left rows packs the right
- * operand again. */
-static i64 right_rows_of(int format) { return format == SPLIT3 ? 2 * NC : NC; }
-static i64 left_rows_of(int format) { return format == FLOATS ? MC : 2048; }
+/* Right rows that are packed together: they fit into the L2 cache. */
+static i64 right_rows_of(int format, i64 terms) {
+    i64 fit = l2_cache / (4 * greatest(1, row_size(format, terms)));
+    return greatest(PANEL, least(2 * NC, fit / PANEL * PANEL));
+}
+
+/* The same of left rows; each further group of them packs the right operand again. */
+static i64 left_rows_of(int format, i64 terms) {
+    enum { FLOATS_AT_MOST = 1 << 21, ROWS_AT_LEAST = MR * 36 };
+    i64 fit = FLOATS_AT_MOST / greatest(1, terms);
+    return format == FLOATS ? least(MC, greatest(ROWS_AT_LEAST, fit / MR * MR)) : 2048;
+}
 
 typedef struct {
     float *left, *right, *scratch;
 } packing_room;
 
 /* Takes the packing buffers of a product with at most `left_count` rows on the left. */
-static packing_room packing_room_of(arena *a, int format, i64 left_count, i64 right_rows, i64 depth, i64 terms) {
-    i64 deep = row_size(format, least(terms, depth)), high = left_height(format);
-    i64 left = least(round_up(left_rows_of(format), high), round_up(left_count, high));
-    return (packing_room){take(a, (left * deep + SPILL) * 4), take(a, (right_rows * deep + SPILL) * 4),
-                          take(a, format == SPLIT3 ? (NC * KC + SPILL) * 4 : 0)};
+static packing_room packing_room_of(arena *a, const gemm_job *g, i64 left_count) {
+    i64 terms = packed_terms(g), size = row_size(g->format, terms), high = left_height(g->format);
+    i64 left = round_up(least(left_rows_of(g->format, terms), left_count), high);
+    return (packing_room){take(a, (left * size + SPILL) * 4),
+                          take(a, (right_rows_of(g->format, terms) * size + SPILL) * 4),
+                          take(a, g->format == SPLIT3 ? (NC * KC + SPILL) * 4 : 0)};
 }
 
 /* Multiplies some rows of the left operand by some rows of the right one; C points to the product of the first two. */
 static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j_count, arena workspace) {
     int f = g->format;
-    i64 most = left_rows_of(f), kc = greatest(1, least(g->terms, g->depth));
-    packing_room room = packing_room_of(&workspace, f, i_count, g->right_rows, g->depth, g->terms);
-    for (i64 i = 0; i < i_count; i += most) {
-        i64 height = least(most, i_count - i), k = 0;
+    i64 kc = greatest(1, packed_terms(g)), left_rows = left_rows_of(f, kc), right_rows = right_rows_of(f, kc);
+    packing_room room = packing_room_of(&workspace, g, i_count);
+    for (i64 i = 0; i < i_count; i += left_rows) {
+        i64 height = least(left_rows, i_count - i), k = 0;
         do {
             i64 deep = least(kc, g->depth - k);
             pack_left(f, &g->left, i_first + i, height, k, deep, room.left, room.scratch);
-            for (i64 j = 0; j < j_count; j += g->right_rows) {
-                i64 width = least(g->right_rows, j_count - j);
+            for (i64 j = 0; j < j_count; j += right_rows) {
+                i64 width = least(right_rows, j_count - j);
                 gemm_job part = *g;
                 part.C = (char *)g->C + (i * g->stride + j) * bytes_of(g->dtype), part.add = g->add || k > 0;
                 part.bias = g->bias && k + deep == g->depth ? element(g->bias, j, g->dtype) : NULL;
                 pack_right(f, &g->right, g->adapter, j_first + j, width, k, deep, room.right, room.scratch);
-                if (f == FLOATS)
-                    fma_panels(deep, room.left, room.right, part.C, g->stride, height, width, part.add);
-                else
-                    multiply_packed(&part, room.left, room.right, deep, height, width);
+                multiply(&part, room.left, room.right, deep, height, width);
             }
             k += kc;
         } while (k < g->depth);

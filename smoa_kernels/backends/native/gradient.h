@@ -6,10 +6,13 @@
 
 #include "product.h"
 
+enum {
+    SLAB = 512, /* most rows of G that are held at a time */
+    COPIED_TOKENS = 1024, /* of float32 tokens that are copied in block order, or masked, at a time */
+};
+
 /* Tokens that are packed in tiles at a time. */
 static i64 tokens_together(const layer *l) { return greatest(round_up((l->rows + l->cols) / 4, PANEL), 1024); }
-
-enum { SLAB = 512 }; /* most rows of G that are held at a time */
 
 typedef struct {
     layer l; /* W0 is row-major */
@@ -59,6 +62,12 @@ static void contract_slab(const gradient *g, const gradient_room *r, i64 k, i64 
         for (i64 c = 0; c < padded; c++) dA[t * f->A_stride + before + c] += r->dA[t * padded + c];
 }
 
+/* The gemm of some rows of a block's G. */
+static gemm_job product_of(const gradient *g, float *G, i64 width) {
+    return (gemm_job){.format = g->format, .depth = g->tokens, .terms = g->format == PAIRS ? g->tokens : KC,
+                      .left = g->dy, .right = g->x, .C = G, .stride = round_up(width, PANEL)};
+}
+
 /* A thread's rows of each block. */
 static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
     const gradient *g = it;
@@ -70,14 +79,7 @@ static void add_gradients(void *it, i64 thread, i64 first, i64 end) {
          * block's. */
         i64 height = height_of(l, k), width = width_of(l, k), share = (thread + k) % g->threads;
         if (!width || !rank_of(l, k)) continue;
-        gemm_job product = {.format = g->format,
-                            .depth = g->tokens,
-                            .terms = g->format == PAIRS ? g->tokens : KC,
-                            .left = g->dy,
-                            .right = g->x,
-                            .right_rows = right_rows_of(g->format),
-                            .C = r.G,
-                            .stride = round_up(width, PANEL)};
+        gemm_job product = product_of(g, r.G, width);
         end = share_of(height, PANEL, share + 1, g->threads);
         for (first = share_of(height, PANEL, share, g->threads); first < end; first += g->slab) {
             i64 count = least(g->slab, end - first);
@@ -109,8 +111,8 @@ static i64 factor_gradients(const call *c) {
     const layer *l = &g.l;
     order_job dy = {{c->dy, (int)c->dtype, 0, c->dy_stride}, NULL, c->layer.row_index, NULL, c->layer.rows, NULL};
     order_job x = {{c->x, (int)c->dtype, 0, c->x_stride}, NULL, c->layer.col_index, c->keep, c->layer.cols, NULL};
-    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads),
-        remaining = c->tokens; /* most panels of a block that one thread has */
+    i64 panels = ceil_div(ceil_div(tallest_of(l), PANEL), g.threads); /* most of a block that one thread has */
+    i64 remaining = c->tokens;
     i64 together = tiles ? tokens_together(l) : !l->contiguous || x.keep ? COPIED_TOKENS : remaining;
     i64 most = least(remaining, together);
     arena a = workspace_of(c->workspace), local = {0};
@@ -123,7 +125,8 @@ static i64 factor_gradients(const call *c) {
     if (!l->contiguous) dy.to = take(&a, most * dy.width * size);
     if (!l->contiguous || x.keep) x.to = take(&a, most * x.width * size);
     local = gradient_room_of(&g, local).rest;
-    packing_room_of(&local, g.format, g.slab, right_rows_of(g.format), most, tiles ? most : KC);
+    gemm_job product = product_of(&g, NULL, 0);
+    packing_room_of(&local, &product, g.slab);
     g.rooms = take_rooms(&a, g.threads, local.bytes);
     if (!a.base) return floats_of(&a);
     memset(g.dA, 0, (size_t)(g.threads * l->rank * g.factors.A_stride) * sizeof *g.dA);

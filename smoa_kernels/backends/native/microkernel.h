@@ -29,15 +29,15 @@ enum {
 };
 
 static inline i64 left_height(int format) { return format == FLOATS ? MR : PANEL; }
+static inline i64 right_height(int format) { return format == FLOATS ? NR : PANEL; }
 
 /* Floats per row of a panel: a term takes one in FLOATS, a half in PAIRS, three halves in SPLIT3. */
 static inline i64 row_size(int format, i64 depth) {
     return format == FLOATS ? depth : round_up(depth, TERMS) / 2 * (format == SPLIT3 ? 3 : 1);
 }
 
-/* c (+)= Σ_k a_k b_kᵀ with a (depth, MR) and b (depth, NR): a tile (rows, NR), of which (height, width) is stored. */
-INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float *c, i64 stride, i64 height, i64 width,
-                     int add) {
+/* sums (rows, PANEL) (+)= Σ_k a_k b_kᵀ with a (depth, MR) and b (depth, NR). */
+INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, int add, float *sums) {
     vf sum[MR][2];
     for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = (vf){0};
 #pragma GCC unroll 4
@@ -49,37 +49,28 @@ INLINE void fma_tile(int rows, i64 depth, const float *a, const float *b, float 
             sum[i][1] += right * a[i];
         }
     }
-    float sums[MR * NR];
-    int whole = height == rows && width == NR;
     for (int i = 0; i < rows; i++)
         for (int q = 0; q < 2; q++) {
-            float *to = (whole ? c + i * stride : sums + i * NR) + q * LANES;
-            store(to, whole && add ? sum[i][q] + load(to) : sum[i][q]);
+            float *to = sums + i * PANEL + q * LANES;
+            store(to, add ? sum[i][q] + load(to) : sum[i][q]);
         }
-    if (!whole)
-        for (i64 i = 0; i < height; i++)
-            for (i64 j = 0; j < width; j++) c[i * stride + j] = sums[i * NR + j] + (add ? c[i * stride + j] : 0);
 }
 
-/* Computes MR, MR / 2 or MR / 4 rows: the last panel may be low. Not inlined, because GCC would then keep the sums in
- * memory. */
-static __attribute__((noinline)) void fma_panel(i64 depth, const float *a, const float *b, float *c, i64 stride,
-                                                i64 height, i64 width, int add) {
-    if (height > MR / 2)
-        fma_tile(MR, depth, a, b, c, stride, height, width, add);
-    else if (height > MR / 4)
-        fma_tile(MR / 2, depth, a, b, c, stride, height, width, add);
-    else
-        fma_tile(MR / 4, depth, a, b, c, stride, height, width, add);
-}
-
-/* C (rows, columns) (+)= left rightᵀ of consecutive left and right panels. */
-static void fma_panels(i64 depth, const float *left, const float *right, float *c, i64 stride, i64 rows, i64 columns,
-                       int add) {
-    for (i64 i = 0; i < rows; i += MR)
-        for (i64 j = 0; j < columns; j += NR)
-            fma_panel(depth, left + i * depth, right + j * depth, c + i * stride + j, stride, least(MR, rows - i),
-                      least(NR, columns - j), add);
+/* Sums `terms` at a time in registers. Computes MR, MR / 2 or MR / 4 rows: the last panel may be low. Not inlined,
+ * because GCC would then keep the sums in memory. */
+static __attribute__((noinline)) void fma_panel(i64 terms, i64 depth, const float *a, const float *b, i64 rows,
+                                                float *sums) {
+    i64 k = 0;
+    do { /* once without terms, too: the sums are 0 then */
+        i64 deep = least(terms, depth - k);
+        if (rows > MR / 2)
+            fma_tile(MR, deep, a + k * MR, b + k * NR, k > 0, sums);
+        else if (rows > MR / 4)
+            fma_tile(MR / 2, deep, a + k * MR, b + k * NR, k > 0, sums);
+        else
+            fma_tile(MR / 4, deep, a + k * MR, b + k * NR, k > 0, sums);
+        k += terms;
+    } while (k < depth);
 }
 
 /* Whether to multiply by AVX512-BF16, and AMX: set by `smoa_about`, before threads run. */
@@ -191,8 +182,8 @@ TARGET_BF16 static inline void add_split_products(const half *left, const half *
     add_products(1);
 }
 
-/* sums = left rightᵀ of two panels, of which `rows` and `columns` exist. */
-TARGET_BF16 INLINE void tile_panel(int format, const half *left, const half *right, i64 depth, i64 rows, i64 columns,
+/* sums (PANEL, PANEL) = left rightᵀ of two panels, of which `rows` and `columns` exist. */
+TARGET_BF16 static void tile_panel(int format, i64 depth, const half *left, const half *right, i64 rows, i64 columns,
                                    float *sums) {
     int two = columns > SIDE; /* right tiles */
     for (i64 i = 0; i < rows && !has_amx; i += two ? SIDE / 2 : SIDE)
@@ -207,8 +198,13 @@ TARGET_BF16 INLINE void tile_panel(int format, const half *left, const half *rig
             load_left(left), load_right(right), add_products(rows > SIDE);
     store_sums(sums);
 }
+
+TARGET_BF16 static void release_tiles(void) { _tile_release(); }
 #else
 #define HAS_TILES 0
+#define use_tiles() ((void)0)
+#define release_tiles() ((void)0)
+#define tile_panel(format, depth, left, right, rows, columns, sums) ((void)0)
 #endif
 
 _Static_assert(NR == 2 * LANES && MR <= NR && NR <= PANEL, "buffers have NR rows, and PANEL spare ones");

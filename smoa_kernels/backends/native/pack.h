@@ -109,26 +109,29 @@ static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
     }
 }
 
-/* Panels of a row-major operand: transposes them. */
+/* Panels of a row-major operand: transposes them, KC terms at a time. */
 static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
     float wide[NR * KC];
-    for (i64 top = 0; top < count; top += height, to += depth * height) {
-        i64 valid = least(height, count - top), p = 0;
-        const float *row[NR + 8];
-        read_rows(o, first + top, valid, k, depth, wide, row);
-        for (i64 i = valid; i < NR + 8; i++) row[i] = row[valid - 1];
-        /* Eight rows at a time; the last eight overlap others if 8 does not divide the height. In a panel lower than
-         * eight a transpose also writes to the next column, which is overwritten later, or beyond the panel (SPILL). */
-        for (; p + 8 <= depth; p += 8)
-            for (int i = 0; i < height; i += 8) {
-                int start = i + 8 > height && height >= 8 ? height - 8 : i;
-                if (o->dtype == FLOAT32 && p % 16 == 0)
-                    for (int r = 0; r < 8; r++) __builtin_prefetch(row[start + r] + p + AHEAD);
-                transpose(row + start, p, to + p * height + start, height);
-            }
-        for (; p < depth; p++)
-            for (int i = 0; i < height; i++) to[p * height + i] = row[i][p];
-    }
+    for (i64 top = 0, terms; top < count; top += height)
+        for (i64 start = 0; start < depth; start += terms, to += terms * height) {
+            i64 valid = least(height, count - top), p = 0;
+            const float *row[NR + 8];
+            terms = least(KC, depth - start);
+            read_rows(o, first + top, valid, k + start, terms, wide, row);
+            for (i64 i = valid; i < NR + 8; i++) row[i] = row[valid - 1];
+            /* Eight rows at a time; the last eight overlap others if 8 does not divide the height. In a panel lower
+             * than eight a transpose also writes to the next column, which is overwritten later, or beyond the panel
+             * (SPILL). */
+            for (; p + 8 <= terms; p += 8)
+                for (int i = 0; i < height; i += 8) {
+                    int low = i + 8 > height && height >= 8 ? height - 8 : i;
+                    if (o->dtype == FLOAT32 && p % 16 == 0)
+                        for (int r = 0; r < 8; r++) __builtin_prefetch(row[low + r] + p + AHEAD);
+                    transpose(row + low, p, to + p * height + low, height);
+                }
+            for (; p < terms; p++)
+                for (int i = 0; i < height; i++) to[p * height + i] = row[i][p];
+        }
 }
 
 /* Panels of a column-major operand: each column is read and widened once for all panels. */

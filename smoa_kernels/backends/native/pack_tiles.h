@@ -1,9 +1,8 @@
-/* Packing in tiles (microkernel.h): SPLIT3 from float32; PAIRS from bfloat16, whose bits are moved unchanged, or from
- * panels of floats where a weight is modulated or the operand is column-major.
+/* Packing in tiles (microkernel.h): PAIRS from bfloat16, SPLIT3 from panels of floats.
  *
- * A row-major operand is copied to left tiles, and transposed to right tiles. To put terms in block order, lines of
- * right tiles are picked, each of which is two terms of 16 rows; another transpose makes left tiles. In gradients a
- * column-major operand becomes right tiles by interleaving two terms, and left tiles by another transpose.
+ * PAIRS moves the bits of tokens unchanged, and modulates a weight in vectors as it lies in memory. A row-major operand
+ * is copied to left tiles, and transposed to right ones. A column-major operand becomes right tiles by interleaving two
+ * terms, and left tiles by another transpose.
  */
 #pragma once
 
@@ -76,8 +75,7 @@ INLINE vf term_or_zero(const float *panel, i64 p, i64 depth, i64 column) {
     return p < depth ? load(panel + p * PANEL + column) : (vf){0};
 }
 
-/* Packs panels of floats (depth, PANEL) in right panels of SPLIT3. The two terms of a pair are half a step apart, so
- * that rows can be packed in left tiles without a permutation. */
+/* Packs panels of floats (depth, PANEL) in right panels of SPLIT3. The two terms of a pair are half a step apart. */
 static void split_floats(i64 count, i64 depth, const float *panel, half *to) {
     for (i64 top = 0; top < count; top += PANEL, panel += depth * PANEL)
         for (i64 k = 0; k < depth; k += TERMS, to += 3 * STEP)
@@ -85,24 +83,6 @@ static void split_floats(i64 count, i64 depth, const float *panel, half *to) {
                 for (int q = 0; q < 2; q++)
                     write_parts(term_or_zero(panel, p, depth, q * SIDE), term_or_zero(panel, p + SIDE, depth, q * SIDE),
                                 to + q * TILE + (p - k) * TERMS);
-}
-
-/* Packs a row-major operand in left panels of SPLIT3. */
-static void split_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, half *to) {
-    float wide[PANEL * KC];
-    for (i64 top = 0; top < count; top += PANEL) {
-        i64 valid = least(PANEL, count - top);
-        const float *row[PANEL];
-        read_rows(o, first + top, valid, k, depth, wide, row);
-        for (i64 p = 0; p < depth; p += TERMS, to += 3 * STEP)
-            for (i64 i = 0; i < valid; i++) {
-                const float *from = row[i] + p;
-                __builtin_prefetch(from + AHEAD);
-                __builtin_prefetch(from + AHEAD + SIDE);
-                write_parts(widen(from, 0, depth - p, FLOAT32), widen(from, SIDE, depth - p - SIDE, FLOAT32),
-                            to + i * TERMS);
-            }
-    }
 }
 
 static inline __mmask32 first_halves(i64 count) {
@@ -230,7 +210,6 @@ static void pack_pairs(int as_left, const operand *o, const adapter *m, i64 firs
 #else
 #define transpose_tiles(tiles, tile) ((void)(tile))
 #define split_floats(count, depth, panel, to) ((void)(to))
-#define split_rows(o, first, count, k, depth, to) ((void)(to))
 #define pack_pairs(as_left, o, m, first, count, k, depth, to) ((void)(to))
 #endif
 
@@ -257,8 +236,6 @@ static void pack_left(int format, const operand *o, i64 first, i64 count, i64 k,
         pack_floats(o, first, count, k, depth, MR, to);
     else if (format == PAIRS)
         pack_pairs(1, o, NULL, first, count, k, depth, (half *)to);
-    else if (o->row_major)
-        split_rows(o, first, count, k, depth, (half *)to);
     else {
         pack_right(SPLIT3, o, NULL, first, count, k, depth, to, scratch);
         transpose_tiles(round_up(count, PANEL) * row_size(SPLIT3, depth) * 2 / TILE, (half *)to);

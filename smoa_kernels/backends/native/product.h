@@ -8,12 +8,7 @@
 
 #include "gemm.h"
 
-enum {
-    L2_CACHE = 1 << 20,
-    /* Tokens whose float32 sums are in the workspace, if y is a half type; for more of them W0 is packed again. */
-    HALF_TOKENS = 512,
-    COPIED_TOKENS = 1024, /* of float32 tokens that are copied in block order, or masked, at a time */
-};
+enum { BAND = 512 }; /* tokens at a time whose update is in the workspace, if y is split */
 
 /* The format of a float32 product. Below these limits splitting the right operand takes as long as SPLIT3 saves. */
 static int format_of(i64 rows, i64 depth) { return rows >= 96 && depth >= 32 && has_amx ? SPLIT3 : FLOATS; }
@@ -42,14 +37,6 @@ static void next_tokens(product *p, i64 count) {
     if (p->y_keep) p->y_keep += count * words(p->l.rows);
 }
 
-/* How many of `all` rows, each of `numbers` bfloat16, are multiplied together: they fit into `bytes` of a cache, are at
- * least PANEL, and leave work for all threads. */
-static i64 rows_together(i64 all, i64 numbers, i64 bytes, i64 threads) {
-    enum { MOST = 256 };
-    i64 fit = least(MOST, round_up(ceil_div(bytes / 2, greatest(1, numbers)), PANEL));
-    return least(fit, round_up(ceil_div(all, threads), PANEL));
-}
-
 static operand x_of(const product *p) { return (operand){p->x, p->dtype, 1, p->x_stride}; }
 
 /* How many parts to cut the tokens into. A thread then packs `tokens / parts` rows of x and `rows * parts / threads` of
@@ -65,18 +52,16 @@ static i64 token_parts_of(i64 tokens, i64 rows, i64 threads) {
 /* Terms per partial sum: all in tiles. They are fewer for few tokens, as MKL's, with whose error tests compare ours. */
 static i64 terms_of(const product *p, i64 depth) { return p->tiles ? depth : p->total < 16 ? 64 : KC; }
 
-/* Whether C is y. Else it is float32, for some tokens at a time, and `finish` rounds it. */
-static int is_in_y(const product *p) { return p->dtype == FLOAT32 || (p->tiles && p->algorithm == MERGED); }
+/* Whether C is y. Else it is float32, for a band of tokens, and `finish` rounds it. */
+static int is_in_y(const product *p) { return p->dtype == FLOAT32 || p->algorithm == MERGED; }
 
 /* The gemm of C (+)= x W0ᵀ or x W_effᵀ; the caller sets C. */
 static gemm_job weight_product(const product *p) {
     const layer *l = &p->l;
     int merged = p->algorithm == MERGED, format = p->tiles ? PAIRS : format_of(p->total, l->cols);
-    gemm_job g = {.format = format, .depth = l->cols, .terms = terms_of(p, l->cols), .left = x_of(p),
-                  .right = weight_of(l), .adapter = merged ? &p->merged : NULL, .stride = p->C_stride,
-                  .dtype = is_in_y(p) ? p->dtype : FLOAT32, .add = !merged};
-    g.right_rows = p->tiles ? rows_together(l->rows, l->cols, L2_CACHE, p->threads) : right_rows_of(g.format);
-    return g;
+    return (gemm_job){.format = format, .depth = l->cols, .terms = terms_of(p, l->cols), .left = x_of(p),
+                      .right = weight_of(l), .adapter = merged ? &p->merged : NULL, .stride = p->C_stride,
+                      .dtype = is_in_y(p) ? p->dtype : FLOAT32, .add = !merged};
 }
 
 /* A thread multiplies one part of the tokens by one part of the rows. */
@@ -90,7 +75,7 @@ static void multiply_weight(void *it, i64 thread, i64 first, i64 end) {
     first = share_of(p->tokens, high, part, parts), end = share_of(p->tokens, high, part + 1, parts);
     if (first == end || !count) return;
     g.C = (char *)p->C + (first * g.stride + row) * bytes_of(g.dtype);
-    if (p->bias && is_in_y(p) && g.format != FLOATS) g.bias = element(p->bias, row, p->dtype);
+    if (p->bias && is_in_y(p)) g.bias = element(p->bias, row, p->dtype);
     gemm(&g, first, end - first, row, count, room_of(&p->rooms, thread));
 }
 
@@ -117,8 +102,7 @@ static gemm_job block_product(const product *p, const adapter *m, i64 k) {
     int format = p->tiles ? PAIRS : format_of(p->total, widest_of(l));
     i64 depth = rank_of(l, k) ? width_of(l, k) : 0;
     gemm_job g = {.format = format, .depth = depth, .terms = terms_of(p, depth), .left = p->update_x,
-                  .right = weight_of(l), .adapter = m, .right_rows = right_rows_of(format),
-                  .C = (float *)p->C + l->row_offsets[k], .stride = p->C_stride};
+                  .right = weight_of(l), .adapter = m, .C = (float *)p->C + l->row_offsets[k], .stride = p->C_stride};
     i64 row = l->row_offsets[k], col = l->col_offsets[k], line = g.right.row_major ? row : col, at = row + col - line;
     g.left.data = element_of(&g.left, 0, col);
     if (p->ordered_weight)
@@ -163,14 +147,13 @@ static void finish(void *it, i64 thread, i64 first, i64 end) {
 static i64 product_room(const product *p) {
     gemm_job g = weight_product(p);
     arena a = {0};
-    packing_room_of(&a, g.format, p->tokens, g.right_rows, g.depth, g.terms);
+    packing_room_of(&a, &g, p->tokens);
     for (i64 k = 0; k < p->l.blocks && p->algorithm == SPLIT; k++) {
         arena b = {0};
         gemm_job block = block_product(p, NULL, k);
         i64 high = left_height(block.format);
         take(&b, p->l.rows * 4);
-        packing_room_of(&b, block.format, ceil_div(ceil_div(p->tokens, high), p->threads) * high, block.right_rows,
-                        block.depth, block.terms);
+        packing_room_of(&b, &block, ceil_div(ceil_div(p->tokens, high), p->threads) * high);
         a.bytes = greatest(a.bytes, b.bytes);
     }
     return a.bytes;
@@ -180,18 +163,15 @@ static i64 product_room(const product *p) {
  * once. */
 static i64 blocked_product(product p) {
     const layer *l = &p.l;
-    int format = weight_product(&p).format, in_y = is_in_y(&p);
-    int copies = p.algorithm == SPLIT && (!l->contiguous || p.x_keep); /* x is copied */
-    i64 remaining = p.tokens, together = in_y ? (copies ? COPIED_TOKENS : remaining) : HALF_TOKENS,
-        most = least(remaining, round_up(together, left_height(format)));
+    int in_y = is_in_y(&p), split = p.algorithm == SPLIT;
+    i64 remaining = p.tokens, most = split ? least(remaining, BAND) : remaining;
     arena a = p.workspace;
     p.tokens = most;
-    p.factors = factors_of(&a, l, p.algorithm == SPLIT, l->scaling);
+    p.factors = factors_of(&a, l, split, l->scaling);
     p.C = take(&a, in_y ? 0 : most * l->rows * 4), p.C_stride = in_y ? p.y_stride : l->rows;
     order_job x = {x_of(&p), NULL, l->col_index, p.x_keep, l->cols, NULL};
-    if (copies) x.to = take(&a, most * l->cols * bytes_of(p.dtype));
-    if (p.algorithm == SPLIT && !l->contiguous)
-        p.ordered_weight = take(&a, elements_before(l, l->blocks) * bytes_of(l->dtype));
+    if (split && (!l->contiguous || p.x_keep)) x.to = take(&a, most * l->cols * bytes_of(p.dtype));
+    if (split && !l->contiguous) p.ordered_weight = take(&a, elements_before(l, l->blocks) * bytes_of(l->dtype));
     int32_t *row_label = take(&a, (l->rows + PANEL) * 4), *col_label = take(&a, (l->cols + PANEL) * 4);
     p.rooms = take_rooms(&a, p.threads, product_room(&p));
     if (!a.base) return floats_of(&a);
@@ -203,10 +183,9 @@ static i64 blocked_product(product p) {
     for (; remaining > 0; remaining -= most, next_tokens(&p, most)) {
         p.tokens = least(most, remaining), p.C = in_y ? p.y : p.C;
         p.update_x = ordered(&x, p.tokens, p.threads);
-        if (p.algorithm == SPLIT)
-            in_parallel(add_update, &p, p.tokens, left_height(block_product(&p, NULL, 0).format), p.threads);
+        if (split) in_parallel(add_update, &p, p.tokens, left_height(block_product(&p, NULL, 0).format), p.threads);
         in_parallel(multiply_weight, &p, p.threads, 1, p.threads);
-        if (!in_y || (p.bias && format == FLOATS)) in_parallel(finish, &p, p.tokens, 1, p.threads);
+        if (!in_y) in_parallel(finish, &p, p.tokens, 1, p.threads);
     }
     return floats_of(&a);
 }
