@@ -126,14 +126,14 @@ def _take(adapter: PackedAdapter, mask: Mask | None) -> Call:
     call, adapter.layout = adapter.layout, None
     if not isinstance(call, Call) or call.read != read:
         call = Call.of(adapter)
-        call.read = read
+        call.read, call.lasts = read, lies_along_memory(weight)
     return call.scaled(adapter.scaling.item(), mask)
 
 
 def _put(adapter: PackedAdapter, call: Call | None) -> None:
-    """Keep a call, unless it reads a copy of W0, which may change."""
-    if call is not None and lies_along_memory(adapter.weight):
-        adapter.layout = call
+    """Keep a call without its mask, unless it reads a copy of W0, which may change."""
+    if call is not None and call.lasts:
+        adapter.layout = call.scaled(0.0, None)
 
 
 def _route(call: Call, tokens: Tensor, adapter: PackedAdapter, algorithm: str) -> Path:

@@ -96,8 +96,10 @@ class Call(ctypes.Structure):
     ]
 
     read: object
-    routes: dict[object, tuple[int, Path]]
-    """What a kept call reads, and where it goes: up to how many tokens `Path.FEW`, and the path of more."""
+    lasts: bool
+    routes: dict[str, tuple[int, Path]]
+    """What a kept call reads, whether all of that is the adapter's own, and where it goes by the algorithm: up to how
+    many tokens `Path.FEW`, and the path of more."""
 
     @classmethod
     def of(cls, adapter: PackedAdapter) -> Call:
