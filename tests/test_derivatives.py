@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import if_it_runs, obstacle
+from problems import if_it_runs, obstacle, relative_error
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -17,6 +19,7 @@ from smoa_kernels import FusedSMoALinear
 from smoa_kernels.backends import load_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.reference import delta_weight
+from smoa_kernels.functional import modulate
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Parameters, Tensor], Tensor]
@@ -243,3 +246,91 @@ def test_float32_factors_over_half_precision() -> None:
             for sample, gradient in zip(x, found[name], strict=True):
                 (wanted,) = torch.autograd.grad(layer(sample).sin().sum(), parameter)
                 torch.testing.assert_close(gradient, wanted, rtol=0.03, atol=0.03)
+
+
+# W_eff as a function of the factors, for layers of any kind
+
+
+def packed(layer: FusedSMoALinear, **changes: Any) -> PackedAdapter:
+    return replace(layer._packed(), **changes)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("block_order", ["spectral", "contiguous"])
+def test_modulate_is_the_merged_weight_with_the_factors_gradients(block_order: str) -> None:
+    layer = make_layer(block_order=block_order)
+    A, B = layer.smoa_A, layer.smoa_B
+    W_eff = modulate(packed(layer, A=A, B=B))
+    layer.merge()
+    assert torch.equal(W_eff, layer.weight)
+    layer.unmerge()
+
+    def function(A: Tensor, B: Tensor) -> Tensor:
+        return modulate(packed(layer, A=A, B=B))
+
+    assert torch.autograd.gradcheck(function, (A, B))
+    assert torch.autograd.gradgradcheck(function, (A, B))
+    batch = torch.stack([B, 2 * B]).detach()
+    both = vmap(lambda B: function(A.detach(), B))(batch)
+    torch.testing.assert_close(both, torch.stack([function(A, each) for each in batch]))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(A, B), W_eff)
+
+
+def test_modulate_rounds_as_the_layer_and_its_gradient_ignores_the_rounding() -> None:
+    layer = make_layer().bfloat16()
+    A, B = layer.smoa_A, layer.smoa_B
+    dW = torch.randn_like(layer.weight)
+    found = [modulate(packed(layer, A=A, B=B))]
+    with torch.profiler.profile():  # the plain operators
+        found.append(modulate(packed(layer, A=A, B=B)))
+    wide = copy.deepcopy(layer).double()
+    expected = torch.autograd.grad(
+        modulate(packed(wide, A=wide.smoa_A, B=wide.smoa_B)), (wide.smoa_A, wide.smoa_B), dW.double()
+    )
+    for W_eff in found:
+        for ours, exact in zip(torch.autograd.grad(W_eff, (A, B), dW), expected, strict=True):
+            assert relative_error(ours, exact) < 2**-8
+    layer.merge()
+    for W_eff in found:
+        assert torch.equal(W_eff, layer.weight)
+
+
+def test_a_convolution_by_modulate_is_hira() -> None:
+    """With K = 1 and s = 1: `W0 ∘ (1 + BA)` over W0 as (out, in · height · width)."""
+    conv = nn.Conv2d(3, 8, 3, dtype=torch.float64).requires_grad_(False)
+    flat = FusedSMoALinear.from_linear(nn.Linear(27, 8, dtype=torch.float64), r=2, num_blocks=1)
+    nn.init.normal_(flat.smoa_B)
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    adapter = packed(flat, weight=conv.weight.flatten(1), A=flat.smoa_A, B=flat.smoa_B)
+    y = nn.functional.conv2d(x, modulate(adapter).view_as(conv.weight), conv.bias)
+    hira = conv.weight * (1 + (flat.smoa_B @ flat.smoa_A).view_as(conv.weight))
+    expected = nn.functional.conv2d(x, hira, conv.bias)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-12)
+    factors = flat.smoa_A, flat.smoa_B
+    gradients = (torch.autograd.grad(one.sum(), factors) for one in (y, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_parametrization_by_modulate_trains() -> None:
+    layer = make_layer()
+
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.A, self.B = (nn.Parameter(one.detach().clone()) for one in (layer.smoa_A, layer.smoa_B))
+
+        def forward(self, weight: Tensor) -> Tensor:
+            return modulate(packed(layer, weight=weight, A=self.A, B=self.B))
+
+    plain = nn.Linear(layer.in_features, layer.out_features, dtype=torch.float64).requires_grad_(False)
+    plain.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+    torch.nn.utils.parametrize.register_parametrization(plain, "weight", Adapted())
+    x = torch.randn(5, layer.in_features, dtype=torch.float64)
+    for one in (plain, layer):
+        one(x).square().sum().backward()
+    ours = plain.parametrizations.weight[0]
+    torch.testing.assert_close(plain(x), layer(x))
+    torch.testing.assert_close(ours.A.grad, layer.smoa_A.grad)
+    torch.testing.assert_close(ours.B.grad, layer.smoa_B.grad)

@@ -329,3 +329,57 @@ def test_torchs_encoder_calls_it_in_evaluation() -> None:
         layer.linear1.merge()
         layer.linear2.merge()
     torch.testing.assert_close(found, (stack(x), stack(x, src_key_padding_mask=padding)))
+
+
+def test_a_backward_uses_the_scale_of_its_forward() -> None:
+    layer, x, gradients = trained(), torch.randn(3, 40), []
+    for scaled_between in (False, True):
+        layer.scaling = 0.5
+        y = layer(x)
+        if scaled_between:
+            layer.scaling = 2.0
+        layer.smoa_A.grad = None
+        y.sum().backward()
+        gradients.append(layer.smoa_A.grad)
+    assert torch.equal(*gradients)
+
+
+def test_loading_into_a_layer_leaves_others_with_the_same_partition() -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(12, 9)
+    partition = BlockPartition.from_weight(base.weight, 2)
+    one, two = (
+        FusedSMoALinear.from_linear(copy.deepcopy(base), num_blocks=2, partition=partition) for _ in range(2)
+    )
+    other = FusedSMoALinear(12, 9, num_blocks=2, block_order="random", block_seed=3)
+    nn.init.normal_(two.smoa_B)
+    before = two(torch.ones(2, 12)), partition.row_block.clone()
+    one.load_state_dict(other.state_dict())
+    assert one.partition == other.partition
+    assert not torch.equal(one.smoa_row_block, two.smoa_row_block)
+    assert torch.equal(partition.row_block, before[1])
+    assert torch.equal(two(torch.ones(2, 12)), before[0])
+
+
+def test_a_layer_keeps_its_adapter_but_no_weight_that_is_made_for_a_call() -> None:
+    """Tensors that are replaced or changed in place are followed; a computed weight is freed after the call."""
+    layer, x = trained(), torch.ones(3, 40)
+    y, kept = layer(x), layer._kept
+    assert kept is not None
+    assert torch.equal(layer(x), y)
+    assert layer._kept is kept
+    layer.weight.data = 2 * layer.weight.data
+    assert not torch.equal(layer(x), y)
+    layer.smoa_A = nn.Parameter(layer.smoa_A.detach() * 0)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    copied = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(copied(x), layer(x))
+    layer._kept = None
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    layer(x)
+    assert layer._kept is None
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
