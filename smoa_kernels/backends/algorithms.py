@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..definition.precision import PRECISIONS
-from ..kernels.architectures import facts
+from ..kernels.architectures import limits
 
 # Above these ρ the fused kernel takes the rank in chunks and loads nothing ahead.
 FUSED_MAX_RANK = 64
@@ -31,6 +31,6 @@ def choose_algorithm(tokens: int, rank: int, dtype: str, arch: str) -> str:
         arch: as the compiler spells it.
     """
     precision = PRECISIONS[dtype]
-    limit = facts(arch).fused_tokens * 2 // precision.dtype.itemsize // (2 if precision.ieee else 1)
+    limit = limits(arch).fused_tokens * 2 // precision.dtype.itemsize // (2 if precision.ieee else 1)
     most = FUSED_MAX_RANK_IEEE if precision.ieee else FUSED_MAX_RANK
     return "fused" if tokens <= limit and rank <= most else "merged"

@@ -33,7 +33,7 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import gemm_is_ieee, precision_of
 from ..kernels.architectures import architecture, assembler, identity
-from ..kernels.launch import Launch, Pointers, described, heard_by, on_device
+from ..kernels.launch import Arguments, Launch, launch_arguments, launch_hook, on_device
 from ..kernels.spec import bucket
 from ..kernels.table import chosen_for, keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
@@ -131,9 +131,9 @@ def _run(name: object, run: Run, adapter: Any, tokens: int | None, *tensors: Ten
     known = verdicts(weight.device)
     precision = precision_of(weight.dtype, gemm_is_ieee(weight.dtype, "cuda")).name
 
-    def check(launch: Launch, pointers: Pointers) -> None:
+    def check(launch: Launch, arguments: Arguments) -> None:
         try:
-            kernel = known.name_of(launch, pointers)
+            kernel = known.name_of(launch, arguments)
             if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
                 if kernel in known.ran:
                     return
@@ -155,14 +155,14 @@ def _run(name: object, run: Run, adapter: Any, tokens: int | None, *tensors: Ten
     # Calls that are equal in this launch about the same kernels.
     question = (
         name,
-        described(adapter)[0],
+        launch_arguments(adapter)[0],
         bucket(tokens or 0),
         tokens == 0,
         *(one is None for one in tensors),
     )
     if (why := known.withheld.get(question)) is None:
         try:
-            with heard_by(check, new=True):
+            with launch_hook(check, new=True):
                 return run(triton, adapter, *tensors)
         except _WithheldError as error:
             why, lasts = error.args
@@ -182,7 +182,7 @@ def _compare(known: Verdicts, run: Run, allowed: float, tokens: int, rows: int, 
     heard: list[str] = []
     is_packed, E = isinstance(given[0], PackedAdapter), len(given[0].weight)
     stand_ins = {rows: tokens} if is_packed else {-(-rows // E): -(-tokens // E)}  # of the average expert
-    with chosen_for(stand_ins), heard_by(lambda *launch: heard.append(known.name_of(*launch)), new=True):
+    with chosen_for(stand_ins), launch_hook(lambda *launch: heard.append(known.name_of(*launch)), new=True):
         run(triton, *given)
         if known.kernels.keys() >= set(heard):
             return
@@ -210,9 +210,9 @@ class Verdicts:
         self.ran: set[str] = set()
         self.withheld: dict[object, str] = {}
 
-    def name_of(self, launch: Launch, pointers: Pointers) -> str:
+    def name_of(self, launch: Launch, arguments: Arguments) -> str:
         """Compile a kernel and name it. Raises a _WithheldError if it is refused."""
-        name = f"{launch.kernel.__name__} {launch.compiled(pointers).hash}"
+        name = f"{launch.kernel.__name__} {launch.compiled(arguments).hash}"
         if reason := self.kernels.get(name):
             raise _WithheldError(reason, True)
         return name

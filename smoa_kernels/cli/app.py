@@ -36,7 +36,7 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
         roofline: "roofline --gpu h100 --shape 4096x14336 --tokens 8192",
         plan: "plan --model llama-3-8b --gpus 8 --parallel fsdp",
     },
-    "A GPU": {tune: "tune --from-model path/to/model --budget 30"},
+    "A GPU": {tune: "tune --model path/to/model --tokens 8192"},
 }
 
 

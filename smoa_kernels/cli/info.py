@@ -18,7 +18,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .. import kernels
 from .._version import __version__
 from ..backends import miscompiled_on, native_obstacle, triton_obstacle
 from ..backends.native.library import has
@@ -146,13 +145,14 @@ def _tables() -> dict[str, str]:
 def _kernels() -> dict[str, str]:
     """The verdicts on compiled kernels on each GPU here, and the kernels that have not run there yet."""
     from ..backends.verified import verdicts
+    from ..kernels.registry import KERNELS
 
     found: dict[str, str] = {}
     for known in {verdicts(device).gpu: verdicts(device) for device in _gpus()}.values():
         forms = known.kernels
         sound = Counter(form.partition(" ")[0] for form, reason in forms.items() if not reason)
         ran = {form.partition(" ")[0] for form in forms}
-        names = [kernel.fn.__name__ for kernel in kernels.KERNELS.values()]
+        names = [kernel.fn.__name__ for kernel in KERNELS.values()]
         said = {
             "versions": known.versions,
             "verified": ", ".join(f"{name} ({n} forms)" for name, n in sound.items()),
@@ -164,12 +164,8 @@ def _kernels() -> dict[str, str]:
 
 
 def _in_force(found: table.Table) -> str:
-    if found.broken:
-        return f"{found.broken}; not used"
-    said = f"{len(found.entries)} entries in force"
-    if found.stale:
-        said += f", {len(found.stale)} not: measured with another Triton or version of the kernels"
-    return f"{said}, {found.reasons()}" if found.skipped else said
+    said = f"{len(found.entries)} entries in force, {len(found.stale)} measured with other versions"
+    return f"{said}; {found.problem}" if found.problem else said
 
 
 def _gpus() -> list[torch.device]:

@@ -28,9 +28,6 @@ import triton.language as tl
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-"""Triton 3.6 spills large tiles that 3.9 does not; before 3.9 they do not ship. 3.7 and 3.8 were not tried."""
-
 # The largest float32 that rounds to a finite TF32 is just below this: 0x7F7FF000.
 LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 

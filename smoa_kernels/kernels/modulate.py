@@ -25,9 +25,9 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from ..definition.thresholds import LACKS, Place
 from .common import block_slots, load_block, power_of_two, rank_product, round_to
-from .launch import Launch, Layout, described
-from .spec import Config, Kernel
-from .table import remembered
+from .launch import Grid, Launch, Layout, launch_arguments
+from .spec import Config, Kernel, Row
+from .table import cached
 
 MOST_RANKS = 32  # that are multiplied at a time; `tl.dot` takes no fewer than 16
 
@@ -149,23 +149,19 @@ def modulated_weight(
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
-    layout, pointers = described(adapter)
+    layout, pointers = launch_arguments(adapter)
     layout = layout._replace(precision="fp32") if ieee and layout.precision == "tf32" else layout
-    _weight_launch(layout, out.stride(), adapter.place)(out_ptr=out, **pointers)
+    launch, grid = _weight_launch(layout, out.stride(), adapter.place)
+    launch(grid, {"out_ptr": out, **pointers})
     return out
 
 
-@remembered
-def _weight_launch(
-    layout: Layout,
-    out_stride: Sequence[int],
-    place: Place,
-) -> Launch:
+@cached
+def _weight_launch(layout: Layout, out_stride: Sequence[int], place: Place) -> tuple[Launch, Grid]:
     N, C = layout.features
-    config = layout.choose("modulated_weight", factors=layout.factors)
-    return Launch(
+    config = layout.choose(MODULATED_WEIGHT)
+    launch = Launch(
         modulated_weight_kernel,
-        (-(-N // config.block_n) * -(-C // config.block_c),),
         config,
         layout,
         stride_on=out_stride[0],
@@ -174,6 +170,7 @@ def _weight_launch(
         LACKS=0 if layout.precision == "fp32" else LACKS.get(layout.dtype, LACKS[torch.float16]),
         RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank, 16)),
     )
+    return launch, (-(-N // config.block_n) * -(-C // config.block_c), 1, 1)
 
 
 @triton.jit
@@ -261,45 +258,52 @@ def modulated_blocks(
         adapter: weight and factors on one device, ranks and scaling too.
         widths: P_n and P_c, from :func:`block_width`.
     """
-    layout, pointers = described(adapter)
+    layout, pointers = launch_arguments(adapter)
     out = adapter.weight.new_empty(layout.num_blocks, *widths)
     if out.numel():
-        _blocks_launch(layout, widths)(out_ptr=out, **pointers)
+        launch, grid = _blocks_launch(layout, widths)
+        launch(grid, {"out_ptr": out, **pointers})
     return out
 
 
-@remembered
-def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> Launch:
+@cached
+def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> tuple[Launch, Grid]:
     padded_rows, padded_cols = widths
     config = layout.choose(
-        "modulated_blocks",
-        padded_out=padded_rows,
-        padded_in=padded_cols,
-        granule=layout.granule,
-        factors=layout.factors,
+        MODULATED_BLOCKS, padded_out=padded_rows, padded_in=padded_cols, granule=layout.granule
     )
-    return Launch(
+    launch = Launch(
         modulated_blocks_kernel,
-        (layout.num_blocks * -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c),),
         config,
         layout,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
         RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank, 16)),
     )
-
-
-_SHIPPED = (
-    Config(block_n=64, block_c=64, num_warps=4),
-    Config(block_n=16, block_c=128, num_warps=4),
-    Config(block_n=32, block_c=128, num_warps=8),
-)
+    tiles = layout.num_blocks * -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c)
+    return launch, (tiles, 1, 1)
 
 
 MODULATED_WEIGHT = Kernel(
     "modulated_weight",
     modulated_weight_kernel,
-    shipped=lambda arch, precision: _SHIPPED,
+    rows=(
+        Row(
+            (),
+            (),
+            (
+                Config(block_n=64, block_c=64, num_warps=4),
+                Config(block_n=16, block_c=128, num_warps=4),
+                Config(block_n=32, block_c=128, num_warps=8),
+            ),
+        ),
+    ),
+    space={"block_n": (16, 32, 64, 128), "block_c": (32, 64, 128, 256), "num_warps": (1, 2, 4, 8)},
+    fits=lambda config, key: 8 <= config.block_n * config.block_c // (32 * config.num_warps) <= 64,
+    # W0 is read and W_eff written once; a tile also reads its rows of B and columns of A.
+    traffic=lambda config, key: (
+        key.out_features * key.in_features * (4 + 4 * key.rank * (1 / config.block_n + 1 / config.block_c))
+    ),
 )
 MODULATED_BLOCKS = replace(
     MODULATED_WEIGHT,
