@@ -12,7 +12,7 @@ import torch
 import typer
 
 from ..backends import MOST_TRITON_RANKS, triton_obstacle
-from ..checks import check_choices
+from ..checks import check_choices, first_line
 from ..definition.precision import KERNEL_PRECISIONS
 from ..kernels.architectures import ARCHITECTURES, architecture, identity, multiprocessors
 from ..kernels.table import user_table
@@ -120,7 +120,12 @@ def linear_layers(folder: Path) -> list[tuple[int, int]]:
         raise ValueError(f"--model must be the folder of a model with its config.json, got {str(folder)!r}")
     from transformers import AutoConfig, AutoModel
 
-    with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    except Exception as error:  # transformers raises any
+        raise ValueError(
+            f"--model {folder} has a config.json without a model: {first_line(error)}"
+        ) from error
     linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
     return list(dict.fromkeys((one.out_features, one.in_features) for one in linear))

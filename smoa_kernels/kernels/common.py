@@ -88,6 +88,43 @@ def to_tf32(value, INPUT_PRECISION: tl.constexpr):
     return value
 
 
+# Three steps that keep the values and steer the compiler. What was tried in their place: docs/internals/tried.md.
+
+
+@triton.jit
+def keep_in_registers(tile, inside):
+    """A tile, zero outside already, which so reaches its product through registers.
+
+    The compiler copies operands into shared memory asynchronously. Where tensor cores cannot read whole 128-bit words
+    there (TF32, or W0 transposed), it narrows the copies to 4 bytes; the audit then finds narrow loads.
+    """
+    return tl.where(inside, tile, 0.0)
+
+
+@triton.jit
+def wait_for_products(acc, inside):
+    """A sum of wgmma's products, zero outside already, that are complete before the loop goes on.
+
+    Hopper's tensor cores read W0 from shared memory, of which Triton keeps one buffer, because W0 has another use
+    (triton-lang/triton#3106 fixed the same for loads with one use). The next step's copy would overwrite the tile that
+    they still read; the PTX emulator finds it.
+    """
+    return tl.where(inside, acc, 0.0)
+
+
+@triton.jit
+def hide_origin(values):
+    """A reduction over one element, which hides how values were made: the compiler lays them out anew.
+
+    Of labels, it hides that ΔW depends on a byte, for which Ampere's compiler lays the product out. Of a tile, it gives
+    the store a layout of its own. Without it the audit finds synchronous loads, or spilled registers.
+    """
+    if len(values.shape) == 1:
+        return tl.max(values[None, :], axis=0)
+    else:  # noqa: RET505  Triton would compile what follows too
+        return tl.sum(values[None, :, :], 0)
+
+
 @triton.jit
 def block_slots(index_ptr, offsets_ptr, block, slots, GRANULE: tl.constexpr):
     """Coordinates (int64) that `slots` of `block` hold, and which of the slots are not padding.

@@ -30,19 +30,19 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 from .architectures import AMD, GEFORCE_BLACKWELL, HOPPER
-from .common import dot, power_of_two, round_to, to_tf32
+from .common import (
+    dot,
+    hide_origin,
+    keep_in_registers,
+    power_of_two,
+    round_to,
+    to_tf32,
+    wait_for_products,
+)
 from .launch import Launch, Layout, launch_arguments
 from .spec import HALF, Config, Kernel, Key, Row, bucket
 from .sum_partials import sum_partials
 from .table import cached
-
-
-@triton.jit
-def widened(labels):
-    # A reduction over one element, which hides that ΔW depends on a byte. Otherwise the compiler for Ampere lays the
-    # product of ΔW out for byte operands, reads x in two layouts, and no longer copies x asynchronously. With
-    # `tl.multiple_of` and `tl.max_contiguous`, or a descriptor of x, it does not either (Triton 3.6, 3.9).
-    return tl.max(labels.to(tl.int32)[None, :], axis=0)
 
 
 @triton.jit(do_not_specialize=["T", "split"])
@@ -88,7 +88,7 @@ def fused_linear_kernel(
     rows = (tile // split // tiles_t).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_inside = tokens < T
     row_inside = rows < N
-    row_block = widened(tl.load(row_block_ptr + rows, mask=row_inside, other=0))
+    row_block = hide_origin(tl.load(row_block_ptr + rows, mask=row_inside, other=0).to(tl.int32))
     row_rank = tl.minimum(tl.load(ranks_ptr + row_block, mask=row_inside, other=0), rank)
     scaling = tl.load(scaling_ptr).to(tl.float32)
     # SIDE_BY_SIDE: the product has room for the ranks of every block. Each row of B and column of A fills the ranks of
@@ -110,18 +110,13 @@ def fused_linear_kernel(
         w = tl.load(w_ptrs, mask=row_inside[:, None] & col_inside[None, :], other=0.0)
         x_ptrs = x_ptr + tokens[None, :] * stride_xt + cols[:, None] * stride_xc
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
-        col_block = widened(tl.load(col_block_ptr + cols, mask=col_inside, other=0))
+        col_block = hide_origin(tl.load(col_block_ptr + cols, mask=col_inside, other=0).to(tl.int32))
         col_rank = tl.load(ranks_ptr + col_block, mask=col_inside, other=0)
         THROUGH_REGISTERS: tl.constexpr = w.dtype == tl.float32 or (W_TRANSPOSED and not WGMMA)
         if THROUGH_REGISTERS:
-            # This keeps the values and takes W0 to its products through registers. An asynchronous copy of whole
-            # 128-bit words leaves a TF32 or transposed W0 where most tensor cores cannot read it, and Triton would
-            # narrow the copy. Hopper's tensor cores can read a transposed W0: the copy then has no bank conflicts, and
-            # through registers it has four-way ones.
-            # Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous` copies W0 on sm_80 without
-            # asynchrony, and TF32 on sm_90 4 bytes at a time. A descriptor is wide on sm_90, and not asynchronous on
-            # sm_80.
-            w = tl.where(row_inside[:, None], w, 0.0)
+            # Hopper's tensor cores can read a transposed W0: the copy then has no bank conflicts, and through registers
+            # it has four-way ones.
+            w = keep_in_registers(w, row_inside[:, None])
 
         product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         for chunk in range(CHUNKS):
@@ -145,14 +140,7 @@ def fused_linear_kernel(
         acc = dot(delta, x, acc, INPUT_PRECISION)
         acc = dot(w, x, acc, INPUT_PRECISION)
         if WGMMA:
-            # This keeps the values and waits for the products. Hopper's tensor cores read W0 from shared memory. Triton
-            # keeps only one buffer of W0, because W0 has another use. So the next step's copy would overwrite the tile
-            # that they still read (seen in the emulator for Triton 3.9, and in the TTGIR of 3.6, where this line makes
-            # it wait). triton-lang/triton#3106 fixed the same for loads with one use. With `tl.multiple_of` and
-            # `tl.max_contiguous` instead, the tile is still overwritten (emulated). A descriptor was not tried: the
-            # emulator runs none. On Blackwell, with one accumulator per product, the line did not compile
-            # (TritonGPUHoistTMEMAlloc, Triton 3.9).
-            acc = tl.where(row_inside[:, None], acc, 0.0)
+            acc = wait_for_products(acc, row_inside[:, None])
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=row_inside, other=0.0).to(tl.float32)[:, None]

@@ -25,7 +25,16 @@ from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
 from .architectures import AMD, AMPERE, BLACKWELL, HOPPER
-from .common import coordinates, dot, power_of_two, round_to, segment_of, tiles_of_segments, to_tf32
+from .common import (
+    coordinates,
+    dot,
+    keep_in_registers,
+    power_of_two,
+    round_to,
+    segment_of,
+    tiles_of_segments,
+    to_tf32,
+)
 from .launch import Grid, Launch, Layout, launch_arguments
 from .spec import HALF, Config, Kernel, Row, bucket
 from .table import cached
@@ -126,10 +135,8 @@ def grouped_grad_kernel(
             x_ptrs = x_ptr + pairs[:, None] * stride_xp + cols[None, :]
             x = tl.load(x_ptrs, mask=pair_valid[:, None] & col_valid[None, :], other=0.0)
             if x.dtype == tl.float32 and INPUT_PRECISION == "tf32":
-                # This keeps the values and takes the tiles to their product through registers. With
-                # the hints of `coordinates` alone, both are copied 4 bytes at a time on sm_90 (Triton 3.6, 3.9).
-                dy = tl.where(pair_valid[None, :], dy, 0.0)
-                x = tl.where(pair_valid[:, None], x, 0.0)
+                dy = keep_in_registers(dy, pair_valid[None, :])
+                x = keep_in_registers(x, pair_valid[:, None])
             grad = dot(dy, x, grad, INPUT_PRECISION)
         a_ptrs = a_ptr + cols[:, None] * stride_ac + t[None, :] * stride_ar
         a = tl.load(a_ptrs, mask=col_valid[:, None] & (t < block_rank)[None, :], other=0.0)

@@ -28,7 +28,16 @@ from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
 from .architectures import ADA, AMD, AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER
-from .common import coordinates, dot, power_of_two, round_to, segment_of, tiles_of_segments, to_tf32
+from .common import (
+    coordinates,
+    dot,
+    keep_in_registers,
+    power_of_two,
+    round_to,
+    segment_of,
+    tiles_of_segments,
+    to_tf32,
+)
 from .launch import Launch, Layout, launch_arguments
 from .spec import HALF, Config, Kernel, Key, Row, bucket, granule_of
 from .table import cached
@@ -171,9 +180,7 @@ def grouped_linear_kernel(
             x_ptrs = x_rows[None, :] + cols[:, None]
             x = tl.load(x_ptrs, mask=pair_valid[None, :] & col_valid[:, None], other=0.0)
             if W_TRANSPOSED and w.dtype == tl.float32:
-                # This keeps the values and takes W0 through registers, to keep its copy 16 bytes
-                # wide. With the hints of `coordinates` alone it is 4 bytes on sm_90 (Triton 3.6, 3.9) and sm_100 (3.9).
-                w = tl.where(row_valid[:, None], w, 0.0)
+                w = keep_in_registers(w, row_valid[:, None])
             acc = dot(w, x, acc, INPUT_PRECISION)
 
     if LATE:

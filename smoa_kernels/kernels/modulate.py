@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 from ..definition.thresholds import LACKS, Place
-from .common import block_slots, load_block, power_of_two, rank_product, round_to
+from .common import block_slots, hide_origin, load_block, power_of_two, rank_product, round_to
 from .launch import Grid, Launch, Layout, launch_arguments
 from .spec import Config, Kernel, Row
 from .table import cached
@@ -37,7 +37,6 @@ def store_tile(out_ptr, offsets, tile, inside):
     """Round a tile and store it. The shape with an extra dimension gives the store its own layout.
 
     Otherwise AMD's compiler stores a product in the layout that the matrix cores leave, 64 bits of half types a thread.
-    `tl.multiple_of` with `tl.max_contiguous`, or a descriptor, does not change that (Triton 3.6, 3.9).
     """
     tile = tl.reshape(round_to(tile, out_ptr.dtype.element_ty), (tile.shape[0], 1, tile.shape[1]))
     tl.store(out_ptr + offsets[:, None, :], tile, mask=inside[:, None, :])
@@ -238,12 +237,7 @@ def modulated_blocks_kernel(
     slots = (block.to(tl.int64) * padded_rows + row_slots)[:, None] * padded_cols + col_slots[None, :]
     inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
     if IEEE:
-        # A sum over one element keeps the values and gives the store its layout. Tried instead: `store_tile` spills 16
-        # bytes (Triton 3.9, sm_120); a plain store spills nothing with 3.9, and 4 bytes in one form with 3.6 (sm_80,
-        # 16×128, ρ = 64).
-        tl.store(
-            out_ptr + slots, round_to(tl.sum(delta[None, :, :], 0), out_ptr.dtype.element_ty), mask=inside
-        )
+        tl.store(out_ptr + slots, round_to(hide_origin(delta), out_ptr.dtype.element_ty), mask=inside)
     else:
         store_tile(out_ptr, slots, delta, inside)
 

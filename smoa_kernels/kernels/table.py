@@ -62,7 +62,7 @@ def cached(function: F) -> F:
 
 @contextmanager
 def override(choose: Callable[[Key], Choice | None]) -> Iterator[None]:
-    """Ask `choose` first for each choice meanwhile, in all threads; where it gives None, tables and heuristics choose."""
+    """Ask `choose` first for each choice meanwhile, in all threads; None leaves it to tables and heuristics."""
     global _override
     before, _override = _override, choose
     clear_cache()

@@ -113,9 +113,9 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
             return [y, *backend.backward(dy, x, adapter, dropout, needs_x=True)]
 
         return run
-    # Two thirds of the pairs are the first half's of the experts.
-    share = torch.tensor([tokens // E * (4 if e < E // 2 else 2) // 3 + 1 for e in range(E)]).cumsum(0).int()
-    x, dy, ends = random(int(share[-1]), C), random(int(share[-1]), N), share.to(device)
+    pairs = E * bucket(-(-layer.tokens // E))  # a bucket of the average expert; the first experts have more
+    ends = torch.tensor([pairs - pairs * (E - 1 - e) ** 2 // E**2 for e in range(E)]).int().to(device)
+    x, dy = random(pairs, C), random(pairs, N)
     blocks = ExpertBlocks.from_labels(*(torch.stack([labels(n) for _ in range(E)]) for n in (N, C)), K)
     moved = {name: one.to(device) for name, one in vars(blocks).items() if isinstance(one, Tensor)}
     of_experts = ExpertsAdapter(**operands, blocks=replace(blocks, **moved))
@@ -389,8 +389,7 @@ def _compile(form: tuple[str, str, str]) -> bool:
 def is_lost() -> bool:
     """Whether nothing more can run on the GPU in this process."""
     try:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _ = torch.cuda.is_available() and torch.cuda.synchronize()
     except RuntimeError:
         return True
     return False

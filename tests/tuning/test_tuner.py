@@ -1,11 +1,11 @@
-"""The search: keys, candidates, checks, timing, the table; the whole command in the interpreter with a scripted clock."""
+"""The tuner in the interpreter with a scripted clock: keys, candidates, checks, timing, the table, the command."""
 
 import importlib
 import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES, identity
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.registry import KERNELS
-from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key
+from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from smoa_kernels.kernels.table import Choice, Entry, override, read, select, user_table
 from smoa_kernels.tuning import tuner
 from smoa_kernels.tuning.tuner import ENDED, TIMED, Job, Layer, jobs, tune
@@ -127,6 +127,12 @@ def test_every_key_that_a_training_step_asks_for_is_tuned_algorithms_last(
     assert asked <= set(planned)
     kinds = [key.kernel in ALGORITHM_KEYS for key in planned]
     assert kinds == sorted(kinds)
+
+
+def test_experts_are_tuned_for_the_pairs_of_an_average_one() -> None:
+    planned = jobs([Layer(64, 48, 6000, experts=60)], "sm_90", 132)
+    assert {job.key.tokens for job in planned} == {bucket(6000 // 60)} == {128}
+    assert {job.key.transposed for job in planned} == {False, True}
 
 
 # The search
@@ -335,7 +341,7 @@ SMALL = ["tune", "--shape", "10x12", "--tokens", "8", "--dtype", "fp32", "--rank
 
 
 @pytest.fixture
-def gpu(short: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Choice]]:
+def gpu(short: None, monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     """The interpreter in place of a GPU, with two candidates of each key."""
     timed: list[Choice] = []
     seconds = clock(
@@ -347,7 +353,7 @@ def gpu(short: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Choice]]:
     monkeypatch.setattr(
         tuner, "jobs", lambda *given: [replace(job, candidates=job.candidates[:2]) for job in plan(*given)]
     )
-    yield timed
+    return timed
 
 
 def test_the_command_prints_each_winner_and_a_rerun_knows_it(gpu: list[Choice], capsys: Any) -> None:
