@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,7 +26,7 @@ from smoa_kernels.kernels.spec import Config, Key, bucket
 from smoa_kernels.kernels.table import SCHEMA, Choice, Entry, fastest, keep, read, select, user_table
 from smoa_kernels.tuning.tuner import multiplied_in
 
-CPU = torch.device("cpu")
+CPU, TODAY = torch.device("cpu"), time.strftime("%Y-%m-%d")
 KEY = Key("permute", "fp32", blocks=2, in_features=12, tokens=8, padded_in=64)
 FORWARD = Key("forward", "bf16", 3, 2, 12, 10, 8)
 FIRST, SECOND, THIRD, *_, LAST = PERMUTE.candidates(KEY, "cpu")
@@ -118,7 +119,7 @@ def test_a_stale_entry_is_ignored_with_a_sentence_and_stays(
     ) as caught:
         assert (ask(), ask()) == (FIRST, FIRST)
     assert len(caught) == 1
-    assert said(path).startswith("yours; 0 entries in force, 1 measured with other versions")
+    assert said(path).startswith(f"yours, {TODAY}; 0 entries in force, 1 measured with other versions")
     put(entry(THIRD))  # two environments may share a table
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -234,7 +235,7 @@ def test_a_bad_entry_is_skipped_and_named_and_the_others_stay_in_force(
     assert len(caught) == 1
     assert len(str(caught[0].message)) < 500 + len(str(path))
     assert fastest(FORWARD, CPU) == "merged"
-    assert said(path).startswith("yours; 2 entries in force")
+    assert said(path).startswith(f"yours, {TODAY}; 2 entries in force")
     put(entry(THIRD))  # another version may understand the skipped entry
     assert bad in json.loads(path.read_text())["entries"]
 
@@ -284,8 +285,14 @@ def test_info_names_tables_of_other_gpus_and_gpus_without_one(
 ) -> None:
     put(entry())
     other = path.rename(user_table("NVIDIA H100"))
-    assert said(other) == "yours; for a GPU that is not here"
+    assert said(other) == f"yours, {TODAY}; for a GPU that is not here"
     assert info._tables()["cpu"] == "no table: the heuristic chooses; smoa-kernels tune measures"
+
+
+def test_info_says_which_algorithm_runs_at_which_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "_gpus", lambda: [CPU])
+    words = "fused up to 64 (bf16), 64 (fp16), 32 (tf32), 16 (fp32) tokens, then merged"
+    assert info._kernels()["cpu, auto"].startswith(words)
 
 
 # Concurrent writers
