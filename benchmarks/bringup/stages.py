@@ -278,7 +278,7 @@ def tune_shapes(job: Job) -> None:
     planned = jobs(tuned_layers(job.smoke), architecture(DEVICE), multiprocessors(DEVICE))
     timer = interpreter_timer if job.smoke else gpu_timer
     if job.smoke:  # the interpreter is slow
-        planned = [replace(one, candidates=one.candidates[:3]) for one in planned]
+        planned = [replace(one, candidates=one.candidates[:2]) for one in planned]
     else:
         compile_ahead(planned, os.cpu_count() or 1)
     problems = {str(one): "no time was left" for one in planned}

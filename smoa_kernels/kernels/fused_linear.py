@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -219,7 +220,7 @@ def _fits(config: Config, key: Key) -> bool:
 
 def _tiles(n: int, c: int, r: int, warps: int, stages: int, wgmma: bool = False) -> tuple[Config, ...]:
     """Of 16 tokens, with the sum over C split among 4, 2 or no programs."""
-    options = {"block_r": r, "num_warps": warps, "num_stages": stages, "wgmma": wgmma}
+    options: dict[str, Any] = {"block_r": r, "num_warps": warps, "num_stages": stages, "wgmma": wgmma}
     return tuple(Config(block_t=16, block_n=n, block_c=c, split=split, **options) for split in (4, 2, 1))
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -269,7 +270,7 @@ def _fits(config: Config, key: Key) -> bool:
 
 
 def _tile(t: int, n: int, c: int, d: int, warps: int, stages: int) -> Config:
-    tile = {"block_t": t, "block_n": n, "block_c": c, "block_d": d, "group_t": 8}
+    tile: dict[str, Any] = {"block_t": t, "block_n": n, "block_c": c, "block_d": d, "group_t": 8}
     return Config(**tile, num_warps=warps, num_stages=stages)
 
 

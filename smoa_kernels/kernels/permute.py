@@ -131,9 +131,9 @@ def _move(
         return
     granule = granule_of(partition.granularity, partition.shape)
     mask = None if dropout is None else (dropout.column_offset, dropout.threshold, dropout.scale)
-    tokens, *blocks = blocked.shape
+    tokens, num_blocks, width = blocked.shape
     launch, tiles = _launch(
-        x.device, x.dtype, x.shape[1], x.stride(), bucket(tokens), tuple(blocks), granule, scatter, mask
+        x.device, x.dtype, x.shape[1], x.stride(), bucket(tokens), (num_blocks, width), granule, scatter, mask
     )
     pointers = {
         "x_ptr": x,

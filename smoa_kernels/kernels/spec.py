@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -206,8 +206,10 @@ class Kernel:
     def candidates(self, key: Key, arch: str) -> tuple[Config, ...]:
         """What a table may choose for a key: the configurations that ship, then the others of the search space."""
         shipped = self.shipped(limits(arch), PRECISIONS[key.dtype])
-        values = itertools.product(*self.space.values())
-        found = (replace(shipped[0], **dict(zip(self.space, each, strict=True))) for each in values)
+        values: Iterator[dict[str, Any]] = (
+            dict(zip(self.space, each, strict=True)) for each in itertools.product(*self.space.values())
+        )
+        found = (replace(shipped[0], **each) for each in values)
         return tuple(dict.fromkeys((*shipped, *(config for config in found if self.fits(config, key)))))
 
 

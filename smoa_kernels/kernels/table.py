@@ -92,7 +92,7 @@ def select(kernel: Kernel, key: Key, device: torch.device) -> Config:
     candidates = kernel.candidates(key, architecture(device))
     for found in _measured(key, device):
         if found in candidates:
-            return candidates[candidates.index(cast(Config, found))]
+            return candidates[candidates.index(found)]
         warnings.warn(
             f"tuning table: {kernel.name} has no configuration {found}; it is not used", stacklevel=2
         )

@@ -44,9 +44,8 @@ from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from ..kernels.sum_partials import SUM_PARTIALS
 from ..kernels.table import Choice, Entry, keep, override
 
-TIMED = 8  # candidates of a key
+TIMED, REPEATS = 8, 30  # candidates of a key, and how often each is timed
 HANGS_SECONDS = 120  # a candidate that takes longer ends the process
-REPEATS = 30
 FLUSHED_BYTES = 2**30  # four times the largest last-level cache of a GPU, 256 MiB (MI300X)
 ENDED = "the process ended while it ran"
 MOST_FUSED_TOKENS = 1024  # far above those at which the fused kernel can win
@@ -95,7 +94,7 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
         return even if layer.contiguous else even[torch.randperm(features, generator=order)]
 
     of_all = [E] if E else []
-    operands = {
+    operands: dict[str, Any] = {
         "weight": random(*of_all, N, C, scale=C**-0.5),
         "A": random(*of_all, rho, C, of=factors),
         "B": random(*of_all, N, rho, of=factors, scale=rho**-0.5),
@@ -116,8 +115,11 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
     pairs = E * bucket(-(-layer.tokens // E))  # a bucket of the average expert; the first experts have more
     ends = torch.tensor([pairs - pairs * (E - 1 - e) ** 2 // E**2 for e in range(E)]).int().to(device)
     x, dy = random(pairs, C), random(pairs, N)
-    blocks = ExpertBlocks.from_labels(*(torch.stack([labels(n) for _ in range(E)]) for n in (N, C)), K)
-    moved = {name: one.to(device) for name, one in vars(blocks).items() if isinstance(one, Tensor)}
+    rows, cols = (torch.stack([labels(n) for _ in range(E)]) for n in (N, C))
+    blocks = ExpertBlocks.from_labels(rows, cols, K)
+    moved: dict[str, Any] = {
+        name: one.to(device) for name, one in vars(blocks).items() if isinstance(one, Tensor)
+    }
     of_experts = ExpertsAdapter(**operands, blocks=replace(blocks, **moved))
     if variant:
         of_experts, x, dy = of_experts.T, dy, x
@@ -167,37 +169,39 @@ class Job:
 
 
 def jobs(layers: Sequence[Layer], arch: str, processors: int) -> list[Job]:
-    """A job for each key that training steps of layers look up, kernels before the algorithms that use them.
-
-    Each step runs by every algorithm, without data, and launches nothing.
-    """
+    """A job for each key that training steps look up, by any algorithm; kernels before the algorithms that use them."""
     found: dict[Key, Job] = {}
     for layer in layers:
         for variant in (False, True):
-            step = training_step(layer, variant, META)
             for algorithm in ALGORITHM_KEYS["forward"][: 1 if layer.experts or variant else None]:
-                if algorithm == "fused" and layer.tokens > MOST_FUSED_TOKENS:
-                    continue
-                answers: dict[Key, Choice] = {}
-
-                def choose(
-                    key: Key, algorithm: str = algorithm, of: Any = (layer, variant, answers)
-                ) -> Choice:
-                    if key.kernel in ALGORITHM_KEYS:
-                        default = choose_algorithm(key.tokens, key.rank, key.dtype, arch)
-                        every: dict[Choice, None] = dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel]))
-                        found.setdefault(key, Job(key, tuple(every), *of[:2], {}))
-                        return of[2].setdefault(key, algorithm)
-                    kernel = KERNELS[key.kernel]
-                    configs = kernel.default(key, arch, processors), *kernel.candidates(key, arch)
-                    found.setdefault(key, Job(key, tuple(dict.fromkeys(configs)), *of))
-                    # Another kernel adds the parts of a sum, so a candidate that splits it asks for more keys.
-                    splits = max(configs, key=lambda config: config.split)
-                    return of[2].setdefault(key, splits) if splits.split > 1 else splits
-
-                with multiplied_in(layer.dtype), override(choose), launch_hook(lambda *_: True):
-                    step(triton)
+                if algorithm != "fused" or layer.tokens <= MOST_FUSED_TOKENS:
+                    for job in _jobs_of(layer, variant, algorithm, arch, processors):
+                        found.setdefault(job.key, job)
     return sorted(found.values(), key=lambda job: job.key.kernel in ALGORITHM_KEYS)
+
+
+def _jobs_of(layer: Layer, variant: bool, algorithm: str, arch: str, processors: int) -> list[Job]:
+    found: list[Job] = []
+    answers: dict[Key, Choice] = {}
+
+    def choose(key: Key) -> Choice:
+        if key.kernel in ALGORITHM_KEYS:
+            default = choose_algorithm(key.tokens, key.rank, key.dtype, arch)
+            every = tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel])))
+            found.append(Job(key, every, layer, variant, {}))
+            answers[key] = algorithm
+            return algorithm
+        kernel = KERNELS[key.kernel]
+        configs = tuple(dict.fromkeys((kernel.default(key, arch, processors), *kernel.candidates(key, arch))))
+        found.append(Job(key, configs, layer, variant, answers))
+        splits = max(configs, key=lambda config: config.split)
+        if splits.split > 1:  # another kernel adds the parts of a sum, so this asks for more keys
+            answers[key] = splits
+        return splits
+
+    with multiplied_in(layer.dtype), override(choose), launch_hook(lambda *_: True):
+        training_step(layer, variant, META)(triton)
+    return found
 
 
 class Trial:
@@ -231,7 +235,7 @@ class Trial:
     def score(self, config: Config) -> float:
         """Bytes that a candidate moves, times how unevenly it fills the GPU; infinite if it does not fit."""
         compiled, programs = self.compiled(config)
-        traffic = KERNELS[self.job.key.kernel].traffic(config, self.job.key)
+        traffic = float(KERNELS[self.job.key.kernel].traffic(config, self.job.key))
         if compiled is None:
             return traffic
         arch = limits(architecture(self.device))
@@ -239,12 +243,11 @@ class Trial:
         shared, threads = max(1, compiled.metadata.shared), config.num_warps * arch.warp_size
         if compiled.n_spills or shared > arch.shared_per_block:
             return math.inf
-        resident = max(
-            1, min(arch.shared_per_block // shared, 65536 // (threads * max(1, compiled.n_regs)), 16)
-        )
+        by_registers = 65536 // (threads * max(1, compiled.n_regs))
+        resident = max(1, min(arch.shared_per_block // shared, by_registers, 16))
         waves = programs / (resident * multiprocessors(self.device))
         hidden = min(1.0, resident * threads / 256)  # fewer threads do not hide the latency of memory
-        return traffic * math.ceil(waves) / waves / hidden
+        return float(traffic * math.ceil(waves) / waves / hidden)
 
     def shortlist(self) -> list[Choice]:
         """What runs without a table, then the candidates that should be fastest, :data:`TIMED` in all."""
@@ -289,7 +292,7 @@ class Trial:
             if str(choice) in refused:
                 continue
             keep(entry.identity, replace(entry, refused=refused | {str(choice): ENDED}))
-            faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True, file=sys.__stderr__ or 2)
             try:
                 timed[choice] = self.seconds(choice, expected, timer)
             except Exception as error:
@@ -338,10 +341,7 @@ def tune(
 
 
 def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
-    """Measure the median seconds of a launch in a CUDA graph; the caches are flushed before each.
-
-    Without a graph Python's gaps between launches would count (triton-lang/triton#10149).
-    """
+    """Measure the median seconds of a launch, caches flushed, in a CUDA graph, without Python's gaps (triton#10149)."""
     launch()  # compiles
     graph, flush = torch.cuda.CUDAGraph(), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
     with torch.cuda.graph(graph):
@@ -389,7 +389,8 @@ def _compile(form: tuple[str, str, str]) -> bool:
 def is_lost() -> bool:
     """Whether nothing more can run on the GPU in this process."""
     try:
-        _ = torch.cuda.is_available() and torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     except RuntimeError:
         return True
     return False
