@@ -38,7 +38,7 @@ from smoa_kernels.kernels.launch import launch_hook
 from smoa_kernels.kernels.table import Table
 from smoa_kernels.tuning import tuner
 
-BF16 = torch.bfloat16
+BF16, COMPILE = torch.bfloat16, JITFunction._do_compile
 TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)
 # (N, C) of the linear layers of Llama-3.2-1B and of SmolLM2-135M.
 MODELS = {
@@ -115,6 +115,38 @@ def tune() -> None:
         [replace(job, candidates=job.candidates[:2])], device, lambda _, launch: (launch(), 1.0)[1]
     )
     assert not isinstance(found, str), found
+
+
+def ahead(gpu: FakeGpu) -> list[object]:
+    """How many forms the tuner compiles ahead, how many it was given, and of how many keys; the first for sm_90."""
+    JITFunction._do_compile = COMPILE
+    with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        planned = [
+            replace(job, candidates=job.candidates[:2])
+            for job in tuner.jobs([tuner.Layer(256, 512, 300)], "sm_90", 132)
+            if job.key.kernel == "modulated_weight"
+        ]
+        compiled: list[Any] = []
+
+        class Pool:  # in this process, because others have no pretended GPU
+            def __init__(self, processes: int, mp_context: object) -> None:
+                pass
+
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def map(self, compile_one: Callable[[Any], bool], given: Any) -> Iterator[bool]:
+                compiled.extend(given)
+                module, name, data = compiled[0]
+                assert getattr(sys.modules[module], name).preload(data).asm["cubin"]
+                return map(compile_one, compiled)
+
+        tuner.ProcessPoolExecutor = Pool  # type: ignore[assignment,misc]
+        return [tuner.compile_ahead(planned, 2), len(compiled), len(planned)]
 
 
 def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
@@ -259,6 +291,6 @@ if __name__ == "__main__":
 
     JITFunction.run = counted
     with FakeTensorMode():
-        functions = (devices, forms, remembered, hooks, buckets, new_forms, first_step)
+        functions = (ahead, devices, forms, remembered, hooks, buckets, new_forms, first_step)
         what = {function.__name__: function for function in functions}[sys.argv[1]]
         print(json.dumps(what(pretended)))

@@ -82,3 +82,9 @@ def test_the_first_step_compiles_few_forms() -> None:
     for counts in launches("first_step").values():
         assert 4 <= counts["forms"] <= 24
         assert counts["more for other lengths"] == 0
+
+
+@pytest.mark.slow
+def test_the_tuner_compiles_its_candidates_ahead() -> None:
+    """Two of a key, from their launches on operands without data."""
+    assert launches("ahead") == [2, 2, 1]
