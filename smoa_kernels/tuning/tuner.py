@@ -286,8 +286,7 @@ class Trial:
         """The key's complete entry, and the seconds of what runs without a table, whose errors are the key's."""
         with multiplied_in(self.job.layer.dtype):
             expected = self._step(experts if self.job.layer.experts else eager)
-        timed: dict[Choice, float] = {}
-        refused = dict(entry.refused)
+        timed, refused = dict[Choice, float](), {**entry.refused}
         for choice in self.shortlist():
             if str(choice) in refused:
                 continue
