@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from smoa_kernels.definition.precision import has_gemm
-from smoa_kernels.tuning.problem import Problem
 
 from .protocol import DEVICE
 from .providers import BF16, Case
+
+if TYPE_CHECKING:
+    from smoa_kernels.tuning.tuner import Layer
 
 MOST_BY_LOOPS = 2**28
 """Most multiplications of a forward by torch's loops: half a second; the backward takes several."""
@@ -91,15 +93,17 @@ def headline_cases(smoke: bool) -> tuple[Case, ...]:
     return tuple(dict.fromkeys((*CHECKED_CASES, *grid)))
 
 
-def tuned_layers(smoke: bool) -> list[Problem]:
+def tuned_layers(smoke: bool) -> list[Layer]:
     """The shapes that are compared, with blocks of single coordinates and contiguous ones."""
+    from smoa_kernels.tuning.tuner import Layer  # needs Triton, which benchmarks on CPUs do without
+
     if smoke:
-        return [Problem(9, 48, 40, 2, 4, "fp32")]
-    sizes = ((tokens, n, c) for tokens in TOKENS for n, c in SHAPES)
+        return [Layer(48, 40, 9, "fp32", 4, 2)]
     return [
-        Problem(*size, BLOCKS, RANK, "bf16", granule, factors="bf16")
-        for size in sizes
-        for granule in (1, math.gcd(*size[1:]) // BLOCKS)
+        Layer(n, c, tokens, "bf16", RANK, BLOCKS, contiguous, factors="bf16")
+        for tokens in TOKENS
+        for n, c in SHAPES
+        for contiguous in (False, True)
     ]
 
 

@@ -148,11 +148,11 @@ class FakeDriver(DriverBase):  # type: ignore[misc]  # of which mypy knows nothi
 
     def get_current_target(self) -> GPUTarget:
         """The target that kernels would be compiled for."""
-        from smoa_kernels.kernels.architectures import architecture_of, facts
+        from smoa_kernels.kernels.architectures import architecture_of, limits
 
         name = architecture_of(self.gpu.properties)
-        if facts(name).is_amd:
-            return GPUTarget("hip", name, facts(name).warp_size)
+        if limits(name).is_amd:
+            return GPUTarget("hip", name, limits(name).warp_size)
         return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
     def get_current_device(self) -> int:

@@ -16,15 +16,12 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -37,14 +34,11 @@ from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import table
-from smoa_kernels.kernels.launch import heard_by, short_way, use_tritons_launcher
-from smoa_kernels.kernels.modulate import modulated_weight
-from smoa_kernels.kernels.table import Table, answered
-from smoa_kernels.tuning import measure
-from smoa_kernels.tuning.plan import jobs
-from smoa_kernels.tuning.problem import Problem
+from smoa_kernels.kernels.launch import launch_hook
+from smoa_kernels.kernels.table import Table
+from smoa_kernels.tuning import tuner
 
-BF16 = torch.bfloat16
+BF16, COMPILE = torch.bfloat16, JITFunction._do_compile
 TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)
 # (N, C) of the linear layers of Llama-3.2-1B and of SmolLM2-135M.
 MODELS = {
@@ -71,7 +65,7 @@ def passes(layer: PackedAdapter, tokens: int, offset: int = 0) -> Iterator[tuple
     yield "merge", lambda: backend.modulated_weight(layer)
 
 
-def experts_passes(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
+def experts_passes(device: str, pairs: int = 300) -> Iterator[tuple[str, Callable[[], object]]]:
     """Forward and backward of a layer of experts, by name."""
 
     def empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -87,7 +81,7 @@ def experts_passes(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         empty(BLOCKS, dtype=torch.int32),
         empty((), dtype=torch.float32),
     )
-    ends, x, dy = empty(experts, dtype=torch.int32), empty(300, in_features), empty(300, out_features)
+    ends, x, dy = empty(experts, dtype=torch.int32), empty(pairs, in_features), empty(pairs, out_features)
     yield "experts", lambda: backend.experts_forward(x, ends, layer)
     # dX alone: without CUDA, torch cannot fake the copies of dA and of a B with other strides.
     yield "experts' backward", lambda: backend.experts_backward(dy, None, ends, layer, needs_x=True)
@@ -110,22 +104,49 @@ def devices(gpu: FakeGpu) -> list[dict[str, Any]]:
 
 def tune() -> None:
     """Tunes one key; operands hold no data and results are not compared."""
-    device, layer = torch.device("cuda", 1), Problem(256, 256, 512, BLOCKS, RANK)
-    weight = adapter(*layer.features, "cuda:1", BF16)
-
-    def run(choice: Any) -> tuple[list[Tensor], Callable[[], object]]:
-        def again() -> Tensor:
-            with answered(lambda key: choice):
-                return modulated_weight(weight)
-
-        return [again()], again
-
+    device, layer = torch.device("cuda", 1), tuner.Layer(256, 512, 300, contiguous=True)
+    weight = adapter(256, 512, "cuda:1", BF16)
     with unset_fake_temporarily():  # blocks are made from labels, which are read
-        (job,) = jobs([layer], "sm_90", 132, ["modulated_weight"])
-    load = SimpleNamespace(precision="bf16", run=run, prepare=lambda: None, check=lambda results: None)
-    measure.workload = lambda job, device: load  # type: ignore[assignment,return-value]
-    measure.keep = lambda *found: Table()  # type: ignore[assignment]
-    measure.tune([job], device, timer=lambda choice, again: again() and 1.0)
+        job, *_ = tuner.jobs([layer], "sm_90", 132)
+    tuner.training_step = lambda *_: lambda _: [backend.modulated_weight(weight)]  # type: ignore[assignment]
+    tuner.distance = lambda *_: 0.0
+    tuner.keep = lambda *_: Table()  # type: ignore[assignment]
+    ((_, found),) = tuner.tune(
+        [replace(job, candidates=job.candidates[:2])], device, lambda _, launch: (launch(), 1.0)[1]
+    )
+    assert not isinstance(found, str), found
+
+
+def ahead(gpu: FakeGpu) -> list[object]:
+    """How many forms the tuner compiles ahead, how many it was given, and of how many keys; the first for sm_90."""
+    JITFunction._do_compile = COMPILE
+    with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
+        os.environ["TRITON_CACHE_DIR"] = folder
+        planned = [
+            replace(job, candidates=job.candidates[:2])
+            for job in tuner.jobs([tuner.Layer(256, 512, 300)], "sm_90", 132)
+            if job.key.kernel == "modulated_weight"
+        ]
+        compiled: list[Any] = []
+
+        class Pool:  # in this process, because others have no pretended GPU
+            def __init__(self, processes: int, mp_context: object) -> None:
+                pass
+
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def map(self, compile_one: Callable[[Any], bool], given: Any) -> Iterator[bool]:
+                compiled.extend(given)
+                module, name, data = compiled[0]
+                assert getattr(sys.modules[module], name).preload(data).asm["cubin"]
+                return map(compile_one, compiled)
+
+        tuner.ProcessPoolExecutor = Pool  # type: ignore[assignment,misc]
+        return [tuner.compile_ahead(planned, 2), len(compiled), len(planned)]
 
 
 def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
@@ -174,7 +195,7 @@ def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
         gpu.launches.clear()
         for call in calls:
             if forget:
-                table.forget()
+                table.clear_cache()
             call()
         return [f"{launch.form} {launch.numbers} {launch.device}" for launch in gpu.launches]
 
@@ -184,66 +205,24 @@ def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
 
 
 def hooks(gpu: FakeGpu) -> list[list[bool]]:
-    """Whether launches of remembered plans pass metadata to enter and exit hooks, without a hook and with one."""
+    """Whether cached plans' direct launches pass Triton's metadata and a profiler's enter and exit hooks."""
     calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
-    record, found = FakeKernel._record, []
-
-    def heard(self: FakeKernel, *arguments: Any) -> None:
-        found.append([one is not None for one in arguments[6:9]])
-        record(self, *arguments)
-
-    setattr(FakeKernel, "_record", heard)  # noqa: B010  # before the first launch, because a form keeps its launcher
-    for call in calls:
+    found: list[list[bool]] = []
+    # Before the first launch, because a form keeps its launcher.
+    setattr(FakeKernel, "_record", lambda self, *given: found.append([one is not None for one in given[6:9]]))  # noqa: B010
+    for call in calls * 2:
         call()
-    found.clear()
-    for hook in (None, lambda metadata: None):
-        if hook is not None:
-            triton.knobs.runtime.launch_exit_hook.add(hook)
-        for call in calls:
-            call()
     return found
 
 
-def without_short_way(gpu: FakeGpu) -> dict[str, Any]:
-    """Kernels and warnings of three rounds: the short way works, is refused after a round, raises, or lacks a part."""
-    calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
-    found: dict[str, Any] = {}
-    run, record, inside, wrong = JITFunction.run, FakeKernel._record, [False], [""]
-
-    def tritons(self: Any, *arguments: Any, **options: Any) -> Any:
-        inside[0] = True
-        try:
-            return run(self, *arguments, **options)
-        finally:
-            inside[0] = False
-
-    def spoiled(self: FakeKernel, *arguments: Any) -> None:
-        if wrong[0] == "raises" and not inside[0]:
-            raise TypeError("another signature")
-        if wrong[0] == "refused" and not inside[0]:
-            record(self, *arguments)  # one launch more
-        record(self, *arguments)
-
-    JITFunction.run = tritons
-    setattr(FakeKernel, "_record", spoiled)  # noqa: B010
-    for case in ("short", "refused", "raises", "missing"):
-        wrong[0] = "" if case == "refused" else case
-        if case == "missing":
-            setattr(FakeKernel, "function", property(lambda self: None if inside[0] else self.no_function))  # noqa: B010
-        table.forget()
-        short_way.obstacle, rounds = "", []
-        for turn in range(3):
-            gpu.launches.clear()
-            with warnings.catch_warnings(record=True) as told:
-                warnings.simplefilter("always", UserWarning)
-                if case == "refused" and turn == 1:
-                    wrong[0] = case
-                    use_tritons_launcher("wrong numbers")
-                for call in calls:
-                    call()
-            said = [str(one.message) for one in told if "launcher" in str(one.message)]
-            rounds.append([[launch.kernel for launch in gpu.launches], said])
-        found[case] = rounds
+def buckets(gpu: FakeGpu) -> dict[str, list[int]]:
+    """How often Triton's own launcher is asked, by pass, at 300 tokens, again, at 257 and 511 tokens, and at 513."""
+    layer, found = adapter(256, 512, "cuda:0", BF16), {}
+    for tokens in (300, 300, 257, 511, 513):
+        for name, call in (*passes(layer, tokens), *experts_passes("cuda:0", tokens)):
+            asked[0] = 0
+            call()
+            found.setdefault(name, []).append(asked[0])
     return found
 
 
@@ -259,12 +238,12 @@ def new_forms(gpu: FakeGpu) -> list[list[str]]:
             heard: list[str] = []
             gpu.launches.clear()
 
-            def hear(launch: Any, pointers: Any, heard: list[str] = heard) -> None:
-                compiled, before = launch.compiled(pointers), len(gpu.launches)
+            def hook(launch: Any, arguments: Any, heard: list[str] = heard) -> None:
+                compiled, before = launch.compiled(arguments), len(gpu.launches)
                 heard.append(f"{compiled.name} {compiled.form}")
                 assert len(gpu.launches) == before
 
-            with heard_by(hear, new=True):
+            with launch_hook(hook, new=True):
                 for call in calls:
                     call()
             found.append([heard, [f"{launch.kernel} {launch.form}" for launch in gpu.launches]])
@@ -304,8 +283,14 @@ def first_step(gpu: FakeGpu) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    pretended = install(devices=2)
+    pretended, asked, run = install(devices=2), [0], JITFunction.run
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        asked[0] += 1
+        return run(self, *arguments, **options)
+
+    JITFunction.run = counted
     with FakeTensorMode():
-        functions = (devices, forms, remembered, hooks, new_forms, without_short_way, first_step)
+        functions = (ahead, devices, forms, remembered, hooks, buckets, new_forms, first_step)
         what = {function.__name__: function for function in functions}[sys.argv[1]]
         print(json.dumps(what(pretended)))

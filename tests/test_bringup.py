@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from benchmarks.bringup import stages
 from benchmarks.cases import headline_cases, operator_cases
 from benchmarks.providers import LORA, Case
 from benchmarks.results import Result, Run, read
-from smoa_kernels.kernels.launch import short_way
+from smoa_kernels.kernels.launch import Launch, launch_hook
 
 pytestmark = pytest.mark.slow
 
@@ -220,22 +221,20 @@ def test_comparing_keeps_its_results_and_repeats_failures(monkeypatch: pytest.Mo
 
 
 def test_both_launchers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours fails in its pass. Triton's is told apart by the obstacle that stands in our launcher's way meanwhile."""
-    monkeypatch.setattr(short_way, "obstacle", "")
+    """Another bit by Triton's launches is an error."""
     monkeypatch.setattr(stages, "LAUNCHER_ROUNDS", 1)
-    build, obstacles = stages.smoa("split", "triton", "random"), []
+    case = operator_cases(True)[1]
+    assert stages.compare_launchers(*case).startswith("the same bits; ")
+    launch = Launch.by_triton
 
-    def fails(*_: object) -> None:
-        obstacles.append(short_way.obstacle)
-        short_way.obstacle = short_way.obstacle or "TypeError: no"
+    def spoiled(self: Launch, *arguments: Any) -> Any:
+        found = launch(self, *arguments)
+        if stopped and "out_ptr" in arguments[1]:
+            arguments[1]["out_ptr"].view(-1)[0] += 1
+        return found
 
-    def watched(case: Case) -> torch.nn.Module:
-        layer = build(case)
-        layer.register_forward_hook(fails)
-        return layer
-
-    monkeypatch.setattr(stages, "smoa", lambda *_: watched)
-    found = stages.compare_launchers(*operator_cases(True)[1])
-    assert obstacles == ["", "compared"]
-    assert short_way.obstacle == "TypeError: no"
-    assert "not used: TypeError: no" in found
+    stopped: list[object] = []
+    monkeypatch.setattr(Launch, "by_triton", spoiled)
+    monkeypatch.setattr(stages, "launch_hook", lambda hook: stopped.append(hook) or launch_hook(hook))
+    with pytest.raises(RuntimeError, match="different results"):
+        stages.compare_launchers(*case)

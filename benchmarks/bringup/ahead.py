@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 import triton
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -29,11 +28,11 @@ from triton.runtime import driver
 
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.kernels import KERNELS, table
+from smoa_kernels.kernels import table
 from smoa_kernels.kernels.architectures import architecture_of
+from smoa_kernels.kernels.registry import KERNELS
 from smoa_kernels.kernels.spec import ALGORITHM_KEYS, GRANULE
-from smoa_kernels.tuning.measure import workload
-from smoa_kernels.tuning.plan import jobs
+from smoa_kernels.tuning.tuner import META, Trial, jobs
 
 from ..cases import GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from ..fake_gpu import H100, FakeGpu, Form, adapter, install
@@ -47,7 +46,7 @@ CORES = 16  # about as many as a machine with a GPU has
 
 def forget(gpu: FakeGpu) -> None:
     """Forget the compiled forms, so that the next launches ask for all of theirs."""
-    table.forget()
+    table.clear_cache()
     for kernel in KERNELS.values():
         kernel.fn.device_caches.clear()
     gpu.compiled.clear()
@@ -85,9 +84,9 @@ def _tuned(properties: SimpleNamespace) -> None:
     """Run every candidate of every kernel, on operands without data."""
     for job in jobs(tuned_layers(smoke=False), architecture_of(properties), properties.multi_processor_count):
         if job.key.kernel not in ALGORITHM_KEYS:  # algorithms compile nothing more
-            load = workload(job, torch.device("meta"))
+            trial = Trial(job, META)
             for config in job.candidates:
-                load.run(config)
+                trial.compiled(config)
 
 
 def tested(properties: SimpleNamespace, chosen: Sequence[str]) -> None:

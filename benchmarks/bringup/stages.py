@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections import Counter
@@ -15,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from smoa_kernels.kernels.architectures import architecture, identity, multiprocessors
-from smoa_kernels.kernels.launch import short_way
+from smoa_kernels.kernels.launch import Arguments, Launch, launch_hook
 from smoa_kernels.kernels.table import SCHEMA, Choice, keep
-from smoa_kernels.tuning.measure import gpu_timer, tune
-from smoa_kernels.tuning.plan import jobs
+from smoa_kernels.tuning.tuner import compile_ahead, gpu_timer, jobs, tune
 
 from ..cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from ..gate import check_layers
@@ -92,17 +92,17 @@ def operator(job: Job) -> None:
         _, failed = _right(case, {SMOA: smoa("auto", "triton", order)})
         found[f"{case}, {order}"] = failed.get(SMOA, "right")
         job.save(job.run.with_finding("operator", found))
-    launchers = {"our launcher and Triton's": f"{compare_launchers(*cases[1])}, {job.run.label}"}
+    launchers = {"direct launches and Triton's": f"{compare_launchers(*cases[1])}, {job.run.label}"}
     job.save(job.run.with_finding("operator", found | launchers))
     if wrong := [f"{name}: {words}" for name, words in found.items() if words != "right"]:
         raise RuntimeError(f"{len(wrong)} of {len(cases)} problems are wrong, the first: {wrong[0]}")
 
 
 def compare_launchers(case: Case, order: str) -> str:
-    """Compare our own launcher with Triton's `kernel[grid](...)` on a layer's forward and backward.
+    """Compare direct launches with Triton's `kernel[grid](...)` on a layer's forward and backward.
 
     Returns:
-        In words, the host's median microseconds of both passes by each launcher, and why ours is not used, if so.
+        In words, the host's median microseconds of both passes by either.
 
     Raises:
         RuntimeError: their results differ by a bit.
@@ -120,16 +120,16 @@ def compare_launchers(case: Case, order: str) -> str:
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds) * 1e6, [y, *gradients]
 
+    def by_triton(launch: Launch, arguments: Arguments) -> bool:
+        launch.by_triton(*arguments)
+        return True  # and not directly
+
     ours, found = rounds()
-    obstacle, short_way.obstacle = short_way.obstacle, "compared"
-    try:
+    with launch_hook(by_triton):
         tritons, expected = rounds()
-    finally:
-        short_way.obstacle = obstacle
     if not all(map(torch.equal, found, expected)):
-        raise RuntimeError("kernels that are launched our own way and Triton's give different results")
-    told = f" (not used: {obstacle})" if obstacle else ""
-    return f"the same bits; the host takes {ours:.0f} µs by ours{told}, {tritons:.0f} µs by Triton's"
+        raise RuntimeError("kernels that are launched directly and by Triton give different results")
+    return f"the same bits; the host takes {ours:.0f} µs by direct launches, {tritons:.0f} µs by Triton's"
 
 
 def headline(job: Job) -> None:
@@ -277,13 +277,22 @@ def tune_shapes(job: Job) -> None:
     """
     planned = jobs(tuned_layers(job.smoke), architecture(DEVICE), multiprocessors(DEVICE))
     timer = interpreter_timer if job.smoke else gpu_timer
-    problems: dict[str, str] = {}
+    if job.smoke:  # the interpreter is slow
+        planned = [replace(one, candidates=one.candidates[:2]) for one in planned]
+    else:
+        compile_ahead(planned, os.cpu_count() or 1)
+    problems = {str(one): "no time was left" for one in planned}
     try:
-        undone = tune(planned, DEVICE, timer=timer, deadline=job.deadline - 5)
-        problems = {str(tuple(key)): problem for key, problem in undone.items()}
+        for one, found in tune(planned, DEVICE, timer):
+            if isinstance(found, str):
+                problems[str(one)] = found
+            else:
+                problems.pop(str(one))
+            if job.left < 5:
+                break
     finally:  # also when the GPU is lost
-        found = keep(identity(DEVICE)).entries
-        entries = [found[one.key].to_json() for one in planned if one.key in found]
+        known = keep(identity(DEVICE)).entries
+        entries = [known[one.key].to_json() for one in planned if one.key in known]
         finding = {"table": {"schema": SCHEMA, "entries": entries}, "problems": problems}
         job.save(job.run.with_finding("tune", finding))
     if problems:

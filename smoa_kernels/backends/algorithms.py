@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..definition.precision import PRECISIONS
-from ..kernels.architectures import facts
+from ..kernels.architectures import limits
 
 # Above these ρ the fused kernel takes the rank in chunks and loads nothing ahead.
 FUSED_MAX_RANK = 64
@@ -30,7 +30,11 @@ def choose_algorithm(tokens: int, rank: int, dtype: str, arch: str) -> str:
         dtype: that the GEMM multiplies, one of `precision.KERNEL_PRECISIONS`.
         arch: as the compiler spells it.
     """
+    most = FUSED_MAX_RANK_IEEE if PRECISIONS[dtype].ieee else FUSED_MAX_RANK
+    return "fused" if tokens <= fused_tokens(dtype, arch) and rank <= most else "merged"
+
+
+def fused_tokens(dtype: str, arch: str) -> int:
+    """The most tokens for which "auto" is "fused"."""
     precision = PRECISIONS[dtype]
-    limit = facts(arch).fused_tokens * 2 // precision.dtype.itemsize // (2 if precision.ieee else 1)
-    most = FUSED_MAX_RANK_IEEE if precision.ieee else FUSED_MAX_RANK
-    return "fused" if tokens <= limit and rank <= most else "merged"
+    return limits(arch).fused_tokens * 2 // precision.dtype.itemsize // (2 if precision.ieee else 1)

@@ -31,10 +31,10 @@ from ..kernels.contract import contract
 from ..kernels.fused_linear import fused_linear
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
-from ..kernels.launch import Layout, described, on_device
+from ..kernels.launch import Layout, launch_arguments, on_device
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
-from ..kernels.spec import ALGORITHM_KEYS, GRANULE, Key, block_width, bucket
+from ..kernels.spec import GRANULE, Key, block_width, bucket
 from . import Gradients, eager
 from .algorithms import choose_algorithm
 
@@ -163,16 +163,14 @@ def _width(partition: BlockPartition) -> int:
 
 def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
     """Choose the algorithm of "auto" without dropout, for one of `spec.ALGORITHM_KEYS`."""
-    layout, _ = described(adapter)
+    layout, _ = launch_arguments(adapter)
     return _choose(stage, layout, bucket(x.shape[0]), adapter.partition.is_even)
 
 
-@table.remembered
+@table.cached
 def _choose(stage: str, layout: Layout, tokens: int, in_place: bool) -> str:
     """Choose by the tuning table for `tokens`, a power of two, else by the rule of `algorithms.py`."""
     name, sizes = layout.precision, (layout.rank, layout.num_blocks, *layout.features, tokens)
     key = Key(stage, name, *sizes, granule=GRANULE if in_place else 1, factors=layout.factors)
-    measured = table.fastest(key, layout.device, ALGORITHM_KEYS[stage])
-    if isinstance(measured, str):
-        return measured
-    return choose_algorithm(tokens, layout.rank, name, architecture(layout.device))
+    measured = table.fastest(key, layout.device)
+    return measured or choose_algorithm(tokens, layout.rank, name, architecture(layout.device))

@@ -31,7 +31,7 @@ from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..kernels.architectures import architecture, assembler, identity
-from ..kernels.launch import Launch, Pointers, described, heard_by, on_device
+from ..kernels.launch import Arguments, Launch, launch_arguments, launch_hook, on_device
 from ..kernels.spec import bucket
 from ..kernels.table import chosen_for, keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
@@ -66,9 +66,9 @@ class Verdicts:
         self.ran: set[str] = set()
         self.withheld: dict[object, str] = {}
 
-    def name_of(self, launch: Launch, pointers: Pointers) -> str:
+    def name_of(self, launch: Launch, arguments: Arguments) -> str:
         """Compile a kernel and name it. Raises a _WithheldError if it is refused."""
-        name = f"{launch.kernel.__name__} {launch.compiled(pointers).hash}"
+        name = f"{launch.kernel.__name__} {launch.compiled(arguments).hash}"
         if reason := self.kernels.get(name):
             raise _WithheldError(reason)
         return name
@@ -94,7 +94,7 @@ class Verdicts:
     def compare(self, run: Callable[[], Any], by_torch: Callable[[], Any], allowed: float) -> None:
         """Compare a probe's results. Keeps a verdict on its new kernels, in a job's first process on disk too."""
         heard: list[str] = []
-        with heard_by(lambda *launch: heard.append(self.name_of(*launch)), new=True):
+        with launch_hook(lambda *launch: heard.append(self.name_of(*launch)), new=True):
             for _ in range(2):  # the second time as later calls do: each `Launch` has its compiled kernel
                 found = run()
         far = distance(found, by_torch(), allowed)
@@ -135,7 +135,7 @@ def _verified(
         device = adapter.weight.device
         if not _is_verified(device):
             return run(*args, **options)
-        known, (layout, _) = verdicts(device), described(adapter)
+        known, (layout, _) = verdicts(device), launch_arguments(adapter)
         tokens = len(args[0]) if isinstance(args[0], Tensor) else 0
 
         def compare(rows: int) -> None:
@@ -150,7 +150,7 @@ def _verified(
         if (why := known.withheld.get(call)) is None:
             try:
                 check = partial(known.check, compare, (FEW + layout.experts // 2, tokens or FEW))
-                with heard_by(check, new=True):
+                with launch_hook(check, new=True):
                     return run(*args, **options)
             except _WithheldError as error:
                 why, lasts = str(error), not isinstance(error.__cause__, torch.OutOfMemoryError)

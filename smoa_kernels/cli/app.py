@@ -30,7 +30,7 @@ COMMANDS: dict[str, dict[Callable[..., None], str]] = {
         convert: "convert path/to/hira path/to/smoa --base path/to/model",
         merge: "merge path/to/model path/to/adapter path/to/merged",
     },
-    "A GPU": {tune: "tune --from-model path/to/model --budget 30"},
+    "A GPU": {tune: "tune --model path/to/model --tokens 8192"},
 }
 
 

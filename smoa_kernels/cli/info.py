@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -18,14 +19,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from .. import kernels
 from .._version import __version__
 from ..backends import miscompiled_on, native_obstacle, triton_obstacle
+from ..backends.algorithms import fused_tokens
 from ..backends.native.library import has
-from ..definition.precision import dtype_names, has_gemm
+from ..definition.precision import KERNEL_PRECISIONS, dtype_names, has_gemm
 from ..files import cache_folder
 from ..kernels import table
-from ..kernels.architectures import assembler, identity
+from ..kernels.architectures import architecture, assembler, identity
 from ..kernels.table import SHIPPED, read, user_table
 from .output import console, write_json
 
@@ -134,7 +135,8 @@ def _tables() -> dict[str, str]:
     for owner, folder in (("yours", user_table("").parent), ("shipped", SHIPPED)):
         for path in sorted(folder.glob("*.json")):
             said = [_in_force(read(path, now)) for now in here if user_table(now.gpu).name == path.name]
-            found[str(path)] = f"{owner}; {'; '.join(said) or 'for a GPU that is not here'}"
+            written = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
+            found[str(path)] = f"{owner}, {written}; {'; '.join(said) or 'for a GPU that is not here'}"
         for path in sorted(folder.glob("*.broken-*")):
             found[str(path)] = f"{owner}; set aside, not used"
     names = {Path(path).name for path in found}
@@ -146,15 +148,18 @@ def _tables() -> dict[str, str]:
 def _kernels() -> dict[str, str]:
     """The verdicts on compiled kernels on each GPU here, and the kernels that have not run there yet."""
     from ..backends.verified import verdicts
+    from ..kernels.registry import KERNELS
 
     found: dict[str, str] = {}
-    for known in {verdicts(device).gpu: verdicts(device) for device in _gpus()}.values():
+    for known, arch in {verdicts(gpu).gpu: (verdicts(gpu), architecture(gpu)) for gpu in _gpus()}.values():
         forms = known.kernels
         sound = Counter(form.partition(" ")[0] for form, reason in forms.items() if not reason)
         ran = {form.partition(" ")[0] for form in forms}
-        names = [kernel.fn.__name__ for kernel in kernels.KERNELS.values()]
+        names = [kernel.fn.__name__ for kernel in KERNELS.values()]
+        tokens = ", ".join(f"{fused_tokens(dtype, arch)} ({dtype})" for dtype in KERNEL_PRECISIONS)
         said = {
             "versions": known.versions,
+            "auto": f"fused up to {tokens} tokens, then merged; split under dropout; unless its table says else",
             "verified": ", ".join(f"{name} ({n} forms)" for name, n in sound.items()),
             "refused": "; ".join(f"{form}: {reason}" for form, reason in forms.items() if reason),
             "untried": ", ".join(name for name in names if name not in ran),
@@ -164,12 +169,8 @@ def _kernels() -> dict[str, str]:
 
 
 def _in_force(found: table.Table) -> str:
-    if found.broken:
-        return f"{found.broken}; not used"
-    said = f"{len(found.entries)} entries in force"
-    if found.stale:
-        said += f", {len(found.stale)} not: measured with another Triton or version of the kernels"
-    return f"{said}, {found.reasons()}" if found.skipped else said
+    said = f"{len(found.entries)} entries in force, {len(found.stale)} measured with other versions"
+    return f"{said}; {found.problem}" if found.problem else said
 
 
 def _gpus() -> list[torch.device]:

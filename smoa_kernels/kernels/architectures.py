@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -53,30 +53,34 @@ class Architecture:
         return self.name.startswith("gfx")
 
 
-_ALL = (
-    Architecture("sm_80", "HMMA", 163 * _KIB),
-    Architecture("sm_86", "HMMA", 99 * _KIB),
-    Architecture("sm_89", "HMMA", 99 * _KIB),
-    Architecture("sm_90", "HGMMA", 227 * _KIB),
-    Architecture("sm_100", "UTCHMMA", 227 * _KIB, fused_tokens=16, same=("sm_103",)),
-    Architecture("sm_120", "HMMA", 99 * _KIB, same=("sm_121",)),
-    Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, same=("gfx90a", "gfx950")),
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        arch.name: arch
+        for arch in (
+            Architecture("sm_80", "HMMA", 163 * _KIB),
+            Architecture("sm_86", "HMMA", 99 * _KIB),
+            Architecture("sm_89", "HMMA", 99 * _KIB),
+            Architecture("sm_90", "HGMMA", 227 * _KIB),
+            Architecture("sm_100", "UTCHMMA", 227 * _KIB, fused_tokens=16, same=("sm_103",)),
+            Architecture("sm_120", "HMMA", 99 * _KIB, same=("sm_121",)),
+            Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, same=("gfx90a", "gfx950")),
+        )
+    }
 )
-
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.name: arch for arch in _ALL})
 """Every audited architecture by name."""
 
-_FACTS = {name: arch for arch in _ALL for name in (arch.name, *arch.same)}
-ON_AMD = tuple(sorted(name for name, arch in _FACTS.items() if arch.is_amd))
+# Names for rows of configurations (`spec.Row`).
+AMPERE, ADA, HOPPER, BLACKWELL = ("sm_80",), ("sm_86", "sm_89"), ("sm_90",), ("sm_100",)
+GEFORCE_BLACKWELL, AMD = ("sm_120",), ("gfx942",)
+
+_BY_NAME = {name: arch for arch in ARCHITECTURES.values() for name in (arch.name, *arch.same)}
+ON_AMD = tuple(sorted(name for name, arch in _BY_NAME.items() if arch.is_amd))
 """AMD's architectures that the kernels run on; on others, such as RDNA's, they spill registers."""
 
-# The limits of any GPU.
-_UNKNOWN = Architecture("", "HMMA", 48 * _KIB)
 
-
-def facts(name: str) -> Architecture:
+def limits(name: str) -> Architecture:
     """The row of an architecture; for an unknown one, limits that every GPU has."""
-    return _FACTS.get(name) or replace(_UNKNOWN, name=name)
+    return _BY_NAME.get(name) or Architecture(name, "HMMA", 48 * _KIB)
 
 
 @cache

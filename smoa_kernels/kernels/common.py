@@ -28,9 +28,6 @@ import triton.language as tl
 # Set when the kernels are defined, as Triton itself does: a process either interprets or compiles.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
-"""Triton 3.6 spills large tiles that 3.9 does not; before 3.9 they do not ship. 3.7 and 3.8 were not tried."""
-
 # The largest float32 that rounds to a finite TF32 is just below this: 0x7F7FF000.
 LARGEST_TF32 = tl.constexpr(2.0**128 * (1 - 2.0**-12))
 
@@ -89,6 +86,43 @@ def to_tf32(value, INPUT_PRECISION: tl.constexpr):
         # The tensor core still cuts off a value that would round to infinity. Infinity and NaN stay.
         value = tl.where(tl.abs(value) < LARGEST_TF32, rounded, value)
     return value
+
+
+# Three steps that keep the values and steer the compiler. What was tried in their place: docs/internals/tried.md.
+
+
+@triton.jit
+def keep_in_registers(tile, inside):
+    """A tile, zero outside already, which so reaches its product through registers.
+
+    The compiler copies operands into shared memory asynchronously. Where tensor cores cannot read whole 128-bit words
+    there (TF32, or W0 transposed), it narrows the copies to 4 bytes; the audit then finds narrow loads.
+    """
+    return tl.where(inside, tile, 0.0)
+
+
+@triton.jit
+def wait_for_products(acc, inside):
+    """A sum of wgmma's products, zero outside already, that are complete before the loop goes on.
+
+    Hopper's tensor cores read W0 from shared memory, of which Triton keeps one buffer, because W0 has another use
+    (triton-lang/triton#3106 fixed the same for loads with one use). The next step's copy would overwrite the tile that
+    they still read; the PTX emulator finds it.
+    """
+    return tl.where(inside, acc, 0.0)
+
+
+@triton.jit
+def hide_origin(values):
+    """A reduction over one element, which hides how values were made: the compiler lays them out anew.
+
+    Of labels, it hides that ΔW depends on a byte, for which Ampere's compiler lays the product out. Of a tile, it gives
+    the store a layout of its own. Without it the audit finds synchronous loads, or spilled registers.
+    """
+    if len(values.shape) == 1:
+        return tl.max(values[None, :], axis=0)
+    else:  # noqa: RET505  Triton would compile what follows too
+        return tl.sum(values[None, :, :], 0)
 
 
 @triton.jit

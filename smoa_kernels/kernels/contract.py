@@ -21,13 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
-from ..definition.precision import Precision
-from .architectures import Architecture
+from .architectures import AMD, AMPERE, GEFORCE_BLACKWELL
 from .common import block_slots, dot, load_block, power_of_two, to_tf32
-from .launch import Launch, Layout, described
-from .spec import PARTIAL_RANKS, Config, Kernel, on_amd, partial_width
+from .launch import Grid, Launch, Layout, launch_arguments
+from .spec import PARTIAL_RANKS, Config, Kernel, Row, partial_width
 from .sum_partials import sum_partials
-from .table import remembered
+from .table import cached
 
 # Ranks of a group: 128 bits of float32. The kernel gets the number of groups, so the compiler knows the alignment.
 GROUP = tl.constexpr(PARTIAL_RANKS)
@@ -127,31 +126,24 @@ def contract(G: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
     dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # torch parses numbers faster than a size
     if dA.numel() == 0 or dB.numel() == 0:
         return dA, dB
-    layout, pointers = described(adapter)
-    launch, tiles_n, tiles_c = _launch(layout, *G.shape[1:])
+    layout, pointers = launch_arguments(adapter)
+    launch, grid, tiles_n, tiles_c = _launch(layout, *G.shape[1:])
     width, (N, C) = partial_width(layout.rank), layout.features
     partial_a, partial_b = G.new_empty(tiles_n, C, width), G.new_empty(tiles_c, N, width)
-    launch(g_ptr=G, partial_a_ptr=partial_a, partial_b_ptr=partial_b, **pointers)
+    launch(grid, {"g_ptr": G, "partial_a_ptr": partial_a, "partial_b_ptr": partial_b, **pointers})
     sum_partials(partial_a, dA, transposed=True)
     sum_partials(partial_b, dB)
     return dA, dB
 
 
-@remembered
-def _launch(layout: Layout, padded_rows: int, padded_cols: int) -> tuple[Launch, int, int]:
-    """The launch, and how many partials of dA and of dB it has."""
-    config = layout.choose(
-        "contract",
-        padded_out=padded_rows,
-        padded_in=padded_cols,
-        granule=layout.granule,
-        factors=layout.factors,
-    )
+@cached
+def _launch(layout: Layout, padded_rows: int, padded_cols: int) -> tuple[Launch, Grid, int, int]:
+    """The launch, its grid, and how many partials of dA and of dB it has."""
+    config = layout.choose(CONTRACT, padded_out=padded_rows, padded_in=padded_cols, granule=layout.granule)
     tiles_n, tiles_c = -(-padded_rows // config.block_n), -(-padded_cols // config.block_c)
     ranks = min(MOST_RANKS, power_of_two(layout.rank, 16))  # `tl.dot` takes no fewer than 16
     launch = Launch(
         contract_kernel,
-        (layout.num_blocks * tiles_n * tiles_c, -(-layout.rank // ranks)),
         config,
         layout,
         padded_rows=padded_rows,
@@ -162,28 +154,37 @@ def _launch(layout: Layout, padded_rows: int, padded_cols: int) -> tuple[Launch,
         # dA and dB over their error budget. Half factors are exact in TF32.
         EXACT=layout.input_precision == "tf32" and layout.dtype != torch.float32 and layout.factors == "fp32",
     )
-    return launch, tiles_n, tiles_c
+    grid = layout.num_blocks * tiles_n * tiles_c, -(-layout.rank // ranks), 1
+    return launch, grid, tiles_n, tiles_c
 
 
-_SHIPPED = (
-    Config(block_n=64, block_c=128, block_d=32, num_warps=4),
-    Config(block_n=32, block_c=128, block_d=32, num_warps=4),
+def _tile(n: int, c: int, warps: int = 4) -> Config:
+    return Config(block_n=n, block_c=c, block_d=32, num_warps=warps)
+
+
+# 64 × 128 spills 12 bytes on sm_80 (32 ranks of float32 factors) and 8 on sm_120 in TF32, 32 × 128 4 elsewhere. IEEE
+# float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
+CONTRACT = Kernel(
+    "contract",
+    contract_kernel,
+    rows=(
+        Row(AMD, (), (_tile(64, 128, 2), _tile(32, 128, 2))),
+        Row((), ("fp32",), (_tile(32, 128), _tile(32, 64))),
+        Row(AMPERE, (), (_tile(32, 128),)),
+        Row(GEFORCE_BLACKWELL, ("tf32",), (_tile(32, 128),)),
+        Row((), (), (_tile(64, 128),)),
+    ),
+    space={
+        "block_n": (32, 64, 128),
+        "block_c": (64, 128, 256),
+        "block_d": (16, 32, 64),
+        "num_warps": (2, 4, 8),
+    },
+    fits=lambda config, key: 16 <= config.block_n * config.block_d // (32 * config.num_warps) <= 32,
+    # G once, W0 once, and partials of dA and dB, written and read.
+    traffic=lambda config, key: (
+        key.out_features * key.in_features * (4 / key.blocks + 2)
+        + 8 * key.rank * (key.out_features * key.padded_in / config.block_c)
+        + 8 * key.rank * (key.in_features * key.padded_out / config.block_n)
+    ),
 )
-# IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
-_SHIPPED_IEEE = (
-    Config(block_n=32, block_c=128, block_d=32, num_warps=4),
-    Config(block_n=32, block_c=64, block_d=32, num_warps=4),
-)
-
-
-def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
-    if arch.is_amd:
-        return on_amd(_SHIPPED)
-    if precision.ieee:
-        return _SHIPPED_IEEE
-    # The first spills 12 bytes on sm_80 (32 ranks of float32 factors) and 8 on sm_120 in TF32, the second 4 elsewhere.
-    narrow = arch.name == "sm_80" or (arch.name == "sm_120" and precision.name == "tf32")
-    return _SHIPPED[1:] if narrow else _SHIPPED[:1]
-
-
-CONTRACT = Kernel("contract", contract_kernel, shipped=_shipped)

@@ -20,8 +20,9 @@ dtype or the parts (split, T, N) in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -29,21 +30,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
-from ..definition.precision import Precision
-from .architectures import Architecture
-from .common import OLD_TRITON, dot, power_of_two, round_to, to_tf32
-from .launch import Launch, Layout, described
-from .spec import Config, Kernel, Key, on_amd
+from .architectures import AMD, GEFORCE_BLACKWELL, HOPPER
+from .common import (
+    dot,
+    hide_origin,
+    keep_in_registers,
+    power_of_two,
+    round_to,
+    to_tf32,
+    wait_for_products,
+)
+from .launch import Launch, Layout, launch_arguments
+from .spec import HALF, Config, Kernel, Key, Row, bucket
 from .sum_partials import sum_partials
-from .table import remembered
-
-
-@triton.jit
-def widened(labels):
-    # A reduction over one element, which hides that ΔW depends on a byte. Otherwise the compiler for Ampere lays the
-    # product of ΔW out for byte operands, reads x in two layouts, and no longer copies x asynchronously. With
-    # `tl.multiple_of` and `tl.max_contiguous`, or a descriptor of x, it does not either (Triton 3.6, 3.9).
-    return tl.max(labels.to(tl.int32)[None, :], axis=0)
+from .table import cached
 
 
 @triton.jit(do_not_specialize=["T", "split"])
@@ -89,7 +89,7 @@ def fused_linear_kernel(
     rows = (tile // split // tiles_t).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     token_inside = tokens < T
     row_inside = rows < N
-    row_block = widened(tl.load(row_block_ptr + rows, mask=row_inside, other=0))
+    row_block = hide_origin(tl.load(row_block_ptr + rows, mask=row_inside, other=0).to(tl.int32))
     row_rank = tl.minimum(tl.load(ranks_ptr + row_block, mask=row_inside, other=0), rank)
     scaling = tl.load(scaling_ptr).to(tl.float32)
     # SIDE_BY_SIDE: the product has room for the ranks of every block. Each row of B and column of A fills the ranks of
@@ -111,18 +111,13 @@ def fused_linear_kernel(
         w = tl.load(w_ptrs, mask=row_inside[:, None] & col_inside[None, :], other=0.0)
         x_ptrs = x_ptr + tokens[None, :] * stride_xt + cols[:, None] * stride_xc
         x = tl.load(x_ptrs, mask=token_inside[None, :] & col_inside[:, None], other=0.0)
-        col_block = widened(tl.load(col_block_ptr + cols, mask=col_inside, other=0))
+        col_block = hide_origin(tl.load(col_block_ptr + cols, mask=col_inside, other=0).to(tl.int32))
         col_rank = tl.load(ranks_ptr + col_block, mask=col_inside, other=0)
         THROUGH_REGISTERS: tl.constexpr = w.dtype == tl.float32 or (W_TRANSPOSED and not WGMMA)
         if THROUGH_REGISTERS:
-            # This keeps the values and takes W0 to its products through registers. An asynchronous copy of whole
-            # 128-bit words leaves a TF32 or transposed W0 where most tensor cores cannot read it, and Triton would
-            # narrow the copy. Hopper's tensor cores can read a transposed W0: the copy then has no bank conflicts, and
-            # through registers it has four-way ones.
-            # Tried instead (Triton 3.6, 3.9): `tl.multiple_of` with `tl.max_contiguous` copies W0 on sm_80 without
-            # asynchrony, and TF32 on sm_90 4 bytes at a time. A descriptor is wide on sm_90, and not asynchronous on
-            # sm_80.
-            w = tl.where(row_inside[:, None], w, 0.0)
+            # Hopper's tensor cores can read a transposed W0: the copy then has no bank conflicts, and through registers
+            # it has four-way ones.
+            w = keep_in_registers(w, row_inside[:, None])
 
         product = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         for chunk in range(CHUNKS):
@@ -146,14 +141,7 @@ def fused_linear_kernel(
         acc = dot(delta, x, acc, INPUT_PRECISION)
         acc = dot(w, x, acc, INPUT_PRECISION)
         if WGMMA:
-            # This keeps the values and waits for the products. Hopper's tensor cores read W0 from shared memory. Triton
-            # keeps only one buffer of W0, because W0 has another use. So the next step's copy would overwrite the tile
-            # that they still read (seen in the emulator for Triton 3.9, and in the TTGIR of 3.6, where this line makes
-            # it wait). triton-lang/triton#3106 fixed the same for loads with one use. With `tl.multiple_of` and
-            # `tl.max_contiguous` instead, the tile is still overwritten (emulated). A descriptor was not tried: the
-            # emulator runs none. On Blackwell, with one accumulator per product, the line did not compile
-            # (TritonGPUHoistTMEMAlloc, Triton 3.9).
-            acc = tl.where(row_inside[:, None], acc, 0.0)
+            acc = wait_for_products(acc, row_inside[:, None])
 
     if HAS_BIAS:
         acc += tl.load(bias_ptr + rows, mask=row_inside, other=0.0).to(tl.float32)[:, None]
@@ -178,38 +166,27 @@ def fused_linear(
     y = x.new_empty(T, N)
     if y.numel() == 0:
         return y
-    layout, pointers = described(adapter)
-    launch = _launch(layout, T, x.stride(), bias is not None)
-    parts = launch.config.split
+    layout, pointers = launch_arguments(adapter)
+    launch = _launch(layout, bucket(T), x.stride(), bias is not None)
+    config = launch.config
+    parts = config.split
     out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
-    launch(x_ptr=x, bias_ptr=bias, out_ptr=out, **pointers)
+    tiles = -(-T // config.block_t) * -(-N // config.block_n)
+    launch((tiles * parts, 1, 1), {"x_ptr": x, "bias_ptr": bias, "out_ptr": out, **pointers}, (T,))
     if parts > 1:
         sum_partials(out, y, bias=bias)
     return y
 
 
-@remembered
-def _launch(
-    layout: Layout,
-    tokens: int,
-    x_stride: Sequence[int],
-    has_bias: bool,
-) -> Launch:
+@cached
+def _launch(layout: Layout, tokens: int, x_stride: Sequence[int], has_bias: bool) -> Launch:
     rank = layout.rank
-    config = layout.choose(
-        "fused_linear",
-        tokens=tokens,
-        transposed=layout.transposed,
-        factors=layout.factors,
-    )
+    config = layout.choose(FUSED_LINEAR, tokens=tokens, transposed=layout.transposed)
     chunk = min(config.block_r, power_of_two(rank, 16))  # the least that `tl.dot` takes
-    tiles = -(-tokens // config.block_t) * -(-layout.features[0] // config.block_n)
     return Launch(
         fused_linear_kernel,
-        (tiles * config.split,),
         config,
         layout,
-        T=tokens,
         split=config.split,
         stride_xt=x_stride[0],
         stride_xc=x_stride[1],
@@ -220,55 +197,71 @@ def _launch(
     )
 
 
-def _split(config: Config) -> tuple[Config, ...]:
-    return tuple(replace(config, split=split) for split in (4, 2, 1))
-
-
-# With more ranks or tokens registers spill.
-_SHIPPED = (
-    *_split(Config(block_t=16, block_n=64, block_c=64, block_r=64, split=4, num_warps=4, num_stages=3)),
-    Config(block_t=32, block_n=64, block_c=64, block_r=64, split=1, num_warps=4, num_stages=3),
-)
-# IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
-_SHIPPED_IEEE = _split(
-    Config(block_t=16, block_n=16, block_c=32, block_r=16, split=4, num_warps=2, num_stages=3)
-)
-
-
-def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
-    if precision.ieee and not arch.is_amd:
-        if OLD_TRITON:  # longer steps spill 4 to 56 bytes
-            return tuple(replace(config, block_c=16) for config in _SHIPPED_IEEE)
-        if arch.name == "sm_120":  # with two warps its registers spill
-            return tuple(replace(config, num_warps=4) for config in _SHIPPED_IEEE)
-        return _SHIPPED_IEEE
-    shipped, full = _SHIPPED, precision.dtype == torch.float32
-    if full:
-        shipped = tuple(replace(config, block_c=32) for config in shipped if config.block_t == 16)
-    if arch.name == "sm_90":
-        # A column's label, its block's rank and the mask of A are a chain of loads, among which Triton divides the
-        # stages (triton-lang/triton#4721). Three stages leave one buffer of W0, five leave two.
-        shipped = tuple(replace(config, wgmma=not full, num_stages=5) for config in shipped)
-    elif (
-        OLD_TRITON and arch.name == "sm_120" and not full
-    ):  # with three stages ρ = 4 spills 4 bytes, transposed
-        shipped = tuple(replace(config, num_stages=3 + (config.block_t == 16)) for config in shipped)
-    return on_amd(shipped) if arch.is_amd else shipped
+def _narrowest(widths: Iterable[int], tokens: int) -> int:
+    """The narrowest tile that holds all tokens, else the widest."""
+    widths = sorted(widths)
+    return next((width for width in widths if width >= tokens), widths[-1])
 
 
 def _choose(shipped: Sequence[Config], key: Key, multiprocessors: int) -> Config:
     """Choose the narrowest tile that holds all tokens; split its sum over C if y has few tiles."""
-    widths = {config.block_t for config in shipped}
-    block_t = min((width for width in widths if width >= key.tokens), default=max(widths))
+    block_t = _narrowest({config.block_t for config in shipped}, key.tokens)
     narrowest = [config for config in shipped if config.block_t == block_t]
     tiles = -(-key.tokens // block_t) * -(-key.out_features // narrowest[0].block_n)
     few = tiles < 2 * multiprocessors
     return max(narrowest, key=lambda config: config.split if few else -config.split)
 
 
+def _fits(config: Config, key: Key) -> bool:
+    """In IEEE float32 a thread holds the depth of its operands in registers, so tiles are an eighth as large."""
+    tile = config.block_n * config.block_c // (1 if key.dtype == "fp32" else 8)
+    return config.block_t == _narrowest((16, 32), key.tokens) and 256 <= tile <= 1024
+
+
+def _tiles(n: int, c: int, r: int, warps: int, stages: int, wgmma: bool = False) -> tuple[Config, ...]:
+    """Of 16 tokens, with the sum over C split among 4, 2 or no programs."""
+    options: dict[str, Any] = {"block_r": r, "num_warps": warps, "num_stages": stages, "wgmma": wgmma}
+    return tuple(Config(block_t=16, block_n=n, block_c=c, split=split, **options) for split in (4, 2, 1))
+
+
+def _wide(warps: int, stages: int, wgmma: bool = False) -> Config:
+    """Of 32 tokens. With more ranks or tokens registers spill."""
+    return replace(_tiles(64, 64, 64, warps, stages, wgmma)[-1], block_t=32)
+
+
 FUSED_LINEAR = Kernel(
     "fused_linear",
     fused_linear_kernel,
-    shipped=_shipped,
+    rows=(
+        Row(AMD, HALF, (*_tiles(64, 64, 64, 2, 2), _wide(2, 2))),
+        Row(AMD, (), _tiles(64, 32, 64, 2, 2)),
+        # IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in
+        # registers. Longer steps spill 4 to 56 bytes with Triton 3.6, and two warps on sm_120.
+        Row((), ("fp32",), _tiles(16, 16, 16, 2, 3), before="3.9"),
+        Row(GEFORCE_BLACKWELL, ("fp32",), _tiles(16, 32, 16, 4, 3)),
+        Row((), ("fp32",), _tiles(16, 32, 16, 2, 3)),
+        # A column's label, its block's rank and the mask of A are a chain of loads, among which Triton divides the
+        # stages (triton-lang/triton#4721). Three stages leave one buffer of W0, five leave two.
+        Row(HOPPER, HALF, (*_tiles(64, 64, 64, 4, 5, wgmma=True), _wide(4, 5, wgmma=True))),
+        Row(HOPPER, (), _tiles(64, 32, 64, 4, 5)),
+        # With three stages ρ = 4 spills 4 bytes, transposed.
+        Row(GEFORCE_BLACKWELL, HALF, (*_tiles(64, 64, 64, 4, 4), _wide(4, 3)), before="3.9"),
+        Row((), HALF, (*_tiles(64, 64, 64, 4, 3), _wide(4, 3))),
+        Row((), (), _tiles(64, 32, 64, 4, 3)),
+    ),
     choose=_choose,
+    space={
+        "block_t": (16, 32),
+        "block_n": (16, 32, 64, 128),
+        "block_c": (16, 32, 64, 128),
+        "split": (1, 4),
+        "num_stages": (2, 3, 5),
+    },
+    fits=_fits,
+    # Every tile of tokens reads W0, every tile of rows x; parts of the sum are written and read.
+    traffic=lambda config, key: (
+        2 * key.in_features * key.out_features * -(-key.tokens // config.block_t)
+        + 2 * key.tokens * key.in_features * -(-key.out_features // config.block_n)
+        + 8 * key.tokens * key.out_features * (config.split if config.split > 1 else 0)
+    ),
 )

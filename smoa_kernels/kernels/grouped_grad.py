@@ -24,21 +24,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
-from ..definition.precision import Precision
-from .architectures import Architecture
+from .architectures import AMD, AMPERE, BLACKWELL, HOPPER
 from .common import (
-    OLD_TRITON,
     coordinates,
     dot,
+    keep_in_registers,
     power_of_two,
     round_to,
     segment_of,
     tiles_of_segments,
     to_tf32,
 )
-from .launch import Launch, Layout, described
-from .spec import Config, Kernel, on_amd
-from .table import remembered
+from .launch import Grid, Launch, Layout, launch_arguments
+from .spec import HALF, Config, Kernel, Row, bucket
+from .table import cached
 
 RANKS = 16
 """Ranks of a program; further ranks take further programs, which compute G again. With more, registers spill."""
@@ -136,10 +135,8 @@ def grouped_grad_kernel(
             x_ptrs = x_ptr + pairs[:, None] * stride_xp + cols[None, :]
             x = tl.load(x_ptrs, mask=pair_valid[:, None] & col_valid[None, :], other=0.0)
             if x.dtype == tl.float32 and INPUT_PRECISION == "tf32":
-                # This keeps the values and takes the tiles to their product through registers. With
-                # the hints of `coordinates` alone, both are copied 4 bytes at a time on sm_90 (Triton 3.6, 3.9).
-                dy = tl.where(pair_valid[None, :], dy, 0.0)
-                x = tl.where(pair_valid[:, None], x, 0.0)
+                dy = keep_in_registers(dy, pair_valid[None, :])
+                x = keep_in_registers(x, pair_valid[:, None])
             grad = dot(dy, x, grad, INPUT_PRECISION)
         a_ptrs = a_ptr + cols[:, None] * stride_ac + t[None, :] * stride_ar
         a = tl.load(a_ptrs, mask=col_valid[:, None] & (t < block_rank)[None, :], other=0.0)
@@ -173,43 +170,39 @@ def grouped_grad(
     A, B = adapter.A, adapter.B
     if A.numel() == 0 or B.numel() == 0:
         return torch.zeros_like(A), torch.zeros_like(B)
-    layout, pointers = described(adapter)
+    layout, pointers = launch_arguments(adapter)
     dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     strides = dy.stride(0), x.stride(0)
-    for experts, parts, launch in _launches(layout, dy.shape[0], strides):
+    pointers = {"dy_ptr": dy, "x_ptr": x, "ends_ptr": ends, "db_ptr": dB, **pointers}
+    for experts, parts, launch, grid in _launches(layout, bucket(-(-len(dy) // layout.experts)), strides):
         some = dA[experts]
         partial_a = dy.new_zeros((len(some), parts, *some.shape[1:]), dtype=torch.float32)
-        launch(dy_ptr=dy, x_ptr=x, ends_ptr=ends, partial_a_ptr=partial_a, db_ptr=dB, **pointers)
+        launch(grid, {**pointers, "partial_a_ptr": partial_a})
         some.copy_(partial_a.sum(1))
     return dA, dB
 
 
-@remembered
+@cached
 def _launches(
-    layout: Layout,
-    pairs: int,
-    strides: tuple[int, int],
-) -> tuple[tuple[slice, int, Launch], ...]:
+    layout: Layout, tokens: int, strides: tuple[int, int]
+) -> tuple[tuple[slice, int, Launch, Grid], ...]:
     """The launches; each takes as many experts as keep their partial results of dA below an eighth of W0's memory.
 
-    Each comes with its experts and the largest number of partial results of an expert.
+    Each comes with its experts, the largest number of partial results of an expert, and its grid.
     """
     N, experts = layout.features[0], layout.experts
-    config = layout.choose(
-        "grouped_grad" if layout.granule > 1 else "grouped_grad_gathered",
-        **layout.experts_sizes(pairs),
-    )
+    kernel = GROUPED_GRAD if layout.granule > 1 else GROUPED_GRAD_GATHERED
+    config = layout.choose(kernel, tokens=tokens, granule=layout.granule, transposed=layout.transposed)
     tiles_n = tiles_of_segments(N, layout.num_blocks, config.block_n)
     parts = -(-N // config.block_n)  # as if one block had all rows: the host does not know the blocks' sizes
     # Partial results are float32, of rank ρ, for each part; W0 has N rows.
     at_once = max(1, experts * N * layout.dtype.itemsize // (8 * 4 * parts * layout.rank))
 
-    def launch(first: int, last: int) -> Launch:
+    def launch(first: int) -> Launch:
         return Launch(
             grouped_grad_kernel,
-            ((last - first) * tiles_n, -(-layout.rank // RANKS)),
             config,
             layout,
             first_expert=first,
@@ -221,44 +214,54 @@ def _launches(
             BLOCK_R=RANKS,
         )
 
-    ranges = [(first, min(first + at_once, experts)) for first in range(0, experts, at_once)]
-    return tuple((slice(first, last), parts, launch(first, last)) for first, last in ranges)
+    found = []
+    for first in range(0, experts, at_once):
+        last = min(first + at_once, experts)
+        grid = (last - first) * tiles_n, -(-layout.rank // RANKS), 1
+        found.append((slice(first, last), parts, launch(first), grid))
+    return tuple(found)
 
 
-_LARGEST = Config(block_n=128, block_c=64, block_t=64, num_warps=8, num_stages=3)
-_SHIPPED = Config(block_n=64, block_c=64, block_t=64, num_warps=8, num_stages=3)
-# IEEE float32: NVIDIA has no tensor cores for it. With two stages it spills on some architectures.
-_SHIPPED_IEEE = Config(block_n=16, block_c=32, block_t=32, num_warps=4, num_stages=3)
-_GATHERED = (Config(block_n=64, block_c=64, block_t=32, num_warps=8, num_stages=2),)
-_GATHERED_TF32 = (Config(block_n=32, block_c=64, block_t=32, num_warps=8, num_stages=2),)
-_GATHERED_IEEE = (Config(block_n=16, block_c=32, block_t=32, num_warps=4, num_stages=2),)
+def _tile(n: int, c: int, t: int, warps: int, stages: int) -> Config:
+    return Config(block_n=n, block_c=c, block_t=t, num_warps=warps, num_stages=stages)
 
 
-def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
-    full = precision.dtype == torch.float32
-    if precision.ieee and not arch.is_amd:
-        return (_SHIPPED_IEEE,)
-    if arch.is_amd or full:
-        shipped = (replace(_SHIPPED, block_t=32 if full else 64),)
-        return on_amd(shipped) if arch.is_amd else shipped
-    # The largest spills on other architectures, and with Triton 3.6 on all.
-    largest = arch.name in ("sm_80", "sm_90", "sm_100") and not OLD_TRITON
-    return (_LARGEST, _SHIPPED) if largest else (_SHIPPED,)
-
-
-def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
-    if precision.dtype != torch.float32:
-        return _GATHERED
-    return _GATHERED_IEEE if precision.ieee and not arch.is_amd else _GATHERED_TF32
-
-
+# The largest spills on other architectures, and with Triton 3.6 on all. IEEE float32: NVIDIA has no tensor cores for
+# it; with two stages it spills on some architectures.
 GROUPED_GRAD = Kernel(
     "grouped_grad",
     grouped_grad_kernel,
-    shipped=_shipped,
+    rows=(
+        Row(AMD, HALF, (_tile(64, 64, 64, 4, 2),)),
+        Row(AMD, (), (_tile(64, 64, 32, 4, 2),)),
+        Row((), ("fp32",), (_tile(16, 32, 32, 4, 3),)),
+        Row((), ("tf32",), (_tile(64, 64, 32, 8, 3),)),
+        Row((), HALF, (_tile(64, 64, 64, 8, 3),), before="3.9"),
+        Row((*AMPERE, *HOPPER, *BLACKWELL), HALF, (_tile(128, 64, 64, 8, 3), _tile(64, 64, 64, 8, 3))),
+        Row((), HALF, (_tile(64, 64, 64, 8, 3),)),
+    ),
+    space={
+        "block_n": (32, 64, 128),
+        "block_c": (32, 64, 128),
+        "block_t": (32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+    },
+    fits=lambda config, key: 8 <= config.block_n * config.block_c // (32 * config.num_warps) <= 32,
+    # Every tile of rows reads x, every tile of columns dY; dA is written for each tile of rows.
+    traffic=lambda config, key: (
+        2 * key.tokens * key.in_features * -(-key.out_features // config.block_n)
+        + 2 * key.tokens * key.out_features * -(-key.in_features // config.block_c)
+        + 8 * key.rank * key.in_features * -(-key.out_features // config.block_n)
+    ),
 )
 GROUPED_GRAD_GATHERED = replace(
     GROUPED_GRAD,
     name="grouped_grad_gathered",
-    shipped=_gathered,
+    rows=(
+        Row((), HALF, (_tile(64, 64, 32, 8, 2),)),
+        Row(AMD, (), (_tile(32, 64, 32, 8, 2),)),
+        Row((), ("tf32",), (_tile(32, 64, 32, 8, 2),)),
+        Row((), (), (_tile(16, 32, 32, 4, 2),)),
+    ),
 )

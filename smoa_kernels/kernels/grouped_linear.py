@@ -21,28 +21,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
-from ..definition.precision import Precision
-from .architectures import Architecture
+from .architectures import ADA, AMD, AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER
 from .common import (
-    OLD_TRITON,
     coordinates,
     dot,
+    keep_in_registers,
     power_of_two,
     round_to,
     segment_of,
     tiles_of_segments,
     to_tf32,
 )
-from .launch import Launch, Layout, described
-from .spec import Config, Kernel, Key, granule_of, on_amd
-from .table import remembered
+from .launch import Launch, Layout, launch_arguments
+from .spec import HALF, Config, Kernel, Key, Row, bucket, granule_of
+from .table import cached
 
 # Ranks that a program takes at a time; more would spill. A tile with more pairs takes fewer.
 MOST_RANKS, FEW_RANKS, MOST_PAIRS = 32, 16, 128
@@ -182,9 +181,7 @@ def grouped_linear_kernel(
             x_ptrs = x_rows[None, :] + cols[:, None]
             x = tl.load(x_ptrs, mask=pair_valid[None, :] & col_valid[:, None], other=0.0)
             if W_TRANSPOSED and w.dtype == tl.float32:
-                # This keeps the values and takes W0 through registers, to keep its copy 16 bytes
-                # wide. With the hints of `coordinates` alone it is 4 bytes on sm_90 (Triton 3.6, 3.9) and sm_100 (3.9).
-                w = tl.where(row_valid[:, None], w, 0.0)
+                w = keep_in_registers(w, row_valid[:, None])
             acc = dot(w, x, acc, INPUT_PRECISION)
 
     if LATE:
@@ -204,7 +201,7 @@ def grouped_linear(
         ends: int32 (E,), where the pairs of each expert end; the last is P.
         adapter: of the experts, on x's device.
     """
-    layout, pointers = described(adapter)
+    layout, pointers = launch_arguments(adapter)
     y = x.new_empty(x.shape[0], layout.features[0])
     if y.numel() == 0:
         return y
@@ -213,34 +210,27 @@ def grouped_linear(
     x = x if x.stride(1) == 1 else x.contiguous()
     # Two launches if the adapter's part reads one number at a time.
     together = layout.granule > 1 or layout.num_blocks == 1
-    for has_adapter, has_base in ((True, True),) if together else ((True, False), (False, True)):
-        launch = _launch(layout, x.shape[0], x.stride(0), has_adapter, has_base)
-        launch(x_ptr=x, ends_ptr=ends, out_ptr=y, **pointers)
+    pairs, experts = x.shape[0], layout.experts
+    pointers = {"x_ptr": x, "ends_ptr": ends, "out_ptr": y, **pointers}
+    for parts in ((True, True),) if together else ((True, False), (False, True)):
+        launch, tiles_n = _launch(layout, bucket(-(-pairs // experts)), x.stride(0), *parts)
+        tiles_t = tiles_of_segments(pairs, experts, launch.config.block_t)
+        launch((tiles_t * tiles_n, 1, 1), pointers, (tiles_t,))
     return y
 
 
-@remembered
-def _launch(
-    layout: Layout,
-    pairs: int,
-    stride_xp: int,
-    adapter: bool,
-    base: bool,
-) -> Launch:
+@cached
+def _launch(layout: Layout, tokens: int, stride_xp: int, adapter: bool, base: bool) -> tuple[Launch, int]:
+    """The launch for an average number of an expert's pairs, and the number of tiles of rows."""
     N = layout.features[0]
-    config = layout.choose(
-        "grouped_linear" if base else "grouped_linear_gathered",
-        **layout.experts_sizes(pairs),
-    )
-    tiles_t = tiles_of_segments(pairs, layout.experts, config.block_t)
+    kernel = GROUPED_LINEAR if base else GROUPED_LINEAR_GATHERED
+    config = layout.choose(kernel, tokens=tokens, granule=layout.granule, transposed=layout.transposed)
     blocks = layout.num_blocks if adapter else 1
     tiles_n = tiles_of_segments(N, blocks, config.block_n)
-    return Launch(
+    launch = Launch(
         grouped_linear_kernel,
-        (tiles_t * tiles_n,),
         config,
         layout,
-        tiles_t=tiles_t,
         tiles_n=tiles_n,
         num_experts=layout.experts,
         num_blocks=blocks,
@@ -254,71 +244,7 @@ def _launch(
             FEW_RANKS if config.block_t > MOST_PAIRS else MOST_RANKS, power_of_two(layout.rank, 16)
         ),
     )
-
-
-_FEW = Config(block_t=16, block_n=64, block_c=64, block_d=64, group_t=8, num_warps=4, num_stages=3)
-_SHIPPED = (
-    Config(block_t=64, block_n=128, block_c=64, block_d=32, group_t=8, num_warps=8, num_stages=3),
-    _FEW,
-)
-# With Triton 3.6, three stages spill 12 bytes for dX on sm_80, and 4 for y on sm_120.
-_SHIPPED_OLD = {
-    "sm_80": (_SHIPPED[0], replace(_FEW, num_stages=4)),
-    "sm_120": (_SHIPPED[0], replace(_FEW, num_stages=2)),
-}
-_SHIPPED_SM_90 = (
-    Config(block_t=256, block_n=128, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
-    Config(block_t=128, block_n=128, block_c=64, block_d=32, group_t=8, num_warps=8, num_stages=3),
-    Config(block_t=64, block_n=128, block_c=64, block_d=64, group_t=8, num_warps=8, num_stages=3),
-    _FEW,
-)
-_SHIPPED_TF32 = (
-    Config(block_t=64, block_n=64, block_c=32, block_d=32, group_t=8, num_warps=8, num_stages=3),
-)
-# IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
-_SHIPPED_IEEE = (
-    Config(block_t=32, block_n=64, block_c=16, block_d=16, group_t=8, num_warps=4, num_stages=3),
-)
-# Shorter steps where operands are read one number at a time: each address takes registers.
-_GATHERED = (Config(block_t=16, block_n=64, block_c=64, block_d=16, group_t=8, num_warps=4, num_stages=3),)
-# With Triton 3.6, the one above spills 4 to 16 bytes on sm_80 to sm_89 and sm_120. Of nine tried, only this does not.
-_GATHERED_OLD = (replace(_GATHERED[0], block_n=32, block_d=32),)
-_GATHERED_TF32 = (
-    Config(block_t=64, block_n=64, block_c=32, block_d=16, group_t=8, num_warps=8, num_stages=3),
-)
-_GATHERED_IEEE = (
-    Config(block_t=16, block_n=32, block_c=16, block_d=16, group_t=8, num_warps=4, num_stages=2),
-)
-
-
-def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
-    if arch.is_amd:
-        return on_amd(_SHIPPED)
-    if precision.dtype == torch.float32:
-        if precision.ieee:
-            spills = OLD_TRITON and arch.name != "sm_100"  # 12 to 16 bytes
-            return (replace(_SHIPPED_IEEE[0], block_n=32),) if spills else _SHIPPED_IEEE
-        if OLD_TRITON and arch.name == "sm_100":
-            return (replace(_SHIPPED_TF32[0], block_t=32, num_warps=4),)
-        spills = not arch.has_wide_tensor_cores if OLD_TRITON else arch.name == "sm_100"  # 12 bytes
-        return _GATHERED_TF32 if spills else _SHIPPED_TF32
-    if arch.name == "sm_90":
-        return _SHIPPED_SM_90[1:] if OLD_TRITON else _SHIPPED_SM_90  # it spills the widest
-    return _SHIPPED_OLD.get(arch.name, _SHIPPED) if OLD_TRITON else _SHIPPED
-
-
-def _gathered(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
-    if arch.is_amd:
-        return on_amd(_GATHERED)
-    if precision.dtype == torch.float32:
-        if precision.ieee:
-            spills = OLD_TRITON and arch.name in ("sm_86", "sm_89")  # 12 bytes
-            return (replace(_GATHERED_IEEE[0], block_n=16),) if spills else _GATHERED_IEEE
-        spills = arch.name == "sm_100" and not OLD_TRITON  # 76 bytes
-        return _SHIPPED_TF32 if spills else _GATHERED_TF32
-    if arch.name == "sm_100":  # with four warps its registers spill
-        return (replace(_GATHERED[0], num_warps=8),)
-    return _GATHERED_OLD if OLD_TRITON and not arch.has_wide_tensor_cores else _GATHERED
+    return launch, tiles_n
 
 
 def _choose(shipped: Sequence[Config], key: Key, multiprocessors: int) -> Config:
@@ -332,14 +258,79 @@ def _choose(shipped: Sequence[Config], key: Key, multiprocessors: int) -> Config
     return next((config for config in shipped if 2 * config.block_t <= key.tokens), shipped[-1])
 
 
+def _fits(config: Config, key: Key) -> bool:
+    """The accumulator has 8 to 128 numbers a thread, and a tile is not much wider than an expert's pairs."""
+    most = 256 if key.rank <= FEW_RANKS and key.granule > 1 else MOST_PAIRS
+    widest = min(most, max(32, key.tokens))
+    return (
+        widest // 2 <= config.block_t <= widest
+        and config.block_d <= config.block_c
+        and min(32, config.block_t // 2) <= config.block_t * config.block_n // (32 * config.num_warps) <= 128
+    )
+
+
+def _tile(t: int, n: int, c: int, d: int, warps: int, stages: int) -> Config:
+    tile: dict[str, Any] = {"block_t": t, "block_n": n, "block_c": c, "block_d": d, "group_t": 8}
+    return Config(**tile, num_warps=warps, num_stages=stages)
+
+
+_LARGE, _FEW = _tile(64, 128, 64, 32, 8, 3), _tile(16, 64, 64, 64, 4, 3)
+_HOPPER = _tile(128, 128, 64, 32, 8, 3), _tile(64, 128, 64, 64, 8, 3), _FEW
+_TF32, _TF32_SHORT = _tile(64, 64, 32, 32, 8, 3), _tile(64, 64, 32, 16, 8, 3)
+
+# With Triton 3.6 what those rows replace spills 4 to 16 bytes, and the widest tile on sm_90; with 3.9 TF32 spills 12
+# bytes on sm_100. IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands
+# in registers.
 GROUPED_LINEAR = Kernel(
     "grouped_linear",
     grouped_linear_kernel,
-    shipped=_shipped,
+    rows=(
+        Row(AMD, (), (_tile(64, 128, 64, 32, 4, 2), _tile(16, 64, 64, 64, 2, 2))),
+        Row(BLACKWELL, ("tf32",), (_tile(32, 64, 32, 32, 4, 3),), before="3.9"),
+        Row((*HOPPER, *BLACKWELL), ("tf32",), (_TF32,), before="3.9"),
+        Row((), ("tf32",), (_TF32_SHORT,), before="3.9"),
+        Row(BLACKWELL, ("tf32",), (_TF32_SHORT,)),
+        Row((), ("tf32",), (_TF32,)),
+        Row(BLACKWELL, ("fp32",), (_tile(32, 64, 16, 16, 4, 3),)),
+        Row((), ("fp32",), (_tile(32, 32, 16, 16, 4, 3),), before="3.9"),
+        Row((), ("fp32",), (_tile(32, 64, 16, 16, 4, 3),)),
+        Row(HOPPER, HALF, _HOPPER, before="3.9"),
+        Row(HOPPER, HALF, (_tile(256, 128, 32, 16, 8, 3), *_HOPPER)),
+        Row(AMPERE, HALF, (_LARGE, replace(_FEW, num_stages=4)), before="3.9"),
+        Row(GEFORCE_BLACKWELL, HALF, (_LARGE, replace(_FEW, num_stages=2)), before="3.9"),
+        Row((), HALF, (_LARGE, _FEW)),
+    ),
     choose=_choose,
+    space={
+        "block_t": (16, 32, 64, 128, 256),
+        "block_n": (64, 128),
+        "block_c": (32, 64),
+        "block_d": (16, 32),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+    },
+    fits=_fits,
+    # Every tile of pairs reads W0, every tile of rows x.
+    traffic=lambda config, key: (
+        2 * key.in_features * key.out_features * -(-key.tokens // config.block_t)
+        + 2 * key.tokens * key.in_features * -(-key.out_features // config.block_n)
+    ),
 )
+# Shorter steps where operands are read one number at a time: each address takes registers. Of nine tried with Triton
+# 3.6 only that of its row does not spill. Four warps spill on sm_100, and 76 bytes in TF32.
 GROUPED_LINEAR_GATHERED = replace(
     GROUPED_LINEAR,
     name="grouped_linear_gathered",
-    shipped=_gathered,
+    rows=(
+        Row(AMD, (), (_tile(16, 64, 64, 16, 2, 2),)),
+        Row((), ("tf32",), (_TF32_SHORT,), before="3.9"),
+        Row(BLACKWELL, ("tf32",), (_TF32,)),
+        Row((), ("tf32",), (_TF32_SHORT,)),
+        Row(ADA, ("fp32",), (_tile(16, 16, 16, 16, 4, 2),), before="3.9"),
+        Row((), ("fp32",), (_tile(16, 32, 16, 16, 4, 2),)),
+        Row(BLACKWELL, HALF, (_tile(16, 64, 64, 16, 8, 3),)),
+        Row(HOPPER, HALF, (_tile(16, 64, 64, 16, 4, 3),)),
+        Row((), HALF, (_tile(16, 32, 64, 32, 4, 3),), before="3.9"),
+        Row((), HALF, (_tile(16, 64, 64, 16, 4, 3),)),
+    ),
 )

@@ -1,85 +1,79 @@
 # mypy: allow-untyped-calls
-"""`Launch`: the grid and the arguments of a kernel, remembered so that launching it again is cheap.
+"""`Launch`: what a kernel is launched with, bound once, so that launching it again is cheap.
 
-A kernel's arguments are named once, in its signature: pointers (`*_ptr`), then numbers, then constants in capitals. A
-:class:`Launch` binds by these names: sizes and strides of an adapter come from its :class:`Layout`, tiles from the
-fields of the configuration, and all other numbers from the kernel's host function.
+A kernel's arguments are named once, in its signature: pointers (`*_ptr`), then the sizes that change from call to call
+(the number of tokens, or of tiles of them), then other numbers, then constants in capitals. A :class:`Launch` binds by
+these names: sizes and strides of an adapter come from its :class:`Layout`, tiles from the fields of the configuration,
+and all other numbers from the kernel's host function. A plan is cached by the bucket of the number of tokens.
 
 Triton launches on the current device, even if its arguments are on another one; :func:`on_device` sets it. To find the
-compiled kernel Triton specialises each argument at every launch, 25 µs of Python for 20 arguments. A `Launch` remembers
-the kernel and calls it directly.
-
-The direct call uses parts of Triton that are not public. If one is missing or raises, :func:`use_tritons_launcher`
-turns the direct call off for this process, and Triton launches.
+compiled kernel Triton specialises each argument at every launch, 25 µs of Python for 20 arguments. A `Launch` keeps the
+compiled kernel and launches it directly, `compiled[grid](*arguments)`, as in Triton's tutorials.
 """
 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from triton import knobs
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
 
-from ..checks import first_line
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS, gemm_is_ieee, precision_of
 from .common import input_precision
-from .spec import Config, Key, bucket, granule_of
+from .spec import Config, Kernel, Key, granule_of
 from .table import select
 
 _STAY: AbstractContextManager[None] = nullcontext()
-_runtime: Any = knobs.runtime  # holds the hooks on launches
+
+Pointers: TypeAlias = Mapping[str, Tensor | None]
+Grid: TypeAlias = tuple[int, int, int]
 
 
-class _Listener(threading.local):
-    hear: Callable[[Launch, Pointers], object] | None = None
-    hear_new: Callable[[Launch, Pointers], object] | None = None
+class Arguments(NamedTuple):
+    """The arguments of one launch: `launch(*arguments)` repeats it.
+
+    Attributes:
+        grid: numbers of programs.
+        pointers: the kernel's tensors by name; others are ignored.
+        sizes: the kernel's first numbers, which change from call to call.
+    """
+
+    grid: Grid
+    pointers: Pointers
+    sizes: tuple[int, ...] = ()
 
 
-_listener = _Listener()
+class _Hooks(threading.local):
+    def __init__(self) -> None:
+        self.of_this_thread: list[tuple[Callable[[Launch, Arguments], object], bool]] = []
+
+
+_hooks = _Hooks()
 
 
 @contextmanager
-def heard_by(hear: Callable[[Launch, Pointers], object] | None, *, new: bool = False) -> Iterator[None]:
-    """Call `hear` with each launch of this thread and its pointers before it happens. Triton itself launches meanwhile.
+def launch_hook(hook: Callable[[Launch, Arguments], object], *, new: bool = False) -> Iterator[None]:
+    """Call `hook` with each launch of this thread and its arguments before it happens.
 
-    If `hear` returns something true or raises an exception, the launch does not happen. None: nobody hears meanwhile.
-    With `new`, it hears only of compiled kernels that a `Launch` launches for the first time.
+    `launch.compiled(arguments)` is the compiled kernel. If the hook returns something true or raises an exception, the
+    launch does not happen. A hook's own launches call no hooks.
+
+    Args:
+        hook: called after those that were added before it.
+        new: call it only for compiled kernels that a `Launch` launches for the first time.
     """
-    kind = "hear_new" if new else "hear"
-    before = getattr(_listener, kind)
-    setattr(_listener, kind, hear)
+    _hooks.of_this_thread.append((hook, new))
     try:
         yield
     finally:
-        setattr(_listener, kind, before)
-
-
-@dataclass
-class _ShortWay:
-    obstacle: str = ""  # why Triton launches in this process, not the direct call
-
-
-short_way = _ShortWay()
-
-
-def use_tritons_launcher(reason: str) -> None:
-    """Let Triton launch everything in this process from now on. Warns once."""
-    if not short_way.obstacle:
-        warnings.warn(
-            f"kernels are launched by Triton's own launcher, which is slower: {reason}", stacklevel=3
-        )
-    short_way.obstacle = reason
+        _hooks.of_this_thread.pop()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -100,7 +94,7 @@ _BLOCKS = ("row_index", "col_index", "row_offsets", "col_offsets")
 
 
 class Layout(NamedTuple):
-    """The properties of an adapter that a launch depends on, as plain values, which can be remembered.
+    """The properties of an adapter that a launch depends on, as plain values, by which plans are cached.
 
     Attributes:
         device: of all its tensors.
@@ -141,25 +135,11 @@ class Layout(NamedTuple):
         """How float32 products round, "tf32" or "ieee"."""
         return input_precision(self.dtype, allow_tf32=self.precision == "tf32")
 
-    def choose(self, kernel: str, tokens: int | None = None, **sizes: Any) -> Config:
-        """Return the launch parameters by :func:`table.select`.
-
-        Args:
-            kernel: one of `KERNELS`.
-            tokens: T, if the choice depends on it.
-            sizes: further fields of `spec.Key`.
-        """
+    def choose(self, kernel: Kernel, **sizes: Any) -> Config:
+        """A kernel's launch parameters by :func:`table.select`; `sizes` are further fields of `spec.Key`."""
         precision = precision_of(self.dtype, ieee=self.input_precision == "ieee").name
-        seen = 0 if tokens is None else bucket(tokens)
-        return select(
-            Key(kernel, precision, self.rank, self.num_blocks, *self.features, seen, **sizes), self.device
-        )
-
-    def experts_sizes(self, pairs: int) -> dict[str, Any]:
-        """Fields of `spec.Key` for an adapter of experts. `tokens` is the average number of pairs of an expert."""
-        tokens = -(-pairs // max(self.experts, 1))
-        sides = {"granule": self.granule, "transposed": self.transposed}
-        return {"tokens": tokens, "factors": self.factors, **sides}
+        key = Key(kernel.name, precision, self.rank, self.num_blocks, *self.features, **sizes)
+        return select(kernel, key._replace(factors=self.factors), self.device)
 
     def numbers(self) -> dict[str, Any]:
         """Sizes, strides and constants as kernels name them."""
@@ -172,10 +152,7 @@ class Layout(NamedTuple):
         return numbers | constants | {f"stride_{name}": stride for name, stride in strides}
 
 
-Pointers: TypeAlias = Mapping[str, Tensor | None]
-
-
-def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers]:
+def launch_arguments(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers]:
     """An adapter's layout, and its tensors as kernels name them. A packed adapter keeps both for its other launches.
 
     It keeps them until torch's setting of TF32 changes. Kernels over experts read A along C, so the A of a transposed
@@ -189,8 +166,8 @@ def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers
         known = adapter.layout
         strides = (*w.stride(), *a.stride(), *b.stride())  # `weight.data = …` may have changed them
         if isinstance(known, tuple) and (known[0].precision, known[0].strides) == (precision, strides):
-            found: tuple[Layout, Pointers] = known
-            return found
+            cached: tuple[Layout, Pointers] = known
+            return cached
         blocks, granularity, apart = adapter.partition, adapter.partition.granularity, []
         pointers |= {"row_block_ptr": blocks.row_block, "col_block_ptr": blocks.col_block}
     else:
@@ -220,48 +197,39 @@ def described(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers
     }
     pointers |= {f"{name}_ptr": getattr(blocks, name) for name in _BLOCKS}
     if isinstance(adapter, PackedAdapter):
-        adapter.layout = layout, pointers  # whole, because another thread may read it at once
+        adapter.layout = layout, pointers  # in one step, because another thread may read it at once
     return layout, pointers
 
 
 class Launch:
-    """A launch of a kernel, complete except for its pointers, and the compiled forms that it used so far.
+    """A launch of a kernel, complete except for its :class:`Arguments`, and the compiled kernels that it used so far.
 
-    It depends only on the sizes, strides, dtypes and device of a problem, so functions under :func:`table.remembered`
-    make it once for a problem. It runs on the problem's device, which must be the current one.
+    It depends only on the sizes, strides, dtypes and device of a problem, so functions under :func:`table.cached` make
+    it once for a problem. It runs on the problem's device, which must be the current one.
 
-    A form depends on the launch, on the dtypes of the pointers, and on whether 16 divides each address. Triton launches
-    a form the first time, and while a profiler has hooks on launches. We rely on two properties of Triton: a launch
-    returns the compiled kernel, which stays loaded while something refers to it, and the kernel's `run` launches it, as
-    in PyTorch's compiler. If a launch returns anything else, nothing is remembered.
+    Which compiled kernel it is depends on the launch, on the dtypes of the pointers, and on whether 16 divides each
+    address. Triton launches the first time and returns the compiled kernel; the interpreter returns none.
 
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
-        grid: numbers of programs.
         config: the compiler's options and the tiles. Its fields in capitals are constants of the kernel.
         layout: of the adapter whose sizes and strides the kernel takes.
         numbers: the kernel's other arguments; they come before those of `layout` and `config`.
     """
 
-    __slots__ = ("_forms", "_grid", "_numbers", "_pointers", "config", "kernel")
+    __slots__ = ("_compiled", "_numbers", "_pointers", "config", "kernel")
 
-    def __init__(
-        self, kernel: Any, grid: tuple[int, ...], config: Config, layout: Layout | None = None, **numbers: Any
-    ) -> None:
+    def __init__(self, kernel: Any, config: Config, layout: Layout | None = None, **numbers: Any) -> None:
         known = {name.upper(): value for name, value in vars(config).items()}
         known |= (layout.numbers() if layout else {}) | numbers
-        names = kernel.arg_names
-        self._pointers = tuple(name for name in names if name.endswith("_ptr"))
-        self._numbers = tuple(known[name] for name in names[len(self._pointers) :])
-        self.kernel, self._grid, self.config = kernel, (*grid, 1, 1)[:3], config
-        self._forms: dict[tuple[object, ...], CompiledKernel] = {}
+        self._pointers = tuple(name for name in kernel.arg_names if name.endswith("_ptr"))
+        sizes_end = next(i for i, name in enumerate(kernel.arg_names) if name in known)
+        self._numbers = tuple(known[name] for name in kernel.arg_names[sizes_end:])
+        self.kernel, self.config = kernel, config
+        self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
 
-    def __call__(self, **pointers: Tensor | None) -> None:
-        """Launch on the current device.
-
-        Args:
-            pointers: the kernel's pointers by name; others are ignored.
-        """
+    def __call__(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> None:
+        """Launch on the current device; see :class:`Arguments`."""
         address = 0
         dtypes: list[torch.dtype | bool | None] = []
         tensors = [pointers[name] for name in self._pointers]
@@ -273,35 +241,31 @@ class Launch:
                 dtypes.append(tensor.dtype)
         if address & 15:
             dtypes += (tensor is None or not tensor.data_ptr() & 15 for tensor in tensors)
-        form = self._forms.get(tuple(dtypes))
-        # A profiler listens if Triton's chain of hooks has calls, or if another hook has replaced the chain.
-        enter, leave, hear = _runtime.launch_enter_hook, _runtime.launch_exit_hook, _listener.hear
-        unheard = hear is None and not getattr(enter, "calls", enter) and not getattr(leave, "calls", leave)
-        if form is not None and unheard and not short_way.obstacle:
-            try:
-                stream = driver.active.get_current_stream(driver.active.get_current_device())
-                form.run(
-                    *self._grid,
-                    stream,
-                    form.function,
-                    form.packed_metadata,
-                    None,
-                    None,
-                    None,
-                    *tensors,
-                    *self._numbers,
-                )
-                return
-            except Exception as error:  # Triton launches instead, and raises if it cannot
-                use_tritons_launcher(f"{type(error).__name__}: {first_line(error)}")
-        hears = hear, None if form is not None else _listener.hear_new
-        if any(hear is not None and hear(self, pointers) for hear in hears):
+        form = tuple(dtypes)
+        compiled = self._compiled.get(form)
+        if _hooks.of_this_thread and self._is_stopped(compiled is None, Arguments(grid, pointers, sizes)):
             return
-        compiled = self.kernel[self._grid](*tensors, *self._numbers, **self.config.options)
+        if compiled is not None:
+            compiled[grid](*tensors, *sizes, *self._numbers)
+            return
+        compiled = self.by_triton(grid, pointers, sizes)
         if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-            self._forms[tuple(dtypes)] = compiled
+            self._compiled[form] = compiled
 
-    def compiled(self, pointers: Pointers) -> Any:
-        """What Triton compiles for these pointers, a `CompiledKernel`; nothing is launched."""
-        arguments = *(pointers[name] for name in self._pointers), *self._numbers
-        return self.kernel.warmup(*arguments, grid=self._grid, **self.config.options)
+    def by_triton(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
+        """Let Triton find or compile the kernel, and launch it; returns what it compiled."""
+        tensors = (pointers[name] for name in self._pointers)
+        return self.kernel[grid](*tensors, *sizes, *self._numbers, **self.config.options)
+
+    def compiled(self, arguments: Arguments) -> Any:
+        """What Triton compiles for these arguments, a `CompiledKernel`; nothing is launched."""
+        tensors = (arguments.pointers[name] for name in self._pointers)
+        values = *tensors, *arguments.sizes, *self._numbers
+        return self.kernel.warmup(*values, grid=arguments.grid, **self.config.options)
+
+    def _is_stopped(self, new: bool, arguments: Arguments) -> bool:
+        hooks, _hooks.of_this_thread = _hooks.of_this_thread, []
+        try:
+            return any(hook(self, arguments) for hook, only_new in hooks if new or not only_new)
+        finally:
+            _hooks.of_this_thread = hooks

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 from ..definition.thresholds import LACKS, Place
-from .common import block_slots, load_block, power_of_two, rank_product, round_to
-from .launch import Launch, Layout, described
-from .spec import Config, Kernel
-from .table import remembered
+from .common import block_slots, hide_origin, load_block, power_of_two, rank_product, round_to
+from .launch import Grid, Launch, Layout, launch_arguments
+from .spec import Config, Kernel, Row
+from .table import cached
 
 MOST_RANKS = 32  # that are multiplied at a time; `tl.dot` takes no fewer than 16
 
@@ -37,7 +37,6 @@ def store_tile(out_ptr, offsets, tile, inside):
     """Round a tile and store it. The shape with an extra dimension gives the store its own layout.
 
     Otherwise AMD's compiler stores a product in the layout that the matrix cores leave, 64 bits of half types a thread.
-    `tl.multiple_of` with `tl.max_contiguous`, or a descriptor, does not change that (Triton 3.6, 3.9).
     """
     tile = tl.reshape(round_to(tile, out_ptr.dtype.element_ty), (tile.shape[0], 1, tile.shape[1]))
     tl.store(out_ptr + offsets[:, None, :], tile, mask=inside[:, None, :])
@@ -149,23 +148,19 @@ def modulated_weight(
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
-    layout, pointers = described(adapter)
+    layout, pointers = launch_arguments(adapter)
     layout = layout._replace(precision="fp32") if ieee and layout.precision == "tf32" else layout
-    _weight_launch(layout, out.stride(), adapter.place)(out_ptr=out, **pointers)
+    launch, grid = _weight_launch(layout, out.stride(), adapter.place)
+    launch(grid, {"out_ptr": out, **pointers})
     return out
 
 
-@remembered
-def _weight_launch(
-    layout: Layout,
-    out_stride: Sequence[int],
-    place: Place,
-) -> Launch:
+@cached
+def _weight_launch(layout: Layout, out_stride: Sequence[int], place: Place) -> tuple[Launch, Grid]:
     N, C = layout.features
-    config = layout.choose("modulated_weight", factors=layout.factors)
-    return Launch(
+    config = layout.choose(MODULATED_WEIGHT)
+    launch = Launch(
         modulated_weight_kernel,
-        (-(-N // config.block_n) * -(-C // config.block_c),),
         config,
         layout,
         stride_on=out_stride[0],
@@ -174,6 +169,7 @@ def _weight_launch(
         LACKS=0 if layout.precision == "fp32" else LACKS.get(layout.dtype, LACKS[torch.float16]),
         RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank, 16)),
     )
+    return launch, (-(-N // config.block_n) * -(-C // config.block_c), 1, 1)
 
 
 @triton.jit
@@ -241,12 +237,7 @@ def modulated_blocks_kernel(
     slots = (block.to(tl.int64) * padded_rows + row_slots)[:, None] * padded_cols + col_slots[None, :]
     inside = (row_slots < padded_rows)[:, None] & (col_slots < padded_cols)[None, :]
     if IEEE:
-        # A sum over one element keeps the values and gives the store its layout. Tried instead: `store_tile` spills 16
-        # bytes (Triton 3.9, sm_120); a plain store spills nothing with 3.9, and 4 bytes in one form with 3.6 (sm_80,
-        # 16×128, ρ = 64).
-        tl.store(
-            out_ptr + slots, round_to(tl.sum(delta[None, :, :], 0), out_ptr.dtype.element_ty), mask=inside
-        )
+        tl.store(out_ptr + slots, round_to(hide_origin(delta), out_ptr.dtype.element_ty), mask=inside)
     else:
         store_tile(out_ptr, slots, delta, inside)
 
@@ -261,45 +252,52 @@ def modulated_blocks(
         adapter: weight and factors on one device, ranks and scaling too.
         widths: P_n and P_c, from :func:`block_width`.
     """
-    layout, pointers = described(adapter)
+    layout, pointers = launch_arguments(adapter)
     out = adapter.weight.new_empty(layout.num_blocks, *widths)
     if out.numel():
-        _blocks_launch(layout, widths)(out_ptr=out, **pointers)
+        launch, grid = _blocks_launch(layout, widths)
+        launch(grid, {"out_ptr": out, **pointers})
     return out
 
 
-@remembered
-def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> Launch:
+@cached
+def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> tuple[Launch, Grid]:
     padded_rows, padded_cols = widths
     config = layout.choose(
-        "modulated_blocks",
-        padded_out=padded_rows,
-        padded_in=padded_cols,
-        granule=layout.granule,
-        factors=layout.factors,
+        MODULATED_BLOCKS, padded_out=padded_rows, padded_in=padded_cols, granule=layout.granule
     )
-    return Launch(
+    launch = Launch(
         modulated_blocks_kernel,
-        (layout.num_blocks * -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c),),
         config,
         layout,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
         RANK_BLOCK=min(MOST_RANKS, power_of_two(layout.rank, 16)),
     )
-
-
-_SHIPPED = (
-    Config(block_n=64, block_c=64, num_warps=4),
-    Config(block_n=16, block_c=128, num_warps=4),
-    Config(block_n=32, block_c=128, num_warps=8),
-)
+    tiles = layout.num_blocks * -(-padded_rows // config.block_n) * -(-padded_cols // config.block_c)
+    return launch, (tiles, 1, 1)
 
 
 MODULATED_WEIGHT = Kernel(
     "modulated_weight",
     modulated_weight_kernel,
-    shipped=lambda arch, precision: _SHIPPED,
+    rows=(
+        Row(
+            (),
+            (),
+            (
+                Config(block_n=64, block_c=64, num_warps=4),
+                Config(block_n=16, block_c=128, num_warps=4),
+                Config(block_n=32, block_c=128, num_warps=8),
+            ),
+        ),
+    ),
+    space={"block_n": (16, 32, 64, 128), "block_c": (32, 64, 128, 256), "num_warps": (1, 2, 4, 8)},
+    fits=lambda config, key: 8 <= config.block_n * config.block_c // (32 * config.num_warps) <= 64,
+    # W0 is read and W_eff written once; a tile also reads its rows of B and columns of A.
+    traffic=lambda config, key: (
+        key.out_features * key.in_features * (4 + 4 * key.rank * (1 / config.block_n + 1 / config.block_c))
+    ),
 )
 MODULATED_BLOCKS = replace(
     MODULATED_WEIGHT,

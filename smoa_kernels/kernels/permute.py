@@ -25,8 +25,8 @@ from ..definition.partition import BlockPartition
 from ..definition.precision import precision_of
 from .common import TOKENS_PER_DRAW, block_slots, dropout_draws, dropout_multiplier, round_to
 from .launch import Launch
-from .spec import Config, Kernel, Key, bucket, granule_of
-from .table import remembered, select
+from .spec import Config, Kernel, Key, Row, bucket, granule_of
+from .table import cached, select
 
 
 @triton.jit(do_not_specialize=["T", "column_offset", "threshold"])
@@ -131,45 +131,49 @@ def _move(
         return
     granule = granule_of(partition.granularity, partition.shape)
     mask = None if dropout is None else (dropout.column_offset, dropout.threshold, dropout.scale)
-    launch = _launch(x.device, x.dtype, x.shape[1], x.stride(), blocked.shape, granule, scatter, mask)
-    launch(
-        x_ptr=x,
-        index_ptr=partition.col_index,
-        offsets_ptr=partition.col_offsets,
-        seed_ptr=None if dropout is None else dropout.seed,
-        blocked_ptr=blocked,
+    tokens, num_blocks, width = blocked.shape
+    launch, tiles = _launch(
+        x.device, x.dtype, x.shape[1], x.stride(), bucket(tokens), (num_blocks, width), granule, scatter, mask
     )
+    pointers = {
+        "x_ptr": x,
+        "index_ptr": partition.col_index,
+        "offsets_ptr": partition.col_offsets,
+        "seed_ptr": None if dropout is None else dropout.seed,
+        "blocked_ptr": blocked,
+    }
+    launch((-(-tokens // launch.config.block_t) * tiles, 1, 1), pointers, (tokens,))
 
 
-@remembered
+@cached
 def _launch(
     device: torch.device,
     dtype: torch.dtype,
     features: int,
     stride: Sequence[int],
-    blocked_shape: Sequence[int],
+    tokens: int,
+    blocks: tuple[int, int],
     granule: int,
     scatter: bool,
     mask: tuple[int, int, float] | None,
-) -> Launch:
-    tokens, num_blocks, width = blocked_shape
+) -> tuple[Launch, int]:
+    """The launch, and the number of tiles that share their tokens."""
+    num_blocks, width = blocks
     key = Key(
         "permute",
         precision_of(dtype, ieee=True).name,
         blocks=num_blocks,
         in_features=features,
-        tokens=bucket(tokens),
+        tokens=tokens,
         padded_in=width,
         granule=granule,
         dropout=mask is not None,
     )
-    config = select(key, device)
+    config = select(PERMUTE, key, device)
     column_offset, threshold, scale = mask or (0, 0, 1.0)
-    return Launch(
+    launch = Launch(
         permute_kernel,
-        (-(-tokens // config.block_t) * num_blocks * -(-width // config.block_p),),
         config,
-        T=tokens,
         num_blocks=num_blocks,
         padded=width,
         stride_xt=stride[0],
@@ -181,18 +185,24 @@ def _launch(
         SCATTER=scatter,
         DROPOUT=mask is not None,
     )
+    return launch, num_blocks * -(-width // config.block_p)
 
 
 # Each interleaved part of a tile is large enough for 128-bit accesses, also by wavefronts of 64 threads.
-_SHIPPED = (
-    Config(block_t=64, block_p=128, num_warps=2),
-    Config(block_t=128, block_p=64, num_warps=2),
-    Config(block_t=128, block_p=128, num_warps=4),
-)
-
-
 PERMUTE = Kernel(
     "permute",
     permute_kernel,
-    shipped=lambda arch, precision: _SHIPPED,
+    rows=(
+        Row(
+            (),
+            (),
+            (
+                Config(block_t=64, block_p=128, num_warps=2),
+                Config(block_t=128, block_p=64, num_warps=2),
+                Config(block_t=128, block_p=128, num_warps=4),
+            ),
+        ),
+    ),
+    space={"block_t": (32, 64, 128, 256), "block_p": (32, 64, 128, 256), "num_warps": (1, 2, 4, 8)},
+    fits=lambda config, key: 64 <= config.block_t * config.block_p // (32 * config.num_warps) <= 256,
 )

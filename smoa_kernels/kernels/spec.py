@@ -1,4 +1,4 @@
-"""`Kernel`, the specification of a kernel besides its code: one in each kernel's file, for launches, tuner and audit.
+"""`Kernel`, the specification of a kernel beside its code: rows of configurations, and the space that a tuner searches.
 
 Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, slots P of a padded block.
 """
@@ -6,13 +6,15 @@ Tiles are named by the dimension they cut: tokens T, rows N, columns C of W0, sl
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from ..definition.precision import PRECISIONS, Precision
-from .architectures import Architecture, facts
+from .architectures import Architecture, limits
 
 ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
     "forward": ("merged", "split", "fused"),
@@ -26,6 +28,8 @@ GRANULE = 8
 STAND_INS: dict[int, int] = {}
 """Numbers of tokens that stand for others where launch parameters are chosen (`table.chosen_for`)."""
 
+HALF = ("bf16", "fp16")  # precisions of a `Row`
+
 PARTIAL_RANKS = 4  # partials of dA and dB are padded to a multiple of this many ranks: 128 bits of float32
 
 
@@ -33,7 +37,7 @@ class Key(NamedTuple):
     """The problem that a choice is made for. A size is 0 if the kernel's choice does not depend on it.
 
     Attributes:
-        kernel: one of `KERNELS`, or of `ALGORITHM_KEYS` if the choice is an algorithm.
+        kernel: name of a kernel, or one of `ALGORITHM_KEYS` if the choice is an algorithm.
         dtype: one of `precision.KERNEL_PRECISIONS`.
         rank: ρ, rows of A.
         blocks: K.
@@ -122,36 +126,72 @@ class Config:
         """The fields that are not 0, by name."""
         return {name: value for name, value in vars(self).items() if value}
 
+    def __str__(self) -> str:
+        names = {name: name.removeprefix("block_").removeprefix("num_") for name in self.to_json()}
+        return " ".join(f"{short}={getattr(self, name)}" for name, short in names.items())
+
     @property
     def options(self) -> dict[str, Any]:
         """Options for the compiler. Triton from 3.10 on fuses a product and a sum only with `enable_fp_fusion`."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-def on_amd(configs: Sequence[Config]) -> tuple[Config, ...]:
-    """Adapt configurations to warps of 64 threads and 64 KiB of shared memory: half the warps, at most two stages."""
-    return tuple(
-        replace(config, num_warps=max(1, config.num_warps // 2), num_stages=min(2, config.num_stages))
-        for config in configs
-    )
+@dataclass(frozen=True)
+class Row:
+    """Configurations that ship; the first row of a kernel that matches is the one that counts.
+
+    Attributes:
+        architectures: for which it holds, from `architectures.py`; none for all.
+        precisions: for which it holds; none for all.
+        configs: the configurations, largest tile first.
+        before: the first Triton that does not need the row, "3.9"; empty for a row that all need.
+    """
+
+    architectures: tuple[str, ...]
+    precisions: tuple[str, ...]
+    configs: tuple[Config, ...]
+    before: str = ""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel as launches and the tuner see it.
+    """A kernel's specification beside its code, for its launches, the tuner and the audit.
 
     Attributes:
         name: in tuning tables.
         fn: the `@triton.jit` function.
-        shipped: the configurations that ship for an architecture and a precision, largest tile first.
+        rows: what ships for an architecture, a precision and a Triton.
         choose: picks the configuration if nothing was measured, from those that ship, the key and the device's number
             of multiprocessors.
+        space: values of a configuration's fields that the tuner tries beside those that ship.
+        fits: which of their combinations make sense for a key; the compiler then drops what needs too much.
+        traffic: bytes that a launch moves between its programs and the L2 cache or memory, to rank candidates.
     """
 
     name: str
     fn: Any
-    shipped: Callable[[Architecture, Precision], tuple[Config, ...]]
+    rows: tuple[Row, ...]
     choose: Callable[[Sequence[Config], Key, int], Config] = lambda shipped, key, multiprocessors: shipped[0]
+    space: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    fits: Callable[[Config, Key], bool] = lambda config, key: True
+    traffic: Callable[[Config, Key], float] = lambda config, key: 1.0
+
+    def shipped(self, arch: Architecture, precision: Precision, triton: str = "") -> tuple[Config, ...]:
+        """The configurations that ship, largest tile first.
+
+        Args:
+            arch: for which they are compiled.
+            precision: of the products.
+            triton: version of the compiler; the installed one's if empty.
+        """
+        version = release(triton or import_module("triton").__version__)
+        return next(
+            row.configs
+            for row in self.rows
+            if arch.name in (row.architectures or (arch.name,))
+            and precision.name in (row.precisions or (precision.name,))
+            and (not row.before or version < release(row.before))
+        )
 
     def default(self, key: Key, arch: str, multiprocessors: int) -> Config:
         """Choose launch parameters without measurements. The result is always a configuration that the audit compiles.
@@ -161,4 +201,18 @@ class Kernel:
             arch: as the compiler spells it, for example "sm_90".
             multiprocessors: of the device.
         """
-        return self.choose(self.shipped(facts(arch), PRECISIONS[key.dtype]), key, multiprocessors)
+        return self.choose(self.shipped(limits(arch), PRECISIONS[key.dtype]), key, multiprocessors)
+
+    def candidates(self, key: Key, arch: str) -> tuple[Config, ...]:
+        """What a table may choose for a key: the configurations that ship, then the others of the search space."""
+        shipped = self.shipped(limits(arch), PRECISIONS[key.dtype])
+        values: Iterator[dict[str, Any]] = (
+            dict(zip(self.space, each, strict=True)) for each in itertools.product(*self.space.values())
+        )
+        found = (replace(shipped[0], **each) for each in values)
+        return tuple(dict.fromkeys((*shipped, *(config for config in found if self.fits(config, key)))))
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor number of a Triton's version."""
+    return tuple(int(part) for part in version.split(".")[:2])

@@ -12,28 +12,27 @@ Layout of the pointers, all contiguous: partials (P, M, W) float32; bias (N); ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..definition.precision import Precision, precision_of
-from .architectures import Architecture
+from ..definition.precision import precision_of
+from .architectures import AMD
 from .common import power_of_two, round_to
 from .launch import Launch
-from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel, Key, bucket
-from .table import remembered, select
+from .spec import GRANULE, PARTIAL_RANKS, Config, Kernel, Key, Row, bucket
+from .table import cached, select
 
 
-@triton.jit(do_not_specialize=["parts", "row_groups", "groups"])
+@triton.jit(do_not_specialize=["row_groups", "parts", "groups"])
 def sum_partials_kernel(
     partials_ptr,
     bias_ptr,
     out_ptr,
-    parts,
     row_groups,
+    parts,
     groups,
     N,
     ROW_GROUP: tl.constexpr,
@@ -76,32 +75,38 @@ def sum_partials(
         bias: (N), contiguous.
         transposed: whether `out` is (N, M).
     """
-    launch = _launch(out.device, out.dtype, partials.shape, out.shape, bias is not None, transposed)
-    launch(partials_ptr=partials, bias_ptr=bias, out_ptr=out)
+    parts, M, width = partials.shape
+    N = out.shape[0 if transposed else 1]
+    row_group = GRANULE if transposed and M % GRANULE == 0 else 1
+    shape = parts, width, N
+    launch, block_m, tiles_n = _launch(
+        out.device, out.dtype, bucket(M), shape, row_group, bias is not None, transposed
+    )
+    pointers = {"partials_ptr": partials, "bias_ptr": bias, "out_ptr": out}
+    launch((-(-M // block_m), tiles_n, 1), pointers, (M // row_group,))
 
 
-@remembered
+@cached
 def _launch(
     device: torch.device,
     dtype: torch.dtype,
+    tokens: int,
     shape: Sequence[int],
-    out_shape: Sequence[int],
+    row_group: int,
     has_bias: bool,
     transposed: bool,
-) -> Launch:
-    (parts, M, width), N = shape, out_shape[0 if transposed else 1]
+) -> tuple[Launch, int, int]:
+    """The launch, the rows of a tile, and the number of tiles of columns."""
+    parts, width, N = shape
     name = precision_of(dtype, ieee=True).name
-    config = select(Key("sum_partials", name, out_features=N, tokens=bucket(M)), device)
+    config = select(SUM_PARTIALS, Key("sum_partials", name, out_features=N, tokens=tokens), device)
     block_n = min(power_of_two(width), 512)  # bounded, so that layers of many sizes share a compiled form
     block_m = config.block // block_n
-    row_group = GRANULE if transposed and M % GRANULE == 0 else 1
     group = 1 if width % PARTIAL_RANKS else PARTIAL_RANKS
-    return Launch(
+    launch = Launch(
         sum_partials_kernel,
-        (-(-M // block_m), -(-width // block_n)),
         config,
         parts=parts,
-        row_groups=M // row_group,
         groups=width // group,
         N=N,
         ROW_GROUP=row_group,
@@ -111,23 +116,18 @@ def _launch(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
     )
+    return launch, block_m, -(-width // block_n)
 
 
-# Eight results a thread: 128 bits of half types. With more, registers spill on Blackwell.
-_SHIPPED = (
-    Config(block=1024, num_warps=4),
-    Config(block=2048, num_warps=8),
-    Config(block=512, num_warps=2),
-)
-
-
-def _shipped(arch: Architecture, precision: Precision) -> tuple[Config, ...]:
-    wider = arch.warp_size // 32
-    return tuple(replace(config, block=wider * config.block) for config in _SHIPPED)
+def _tiles(*blocks: int) -> tuple[Config, ...]:
+    """Eight results a thread: 128 bits of half types. With more, registers spill on Blackwell."""
+    return tuple(Config(block=block, num_warps=warps) for block, warps in zip(blocks, (4, 8, 2), strict=True))
 
 
 SUM_PARTIALS = Kernel(
     "sum_partials",
     sum_partials_kernel,
-    shipped=_shipped,
+    rows=(Row(AMD, (), _tiles(2048, 4096, 1024)), Row((), (), _tiles(1024, 2048, 512))),
+    space={"block": (256, 512, 1024, 2048, 4096, 8192), "num_warps": (1, 2, 4, 8, 16)},
+    fits=lambda config, key: 4 <= config.block // (32 * config.num_warps) <= 64,
 )

@@ -1,10 +1,8 @@
 """The tuning table: the launch parameters and algorithms that were measured fastest, on disk and in force.
 
-It also holds the verdicts on compiled kernels (`backends/verified.py`).
-
 There is one JSON file per GPU: the user's in the cache folder, which comes first, and one that may ship with the
 package. If neither has measured a problem, the heuristic answers. An entry with another `Identity`, such as another
-GPU, stays in the file and is not used.
+GPU, stays in the file and is not used. The file also holds the verdicts on compiled kernels (`backends/verified.py`).
 
 A table never stops a run. A bad entry is skipped. A file that is not a table is ignored, and the next writer sets it
 aside. Both are named in a warning and in `smoa-kernels info`.
@@ -17,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
@@ -27,12 +25,11 @@ from typing import Any, TypeAlias, TypeVar, cast
 import torch
 from filelock import FileLock
 
-from .. import kernels
 from ..checks import check_choice, check_kind, shown
-from ..definition.precision import KERNEL_PRECISIONS, PRECISIONS
+from ..definition.precision import KERNEL_PRECISIONS
 from ..files import cache_folder, replace_file
-from .architectures import Identity, architecture, facts, identity, multiprocessors
-from .spec import ALGORITHM_KEYS, STAND_INS, Config, Key
+from .architectures import Identity, architecture, identity, multiprocessors
+from .spec import ALGORITHM_KEYS, STAND_INS, Config, Kernel, Key
 
 SCHEMA = 2
 SHIPPED = Path(__file__).resolve().parent / "tables"
@@ -40,89 +37,77 @@ SHIPPED = Path(__file__).resolve().parent / "tables"
 Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm."""
 
-INTERRUPTED = "interrupted"
-"""The reason of a trial that something else ended, such as Ctrl-C or a lack of memory: it is tried again."""
-UNFINISHED = "did not finish: the process ended while it ran"
-"""The reason of a trial while it runs. If it ends the process, the reason stays, and it is not tried again."""
+MOST_CACHED = 4096
+"""Most results that one function under :func:`cached` keeps: a training may see many buckets of tokens."""
 
-
-# Which choice is in force
-
-MOST_ANSWERS = 4096
-"""Most answers that one function under :func:`remembered` keeps: a training may see many token counts."""
-
-_remembered: list[Any] = []
 F = TypeVar("F", bound=Callable[..., Any])
+_caches: list[Any] = []
+_override: Callable[[Key], Choice | None] = lambda key: None  # noqa: E731  # replaced by `override`
 
 
-def forget() -> None:
-    """Forget the tables, and every answer that depends on them."""
-    for answers in (_tables, *_remembered):
-        answers.cache_clear()
+def clear_cache() -> None:
+    """Read the tables anew, and choose anew."""
+    for function in (_tables, *_caches):
+        function.cache_clear()
 
 
-def remembered(find: F) -> F:
-    """Cache the results of a function until the table changes.
+def cached(function: F) -> F:
+    """Cache the results of a function, until the table changes, for arguments by position that are plain values.
 
-    A launch asks for its plan, and a pass for its algorithm, at every call of a layer. If there are too many results,
-    the one that was not used for longest is forgotten.
-
-    Args:
-        find: a function whose result depends only on its arguments, which are plain values, and on the table. It takes
-            its arguments by position.
+    If there are too many results, the one that was not used for longest goes.
     """
-    answers = lru_cache(MOST_ANSWERS)(find)
-    _remembered.append(answers)
-    return cast(F, answers)
+    _caches.append(lru_cache(MOST_CACHED)(function))
+    return cast(F, _caches[-1])
 
 
-def select(key: Key, device: torch.device) -> Config:
-    """Return a kernel's launch parameters: those measured fastest for its problem, else the heuristic's."""
-    default = kernels.KERNELS[key.kernel].default
-    found = fastest(key, device) or default(key, architecture(device), multiprocessors(device))
-    return cast(Config, found)
+@contextmanager
+def override(choose: Callable[[Key], Choice | None]) -> Iterator[None]:
+    """Ask `choose` first for each choice meanwhile, in all threads; None leaves it to tables and heuristics."""
+    global _override
+    before, _override = _override, choose
+    clear_cache()
+    try:
+        yield
+    finally:
+        _override = before
+        clear_cache()
 
 
 @contextmanager
 def chosen_for(tokens: Mapping[int, int]) -> Iterator[None]:
     """Choose for each number of tokens as for the number that it stands for in `tokens`, meanwhile."""
     STAND_INS.update(tokens)
-    forget()
+    clear_cache()
     try:
         yield
     finally:
         STAND_INS.clear()
-        forget()
+        clear_cache()
 
 
-@contextmanager
-def answered(answer: Callable[[Key], Choice | None]) -> Iterator[None]:
-    """Ask `answer` for each choice meanwhile; where it gives None, the tables and the heuristic answer.
-
-    It answers the launches of all threads, so the process must do nothing else.
-    """
-    global _answer
-    before, _answer = _answer, answer
-    forget()
-    try:
-        yield
-    finally:
-        _answer = before
-        forget()
+def select(kernel: Kernel, key: Key, device: torch.device) -> Config:
+    """A kernel's launch parameters: the fastest that was measured and is in its search space, else the heuristic's."""
+    if isinstance(chosen := _override(key), Config):
+        return chosen
+    candidates = kernel.candidates(key, architecture(device))
+    for found in _measured(key, device):
+        if found in candidates:
+            return candidates[candidates.index(found)]
+        warnings.warn(
+            f"tuning table: {kernel.name} has no configuration {found}; it is not used", stacklevel=2
+        )
+    return kernel.default(key, architecture(device), multiprocessors(device))
 
 
-_answer: Callable[[Key], Choice | None] | None = None
+def fastest(key: Key, device: torch.device) -> str | None:
+    """The algorithm that was measured fastest; None if none was. The result is not cached."""
+    chosen = _override(key) or next(_measured(key, device), None)
+    return chosen if isinstance(chosen, str) else None
 
 
-def fastest(key: Key, device: torch.device, allowed: Sequence[Choice] | None = None) -> Choice | None:
-    """Return the fastest choice, among `allowed` if given; None if none was measured. The result is not cached.
-
-    It is that of the first entry that timed one, the user's before the shipped one.
-    """
-    if _answer is not None and (answer := _answer(key)) is not None:
-        return answer
-    best = (table.entries[key].best(allowed) for table in _tables(device) if key in table.entries)
-    return next((trial.choice for trial in best if trial is not None), None)
+def _measured(key: Key, device: torch.device) -> Iterator[Choice]:
+    entries = (table.entries.get(key) for table in _tables(device))
+    return (entry.choice for entry in entries if entry is not None and entry.choice is not None)
 
 
 @cache
@@ -131,65 +116,34 @@ def _tables(device: torch.device) -> tuple[Table, ...]:
     paths = user_table(now.gpu), SHIPPED / user_table(now.gpu).name
     tables = tuple(read(path, now) for path in paths)
     for path, table in zip(paths, tables, strict=True):
-        if table.broken:
-            warnings.warn(f"tuning table {path} {table.broken}; it is not used", stacklevel=2)
-        elif table.skipped:
-            warnings.warn(f"tuning table {path}: {table.reasons()}; the others are in force", stacklevel=2)
+        if table.problem:
+            warnings.warn(f"tuning table {path} {table.problem}", stacklevel=2)
     return tables
-
-
-# Entries
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One candidate: its median seconds, or the reason why it has none."""
-
-    choice: Choice
-    seconds: float | None = None
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The trials of one problem on one machine.
+    """The result of tuning one problem on one machine.
 
     Attributes:
         key: the problem.
-        identity: the GPU and software of the trials.
-        trials: all candidates that were tried.
+        identity: the GPU and software that it was measured with.
+        choice: the fastest; None while the problem is being tuned.
+        seconds: its median time.
+        refused: why a candidate is not tried again, by its name.
     """
 
     key: Key
     identity: Identity
-    trials: tuple[Trial, ...] = ()
-
-    def best(self, allowed: Sequence[Choice] | None = None) -> Trial | None:
-        """Return the fastest trial, among `allowed` choices if given; None if nothing was timed."""
-        timed = [t for t in self.trials if t.seconds is not None and (allowed is None or t.choice in allowed)]
-        return min(timed, key=lambda trial: trial.seconds or 0.0, default=None)
-
-    def trial(self, choice: Choice) -> Trial | None:
-        """Return the trial of a choice; None if it is still to be tried."""
-        return next((t for t in self.trials if t.choice == choice and t.reason != INTERRUPTED), None)
-
-    def add(self, *trials: Trial) -> Entry:
-        """Return the entry with more trials. Of two trials of a choice the newer stays, but a time beats a reason."""
-        found = {trial.choice: trial for trial in self.trials}
-        for trial in trials:
-            older = found.get(trial.choice)
-            if older is None or older.seconds is None or trial.seconds is not None:
-                found[trial.choice] = trial
-        return Entry(self.key, self.identity, tuple(found.values()))
+    choice: Choice | None = None
+    seconds: float | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; :meth:`from_json` is its inverse."""
-        trials = [
-            {"choice": t.choice if isinstance(t.choice, str) else t.choice.to_json()}
-            | ({"reason": t.reason} if t.seconds is None else {"seconds": t.seconds})
-            for t in self.trials
-        ]
-        return {"key": self.key._asdict(), "identity": asdict(self.identity), "trials": trials}
+        choice = self.choice.to_json() if isinstance(self.choice, Config) else self.choice
+        plain = {"key": self.key._asdict(), "identity": asdict(self.identity), "choice": choice}
+        return plain | {"seconds": self.seconds, "refused": dict(self.refused)}
 
     @classmethod
     def from_json(cls, data: Any) -> Entry:
@@ -198,35 +152,25 @@ class Entry:
         Raises:
             AttributeError, KeyError, TypeError, ValueError: a field is missing or wrong.
         """
-        key, identity = Key(**data["key"]), Identity(**data["identity"])
-        check_choice("kernel", key.kernel, (*kernels.KERNELS, *ALGORITHM_KEYS))
+        key, choice, seconds = Key(**data["key"]), data["choice"], data["seconds"]
+        check_kind("kernel", key.kernel, str)
         check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
         for name, default in Key._field_defaults.items():
             check_kind(name, getattr(key, name), type(default))
-        trials = tuple(
-            Trial(_choice(key, identity, t["choice"]), t.get("seconds"), t.get("reason"))
-            for t in data["trials"]
-        )
-        for trial in trials:
-            check_kind("reason", trial.reason, str if trial.seconds is None else type(None))
-            if trial.seconds is not None and not 0 < trial.seconds <= sys.float_info.max:
-                raise ValueError(f"seconds must be positive and finite, got {shown(trial.seconds)}")
-        entry = cls(key, identity, trials)
+        if key.kernel in ALGORITHM_KEYS and choice is not None:
+            check_choice("choice", choice, ALGORITHM_KEYS[key.kernel])
+        elif choice is not None:
+            choice = Config(**choice)
+            for name, value in vars(choice).items():
+                check_kind(name, value, type(getattr(Config, name)))
+        if choice is not None and not (isinstance(seconds, float) and 0 < seconds <= sys.float_info.max):
+            raise ValueError(f"seconds must be a positive, finite float, got {shown(seconds)}")
+        for name, reason in data["refused"].items():
+            check_kind(f"the reason of {shown(name)}", reason, str)
+        entry = cls(key, Identity(**data["identity"]), choice, seconds, data["refused"])
         if entry.to_json() != data:
             raise ValueError("a field is unknown, or of another type")
         return entry
-
-
-def _choice(key: Key, identity: Identity, data: Any) -> Choice:
-    """Check a choice: only an algorithm, or a configuration that ships, may be launched."""
-    if key.kernel in ALGORITHM_KEYS:
-        check_choice("choice", data, ALGORITHM_KEYS[key.kernel])
-        return str(data)
-    kernel = kernels.KERNELS[key.kernel]
-    for config in kernel.shipped(facts(identity.capability), PRECISIONS[key.dtype]):
-        if config.to_json() == data:
-            return config
-    raise ValueError(f"choice must be a configuration that ships, got {shown(data)}")
 
 
 @dataclass
@@ -235,9 +179,9 @@ class Table:
 
     Attributes:
         entries: the entries in force, by problem.
+        verdicts: by versions of the software, for each compiled kernel why it is refused; empty if it is verified.
         stale: entries with another identity, as they were read. They stay in the file.
         skipped: for each bad entry the reason, and the entry as it was read. They stay in the file too.
-        verdicts: by versions of the software, for each compiled kernel why it is refused; empty if it is verified.
         broken: why the file is not a table; empty if it is one.
     """
 
@@ -247,13 +191,19 @@ class Table:
     skipped: list[tuple[str, Any]] = field(default_factory=list)
     broken: str = ""
 
-    def reasons(self) -> str:
-        """Say why entries were skipped: the first five reasons, and the number of the others."""
-        more = f"; and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
-        return f"{len(self.skipped)} skipped: {'; '.join(reason for reason, _ in self.skipped[:5])}{more}"
-
-
-# Files
+    @property
+    def problem(self) -> str:
+        """What cannot be used, in a sentence; empty if all can."""
+        if self.broken:
+            return f"{self.broken}; it is not used"
+        if self.skipped:
+            more = f"; and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
+            return (
+                f"has {len(self.skipped)} bad entries: {'; '.join(why for why, _ in self.skipped[:5])}{more}"
+            )
+        if self.stale and not self.entries:
+            return "was measured with another GPU, Triton or version of the kernels; `smoa-kernels tune` measures anew"
+        return ""
 
 
 def user_table(gpu: str) -> Path:
@@ -277,8 +227,8 @@ def read(path: Path, now: Identity) -> Table:
         return Table()
     except OSError as error:
         return Table(broken=f"cannot be read: {error}")
-    except (ValueError, RecursionError) as error:
-        return Table(broken=f"is not JSON ({error})")
+    except (ValueError, RecursionError):
+        return Table(broken="is not JSON")
     if not isinstance(data, dict) or not isinstance(data.get("entries"), list):
         return Table(broken="is not a table of smoa-kernels")
     if data.get("schema") != SCHEMA:
@@ -291,8 +241,7 @@ def read(path: Path, now: Identity) -> Table:
         try:
             if raw["identity"] == asdict(now):
                 entry = Entry.from_json(raw)
-                older = table.entries.get(entry.key)
-                table.entries[entry.key] = entry if older is None else older.add(*entry.trials)
+                table.entries[entry.key] = entry
             else:
                 table.stale.append(raw)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -302,12 +251,7 @@ def read(path: Path, now: Identity) -> Table:
     return table
 
 
-def keep(
-    now: Identity,
-    key: Key | None = None,
-    *trials: Trial,
-    verdicts: Mapping[str, dict[str, str]] | None = None,
-) -> Table:
+def keep(now: Identity, *entries: Entry, verdicts: Mapping[str, dict[str, str]] | None = None) -> Table:
     """Add to the user's table; return the table.
 
     Writers hold a lock, read the file again, add their results and replace it in one step: two of them lose nothing,
@@ -315,9 +259,8 @@ def keep(
     them. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
 
     Args:
-        now: the identity of GPU and software of the trials.
-        key: the problem of the trials, which are in force from now on; None adds none.
-        trials: see :meth:`Entry.add`.
+        now: the identity of this GPU and software.
+        entries: replace those of their keys.
         verdicts: see :class:`Table`.
 
     Raises:
@@ -327,26 +270,25 @@ def keep(
     path = user_table(now.gpu)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
-        found = read(path, now)
+        table = read(path, now)
         # A training step, which adds verdicts, moves no such file.
-        foreign = found.broken.startswith("has schema") and verdicts is not None
-        if found.broken.startswith("cannot be read") or foreign:
-            raise OSError(found.broken)
-        if found.broken:
+        foreign = table.broken.startswith("has schema") and verdicts is not None
+        if table.broken.startswith("cannot be read") or foreign:
+            raise OSError(table.broken)
+        if table.broken:
             number = 1
             while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
                 number += 1
             os.replace(path, aside)
-            warnings.warn(f"tuning table {path} {found.broken}; set aside as {aside.name}", stacklevel=2)
-            found = Table()
-        if key is not None:
-            found.entries[key] = found.entries.get(key, Entry(key, now)).add(*trials)
+            warnings.warn(f"tuning table {path} {table.broken}; set aside as {aside.name}", stacklevel=2)
+            table = Table()
+        table.entries |= {entry.key: entry for entry in entries}
         for versions, forms in (verdicts or {}).items():
-            found.verdicts[versions] = found.verdicts.get(versions, {}) | forms
-        entries = [entry.to_json() for entry in found.entries.values()]
-        entries += found.stale + [raw for _, raw in found.skipped]
-        data = {"schema": SCHEMA, "entries": entries, "verdicts": found.verdicts}
+            table.verdicts[versions] = table.verdicts.get(versions, {}) | forms
+        plain = [entry.to_json() for entry in table.entries.values()]
+        plain += table.stale + [raw for _, raw in table.skipped]
+        data = {"schema": SCHEMA, "entries": plain, "verdicts": table.verdicts}
         replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
     if verdicts is None:
-        forget()
-    return found
+        clear_cache()
+    return table

@@ -34,7 +34,7 @@ from .passed import key_of
 from .pointers import pointers_at
 from .rules import UNKNOWN, Record, Traffic
 
-KERNELS = "smoa_kernels.kernels:KERNELS"
+KERNELS = "smoa_kernels.kernels.registry:KERNELS"
 
 
 @dataclass(frozen=True)

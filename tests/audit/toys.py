@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from smoa_kernels.kernels.spec import Config, Kernel
+from smoa_kernels.kernels.spec import Config, Kernel, Row
 
 from .forms import AUDITED, Audited
 from .workloads import WORKLOADS, Operands, Work
@@ -70,7 +70,7 @@ def toy(name: str, fn: Any, work: Callable[[Operands, Config], Work], block: int
     config = Config(block=block)
     WORKLOADS[name] = lambda operands: work(operands, config)
     AUDITED[name] = audited
-    return Kernel(name, fn, lambda arch, precision: (config,))
+    return Kernel(name, fn, (Row((), (), (config,)),))
 
 
 STRIDED = Audited("copy", ("strided",), {"x_ptr": "strided on purpose"})

@@ -25,15 +25,16 @@ from smoa_kernels.kernels.modulate import modulated_blocks, modulated_weight
 from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import Config, partial_width
 from smoa_kernels.kernels.sum_partials import sum_partials
-from smoa_kernels.kernels.table import answered
-from smoa_kernels.tuning import passes
-from smoa_kernels.tuning.plan import multiplied_in
+from smoa_kernels.kernels.table import override
+from smoa_kernels.tuning.tuner import multiplied_in
+
+from . import operands
 
 Work: TypeAlias = tuple[Callable[[], Sequence[Tensor]], Callable[[torch.dtype], Sequence[Tensor]]]
 """Two functions: one launches and returns the results, the other computes them by the definition."""
 
 
-class Operands(passes.Operands):
+class Operands(operands.Operands):
     """Operands of a key's sizes; tests/kernels stores those of a problem with other strides."""
 
     bias: Tensor | None = None
@@ -50,7 +51,7 @@ def configured(kernel: str, config: Config | None, precision: str = "fp32") -> I
     Without parameters the tables and the heuristic choose.
     """
     family = kernel.removesuffix("_gathered")
-    of_family = answered(lambda key: config if key.kernel.removesuffix("_gathered") == family else None)
+    of_family = override(lambda key: config if key.kernel.removesuffix("_gathered") == family else None)
     with multiplied_in(precision), of_family:
         yield
 

@@ -19,8 +19,8 @@ from smoa_kernels.definition.precision import (
     Precision,
     precision_of,
 )
-from smoa_kernels.kernels import KERNELS
-from smoa_kernels.kernels.architectures import ARCHITECTURES, architecture, facts
+from smoa_kernels.kernels.architectures import ARCHITECTURES, architecture, limits
+from smoa_kernels.kernels.registry import KERNELS
 from smoa_kernels.kernels.spec import Config, Key, granule_of
 
 CHECKED = ("modulated_weight", "modulated_blocks", "fused_linear", "contract")
@@ -128,7 +128,7 @@ def shipped_here(kernel: str) -> list[tuple[Config, Precision]]:
         for name in KERNEL_PRECISIONS
         if name != "tf32" or torch.version.hip is None
         for arch in here
-        for config in KERNELS[kernel].shipped(facts(arch), PRECISIONS[name])
+        for config in KERNELS[kernel].shipped(limits(arch), PRECISIONS[name])
     ]
     if interpreted:
         pairs = [(config, PRECISIONS["fp32"]) for config, _ in pairs]

@@ -29,8 +29,8 @@ from smoa_kernels.backends import eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import bmm_in_float32
-from smoa_kernels.kernels.launch import described
-from smoa_kernels.tuning.plan import multiplied_in
+from smoa_kernels.kernels.launch import launch_arguments
+from smoa_kernels.tuning.tuner import multiplied_in
 
 pytestmark = pytest.mark.numerical
 
@@ -40,9 +40,9 @@ def test_a_cached_layout_follows_torchs_setting_of_tf32(dtype: torch.dtype) -> N
     adapter = make_problem(dtype=dtype).adapter()
     for precision in ("tf32", "fp32", "tf32"):
         with multiplied_in(precision):
-            layout, _ = described(adapter)
+            layout, _ = launch_arguments(adapter)
             assert layout.precision == ("bf16" if dtype == torch.bfloat16 else precision)
-            assert described(adapter)[0] is layout
+            assert launch_arguments(adapter)[0] is layout
 
 
 def test_the_weight_that_is_merged_is_multiplied_in_ieee() -> None:

@@ -5,7 +5,6 @@ The random problems have uneven and empty blocks, uneven and zero ranks, or one 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -24,13 +23,13 @@ from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import PRECISIONS, Precision
 from smoa_kernels.definition.thresholds import round_weight
-from smoa_kernels.kernels import KERNELS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.fused_linear import fused_linear
 from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.permute import scatter_columns
+from smoa_kernels.kernels.registry import KERNELS
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
-from smoa_kernels.tuning.plan import multiplied_in
+from smoa_kernels.tuning.tuner import multiplied_in
 
 pytestmark = pytest.mark.numerical
 
@@ -89,19 +88,16 @@ def test_every_shipped_configuration(kernel: str, config: Config, precision: Pre
 
 
 @pytest.mark.parametrize(
-    ("kernel", "old", "arch", "dtype", "largest"),
+    ("kernel", "version", "largest"),
     [
-        ("grouped_linear", True, "sm_90", "bf16", 128),
-        ("grouped_linear", False, "sm_90", "bf16", 256),
-        ("grouped_grad", True, "sm_90", "bf16", 64),
-        ("grouped_grad", False, "sm_90", "bf16", 128),
+        ("grouped_linear", "3.6.0", 128),
+        ("grouped_linear", "3.9.0", 256),
+        ("grouped_grad", "3.6.0", 64),
+        ("grouped_grad", "3.10.0", 128),
     ],
 )
-def test_large_tiles_ship_only_where_they_do_not_spill(
-    kernel: str, old: bool, arch: str, dtype: str, largest: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.import_module(f"smoa_kernels.kernels.{kernel}"), "OLD_TRITON", old)
-    first = vars(KERNELS[kernel].shipped(ARCHITECTURES[arch], PRECISIONS[dtype])[0])
+def test_large_tiles_ship_only_where_they_do_not_spill(kernel: str, version: str, largest: int) -> None:
+    first = vars(KERNELS[kernel].shipped(ARCHITECTURES["sm_90"], PRECISIONS["bf16"], version)[0])
     assert first["block_n" if kernel == "grouped_grad" else "block_t"] == largest
 
 

@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 from expert_problems import ExpertsProblem, make_problem
 from kernel_cases import Guarded, far_apart
 
 from smoa_kernels.backends import experts_masked
 from smoa_kernels.definition.experts import reference_experts_linear
-from smoa_kernels.kernels.common import OLD_TRITON, tiles_of_segments
+from smoa_kernels.kernels.common import tiles_of_segments
 from smoa_kernels.kernels.grouped_linear import GROUPED_LINEAR
-from smoa_kernels.kernels.spec import Key
+from smoa_kernels.kernels.spec import Key, release
 
 pytestmark = pytest.mark.numerical
 
@@ -36,7 +37,7 @@ def test_results_are_within_their_budget(blocks: str) -> None:
     p.assert_within_budget(p.operator("triton"))
 
 
-@pytest.mark.skipif(OLD_TRITON, reason="such a tile ships from Triton 3.9 on")
+@pytest.mark.skipif(release(triton.__version__) < (3, 9), reason="such a tile ships from Triton 3.9 on")
 def test_wide_tiles_take_few_ranks() -> None:
     """A tile of 256 pairs has registers for at most 16 ranks."""
     key = Key("grouped_linear", "bf16", 16, 2, 1024, 2048, 512, granule=8)

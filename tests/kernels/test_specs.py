@@ -20,7 +20,7 @@ from audit.compile import compile_launch, representative_launch
 from audit.run import Task, run_task
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.definition.precision import PRECISIONS
-from smoa_kernels.kernels import KERNELS
+from smoa_kernels.kernels.registry import KERNELS
 
 narrow_rank = [Task("contract", "r4", 0, arch, "bf16") for arch in ("sm_90", "gfx942")]
 narrow_rank += [Task("sum_partials", "r4 transposed", 0, "sm_90", "bf16")]

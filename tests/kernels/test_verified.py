@@ -32,8 +32,7 @@ from smoa_kernels.backends import experts, verified
 from smoa_kernels.backends.probes import ALLOWED, _like, distance
 from smoa_kernels.definition.precision import PRECISIONS, precision_of
 from smoa_kernels.kernels import fused_linear, modulate, spec, table
-from smoa_kernels.kernels.launch import short_way
-from smoa_kernels.tuning.plan import multiplied_in
+from smoa_kernels.tuning.tuner import multiplied_in
 
 pytestmark = [
     pytest.mark.numerical,
@@ -62,9 +61,8 @@ def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def start_anew() -> None:
-    table.forget()
+    table.clear_cache()
     verified.verdicts.cache_clear()
-    short_way.obstacle = ""
 
 
 @cache

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks.fake_gpu import FakeDriver, FakeGpu
-from smoa_kernels.kernels.architectures import facts
+from smoa_kernels.kernels.architectures import limits
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class EmulatorDriver(FakeDriver):
     def __init__(self, arch: int, launch: Launch) -> None:
         super().__init__(FakeGpu(devices=1))
         self.arch = arch
-        shared = facts(f"sm_{arch}").shared_per_block
+        shared = limits(f"sm_{arch}").shared_per_block
         self.launcher_cls = _launcher(launch)
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": shared},

@@ -14,8 +14,8 @@ from problems import relative_error
 
 from smoa_kernels.backends import miscompiled
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
-from smoa_kernels.kernels import KERNELS
-from smoa_kernels.kernels.architectures import facts
+from smoa_kernels.kernels.architectures import limits
+from smoa_kernels.kernels.registry import KERNELS
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
 
 from . import ARCH, emulator
@@ -40,7 +40,7 @@ def launches() -> Iterator[object]:
         for dtype in KERNEL_PRECISIONS:
             if miscompiled(ARCH // 10, dtype, triton.__version__):
                 continue  # no GPU runs it
-            for config in kernel.shipped(facts(f"sm_{ARCH}"), PRECISIONS[dtype]):
+            for config in kernel.shipped(limits(f"sm_{ARCH}"), PRECISIONS[dtype]):
                 for form in AUDITED[kernel.name].forms:
                     numbers = "-".join(str(value) for value in config.to_json().values())
                     name = f"{kernel.name}-{dtype}-{numbers}-{form}".replace(" ", "_")

@@ -2,8 +2,10 @@
 
 import json
 import subprocess
+import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,6 @@ import pytest
 import torch
 from places import kill_at, python
 from problems import make_problem
-from tuning_cases import (
-    CPU,
-    FORWARD,
-    PERMUTE,
-    PERMUTE_CONFIGS,
-    ask,
-    entry,
-    kept,
-    needs_interpreter,
-    put,
-    shipped,
-    write,
-)
 
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.cli import info
@@ -32,15 +21,32 @@ from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels import architectures, table
 from smoa_kernels.kernels.architectures import identity
 from smoa_kernels.kernels.launch import Launch
-from smoa_kernels.kernels.permute import gather_columns
-from smoa_kernels.kernels.spec import Key
-from smoa_kernels.kernels.table import SCHEMA, Trial, fastest, keep, user_table
-from smoa_kernels.tuning.plan import multiplied_in
+from smoa_kernels.kernels.permute import PERMUTE, gather_columns
+from smoa_kernels.kernels.spec import Config, Key, bucket
+from smoa_kernels.kernels.table import SCHEMA, Choice, Entry, fastest, keep, read, select, user_table
+from smoa_kernels.tuning.tuner import multiplied_in
 
-pytestmark = needs_interpreter
+CPU, TODAY = torch.device("cpu"), time.strftime("%Y-%m-%d")
+KEY = Key("permute", "fp32", blocks=2, in_features=12, tokens=8, padded_in=64)
+FORWARD = Key("forward", "bf16", 3, 2, 12, 10, 8)
+FIRST, SECOND, THIRD, *_, LAST = PERMUTE.candidates(KEY, "cpu")
 
-FIRST, SECOND, THIRD = PERMUTE_CONFIGS
-GRAD = Key("contract", "fp32", 3, 2, 12, 10, 0, 64, 64)
+
+def entry(choice: Choice | None = SECOND, key: Key = KEY, **changed: object) -> Entry:
+    """An entry of this machine, with the `changed` fields of its identity."""
+    return Entry(key, replace(identity(CPU), **changed), choice, 1e-6 if choice else None)  # type: ignore[arg-type]
+
+
+def put(*entries: Entry) -> None:
+    keep(identity(CPU), *entries)
+
+
+def kept() -> dict[Key, Entry]:
+    return read(user_table("cpu"), identity(CPU)).entries
+
+
+def ask() -> Config:
+    return select(PERMUTE, KEY, CPU)
 
 
 @pytest.fixture
@@ -58,30 +64,35 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
     return lambda path: info._tables()[str(path)]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(0, 1), (1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (2**13, 2**13), (2**13 + 1, 2**14)],
+)
+def test_bucket_edges(tokens: int, expected: int) -> None:
+    assert bucket(tokens) == expected
+
+
 # The choice in force
 
 
-def test_without_tables_the_heuristic_answers_and_nothing_is_written(cache: Path) -> None:
-    assert ask() == FIRST
-    assert fastest(FORWARD, CPU, ("split", "fused")) is None
-    assert not cache.exists()
-
-
-def test_the_users_table_comes_before_the_shipped_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_users_table_comes_before_the_shipped_one_and_that_before_the_heuristic(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
-    shipped = entry(seconds={THIRD: 1.0}), entry(FORWARD, {"split": 2.0, "fused": 3.0})
-    write(*shipped, path=tmp_path / "shipped" / "cpu.json")
+    assert ask() == FIRST
+    assert fastest(FORWARD, CPU) is None
+    assert not cache.exists()
+    put(entry(THIRD), entry("split", FORWARD))
+    monkeypatch.setattr(table, "SHIPPED", tmp_path)
+    user_table("cpu").rename(tmp_path / "cpu.json")
+    table.clear_cache()
     assert ask() == THIRD
-    write(entry(), entry(FORWARD, {"merged": 1.0}))
-    assert ask() == SECOND
-    # If no entry of the first table is allowed, the next table is asked.
-    assert fastest(FORWARD, CPU, ("split", "fused")) == "split"
+    put(entry(LAST), entry(None, FORWARD))
+    assert ask() == LAST
+    assert fastest(FORWARD, CPU) == "split"  # the first table's key is not complete
 
 
 def test_another_problem_does_not_borrow_an_entry() -> None:
-    put(entry(PERMUTE._replace(tokens=16)), entry(PERMUTE._replace(blocks=3)))
+    put(entry(key=KEY._replace(tokens=16)), entry(key=KEY._replace(blocks=3)))
     assert ask() == FIRST
     put(entry())
     assert ask() == SECOND  # a new entry is in force at once
@@ -98,16 +109,28 @@ def test_another_problem_does_not_borrow_an_entry() -> None:
     ],
     ids=str,
 )
-def test_a_stale_entry_is_not_used_and_stays(
-    changed: dict[str, object], path: Path, said: Callable[[Path], str]
+def test_a_stale_entry_is_ignored_with_a_sentence_and_stays(
+    changed: dict[str, Any], path: Path, said: Callable[[Path], str]
 ) -> None:
     stale = entry(**changed)
-    write(stale)
-    assert ask() == FIRST
-    assert said(path).startswith("yours; 0 entries in force, 1 not: measured with another")
-    put(entry(seconds={THIRD: 1.0}))  # two environments may share a table
-    assert ask() == THIRD
+    path.write_text(json.dumps({"schema": SCHEMA, "entries": [stale.to_json()]}))
+    with pytest.warns(
+        UserWarning, match="measured with another GPU, Triton or version of the kernels"
+    ) as caught:
+        assert (ask(), ask()) == (FIRST, FIRST)
+    assert len(caught) == 1
+    assert said(path).startswith(f"yours, {TODAY}; 0 entries in force, 1 measured with other versions")
+    put(entry(THIRD))  # two environments may share a table
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask() == THIRD
     assert stale.to_json() in json.loads(path.read_text())["entries"]
+
+
+def test_a_configuration_outside_the_search_space_is_not_launched() -> None:
+    put(entry(replace(FIRST, num_warps=64)))
+    with pytest.warns(UserWarning, match="permute has no configuration t=64 p=128 warps=64"):
+        assert ask() == FIRST
 
 
 @pytest.mark.parametrize("file", ["grouped_linear.py", "permute.py", "common.py", "../backends/triton.py"])
@@ -130,7 +153,7 @@ def test_a_launch_uses_a_tuned_choice_from_then_on(monkeypatch: pytest.MonkeyPat
     labels = torch.arange(12) % 2
     p = BlockPartition.from_labels(labels, labels, 2)
     launched: list[object] = []
-    monkeypatch.setattr(Launch, "__call__", lambda launch, **pointers: launched.append(launch.config))
+    monkeypatch.setattr(Launch, "__call__", lambda launch, *arguments: launched.append(launch.config))
     for _ in range(2):
         gather_columns(torch.zeros(5, 12), p, 64)
         put(entry())
@@ -138,10 +161,10 @@ def test_a_launch_uses_a_tuned_choice_from_then_on(monkeypatch: pytest.MonkeyPat
 
 
 def test_choices_are_cached_until_the_table_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache forgets first what was not asked for longest: token counts that come again are remembered."""
-    monkeypatch.setattr(table, "MOST_ANSWERS", 2)
+    """What was not asked for longest goes first: token counts that come again stay."""
+    monkeypatch.setattr(table, "MOST_CACHED", 2)
     asked: list[int] = []
-    find = table.remembered(asked.append)
+    find = table.cached(asked.append)
     for number in range(2, 9):
         find(1)
         find(number)
@@ -153,19 +176,14 @@ def test_choices_are_cached_until_the_table_changes(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("precision", KERNEL_PRECISIONS)
 def test_a_table_chooses_any_algorithm(precision: str) -> None:
-    """Thresholds keep a small update in every W_eff. Without a table "fused" is the rule for few tokens."""
+    """Without a table "fused" is the rule for few tokens."""
     problem = make_problem(ranks=(3, 2), tokens=8).to(PRECISIONS[precision].dtype)
     adapter, sizes = problem.adapter(), (3, 2, *problem.weight.shape, 8)
     factors = "fp32" if precision == "tf32" else precision
     with multiplied_in(precision):
         for stage, x in (("forward", problem.x), ("input_gradient", problem.dy)):
             assert triton_backend._chosen(stage, x, adapter) == "fused"
-            put(
-                entry(
-                    Key(stage, precision, *sizes, factors=factors),
-                    {"merged": 1.0, "split": 2.0, "fused": 3.0},
-                )
-            )
+            put(entry("merged", Key(stage, precision, *sizes, factors=factors)))
             assert triton_backend._chosen(stage, x, adapter) == "merged"
 
 
@@ -174,8 +192,8 @@ def test_a_table_chooses_any_algorithm(precision: str) -> None:
 
 ENTRIES = [
     entry(),
-    entry(GRAD, {shipped("contract")[0]: 0.25}).add(Trial(shipped("contract")[1], reason="wrong numbers")),
-    entry(FORWARD, {"split": 2.0, "merged": 1.0}),
+    replace(entry(LAST, KEY._replace(tokens=4)), refused={"t=64": "wrong"}),
+    entry("merged", FORWARD),
 ]
 
 
@@ -183,55 +201,43 @@ def test_a_table_comes_back_as_it_was_written() -> None:
     put(*ENTRIES)
     assert user_table("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.json"
     assert kept() == {e.key: e for e in ENTRIES}
-    assert json.loads(user_table("cpu").read_text())["schema"] == SCHEMA
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda e: e["key"].update(kernel="matmul"), "kernel must be one of .* got 'matmul'"),
+        (lambda e: e["key"].update(kernel=3), "kernel must be a str, got int"),
         (lambda e: e.pop("identity"), "no field 'identity'"),
         (lambda e: e.update(note="mine"), "a field is unknown"),
         (lambda e: e["key"].update(dtype="int8"), "dtype must be one of bf16"),
         (lambda e: e["key"].update(rank=[1]), "rank must be an int, got list"),
-        (
-            lambda e: e["trials"][0]["choice"].update(num_warps=64),
-            "choice must be a configuration that ships",
-        ),
-        (
-            lambda e: e["trials"][0]["choice"].update(num_warps=True),
-            "choice must be a configuration that ships",
-        ),
-        (lambda e: e["trials"][0].update(choice="split"), "choice must be a configuration that ships"),
-        (lambda e: e["trials"][0].update(seconds=-1), "seconds must be positive and finite, got -1"),
-        (lambda e: e["trials"][0].update(seconds=10**400), "seconds must be positive and finite, got 1000"),
         (lambda e: e["key"].update(colour=3), "unexpected keyword argument 'colour'"),
-        (lambda e: e["trials"][0].update(colour=3), "a field is unknown"),
-        (lambda e: e.update(trials={}), "of another type"),
+        (lambda e: e["choice"].update(num_warps="4"), "num_warps must be an int, got str"),
+        (lambda e: e["choice"].update(colour=3), "unexpected keyword argument 'colour'"),
+        (lambda e: e.update(choice="split"), "must be a mapping, not str"),
+        (lambda e: e.update(seconds=-1.0), "seconds must be a positive, finite float, got -1.0"),
+        (lambda e: e.update(seconds=10**400), "seconds must be a positive, finite float, got 1000"),
+        (lambda e: e.update(refused={"t=64": 3}), "the reason of 't=64' must be a str, got int"),
+        (lambda e: e.update(refused=[]), "has no attribute 'items'"),
     ],
 )
 def test_a_bad_entry_is_skipped_and_named_and_the_others_stay_in_force(
     change: Callable[[dict[str, Any]], object], words: str, path: Path, said: Callable[[Path], str]
 ) -> None:
-    write(*ENTRIES)
+    put(*ENTRIES)
     data = json.loads(path.read_text())
     bad = data["entries"][1]
     change(bad)
     path.write_text(json.dumps(data))
-    with pytest.warns(UserWarning, match=f"{path}: 1 skipped: entry 2: .*{words}") as caught:
+    table.clear_cache()
+    with pytest.warns(UserWarning, match=f"{path} has 1 bad entries: entry 2: .*{words}") as caught:
         assert ask() == SECOND
     assert len(caught) == 1
     assert len(str(caught[0].message)) < 500 + len(str(path))
-    assert fastest(FORWARD, CPU, ("split", "fused")) == "split"
-    assert said(path).startswith("yours; 2 entries in force, 1 skipped: entry 2: ")
-    put(entry(seconds={THIRD: 0.5}))  # another version may understand the skipped entry
+    assert fastest(FORWARD, CPU) == "merged"
+    assert said(path).startswith(f"yours, {TODAY}; 2 entries in force")
+    put(entry(THIRD))  # another version may understand the skipped entry
     assert bad in json.loads(path.read_text())["entries"]
-
-
-def test_of_many_skipped_entries_the_first_are_named(path: Path) -> None:
-    path.write_text(json.dumps({"schema": SCHEMA, "entries": [None] * 9}))
-    with pytest.warns(UserWarning, match="9 skipped: entry 1: .*; entry 5: .*; and 4 more; the others"):
-        ask()
 
 
 @pytest.mark.parametrize(
@@ -257,15 +263,13 @@ def test_a_file_that_is_no_table_is_named_and_set_aside_by_the_next_writer(
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # reading moves no file
     with pytest.warns(UserWarning, match=f"{words}.*; set aside as cpu.json.broken-1"):
         put(entry())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert ask() == SECOND
+    assert ask() == SECOND
     aside = path.with_name("cpu.json.broken-1")
     assert aside.read_bytes() == text
     assert said(aside) == "yours; set aside, not used"
     path.write_text("{")
     with pytest.warns(UserWarning, match="broken-2"):
-        keep(identity(CPU))
+        put()
 
 
 def test_a_folder_in_the_tables_place(path: Path) -> None:
@@ -277,31 +281,28 @@ def test_a_folder_in_the_tables_place(path: Path) -> None:
 
 
 def test_info_names_tables_of_other_gpus_and_gpus_without_one(
-    said: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+    path: Path, said: Callable[[Path], str]
 ) -> None:
-    other = user_table("NVIDIA H100")
-    write(entry(), path=other)
-    assert said(other) == "yours; for a GPU that is not here"
+    put(entry())
+    other = path.rename(user_table("NVIDIA H100"))
+    assert said(other) == f"yours, {TODAY}; for a GPU that is not here"
     assert info._tables()["cpu"] == "no table: the heuristic chooses; smoa-kernels tune measures"
+
+
+def test_info_says_which_algorithm_runs_at_which_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "_gpus", lambda: [CPU])
+    words = "fused up to 64 (bf16), 64 (fp16), 32 (tf32), 16 (fp32) tokens, then merged"
+    assert info._kernels()["cpu, auto"].startswith(words)
 
 
 # Concurrent writers
 
 
-def test_results_of_two_writers_for_one_key_are_joined() -> None:
-    for first, second, third in ((3.0, None, None), (3.5, 1.0, 2.0), (4.0, None, None)):
-        keep(identity(CPU), PERMUTE, Trial(FIRST, first))
-        keep(identity(CPU), PERMUTE, Trial(SECOND, second, None if second else "died"))
-        if third:
-            keep(identity(CPU), PERMUTE, Trial(THIRD, third))
-    assert {t.choice: t.seconds for t in kept()[PERMUTE].trials} == {FIRST: 4.0, SECOND: 1.0, THIRD: 2.0}
-
-
 WRITING = """
 {before}
-from tuning_cases import PERMUTE, entry, put
+from tuning.test_table import KEY, entry, put
 for step in range({steps}):
-    put(entry(PERMUTE._replace(tokens=1 << step, blocks=1)), entry(PERMUTE._replace(tokens=1 << step, blocks={own})))
+    put(entry(key=KEY._replace(tokens=1 << step, blocks=1)), entry(key=KEY._replace(tokens=1 << step, blocks={own})))
 """
 
 
@@ -325,5 +326,5 @@ def test_kill_in_the_middle_of_a_write(path: Path) -> None:
     stopped = "import os, time\nos.replace = lambda a, b: (print('writing', flush=True), time.sleep(60))\n"
     kill_at(writing(7, 1, stopped), "writing")
     assert path.read_text() == before
-    put(entry(PERMUTE._replace(tokens=16)))  # the killed process's lock is free
+    put(entry(key=KEY._replace(tokens=16)))  # the killed process's lock is free
     assert {key.tokens for key in kept()} == {8, 16}

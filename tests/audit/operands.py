@@ -1,22 +1,18 @@
-"""The passes of a layer on random operands, by the kernels and by torch's operators, for the tuner."""
+"""Random operands of a layer, for the audit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..backends import eager, experts, triton
-from ..definition.dropout import Dropout
-from ..definition.experts import ExpertBlocks, ExpertsAdapter
-from ..definition.packed import PackedAdapter
-from ..definition.partition import BlockPartition
-from ..definition.precision import PRECISIONS
-from ..kernels.spec import GRANULE, Key
-from .problem import Problem
+from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
+from smoa_kernels.definition.packed import PackedAdapter
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.precision import PRECISIONS
+from smoa_kernels.kernels.spec import Key
 
 DROPOUT = 0.1
 
@@ -110,71 +106,3 @@ class Operands:
         ends = torch.tensor([key.tokens, 2 * key.tokens + key.tokens // 2, 3 * key.tokens, pairs]).int()
         x, dy = self.tensor(pairs, key.in_features), self.tensor(pairs, key.out_features)
         return adapter, ends.to(device), x, dy
-
-
-class Pass(NamedTuple):
-    """One operation of a layer.
-
-    Attributes:
-        run: computes it by the kernels, with the algorithm and the launch parameters that are in force.
-        expected: computes it by torch's operators.
-    """
-
-    run: Callable[[], Sequence[Tensor | None]]
-    expected: Callable[[], Sequence[Tensor | None]]
-
-
-Operations: TypeAlias = dict[str, Callable[[], Sequence[Tensor | None]]]
-
-
-def passes(layer: Problem, device: torch.device) -> dict[str, Pass]:
-    """The operations of a training step by name, with and without dropout.
-
-    Those whose algorithm "auto" chooses have the name of its `spec.ALGORITHM_KEYS`.
-
-    Args:
-        layer: if it has experts, they are four, with as many pairs each as the layer's have on average.
-        device: of the operands; "meta" for those without data.
-    """
-    sizes = layer.precision, layer.max_rank, layer.num_blocks, *layer.features
-    granule = GRANULE if layer.in_granules else 1
-    form, filled = "contiguous" if layer.in_place else "", device.type != "meta"
-    tokens = -(-layer.tokens // max(layer.experts, 1))
-    key = Key("", *sizes, tokens, granule=granule, factors=layer.factors)
-    found: dict[str, Pass] = {}
-    if layer.experts:
-        for turned in (False, True):  # models store (E, N, C) or (E, C, N)
-            given = Operands(key._replace(transposed=turned), form, device, filled=filled).experts()
-            both = _of_experts(triton, *given), _of_experts(experts, *given)
-            found |= _joined(*both, ", W0 transposed" * turned)
-        return found
-    operands = Operands(key, form, device, filled=filled)
-    adapter = operands.adapter()
-    x, dy = (operands.tensor(tokens, features) for features in reversed(layer.features))
-    seed = torch.zeros(1, dtype=torch.int64, device=device)
-    for name, dropout in (("", None), (", dropout", Dropout(seed, DROPOUT))):
-        both = _of_layer(triton, x, dy, adapter, dropout), _of_layer(eager, x, dy, adapter, dropout)
-        found |= _joined(*both, name)
-    return found
-
-
-def _joined(ours: Operations, theirs: Operations, ending: str) -> dict[str, Pass]:
-    return {f"{name}{ending}": Pass(run, theirs[name]) for name, run in ours.items()}
-
-
-def _of_layer(
-    backend: Any, x: Tensor, dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None
-) -> Operations:
-    return {
-        "forward": lambda: [backend.forward(x, None, adapter, "auto", dropout)],
-        "input_gradient": lambda: backend.backward(dy, None, adapter, dropout, needs_x=True)[:1],
-        "factor_gradients": lambda: backend.backward(dy, x, adapter, dropout, needs_x=False)[1:],
-    }
-
-
-def _of_experts(backend: Any, adapter: ExpertsAdapter, ends: Tensor, x: Tensor, dy: Tensor) -> Operations:
-    return {
-        "experts": lambda: [backend.experts_forward(x, ends, adapter)],
-        "experts' input": lambda: backend.experts_backward(dy, None, ends, adapter, needs_x=True)[:1],
-        "experts' factors": lambda: backend.experts_backward(dy, x, ends, adapter, needs_x=False)[1:],
-    }

@@ -1,0 +1,400 @@
+"""The tuner in the interpreter with a scripted clock: keys, candidates, checks, timing, the table, the command."""
+
+import importlib
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from places import ran
+
+from smoa_kernels import FusedSMoALinear
+from smoa_kernels.cli import main
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS
+from smoa_kernels.kernels.architectures import ARCHITECTURES, identity
+from smoa_kernels.kernels.permute import gather_columns
+from smoa_kernels.kernels.registry import KERNELS
+from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
+from smoa_kernels.kernels.table import Choice, Entry, override, read, select, user_table
+from smoa_kernels.tuning import tuner
+from smoa_kernels.tuning.tuner import ENDED, TIMED, Job, Layer, jobs, tune
+
+CPU = torch.device("cpu")
+command = importlib.import_module("smoa_kernels.cli.tune")  # `cli` exports the function under the same name
+LAYER = Layer(10, 12, 8, "fp32", 5, 2)
+
+
+def gathers(layer: Layer, variant: bool, device: torch.device) -> Callable[[Any], list[torch.Tensor]]:
+    """A step that only gathers x, because the interpreter is slow."""
+    labels = torch.arange(layer.in_features) % layer.blocks
+    partition = BlockPartition.from_labels(labels, labels, layer.blocks).to(device)
+    x = torch.ones(layer.tokens, layer.in_features, device=device)
+
+    def run(backend: Any) -> list[torch.Tensor]:
+        if backend is tuner.triton:
+            return [gather_columns(x, partition, 64)]
+        expected = x.new_zeros(layer.tokens, layer.blocks, 64)
+        expected[:, :, : layer.in_features // layer.blocks] = 1
+        return [expected]
+
+    return run
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuner, "training_step", gathers)
+
+
+def permute_job(layer: Layer = LAYER) -> Job:
+    """The only key of `gathers`."""
+    step, tuner.training_step = tuner.training_step, gathers
+    try:
+        (job,) = jobs([layer], "cpu", 1)
+    finally:
+        tuner.training_step = step
+    return job
+
+
+def clock(seconds: Callable[[Choice], float], timed: list[Choice]) -> tuner.Timer:
+    """A timer that runs the launch and returns scripted seconds."""
+
+    def timer(choice: Choice, launch: Callable[[], object]) -> float:
+        launch()
+        timed.append(choice)
+        return seconds(choice)
+
+    return timer
+
+
+def kept() -> dict[Key, Entry]:
+    return read(user_table("cpu"), identity(CPU)).entries
+
+
+# Keys and candidates
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_search_has_20_to_60_candidates_and_the_heuristic_picks_one_that_ships(arch: str) -> None:
+    for kernel in KERNELS.values():
+        for dtype in KERNEL_PRECISIONS:
+            for tokens, rank, granule in ((1, 4, 1), (16, 16, 8), (64, 64, 1), (300, 17, 8), (8192, 4, 8)):
+                key = Key(kernel.name, dtype, rank, 4, 4096, 14336, tokens, 1024, 3584, granule=granule)
+                found = kernel.candidates(key, arch)
+                assert 20 <= len(found) <= 60, key
+                ships = kernel.shipped(ARCHITECTURES[arch], tuner.PRECISIONS[dtype])
+                assert found[: len(ships)] == ships
+                assert {kernel.default(key, arch, processors) in ships for processors in (1, 132)} == {True}
+                assert all(0 < kernel.traffic(config, key) < math.inf for config in found)
+
+
+@pytest.mark.parametrize("arch", ["cpu", "sm_87", "sm_103", "sm_121", "gfx950"])
+def test_architectures_that_nobody_audited_get_an_answer(arch: str) -> None:
+    for kernel in KERNELS.values():
+        assert isinstance(kernel.default(Key(kernel.name, "bf16", 4, 4, 4096, 4096, 2048), arch, 100), Config)
+
+
+def test_the_device_decides_how_many_programs_share_a_sum() -> None:
+    key = Key("fused_linear", "bf16", 4, 4, 4096, 4096, 1)
+    assert [KERNELS["fused_linear"].default(key, "sm_90", processors).split for processors in (16, 132)] == [
+        1,
+        4,
+    ]
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("tokens", [19, 150])
+def test_every_key_that_a_training_step_asks_for_is_tuned_algorithms_last(
+    tokens: int, contiguous: bool
+) -> None:
+    n, c, order = 144, 96, "contiguous" if contiguous else "spectral"
+    layer = FusedSMoALinear(c, n, r=5, num_blocks=2, block_order=order, backend="triton")
+    asked: set[Key] = set()
+    with override(asked.add):
+        for algorithm, dropout in (("auto", 0.0), ("split", 0.0), ("merged", 0.0), ("split", 0.3)):
+            layer.algorithm, layer.dropout = algorithm, dropout
+            layer(torch.randn(tokens, c, requires_grad=True)).sum().backward()
+    planned = [job.key for job in jobs([Layer(n, c, tokens, "fp32", 5, 2, contiguous)], "cpu", 1)]
+    assert {"forward", "contract", "sum_partials"} <= {key.kernel for key in asked}
+    assert asked <= set(planned)
+    kinds = [key.kernel in ALGORITHM_KEYS for key in planned]
+    assert kinds == sorted(kinds)
+
+
+def test_experts_are_tuned_for_the_pairs_of_an_average_one() -> None:
+    planned = jobs([Layer(64, 48, 6000, experts=60)], "sm_90", 132)
+    assert {job.key.tokens for job in planned} == {bucket(6000 // 60)} == {128}
+    assert {job.key.transposed for job in planned} == {False, True}
+
+
+# The search
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer", [Layer(70, 90, 17, "bf16", 5, 2), Layer(48, 40, 33, "fp32", 4, 2, True, 3)])
+def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Layer) -> None:
+    """Real operands and real kernels, in the interpreter: each result matches that of torch's operators."""
+    planned = [replace(job, candidates=job.candidates[:2]) for job in jobs([layer], "cpu", 1)]
+    timed: list[Choice] = []
+    assert [
+        found for _, found in tune(planned, CPU, clock(lambda _: 1.0, timed)) if isinstance(found, str)
+    ] == []
+    assert len(timed) == sum(len(job.candidates) for job in planned)
+    assert {key: dict(entry.refused) for key, entry in kept().items()} == {job.key: {} for job in planned}
+
+
+@pytest.mark.usefixtures("short")
+def test_the_fastest_of_eight_wins_and_a_rerun_measures_nothing() -> None:
+    job, timed = permute_job(), list[Choice]()
+    fast = job.candidates[5]
+    ((_, (entry, default)),) = tune([job], CPU, clock(lambda choice: 1.0 if choice is fast else 2.0, timed))
+    assert timed == [*job.candidates[:TIMED]]
+    assert (entry.choice, entry.seconds, default) == (fast, 1.0, 2.0)
+    assert kept() == {job.key: entry}
+    assert select(KERNELS["permute"], job.key, CPU) == fast
+    timed.clear()
+    assert list(tune([job], CPU, clock(lambda choice: 1 / 0, timed))) == [(job, (entry, None))]
+    assert timed == []
+
+
+def test_candidates_that_spill_or_do_not_fit_or_move_more_bytes_are_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = next(
+        job for job in jobs([Layer(4096, 4096, 2048)], "sm_90", 132) if job.key.kernel == "modulated_weight"
+    )
+    _, spills, large, *fit = job.candidates
+
+    def compiled(self: tuner.Trial, config: Config) -> tuple[Any, int]:
+        shared, spilled = 300_000 if config == large else 0, 4 if config == spills else 0
+        facts = {"n_regs": 64, "n_spills": spilled, "metadata": SimpleNamespace(shared=shared)}
+        return SimpleNamespace(
+            _init_handles=lambda: None, **facts
+        ), 4096 * 4096 // config.block_n // config.block_c
+
+    monkeypatch.setattr(tuner.Trial, "compiled", compiled)
+    monkeypatch.setattr(tuner, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(tuner, "multiprocessors", lambda device: 132)
+    first, *others = tuner.Trial(replace(job, layer=LAYER), CPU).shortlist()
+    assert first == job.candidates[0]
+    assert len(others) == TIMED - 1
+    assert not {spills, large} & set(others)
+    assert set(others) <= set(fit)
+    assert all(config.block_n >= 32 for config in others)  # a narrow tile reads the factors more often
+
+
+def spoiled(
+    monkeypatch: pytest.MonkeyPatch, choice: Choice, change: Callable[[list[torch.Tensor]], object]
+) -> None:
+    """Change the results, or raise, where a choice is tried."""
+    run = tuner.Trial.run
+
+    def wrong(self: tuner.Trial, tried: Choice, hook: Any = None) -> list[torch.Tensor]:
+        results = run(self, tried, hook)
+        if tried == choice:
+            change(results)
+        return results
+
+    monkeypatch.setattr(tuner.Trial, "run", wrong)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_wrong_candidate_is_refused_by_name_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    job, timed = permute_job(), list[Choice]()
+    wrong = job.candidates[2]
+    spoiled(monkeypatch, wrong, lambda results: results[0].mul_(1.01))
+    ((_, (entry, _)),) = tune([job], CPU, clock(lambda choice: 1.0, timed))
+    assert wrong not in timed
+    assert list(entry.refused) == [str(wrong)] == ["t=128 p=128 warps=4 stages=1"]
+    assert entry.refused[str(wrong)].startswith("ArithmeticError: wrong numbers: ")
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("which", "error", "told"),
+    [
+        (0, RuntimeError("no C compiler\nmore"), "RuntimeError: no C compiler"),
+        (1, torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_an_error_of_the_default_or_a_lack_of_memory_blames_no_candidate(
+    which: int, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, other = permute_job(), permute_job(replace(LAYER, tokens=16))
+    job = replace(job, candidates=job.candidates[:3])
+
+    def fail(results: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        spoiled(patched, job.candidates[which], fail)
+        first, _ = tune(
+            [job, replace(other, candidates=other.candidates[3:5])], CPU, clock(lambda _: 1.0, [])
+        )
+    assert first == (job, told)
+    assert (kept()[job.key].choice, dict(kept()[job.key].refused)) == (None, {})
+    ((_, (entry, _)),) = tune([job], CPU, clock(lambda _: 1.0, []))
+    assert entry.refused == {}
+
+
+@pytest.mark.usefixtures("short")
+def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    done, job = permute_job(replace(LAYER, tokens=16)), permute_job()
+
+    def interrupt(choice: Choice) -> float:
+        if choice is job.candidates[2] and kept()[done.key].choice:
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        list(tune([done, job], CPU, clock(interrupt, [])))
+    assert kept()[done.key].choice is not None
+    assert (kept()[job.key].choice, dict(kept()[job.key].refused)) == (None, {})
+
+
+ENDS = """
+import os, signal, time
+from tuning.test_tuner import CPU, gathers, permute_job
+from smoa_kernels.tuning import tuner
+tuner.training_step = gathers
+job = permute_job()
+def timer(choice, launch):
+    if choice is job.candidates[1]:
+        {ends}
+    tuner.HANGS_SECONDS = 1
+    return 1.0
+list(tuner.tune([job], CPU, timer))
+"""
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("ends", "code"), [("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL), ("time.sleep(60)", 1)]
+)
+def test_a_candidate_that_ends_the_process_or_hangs_is_named_and_skipped(ends: str, code: int) -> None:
+    process = ran("-c", ENDS.format(ends=ends))
+    assert process.returncode == code, process.stderr
+    job, timed = permute_job(), list[Choice]()
+    assert kept()[job.key].choice is None
+    ((_, (entry, _)),) = tune([job], CPU, clock(lambda choice: 1.0, timed))
+    assert entry.refused == {str(job.candidates[1]): ENDED}
+    assert timed == [job.candidates[0], *job.candidates[2:TIMED]]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_lost_gpu_ends_the_run_and_the_candidate_stays_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = permute_job()
+    monkeypatch.setattr(tuner, "is_lost", lambda: len(timed) == 2)
+    timed: list[Choice] = []
+    with pytest.raises(ZeroDivisionError):
+        list(tune([job], CPU, clock(lambda choice: 1.0 if len(timed) < 2 else 1 / 0, timed)))
+    assert kept()[job.key].refused == {str(timed[1]): ENDED}
+
+
+def test_only_launches_with_the_key_and_sums_of_their_parts_are_timed() -> None:
+    (job,) = (
+        job for job in jobs([Layer(14, 9, 1100, "fp32", 5, 2)], "cpu", 1) if job.key.kernel == "contract"
+    )
+    launched: list[str] = []
+
+    def timer(choice: Choice, launch: Callable[[], object]) -> float:
+        with tuner.launch_hook(lambda launch, arguments: launched.append(launch.kernel.__name__)):
+            launch()
+        return 1.0
+
+    list(tune([replace(job, candidates=job.candidates[:1])], CPU, timer))
+    assert launched == ["contract_kernel", *["sum_partials_kernel"] * 2]
+
+
+def test_the_timer_flushes_the_largest_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times the 256 MiB of an MI300X, before each of the launches that are timed."""
+    done: list[Any] = []
+    event = SimpleNamespace(
+        record=lambda: done.append("event"), synchronize=lambda: None, elapsed_time=lambda _: 2.0
+    )
+    memory = SimpleNamespace(zero_=lambda: done.append(size[0]))
+    size: list[int] = []
+    monkeypatch.setattr(
+        torch, "empty", lambda count, dtype, device: size.append(count * dtype.itemsize) or memory
+    )
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: done.append("launch"))
+    )
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    assert tuner.gpu_timer("fused", lambda: None) == 2e-3
+    assert done == [2**30, "event", "launch", "event"] * tuner.REPEATS
+    assert size[0] >= 4 * 256 * 2**20
+
+
+# The command
+
+SMALL = ["tune", "--shape", "10x12", "--tokens", "8", "--dtype", "fp32", "--rank", "5", "--blocks", "2"]
+
+
+@pytest.fixture
+def gpu(short: None, monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
+    """The interpreter in place of a GPU, with two candidates of each key."""
+    timed: list[Choice] = []
+    seconds = clock(
+        lambda choice: 1e-6 * (choice.num_warps if isinstance(choice, Config) else len(choice)), timed
+    )
+    plan = tuner.jobs
+    monkeypatch.setattr(command, "device_here", lambda: CPU)
+    monkeypatch.setattr(tuner, "gpu_timer", seconds)
+    monkeypatch.setattr(
+        tuner, "jobs", lambda *given: [replace(job, candidates=job.candidates[:2]) for job in plan(*given)]
+    )
+    return timed
+
+
+def test_the_command_prints_each_winner_and_a_rerun_knows_it(gpu: list[Choice], capsys: Any) -> None:
+    assert main(SMALL) == 0
+    out = capsys.readouterr().out
+    assert "permute 0x12 fp32 T≤8 K=2 granule=1: t=" in out
+    assert f"Kept in {user_table('cpu')}" in out
+    assert len(gpu) == 2
+    assert main(SMALL) == 0
+    assert len(gpu) == 2
+    assert capsys.readouterr().out.count("; known") == 1
+
+
+def test_the_command_interrupted(gpu: list[Choice], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def interrupt(choice: Choice, launch: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner, "gpu_timer", interrupt)
+    assert main(SMALL) == 130
+    assert "Interrupted: what was measured is kept" in capsys.readouterr().out
+
+
+def test_a_table_that_cannot_be_written_is_told_before_anything_runs(
+    gpu: list[Choice], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("SMOA_CACHE", os.devnull)
+    assert main(SMALL) == 2
+    assert "Not a directory" in capsys.readouterr().err
+    assert gpu == []
+
+
+def test_without_a_gpu_a_dry_run_lists_a_models_keys(tmp_path: Path, cache: Path, capsys: Any) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = {"model_type": "llama", "num_key_value_heads": 2, "vocab_size": 100, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    assert main(["tune", "--model", str(tmp_path)]) == 2
+    assert "no CUDA or ROCm GPU here to tune; --dry-run lists" in capsys.readouterr().err
+    assert main(["tune", "--model", str(tmp_path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for shape in ("64x64", "32x64", "160x64", "64x160"):
+        assert f"forward {shape} bf16 T≤2048" in out
+    assert "0 kernels compiled." in out
+    assert not cache.exists()
