@@ -10,14 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .arguments import (
-    check_block_ranks,
-    check_dropout,
-    check_partition,
-    check_place,
-    check_scaling,
-    check_tensors,
-)
 from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES, algorithms_of, eager, load_backend, resolve_backend
 from .checks import check_choice
 from .definition.dropout import Dropout, draw_seed
@@ -25,8 +17,16 @@ from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import autocast_enabled, without_autocast
 from .definition.thresholds import WHOLE, Place, round_weight
-from .dispatch import is_observed
-from .operator import linear
+from .operators.arguments import (
+    check_block_ranks,
+    check_dropout,
+    check_partition,
+    check_place,
+    check_scaling,
+    check_tensors,
+)
+from .operators.dispatch import is_observed
+from .operators.linear import linear
 
 
 def smoa_linear(

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .arguments import check_input
 from .backends import eager, load_backend, resolve_backend
 from .checks import check_kind
 from .definition import reference
@@ -22,10 +21,11 @@ from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate, trainable_parameters
 from .definition.sketch import sketch_weight
 from .definition.thresholds import WHOLE
-from .dispatch import is_traced
 from .functional import adapted_linear, checked_adapter
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
+from .operators.arguments import check_input
+from .operators.dispatch import is_traced
 
 
 class FusedSMoALinear(AdapterState):

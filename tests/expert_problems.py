@@ -11,7 +11,7 @@ from torch import Tensor
 
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
-from smoa_kernels.experts import experts_linear
+from smoa_kernels.operators.experts import experts_linear
 
 RULES = {"rule": ("random", 4), "granules": ("random", 8), "contiguous granules": ("contiguous", 8)}
 """Blocks like those of a configuration: their order and granule. The kernels read whole granules of 8 in place."""

@@ -43,7 +43,7 @@ import torch
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.backends import native_obstacle
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
-from smoa_kernels.experts import experts_linear
+from smoa_kernels.operators.experts import experts_linear
 
 x, ends = torch.randn(64, 40), torch.tensor([40, 64]).int()
 for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is None):

@@ -18,7 +18,7 @@ from torch_calls import Largest, on_threads, saved_tensors
 from smoa_kernels.backends.native import backend as native
 from smoa_kernels.definition.experts import ExpertBlocks, index_dtype, reference_experts_linear
 from smoa_kernels.definition.precision import KERNEL_DTYPES
-from smoa_kernels.experts import experts_linear
+from smoa_kernels.operators.experts import experts_linear
 
 BACKENDS = [
     *map(if_it_runs, ("eager", "native")),
@@ -254,7 +254,7 @@ def test_only_requested_gradients(backend: str) -> None:
 
 @pytest.mark.slow
 def test_operator_passes_torchs_own_checks() -> None:
-    from smoa_kernels.experts import ExpertsCall
+    from smoa_kernels.operators.experts import ExpertsCall
 
     p = make_problem(dtype=torch.float32)
     leaves = {"A": p.adapter.A.requires_grad_(), "B": p.adapter.B.requires_grad_()}

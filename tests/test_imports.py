@@ -16,8 +16,8 @@ ORDER = (
     ("definition",),
     ("kernels",),
     ("backends",),
-    ("operator",),
-    ("experts", "functional"),
+    ("operators",),
+    ("functional",),
     ("layer_checks", "layer_state", "layers", ""),  # "": smoa_kernels itself
     ("tuning", "distributed"),
     ("adapter_folder",),

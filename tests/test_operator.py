@@ -27,7 +27,7 @@ from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 from smoa_kernels.definition.precision import gemm_is_ieee
 from smoa_kernels.definition.thresholds import Place
-from smoa_kernels.operator import LinearCall, linear_backward_operator, linear_operator
+from smoa_kernels.operators.linear import LinearCall, linear_backward_operator, linear_operator
 
 pytestmark = pytest.mark.numerical
 

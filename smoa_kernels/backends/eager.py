@@ -252,7 +252,6 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
     Padding rows get zeros.
     """
     gradient, left, right = BlockGradient(adapter), _Buffer(), _Buffer()
-    # Contiguous blocks need no gathering, and so no panels.
     for dy_part, x_part in [(dy, x)] if adapter.partition.is_contiguous else _panels(dy, x):
         gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
     del left, right
@@ -338,8 +337,8 @@ class BlockGradient:
         self._order = block_order(adapter.T if self._transposed else adapter, batched=is_batch(adapter))
         self._G: list[Tensor] = []
         if G is not None:
-            blocks = replace(self._order, weight=G.T if self._transposed else G).weights()
-            self._G += (block.to(self._order.A.dtype, copy=True) for block in blocks)
+            taken = replace(self._order, weight=G.T if self._transposed else G)
+            self._G += (block.to(taken.A.dtype, copy=True) for block in taken.weights())
 
     def add(self, dy: Tensor, x: Tensor) -> None:
         """Add a panel of tokens: dY with columns in the order of `rows`, x with columns in the order of `cols`."""

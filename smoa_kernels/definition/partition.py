@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -85,7 +85,7 @@ class BlockPartition:
     is_contiguous: bool
     row_order: Tensor
     col_order: Tensor
-    _plan: ClassVar[Any] = None  # of an instance; no field
+    _plan = cast(Any, None)  # of an instance; no field
 
     @classmethod
     def from_weight(cls, weight: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:

@@ -25,8 +25,8 @@ from ..definition.partition import BlockPartition
 from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
 from ..definition.thresholds import WHOLE
-from ..dispatch import is_traced
 from ..layer_checks import call_always
+from ..operators.dispatch import is_traced
 from .base_weight import BaseWeight
 from .combine import single_block
 from .offload import execution_device, gathered, is_offloaded, present

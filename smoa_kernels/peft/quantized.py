@@ -19,7 +19,7 @@ from ..definition.dropout import Dropout, draw_seed
 from ..definition.packed import PackedAdapter
 from ..definition.precision import autocast_enabled, without_autocast
 from ..functional import adapted_linear, cast_factors
-from ..operator import LinearCall, linear_gradients
+from ..operators.linear import LinearCall, linear_gradients
 
 # Gives W0 (N, C), newly allocated, in a dtype.
 ReadWeight = Callable[[torch.dtype], Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...backends import resolve_backend
 from ...definition.experts import ExpertsAdapter
-from ...experts import experts_linear
+from ...operators.experts import experts_linear
 from ..layer import SMoALayer
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_dense, check_kind, check_number, check_probability, layout_of
-from .definition.dropout import WIDEST
-from .definition.partition import BlockPartition
-from .definition.precision import autocast_enabled
+from ..checks import check_dense, check_kind, check_number, check_probability, layout_of
+from ..definition.dropout import WIDEST
+from ..definition.partition import BlockPartition
+from ..definition.precision import autocast_enabled
 
 
 def check_tensors(

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import load_experts_backend
-from .definition.experts import ExpertBlocks, ExpertsAdapter
-from .definition.precision import without_autocast
+from ..backends import load_experts_backend
+from ..definition.experts import ExpertBlocks, ExpertsAdapter
+from ..definition.precision import without_autocast
 from .dispatch import register
-from .operator import Gradients, backward_fake, or_empty
+from .linear import Gradients, backward_fake, or_empty
 
 _CALL = (
     "Tensor weight, Tensor A, Tensor B, Tensor ends, Tensor ranks, Tensor scaling, Tensor row_offsets, "

@@ -20,13 +20,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import load_backend
+from ..definition.dropout import Dropout
+from ..definition.packed import PackedAdapter, scaling_tensor
+from ..definition.partition import BlockPartition
+from ..definition.precision import without_autocast
+from ..definition.thresholds import Place
 from .arguments import check_ranks
-from .backends import load_backend
-from .definition.dropout import Dropout
-from .definition.packed import PackedAdapter, scaling_tensor
-from .definition.partition import BlockPartition
-from .definition.precision import without_autocast
-from .definition.thresholds import Place
 from .dispatch import is_observed, register
 
 _CALL = (

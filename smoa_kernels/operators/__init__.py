@@ -1,0 +1,1 @@
+"""The operators that torch sees: their arguments, registration and derivatives."""
