@@ -4,19 +4,19 @@ import hashlib
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
 from places import adapted, base, contents, file_limit, ran
 from processes import killed
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "tuning"))
-from tuning_cases import entry, kept, put
-
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
+from smoa_kernels.kernels import table
+from smoa_kernels.kernels.architectures import identity
+from smoa_kernels.kernels.spec import Key
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -140,9 +140,11 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     cache = tmp_path / "cache"
     cache.write_text("mine")
     monkeypatch.setenv("SMOA_CACHE", str(cache))
-    assert not kept()
+    now = identity(torch.device("cpu"))
+    assert not table.read(table.user_table("cpu"), now).entries
+    entry = table.Entry(Key("forward", "bf16", 3, 2, 12, 10, 8), now, "split", 1e-6)
     with pytest.raises(OSError, match=str(cache)):
-        put(entry())
+        table.keep(now, entry)
     done = ran("-c", "from smoa_kernels.cli import main; main(['info'])", SMOA_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
     assert "eager" in done.stdout
