@@ -21,6 +21,7 @@ START, END = "<!-- written by python -m benchmarks.report: -->", "<!-- :written 
 # Processors by name, with the README's names for them: their instruction sets. The results page has the full names.
 PROCESSORS = {
     "AMD EPYC, family 25, model 1": "AMD (AVX2)",
+    "AMD EPYC, family 25, model 17": "AMD (AVX512-BF16)",
     "AMD EPYC, family 26, model 2": "AMD (AVX-512)",
     "Intel(R) Xeon(R) Processor, family 6, model 167": "Intel (AMX)",
     "Intel(R) Xeon(R) Processor, family 6, model 207": "Intel (AVX-512)",
@@ -30,6 +31,12 @@ SQUARE = {"tokens": 2048, "out_features": 2048, "num_blocks": 4, "rank": 16, "dr
 ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("one layer, float32, over frozen", "layer", "both", {**SQUARE, "dtype": "float32"}),
     ("one layer, bfloat16, over frozen", "layer", "both", {**SQUARE, "dtype": "bfloat16"}),
+    (
+        "the recommended setting (K=2, r=8), bfloat16, over frozen",
+        "layer",
+        "both",
+        {**SQUARE, "num_blocks": 2, "rank": 8, "dtype": "bfloat16"},
+    ),
     ("a training step, float32, over LoRA's", "step", "step", {"dtype": "float32", "num_blocks": 4}),
 )
 

@@ -25,7 +25,7 @@ from .functional import adapted_linear, checked_adapter
 from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
 from .layer_state import AdapterState
 from .operators.arguments import check_input
-from .operators.dispatch import is_traced
+from .operators.dispatch import is_observed, is_traced
 
 
 class FusedSMoALinear(AdapterState):
@@ -197,7 +197,8 @@ class FusedSMoALinear(AdapterState):
                 partition = self.partition.to(weight.device)
                 kept = checked_adapter(*tensors, partition, ranks, s, self.block_ranks, place)
                 # Another weight may be computed, or loaded by accelerate's hook, for each call; it is not held back.
-                if not traced and type(weight) is nn.Parameter and not hasattr(self, "_hf_hook"):
+                owned = type(weight) is nn.Parameter and not hasattr(self, "_hf_hook")
+                if owned and not is_observed(weight, A, B):
                     self._kept = kept
             y = adapted_linear(
                 x,

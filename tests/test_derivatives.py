@@ -334,3 +334,12 @@ def test_a_parametrization_by_modulate_trains() -> None:
     torch.testing.assert_close(plain(x), layer(x))
     torch.testing.assert_close(ours.A.grad, layer.smoa_A.grad)
     torch.testing.assert_close(ours.B.grad, layer.smoa_B.grad)
+
+
+def test_a_layer_keeps_no_tensor_of_a_transform() -> None:
+    layer, x = make_layer(), torch.randn(3, 13, dtype=torch.float64)
+    expected = layer(x)
+    grad(loss(ours(layer)))(parameters(layer), x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    assert layer._kept is not None
+    assert layer._kept.A is layer.smoa_A

@@ -26,7 +26,7 @@ from ..definition.ranks import trainable_parameters
 from ..definition.shard import LayerShard
 from ..definition.thresholds import WHOLE
 from ..layer_checks import call_always
-from ..operators.dispatch import is_traced
+from ..operators.dispatch import is_observed, is_traced
 from .base_weight import BaseWeight
 from .combine import single_block
 from .offload import execution_device, gathered, is_offloaded, present
@@ -287,7 +287,8 @@ class SMoALayer(BaseWeight):
         if kept is None or is_traced() or not kept.is_of(weight, A, B, ranks, s):
             kept = PackedAdapter(weight, A, B, ready.partition, ranks, s, ready.block_ranks, place)
             # Another weight may be computed, or loaded by accelerate's hook, for each call; it is not held back.
-            if type(weight) is nn.Parameter and not (is_traced() or is_offloaded(self.get_base_layer())):
+            owned = type(weight) is nn.Parameter and not is_offloaded(self.get_base_layer())
+            if owned and not is_observed(weight, A, B):
                 self._kept[adapter_name] = kept
         return kept
 
