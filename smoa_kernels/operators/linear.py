@@ -129,9 +129,8 @@ def _compute(
     if adapter.layout is None:  # no backend has taken it yet
         check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if (
-        adapter.weight.dtype != x.dtype
-    ):  # under autocast each pass casts W0, so that no copy is saved for backward
+    # Under autocast each pass casts W0, so that no copy is saved for backward.
+    if adapter.weight.dtype != x.dtype:
         adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
     with without_autocast(x):  # it would round B A to half precision
         y = load_backend(backend).forward(_as_matrix(x), bias, adapter, algorithm, dropout)
