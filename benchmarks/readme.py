@@ -102,12 +102,14 @@ def _job_rows(device: str, summaries: Mapping[str, dict[str, Any]]) -> list[tupl
 
 
 def _rows(run: Run) -> list[tuple[str, ...]]:
-    """Rows of the cases that the run has."""
+    """Rows of the cases that the run has, without those that were noisy."""
     where = f"{_processor(run.machine['device'])}, {run.machine['threads']} thread"
     rows = []
     for words, kind, phase, params in ROWS:
         if (result := run.find(kind, **params)) is not None:
-            figures = map(result.comparison(phase).ratio, METHODS.values())
+            figures = [result.comparison(phase).ratio(method) for method in METHODS.values()]
+            if any(figure is not None and figure.doubt for figure in figures):
+                continue
             rows.append((where, words, *("–" if figure is None else figure.short() for figure in figures)))
     return rows
 

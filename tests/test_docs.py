@@ -87,7 +87,7 @@ def test_files_in_backticks(page: Path) -> None:
 
 
 MOST_WORDS = {
-    "README.md": 900,
+    "README.md": 1_150,
     "CHANGELOG.md": 500,
     "docs/choosing.md": 1_200,
     "docs/cpu.md": 1_000,
@@ -105,7 +105,7 @@ def test_a_page_is_read_in_one_sitting(page: str) -> None:
 
 
 def test_the_pages_are_read_in_a_day() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 105
     guides, internals = (
         sum(len(page.read_text("utf-8").split()) for page in pages) for pages in (GUIDES, INTERNALS)
     )
