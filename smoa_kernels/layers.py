@@ -188,11 +188,11 @@ class FusedSMoALinear(AdapterState):
             buffers: Any = (
                 self._buffers
             )  # nn.Module's attribute access is slow enough to show in small layers
-            kept, given = self._kept, (weight, A, B, buffers["smoa_ranks"], buffers["smoa_scaling"])
-            traced = is_traced()  # a graph would depend on what is kept
+            given = weight, A, B, buffers["smoa_ranks"], buffers["smoa_scaling"]
+            kept = None if is_traced() else self._kept  # a graph would depend on what is kept
             if not self._has_own_labels():
                 return self._by_formula(x)
-            if traced or kept is None or not kept.is_of(*given):
+            if kept is None or not kept.is_of(*given):
                 tensors, (ranks, s) = given[:3], given[3:]
                 partition = self.partition.to(weight.device)
                 kept = checked_adapter(*tensors, partition, ranks, s, self.block_ranks, place)

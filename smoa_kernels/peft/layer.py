@@ -283,8 +283,9 @@ class SMoALayer(BaseWeight):
         A, B, place = self.smoa_A[adapter_name], self.smoa_B[adapter_name], WHOLE
         if self._shard is not None:
             A, B, place = self._shard.local(A), self._shard.local(B), self._shard.place
-        kept, ranks, s = self._kept.get(adapter_name), ready.ranks, ready.scaling
-        if kept is None or is_traced() or not kept.is_of(weight, A, B, ranks, s):
+        ranks, s = ready.ranks, ready.scaling
+        kept = None if is_traced() else self._kept.get(adapter_name)  # a graph would depend on what is kept
+        if kept is None or not kept.is_of(weight, A, B, ranks, s):
             kept = PackedAdapter(weight, A, B, ready.partition, ranks, s, ready.block_ranks, place)
             # Another weight may be computed, or loaded by accelerate's hook, for each call; it is not held back.
             owned = type(weight) is nn.Parameter and not is_offloaded(self.get_base_layer())
