@@ -196,8 +196,9 @@ class FusedSMoALinear(AdapterState):
                 tensors, (ranks, s) = given[:3], given[3:]
                 partition = self.partition.to(weight.device)
                 kept = checked_adapter(*tensors, partition, ranks, s, self.block_ranks, place)
-                # Another weight may be computed, or loaded by accelerate's hook, for each call; it is not held back.
-                owned = type(weight) is nn.Parameter and not hasattr(self, "_hf_hook")
+                # A kept adapter keeps its tensors alive. Those that exist for this call alone are not kept: they are
+                # computed, or loaded by accelerate's hook.
+                owned = {*map(type, (weight, A, B))} == {nn.Parameter} and not hasattr(self, "_hf_hook")
                 if owned and not is_observed(weight, A, B):
                     self._kept = kept
             y = adapted_linear(

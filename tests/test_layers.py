@@ -375,9 +375,11 @@ def test_a_layer_keeps_its_adapter_but_no_weight_that_is_made_for_a_call() -> No
     copied = pickle.loads(pickle.dumps(layer))
     assert torch.equal(copied(x), layer(x))
     layer._kept = None
-    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
-    layer(x)
-    assert layer._kept is None
+    for name in ("smoa_A", "weight"):  # their graph and memory are not kept either
+        torch.nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+        layer(x)
+        assert layer._kept is None
+        torch.nn.utils.parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
 
 
 class Doubled(nn.Module):

@@ -149,6 +149,11 @@ AMX, AVX512_BF16, AVX512, AVX2 = {"amx", "bf16", "avx512"}, {"bf16", "avx512"}, 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, *HALF
 
 
+def route(tokens: torch.Tensor, rank: int, algorithm: str) -> Path:
+    few, path = backend.routes(tokens.dtype, rank, algorithm)
+    return Path.FEW if len(tokens) <= few else path
+
+
 @pytest.mark.parametrize(
     ("has", "dtype", "tokens", "algorithm", "expected"),
     [
@@ -182,13 +187,13 @@ def test_which_code_computes_a_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(backend, "has", has.__contains__)
-    assert backend.route(torch.empty(tokens, 64, dtype=dtype), 4, algorithm) == expected
+    assert route(torch.empty(tokens, 64, dtype=dtype), 4, algorithm) == expected
 
 
 @needs_library
 def test_few_tokens_are_fewer_the_more_ranks_there_are() -> None:
     def most(tokens: int) -> int:
-        return sum(backend.route(torch.empty(tokens, 8), rank, "auto") == Path.FEW for rank in range(99))
+        return sum(route(torch.empty(tokens, 8), rank, "auto") == Path.FEW for rank in range(99))
 
     assert [most(tokens) for tokens in range(1, 18)] == sorted(map(most, range(1, 18)), reverse=True)
     assert [most(tokens) for tokens in (1, 2, 8, 12, 16, 17)] == [65, 33, 9, 6, 5 * library.has("avx512"), 0]
@@ -200,7 +205,7 @@ def test_dx_of_few_tokens_is_as_exact_as_torchs() -> None:
     torch.manual_seed(0)
     layer = FusedSMoALinear(32, 11008, bias=False, r=2, num_blocks=1, block_order="contiguous")
     x, dy = torch.randn(4, 32, requires_grad=True), torch.randn(4, 11008)
-    assert backend.route(dy, 2, "auto") == Path.FEW
+    assert route(dy, 2, "auto") == Path.FEW
     (dx,) = torch.autograd.grad(layer(x), x, dy)
     exact = dy.double() @ layer.weight.double()
     assert (dx - exact).norm() < 1.5 * (dy @ layer.weight - exact).norm()

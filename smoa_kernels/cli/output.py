@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ..files import replace_file
 
@@ -21,16 +20,6 @@ def console() -> Console:
     """Standard output. If it is not a terminal it is wide enough for every column."""
     out = Console()
     return out if out.is_terminal else Console(width=_PIPE_WIDTH)
-
-
-def table_of(rows: Sequence[Mapping[str, str]], **options: Any) -> Table:
-    """A table of rows by heading: the first column to the left, the others, numbers, to the right."""
-    table = Table(**options)
-    for number, heading in enumerate(rows[0] if rows else ()):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row.values())
-    return table
 
 
 @contextmanager

@@ -258,7 +258,10 @@ class BlockPartition:
 
     @classmethod
     def from_plan(cls, plan: Tensor) -> BlockPartition:
-        """The partition whose :attr:`plan` it is. If that is gone, as in another process, it waits for a GPU once."""
+        """Find the partition that has this very tensor as its :attr:`plan`, or read one from it.
+
+        A plan that comes from elsewhere, such as an exported program, is read once. Reading waits for a GPU.
+        """
         known = _of_plans.get(id(plan))
         if known is not None and known._plan is plan:
             return known
@@ -277,8 +280,7 @@ class BlockPartition:
             kinds = [dtype for dtype, _ in sections(self.shape, self.num_blocks)]
             tensors = [tensor.to(dtype) for tensor, dtype in zip(self.tensors(), kinds, strict=True)]
             self._keep(pack(tensors, self.sizes()))
-        plan: Tensor = self._plan
-        return plan
+        return cast(Tensor, self._plan)
 
     def _keep(self, plan: Tensor) -> BlockPartition:
         """Let :meth:`from_plan` find the partition; returns itself."""

@@ -43,11 +43,6 @@ class Architecture:
     same: tuple[str, ...] = ()
 
     @property
-    def has_wide_tensor_cores(self) -> bool:
-        """Whether a tensor-core instruction multiplies 64 rows or more, so that larger tiles pay."""
-        return self.tensor_core in ("HGMMA", "UTCHMMA")
-
-    @property
     def is_amd(self) -> bool:
         """Whether kernels are compiled for HIP, not for CUDA."""
         return self.name.startswith("gfx")

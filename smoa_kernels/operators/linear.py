@@ -82,8 +82,8 @@ def linear(
 ) -> Tensor:
     """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ`, differentiable in x, bias, A and B.
 
-    The dispatcher costs a small layer as much as its products, so it is called only if something has to see the
-    operator. A backward takes the s of its forward, though s may have been changed in place since.
+    torch's dispatcher takes a small layer as long as its products do, so the operator is called only if something has
+    to see it. If s is changed in place between a forward and its backward, the backward still uses the forward's s.
 
     Args:
         x: (..., C).

@@ -287,8 +287,9 @@ class SMoALayer(BaseWeight):
         kept = None if is_traced() else self._kept.get(adapter_name)  # a graph would depend on what is kept
         if kept is None or not kept.is_of(weight, A, B, ranks, s):
             kept = PackedAdapter(weight, A, B, ready.partition, ranks, s, ready.block_ranks, place)
-            # Another weight may be computed, or loaded by accelerate's hook, for each call; it is not held back.
-            owned = type(weight) is nn.Parameter and not is_offloaded(self.get_base_layer())
+            # A kept adapter keeps its tensors alive. Those that exist for this call alone are not kept: they are
+            # computed, or loaded by accelerate's hook.
+            owned = {*map(type, (weight, A, B))} == {nn.Parameter} and not is_offloaded(self.get_base_layer())
             if owned and not is_observed(weight, A, B):
                 self._kept[adapter_name] = kept
         return kept

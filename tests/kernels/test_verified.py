@@ -459,6 +459,7 @@ def test_unverified_kernels_are_not_captured(
         start_anew()
 
 
+@pytest.mark.slow
 def test_a_compiled_decode_step_is_captured_after_its_first_call(
     gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,12 +59,6 @@ torch's operators were slower (docs/internals/cpu.md): it widens W0, W_eff stays
 processors with AMX for float16 this was not measured."""
 
 
-def route(tokens: Tensor, rank: int, algorithm: str) -> Path:
-    """The path for x (T, C), or for dX from dY (T, N)."""
-    few, path = routes(tokens.dtype, rank, algorithm)
-    return Path.FEW if len(tokens) <= few else path
-
-
 def routes(dtype: torch.dtype, rank: int, algorithm: str) -> tuple[int, Path]:
     """Up to how many tokens a call takes `FEW`, and the path of more."""
     few = 0
@@ -121,8 +115,9 @@ def _take(adapter: PackedAdapter, mask: Mask | None) -> Call:
     No other thread finds it before it is put back.
     """
     weight, A, B = adapter.weight, adapter.A, adapter.B
-    # What `weight.data = …` changes.
-    read = weight.data_ptr(), weight.stride(), A.data_ptr(), A.shape, A.stride(), B.data_ptr(), B.stride()
+    # What `weight.data = …` changes. Freed memory may hold a tensor of another dtype now.
+    memory = weight.data_ptr(), weight.dtype, A.data_ptr(), A.dtype, B.data_ptr()
+    read = *memory, weight.stride(), A.shape, A.stride(), B.stride()
     call, adapter.layout = adapter.layout, None
     if not isinstance(call, Call) or call.read != read:
         call = Call.of(adapter)
@@ -137,7 +132,7 @@ def _put(adapter: PackedAdapter, call: Call | None) -> None:
 
 
 def _route(call: Call, tokens: Tensor, adapter: PackedAdapter, algorithm: str) -> Path:
-    """:func:`route`, which the call remembers."""
+    """The path for x (T, C), or for dX from dY (T, N), by :func:`routes`, which the call remembers."""
     if algorithm not in call.routes:
         call.routes[algorithm] = routes(tokens.dtype, adapter.A.shape[0], algorithm)
     few, path = call.routes[algorithm]

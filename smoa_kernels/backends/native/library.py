@@ -96,10 +96,11 @@ class Call(ctypes.Structure):
     ]
 
     read: object
+    """The addresses, dtypes and strides that the struct was filled with; a call is kept while they hold."""
     lasts: bool
+    """Whether the struct points to W0 itself. A copy of W0 would miss later changes, so such a call is not kept."""
     routes: dict[str, tuple[int, Path]]
-    """What a kept call reads, whether all of that is the adapter's own, and where it goes by the algorithm: up to how
-    many tokens `Path.FEW`, and the path of more."""
+    """By algorithm: up to how many tokens `Path.FEW` computes, and the path for more."""
 
     @classmethod
     def of(cls, adapter: PackedAdapter) -> Call:
