@@ -30,8 +30,8 @@ def tune(
     dtype: Annotated[
         list[str] | None, typer.Option(help=f"Repeatable: {', '.join(KERNEL_PRECISIONS)}; bf16 if absent.")
     ] = None,
-    rank: Annotated[int, typer.Option(min=1, help="Rank budget of all blocks together, r.")] = 16,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks, K.")] = 4,
+    rank: Annotated[int, typer.Option(min=1, help="Rank budget of all blocks together, r.")] = 8,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks, K.")] = 2,
     contiguous: Annotated[bool, typer.Option(help="Blocks are slices, not spectral ones.")] = False,
     experts: Annotated[
         int, typer.Option(min=0, help="Experts of a layer; --tokens are then pairs of token and expert.")

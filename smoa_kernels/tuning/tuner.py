@@ -63,8 +63,8 @@ class Layer:
     in_features: int
     tokens: int
     dtype: str = "bf16"
-    rank: int = 16
-    blocks: int = 4
+    rank: int = 8
+    blocks: int = 2
     contiguous: bool = False
     experts: int = 0
     factors: str = "fp32"

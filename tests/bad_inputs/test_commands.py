@@ -29,7 +29,7 @@ COMMANDS: list[tuple[str, str]] = [
     ("tune --shape 64x8 --rank 0", "--rank"),
     ("tune --shape 64x8 --experts -1", "--experts"),
     ("tune --shape 64x8 --blocks 9", "--blocks must be at most 8, the least features of a layer, got 9"),
-    ("tune --shape 64x8 --rank 99999999999", "--rank must be at most 1024 in 4 blocks"),
+    ("tune --shape 64x8 --rank 99999999999", "--rank must be at most 512 in 2 blocks"),
     ("tune --model /nowhere", "--model must be the folder of a model with its config.json, got '/nowhere'"),
     ("tune --model FOLDER/deep.json", "--model must be the folder of a model with its config.json"),
     ("tune --model FOLDER/noise", "--model .*/noise"),
