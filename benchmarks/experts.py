@@ -180,7 +180,7 @@ def computed(
 ) -> list[Tensor]:
     """y, and the gradients of x, the routing weights and every factor, of experts inside a layer."""
     weights = experts.weights.values() if isinstance(experts, Experts) else ()
-    factors = [f for w in weights for f in (w.smoa_A["default"], w.smoa_B["default"])]
+    factors = [f for w in weights for f in (w.smoa["default"].A, w.smoa["default"].B)]
     y = layer(x, index, routing)
     return [y.detach(), *torch.autograd.grad(y, [x, routing, *factors], dy)]
 

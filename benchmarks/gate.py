@@ -54,7 +54,7 @@ def definition(layer: nn.Module) -> Definition:
         return Definition(
             f"SMoA, {ours.block_order} blocks",
             ours.weight,
-            (ours.smoa_A, ours.smoa_B),
+            (ours.smoa.A, ours.smoa.B),
             lambda W, A, B: smoa_delta(ours, W, A, B),
         )
     if isinstance(layer, nn.Linear):

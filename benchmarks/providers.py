@@ -125,7 +125,7 @@ class PaperDense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """y (T, N)."""
         layer = self.layer
-        delta = smoa_delta(layer, layer.weight, layer.smoa_A, layer.smoa_B)
+        delta = smoa_delta(layer, layer.weight, layer.smoa.A, layer.smoa.B)
         return F.linear(x, layer.weight) + F.linear(F.dropout(x, layer.dropout, self.training), delta)
 
 
@@ -160,7 +160,7 @@ def _partition(case: Case) -> BlockPartition:
 
 def smoa_delta(layer: FusedSMoALinear, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The definition's ΔW with a layer's blocks, ranks and scaling."""
-    return delta_weight(PackedAdapter(weight, A, B, layer.partition, layer.smoa_ranks, layer.smoa_scaling))
+    return delta_weight(PackedAdapter(weight, A, B, layer.partition, layer.smoa.ranks, layer.smoa.scaling))
 
 
 def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider]:

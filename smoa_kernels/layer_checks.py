@@ -31,8 +31,6 @@ from .definition.partition import BlockPartition
 from .definition.precision import DTYPES
 from .definition.ranks import resolve_ranks
 
-LABELS = ("smoa_row_block", "smoa_col_block", "smoa_ranks")
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,6 +59,11 @@ class Settings:
     def ranks(self) -> tuple[int, ...]:
         """Rank of each block."""
         return resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
+
+    @property
+    def scaling(self) -> float:
+        """s = alpha / r."""
+        return (self.r if self.alpha is None else self.alpha) / self.r
 
 
 def check_linear(
@@ -91,7 +94,7 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
     conv1d = kind.__name__ == "Conv1D" and hasattr(linear, "nf")  # by its name: transformers is optional
     if not conv1d and not isinstance(linear, nn.Linear):
         raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {kind.__name__}")
-    if "smoa_A" in linear._parameters:
+    if "smoa" in linear._modules:
         raise TypeError(
             "linear must be without an adapter, got a FusedSMoALinear, whose adapter would be lost"
         )
@@ -134,8 +137,8 @@ def check_keys(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any], *
             raise TypeError(f"{name}: the keys of a state dict must be strings, got {key!r}")
     if not strict:
         return
-    adapted = any(key.startswith("smoa_") for key in given)
-    missing = [key for key in own.keys() - given.keys() if adapted or not key.startswith("smoa_")]
+    adapted = any(key.startswith("smoa.") for key in given)
+    missing = [key for key in own.keys() - given.keys() if adapted or not key.startswith("smoa.")]
     for verb, keys in (("lacks", missing), ("must not hold", given.keys() - own.keys())):
         if keys:
             raise ValueError(
@@ -157,22 +160,6 @@ def check_tensors(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any]
             )
         if value.is_meta and not mine.is_meta:
             raise ValueError(f"{name}: {key} must hold numbers, got a meta tensor")
-
-
-def partition_in(
-    name: str, given: Mapping[str, Tensor], *, r: int, num_blocks: int, max_rank: int
-) -> BlockPartition:
-    """The partition in a state dict, after checking that labels and ranks are complete and fit the layer."""
-    missing = [key for key in LABELS if key not in given]
-    if missing:
-        raise ValueError(f"{name}: the adapter's state dict lacks {', '.join(missing)}")
-    rows, cols, ranks = (given[key] for key in LABELS)
-    if ranks.min() < 0 or ranks.max() != max_rank or ranks.sum() != r:
-        raise ValueError(
-            f"{name}: smoa_ranks must sum to r={r} with a largest rank of {max_rank}, "
-            f"got {ranks.tolist()}; build the layer with r={int(ranks.sum())} and those block_ranks"
-        )
-    return BlockPartition.from_labels(rows, cols, num_blocks)
 
 
 def call_always(layer: nn.Module) -> None:

@@ -50,7 +50,7 @@ for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is
     for order in ("spectral", "contiguous", "random"):
         options = dict(r=4, num_blocks=2, block_order=order, backend=backend)
         layer, loaded = (FusedSMoALinear(40, 48, **options) for _ in range(2))
-        optimizer = torch.optim.AdamW([layer.smoa_A, layer.smoa_B], lr=0.1)
+        optimizer = torch.optim.AdamW([layer.smoa.A, layer.smoa.B], lr=0.1)
         layer(x).square().mean().backward()
         optimizer.step()
         file = io.BytesIO()
@@ -58,7 +58,7 @@ for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is
         file.seek(0)
         loaded.load_state_dict(torch.load(file))
         y = loaded(x)
-        assert torch.equal(y, layer(x)) and layer.smoa_B.any()
+        assert torch.equal(y, layer(x)) and layer.smoa.B.any()
         loaded.backend = "reference"
         torch.testing.assert_close(y, loaded(x))
         layer.merge()

@@ -160,7 +160,7 @@ class LinearProblem:
         ranks = self.ranks.tolist()
         sizes = {"r": sum(ranks), "num_blocks": len(ranks), "block_ranks": ranks}
         layer = FusedSMoALinear.from_linear(base, alpha=self.scaling * sum(ranks), **sizes, **settings)
-        layer.smoa_A, layer.smoa_B = nn.Parameter(self.A), nn.Parameter(self.B)
+        layer.smoa.A, layer.smoa.B = nn.Parameter(self.A), nn.Parameter(self.B)
         return layer
 
 

@@ -104,7 +104,7 @@ def test_a_wrong_output_turns_the_gate_red(build: Any, monkeypatch: pytest.Monke
 
 def test_a_wrong_gradient_or_mask_turns_the_gate_red() -> None:
     layer, dropped = smoa()(CASE), smoa(backend="eager")(replace(CASE, dropout=0.5))
-    layer.smoa_B.register_hook(lambda gradient: gradient * 1.001)
+    layer.smoa.B.register_hook(lambda gradient: gradient * 1.001)
     for case, wrong, said in ((CASE, layer, "dB"), (replace(CASE, dropout=0.05), dropped, "y")):
         with pytest.raises(RedGateError, match=f"{said} of wrong"):
             check_layers(case, {"wrong": wrong})
@@ -114,7 +114,7 @@ def test_a_models_wrong_gradient_turns_the_gate_red() -> None:
     models = {name: adapted(config, smoke=True) for name, config in adapter_configs(2).items()}
     tokens = torch.randint(256, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     check_gradients(models, tokens)
-    factor = next(p for n, p in models[SMOA].named_parameters() if "smoa_B" in n)
+    factor = next(p for n, p in models[SMOA].named_parameters() if "smoa.B" in n)
     factor.register_hook(lambda gradient: gradient * 1.01)
     with pytest.raises(RedGateError, match=f"gradients of {SMOA} err by"):
         check_gradients(models, tokens)

@@ -441,7 +441,7 @@ def test_compiles_whole(case: Case) -> None:
         torch.manual_seed(1)
         x = p.x.clone().requires_grad_()
         y = module(x)
-        return (y.detach(), *torch.autograd.grad(y, (x, layer.smoa_A, layer.smoa_B), p.dy))
+        return (y.detach(), *torch.autograd.grad(y, (x, layer.smoa.A, layer.smoa.B), p.dy))
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(compiled), run(layer))

@@ -32,7 +32,7 @@ def make_layer(backend: str = "eager", seed: int = 0, **settings: Any) -> FusedS
     dtype = torch.float32 if backend == "native" else torch.float64
     base = nn.Linear(13, 9, dtype=dtype)
     layer = FusedSMoALinear.from_linear(base, r=4, num_blocks=2, backend=backend, **settings)
-    nn.init.normal_(layer.smoa_B, std=0.3)
+    nn.init.normal_(layer.smoa.B, std=0.3)
     return layer
 
 
@@ -48,9 +48,9 @@ def linear(layer: FusedSMoALinear) -> Loss:
     """The same layer from W_eff, in plain operators."""
 
     def forward(given: Parameters, x: Tensor) -> Tensor:
-        A, B = given["smoa_A"], given["smoa_B"]
-        blocks = layer.partition, layer.smoa_ranks
-        adapter = PackedAdapter(layer.weight, A, B, *blocks, layer.smoa_scaling)
+        A, B = given["smoa.A"], given["smoa.B"]
+        blocks = layer.partition, layer.smoa.ranks
+        adapter = PackedAdapter(layer.weight, A, B, *blocks, layer.smoa.scaling)
         return F.linear(x, layer.weight + delta_weight(adapter), layer.bias)
 
     return forward
@@ -124,11 +124,11 @@ def test_derivatives_of_autograd(backend: str, order: int) -> None:
     torch.testing.assert_close(derivatives(ours(layer)), derivatives(linear(layer)))
 
 
-@pytest.mark.parametrize("name", ["x", "smoa_A", "smoa_B"])
+@pytest.mark.parametrize("name", ["x", "smoa.A", "smoa.B"])
 @pytest.mark.parametrize("trains", [False, True])
 def test_forward_mode(name: str, trains: bool) -> None:
     layer = make_layer().requires_grad_(False)
-    layer.smoa_A.requires_grad_(trains)
+    layer.smoa.A.requires_grad_(trains)
     given, x = parameters(make_layer()), torch.randn(2, 5, 13, dtype=torch.float64)
 
     def tangent(forward: Loss) -> Tensor:
@@ -146,7 +146,7 @@ def test_forward_mode(name: str, trains: bool) -> None:
 
 def test_an_ensemble_of_layers_with_blocks_of_their_own() -> None:
     layers = [make_layer(seed=seed) for seed in range(3)]
-    assert not torch.equal(layers[0].smoa_row_block, layers[1].smoa_row_block)
+    assert not torch.equal(layers[0].smoa.row_block, layers[1].smoa.row_block)
     x = torch.randn(5, 13, dtype=torch.float64)
     states = stack_module_state(layers)
     y = vmap(lambda *state: functional_call(layers[0], state, (x,)))(
@@ -182,11 +182,11 @@ def test_dropout_under_transforms() -> None:
 
     def plain() -> tuple[Tensor, ...]:
         leaf = x.clone().requires_grad_()
-        return torch.autograd.grad(layer(leaf).sin().sum(), (leaf, layer.smoa_A, layer.smoa_B))
+        return torch.autograd.grad(layer(leaf).sin().sum(), (leaf, layer.smoa.A, layer.smoa.B))
 
     def transformed() -> tuple[Tensor, ...]:
         given, dx = grad(loss(ours(layer)), argnums=(0, 1))(parameters(layer), x)
-        return dx, given["smoa_A"], given["smoa_B"]
+        return dx, given["smoa.A"], given["smoa.B"]
 
     torch.testing.assert_close(seeded(transformed), seeded(plain))
     y = seeded(lambda: layer(x))
@@ -204,7 +204,7 @@ def test_the_kernels_under_transforms_with_dropout() -> None:
         pytest.skip(reason)
     base = nn.Linear(13, 9)
     layer = FusedSMoALinear.from_linear(base, r=4, num_blocks=2, backend="triton", dropout=0.4)
-    nn.init.normal_(layer.smoa_B)
+    nn.init.normal_(layer.smoa.B)
     x = torch.randn(5, 13)
     torch.manual_seed(1)
     y = layer(x)
@@ -224,21 +224,21 @@ def test_a_frozen_weight_is_not_differentiated() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_second_derivatives_under_autocast(backend: str) -> None:
     layer = FusedSMoALinear.from_linear(nn.Linear(13, 9), r=4, num_blocks=2, backend=backend)
-    nn.init.normal_(layer.smoa_B, std=0.3)
+    nn.init.normal_(layer.smoa.B, std=0.3)
     x, found = torch.randn(5, 13, requires_grad=True), []
     for enabled in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             gradients = torch.autograd.grad(
-                layer(x).float().sin().sum(), [x, layer.smoa_A, layer.smoa_B], create_graph=True
+                layer(x).float().sin().sum(), [x, layer.smoa.A, layer.smoa.B], create_graph=True
             )
-            second = torch.autograd.grad(sum(one.float().square().sum() for one in gradients), layer.smoa_A)
+            second = torch.autograd.grad(sum(one.float().square().sum() for one in gradients), layer.smoa.A)
         found.append(second[0])
     torch.testing.assert_close(*found, rtol=0.1, atol=0.1 * found[1].abs().max().item())
 
 
 def test_float32_factors_over_half_precision() -> None:
     layer = FusedSMoALinear.from_linear(nn.Linear(13, 9).to(torch.bfloat16), r=4, num_blocks=2)
-    layer.smoa_A.data, layer.smoa_B.data = layer.smoa_A.data.float(), torch.randn(9, layer.smoa_A.shape[0])
+    layer.smoa.A.data, layer.smoa.B.data = layer.smoa.A.data.float(), torch.randn(9, layer.smoa.A.shape[0])
     x = torch.randn(5, 13, dtype=torch.bfloat16)
     found = vmap(grad(loss(ours(layer))), (None, 0))(parameters(layer), x)
     for name, parameter in layer.named_parameters():
@@ -259,7 +259,7 @@ def packed(layer: FusedSMoALinear, **changes: Any) -> PackedAdapter:
 @pytest.mark.parametrize("block_order", ["spectral", "contiguous"])
 def test_modulate_is_the_merged_weight_with_the_factors_gradients(block_order: str) -> None:
     layer = make_layer(block_order=block_order)
-    A, B = layer.smoa_A, layer.smoa_B
+    A, B = layer.smoa.A, layer.smoa.B
     W_eff = modulate(packed(layer, A=A, B=B))
     layer.merge()
     assert torch.equal(W_eff, layer.weight)
@@ -279,14 +279,14 @@ def test_modulate_is_the_merged_weight_with_the_factors_gradients(block_order: s
 
 def test_modulate_rounds_as_the_layer_and_its_gradient_ignores_the_rounding() -> None:
     layer = make_layer().bfloat16()
-    A, B = layer.smoa_A, layer.smoa_B
+    A, B = layer.smoa.A, layer.smoa.B
     dW = torch.randn_like(layer.weight)
     found = [modulate(packed(layer, A=A, B=B))]
     with torch.profiler.profile():  # the plain operators
         found.append(modulate(packed(layer, A=A, B=B)))
     wide = copy.deepcopy(layer).double()
     expected = torch.autograd.grad(
-        modulate(packed(wide, A=wide.smoa_A, B=wide.smoa_B)), (wide.smoa_A, wide.smoa_B), dW.double()
+        modulate(packed(wide, A=wide.smoa.A, B=wide.smoa.B)), (wide.smoa.A, wide.smoa.B), dW.double()
     )
     for W_eff in found:
         for ours, exact in zip(torch.autograd.grad(W_eff, (A, B), dW), expected, strict=True):
@@ -300,14 +300,14 @@ def test_a_convolution_by_modulate_is_hira() -> None:
     """With K = 1 and s = 1: `W0 ∘ (1 + BA)` over W0 as (out, in · height · width)."""
     conv = nn.Conv2d(3, 8, 3, dtype=torch.float64).requires_grad_(False)
     flat = FusedSMoALinear.from_linear(nn.Linear(27, 8, dtype=torch.float64), r=2, num_blocks=1)
-    nn.init.normal_(flat.smoa_B)
+    nn.init.normal_(flat.smoa.B)
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
-    adapter = packed(flat, weight=conv.weight.flatten(1), A=flat.smoa_A, B=flat.smoa_B)
+    adapter = packed(flat, weight=conv.weight.flatten(1), A=flat.smoa.A, B=flat.smoa.B)
     y = nn.functional.conv2d(x, modulate(adapter).view_as(conv.weight), conv.bias)
-    hira = conv.weight * (1 + (flat.smoa_B @ flat.smoa_A).view_as(conv.weight))
+    hira = conv.weight * (1 + (flat.smoa.B @ flat.smoa.A).view_as(conv.weight))
     expected = nn.functional.conv2d(x, hira, conv.bias)
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-12)
-    factors = flat.smoa_A, flat.smoa_B
+    factors = flat.smoa.A, flat.smoa.B
     gradients = (torch.autograd.grad(one.sum(), factors) for one in (y, expected))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -319,7 +319,7 @@ def test_a_parametrization_by_modulate_trains() -> None:
     class Adapted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.A, self.B = (nn.Parameter(one.detach().clone()) for one in (layer.smoa_A, layer.smoa_B))
+            self.A, self.B = (nn.Parameter(one.detach().clone()) for one in (layer.smoa.A, layer.smoa.B))
 
         def forward(self, weight: Tensor) -> Tensor:
             return modulate(packed(layer, weight=weight, A=self.A, B=self.B))
@@ -332,8 +332,8 @@ def test_a_parametrization_by_modulate_trains() -> None:
         one(x).square().sum().backward()
     ours = plain.parametrizations.weight[0]
     torch.testing.assert_close(plain(x), layer(x))
-    torch.testing.assert_close(ours.A.grad, layer.smoa_A.grad)
-    torch.testing.assert_close(ours.B.grad, layer.smoa_B.grad)
+    torch.testing.assert_close(ours.A.grad, layer.smoa.A.grad)
+    torch.testing.assert_close(ours.B.grad, layer.smoa.B.grad)
 
 
 def test_a_layer_keeps_no_tensor_of_a_transform() -> None:
@@ -341,5 +341,5 @@ def test_a_layer_keeps_no_tensor_of_a_transform() -> None:
     expected = layer(x)
     grad(loss(ours(layer)))(parameters(layer), x)
     assert torch.equal(copy.deepcopy(layer)(x), expected)
-    assert layer._kept is not None
-    assert layer._kept.A is layer.smoa_A
+    assert layer.smoa._kept is not None
+    assert layer.smoa._kept.A is layer.smoa.A

@@ -199,7 +199,8 @@ def first_adapter(*codes: str) -> None:
             assert Path("adapter/adapter_model.safetensors").exists()
 
 
-def several_adapters(train: str, several: str, swap: str, four_bit: str) -> None:
+def several_adapters(train: str, several: str, swap: str, four_bit: str, _apply: str) -> None:
+    """The last one is run in tests/peft/test_checkpoints.py."""
     run(swap, **run(several, **run(train)))
     pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
     assert adapts(run(four_bit)["model"])

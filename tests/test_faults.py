@@ -76,7 +76,7 @@ def build(backend: str, algorithm: str = "auto", dropout: float = 0.0) -> nn.Seq
     layers = [FusedSMoALinear(24, 20, **options), nn.Tanh(), FusedSMoALinear(20, 17, **options)]
     layers = layers[:1] if backend == "triton" else layers  # the interpreter is slow
     for layer in layers[::2]:
-        layer.smoa_B.data.normal_(0, 0.1)
+        layer.smoa.B.data.normal_(0, 0.1)
     return nn.Sequential(*layers)
 
 

@@ -17,8 +17,9 @@ ORDER = (
     ("kernels",),
     ("backends",),
     ("operators",),
+    ("adapter",),
     ("functional",),
-    ("layer_checks", "layer_state", "layers", ""),  # "": smoa_kernels itself
+    ("layer_checks", "layers", ""),  # "": smoa_kernels itself
     ("tuning", "distributed"),
     ("adapter_folder",),
     ("peft",),

@@ -27,7 +27,7 @@ def trained(**kwargs: object) -> FusedSMoALinear:
     torch.manual_seed(0)
     settings: dict[str, object] = {"r": 7, "num_blocks": 3, "alpha": 14, **kwargs}
     layer = FusedSMoALinear.from_linear(nn.Linear(40, 33), **settings)
-    nn.init.normal_(layer.smoa_B, std=0.3)
+    nn.init.normal_(layer.smoa.B, std=0.3)
     return layer
 
 
@@ -39,7 +39,7 @@ def test_starts_as_its_base_and_trains_only_its_factors() -> None:
     x = torch.randn(2, 5, 40)
     torch.testing.assert_close(layer(x), linear(x))
     assert isinstance(layer, nn.Linear)
-    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["smoa_A", "smoa_B"]
+    assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["smoa.A", "smoa.B"]
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
     before = F.mse_loss(layer(x), torch.zeros(2, 5, 33))
     for _ in range(5):
@@ -53,7 +53,7 @@ def test_from_conv1d_views_its_weight() -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils", reason="needs the peft extra").Conv1D(33, 40)
     layer = FusedSMoALinear.from_linear(conv1d, r=4)
     assert layer.weight.data_ptr() == conv1d.weight.data_ptr()
-    nn.init.normal_(layer.smoa_B)
+    nn.init.normal_(layer.smoa.B)
     x = torch.randn(5, 40, requires_grad=True)
     expected = conv1d(x) + x @ layer.delta_weight().T
     torch.testing.assert_close(layer(x), expected)
@@ -64,9 +64,9 @@ def test_from_conv1d_views_its_weight() -> None:
 def test_initial_factors() -> None:
     """A_k uniform in ±1/√C_k, B zero, padding zero."""
     layer = FusedSMoALinear(3000, 60, r=7, num_blocks=3, block_ranks=[4, 1, 2])
-    assert (layer.smoa_B == 0).all()
+    assert (layer.smoa.B == 0).all()
     for k, rank in enumerate((4, 1, 2)):
-        A_k = layer.smoa_A.detach()[:, layer.partition.cols(k)]
+        A_k = layer.smoa.A.detach()[:, layer.partition.cols(k)]
         bound = A_k.shape[1] ** -0.5
         assert float(A_k[:rank].abs().max()) <= bound
         assert float(A_k[:rank].abs().max()) > 0.98 * bound
@@ -105,11 +105,9 @@ def test_ranks_on_the_host_follow_the_state_dict() -> None:
         assert taken.block_ranks == other.block_ranks != layer.block_ranks
         assert torch.equal(taken(x), other(x))
         assert torch.equal(copy.deepcopy(taken)(x), other(x))
-    layer.smoa_ranks = other.smoa_ranks
-    if DEVICE.type != "cpu":
-        return  # on a GPU the comparison would wait for the device
-    with pytest.raises(ValueError, match=r"block_ranks must be the numbers in ranks, \[2, 2, 3\]"):
-        layer(x)
+    layer.smoa.ranks = other.smoa.ranks
+    assert layer(x).shape == (5, 33)
+    assert layer.block_ranks == other.block_ranks
 
 
 def test_adapter_alone_loads_over_the_same_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +115,7 @@ def test_adapter_alone_loads_over_the_same_base(monkeypatch: pytest.MonkeyPatch)
     base = nn.Linear(40, 33)
     base.load_state_dict({"weight": layer.weight, "bias": layer.bias})
     fresh = FusedSMoALinear.from_linear(base, r=7, num_blocks=3)
-    adapter = {name: value for name, value in layer.state_dict().items() if name.startswith("smoa_")}
+    adapter = {name: value for name, value in layer.state_dict().items() if name.startswith("smoa.")}
     forbid_spectra(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -133,7 +131,7 @@ def test_plain_linear_state_dict_recomputes_the_partition_and_says_so() -> None:
         result = layer.load_state_dict(linear.state_dict())
     assert not result.missing_keys
     assert layer.partition == BlockPartition.from_weight(linear.weight, 3)
-    assert sketch_distance(layer.smoa_sketch, sketch_weight(linear.weight)) < 1e-5
+    assert sketch_distance(layer.smoa.sketch, sketch_weight(linear.weight)) < 1e-5
 
 
 def test_state_dict_of_a_merged_layer_is_of_its_base() -> None:
@@ -156,21 +154,14 @@ def test_a_merged_layer_holds_no_second_weight_on_its_device() -> None:
     assert torch.equal(layer.weight, W0.half())
 
 
-def test_a_state_dict_without_a_sketch_leaves_no_stale_one() -> None:
-    layer, other = trained(), FusedSMoALinear(40, 33, r=7, num_blocks=3)
-    state = {name: value for name, value in other.state_dict().items() if name != "smoa_sketch"}
-    layer.load_state_dict(state, strict=False)
-    assert torch.equal(layer.smoa_sketch, other.smoa_sketch)
-
-
 def test_another_base_is_noticed() -> None:
-    adapter = {n: v for n, v in trained().state_dict().items() if n.startswith("smoa_")}
+    adapter = {n: v for n, v in trained().state_dict().items() if n.startswith("smoa.")}
     torch.manual_seed(99)
     other = FusedSMoALinear(40, 33, r=7, num_blocks=3)
     with pytest.warns(UserWarning, match="trained over another base weight"):
         other.load_state_dict(adapter, strict=False)
     strict = FusedSMoALinear(40, 33, r=7, num_blocks=3, strict_base=True)
-    for wrong in (adapter, strict.state_dict() | {"smoa_sketch": torch.full((33,), torch.nan)}):
+    for wrong in (adapter, strict.state_dict() | {"smoa.sketch": torch.full((33,), torch.nan)}):
         with pytest.raises(ValueError, match=r"another base weight.*strict_base=True refuses"):
             strict.load_state_dict(wrong, strict=False)
 
@@ -225,8 +216,8 @@ def test_casts_copies_and_pickles() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
     half = copy.deepcopy(layer).half()
     assert half.scaling == layer.scaling == pytest.approx(1 / 3, rel=1e-12)
-    assert half.smoa_ranks.dtype == torch.int32
-    assert half.smoa_row_block.dtype == torch.uint8
+    assert half.smoa.ranks.dtype == torch.int32
+    assert half.smoa.row_block.dtype == torch.uint8
     assert relative_error(half(x.half()), y.detach()) < 5e-3
     assert relative_error(layer.double()(x.double()), y.detach()) < 1e-6
 
@@ -235,7 +226,7 @@ def test_meta_construction_and_materialisation() -> None:
     layer = trained()
     with torch.device("meta"):
         empty = FusedSMoALinear(40, 33, r=7, num_blocks=3)
-    assert empty.smoa_A.is_meta
+    assert empty.smoa.A.is_meta
     loaded = empty.to_empty(device=DEVICE)
     loaded.load_state_dict(layer.state_dict())
     x = torch.randn(5, 40)
@@ -309,7 +300,7 @@ def test_no_spectrum_is_computed_for_other_orders(order: str, monkeypatch: pytes
 def test_nested_activations(layout: torch.layout) -> None:
     """A residual is added to them, which takes a nested tensor of the same shape."""
     layer, parts = FusedSMoALinear.from_linear(nn.Linear(8, 8), r=4), [torch.randn(n, 8) for n in (3, 5)]
-    nn.init.normal_(layer.smoa_B)
+    nn.init.normal_(layer.smoa.B)
     x = torch.nested.as_nested_tensor(parts, layout=layout)
     for ours, part in zip((x + layer(x)).unbind(), parts, strict=True):
         torch.testing.assert_close(ours, part + layer(part))
@@ -323,7 +314,7 @@ def test_torchs_encoder_calls_it_in_evaluation() -> None:
     for layer in stack.layers:
         for name in ("linear1", "linear2"):
             setattr(layer, name, FusedSMoALinear.from_linear(getattr(layer, name), block_order="contiguous"))
-            nn.init.normal_(getattr(layer, name).smoa_B)
+            nn.init.normal_(getattr(layer, name).smoa.B)
     found = stack.eval()(x), stack(x, src_key_padding_mask=padding)
     for layer in stack.layers:
         layer.linear1.merge()
@@ -338,9 +329,9 @@ def test_a_backward_uses_the_scale_of_its_forward() -> None:
         y = layer(x)
         if scaled_between:
             layer.scaling = 2.0
-        layer.smoa_A.grad = None
+        layer.smoa.A.grad = None
         y.sum().backward()
-        gradients.append(layer.smoa_A.grad)
+        gradients.append(layer.smoa.A.grad)
     assert torch.equal(*gradients)
 
 
@@ -352,11 +343,11 @@ def test_loading_into_a_layer_leaves_others_with_the_same_partition() -> None:
         FusedSMoALinear.from_linear(copy.deepcopy(base), num_blocks=2, partition=partition) for _ in range(2)
     )
     other = FusedSMoALinear(12, 9, num_blocks=2, block_order="random", block_seed=3)
-    nn.init.normal_(two.smoa_B)
+    nn.init.normal_(two.smoa.B)
     before = two(torch.ones(2, 12)), partition.row_block.clone()
     one.load_state_dict(other.state_dict())
     assert one.partition == other.partition
-    assert not torch.equal(one.smoa_row_block, two.smoa_row_block)
+    assert not torch.equal(one.smoa.row_block, two.smoa.row_block)
     assert torch.equal(partition.row_block, before[1])
     assert torch.equal(two(torch.ones(2, 12)), before[0])
 
@@ -364,22 +355,22 @@ def test_loading_into_a_layer_leaves_others_with_the_same_partition() -> None:
 def test_a_layer_keeps_its_adapter_but_no_weight_that_is_made_for_a_call() -> None:
     """Tensors that are replaced or changed in place are followed; a computed weight is freed after the call."""
     layer, x = trained(), torch.ones(3, 40)
-    y, kept = layer(x), layer._kept
+    y, kept = layer(x), layer.smoa._kept
     assert kept is not None
     assert torch.equal(layer(x), y)
-    assert layer._kept is kept
+    assert layer.smoa._kept is kept
     layer.weight.data = 2 * layer.weight.data
     assert not torch.equal(layer(x), y)
-    layer.smoa_A = nn.Parameter(layer.smoa_A.detach() * 0)
+    layer.smoa.A = nn.Parameter(layer.smoa.A.detach() * 0)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
     copied = pickle.loads(pickle.dumps(layer))
     assert torch.equal(copied(x), layer(x))
-    layer._kept = None
-    for name in ("smoa_A", "weight"):  # their graph and memory are not kept either
-        torch.nn.utils.parametrize.register_parametrization(layer, name, Doubled())
+    layer.smoa._kept = None
+    for owner, name in ((layer.smoa, "A"), (layer, "weight")):  # their graph and memory are not kept either
+        torch.nn.utils.parametrize.register_parametrization(owner, name, Doubled())
         layer(x)
-        assert layer._kept is None
-        torch.nn.utils.parametrize.remove_parametrizations(layer, name, leave_parametrized=False)
+        assert layer.smoa._kept is None
+        torch.nn.utils.parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
 
 
 class Doubled(nn.Module):

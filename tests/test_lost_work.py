@@ -37,7 +37,7 @@ def save_until_killed(folder: Path, name: str, count: int) -> None:
 
     os.replace = move
     model = adapted(4, name, smoa_alpha=3.0)
-    model.base_model.model[0].smoa_B[name].data.mul_(2)
+    model.base_model.model[0].smoa[name].B.data.mul_(2)
     model.save_pretrained(folder)
 
 

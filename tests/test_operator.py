@@ -70,7 +70,7 @@ class Block(nn.Module):
         self.up = FusedSMoALinear(40, 33, r=6, num_blocks=2, dropout=dropout)
         self.down = FusedSMoALinear(33, 40, r=4, num_blocks=3)
         for layer in (self.up, self.down):
-            nn.init.normal_(layer.smoa_B, std=0.1)
+            nn.init.normal_(layer.smoa.B, std=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
@@ -162,7 +162,7 @@ def test_a_trace_holds_the_operator(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["eager", pytest.param("native", marks=needs_library)])
 def test_where_compiling_gives_up_the_kernels_are_not_traced(backend: str) -> None:
     layer = FusedSMoALinear(64, 48, backend=backend)
-    nn.init.normal_(layer.smoa_B)
+    nn.init.normal_(layer.smoa.B)
     x = torch.randn(5, 64)
 
     def gradient(x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def test_a_frozen_layer_within_a_compiled_transform(backend: str) -> None:
 
 def test_a_compiled_forward_mode_derivative_is_never_zero_in_silence() -> None:
     layer = FusedSMoALinear(64, 48)
-    nn.init.normal_(layer.smoa_B)
+    nn.init.normal_(layer.smoa.B)
     x = torch.randn(5, 64)
     with pytest.raises(RuntimeError):
         torch.compile(lambda x: torch.func.jvp(layer, (x,), (x,))[1], backend="aot_eager")(x)
@@ -194,7 +194,7 @@ def test_a_compiled_forward_mode_derivative_is_never_zero_in_silence() -> None:
 
 def test_the_operator_itself_has_a_forward_mode_derivative() -> None:
     layer = FusedSMoALinear(64, 48)
-    nn.init.normal_(layer.smoa_B)
+    nn.init.normal_(layer.smoa.B)
     x, t = torch.randn(2, 5, 64)
     call = LinearCall(layer._packed(), None, "eager")
     with forward_ad.dual_level():

@@ -116,7 +116,7 @@ def compare_launchers(case: Case, order: str) -> str:
                 torch.cuda.synchronize()
             start = time.perf_counter()
             y = layer(x)
-            gradients = torch.autograd.grad(y, (x, layer.smoa_A, layer.smoa_B), dy)
+            gradients = torch.autograd.grad(y, (x, layer.smoa.A, layer.smoa.B), dy)
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds) * 1e6, [y, *gradients]
 

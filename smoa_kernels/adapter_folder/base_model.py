@@ -88,7 +88,7 @@ class BaseModel:
                 raise ValueError(f"{path} lacks {missing[0]}, which {INDEX} says it holds")
         return found
 
-    def stores_swapped(self, name: str, shape: tuple[int, int]) -> bool:
+    def stores_swapped(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether W0 of `shape` (N, C) is stored (C, N), by the stored shape, or by the layer's class if N = C."""
         stored = self._same_name(f"{name}.weight")
         if stored is None:

@@ -12,7 +12,7 @@ from ..checks import check_path
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
-from .format import PREFIX, LayerBlocks
+from .format import PREFIX, StoredAdapter
 from .reading import read_adapter
 
 
@@ -114,15 +114,14 @@ def inspect_adapter(
     )
 
 
-def _layer(name: str, blocks: LayerBlocks, bases: BaseModel | None) -> LayerReport:
-    experts = blocks.matrices()
-    stack = (len(experts),) if blocks.of_experts else ()
+def _layer(name: str, adapter: StoredAdapter, bases: BaseModel | None) -> LayerReport:
+    experts = adapter.matrices()
     ranks = experts[0].ranks.tolist()
-    distances = None if bases is None else _distances(name, experts, bases, fused=bool(stack))
-    worst = None if not stack or distances is None else max(range(len(distances)), key=distances.__getitem__)
+    distances = None if bases is None else _distances(name, experts, bases, fused=adapter.of_experts)
+    worst = None if not adapter.of_experts or distances is None else max(range(len(distances)), key=distances.__getitem__)
     return LayerReport(
         name=name,
-        shape=(*stack, *experts[0].partition.shape),
+        shape=adapter.shape,
         ranks=tuple(ranks),
         parameters=sum(trainable_parameters(one.partition, ranks) for one in experts),
         # Four digits for each of the first four numbers.
@@ -132,7 +131,7 @@ def _layer(name: str, blocks: LayerBlocks, bases: BaseModel | None) -> LayerRepo
     )
 
 
-def _distances(name: str, experts: Sequence[LayerBlocks], bases: BaseModel, fused: bool) -> list[float]:
+def _distances(name: str, experts: Sequence[StoredAdapter], bases: BaseModel, fused: bool) -> list[float]:
     """The distance of each expert's W0, or of the layer's, from the base's."""
     stored = bases.get(name if fused else f"{name}.weight")
     if stored is None or stored.ndim != 2 + fused or (fused and len(stored) != len(experts)):

@@ -35,11 +35,10 @@ from torch import Tensor
 
 from ..backends import eager
 from ..checks import check_path, naming
-from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
 from ..definition.sketch import TOLERANCE
 from .base_model import INDEX, BaseModel
-from .format import HIRA, METHOD, LayerBlocks
+from .format import HIRA, METHOD, StoredAdapter
 from .reading import read_adapter, read_json
 from .writing import replacing
 
@@ -251,37 +250,27 @@ def _read_changes(folder: Path, base: BaseModel, dtype: torch.dtype | None) -> I
     for key, tensor in adapter.whole.items():
         name = key.replace(".base_layer.", ".")
         yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor))
-    for name, blocks in adapter.layers.items():
+    for name, stored in adapter.layers.items():
         # For experts the file names the parameter itself.
-        parameter = name if blocks.of_experts else f"{name}.weight"
-        A, B = (adapter.tensors[f"{name}.{key}"] for key in ("smoa_A", "smoa_B"))
-        shape = (*B.shape[:-1], A.shape[-1])
+        parameter = name if stored.of_experts else f"{name}.weight"
+        shape = stored.shape
         # HiRA has no sketch. fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
-        swapped = base.stores_swapped(name, blocks.partition.shape) if adapter.is_hira else None
-        scaling = scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
-        effective = partial(_effective, blocks, A, B, scaling, dtype, swapped)
+        swapped = base.stores_swapped(name, stored.shape) if adapter.is_hira else None
+        effective = partial(_effective, stored, dtype, swapped)
         yield Change(parameter, [shape, (*shape[:-2], shape[-1], shape[-2])], effective)
 
 
 def _effective(
-    blocks: LayerBlocks,
-    A: Tensor,
-    B: Tensor,
-    scaling: Tensor,
-    dtype: torch.dtype | None,
-    swapped: bool | None,
-    stored: Tensor,
+    adapter: StoredAdapter, dtype: torch.dtype | None, swapped: bool | None, stored: Tensor
 ) -> Tensor:
     """W_eff of a matrix or of a stack of them, in its stored orientation; `swapped` is None if the sketch shows it."""
     if stored.dtype not in DTYPES:
         raise ValueError(f"W0 must be {dtype_names(DTYPES)} to be merged, got {stored.dtype}")
-    if blocks.of_experts:
-        experts = zip(blocks.matrices(), A, B, stored, strict=True)
-        return torch.stack(
-            [_effective(one, a, b, scaling, dtype, None, weight) for one, a, b, weight in experts]
-        )
+    if adapter.of_experts:
+        experts = zip(adapter.matrices(), stored, strict=True)
+        return torch.stack([_effective(one, dtype, None, weight) for one, weight in experts])
     if swapped is None:
-        weight, distance = blocks.orient(stored)
+        weight, distance = adapter.orient(stored)
         if not distance <= TOLERANCE:
             raise ValueError(
                 f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
@@ -289,8 +278,7 @@ def _effective(
             )
     else:
         weight = stored.T if swapped else stored
-    W0, ranks = weight.to(dtype or weight.dtype), blocks.ranks.tolist()
-    W_eff = eager.modulated_weight(PackedAdapter(W0, A, B, blocks.partition, blocks.ranks, scaling, ranks))
+    W_eff = eager.modulated_weight(adapter.packed(weight.to(dtype or weight.dtype)))
     return W_eff if weight is stored else W_eff.T
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -15,18 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..adapter import STATE_KEYS
 from ..checks import naming, shown
+from ..definition.packed import scaling_tensor
 from ..definition.sketch import SKETCH_SIZE
-from .format import (
-    CONFIG_NAME,
-    HIRA,
-    METHOD,
-    PREFIX,
-    STATE_KEYS,
-    WEIGHTS_NAME,
-    LayerBlocks,
-    read_blocks,
-)
+from .format import CONFIG_NAME, HIRA, INFIX, METHOD, PREFIX, WEIGHTS_NAME, StoredAdapter, read_layer
 from .settings import AdapterSettings
 from .writing import check_seal
 
@@ -43,29 +37,25 @@ class Adapter:
         settings: the layers' settings in it.
         path: the file of weights.
         tensors: its tensors by key without `PREFIX`; mapped into memory, so the factors' values are not read yet.
-        layers: blocks, ranks and sketch (HiRA has none: NaN) of every layer, by its path in the base model. The path of
-            a fused weight of experts is the parameter's.
+        layers: the adapter of every layer, by its path in the base model. The path of a fused weight of experts is the
+            parameter's.
     """
 
     config: dict[str, Any]
     settings: AdapterSettings
     path: Path
     tensors: dict[str, Tensor]
-    layers: dict[str, LayerBlocks]
+    layers: dict[str, StoredAdapter]
 
     @property
     def is_hira(self) -> bool:
         """Whether it is an adapter of HiRA, which has neither labels nor sketches."""
         return bool(self.config["peft_type"] == HIRA)
 
-    def of_layer(self, name: str) -> dict[str, Tensor]:
-        """A layer's tensors by `STATE_KEYS`; of HiRA the factors."""
-        return {key: self.tensors[f"{name}.{key}"] for key in STATE_KEYS[: 2 if self.is_hira else 3]}
-
     @property
     def whole(self) -> dict[str, Tensor]:
         """Parameters that the file holds in full: biases, and those of modules to save."""
-        return {key: tensor for key, tensor in self.tensors.items() if ".smoa_" not in key}
+        return {key: tensor for key, tensor in self.tensors.items() if INFIX not in key and ".hira_" not in key}
 
 
 def read_adapter(folder: Path, methods: Sequence[str] = (METHOD,)) -> Adapter:
@@ -99,7 +89,7 @@ def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
 
 def read_weights(
     folder: Path, settings: AdapterSettings, method: str = METHOD
-) -> tuple[dict[str, Tensor], dict[str, LayerBlocks]]:
+) -> tuple[dict[str, Tensor], dict[str, StoredAdapter]]:
     """Read an adapter's tensors and layers, as `Adapter` holds them; empty if there are no weights, or on a hub."""
     path, pickled = folder / WEIGHTS_NAME, folder / "adapter_model.bin"
     if not path.is_file():
@@ -110,12 +100,15 @@ def read_weights(
         tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     with naming(path):
         if method == HIRA:
-            return _hira_layers(tensors)
+            return tensors, _hira_layers(tensors)
         layers = {}
-        for name in sorted({key.rpartition(".")[0] for key in tensors if ".smoa_" in key}, key=by_number):
-            given = {key: tensors.get(f"{name}.{key}") for key in STATE_KEYS}
+        for name in sorted({key.rpartition(INFIX)[0] for key in tensors if INFIX in key}, key=by_number):
+            given = {key: tensors.get(f"{name}{INFIX}{key}") for key in STATE_KEYS}
             # The rank decides a layer's memory, so it is compared with the file before any layer is made.
-            layers[name] = read_blocks(name, given, settings.for_layer(name).r)
+            own = settings.for_layer(name)
+            layers[name] = read_layer(name, given, own.r)
+            if not math.isclose(s := float(layers[name].scaling), own.scaling, rel_tol=1e-6):
+                raise ValueError(f"{name}: s is {s} and {CONFIG_NAME} says {own.scaling}: they must be equal")
     check_seal(folder, settings.weights_sha256)
     return tensors, layers
 
@@ -144,25 +137,24 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def _hira_layers(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, LayerBlocks]]:
-    """The tensors of a HiRA adapter of linear layers under SMoA's names, and each layer's single block."""
-    tensors = {key: tensor for key, tensor in state.items() if ".hira_" not in key}
+def _hira_layers(tensors: dict[str, Tensor]) -> dict[str, StoredAdapter]:
+    """The layers of a HiRA adapter of linear layers, as SMoA's with a single block and s = 1."""
     layers = {}
-    for key in sorted(state.keys() - tensors.keys(), key=by_number):
+    for key in sorted((key for key in tensors if ".hira_" in key), key=by_number):
         name, _, kind = key.rpartition(".")
         if kind.startswith("hira_embedding_"):
             raise ValueError(f"{name} is an embedding, and only linear layers are read")
-        if state[key].ndim != 2:
+        if tensors[key].ndim != 2:
             raise ValueError(f"{name} is a convolution, and only linear layers are read")
         if kind == "hira_A":
-            A, B = state[key], state.get(f"{name}.hira_B")
+            A, B = tensors[key], tensors.get(f"{name}.hira_B")
             if B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:
                 raise ValueError(f"{name} has no hira_B that fits its hira_A")
-            tensors |= {f"{name}.smoa_A": A, f"{name}.smoa_B": B}
             rows, cols = (torch.zeros(size, dtype=torch.uint8) for size in (B.shape[0], A.shape[1]))
             ranks = torch.tensor([A.shape[0]], dtype=torch.int32)
-            layers[name] = LayerBlocks(rows, cols, 1, ranks, torch.full([SKETCH_SIZE], torch.nan))
-    return tensors, layers
+            sketch, s = torch.full([SKETCH_SIZE], torch.nan), scaling_tensor(1.0, A.device)
+            layers[name] = StoredAdapter(A, B, rows, cols, ranks, sketch, s)
+    return layers
 
 
 def by_number(name: str) -> list[tuple[int, str]]:

@@ -26,9 +26,9 @@ from ..checks import (
 from ..definition.block_rule import BLOCK_ORDERS, BlockRule
 from ..definition.ranks import alpha_for_lora_rate, resolve_ranks
 
-# Version of the adapter folder's format. It is raised when older releases cannot read a newer folder. Version 1 was
-# never released.
-FORMAT_VERSION = 2
+# Version of the adapter folder's format. It is raised when older releases cannot read a newer folder. Versions 1 and 2
+# were never released.
+FORMAT_VERSION = 3
 
 _BIASES = ("none", "all", "smoa_only")
 _FLAGS = ("use_rslora", "use_lora_rate", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checks import check_kind
-from ..layers import FusedSMoALinear
+from ..adapter import Adapter
 
 
 def first_process(process_group: dist.ProcessGroup | None) -> int:
@@ -21,7 +21,7 @@ def first_process(process_group: dist.ProcessGroup | None) -> int:
 
 
 def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """Return SMoA's buffers (labels, ranks, indices, sketches) by their names in `model`.
+    """Return SMoA's buffers (labels, ranks, sketches, scales) by their names in `model`.
 
     Args:
         model: any module with `FusedSMoALinear` or PEFT layers, compiled or wrapped.
@@ -29,12 +29,13 @@ def smoa_buffers(model: nn.Module) -> dict[str, Tensor]:
     Example:
         >>> from smoa_kernels import FusedSMoALinear
         >>> sorted(smoa_buffers(FusedSMoALinear(8, 6)))[:2]
-        ['smoa_col_block', 'smoa_ranks']
+        ['smoa.col_block', 'smoa.ranks']
     """
     return {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if any(part.startswith("smoa_") for part in name.split(".")[-2:])
+        f"{name}.{key}" if name else key: buffer
+        for name, adapter in model.named_modules()
+        if isinstance(adapter, Adapter)
+        for key, buffer in adapter.named_buffers(recurse=False)
     }
 
 
@@ -82,13 +83,13 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         if buffer.is_meta:
             continue
         owner, _, attribute = name.rpartition(".")
-        # A new tensor tells a PEFT layer that tensors derived from the old one are stale.
+        # A new tensor tells the adapter that what was made of the old one is stale.
         shared = buffer.clone()
         dist.broadcast(shared, source, process_group)
         setattr(model.get_submodule(owner), attribute, shared)
     for module in model.modules():
-        if isinstance(module, FusedSMoALinear):
-            module._relabel()
+        if isinstance(module, Adapter) and module.has_blocks:
+            module.read_labels()  # now, because the next forward may be compiled
 
 
 def average_gradients(
@@ -106,7 +107,7 @@ def average_gradients(
     Example:
         >>> from smoa_kernels import FusedSMoALinear
         >>> layer = FusedSMoALinear(8, 6)
-        >>> average_gradients([layer.smoa_A, layer.smoa_B])
+        >>> average_gradients([layer.smoa.A, layer.smoa.B])
 
     Raises:
         TypeError: this process is not in the group.

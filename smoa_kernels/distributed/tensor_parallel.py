@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+from ..adapter import Adapter
 from ..checks import check_kind
 from ..definition.shard import LayerShard
 from .data_parallel import agree_on_buffers
@@ -28,7 +29,7 @@ class _SMoAParallel:
     src_data_rank: int | None
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        if not hasattr(module, "smoa_A"):
+        if not any(isinstance(child, Adapter) for child in module.modules()):
             return cast(nn.Module, super()._apply(module, device_mesh))  # type: ignore[misc]  # torch's style is next
         style: Any = self
         for name in ("input_layouts", "output_layouts"):
@@ -57,13 +58,8 @@ class _SMoAParallel:
         if base.bias is not None:
             base.bias = cut(base.bias, dim=0 if self.dim == 0 else None)
         dims = (None, 0) if self.dim == 0 else (1, None)
-        for factor, dim in zip(("smoa_A", "smoa_B"), dims, strict=True):
-            value = getattr(layer, factor)
-            if isinstance(value, nn.ParameterDict):
-                for name in value:
-                    value[name] = cut(value[name], dim=dim)
-            else:
-                setattr(layer, factor, cut(value, dim=dim))
+        for adapter in [child for child in layer.modules() if isinstance(child, Adapter)]:
+            adapter.A, adapter.B = cut(adapter.A, dim=dims[0]), cut(adapter.B, dim=dims[1])
         layer._cut(LayerShard(mesh, self.dim, layer.out_features, layer.in_features))
 
 
@@ -130,7 +126,7 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
                 f"{type(layer.get_base_layer()).__name__}"
             )
         waiting = [
-            n for n, packed in layer.smoa_blocks.items() if not packed.is_meta and layer.awaits_blocks(n)
+            name for name, one in layer.smoa.items() if not (one.ranks.is_meta or one.has_blocks)
         ]
         if waiting:
             raise ValueError(

@@ -57,4 +57,4 @@ PeftAdapterMixin.load_adapter = checked_load(PeftAdapterMixin.load_adapter)
 PeftModel.save_pretrained = atomic_save(PeftModel.save_pretrained)
 PreTrainedModel.save_pretrained = atomic_save(PreTrainedModel.save_pretrained)
 if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
-    register_peft_method(name="smoa", config_cls=SMoAConfig, model_cls=SMoAModel)
+    register_peft_method(name="smoa", config_cls=SMoAConfig, model_cls=SMoAModel, prefix=SMoAModel.prefix)

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from ..adapter import Adapter
 from ..backends import eager
 from ..definition.block_rule import BlockRule
 from ..definition.experts import ExpertBlocks
@@ -42,7 +43,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     _matrices: Callable[[str, Tensor], Sequence[PackedAdapter]]  # an adapter, over each matrix of a W0
     in_features: int
     out_features: int
-    smoa_A: nn.ParameterDict
+    smoa: Any  # nn.ModuleDict of adapters
     # W0 while the base layer holds W_eff: its values, or a layer over its quantised values (in a tuple, since a module
     # that is assigned directly becomes a child and is saved).
     _stored_base: Tensor | None = None
@@ -72,7 +73,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     @property
     def adapter_device(self) -> torch.device:
         """Where the layer's adapters are."""
-        return cast(Tensor, next(iter(self.smoa_A.values()))).device
+        adapter: Adapter = next(iter(self.smoa.values()))
+        return adapter.ranks.device
 
     def base_sketch(self) -> Tensor:
         """Sketch the whole W0, (33,), or each matrix of a stack."""
@@ -135,7 +137,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             ValueError: `safe_merge` found NaN or Inf.
             RuntimeError: the base weight is offloaded, or is also another tuner's, which has not merged its adapters.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa_A]
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa]
         if not names:
             return
         inner: Any = getattr(self, "base_layer", None)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..adapter_folder.format import STATE_KEYS
 from ..adapter_folder.settings import AdapterSettings
 from ..checks import naming
 from ..definition.packed import PackedAdapter
@@ -29,7 +28,7 @@ from .experts.experts import Experts
 from .experts.targets import find_targets
 from .experts.weight import ExpertsWeight
 from .folder.loading import check_adapter
-from .layer import SMoALayer, layers_with
+from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
 from .offload import present
 from .snapshot import PARAMETER_PREFIX, Snapshot
@@ -95,9 +94,14 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             injected = layers_with(model, adapter_name, every_name=False)
-            if not (config.is_from_file or config.inference_mode):  # else weights will be loaded
-                fresh = {name: layer for name, layer in injected.items() if layer.is_fresh(adapter_name)}
-                initialize_all(fresh, adapter_name)
+            # Else weights will be loaded. TRL gives its frozen reference of an adapter that adapter's configuration, and
+            # copies the factors itself.
+            is_copy = any(held is config for name, held in self.peft_config.items() if name != adapter_name)
+            if is_copy or not (config.is_from_file or config.inference_mode):
+                adapters = {name: layer.smoa[adapter_name] for name, layer in injected.items()}
+                # On the meta device weights will be loaded. PEFT may leave factors there alone.
+                fresh = [n for n, a in adapters.items() if not (a.A.is_meta or a.ranks.is_meta or a.has_blocks)]
+                initialize_all({name: injected[name] for name in fresh}, adapter_name)
             if config.use_lora_rate:
                 settings = {name: layer.settings[adapter_name] for name, layer in injected.items()}
                 self.peft_config[adapter_name] = config.with_alphas_of(settings)
@@ -113,13 +117,6 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 RuntimeWarning,
                 stacklevel=2,
             )
-        # TRL's frozen reference of an adapter in training. TRL copies parameters with ".default." in their names, as in
-        # LoRA's; our names end with the adapter's.
-        if adapter_name == "ref" and self.peft_config["ref"] is self.peft_config.get("default"):
-            for layer in layers_with(model, "default").values():
-                layer.partition("default")  # its labels may be yet to be computed
-                state = {f"{key}.ref": getattr(layer, key)["default"] for key in STATE_KEYS}
-                layer.load_state_dict(state, strict=False)
 
     def _prepare_adapter_config(self, peft_config: SMoAConfig, model_config: dict[str, Any]) -> SMoAConfig:
         """As PEFT's: choose modules by the architecture, but choose none if `target_parameters` is given."""
@@ -268,7 +265,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         combined: dict[str, PackedAdapter] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, SMoALayer):
-                given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa_A]
+                given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa]
                 if given:
                     with present(layer):
                         parts = [layer.packed(a, torch.empty(0)) for a, _ in given]  # W0 is not used
@@ -277,7 +274,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         self.inject_adapter(self.model, adapter_name)
         for name, adapter in combined.items():
             layer = self.model.get_submodule(name)
-            layer.fill(adapter_name, adapter, next(a for a in adapters if a in layer.smoa_A))
+            layer.fill(adapter_name, adapter, next(a for a in adapters if a in layer.smoa))
         self.peft_config[adapter_name].format_version = None
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
@@ -298,11 +295,17 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: SMoAConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> Any:
-        # Missing labels are computed before they are saved; in place, so that the state dict has them.
-        for layer in layers_with(model, adapter_name).values():
-            if not layer.smoa_A[adapter_name].is_meta:
-                layer.partition(adapter_name)
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        layers = layers_with(model, adapter_name)
+        for layer in layers.values():
+            if not layer.smoa[adapter_name].A.is_meta:
+                layer.partition(adapter_name)  # missing blocks are computed, into the tensors of the state dict
+        held = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        for name, layer in layers.items():
+            # As with LoRA, a folder holds the configuration's scale, whatever `set_scale` says.
+            key, s = keys_of(name, adapter_name)["scaling"], layer.smoa[adapter_name].scaling
+            if key in held:
+                held[key] = torch.full_like(s, layer.settings[adapter_name].scaling)
+        return held
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -315,7 +318,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         try:
             check_adapter(model, adapter_name, remapped, strict_base=config.strict_base)
         except ValueError:
-            if any(layer.awaits_blocks(adapter_name) for layer in layers):
+            if not all(layer.smoa[adapter_name].has_blocks for layer in layers):
                 for before in filter(None, snapshots):  # this call also injected the adapter
                     before.restore(adapter_name)
             raise

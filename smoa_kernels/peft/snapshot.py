@@ -12,7 +12,7 @@ from .experts.experts import Experts
 from .layer import SMoALayer
 
 # Prefix of the names of an adapter's parameters.
-PARAMETER_PREFIX = "smoa_"
+PARAMETER_PREFIX = "smoa."
 
 # Classes of the modules by which an injection replaces others.
 _PUT_IN = (SMoALayer, Experts, AuxiliaryTrainingWrapper)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..adapter_folder.format import CONFIG_NAME, HIRA, METHOD, WEIGHTS_NAME
 from ..adapter_folder.reading import Adapter, read_adapter, read_json
-from ..definition.packed import PackedAdapter, scaling_tensor
 
 MERGE = "`smoa-kernels merge` writes a model of its own instead"
 
@@ -62,15 +61,14 @@ def read_served(folder: Path) -> ServedAdapter | None:
 
 
 def _factors(adapter: Adapter, name: str) -> LayerFactors:
-    blocks, factors = adapter.layers[name], adapter.of_layer(name)
-    if blocks.of_experts:
+    stored = adapter.layers[name]
+    if stored.of_experts:
         raise _refusal(adapter.path, f"{name}, a weight of experts,")
-    A, B = factors["smoa_A"].float(), factors["smoa_B"].float()
-    ranks, s = blocks.ranks.tolist(), scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
-    weight = torch.empty(blocks.partition.shape, device="meta")  # the factors do not depend on its values
-    packed = PackedAdapter(weight, A, B, blocks.partition, blocks.ranks, s, ranks)
-    sketch = None if adapter.is_hira else blocks.sketch
-    return LayerFactors(*packed.expanded_factors(torch.float32), tuple(ranks), sketch)
+    weight = torch.empty(stored.shape, device="meta")  # the factors do not depend on its values
+    factors = stored.packed(weight).expanded_factors(torch.float32)
+    return LayerFactors(
+        *factors, tuple(stored.ranks.tolist()), None if adapter.is_hira else stored.sketch
+    )
 
 
 def _refusal(path: Path, what: str) -> ValueError:

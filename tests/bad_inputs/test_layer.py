@@ -77,18 +77,18 @@ def test_from_linear_with_a_weight_that_has_no_spectrum(world: World) -> None:
 
 
 STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
-    (lambda s: s.pop("smoa_ranks"), ValueError, "lacks smoa_ranks"),
-    (lambda s: s["smoa_row_block"].add_(3), ValueError, r"row_block must lie in \[0, 3\)"),
-    (lambda s: s.update(smoa_ranks=one(9, 0, 0).int()), ValueError, "smoa_ranks must sum to r=7"),
-    (lambda s: s.update(smoa_ranks=s["smoa_ranks"] + 0.5), TypeError, "smoa_ranks must be an integer tensor"),
-    (lambda s: s.update(smoa_A=torch.zeros(3, 41)), ValueError, "size mismatch for smoa_A"),
+    (lambda s: s.pop("smoa.ranks"), ValueError, r"lacks smoa\.ranks"),
+    (lambda s: s["smoa.row_block"].add_(3), ValueError, r"row_block must lie in \[0, 3\)"),
+    (lambda s: s.update({"smoa.ranks": one(9, 0, 0).int()}), ValueError, "ranks must sum to r=7"),
+    (lambda s: s.update({"smoa.ranks": s["smoa.ranks"] + 0.5}), TypeError, "ranks must be an integer tensor"),
+    (lambda s: s.update({"smoa.A": torch.zeros(3, 41)}), ValueError, r"size mismatch for .*smoa\.A"),
     (
-        lambda s: [s.pop(key) for key in list(s) if key.startswith("smoa_")] and s["weight"].fill_(torch.nan),
+        lambda s: [s.pop(key) for key in list(s) if key.startswith("smoa.")] and s["weight"].fill_(torch.nan),
         ValueError,
         "weight must be finite to have a spectrum",
     ),
     (lambda s: s.update(weight=None), TypeError, "weight must be a tensor, got NoneType"),
-    (lambda s: s.update(smoa_B=s["smoa_B"].to("meta")), ValueError, "smoa_B must hold numbers, got a meta"),
+    (lambda s: s.update({"smoa.B": s["smoa.B"].to("meta")}), ValueError, r"smoa\.B must hold numbers, got a meta"),
     (lambda s: s.pop("bias"), ValueError, "the state dict lacks bias; strict=False loads the others"),
     (lambda s: s.update(extra=one(1)), ValueError, "the state dict must not hold extra"),
 ]
@@ -151,7 +151,7 @@ MERGED: list[tuple[Callable[[FusedSMoALinear], object], type[Exception], str]] =
 def test_merged_layers(
     call: Callable[[FusedSMoALinear], object], error: type[Exception], words: str, world: World
 ) -> None:
-    world.layer.smoa_B.data.normal_()
+    world.layer.smoa.B.data.normal_()
     base = world.layer.weight.clone()
     world.layer.merge()
     check(world, lambda w: call(w.layer), error, words)

@@ -65,7 +65,7 @@ def build(
             model.add_adapter("other", replace(config, r=4, num_blocks=2))
             model.base_model.set_adapter(["default", "other"])
     for name, parameter in model.named_parameters():
-        if "smoa_B" in name:
+        if "smoa.B" in name:
             nn.init.normal_(parameter, std=0.3)
         if parameter.requires_grad:
             parameter.data = parameter.data.double()

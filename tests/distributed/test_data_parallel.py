@@ -75,14 +75,14 @@ def sent_buffers(model: nn.Module) -> set[int]:
 @in_two
 def test_labels_are_shared() -> None:
     untold = normed()
-    assert id(untold.lin.smoa_row_block) in sent_buffers(untold)
+    assert id(untold.lin.smoa.row_block) in sent_buffers(untold)
     model = normed()
     if dist.get_rank() == 1:
         model.lin.partition = other_labels()
-        model.lin.smoa_ranks = torch.tensor([1, 2, 2], dtype=torch.int32)
+        model.lin.smoa.ranks = torch.tensor([1, 2, 2], dtype=torch.int32)
         model.lin.block_ranks = (1, 2, 2)
-    assert not torch.equal(*gathered(model.lin.smoa_row_block))
-    nn.init.ones_(model.lin.smoa_B)
+    assert not torch.equal(*gathered(model.lin.smoa.row_block))
+    nn.init.ones_(model.lin.smoa.B)
     ignore_buffers(model)
     for buffer in smoa_buffers(model).values():
         assert torch.equal(*gathered(buffer))
@@ -120,12 +120,12 @@ def test_half_of_the_processes_agree_among_themselves() -> None:
     half, _ = dist.new_subgroups(dist.get_world_size() // 2)
     members, rank = dist.get_process_group_ranks(half), dist.get_rank()
     layer = normed().lin
-    layer.smoa_sketch.fill_(rank)
+    layer.smoa.sketch.fill_(rank)
     agree_on_buffers(layer, half)
-    assert (layer.smoa_sketch == members[0]).all()
-    average_gradients([layer.smoa_B], half)
-    layer.smoa_B.backward(torch.full_like(layer.smoa_B, rank))
-    assert (layer.smoa_B.grad == sum(members) / len(members)).all()
+    assert (layer.smoa.sketch == members[0]).all()
+    average_gradients([layer.smoa.B], half)
+    layer.smoa.B.backward(torch.full_like(layer.smoa.B, rank))
+    assert (layer.smoa.B.grad == sum(members) / len(members)).all()
 
 
 @pytest.mark.parametrize("call", [average_gradients, agree_on_buffers])
@@ -139,5 +139,5 @@ def test_without_processes_names_are_noted() -> None:
     model = normed()
     ignore_buffers(model)
     ignored = model._ddp_params_and_buffers_to_ignore
-    assert {"lin.smoa_row_block", "lin.smoa_ranks", "lin.smoa_sketch"} <= set(ignored)
+    assert {"lin.smoa.row_block", "lin.smoa.ranks", "lin.smoa.sketch"} <= set(ignored)
     assert not any(name.startswith("norm") for name in ignored)

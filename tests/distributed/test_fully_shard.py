@@ -87,7 +87,7 @@ def test_factors_that_stay_whole() -> None:
     with Traffic() as traffic:
         ours = step(model, *part(batch(torch.float64)))
     assert isinstance(layers(model)[0].weight, DTensor)
-    assert not isinstance(layers(model)[0].smoa_A, DTensor)
+    assert not isinstance(layers(model)[0].smoa.A, DTensor)
     assert_factors(ours, truth)
     assert traffic.calls["reduce_scatter_base"] == 0
     assert traffic.bytes["allreduce"] == sum(p.numel() * 8 for p in factors)

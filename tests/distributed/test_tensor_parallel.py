@@ -81,13 +81,13 @@ def test_equals_one_process(kind: str, dropout: float, spectral: bool) -> None:
     if kind == "fused" and not spectral:
         up, down = layers(model)
         assert dist.get_world_size() == 2 or 0 in (*up.partition.row_sizes, *down.partition.col_sizes)
-        assert len(up.smoa_row_block) == HIDDEN  # the state dict has all labels
+        assert len(up.smoa.row_block) == HIDDEN  # the state dict has all labels
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         assert isinstance(parameter.grad, DTensor), name
         assert parameter.grad.placements == parameter.placements, name
-        if ("up" in name) == ("smoa_A" in name):
+        if ("up" in name) == ("smoa.A" in name):
             assert parameter.placements == (Replicate(),)
             local = parameter.grad.to_local()
             parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
@@ -151,7 +151,7 @@ def test_sequence_parallel_layouts() -> None:
     y = [torch.empty_like(ours["y"]) for _ in range(mesh.size())]
     dist.all_gather(y, ours["y"])
     assert relative_error(torch.cat(y), expected["y"]) < DOUBLE
-    for name in ("0.up.smoa_A", "0.up.smoa_B", "0.down.smoa_A", "0.down.smoa_B"):
+    for name in ("0.up.smoa.A", "0.up.smoa.B", "0.down.smoa.A", "0.down.smoa.B"):
         # each process's loss is the mean over its own part of the sequence
         assert relative_error(whole(ours[name]) / mesh.size(), expected[name]) < DOUBLE, name
 
@@ -169,8 +169,8 @@ def test_the_order_is_computed_once() -> None:
         assert len(computed) == (4 if dist.get_rank(group) == 0 else 0)
     for layer, other in zip(layers(fused), layers(peft), strict=True):
         assert layer.partition == other.partition("default")
-    labels = [torch.empty_like(layers(fused)[0].smoa_row_block) for _ in range(dist.get_world_size())]
-    dist.all_gather(labels, layers(fused)[0].smoa_row_block)
+    labels = [torch.empty_like(layers(fused)[0].smoa.row_block) for _ in range(dist.get_world_size())]
+    dist.all_gather(labels, layers(fused)[0].smoa.row_block)
     assert all(torch.equal(part, labels[0]) for part in labels)
     with counted_spectra() as none, shared_spectra(), Traffic() as traffic:
         for kind in ("fused", "peft"):
@@ -219,7 +219,7 @@ def test_a_quantized_base_is_refused() -> None:
         TypeError, match=r"over a plain nn.Linear or Conv1D to be cut, got one over Linear4bit"
     ):
         parallelize_module(blocks(model), init_device_mesh("cpu", (2,)), {"0": ColwiseSMoAParallel()})
-    assert not isinstance(blocks(model)[0].smoa_A["default"], DTensor)
+    assert not isinstance(blocks(model)[0].smoa["default"].A, DTensor)
     model(torch.randn(3, 64))
 
 

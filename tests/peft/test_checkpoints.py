@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from smoa_kernels import BlockPartition
-from smoa_kernels.adapter_folder.format import blocks_layout, pack_blocks, unpack_blocks
 from smoa_kernels.adapter_folder.writing import replacing
 from smoa_kernels.peft import SMoAConfig
 
@@ -163,18 +163,15 @@ def test_a_pickle_is_neither_written_nor_read(make_model, folder):
     assert not (folder.parent / "new").exists()
 
 
-@pytest.mark.parametrize("num_blocks", [1, 2, 3, 7, 8, 256, 300])
-def test_packed_blocks_round_trip(num_blocks):
-    labels = torch.arange(640).remainder(num_blocks)[torch.randperm(640)]
-    partition = BlockPartition.from_labels(labels[:317], labels[317:], num_blocks)
-    ranks, sketch = torch.arange(num_blocks, dtype=torch.int32), torch.randn(33).half().float()
-    packed = pack_blocks(partition, ranks, sketch)
-    bits = (num_blocks - 1).bit_length()
-    assert len(packed) == blocks_layout(317, 323, num_blocks).itemsize == 8 + 4 * num_blocks + 66 + 80 * bits
-    found = unpack_blocks(packed, 317, 323)
-    assert found.partition == partition
-    assert torch.equal(found.ranks, ranks)
-    assert torch.equal(found.sketch, sketch)
+def test_ten_lines_of_safetensors_apply_an_adapter(llama, tokens, tmp_path):
+    """As docs/peft.md shows them."""
+    base = llama()
+    model = adapt(llama(), init_weights=False, num_blocks=3).eval()
+    model.save_pretrained(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/peft.md").read_text(), re.DOTALL)
+    (apply,) = (block for block in blocks if "load_file" in block)
+    exec(apply, {"folder": str(tmp_path), "model": base})
+    torch.testing.assert_close(logits(base.eval(), tokens), logits(model, tokens), rtol=1e-4, atol=1e-5)
 
 
 SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}

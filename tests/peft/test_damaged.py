@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from torch import nn
 
-from smoa_kernels.adapter_folder.format import STATE_KEYS, pack_blocks, unpack_blocks
+from smoa_kernels.adapter import STATE_KEYS
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.peft import SMoAConfig, hotswap
 from smoa_kernels.serving.factors import read_served
@@ -39,18 +39,6 @@ def changed(key, change):
     return tensors(lambda state, prefix: state.update({prefix + key: change(state[prefix + key])}))
 
 
-def repacked(edit):
-    """A damage of a layer's unpacked labels and ranks; the checksum is correct."""
-
-    def apply(state, prefix):
-        shape = state[prefix + "smoa_B"].shape[0], state[prefix + "smoa_A"].shape[1]
-        blocks = unpack_blocks(state[prefix + "smoa_blocks"], *shape)
-        edit(blocks)
-        state[prefix + "smoa_blocks"] = pack_blocks(blocks.partition, blocks.ranks, blocks.sketch)
-
-    return tensors(apply)
-
-
 def to_pickle(folder):
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
@@ -62,8 +50,8 @@ def only_x(state, _):
 
 
 def doubled(state, prefix):
-    state[prefix + "smoa_A"] = state[prefix + "smoa_A"].repeat(2, 1)
-    state[prefix + "smoa_B"] = state[prefix + "smoa_B"].repeat(1, 2)
+    state[prefix + "A"] = state[prefix + "A"].repeat(2, 1)
+    state[prefix + "B"] = state[prefix + "B"].repeat(1, 2)
 
 
 def of_another_base(folder):
@@ -94,40 +82,35 @@ OF_FILES = {
     "task": (lambda f: edit_config(f, task_type="7"), f"{CONFIG}: Invalid task type"),
 }
 OF_LAYERS = {
-    "missing": (tensors(lambda s, p: s.pop(p + "smoa_blocks")), "the adapter lacks smoa_blocks"),
-    "corrupt": (tensors(lambda s, p: s[p + "smoa_blocks"][-1:].bitwise_xor_(1)), "smoa_blocks is corrupt"),
-    "zero": (tensors(lambda s, p: s[p + "smoa_blocks"].zero_()), "bytes that say num_blocks=0"),
-    "range": (repacked(lambda b: b.partition.col_block[2].fill_(3)), "must have labels below num_blocks=3"),
-    "rank": (repacked(lambda b: b.ranks.__setitem__(0, -1)), "ranks must sum to r=5"),
-    "sum": (repacked(lambda b: b.ranks.__setitem__(2, 0)), "ranks must sum to r=5"),
-    "dtype": (changed("smoa_blocks", torch.Tensor.float), "smoa_blocks must be a vector of uint8"),
+    "missing": (tensors(lambda s, p: s.pop(p + "row_block")), "the adapter lacks row_block"),
+    "zero": (tensors(lambda s, p: s[p + "ranks"].zero_()), "ranks must sum to r=5"),
+    "range": (tensors(lambda s, p: s[p + "col_block"][2].fill_(3)), r"col_block must lie in \[0, 3\)"),
+    "rank": (tensors(lambda s, p: s[p + "ranks"].__setitem__(0, -1)), "ranks must sum to r=5"),
+    "sum": (tensors(lambda s, p: s[p + "ranks"].__setitem__(2, 0)), "ranks must sum to r=5"),
+    "dtype": (changed("row_block", torch.Tensor.float), "row_block must be an integer tensor"),
+    "scale": (tensors(lambda s, p: s[p + "scaling"].fill_(torch.nan)), "scaling must be finite, got nan"),
+    "other scale": (tensors(lambda s, p: s[p + "scaling"].fill_(3)), f"s is 3.0 and .*{CONFIG} says 1.0"),
     "layer": (
         tensors(lambda s, p: [s.pop(p + key) for key in STATE_KEYS]),
-        "the adapter lacks smoa_A, smoa_B",
+        "the adapter lacks A, B",
     ),
     "unknown": (
-        tensors(lambda s, p: s.update({p + "smoa_C": torch.ones(2)})),
+        tensors(lambda s, p: s.update({p + "C": torch.ones(2)})),
         "model has no place for 1 tensors",
     ),
     "other layer": (
         tensors(lambda s, p: s.update({p.replace("0", "9") + k: s[p + k].clone() for k in STATE_KEYS})),
-        "the model has no place for 3 tensors",
+        "the model has no place for 7 tensors",
     ),
-    "integers": (changed("smoa_B", torch.Tensor.int), "smoa_B must be a matrix of floating-point .*int32"),
-    "vector": (
-        changed("smoa_A", lambda A: A[0].clone()),
-        "smoa_A must be a matrix of|size mismatch for .*smoa_A",
-    ),
-    "shape": (
-        changed("smoa_A", lambda A: A[:, 4:].contiguous()),
-        "must hold the block labels|size mismatch for .*smoa_A",
-    ),
+    "integers": (changed("B", torch.Tensor.int), "B must be .*floating.*int32"),
+    "vector": (changed("A", lambda A: A[0].clone()), "A and B must be matrices|size mismatch for .*A"),
+    "shape": (changed("A", lambda A: A[:, 4:].contiguous()), "must have shape|size mismatch for .*A"),
     "experts": (
-        changed("smoa_blocks", lambda blocks: torch.stack([blocks, blocks])),
-        "must be of as many experts|size mismatch for .*smoa_blocks",
+        changed("row_block", lambda labels: torch.stack([labels, labels])),
+        "must have shape|size mismatch for .*row_block",
     ),
-    "spare": (tensors(doubled), f"{LARGEST} 4|size mismatch for .*smoa_"),
-    "wide": (changed("smoa_B", lambda B: B.repeat(1, 2)), f"{LARGEST} 2|size mismatch for .*smoa_B"),
+    "spare": (tensors(doubled), f"{LARGEST} 4|size mismatch for .*A"),
+    "wide": (changed("B", lambda B: B.repeat(1, 2)), "must have shape|size mismatch for .*B"),
 }
 DOORS = {
     "from_pretrained": (False, PeftModel.from_pretrained),
@@ -146,7 +129,7 @@ PASSES = {
     "inspect": CONSISTENT,
     "serve": CONSISTENT | {"no json", "no folder", "other method"},
     "hotswap": {"unknown"},
-    "over an adapter": OF_FILES,  # only the tensors are read again
+    "over an adapter": {*OF_FILES, "other scale"},  # only the tensors are read again
     "transformers": {"no folder", "no weights", "other method", "task"},
 }
 PEFTS_OWN = {"no folder", "no weights", "other method"}
@@ -211,7 +194,7 @@ def test_another_bit_anywhere_in_the_weights(tmp_path):
             state = loaded.state_dict()
             for key, tensor in load_file(path).items():
                 close = {"rtol": 0, "atol": 0, "equal_nan": True, "check_dtype": False}
-                torch.testing.assert_close(state[f"{key}.default"], tensor, **close)
+                torch.testing.assert_close(state[key.replace(".smoa.", ".smoa.default.")], tensor, **close)
         else:  # an undamaged folder may still be of another model
             assert WEIGHTS in str(loaded) or not isinstance(report, Exception)
             assert all(map(torch.equal, model.state_dict().values(), linear().state_dict().values()))

@@ -15,7 +15,8 @@ from problems import DEVICE, relative_error
 from safetensors.torch import load_file
 from tiny_models import tiny_gpt2, tiny_llama
 
-from smoa_kernels.adapter_folder.format import STATE_KEYS
+from smoa_kernels.adapter import STATE_KEYS
+from smoa_kernels.adapter_folder.settings import FORMAT_VERSION
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.dropout import Dropout, draw_seed
 from smoa_kernels.definition.reference import delta_weight
@@ -80,7 +81,7 @@ def test_active_adapters_compute_the_definition_with_one_product(kind, mix, dtyp
         counted = lambda *given, product=product, **named: calls.append(1) or product(*given, **named)  # noqa: E731
         monkeypatch.setattr(f"smoa_kernels.peft.linear.{product.__name__}", counted)
     for layer in layer_list(model):
-        factors = [factor[name] for name in names for factor in (layer.smoa_A, layer.smoa_B)]
+        factors = [factor for name in names for factor in (layer.smoa[name].A, layer.smoa[name].B)]
         for factor in factors:
             factor.data.add_(0.1)  # in padding too, which nothing reads
         biases = [bias for bias in (layer.get_base_layer().bias,) if bias is not None]
@@ -128,7 +129,7 @@ def test_a_saved_adapter_is_loaded_bit_for_bit(kind, order, make, tokens, tmp_pa
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path)
     assert {key.rsplit(".", 1)[1] for key in load_file(tmp_path / WEIGHTS)} == set(STATE_KEYS)
-    assert json.loads((tmp_path / CONFIG).read_text())["format_version"] == 2
+    assert json.loads((tmp_path / CONFIG).read_text())["format_version"] == FORMAT_VERSION
     with monkeypatch.context() as loading:
         loading.setattr("smoa_kernels.definition.spectral_order.spectral_centroids", made_anew)
         loading.setattr(BlockRule, "of_shape", made_anew)
@@ -141,7 +142,7 @@ def test_a_saved_adapter_is_loaded_bit_for_bit(kind, order, make, tokens, tmp_pa
             assert torch.equal(logits(loaded, tokens), expected)
     for one, other in zip(layer_list(model), layer_list(loaded), strict=True):
         assert one.settings["default"].rule == other.settings["again"].rule == BlockRule(3, **settings)
-        assert torch.equal(one.smoa_blocks["default"], other.smoa_blocks["again"])
+        assert torch.equal(one.smoa["default"].row_block, other.smoa["again"].row_block)
     # The labels decide, whatever the configuration says; granules are recognised from them.
     different = adapt(make(), kind, block_order="contiguous" if order == "random" else "random", granule=1)
     logits(different, tokens)  # its index tensors exist before the other labels arrive
@@ -180,8 +181,8 @@ def test_life_cycle(kind, dtype, fresh, merging, make, tokens):
     logits(model, tokens).sum().backward()
     with torch.no_grad():
         for layer in layer_list(model):
-            assert layer.smoa_B["default"].grad.any()
-            layer.smoa_B["default"].normal_()
+            assert layer.smoa["default"].B.grad.any()
+            layer.smoa["default"].B.normal_()
     expected, keys = logits(model, tokens), get_peft_model_state_dict(model).keys()
     bases = [anatomy(layer) for layer in layer_list(model)]
     model.merge_adapter(safe_merge=True)

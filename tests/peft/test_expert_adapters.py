@@ -43,10 +43,10 @@ def test_keys_are_the_parameters_paths_and_do_not_depend_on_the_order():
         states.append({key: tuple(t.shape) for key, t in get_peft_model_state_dict(model).items()})
     assert states[0] == states[1] == states[2]
     prefix = "base_model.model.model.layers.1.mlp.experts.gate_up_proj."
-    assert states[0][f"{prefix}smoa_A"] == (6, 2, 32)
-    assert states[0][f"{prefix}smoa_B"] == (6, 48, 2)
-    assert states[0][f"{prefix}smoa_blocks"][0] == 6
-    assert len(states[0]) == 2 * 2 * 3
+    assert states[0][f"{prefix}smoa.A"] == (6, 2, 32)
+    assert states[0][f"{prefix}smoa.B"] == (6, 48, 2)
+    assert states[0][f"{prefix}smoa.row_block"] == (6, 48)
+    assert len(states[0]) == 2 * 2 * 7
 
 
 def test_a_weight_that_would_get_no_gradient_is_refused(tokens):
@@ -80,8 +80,8 @@ def test_two_adapters_of_different_weights(tokens, tmp_path):
 
 def test_beside_adapted_linear_layers_and_modules_that_are_saved(tokens, tmp_path):
     model = adapt(tiny_experts(), target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head", "gate"])
-    trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"smoa_A", "smoa_B", "default"}
+    trained = {".".join(name.split(".")[-2:]) for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"default.A", "default.B", "default.weight"}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     logits(model, tokens).square().mean().backward()
     optimizer.step()
@@ -106,7 +106,7 @@ def test_patterns_name_parameters(recwarn):
         assert weight.ranks("default").tolist() == ([2, 2] if down else [2, 2, 1]), name
         assert weight.scaling["default"] == (1 / (4 if down else 5) if ".1." in name else 1.0)
     assert not [w for w in recwarn if "pattern" in str(w.message)]
-    parameters = sum(weight.num_adapter_parameters("default") for weight in found.values())
+    parameters = sum(weight.smoa["default"].num_parameters for weight in found.values())
     up, down = 2 * (16 + 11) + 2 * (16 + 11) + (16 + 10), 2 * (32 + 24)
     assert parameters == 2 * 6 * (up + down)
 
@@ -166,11 +166,11 @@ def test_modules_of_another_adapter_are_not_taken_for_the_weights_of_the_same_na
     alone.save_pretrained(tmp_path)
     model = adapt(base())
     model.load_adapter(tmp_path, "dense")
-    assert all(list(weight.smoa_A) == ["default"] for weight in weights(model).values())
+    assert all(list(weight.smoa) == ["default"] for weight in weights(model).values())
     model.set_adapter("dense")
     assert torch.equal(logits(model, tokens), logits(alone, tokens))
     model.add_adapter("new", SMoAConfig(**dense))
-    assert all(list(weight.smoa_A) == ["default"] for weight in weights(model).values())
+    assert all(list(weight.smoa) == ["default"] for weight in weights(model).values())
 
 
 @pytest.mark.slow

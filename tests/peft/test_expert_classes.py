@@ -61,5 +61,5 @@ def test_class(module, name):
     assert torch.equal(experts(x, index, routing), expected)
     with torch.no_grad():
         for weight in experts.weights.values():
-            weight.smoa_B["default"].normal_()
+            weight.smoa["default"].B.normal_()
     assert_within_budget(experts, torch.float32)

@@ -108,19 +108,19 @@ def test_one_exchanged_in_inference_mode_can_be_trained(tmp_path, tokens):
     with torch.inference_mode():
         hotswap(model, folders[1])
     logits(model, tokens).square().mean().backward()
-    assert all(layer.smoa_B["default"].grad.any() for layer in layer_list(model))
+    assert all(layer.smoa["default"].B.grad.any() for layer in layer_list(model))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 4}, r"size mismatch for .*smoa_A: the layer takes shape \(3, 32\), the adapter has \(2, 32\)"),
-        ({"num_blocks": 3}, "size mismatch for .*smoa_A"),
+        ({"r": 4}, r"size mismatch for .*A: the layer takes shape \(3, 32\), the adapter has \(2, 32\)"),
+        ({"num_blocks": 3}, "size mismatch for .*A"),
         ({"block_order": "contiguous"}, "block sizes, granularity and contiguity must be the same"),
-        ({"target_modules": ["q_proj"]}, "k_proj: the adapter lacks smoa_A, smoa_B, smoa_blocks"),
-        ({"base": {"num_hidden_layers": 3}}, "no place for 21 tensors of the adapter, for one .*layers.2"),
+        ({"target_modules": ["q_proj"]}, "k_proj: the adapter lacks A, B, row_block"),
+        ({"base": {"num_hidden_layers": 3}}, "no place for 49 tensors of the adapter, for one .*layers.2"),
         ({"modules_to_save": ["lm_head"]}, "bias and modules_to_save: .*lm_head.weight"),
-        ({"base": {"hidden_size": 64}}, "size mismatch for .*q_proj.smoa_A"),
+        ({"base": {"hidden_size": 64}}, "size mismatch for .*q_proj.A"),
     ],
 )
 def test_another_shape_or_base_is_refused_by_name(pair, tmp_path, settings, message):
@@ -131,7 +131,7 @@ def test_another_shape_or_base_is_refused_by_name(pair, tmp_path, settings, mess
 
 def test_another_dtype_and_other_ranks_of_blocks_are_refused(pair, tmp_path):
     def edit(state):
-        last = [key for key in state if "smoa_A" in key][-1]
+        last = [key for key in state if "smoa.A" in key][-1]
         state[last] = state[last].half()
 
     edit_weights(pair[1], edit)

@@ -97,7 +97,7 @@ def test_report_of_a_folder(make_model, folder, tmp_path):
         module = layers(model)[f"base_model.model.{layer.name}"]
         assert layer.shape == (module.out_features, module.in_features)
         assert layer.ranks == (2, 2, 1)
-        assert layer.parameters == module.num_adapter_parameters("default")
+        assert layer.parameters == module.smoa["default"].num_parameters
         assert len(layer.fingerprint) == 16
         assert layer.fits is None
     assert report.file_size == (path / WEIGHTS).stat().st_size

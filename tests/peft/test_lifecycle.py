@@ -91,7 +91,7 @@ def test_configuration_without_weights_starts_a_new_adapter(folder, make_model, 
     logits(model, tokens).sum().backward()
     for layer in layers(model).values():
         assert layer.partition("default") == BlockPartition.from_weight(layer.base_weight(), 3)
-        assert layer.smoa_A["default"].grad is not None
+        assert layer.smoa["default"].A.grad is not None
 
 
 # Operations of other libraries
@@ -103,7 +103,7 @@ def test_safe_merge_refuses_a_broken_adapter_before_it_writes(llama, monkeypatch
     layer = next(iter(layers(model).values()))
     weight = layer.base_layer.weight.clone()
     with torch.no_grad():
-        layer.smoa_B["default"].fill_(torch.nan)
+        layer.smoa["default"].B.fill_(torch.nan)
     monkeypatch.delattr(BaseWeight, "_write")
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         model.merge_adapter(safe_merge=True)
@@ -169,7 +169,7 @@ def test_a_backward_uses_the_scale_of_its_forward():
         if unscaled_first:
             layer.unscale_layer(0.5)
         loss.backward()
-        gradients.append(layer.smoa_A["default"].grad)
+        gradients.append(layer.smoa["default"].A.grad)
     assert torch.equal(*gradients)
 
 

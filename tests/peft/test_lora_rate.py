@@ -156,7 +156,7 @@ def test_a_single_layer():
     linear = nn.Linear(40, 33)
     layer = FusedSMoALinear.from_linear(linear, r=6, num_blocks=3, alpha=12, use_lora_rate=True)
     assert layer.scaling == pytest.approx(2 * 9 / rms(linear.weight), rel=1e-5)
-    nn.init.normal_(layer.smoa_B, std=0.01)
+    nn.init.normal_(layer.smoa.B, std=0.01)
     other = FusedSMoALinear.from_linear(nn.Linear(40, 33), r=6, num_blocks=3, alpha=layer.alpha)
     other.load_state_dict(layer.state_dict())
     x = torch.randn(4, 40)

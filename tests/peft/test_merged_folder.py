@@ -73,7 +73,7 @@ def add(name, *shape):
 
 
 def spoilt(state):
-    state["base_model.model.model.layers.1.mlp.down_proj.smoa_B"][0] = torch.nan
+    state["base_model.model.model.layers.1.mlp.down_proj.smoa.B"][0] = torch.nan
 
 
 def quantised(base):

@@ -36,14 +36,14 @@ def expected(tokens, tmp_path):
 def test_injection_reads_the_offloaded_weight(offload, tokens, expected):
     model = adapt(offload(tiny_llama()))
     assert all(
-        layer.base_layer.weight.is_meta and not layer.smoa_A["default"].is_meta for layer in layer_list(model)
+        layer.base_layer.weight.is_meta and not layer.smoa["default"].A.is_meta for layer in layer_list(model)
     )
     assert torch.equal(model(tokens).logits, expected)
     plain = adapt(tiny_llama())
     model(tokens).logits.square().sum().backward()
     plain(tokens).logits.square().sum().backward()
     for ours, theirs in zip(layer_list(model), layer_list(plain), strict=True):
-        assert torch.equal(ours.smoa_B["default"].grad, theirs.smoa_B["default"].grad)
+        assert torch.equal(ours.smoa["default"].B.grad, theirs.smoa["default"].B.grad)
     torch.testing.assert_close(model.merge_and_unload()(tokens).logits, expected)
 
 
@@ -113,7 +113,7 @@ def test_injection_gathers_a_partitioned_weight(zero3, make_base, tmp_path):
     plain, partitioned = adapt(make_base()), adapt(zero3(make_base()))
     for ours, theirs in zip(layer_list(partitioned), layer_list(plain), strict=True):
         assert ours.base_layer.weight.numel() == 0
-        assert torch.equal(ours.smoa_blocks["default"], theirs.smoa_blocks["default"])
+        assert torch.equal(ours.smoa["default"].row_block, theirs.smoa["default"].row_block)
     # Loading an adapter gathers the base weight too, to recognise it.
     plain.save_pretrained(tmp_path)
     with warnings.catch_warnings():

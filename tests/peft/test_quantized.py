@@ -33,12 +33,12 @@ def test_the_weights_values_are_not_kept_for_backward(quantizable):
         y = layer(x)
     assert (layer.out_features, layer.in_features) not in {tuple(t.shape) for t in saved}
     y.backward(dy)
-    found = [factor["other"].grad.clone() for factor in (layer.smoa_A, layer.smoa_B)]
+    found = [factor.grad.clone() for factor in layer.smoa["other"].parameters()]
     model.zero_grad()
     model.base_model.set_adapter("other")
     layer(x).backward(dy)
-    for gradient, factor in zip(found, (layer.smoa_A, layer.smoa_B), strict=True):
-        torch.testing.assert_close(gradient, factor["other"].grad)
+    for gradient, factor in zip(found, layer.smoa["other"].parameters(), strict=True):
+        torch.testing.assert_close(gradient, factor.grad)
 
 
 def test_a_backward_after_inference_checkpointing_or_a_merge_uses_the_base_weight(nf4, tokens):
@@ -100,7 +100,7 @@ def test_float8_blocks_are_read_as_they_were_scaled(block):
     model = adapt(nn.Sequential(float8_layer(nn.Linear(72, 200), block)), target_modules=["0"])
     (layer,) = layer_list(model)
     assert torch.equal(layer.base_weight(), layer.base_layer.wanted)
-    assert layer.smoa_A["default"].dtype == torch.float32
+    assert layer.smoa["default"].A.dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "torchao int4"])

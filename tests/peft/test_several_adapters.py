@@ -59,7 +59,7 @@ def test_padding_may_hold_anything():
     layer, x = model.base_model.model[0], torch.randn(4, 12)
     expected = layer(x)
     for name in ("one", "two"):
-        factors = layer.smoa_A[name].data, layer.smoa_B[name].data
+        factors = layer.smoa[name].A.data, layer.smoa[name].B.data
         masks = padding_masks(layer.partition(name), layer.ranks(name), len(factors[0]))
         for factor, mask in zip(factors, masks, strict=True):
             assert not mask.all()
@@ -94,14 +94,17 @@ def test_merging_several_adapters(make_model, tokens, mix, order):
 
 @pytest.mark.numerical
 def test_trls_reference_is_a_copy(folder, make_model, tokens):
-    """TRL adds "ref" with the configuration of "default"; any other name makes a new adapter."""
+    """TRL adds "ref" with the configuration of "default", whose blocks it takes, and copies the factors."""
     saved, expected = folder
     model = PeftModel.from_pretrained(make_model(), saved, is_trainable=True).eval()
     for name in ("ref", "other"):
         model.add_adapter(name, model.peft_config["default"])
+    for name, parameter in model.named_parameters():  # as TRL does
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
     with torch.no_grad():
         for layer in layers(model).values():
-            layer.smoa_B["default"].zero_()
+            layer.smoa["default"].B.zero_()
         model.set_adapter("ref")
         assert torch.equal(logits(model, tokens), expected)
         model.set_adapter("other")
@@ -221,7 +224,7 @@ def test_concatenation_over_layers_that_differ(llama, tokens, tmp_path, case):
     model.add_weighted_adapter(["one", "two"], [1.0, 2.0], "both")
     activate(model, "both")
     for layer in layers(model).values():
-        parts = [name for name in ("one", "two") if name in layer.smoa_A]
+        parts = [name for name in ("one", "two") if name in layer.smoa]
         assert len(parts) == 2 or layer.partition("both") is layer.partition(parts[0])
     expected = logits(model, tokens)
     model.save_pretrained(tmp_path, selected_adapters=["both"])

@@ -155,7 +155,7 @@ def test_other_orders_sort_nothing_and_layers_of_one_shape_share_their_blocks(ma
 
 
 def test_only_weights_of_a_state_dict_are_sorted(llama, threads, sorted_in):
-    names = ["model.layers.1.mlp.up_proj.smoa_A"]
+    names = ["model.layers.1.mlp.up_proj.smoa.A"]
     inject_adapter_in_model(config(), llama(), state_dict=dict.fromkeys(names))
     assert len(sorted_in) == 1
 

@@ -138,15 +138,15 @@ def test_moving_and_casting_the_model(tokens):
     expected = model(tokens).logits
     half = model.to(torch.bfloat16)
     for layer in (module for module in half.modules() if isinstance(module, SMoALayer)):
-        assert layer.smoa_blocks["default"].dtype == torch.uint8
+        assert layer.smoa["default"].row_block.dtype == torch.uint8
         assert layer.ranks("default").dtype == torch.int32
-        assert layer.smoa_A["default"].dtype == torch.bfloat16
+        assert layer.smoa["default"].A.dtype == torch.bfloat16
         layer._apply(torch.clone)  # as a move to another device does
-        blocks = layer.smoa_blocks["default"]
-        assert layer._prepared["default"].packed is blocks  # already: the next forward may be compiled
-        layer.smoa_blocks["default"] = blocks.clone()  # as PEFT moves an adapter
-        assert layer.ranks("default") is layer._prepared["default"].ranks
-        assert layer._prepared["default"].packed is not blocks
+        adapter = layer.smoa["default"]
+        assert adapter.is_current()  # already: the next forward may be compiled
+        before, adapter.row_block = adapter.partition, adapter.row_block.clone()  # as another process's labels come
+        assert not adapter.is_current()
+        assert layer.partition("default") == before
     assert (half(tokens).logits.float() - expected).norm() < 0.05 * expected.norm()
     source = adapt(tiny_llama(), init_weights=False, smoa_alpha=0.5).eval()
     state, expected = source.state_dict(), source(tokens).logits
@@ -156,9 +156,9 @@ def test_moving_and_casting_the_model(tokens):
         empty.load_state_dict(state)
         empty.base_model.model.model.rotary_emb = rotary  # a state dict does not hold its buffers
         assert torch.equal(empty(tokens).logits, expected)
-    key = next(key for key in state if "smoa_blocks" in key)
-    with pytest.raises(ValueError, match=f"{key.split('.smoa')[0]}: smoa_blocks"):
-        source.load_state_dict({**state, key: state[key] ^ 1})
+    key = next(key for key in state if "row_block" in key)
+    with pytest.raises(ValueError, match=rf"{key} must lie in \[0, "):
+        source.load_state_dict({**state, key: state[key] + 100})
 
 
 @pytest.mark.numerical

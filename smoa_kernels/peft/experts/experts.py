@@ -34,10 +34,10 @@ class Experts(nn.Module):
         >>> model = get_peft_model(base, SMoAConfig(r=4, target_parameters=["mlp.experts.down_proj"]))
         >>> model.base_model.model.model.layers[0].mlp.experts.down_proj
         smoa.ExpertsWeight(
-          experts=4, in_features=8, out_features=16, default(r=4, num_blocks=2)
-          (smoa_A): ParameterDict(  (default): Parameter containing: [torch.FloatTensor of size 4x2x8])
-          (smoa_B): ParameterDict(  (default): Parameter containing: [torch.FloatTensor of size 4x16x2])
-          (smoa_blocks): BufferDict(  (default): Buffer containing: [torch.ByteTensor of size 4x85])
+          experts=4, in_features=8, out_features=16
+          (smoa): ModuleDict(
+            (default): Adapter(shape=(4, 16, 8), r=4, num_blocks=2)
+          )
         )
     """
 

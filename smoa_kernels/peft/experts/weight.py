@@ -25,9 +25,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
         parameter_name: the parameter's name in it.
 
     Attributes:
-        smoa_A: parameters (E, ρ, C), by adapter.
-        smoa_B: parameters (E, N, ρ), by adapter.
-        smoa_blocks: uint8, a row for each expert (:mod:`smoa_kernels.adapter_folder.format`).
+        smoa: the adapters of the stack of E weights, by name.
     """
 
     def __init__(self, experts: nn.Module, parameter_name: str) -> None:
@@ -46,7 +44,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
 
     def one_of(self, adapter_names: Sequence[str]) -> str | None:
         """The one of these adapters that this weight has, or None; a ValueError if it has several."""
-        found = [name for name in adapter_names if name in self.smoa_A]
+        found = [name for name in adapter_names if name in self.smoa]
         if len(found) > 1:
             raise ValueError(
                 f"{self.parameter_name}: at most one adapter of experts can be active, got {', '.join(found)}"
@@ -96,7 +94,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
     def packed(self, adapter_name: str, weight: Tensor) -> ExpertsAdapter:
         """Pair an adapter with W0 (E, N, C); autograd sees the factors."""
         ready = self._ready(adapter_name)
-        A, B = self.smoa_A[adapter_name], self.smoa_B[adapter_name]
+        A, B = ready.A, ready.B
         if A.dtype not in (weight.dtype, torch.float32):
             A, B = A.to(weight.dtype), B.to(weight.dtype)
         # A copy if a backward may follow: s may be changed before it, as PEFT's `scale_layer` does.

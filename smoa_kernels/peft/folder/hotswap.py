@@ -12,7 +12,7 @@ from ...adapter_folder.format import CONFIG_NAME, PREFIX
 from ...adapter_folder.reading import Adapter, read_adapter
 from ...checks import check_path, naming, shown
 from ..config import SMoAConfig
-from ..layer import SMoALayer, layers_with
+from ..layer import SMoALayer, keys_of, layers_with
 from .loading import check_adapter
 
 # Part of the names of a compiled model's modules.
@@ -60,9 +60,9 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     names = {path: name for name, path in paths.items()}
     # Keyed as the model's state dict is; a layer that the model has not keeps its path.
     state = {
-        f"{names.get(path, path)}.{key}.{adapter_name}": tensor
-        for path in adapter.layers
-        for key, tensor in adapter.of_layer(path).items()
+        keys_of(names.get(path, path), adapter_name)[key]: tensor
+        for path, layer in adapter.layers.items()
+        for key, tensor in layer.tensors().items()
     }
     check_adapter(model, adapter_name, state, strict_base=True)
     for name, layer in layers.items():
@@ -70,7 +70,7 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     for kept in ("algorithm", "backend", "inference_mode") if held is not None else ():
         setattr(config, kept, getattr(held, kept))
     for name, layer in layers.items():
-        layer.overwrite(adapter_name, adapter.of_layer(paths[name]), config.for_layer(paths[name]))
+        layer.overwrite(adapter_name, adapter.layers[paths[name]].tensors(), config.for_layer(paths[name]))
     if held is not None:
         configs[adapter_name] = config
 
@@ -92,14 +92,13 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
 
 def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapter, path: str) -> None:
     """Raise unless a layer's new adapter, of the same shapes, agrees with the old one in all constants of a graph."""
-    new, factors = adapter.layers[path], adapter.of_layer(path)
-    A, B = layer.smoa_A[adapter_name], layer.smoa_B[adapter_name]
+    old, new = layer.smoa[adapter_name], adapter.layers[path]
     for what, held, found in (
-        ("block_ranks", layer.ranks(adapter_name).tolist(), new.ranks.tolist()),
-        ("dtype", (A.dtype, B.dtype), (factors["smoa_A"].dtype, factors["smoa_B"].dtype)),
+        ("block_ranks", list(old.block_ranks), new.ranks.tolist()),
+        ("dtype", (old.A.dtype, old.B.dtype), (new.A.dtype, new.B.dtype)),
         (
             "block sizes, granularity and contiguity",
-            layer.partition(adapter_name).sizes(),
+            old.partition.sizes(),
             new.partition.sizes(),
         ),
     ):

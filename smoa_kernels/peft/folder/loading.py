@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...adapter_folder.format import CONFIG_NAME, METHOD, STATE_KEYS
+from ...adapter_folder.format import CONFIG_NAME, METHOD
 from ...adapter_folder.reading import read_json
 from ...definition.sketch import check_base
 from ..config import SMoAConfig
-from ..layer import layers_with
+from ..layer import keys_of, layers_with
 from ..offload import gathered, present
 from ..snapshot import PARAMETER_PREFIX, Snapshot
 
@@ -37,7 +37,8 @@ def check_adapter(
             trained over (else a warning).
     """
     layers = layers_with(model, adapter_name)
-    places = {f"{name}.{key}.{adapter_name}" for name in layers for key in STATE_KEYS}
+    keys = {name: keys_of(name, adapter_name) for name in layers}
+    places = {key for of_layer in keys.values() for key in of_layer.values()}
     homeless = [key for key in state if f".{PARAMETER_PREFIX}" in key and key not in places]
     if homeless:
         raise ValueError(
@@ -47,12 +48,13 @@ def check_adapter(
     holds_adapter = any(key in places for key in state)
     distances = {}
     for name, layer in layers.items():
-        given = {key: state.get(f"{name}.{key}.{adapter_name}") for key in STATE_KEYS}
-        if holds_adapter or layer.awaits_blocks(adapter_name):
-            sketch = layer.check_state(name, adapter_name, given)
-            if sketch is not None:
+        adapter = layer.smoa[adapter_name]
+        given: dict[str, Any] = {key: state.get(place) for key, place in keys[name].items()}
+        if holds_adapter or not adapter.has_blocks:
+            adapter.check_state(name, given)
+            if not given["sketch"].is_meta:
                 with gathered(layer), present(layer):
-                    distances[name] = layer.base_distance(sketch)
+                    distances[name] = layer.base_distance(given["sketch"])
     check_base(distances, strict=strict_base)
 
 

@@ -1,7 +1,7 @@
 """Converts adapter folders between PEFT's HiRA and SMoA with one block, which are the same factors.
 
-<path>.hira_A  (r, C)    <path>.smoa_A
-<path>.hira_B  (N, r)    <path>.smoa_B, beside it <path>.smoa_blocks
+<path>.hira_A  (r, C)    <path>.smoa.A
+<path>.hira_B  (N, r)    <path>.smoa.B, beside it the labels of a single block, the rank, the sketch and s = 1
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...adapter_folder.base_model import BaseModel
-from ...adapter_folder.format import CONFIG_NAME, HIRA, METHOD, PREFIX, WEIGHTS_NAME, pack_blocks
+from ...adapter_folder.format import CONFIG_NAME, HIRA, INFIX, METHOD, PREFIX, WEIGHTS_NAME
 from ...adapter_folder.reading import Adapter, read_adapter
 from ...adapter_folder.settings import whole_name
 from ...adapter_folder.writing import replacing, seal
@@ -99,17 +99,18 @@ def _to_smoa(
             "adapter holds a sketch of its base weights"
         )
     check_path("base", base or named)
-    bases, state = BaseModel(Path(base or named)), dict(adapter.tensors)
-    for done, (name, blocks) in enumerate(adapter.layers.items()):
+    bases, state = BaseModel(Path(base or named)), adapter.whole
+    for done, (name, layer) in enumerate(adapter.layers.items()):
         progress(done, len(adapter.layers))
-        stored, shape = bases.get(f"{name}.weight"), blocks.partition.shape
+        stored, shape = bases.get(f"{name}.weight"), layer.shape
         if stored is None or tuple(stored.shape) not in (shape, shape[::-1]):
             raise ValueError(f"the base model in {bases.folder} lacks {name}.weight in the shape {shape}")
         # fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
         W0 = stored.T if bases.stores_swapped(name, shape) else stored
-        state[f"{name}.smoa_blocks"] = pack_blocks(blocks.partition, blocks.ranks, sketch_weight(W0))
+        tensors = {**layer.tensors(), "sketch": sketch_weight(W0)}
+        state |= {f"{name}{INFIX}{key}": tensor for key, tensor in tensors.items()}
     # Ranks are those in the file: PEFT 0.21.2 gives every plain layer r and ignores rank_pattern.
-    ranks = {whole_name(name): int(blocks.ranks) for name, blocks in adapter.layers.items()}
+    ranks = {whole_name(name): int(layer.ranks) for name, layer in adapter.layers.items()}
     config = SMoAConfig(
         **settings,
         num_blocks=1,
@@ -125,21 +126,20 @@ def _to_hira(adapter: Adapter, settings: dict[str, Any]) -> tuple[HiraConfig, di
     config, state = adapter.settings, adapter.whole
     if config.bias != "none":
         raise ValueError(f"bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
-    for name, blocks in adapter.layers.items():
-        if blocks.of_experts:
+    for name, layer in adapter.layers.items():
+        if layer.of_experts:
             raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
-        if blocks.partition.num_blocks != 1:
+        if len(layer.ranks) != 1:
             raise ValueError(
-                f"{name}: num_blocks={blocks.partition.num_blocks} has no counterpart in HiRA, which has one block"
+                f"{name}: num_blocks={len(layer.ranks)} has no counterpart in HiRA, which has one block"
             )
-        if (rank := int(blocks.ranks)) != config.r:
+        if (rank := int(layer.ranks)) != config.r:
             raise ValueError(
                 f"{name}: the rank {rank} beside r={config.r} has no counterpart in HiRA: PEFT gives every plain layer "
                 "the same rank, whatever rank_pattern says"
             )
-        factors = adapter.of_layer(name)
-        state[f"{name}.hira_A"] = factors["smoa_A"]
-        state[f"{name}.hira_B"] = factors["smoa_B"] * config.for_layer(name).scaling
+        state[f"{name}.hira_A"] = layer.A
+        state[f"{name}.hira_B"] = layer.B * float(layer.scaling)
     settings |= {"r": config.r, "hira_dropout": config.smoa_dropout, "init_weights": config.init_weights}
     with naming(adapter.path.with_name(CONFIG_NAME)):
         return HiraConfig(**settings), state

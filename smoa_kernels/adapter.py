@@ -1,0 +1,329 @@
+"""`Adapter`: the SMoA adapter of one weight, or of a stack of weights of one shape (docs/definition.md).
+
+Both layers hold adapters, the operator takes them packed with a weight, and a folder stores their tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_dense, check_finite
+from .definition.experts import ExpertBlocks
+from .definition.labels import check_range, label_dtype
+from .definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
+from .definition.partition import BlockPartition
+from .definition.ranks import trainable_parameters
+from .definition.shard import LayerShard
+from .definition.sketch import SKETCH_SIZE
+from .definition.thresholds import WHOLE
+from .operators.dispatch import is_observed, is_traced
+
+# An adapter's tensors, as state dicts and safetensors files name them, and those of them that say where its blocks are.
+STATE_KEYS = ("A", "B", "row_block", "col_block", "ranks", "sketch", "scaling")
+LABELS = ("row_block", "col_block", "ranks")
+
+
+class Adapter(nn.Module):
+    """Factors, block labels, ranks and scale: all that `ΔW = s · mask ∘ (B A) ∘ W0` takes beside W0 (N, C).
+
+    ρ is the largest rank of its K blocks. For a stack of E weights, each tensor but `ranks` and `scaling` has E as a
+    further first dimension. Moving, casting, saving and loading are `nn.Module`'s; a cast changes the factors alone.
+
+    Args:
+        shape: (N, C), or (E, N, C).
+        ranks: rank of each block.
+        scaling: s.
+        device: of all tensors. On the meta device `scaling` stays on the CPU.
+        dtype: of the factors.
+
+    Attributes:
+        A, B: parameters (ρ, C) and (N, ρ); zeros until :meth:`reset`.
+        row_block, col_block: the block of each row (N,) and column (C,), uint8, or int32 above 256 blocks.
+        ranks: int32 (K,); zeros until there are blocks.
+        sketch: float32 (33,), of the W0 that the adapter is trained on.
+        scaling: s, 0-d.
+        block_ranks: the numbers in `ranks`.
+        stack: (E,), or () for a single weight.
+        shard: the part of the weight that this process holds, under tensor parallelism.
+    """
+
+    A: Tensor
+    B: Tensor
+    row_block: Tensor
+    col_block: Tensor
+    ranks: Tensor
+    sketch: Tensor
+    scaling: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        ranks: Sequence[int],
+        scaling: float,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        *stack, rows, cols = shape
+        rho, labels = max(ranks), label_dtype(len(ranks))
+        self.stack, self.block_ranks = tuple(stack), tuple(ranks)
+        self.shard: LayerShard | None = None
+        self._partition: Any = None  # made of the labels in `_made_of`
+        self._made_of: tuple[Tensor, ...] = ()
+        self._kept: PackedAdapter | None = None  # of the last call; it holds what the backend made of it
+        self.A = nn.Parameter(torch.zeros(*stack, rho, cols, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.zeros(*stack, rows, rho, device=device, dtype=dtype))
+        self.register_buffer("row_block", torch.zeros(*stack, rows, device=device, dtype=labels))
+        self.register_buffer("col_block", torch.zeros(*stack, cols, device=device, dtype=labels))
+        self.register_buffer("ranks", torch.zeros(len(ranks), device=device, dtype=torch.int32))
+        self.register_buffer("sketch", torch.zeros(*stack, SKETCH_SIZE, device=device, dtype=torch.float32))
+        self.register_buffer("scaling", scaling_tensor(scaling, torch.device("cpu")))
+        self._place_scaling(self.scaling)
+
+    @property
+    def num_blocks(self) -> int:
+        """K."""
+        return len(self.block_ranks)
+
+    @property
+    def r(self) -> int:
+        """The sum of the blocks' ranks."""
+        return sum(self.block_ranks)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether there are labels: computed, assigned or loaded."""
+        return bool(self._made_of) or not self.ranks.is_meta and bool(self.ranks.any())
+
+    @property
+    def partition(self) -> Any:
+        """The `BlockPartition` of the weight, of a stack the `ExpertBlocks`; of a shard, that of its part.
+
+        Raises:
+            RuntimeError: there are no blocks yet.
+        """
+        return self._partition if self.is_current() else self.read_labels()
+
+    def is_current(self) -> bool:
+        """Whether the partition is that of the labels in the buffers, which loading and moving replace."""
+        buffers: Any = self._buffers  # attributes of an nn.Module are slow enough to show in small layers
+        made_of = self._made_of
+        if not made_of:
+            return False
+        rows, cols, ranks = made_of
+        if buffers["ranks"] is ranks and buffers["row_block"] is rows and buffers["col_block"] is cols:
+            return True
+        # These put stand-ins into the buffers.
+        return torch.compiler.is_exporting() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+    def read_labels(self) -> Any:
+        """Make the partition of the labels anew, and return it. Others may be made of them while a graph is compiled."""
+        if self.ranks.is_meta or not bool(self.ranks.any()):
+            raise RuntimeError(
+                "the layer has no blocks yet: load a state dict, its own or that of a plain nn.Linear; "
+                "reset_parameters() makes blocks too, and draws a new base weight"
+            )
+        rows, cols = self.row_block, self.col_block
+        # The partition is kept for later calls, so it holds inference tensors only if the labels are.
+        with torch.inference_mode(rows.is_inference()):
+            self.block_ranks = tuple(self.ranks.tolist())
+            if self.shard is not None:
+                rows, cols = rows[self.shard.rows], cols[self.shard.cols]
+            kind: Any = ExpertBlocks if self.stack else BlockPartition
+            self._remember(kind.from_labels(rows, cols, self.num_blocks))
+        return self._partition
+
+    def _remember(self, partition: Any) -> None:
+        self._partition, self._kept = partition, None
+        self._made_of = self.row_block, self.col_block, self.ranks
+
+    def share(self, partition: Any) -> None:
+        """Take an equal partition, which another adapter holds, in place of its own."""
+        self._partition, self._kept = partition, None
+
+    def cut(self, shard: LayerShard) -> None:
+        """Become the adapter of one part of the weight; A and B are `DTensor` from now on."""
+        self.shard, known, self._made_of = shard, bool(self._made_of), ()
+        if known:
+            self.read_labels()
+
+    @torch.no_grad()
+    def set_blocks(
+        self, partition: Any, sketch: Tensor | None = None, ranks: Sequence[int] | None = None
+    ) -> None:
+        """Take blocks that were computed, and store their labels.
+
+        Args:
+            partition: of the whole weight: `BlockPartition`, of a stack `ExpertBlocks`.
+            sketch: of W0; stays as it is where None.
+            ranks: rank of each block; `block_ranks` where None.
+        """
+        parts = partition.partitions(range(*self.stack)) if self.stack else [partition]
+        rows, cols = (torch.stack([getattr(part, side) for part in parts]) for side in ("row_block", "col_block"))
+        self.block_ranks = tuple(self.block_ranks if ranks is None else ranks)
+        values = {"row_block": rows, "col_block": cols, "ranks": torch.tensor(self.block_ranks, dtype=torch.int32)}
+        if sketch is not None:
+            values["sketch"] = sketch
+        with torch.inference_mode(self.ranks.is_inference()):
+            for key, value in values.items():
+                held = getattr(self, key)
+                if held.is_meta:
+                    setattr(self, key, value.view(held.shape).to(partition.device, held.dtype))
+                else:  # a state dict that was begun, and a CUDA graph, refer to these tensors
+                    held.copy_(value.view(held.shape))
+        if self.shard is not None or partition.device != self.ranks.device:
+            self.read_labels()
+        else:
+            self._remember(partition)
+
+    @torch.no_grad()
+    def reset(self, *, zero: bool = True) -> None:
+        """Draw A_k uniform in ±1/√C_k (Kaiming, a=√5); set B to zero, or draw it where not `zero`."""
+        for A, B, part in zip(self._each(self.A), self._each(self.B), self.partitions(), strict=True):
+            draw_A(A, part, self.ranks)
+            B.zero_()
+            if not zero:
+                B.normal_().mul_(padding_masks(part, self.ranks, B.shape[-1])[1])
+
+    def partitions(self) -> Sequence[BlockPartition]:
+        """The blocks of each weight of the stack."""
+        return self.partition.partitions(range(*self.stack)) if self.stack else [self.partition]
+
+    @property
+    def num_parameters(self) -> int:
+        """The trained parameters, `Σ r_k (N_k + C_k)` over all weights, without padding."""
+        partitions = self.partitions()
+        return sum(trainable_parameters(part, self.block_ranks) for part in partitions)
+
+    def _each(self, tensor: Tensor) -> Sequence[Tensor]:
+        return tensor.unbind() if self.stack else (tensor,)
+
+    def packed(self, weight: Tensor, *, keep: bool = False) -> PackedAdapter:
+        """Pair the adapter with W0 (N, C), or with this process's part of it; autograd sees the factors.
+
+        Args:
+            weight: W0.
+            keep: whether W0 lives on after the call. The pair is then kept, with what a backend made of it, until one
+                of its tensors is another object.
+        """
+        A, B, buffers, place = self.A, self.B, self._buffers, WHOLE
+        if self.shard is not None:
+            A, B, place = self.shard.local(A), self.shard.local(B), self.shard.place
+        partition, ranks, s = self.partition, buffers["ranks"], buffers["scaling"]
+        assert ranks is not None and s is not None
+        kept = None if is_traced() else self._kept  # a graph would depend on what is kept
+        if kept is None or not kept.is_of(weight, A, B, ranks, s):
+            kept = PackedAdapter(weight, A, B, partition, ranks.contiguous(), s, self.block_ranks, place)
+            # A kept adapter keeps its tensors alive: none that is computed for this call alone.
+            if keep and {*map(type, (weight, A, B))} == {nn.Parameter} and not is_observed(weight, A, B):
+                self._kept = kept
+        return kept
+
+    @torch.no_grad()
+    def overwrite(self, given: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of an adapter of the same shapes, by `STATE_KEYS`, over its own, in place."""
+        before = self.partition if self.has_blocks else None
+        for key in STATE_KEYS:
+            getattr(self, key).copy_(given[key])
+        if before == self.read_labels():
+            self.share(before)  # a CUDA graph that a user captured reads its tensors
+
+    def check_state(self, name: str, given: Mapping[str, Any], *, assign: bool = True) -> None:
+        """Raise unless tensors that are about to be loaded are complete, of the adapter's shapes and in range.
+
+        Args:
+            name: the layer's, for messages.
+            given: tensors by `STATE_KEYS`, None for one that is missing.
+            assign: whether they become the adapter's, rather than their values.
+
+        Raises:
+            TypeError, ValueError: naming the layer and the tensor.
+            RuntimeError: the adapter is on the meta device and would take values only.
+        """
+        check_complete(name, given)
+        for key in STATE_KEYS:
+            own, value = getattr(self, key), given[key]
+            check_dense(f"{name}.{key}", value, integer=key in LABELS)
+            if value.shape != own.shape:
+                raise ValueError(
+                    f"size mismatch for {name}.{key}: the layer takes shape {tuple(own.shape)}, the adapter has "
+                    f"{tuple(value.shape)}"
+                )
+            if value.is_meta and not own.is_meta and key != "scaling":
+                raise ValueError(f"{name}.{key} must hold numbers, got a meta tensor")
+        if self.ranks.is_meta and not assign:
+            raise RuntimeError(f"{name} is on the meta device: load with assign=True, or call to_empty() first")
+        if not given["ranks"].is_meta:
+            check_values(name, given, self.r)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        given = {key: state_dict.get(prefix + key) for key in STATE_KEYS}
+        if all(value is None for value in given.values()):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            return
+        assign = bool(local_metadata.get("assign_to_params_buffers"))
+        self.check_state(prefix.rstrip(".") or "the adapter", given, assign=assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        self._place_scaling(self.scaling)
+        self._made_of = ()
+        if not self.ranks.is_meta:
+            self.read_labels()  # now, because the next forward may be compiled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        labels, sketch, s = (self.row_block, self.col_block, self.ranks), self.sketch, self.scaling
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self._kept = None
+        self._place_scaling(s)  # as it was: a cast rounds buffers, to_empty() discards their values
+        if not (self.sketch.is_meta or sketch.is_meta):
+            self.sketch = sketch.to(self.sketch.device)
+        now = self.row_block, self.col_block, self.ranks
+        if any(one is not other for one, other in zip(now, labels, strict=True)):
+            known, self._made_of = bool(self._made_of), ()
+            if self.ranks.is_meta:
+                return self
+            # Of labels that to_empty() discarded nothing is left: a state dict brings others.
+            if labels[2].is_meta or not all(map(torch.equal, map(Tensor.cpu, now), map(Tensor.cpu, labels))):
+                self.ranks.zero_()
+            elif known:
+                self.read_labels()
+        return self
+
+    def _place_scaling(self, s: Tensor) -> None:
+        device = self.ranks.device
+        self.scaling = s if device.type == "meta" else scaling_tensor(s, device)
+
+    def extra_repr(self) -> str:
+        """Show the shape of the weight, r and K."""
+        shape = (*self.stack, self.B.shape[-2], self.A.shape[-1])
+        return f"shape={shape}, r={self.r}, num_blocks={self.num_blocks}"
+
+
+def check_complete(name: str, given: Mapping[str, Any]) -> None:
+    """Raise unless all tensors of an adapter, by `STATE_KEYS`, are given."""
+    missing = [key for key in STATE_KEYS if given.get(key) is None]
+    if missing:
+        raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
+
+
+def check_values(name: str, given: Mapping[str, Tensor], r: int) -> None:
+    """Raise unless the labels, ranks and scale in tensors of fitting shapes are in range.
+
+    Args:
+        name: the layer's, for messages.
+        given: tensors by `STATE_KEYS`.
+        r: the sum of the ranks.
+    """
+    ranks, rho = given["ranks"].tolist(), given["A"].shape[-2]
+    if min(ranks) < 0 or max(ranks) != rho or sum(ranks) != r:
+        raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")
+    for key in ("row_block", "col_block"):
+        check_range(f"{name}.{key}", given[key], len(ranks))
+    if not given["scaling"].is_meta:
+        check_finite(f"{name}.scaling", float(given["scaling"]))
