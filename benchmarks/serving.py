@@ -52,7 +52,7 @@ def make(base: str, folder: Path) -> None:
             torch.manual_seed(number)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    if any(key in name for key in ("smoa.B", "hira_B", "lora_B")):
+                    if name.endswith(".B") or any(key in name for key in ("hira_B", "lora_B")):
                         parameter.normal_(std=0.02 if kind == "lora-" else 1)
             model.save_pretrained(str(folder / f"{kind}{number}"))
     merge_to_folder(base, folder / "smoa4-0", folder / "merged")

@@ -96,9 +96,14 @@ class Adapter(nn.Module):
         return sum(self.block_ranks)
 
     @property
+    def is_made(self) -> bool:
+        """Whether a partition was made of labels, maybe of earlier ones."""
+        return bool(self._made_of)
+
+    @property
     def has_blocks(self) -> bool:
         """Whether there are labels: computed, assigned or loaded."""
-        return bool(self._made_of) or not self.ranks.is_meta and bool(self.ranks.any())
+        return self.is_made or (not self.ranks.is_meta and bool(self.ranks.any()))
 
     @property
     def partition(self) -> Any:
@@ -119,10 +124,14 @@ class Adapter(nn.Module):
         if buffers["ranks"] is ranks and buffers["row_block"] is rows and buffers["col_block"] is cols:
             return True
         # These put stand-ins into the buffers.
-        return torch.compiler.is_exporting() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+        return (
+            torch.compiler.is_exporting()
+            or torch._C._is_tracing()
+            or torch._C._len_torch_dispatch_stack() > 0
+        )
 
     def read_labels(self) -> Any:
-        """Make the partition of the labels anew, and return it. Others may be made of them while a graph is compiled."""
+        """Make the partition anew of the labels, and return it."""
         if self.ranks.is_meta or not bool(self.ranks.any()):
             raise RuntimeError(
                 "the layer has no blocks yet: load a state dict, its own or that of a plain nn.Linear; "
@@ -164,9 +173,15 @@ class Adapter(nn.Module):
             ranks: rank of each block; `block_ranks` where None.
         """
         parts = partition.partitions(range(*self.stack)) if self.stack else [partition]
-        rows, cols = (torch.stack([getattr(part, side) for part in parts]) for side in ("row_block", "col_block"))
+        rows, cols = (
+            torch.stack([getattr(part, side) for part in parts]) for side in ("row_block", "col_block")
+        )
         self.block_ranks = tuple(self.block_ranks if ranks is None else ranks)
-        values = {"row_block": rows, "col_block": cols, "ranks": torch.tensor(self.block_ranks, dtype=torch.int32)}
+        values = {
+            "row_block": rows,
+            "col_block": cols,
+            "ranks": torch.tensor(self.block_ranks, dtype=torch.int32),
+        }
         if sketch is not None:
             values["sketch"] = sketch
         with torch.inference_mode(self.ranks.is_inference()):
@@ -211,11 +226,12 @@ class Adapter(nn.Module):
             keep: whether W0 lives on after the call. The pair is then kept, with what a backend made of it, until one
                 of its tensors is another object.
         """
-        A, B, buffers, place = self.A, self.B, self._buffers, WHOLE
+        buffers: Any = self._buffers
+        A, B, place = self.A, self.B, WHOLE
         if self.shard is not None:
             A, B, place = self.shard.local(A), self.shard.local(B), self.shard.place
-        partition, ranks, s = self.partition, buffers["ranks"], buffers["scaling"]
-        assert ranks is not None and s is not None
+        partition = self._partition if self.is_current() else self.read_labels()
+        ranks, s = buffers["ranks"], buffers["scaling"]
         kept = None if is_traced() else self._kept  # a graph would depend on what is kept
         if kept is None or not kept.is_of(weight, A, B, ranks, s):
             kept = PackedAdapter(weight, A, B, partition, ranks.contiguous(), s, self.block_ranks, place)
@@ -257,7 +273,9 @@ class Adapter(nn.Module):
             if value.is_meta and not own.is_meta and key != "scaling":
                 raise ValueError(f"{name}.{key} must hold numbers, got a meta tensor")
         if self.ranks.is_meta and not assign:
-            raise RuntimeError(f"{name} is on the meta device: load with assign=True, or call to_empty() first")
+            raise RuntimeError(
+                f"{name} is on the meta device: load with assign=True, or call to_empty() first"
+            )
         if not given["ranks"].is_meta:
             check_values(name, given, self.r)
 

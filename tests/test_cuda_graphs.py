@@ -37,7 +37,7 @@ def network(kind: str, dtype: torch.dtype, dropout: float) -> nn.Module:
             setattr(base, name, layer)
         model = base
     for name, parameter in model.named_parameters():
-        if "smoa.B" in name:
+        if name.endswith(".B"):
             nn.init.normal_(parameter, std=0.1)
     return model
 

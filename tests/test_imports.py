@@ -19,7 +19,7 @@ ORDER = (
     ("operators",),
     ("adapter",),
     ("functional",),
-    ("layer_checks", "layers", ""),  # "": smoa_kernels itself
+    ("layer_checks", "layer_state", "layers", ""),  # "": smoa_kernels itself
     ("tuning", "distributed"),
     ("adapter_folder",),
     ("peft",),

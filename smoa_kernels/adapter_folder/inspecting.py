@@ -118,7 +118,11 @@ def _layer(name: str, adapter: StoredAdapter, bases: BaseModel | None) -> LayerR
     experts = adapter.matrices()
     ranks = experts[0].ranks.tolist()
     distances = None if bases is None else _distances(name, experts, bases, fused=adapter.of_experts)
-    worst = None if not adapter.of_experts or distances is None else max(range(len(distances)), key=distances.__getitem__)
+    worst = (
+        None
+        if not adapter.of_experts or distances is None
+        else max(range(len(distances)), key=distances.__getitem__)
+    )
     return LayerReport(
         name=name,
         shape=adapter.shape,

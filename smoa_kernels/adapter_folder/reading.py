@@ -55,7 +55,9 @@ class Adapter:
     @property
     def whole(self) -> dict[str, Tensor]:
         """Parameters that the file holds in full: biases, and those of modules to save."""
-        return {key: tensor for key, tensor in self.tensors.items() if INFIX not in key and ".hira_" not in key}
+        return {
+            key: tensor for key, tensor in self.tensors.items() if INFIX not in key and ".hira_" not in key
+        }
 
 
 def read_adapter(folder: Path, methods: Sequence[str] = (METHOD,)) -> Adapter:
@@ -105,11 +107,14 @@ def read_weights(
         for name in sorted({key.rpartition(INFIX)[0] for key in tensors if INFIX in key}, key=by_number):
             given = {key: tensors.get(f"{name}{INFIX}{key}") for key in STATE_KEYS}
             # The rank decides a layer's memory, so it is compared with the file before any layer is made.
-            own = settings.for_layer(name)
-            layers[name] = read_layer(name, given, own.r)
-            if not math.isclose(s := float(layers[name].scaling), own.scaling, rel_tol=1e-6):
-                raise ValueError(f"{name}: s is {s} and {CONFIG_NAME} says {own.scaling}: they must be equal")
+            layers[name] = read_layer(name, given, settings.for_layer(name).r)
     check_seal(folder, settings.weights_sha256)
+    for name, layer in layers.items():
+        found, wanted = float(layer.scaling), settings.for_layer(name).scaling
+        if not math.isclose(found, wanted, rel_tol=1e-6):
+            raise ValueError(
+                f"{path}: {name}: s is {found} and {CONFIG_NAME} says {wanted}: they must be equal"
+            )
     return tensors, layers
 
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checks import check_kind
 from ..adapter import Adapter
+from ..checks import check_kind
 
 
 def first_process(process_group: dist.ProcessGroup | None) -> int:

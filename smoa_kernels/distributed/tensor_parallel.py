@@ -125,9 +125,7 @@ def _check(layer: Any, mesh: DeviceMesh) -> None:
                 "a PEFT layer must be over a plain nn.Linear or Conv1D to be cut, got one over "
                 f"{type(layer.get_base_layer()).__name__}"
             )
-        waiting = [
-            name for name, one in layer.smoa.items() if not (one.ranks.is_meta or one.has_blocks)
-        ]
+        waiting = [name for name, one in layer.smoa.items() if not (one.ranks.is_meta or one.has_blocks)]
         if waiting:
             raise ValueError(
                 f"adapters {waiting} await their block labels: load them before parallelize_module"

@@ -62,11 +62,11 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         if self.quantization_backend is not None:
             return self._dequantize()
         weight = self._stored_weight()
-        check_present(weight)
         if self._stored_base is not None:
             weight = self._stored_base.to(weight.device, weight.dtype)
-        if weight.grad_fn is not None:
-            # FSDP's view of a flat parameter that holds both frozen and trained weights.
+        if type(weight) is not nn.Parameter or hasattr(weight, "ds_id"):
+            check_present(weight)
+            # FSDP's is a view of a flat parameter that holds both frozen and trained weights.
             weight = weight.detach()
         return weight.mT if self.fan_in_fan_out else weight
 

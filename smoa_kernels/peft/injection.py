@@ -94,13 +94,15 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             injected = layers_with(model, adapter_name, every_name=False)
-            # Else weights will be loaded. TRL gives its frozen reference of an adapter that adapter's configuration, and
-            # copies the factors itself.
+            # Else weights will be loaded. TRL gives the frozen reference of an adapter that adapter's configuration and
+            # copies the factors.
             is_copy = any(held is config for name, held in self.peft_config.items() if name != adapter_name)
             if is_copy or not (config.is_from_file or config.inference_mode):
                 adapters = {name: layer.smoa[adapter_name] for name, layer in injected.items()}
                 # On the meta device weights will be loaded. PEFT may leave factors there alone.
-                fresh = [n for n, a in adapters.items() if not (a.A.is_meta or a.ranks.is_meta or a.has_blocks)]
+                fresh = [
+                    n for n, a in adapters.items() if not (a.A.is_meta or a.ranks.is_meta or a.has_blocks)
+                ]
                 initialize_all({name: injected[name] for name in fresh}, adapter_name)
             if config.use_lora_rate:
                 settings = {name: layer.settings[adapter_name] for name, layer in injected.items()}
@@ -298,7 +300,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         layers = layers_with(model, adapter_name)
         for layer in layers.values():
             if not layer.smoa[adapter_name].A.is_meta:
-                layer.partition(adapter_name)  # missing blocks are computed, into the tensors of the state dict
+                layer.partition(
+                    adapter_name
+                )  # missing blocks are computed, into the tensors of the state dict
         held = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         for name, layer in layers.items():
             # As with LoRA, a folder holds the configuration's scale, whatever `set_scale` says.

@@ -18,7 +18,7 @@ from ..definition.shard import LayerShard
 from ..layer_checks import call_always
 from .base_weight import BaseWeight
 from .combine import single_block
-from .offload import execution_device, gathered, is_offloaded, present
+from .offload import execution_device, gathered, present
 from .scaling import Scaling
 
 
@@ -35,8 +35,8 @@ class SMoALayer(BaseWeight):
     Example:
         >>> from smoa_kernels.peft import Linear, SMoAConfig
         >>> layer = Linear(nn.Linear(8, 6), "default", SMoAConfig(r=4).for_layer(""))
-        >>> layer.smoa["default"].num_parameters, layer.ranks("default").tolist()
-        (28, [2, 2])
+        >>> layer.ranks("default").tolist(), layer.smoa["default"].num_parameters
+        ([2, 2], 28)
     """
 
     adapter_layer_names: tuple[str, ...] = ("smoa",)
@@ -191,9 +191,12 @@ class SMoALayer(BaseWeight):
         """The rank of each block, int32 (K,)."""
         return self._ready(adapter_name).ranks
 
-    def packed(self, adapter_name: str, weight: Tensor) -> Any:
-        """Pair an adapter with W0 (N, C), or this process's part of it; autograd sees the factors."""
-        return self._ready(adapter_name).packed(weight, keep=not is_offloaded(self.get_base_layer()))
+    def packed(self, adapter_name: str, weight: Tensor, keep: bool = False) -> Any:
+        """Pair an adapter with W0, as :meth:`smoa_kernels.adapter.Adapter.packed` does."""
+        adapter: Any = self._modules["smoa"]._modules.get(adapter_name)
+        if adapter is None or not adapter.is_made:
+            adapter = self._ready(adapter_name)
+        return adapter.packed(weight, keep=keep)
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> list[PackedAdapter]:
         packed = self.packed(adapter_name, weight)
@@ -239,10 +242,12 @@ class SMoALayer(BaseWeight):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        base, adapter = self.get_base_layer(), self.smoa[adapter_name] if adapter_name in self.smoa else None
+        if adapter_name not in self.smoa:
+            return
+        base, adapter = self.get_base_layer(), self.smoa[adapter_name]
         own, dtype = self._get_base_layer_device_and_dtype(base)
         device = execution_device(base) or own if device is None else device
-        if adapter is not None and device is not None and not adapter.A.is_meta:
+        if device is not None and not adapter.A.is_meta:
             adapter.to(device, dtype if dtype is not None and dtype.is_floating_point else None)
 
 

@@ -93,8 +93,8 @@ class Linear(SMoALayer, nn.Module):
             return self._base_output(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
-        active: Any = self.active_adapters
-        return self._adapted(x, active, *args, **kwargs)
+        active: Any = self._active_adapter
+        return self._adapted(x, [active] if isinstance(active, str) else active, *args, **kwargs)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shard = self._shard
@@ -115,22 +115,27 @@ class Linear(SMoALayer, nn.Module):
             if len(names) > 1:
                 rest = [name for name in names if self._dropout_p(name) != p]
                 names = [name for name in names if name not in rest]
-            with present(self):
-                y = self._linear(x, names, p)
+            base = self.get_base_layer()
+            weight = base._parameters.get("weight")
+            if weight is None or not weight.is_meta:
+                y = self._linear(x, base, names, p, keep=True)
+            else:  # offloaded by accelerate
+                with present(self):
+                    y = self._linear(x, base, names, p, keep=False)
         for name in rest:
             # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept.
             y = y + checkpoint(self._adapter_output, x, name, use_reentrant=False).to(y.dtype)
         return y
 
-    def _linear(self, x: Tensor, names: Sequence[str], dropout_p: float) -> Tensor:
+    def _linear(self, x: Tensor, base: Any, names: Sequence[str], dropout_p: float, *, keep: bool) -> Tensor:
         if x.is_nested:
-            return over_rows(partial(self._linear, names=names, dropout_p=dropout_p), x)
-        base, config, shard = self.get_base_layer(), self.settings[names[0]], self._shard
+            return over_rows(partial(self._linear, base=base, names=names, dropout_p=dropout_p, keep=keep), x)
+        config, shard = self.settings[names[0]], self._shard
         settings: Any = {"dropout_p": dropout_p, "algorithm": config.algorithm, "backend": config.backend}
         if self.quantization_backend is not None:
             adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
             return dequantized_linear(x, base, self._dequantize, adapter, **settings)
-        bias, adapter = base.bias, cast_factors(self._summed(self.base_weight(), names), x.dtype)
+        bias, adapter = base.bias, cast_factors(self._summed(self.base_weight(), names, keep), x.dtype)
         if shard is None:
             return adapted_linear(x, bias, adapter, **settings)
         bias, settings["column_offset"] = None if bias is None else shard.bias(bias), shard.column_offset
@@ -176,8 +181,8 @@ class Linear(SMoALayer, nn.Module):
     def _dropout_p(self, name: str) -> float:
         return self.settings[name].smoa_dropout if self.training else 0.0
 
-    def _summed(self, weight: Tensor, names: Sequence[str]) -> PackedAdapter:
-        first: PackedAdapter = self.packed(names[0], weight)
+    def _summed(self, weight: Tensor, names: Sequence[str], keep: bool = False) -> PackedAdapter:
+        first: PackedAdapter = self.packed(names[0], weight, keep)
         if len(names) == 1:
             return first
         return sum_adapters([first, *(self.packed(name, weight) for name in names[1:])], self._whole)

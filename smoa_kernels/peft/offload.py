@@ -42,11 +42,6 @@ def _onloaded(modules: list[nn.Module]) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
-def is_offloaded(base: nn.Module) -> bool:
-    """Whether accelerate loads the weights of a base layer for each of its calls."""
-    return _hook(base) is not None
-
-
 def execution_device(base: nn.Module) -> torch.device | None:
     """The device on which an offloaded base layer computes; None for one that is not offloaded."""
     hook = _hook(base)

@@ -66,9 +66,7 @@ def _factors(adapter: Adapter, name: str) -> LayerFactors:
         raise _refusal(adapter.path, f"{name}, a weight of experts,")
     weight = torch.empty(stored.shape, device="meta")  # the factors do not depend on its values
     factors = stored.packed(weight).expanded_factors(torch.float32)
-    return LayerFactors(
-        *factors, tuple(stored.ranks.tolist()), None if adapter.is_hira else stored.sketch
-    )
+    return LayerFactors(*factors, tuple(stored.ranks.tolist()), None if adapter.is_hira else stored.sketch)
 
 
 def _refusal(path: Path, what: str) -> ValueError:

@@ -88,7 +88,11 @@ STATE: list[tuple[Callable[[dict[str, Any]], object], type[Exception], str]] = [
         "weight must be finite to have a spectrum",
     ),
     (lambda s: s.update(weight=None), TypeError, "weight must be a tensor, got NoneType"),
-    (lambda s: s.update({"smoa.B": s["smoa.B"].to("meta")}), ValueError, r"smoa\.B must hold numbers, got a meta"),
+    (
+        lambda s: s.update({"smoa.B": s["smoa.B"].to("meta")}),
+        ValueError,
+        r"smoa\.B must hold numbers, got a meta",
+    ),
     (lambda s: s.pop("bias"), ValueError, "the state dict lacks bias; strict=False loads the others"),
     (lambda s: s.update(extra=one(1)), ValueError, "the state dict must not hold extra"),
 ]

@@ -55,12 +55,12 @@ CONFIGURATIONS: list[Change] = [
     ({"init_weights": "gaussian"}, TypeError, "init_weights must be True or False, got 'gaussian'"),
     ({"use_rslora": 1}, TypeError, "use_rslora must be True or False, got 1"),
     ({"use_lora_rate": "lora"}, TypeError, "use_lora_rate must be True or False, got 'lora'"),
-    ({"use_lora_rate": True, "format_version": 2}, ValueError, "use_lora_rate must be false in an adapter"),
+    ({"use_lora_rate": True, "format_version": 3}, ValueError, "use_lora_rate must be false in an adapter"),
     ({"strict_base": 1}, TypeError, "strict_base must be True or False, got 1"),
     ({"inference_mode": "no"}, TypeError, "inference_mode must be True or False, got 'no'"),
     ({"fan_in_fan_out": None}, TypeError, "fan_in_fan_out must be True or False, got None"),
-    ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(2\)"),
-    ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(2\)"),
+    ({"format_version": 99}, ValueError, r"format_version 99 .* is newer than what this release reads \(3\)"),
+    ({"format_version": 1}, ValueError, r"format_version 1 .* is older than what this release reads \(3\)"),
 ]
 
 

@@ -78,9 +78,7 @@ def test_labels_are_shared() -> None:
     assert id(untold.lin.smoa.row_block) in sent_buffers(untold)
     model = normed()
     if dist.get_rank() == 1:
-        model.lin.partition = other_labels()
-        model.lin.smoa.ranks = torch.tensor([1, 2, 2], dtype=torch.int32)
-        model.lin.block_ranks = (1, 2, 2)
+        model.lin.smoa.set_blocks(other_labels(), ranks=(1, 2, 2))
     assert not torch.equal(*gathered(model.lin.smoa.row_block))
     nn.init.ones_(model.lin.smoa.B)
     ignore_buffers(model)
@@ -108,7 +106,7 @@ def test_labels_of_pefts_layers_are_shared() -> None:
     assert not sent & {id(buffer) for buffer in smoa_buffers(model).values()}
     assert id(norm.num_batches_tracked) not in sent
     if dist.get_rank() == 1:
-        layer._set_blocks("default", other_labels(), layer.ranks("default"), torch.zeros(33))
+        layer.smoa["default"].set_blocks(other_labels(), torch.zeros(33))
     ignore_buffers(model)
     assert layer.partition("default") == BlockPartition.from_weight(layer.base_weight(), 3)
     assert "base_model.model.1.num_batches_tracked" in model._ddp_params_and_buffers_to_ignore

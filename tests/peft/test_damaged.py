@@ -16,7 +16,7 @@ from smoa_kernels.serving.factors import read_served
 pytestmark = pytest.mark.usefixtures("transformers_adapters")
 
 LAYER = "model.layers.0.mlp.down_proj"
-PREFIX = f"base_model.model.{LAYER}."
+PREFIX = f"base_model.model.{LAYER}.smoa."
 LARGEST = "ranks must sum to r=5 with a largest rank of"
 
 

@@ -144,7 +144,10 @@ def test_moving_and_casting_the_model(tokens):
         layer._apply(torch.clone)  # as a move to another device does
         adapter = layer.smoa["default"]
         assert adapter.is_current()  # already: the next forward may be compiled
-        before, adapter.row_block = adapter.partition, adapter.row_block.clone()  # as another process's labels come
+        before, adapter.row_block = (
+            adapter.partition,
+            adapter.row_block.clone(),
+        )  # as another process's labels come
         assert not adapter.is_current()
         assert layer.partition("default") == before
     assert (half(tokens).logits.float() - expected).norm() < 0.05 * expected.norm()

@@ -44,7 +44,7 @@ def save_adapter(base, config, folder, size=0.5):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if any(key in name for key in ("smoa.B", "hira_B", "lora_B", "lora_embedding_A")):
+            if name.endswith(".B") or any(key in name for key in ("hira_B", "lora_B", "lora_embedding_A")):
                 parameter.normal_(std=size * (0.1 if "lora" in name else 1))
     model.save_pretrained(str(folder), save_embedding_layers=False)
     return folder

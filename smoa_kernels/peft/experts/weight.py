@@ -91,7 +91,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
         backend = resolve_backend(wanted, weight.device, weight.dtype, adapter.A.shape[1])
         return lambda x: experts_linear(x.to(weight.dtype), ends, adapter, backend)
 
-    def packed(self, adapter_name: str, weight: Tensor) -> ExpertsAdapter:
+    def packed(self, adapter_name: str, weight: Tensor, keep: bool = False) -> ExpertsAdapter:
         """Pair an adapter with W0 (E, N, C); autograd sees the factors."""
         ready = self._ready(adapter_name)
         A, B = ready.A, ready.B

@@ -39,7 +39,7 @@ def check_adapter(
     layers = layers_with(model, adapter_name)
     keys = {name: keys_of(name, adapter_name) for name in layers}
     places = {key for of_layer in keys.values() for key in of_layer.values()}
-    homeless = [key for key in state if f".{PARAMETER_PREFIX}" in key and key not in places]
+    homeless = [key for key in state if f".{PARAMETER_PREFIX}." in key and key not in places]
     if homeless:
         raise ValueError(
             f"the model has no place for {len(homeless)} tensors of the adapter, for one {homeless[0]}; nothing was "
@@ -85,7 +85,7 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
         try:
             found = load(self, peft_model_id, *args, **kwargs)
             for name in set(_adapters(self)) - known:
-                state = {key: value for key, value in self.state_dict().items() if key.endswith(f".{name}")}
+                state = {key: value for key, value in self.state_dict().items() if f".{name}." in key}
                 for key in found.missing_keys:
                     state.pop(key, None)
                 state |= dict.fromkeys(found.unexpected_keys)
