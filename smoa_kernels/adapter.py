@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_dense, check_finite
+from .checks import check_dense, check_finite, granules
 from .definition.experts import ExpertBlocks
 from .definition.labels import check_range, label_dtype
-from .definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
+from .definition.packed import PackedAdapter, draw_A, of_columns, padding_masks, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
 from .definition.shard import LayerShard
@@ -33,15 +33,18 @@ class Adapter(nn.Module):
     ρ is the largest rank of its K blocks. For a stack of E weights, each tensor but `ranks` and `scaling` has E as a
     further first dimension. Moving, casting, saving and loading are `nn.Module`'s; a cast changes the factors alone.
 
+    With a `group_size` g above 1, A has one column for each g adjacent columns of W0 (docs/four_bits.md).
+
     Args:
         shape: (N, C), or (E, N, C).
         ranks: rank of each block.
         scaling: s.
+        group_size: g; the last group may be short.
         device: of all tensors. On the meta device `scaling` stays on the CPU.
         dtype: of the factors.
 
     Attributes:
-        A, B: parameters (ρ, C) and (N, ρ); zeros until :meth:`reset`.
+        A, B: parameters (ρ, ⌈C / g⌉) and (N, ρ); zeros until :meth:`reset`.
         row_block, col_block: the block of each row (N,) and column (C,), uint8, or int32 above 256 blocks.
         ranks: int32 (K,); zeros until there are blocks.
         sketch: float32 (33,), of the W0 that the adapter is trained on.
@@ -65,18 +68,21 @@ class Adapter(nn.Module):
         ranks: Sequence[int],
         scaling: float,
         *,
+        group_size: int = 1,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         *stack, rows, cols = shape
         rho, labels = max(ranks), label_dtype(len(ranks))
-        self.stack, self.block_ranks = tuple(stack), tuple(ranks)
+        self.stack, self.block_ranks, self.group_size = tuple(stack), tuple(ranks), group_size
         self.shard: LayerShard | None = None
         self._partition: Any = None  # made of the labels in `_made_of`
         self._made_of: tuple[Tensor, ...] = ()
         self._kept: PackedAdapter | None = None  # of the last call; it holds what the backend made of it
-        self.A = nn.Parameter(torch.zeros(*stack, rho, cols, device=device, dtype=dtype))
+        self.A = nn.Parameter(
+            torch.zeros(*stack, rho, granules(cols, group_size), device=device, dtype=dtype)
+        )
         self.B = nn.Parameter(torch.zeros(*stack, rows, rho, device=device, dtype=dtype))
         self.register_buffer("row_block", torch.zeros(*stack, rows, device=device, dtype=labels))
         self.register_buffer("col_block", torch.zeros(*stack, cols, device=device, dtype=labels))
@@ -200,7 +206,7 @@ class Adapter(nn.Module):
     def reset(self, *, zero: bool = True) -> None:
         """Draw A_k uniform in ±1/√C_k (Kaiming, a=√5); set B to zero, or draw it where not `zero`."""
         for A, B, part in zip(self._each(self.A), self._each(self.B), self.partitions(), strict=True):
-            draw_A(A, part, self.ranks)
+            draw_A(A, part, self.ranks, self.group_size)
             B.zero_()
             if not zero:
                 B.normal_().mul_(padding_masks(part, self.ranks, B.shape[-1])[1])
@@ -211,9 +217,9 @@ class Adapter(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """The trained parameters, `Σ r_k (N_k + C_k)` over all weights, without padding."""
+        """The trained parameters, `Σ r_k (N_k + C_k / g)` over all weights, without padding."""
         partitions = self.partitions()
-        return sum(trainable_parameters(part, self.block_ranks) for part in partitions)
+        return sum(trainable_parameters(part, self.block_ranks, self.group_size) for part in partitions)
 
     def _each(self, tensor: Tensor) -> Sequence[Tensor]:
         return tensor.unbind() if self.stack else (tensor,)
@@ -230,6 +236,8 @@ class Adapter(nn.Module):
         A, B, place = self.A, self.B, WHOLE
         if self.shard is not None:
             A, B, place = self.shard.local(A), self.shard.local(B), self.shard.place
+        if self.group_size > 1:
+            A = of_columns(A, self.group_size, weight.shape[-1])
         partition = self._partition if self.is_current() else self.read_labels()
         ranks, s = buffers["ranks"], buffers["scaling"]
         kept = None if is_traced() else self._kept  # a graph would depend on what is kept
@@ -319,8 +327,9 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         """Show the shape of the weight, r and K."""
-        shape = (*self.stack, self.B.shape[-2], self.A.shape[-1])
-        return f"shape={shape}, r={self.r}, num_blocks={self.num_blocks}"
+        shape = (*self.stack, self.B.shape[-2], self.col_block.shape[-1])
+        groups = f", group_size={self.group_size}" if self.group_size > 1 else ""
+        return f"shape={shape}, r={self.r}, num_blocks={self.num_blocks}{groups}"
 
 
 def check_complete(name: str, given: Mapping[str, Any]) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 MOST_BLOCKS = MOST_RANKS = 2**16
 # The most rows or columns of a weight: int32 counts them.
 MOST_COORDINATES = 2**31 - 1
+# How many adjacent rows and columns stay together; or the rows, and the columns.
+Granule = int | tuple[int, int]
 _INTEGERS = frozenset(
     {
         *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -53,16 +55,27 @@ def check_blocks(num_blocks: int, shape: Sequence[int] | None = None, name: str 
 
 
 def check_granule(
-    granule: int, num_blocks: int, shape: Sequence[int] | None = None, name: str = "a weight"
+    granule: Granule, num_blocks: int, shape: Sequence[int] | None = None, name: str = "a weight"
 ) -> None:
     """`granule` must be a number of coordinates that leaves a granule for every block on both sides of `shape`."""
-    check_count("granule", granule, most=MOST_COORDINATES)
-    if shape is not None and num_blocks > min(granules(size, granule) for size in shape):
-        rows, cols = (granules(size, granule) for size in shape)
+    for side in granule if isinstance(granule, tuple) else (granule,):
+        check_count("granule", side, most=MOST_COORDINATES)
+    if shape is None:
+        return
+    rows, cols = map(granules, shape, on_sides(granule))
+    if num_blocks > min(rows, cols):
         raise ValueError(
             f"granule must leave at least num_blocks={num_blocks} granules of rows and of columns of {name} of shape "
             f"{tuple(shape)}, got granule={granule}, which leaves {rows} and {cols}"
         )
+
+
+def on_sides(
+    granule: Granule, shape: Sequence[int] = (MOST_COORDINATES, MOST_COORDINATES)
+) -> tuple[int, int]:
+    """How many rows, and how many columns, stay together: at most all of `shape`."""
+    rows, cols = granule if isinstance(granule, tuple) else (granule, granule)
+    return min(rows, max(shape[0], 1)), min(cols, max(shape[1], 1))
 
 
 def granules(size: int, granule: int) -> int:

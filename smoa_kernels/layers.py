@@ -51,6 +51,8 @@ class FusedSMoALinear(AdaptedLinear):
             "contiguous", W0's own; or "random". The last two need no spectrum.
         granule: how many adjacent rows or columns stay together; 1 is the paper's.
         block_seed: seed of the order if `block_order` is "random".
+        group_size: adjacent columns of W0 that share a column of A, so that the update scales each group of a
+            quantised W0 by one number (docs/four_bits.md); 1 is the paper's.
         algorithm: how the layer is computed; see :func:`smoa_kernels.smoa_linear`.
         backend: what computes it; see :func:`smoa_kernels.smoa_linear`.
         strict_base: raise an error, instead of a warning, for an adapter that was trained on another base weight.
@@ -82,6 +84,7 @@ class FusedSMoALinear(AdaptedLinear):
         block_order: str = "spectral",
         granule: int = 1,
         block_seed: int = 0,
+        group_size: int = 1,
         algorithm: str = "auto",
         backend: str = "auto",
         strict_base: bool = False,
@@ -89,7 +92,7 @@ class FusedSMoALinear(AdaptedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_linear(in_features, out_features, bias, device, dtype)
-        rule = BlockRule(num_blocks, block_order, granule, block_seed)
+        rule = BlockRule(num_blocks, block_order, granule, block_seed, group_size)
         settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
         rule.check((out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -108,6 +111,7 @@ class FusedSMoALinear(AdaptedLinear):
         block_order: str = "spectral",
         granule: int = 1,
         block_seed: int = 0,
+        group_size: int = 1,
         algorithm: str = "auto",
         backend: str = "auto",
         strict_base: bool = False,
@@ -129,7 +133,7 @@ class FusedSMoALinear(AdaptedLinear):
             TypeError, ValueError: an argument is wrong; the message says which. `linear` is as it was before.
         """
         weight, bias = linear_parameters(linear)
-        rule = BlockRule(num_blocks, block_order, granule, block_seed)
+        rule = BlockRule(num_blocks, block_order, granule, block_seed, group_size)
         settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
         rule.check(weight.shape)
         check_kind("use_lora_rate", use_lora_rate, bool)
@@ -260,6 +264,6 @@ class FusedSMoALinear(AdaptedLinear):
         """Describe the layer as `nn.Linear` does, with the adapter's settings."""
         return (
             f"{super().extra_repr()}, r={self.r}, num_blocks={self.num_blocks}, block_order={self.block_order!r}, "
-            f"granule={self.granule}, alpha={self.alpha:g}, "
+            f"granule={self.granule}, group_size={self.group_size}, alpha={self.alpha:g}, "
             f"dropout={self.dropout}, algorithm={self.algorithm!r}, backend={self.backend!r}"
         )

@@ -2,7 +2,7 @@
 
 The tensors of a layer are those of an :class:`smoa_kernels.adapter.Adapter`, under `<layer's path>.smoa.<tensor>`:
 
-    A (ρ, C), B (N, ρ)      the factors; ρ is the largest rank of a block
+    A (ρ, C), B (N, ρ)      the factors; ρ is the largest rank of a block. With a `group_size` g, A is (ρ, ⌈C / g⌉)
     row_block, col_block    the block of each row (N,) and column (C,), uint8, or int32 above 256 blocks
     ranks (K,)              the rank of each block, int32
     sketch (33,)            of the W0 that the adapter was trained on, float32
@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import LABELS, STATE_KEYS, check_complete, check_values
-from ..checks import check_dense
+from ..checks import check_dense, granules
 from ..definition.experts import ExpertBlocks
-from ..definition.packed import PackedAdapter
+from ..definition.packed import PackedAdapter, of_columns
 from ..definition.partition import BlockPartition
 from ..definition.sketch import SKETCH_SIZE, sketch_distance, sketch_weight
 
@@ -39,7 +39,7 @@ METHOD, HIRA = "SMOA", "HIRA"
 
 @dataclass
 class StoredAdapter:
-    """The adapter of a layer as a file holds it; of experts, of all of them. The fields are `STATE_KEYS`."""
+    """The adapter of a layer as a file holds it; of experts, of all of them. The first fields are `STATE_KEYS`."""
 
     A: Tensor
     B: Tensor
@@ -48,6 +48,7 @@ class StoredAdapter:
     ranks: Tensor
     sketch: Tensor  # NaN where the file has none
     scaling: Tensor
+    group_size: int = 1
 
     @cached_property
     def partition(self) -> Any:
@@ -63,7 +64,7 @@ class StoredAdapter:
     @property
     def shape(self) -> tuple[int, ...]:
         """(N, C) of W0; (E, N, C) of experts."""
-        return (*self.B.shape[:-1], self.A.shape[-1])
+        return (*self.B.shape[:-1], self.col_block.shape[-1])
 
     def tensors(self) -> dict[str, Tensor]:
         """By `STATE_KEYS`."""
@@ -71,8 +72,8 @@ class StoredAdapter:
 
     def packed(self, weight: Tensor) -> PackedAdapter:
         """Pair the adapter of a single matrix with its W0."""
-        ranks = self.ranks.tolist()
-        return PackedAdapter(weight, self.A, self.B, self.partition, self.ranks, self.scaling, ranks)
+        A, ranks = of_columns(self.A, self.group_size, self.shape[-1]), self.ranks.tolist()
+        return PackedAdapter(weight, A, self.B, self.partition, self.ranks, self.scaling, ranks)
 
     def matrices(self) -> list[StoredAdapter]:
         """One entry per matrix: this one, or one per expert."""
@@ -101,13 +102,14 @@ class StoredAdapter:
         return ways[distances.index(nearest)], nearest
 
 
-def read_layer(name: str, given: Mapping[str, Any], r: int) -> StoredAdapter:
+def read_layer(name: str, given: Mapping[str, Any], r: int, group_size: int = 1) -> StoredAdapter:
     """Make the adapter of one layer from its tensors, after checking these against each other.
 
     Args:
         name: the layer's path, for messages.
         given: tensors by `STATE_KEYS`, None for one that is missing.
         r: the rank budget.
+        group_size: columns that share one of A.
 
     Raises:
         TypeError, ValueError: naming the layer and the tensor.
@@ -122,10 +124,11 @@ def read_layer(name: str, given: Mapping[str, Any], r: int) -> StoredAdapter:
             f"{tuple(A.shape)}, {tuple(B.shape)} and {tuple(ranks.shape)}"
         )
     *stack, rows, rho = B.shape
+    cols = given["col_block"].shape[-1] if given["col_block"].ndim else 0
     shapes = {
-        "A": (*stack, rho, A.shape[-1]),
+        "A": (*stack, rho, granules(cols, group_size)),
         "row_block": (*stack, rows),
-        "col_block": (*stack, A.shape[-1]),
+        "col_block": (*stack, cols),
         "sketch": (*stack, SKETCH_SIZE),
         "scaling": (),
     }
@@ -135,4 +138,4 @@ def read_layer(name: str, given: Mapping[str, Any], r: int) -> StoredAdapter:
                 f"{name}.{key} must have shape {shape} to fit B {tuple(B.shape)}, got {tuple(given[key].shape)}"
             )
     check_values(name, given, r)
-    return StoredAdapter(**{key: given[key] for key in STATE_KEYS})
+    return StoredAdapter(**{key: given[key] for key in STATE_KEYS}, group_size=group_size)

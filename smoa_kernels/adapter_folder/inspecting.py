@@ -127,7 +127,7 @@ def _layer(name: str, adapter: StoredAdapter, bases: BaseModel | None) -> LayerR
         name=name,
         shape=adapter.shape,
         ranks=tuple(ranks),
-        parameters=sum(trainable_parameters(one.partition, ranks) for one in experts),
+        parameters=sum(trainable_parameters(one.partition, ranks, one.group_size) for one in experts),
         # Four digits for each of the first four numbers.
         fingerprint="".join(f"{round(float(each) * 4096) & 0xFFFF:04x}" for each in experts[0].sketch[:4]),
         base_distance=None if distances is None else max(distances),

@@ -107,7 +107,8 @@ def read_weights(
         for name in sorted({key.rpartition(INFIX)[0] for key in tensors if INFIX in key}, key=by_number):
             given = {key: tensors.get(f"{name}{INFIX}{key}") for key in STATE_KEYS}
             # The rank decides a layer's memory, so it is compared with the file before any layer is made.
-            layers[name] = read_layer(name, given, settings.for_layer(name).r)
+            own = settings.for_layer(name)
+            layers[name] = read_layer(name, given, own.r, own.rule.group_size)
     check_seal(folder, settings.weights_sha256)
     for name, layer in layers.items():
         found, wanted = float(layer.scaling), settings.for_layer(name).scaling

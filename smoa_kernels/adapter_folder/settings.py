@@ -69,6 +69,7 @@ class AdapterSettings:
     block_order: str = "spectral"
     granule: int = 1
     block_seed: int = 0
+    group_size: int | str = 1
     block_order_pattern: dict[str, str] = field(default_factory=dict)
     granule_pattern: dict[str, int] = field(default_factory=dict)
     algorithm: str = "auto"
@@ -107,7 +108,8 @@ class AdapterSettings:
     @property
     def rule(self) -> BlockRule:
         """How blocks are made; includes K."""
-        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed)
+        group_size: Any = self.group_size
+        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed, group_size)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -168,7 +170,11 @@ class AdapterSettings:
         if self.block_ranks is not None and not isinstance(self.block_ranks, (list, tuple)):
             raise TypeError(f"block_ranks must be a list of ints, got {shown(self.block_ranks)}")
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
-        self.rule.check()
+        # "base" is replaced by a number where an adapter is put into a model.
+        rule = (
+            self.rule if self.group_size != "base" or self.is_from_file else self.rule._replace(group_size=1)
+        )
+        rule.check()
         for pattern, (_, check) in _PATTERNS.items():
             values = getattr(self, pattern)
             if not isinstance(values, Mapping):

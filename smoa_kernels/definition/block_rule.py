@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_blocks, check_choice, check_count, check_granule
+from ..checks import MOST_COORDINATES, check_blocks, check_choice, check_count, check_granule
 from .partition import BlockPartition
 
 BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
@@ -23,12 +24,19 @@ class BlockRule(NamedTuple):
             experts of a fused weight; of a single weight it is that weight's own.
         granule: g, adjacent rows or columns that stay together.
         block_seed: of the draw, if the order is "random". Weights of one shape get the same blocks.
+        group_size: adjacent columns that share their entries of A; blocks of columns end at such groups.
     """
 
     num_blocks: int
     block_order: str = "spectral"
     granule: int = 1
     block_seed: int = 0
+    group_size: int = 1
+
+    @property
+    def granules(self) -> tuple[int, int]:
+        """How many rows, and how many columns, stay together."""
+        return self.granule, min(math.lcm(self.granule, self.group_size), MOST_COORDINATES)
 
     @property
     def needs_weight(self) -> bool:
@@ -39,13 +47,15 @@ class BlockRule(NamedTuple):
         """Check all attributes and, if a shape is given, that `name` can be cut into such blocks."""
         check_blocks(self.num_blocks, shape, name)
         check_choice("block_order", self.block_order, BLOCK_ORDERS)
-        check_granule(self.granule, self.num_blocks, shape, name)
+        check_count("granule", self.granule, most=MOST_COORDINATES)
+        check_count("group_size", self.group_size, most=MOST_COORDINATES)
+        check_granule(self.granules, self.num_blocks, shape, name)
         check_count("block_seed", self.block_seed, 0, 2**63 - 1)
 
     def build(self, weight: Tensor) -> BlockPartition:
         """Compute the blocks of a weight, on its device; of a meta weight only the shape is read."""
         if self.needs_weight:
-            return BlockPartition.from_weight(weight, self.num_blocks, granule=self.granule)
+            return BlockPartition.from_weight(weight, self.num_blocks, granule=self.granules)
         return self.of_shape(weight.shape, "cpu" if weight.is_meta else weight.device)
 
     def of_shape(self, shape: Sequence[int], device: torch.device | str) -> BlockPartition:
@@ -53,6 +63,6 @@ class BlockRule(NamedTuple):
         self.check(shape)
         if self.block_order == "random":
             return BlockPartition.random(
-                shape, self.num_blocks, granule=self.granule, seed=self.block_seed, device=device
+                shape, self.num_blocks, granule=self.granules, seed=self.block_seed, device=device
             )
-        return BlockPartition.contiguous(shape, self.num_blocks, granule=self.granule, device=device)
+        return BlockPartition.contiguous(shape, self.num_blocks, granule=self.granules, device=device)

@@ -129,9 +129,14 @@ def padding_masks(partition: BlockPartition, ranks: Tensor, rho: int) -> tuple[T
 
 
 @torch.no_grad()
-def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor) -> None:
-    """Fill A (ρ, C) with A_k uniform in ±1/√C_k (Kaiming, a=√5), zeros in its padding (docs/definition.md)."""
+def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor, group_size: int = 1) -> None:
+    """Fill A (ρ, C / group_size) with A_k uniform in ±1/√C_k (Kaiming, a=√5), zeros in its padding."""
     widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
     bound = widths.clamp_min(1).rsqrt()[partition.col_block.long()]
     A_mask, _ = padding_masks(partition, ranks, A.shape[0])
-    A.uniform_(-1, 1).mul_(bound).mul_(A_mask)
+    A.uniform_(-1, 1).mul_(bound[::group_size]).mul_(A_mask[:, ::group_size])
+
+
+def of_columns(A: Tensor, group_size: int, columns: int) -> Tensor:
+    """A (…, ρ, C) of an A (…, ρ, ⌈C / group_size⌉) that has a column for each group of adjacent columns."""
+    return A if group_size == 1 else A.repeat_interleave(min(group_size, columns), -1)[..., :columns]

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from ..checks import (
     MOST_COORDINATES,
+    Granule,
     check_blocks,
     check_count,
     check_granule,
     check_weight,
     granules,
+    on_sides,
 )
 from .labels import (
     check_labels,
@@ -88,7 +90,7 @@ class BlockPartition:
     _plan = cast(Any, None)  # of an instance; no field
 
     @classmethod
-    def from_weight(cls, weight: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:
+    def from_weight(cls, weight: Tensor, num_blocks: int, *, granule: Granule = 1) -> BlockPartition:
         """Compute the spectral order of `weight` and cut it into `num_blocks` aligned blocks.
 
         The order is that of SMoA (arXiv 2605.21147), by the centroids of equation (1) of docs/definition.md.
@@ -96,7 +98,7 @@ class BlockPartition:
         Args:
             weight: (N, C) floating point, any device. Half types are computed in float32.
             num_blocks: K, from 1 to min(N, C).
-            granule: g, rows or columns that are sorted as one.
+            granule: g, rows or columns that are sorted as one; or a number of rows, and one of columns.
 
         Raises:
             TypeError: `weight` is not a dense floating-point tensor, or `num_blocks` or `granule` is not an int.
@@ -108,13 +110,13 @@ class BlockPartition:
         return cls._from_spectrum(weight.detach(), num_blocks, granule)
 
     @classmethod
-    def from_experts(cls, weights: Tensor, num_blocks: int, *, granule: int = 1) -> BlockPartition:
+    def from_experts(cls, weights: Tensor, num_blocks: int, *, granule: Granule = 1) -> BlockPartition:
         """Compute one partition for many weights, from the spectrum of their mean Gram matrix (docs/definition.md).
 
         Args:
             weights: (E, N, C) floating point, any device.
             num_blocks: K, from 1 to min(N, C).
-            granule: g, rows or columns that are sorted as one.
+            granule: g, rows or columns that are sorted as one; or a number of rows, and one of columns.
 
         Raises:
             TypeError, ValueError: as :meth:`from_weight` does.
@@ -129,14 +131,15 @@ class BlockPartition:
         return cls._from_spectrum(weights.detach(), num_blocks, granule)
 
     @classmethod
-    def _from_spectrum(cls, weight: Tensor, num_blocks: int, granule: int) -> BlockPartition:
+    def _from_spectrum(cls, weight: Tensor, num_blocks: int, granule: Granule) -> BlockPartition:
         shape = weight.shape[-2:]
         check_blocks(num_blocks, shape)
         check_granule(granule, num_blocks, shape)
+        granule = on_sides(granule, shape)
         orders = order_source.get()(weight, granule)
-        sides = list(zip(orders, shape, strict=True))
-        row_block, col_block = (labels_of(order, num_blocks, granule, size) for order, size in sides)
-        rows, cols = (coordinates(order, granule, size) for order, size in sides)
+        sides = list(zip(orders, granule, shape, strict=True))
+        row_block, col_block = (labels_of(order, num_blocks, g, size) for order, g, size in sides)
+        rows, cols = (coordinates(order, g, size) for order, g, size in sides)
         found = cls.from_labels(row_block, col_block, num_blocks)
         found.row_order, found.col_order = rows, cols
         return found
@@ -147,7 +150,7 @@ class BlockPartition:
         shape: Sequence[int],
         num_blocks: int,
         *,
-        granule: int = 1,
+        granule: Granule = 1,
         device: torch.device | str | None = None,
     ) -> BlockPartition:
         """Cut rows and columns in their own order. No weight is needed.
@@ -173,7 +176,7 @@ class BlockPartition:
         shape: Sequence[int],
         num_blocks: int,
         *,
-        granule: int = 1,
+        granule: Granule = 1,
         seed: int = 0,
         device: torch.device | str | None = None,
     ) -> BlockPartition:
@@ -203,7 +206,7 @@ class BlockPartition:
         order_of: Callable[[int], Tensor],
         shape: Sequence[int],
         num_blocks: int,
-        granule: int,
+        granule: Granule,
         device: torch.device | str | None,
     ) -> BlockPartition:
         """Blocks of rows and columns; `order_of` gives the order of their granules, from their number."""
@@ -214,7 +217,8 @@ class BlockPartition:
         check_blocks(num_blocks, shape)
         check_granule(granule, num_blocks, shape)
         rows, cols = (
-            labels_of(order_of(granules(size, granule)), num_blocks, granule, size) for size in shape
+            labels_of(order_of(granules(size, g)), num_blocks, g, size)
+            for size, g in zip(shape, on_sides(granule, shape), strict=True)
         )
         if device is None:
             device = torch.get_default_device()

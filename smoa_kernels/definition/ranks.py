@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..checks import MOST_RANKS, check_blocks, check_count, shown
+from ..checks import MOST_RANKS, check_blocks, check_count, granules, shown
 from .partition import BlockPartition
 
 # Fitted; theory gives the powers of K and of W0's size.
@@ -38,10 +38,10 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
     return ranks
 
 
-def trainable_parameters(partition: BlockPartition, ranks: Sequence[int]) -> int:
-    """Count an adapter's trainable parameters, `Σ r_k (N_k + C_k)`; padding is not counted."""
+def trainable_parameters(partition: BlockPartition, ranks: Sequence[int], group_size: int = 1) -> int:
+    """Count an adapter's trainable parameters, `Σ r_k (N_k + C_k / group_size)`; padding is not counted."""
     sizes = zip(ranks, partition.row_sizes, partition.col_sizes, strict=True)
-    return sum(r * (rows + cols) for r, rows, cols in sizes)
+    return sum(r * (rows + granules(cols, group_size)) for r, rows, cols in sizes)
 
 
 def alpha_for_lora_rate(alpha: float, num_blocks: int, sketch: Tensor, elements: int) -> float:

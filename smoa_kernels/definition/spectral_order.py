@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..checks import Granule, on_sides
 from .precision import without_autocast
 
 
@@ -20,19 +21,19 @@ def whole(weight: Tensor) -> Tensor:
     return weight if gather is None else cast(Tensor, gather())
 
 
-def spectral_orders(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
+def spectral_orders(weight: Tensor, granule: Granule = 1) -> tuple[Tensor, Tensor]:
     """Sort the granules of rows and columns of `weight` by spectral centroid: int64 (⌈N/g⌉,) and (⌈C/g⌉,)."""
     row_score, col_score = spectral_centroids(weight, granule)
     return torch.argsort(row_score, stable=True), torch.argsort(col_score, stable=True)
 
 
-order_source: ContextVar[Callable[[Tensor, int], tuple[Tensor, Tensor]]] = ContextVar(
+order_source: ContextVar[Callable[[Tensor, Granule], tuple[Tensor, Tensor]]] = ContextVar(
     "order_source", default=spectral_orders
 )
 """Gives `BlockPartition.from_weight` the orders; another process may have computed them already."""
 
 
-def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor]:
+def spectral_centroids(weight: Tensor, granule: Granule = 1) -> tuple[Tensor, Tensor]:
     """Compute where in W0's spectrum the energy of each row and column lies on average (docs/definition.md).
 
     The score of row i is `Σ_j j·E_ij / Σ_j E_ij` with `E = (U∘σ)²`, σ descending; columns use `(V∘σ)²`. A zero row
@@ -45,7 +46,7 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
 
     Args:
         weight: (N, C), or (E, N, C) of several; floating point, finite, not empty. Half types are computed in float32.
-        granule: g, rows or columns that stay together; the last granule may be short.
+        granule: g, rows or columns that stay together; the last granule may be short. Or rows, and columns.
     """
     with one_thread(), without_autocast(weight):
         weights = weight if weight.ndim == 3 else weight[None]
@@ -66,7 +67,8 @@ def spectral_centroids(weight: Tensor, granule: int = 1) -> tuple[Tensor, Tensor
             torch.stack([torch.linalg.vector_norm(one, torch.inf, side) for one in weights]).amax(0)
             for side in (1, 0)
         )
-        return _centroid(row_energy, rows, granule), _centroid(col_energy, cols, granule)
+        of_rows, of_cols = on_sides(granule)
+        return _centroid(row_energy, rows, of_rows), _centroid(col_energy, cols, of_cols)
 
 
 def _energies(wide: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:

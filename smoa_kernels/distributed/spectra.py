@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checks import granules
+from ..checks import Granule, granules, on_sides
 from ..definition.spectral_order import order_source, spectral_orders
 from .data_parallel import first_process
 
@@ -36,11 +36,11 @@ def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[N
     source = first_process(process_group)
     first = dist.get_rank() == source
 
-    def orders(weight: Tensor, granule: int) -> tuple[Tensor, Tensor]:
+    def orders(weight: Tensor, granule: Granule) -> tuple[Tensor, Tensor]:
         if first:
             rows, cols = spectral_orders(weight, granule)
         else:
-            counts = (granules(size, granule) for size in weight.shape[-2:])
+            counts = map(granules, weight.shape[-2:], on_sides(granule))
             rows, cols = (torch.empty(count, dtype=torch.int64, device=weight.device) for count in counts)
         for order in (rows, cols):
             dist.broadcast(order, source, process_group)

@@ -34,7 +34,7 @@ class _SMoAParallel:
         style: Any = self
         for name in ("input_layouts", "output_layouts"):
             check_kind(name, getattr(style, name)[0], Placement)
-        _check(module, device_mesh)
+        _check(module, device_mesh, self.dim)
         if self.src_data_rank is not None:
             agree_on_buffers(module, device_mesh.get_group())
         self._distribute(cast(Any, module), device_mesh)
@@ -113,8 +113,14 @@ class RowwiseSMoAParallel(_SMoAParallel, RowwiseParallel):
     dim = 1
 
 
-def _check(layer: Any, mesh: DeviceMesh) -> None:
-    """Raise an error if the layer cannot be cut."""
+def _check(layer: Any, mesh: DeviceMesh, dim: int) -> None:
+    """Raise an error if the layer cannot be cut along a dimension."""
+    groups = [child.group_size for child in layer.modules() if isinstance(child, Adapter)]
+    if dim == 1 and max(groups) > 1 and any(layer.in_features % (size * mesh.size()) for size in groups):
+        raise ValueError(
+            f"the layer's {layer.in_features} columns must be cut between groups, got group_size={max(groups)} and "
+            f"{mesh.size()} processes"
+        )
     if getattr(layer, "_shard", None) is not None:
         raise ValueError("the layer is parallelized already")
     if layer.merged:

@@ -99,7 +99,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         if not self.stack:
             return [partial(rule.build, weight)]
         if rule.block_order == "shared":
-            return [partial(BlockPartition.from_experts, weight, rule.num_blocks, granule=rule.granule)]
+            return [partial(BlockPartition.from_experts, weight, rule.num_blocks, granule=rule.granules)]
         return [partial(rule.build, each) for each in weight]
 
     def joined(self, partitions: Sequence[BlockPartition]) -> Any:

@@ -111,6 +111,8 @@ def check_combination(
                 f"adapters must train nothing but their factors, got {name!r} with bias={config.bias!r} and "
                 f"modules_to_save={config.modules_to_save}"
             )
+    if len(groups := {configs[name].group_size for name in adapters}) > 1:
+        raise ValueError(f"adapters must have one group_size to be combined, got {sorted(groups)}")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"weights must hold one number for each of {list(adapters)}, got {list(weights)}")
     for weight in weights:

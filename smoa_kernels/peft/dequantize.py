@@ -17,6 +17,7 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
+from ..checks import MOST_COORDINATES
 from ..definition.precision import without_autocast
 
 # Weights are read through float32 tensors of a few rows. Those of this many elements fit a core's cache.
@@ -130,3 +131,29 @@ def keep_packing(base: Any) -> None:
         weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(
             weight.data, weight.quant_state
         )
+
+
+def group_size_of(model: nn.Module) -> int:
+    """How many adjacent columns share a scale in a quantised model, by its configuration.
+
+    Raises:
+        ValueError: the model is not quantised so.
+    """
+    given: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    settings = given.to_dict() if hasattr(given, "to_dict") else dict(given or {})
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    sizes: set[int | None] = set()
+    if method == "bitsandbytes" and settings.get("load_in_4bit"):
+        sizes = {64}
+    elif method in ("gptq", "awq"):
+        sizes = {settings.get("group_size")}
+    elif method == "compressed-tensors":
+        weights = [group["weights"] for group in settings.get("config_groups", {}).values()]
+        sizes = {each.get("group_size") for each in weights if each.get("strategy") in ("group", "channel")}
+    if len(sizes) != 1:
+        raise ValueError(
+            'group_size="base" takes a model whose weights share scales by groups of columns: bitsandbytes (4 bits), '
+            f"GPTQ, AWQ or compressed-tensors, got {method} with groups of {sorted(map(str, sizes))}"
+        )
+    (size,) = sizes
+    return MOST_COORDINATES if size is None or size < 1 else size  # a scale for each row

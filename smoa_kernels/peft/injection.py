@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
 from .config import SMoAConfig
-from .dequantize import keep_packing, quantization_of
+from .dequantize import group_size_of, keep_packing, quantization_of
 from .experts.experts import Experts
 from .experts.targets import find_targets
 from .experts.weight import ExpertsWeight
@@ -82,6 +83,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         is_new = not layers_with(model, adapter_name)
         config = self.peft_config[adapter_name]
         before = Snapshot(model, config)
+        if config.group_size == "base":
+            self.peft_config[adapter_name] = config = copy(config)
+            config.group_size = group_size_of(model)
         try:
             if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
                 # The name is part of the parameters' names, and of the folder that the adapter is saved in.

@@ -95,7 +95,8 @@ class SMoALayer(BaseWeight):
                 f"{error}; num_blocks_pattern and granule_pattern give a layer its own, exclude_modules leaves it out"
             ) from error
         shape = *self.stack, self.out_features, self.in_features
-        self.smoa[adapter_name] = Adapter(shape, settings.ranks, settings.scaling)
+        groups = settings.rule.group_size
+        self.smoa[adapter_name] = Adapter(shape, settings.ranks, settings.scaling, group_size=groups)
         self.settings[adapter_name] = settings
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
@@ -153,7 +154,8 @@ class SMoALayer(BaseWeight):
             source: an adapter of this layer, whose sketch of W0 is copied.
         """
         adapter = self.smoa[adapter_name]
-        adapter.A, adapter.B = (nn.Parameter(factor, requires_grad=False) for factor in (packed.A, packed.B))
+        factors = packed.A[..., :: adapter.group_size].contiguous(), packed.B
+        adapter.A, adapter.B = (nn.Parameter(factor, requires_grad=False) for factor in factors)
         adapter.set_blocks(packed.partition, self.smoa[source].sketch, packed.ranks.tolist())
         self._share_blocks()
 

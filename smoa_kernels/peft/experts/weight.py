@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...backends import resolve_backend
 from ...definition.experts import ExpertsAdapter
+from ...definition.packed import of_columns
 from ...operators.experts import experts_linear
 from ..layer import SMoALayer
 
@@ -94,7 +95,7 @@ class ExpertsWeight(SMoALayer, nn.Module):
     def packed(self, adapter_name: str, weight: Tensor, keep: bool = False) -> ExpertsAdapter:
         """Pair an adapter with W0 (E, N, C); autograd sees the factors."""
         ready = self._ready(adapter_name)
-        A, B = ready.A, ready.B
+        A, B = of_columns(ready.A, ready.group_size, weight.shape[-1]), ready.B
         if A.dtype not in (weight.dtype, torch.float32):
             A, B = A.to(weight.dtype), B.to(weight.dtype)
         # A copy if a backward may follow: s may be changed before it, as PEFT's `scale_layer` does.

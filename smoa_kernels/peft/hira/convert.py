@@ -21,6 +21,7 @@ from ...adapter_folder.reading import Adapter, read_adapter
 from ...adapter_folder.settings import whole_name
 from ...adapter_folder.writing import replacing, seal
 from ...checks import check_path, naming
+from ...definition.packed import of_columns
 from ...definition.sketch import sketch_weight
 from ..config import SMoAConfig
 
@@ -138,7 +139,7 @@ def _to_hira(adapter: Adapter, settings: dict[str, Any]) -> tuple[HiraConfig, di
                 f"{name}: the rank {rank} beside r={config.r} has no counterpart in HiRA: PEFT gives every plain layer "
                 "the same rank, whatever rank_pattern says"
             )
-        state[f"{name}.hira_A"] = layer.A
+        state[f"{name}.hira_A"] = of_columns(layer.A, layer.group_size, layer.shape[-1])
         state[f"{name}.hira_B"] = layer.B * float(layer.scaling)
     settings |= {"r": config.r, "hira_dropout": config.smoa_dropout, "init_weights": config.init_weights}
     with naming(adapter.path.with_name(CONFIG_NAME)):

@@ -1,0 +1,86 @@
+"""`group_size`: columns of W0 that share a column of A."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import relative_error
+from torch import nn
+
+from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels.definition.block_rule import BlockRule
+
+pytestmark = pytest.mark.numerical
+
+ORDERS = ["contiguous", "random", "spectral"]
+SIZES = [(1, 4), (2, 8), (3, 8), (2, 10_000)]  # K and g; the last group may be short
+
+
+def grouped(order: str, num_blocks: int, group_size: int, **settings: object) -> FusedSMoALinear:
+    torch.manual_seed(0)
+    settings = {"r": 5, "num_blocks": num_blocks, "block_order": order, "group_size": group_size, **settings}
+    layer = FusedSMoALinear.from_linear(nn.Linear(52, 33), **settings)  # type: ignore[arg-type]
+    nn.init.normal_(layer.smoa.B, std=0.3)
+    return layer
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("num_blocks", "group_size"), SIZES[:3])
+def test_the_update_scales_each_group_of_a_row_by_one_number(
+    order: str, num_blocks: int, group_size: int
+) -> None:
+    layer = grouped(order, num_blocks, group_size)
+    labels = layer.partition.col_block
+    for start in range(0, 52, group_size):
+        assert len(labels[start : start + group_size].unique()) == 1
+        ratio = (
+            layer.delta_weight()[:, start : start + group_size] / layer.weight[:, start : start + group_size]
+        )
+        torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-5)
+    assert layer.smoa.A.shape == (-(-5 // num_blocks), -(-52 // group_size))
+    groups = [len(labels[::group_size][labels[::group_size] == k]) for k in range(num_blocks)]
+    sizes = zip(layer.block_ranks, layer.partition.row_sizes, groups, strict=True)
+    assert layer.num_adapter_parameters == sum(r * (rows + cols) for r, rows, cols in sizes)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_equals_a_layer_whose_columns_of_A_are_repeated(order: str, dropout: float) -> None:
+    """The gradient of A is the sum of theirs over a group."""
+    ours = grouped(order, 2, 8, dropout=dropout)
+    other = FusedSMoALinear.from_linear(
+        nn.Linear(52, 33), r=5, num_blocks=2, dropout=dropout, partition=ours.partition
+    )
+    other.load_state_dict(
+        {
+            **{name: value for name, value in ours.state_dict().items() if name != "smoa.A"},
+            "smoa.A": ours.smoa.A.detach().repeat_interleave(8, 1)[:, :52],
+        }
+    )
+    x, found = torch.randn(7, 52), []
+    for layer in (ours, other):
+        torch.manual_seed(1)
+        layer(x).sin().sum().backward()
+        found.append([layer.smoa.A.grad, layer.smoa.B.grad])
+    (dA, dB), (dA_each, dB_each) = found
+    assert dA_each is not None
+    assert relative_error(dB, dB_each) < 1e-5
+    summed = torch.stack([part.sum(1) for part in dA_each.split(8, 1)], 1)
+    assert relative_error(dA, summed) < 1e-5
+
+
+def test_a_group_of_all_columns_is_a_number_for_each_row() -> None:
+    layer = grouped("spectral", 1, 2**31 - 1)
+    assert layer.smoa.A.shape == (5, 1)
+    ratio = layer.delta_weight() / layer.weight
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="granule must leave at least num_blocks=2"):
+        grouped("spectral", 2, 52)
+
+
+def test_rows_are_sorted_one_by_one_and_columns_by_groups() -> None:
+    weight = torch.randn(33, 52)
+    partition = BlockRule(3, "spectral", 2, group_size=8).build(weight)
+    assert partition == BlockPartition.from_weight(weight, 3, granule=(2, 8))
+    rows = BlockPartition.from_weight(weight, 3, granule=2)
+    assert torch.equal(partition.row_block, rows.row_block)
