@@ -236,9 +236,9 @@ class Adapter(nn.Module):
         A, B, place = self.A, self.B, WHOLE
         if self.shard is not None:
             A, B, place = self.shard.local(A), self.shard.local(B), self.shard.place
-        if self.group_size > 1:
-            A = of_columns(A, self.group_size, weight.shape[-1])
         partition = self._partition if self.is_current() else self.read_labels()
+        if self.group_size > 1:
+            A = of_columns(A, self.group_size, partition.shape[1])
         ranks, s = buffers["ranks"], buffers["scaling"]
         kept = None if is_traced() else self._kept  # a graph would depend on what is kept
         if kept is None or not kept.is_of(weight, A, B, ranks, s):

@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
+from smoa_kernels import FusedSMoALinear
 from smoa_kernels.definition import spectral_order
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
 from smoa_kernels.peft import SMoAConfig
@@ -197,6 +198,9 @@ def test_refused() -> None:
             parallelize(model)
         assert [type(parameter) for parameter in model.parameters()] == before
     layer, mesh = layers(build("fused", torch.float64))[0], init_device_mesh("cpu", (2,))
+    grouped = FusedSMoALinear(12, 6, group_size=4, num_blocks=1)
+    with pytest.raises(ValueError, match="12 columns must be cut between groups, got group_size=4 and 2"):
+        parallelize_module(grouped, mesh, RowwiseSMoAParallel())
     with pytest.raises(TypeError, match="output_layouts must be a Placement, got str"):
         parallelize_module(layer, mesh, ColwiseSMoAParallel(output_layouts="x"))
     assert not isinstance(layer.weight, DTensor)

@@ -1,0 +1,62 @@
+"""Adapters with `group_size` in PEFT's life cycle."""
+
+import pytest
+import torch
+from adapted import adapt, close, config, layer_list, loaded, logits
+from peft import PeftModel
+from quantized_bases import load
+from tiny_models import tiny_llama
+
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
+from smoa_kernels.peft import SMoAConfig, hotswap, merge_to_folder
+
+GROUPED = {"group_size": 8, "num_blocks": 2}
+
+
+@torch.no_grad()
+def test_the_life_cycle(tokens, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = adapt(tiny_llama(), **GROUPED)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter", strict_base=True).eval()
+    assert torch.equal(logits(again, tokens), expected)
+    report = inspect_adapter(tmp_path / "adapter")
+    assert report.parameters == sum(layer.smoa["default"].num_parameters for layer in layer_list(model))
+    other = adapt(tiny_llama(), block_order="random", **GROUPED)
+    other.save_pretrained(tmp_path / "other")
+    swapped = adapt(tiny_llama(), block_order="random", block_seed=3, **GROUPED)
+    hotswap(swapped, tmp_path / "other")
+    assert torch.equal(logits(swapped, tokens), logits(other, tokens))
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    close(logits(loaded(tmp_path / "merged"), tokens), expected, 1e-4)
+    close(logits(model.merge_and_unload(), tokens), expected, 1e-4)
+
+
+@torch.no_grad()
+def test_sums_of_adapters_are_grouped_too(tokens):
+    model = adapt(tiny_llama(), **GROUPED)
+    model.add_adapter("other", config(r=4, group_size=8, num_blocks=4, block_order="random"))
+    model.add_weighted_adapter(["default", "other"], [0.5, -1.5], "sum")
+    model.base_model.set_adapter(["default", "other"])
+    for layer in layer_list(model):
+        layer.scaling["default"], layer.scaling["other"] = 0.5, -1.5
+    expected = logits(model, tokens)
+    model.set_adapter("sum")
+    close(logits(model, tokens), expected, 1e-4)
+    assert all(layer.smoa["sum"].A.shape[1] * 8 == layer.in_features for layer in layer_list(model))
+    model.add_adapter("plain", config())
+    with pytest.raises(ValueError, match=r"must have one group_size to be combined, got \[1, 8\]"):
+        model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "mixed")
+
+
+def test_the_groups_of_the_base(quantizable, tmp_path):
+    chosen = SMoAConfig(r=4, num_blocks=1, target_modules="all-linear", group_size="base")
+    model = adapt(load(quantizable, "nf4"))
+    model.add_adapter("grouped", chosen)
+    assert model.peft_config["grouped"].group_size == 64
+    assert chosen.group_size == "base"
+    for layer in layer_list(model):
+        assert layer.smoa["grouped"].A.shape[1] == -(-layer.in_features // 64)
+    with pytest.raises(ValueError, match='group_size="base" takes a model whose weights share scales'):
+        adapt(tiny_llama(), group_size="base", num_blocks=1)
