@@ -304,20 +304,15 @@ class BlockPartition:
             raise ValueError(
                 f"a partition is 6 tensors and 2K + 2 sizes, got {len(tensors)} and {len(sizes)}"
             )
-        row_block, col_block, row_index, col_index, row_offsets, col_offsets = tensors
+        names = "row_block", "col_block", "row_index", "col_index", "row_offsets", "col_offsets"
         return cls(
-            row_block=row_block,
-            col_block=col_block,
-            row_index=row_index,
-            col_index=col_index,
-            row_offsets=row_offsets,
-            col_offsets=col_offsets,
+            **dict(zip(names, tensors, strict=True)),
             row_sizes=tuple(sizes[:num_blocks]),
             col_sizes=tuple(sizes[num_blocks:-2]),
             granularity=sizes[-2],
             is_contiguous=bool(sizes[-1]),
-            row_order=row_index,
-            col_order=col_index,
+            row_order=tensors[2],
+            col_order=tensors[3],
         )
 
     def tensors(self) -> list[Tensor]:
