@@ -248,6 +248,10 @@ class Adapter(nn.Module):
                 self._kept = kept
         return kept
 
+    def forward(self, weight: Tensor) -> PackedAdapter:
+        """:meth:`packed`, with the hooks of modules: accelerate's load offloaded factors."""
+        return self.packed(weight)
+
     @torch.no_grad()
     def overwrite(self, given: Mapping[str, Tensor]) -> None:
         """Copy the tensors of an adapter of the same shapes, by `STATE_KEYS`, over its own, in place."""

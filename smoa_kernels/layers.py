@@ -182,9 +182,8 @@ class FusedSMoALinear(AdaptedLinear):
             y = adapted_linear(
                 x,
                 bias,
-                adapter.packed(
-                    weight, keep=not hasattr(self, "_hf_hook")
-                ),  # accelerate's loads W0 for each call
+                # accelerate's hooks load W0, and A and B, for each call of their modules.
+                adapter(weight) if hasattr(self, "_hf_hook") else adapter.packed(weight, keep=True),
                 dropout_p=self.dropout if self.training else 0.0,
                 column_offset=0 if shard is None else shard.column_offset,
                 algorithm=self.algorithm,

@@ -376,3 +376,14 @@ def test_a_layer_keeps_its_adapter_but_no_weight_that_is_made_for_a_call() -> No
 class Doubled(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return 2 * weight
+
+
+@torch.no_grad()
+def test_accelerate_offloads_all_of_a_layer() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="needs the peft extra")
+    model, x = nn.Sequential(trained()), torch.ones(3, 40)
+    expected = model(x)
+    accelerate.cpu_offload(model, DEVICE)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert torch.equal(model(x), expected)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
