@@ -113,7 +113,7 @@ test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration
 test-peft-hira: $(BIN)/.dev ## PEFT's own HiRA tests on accelerated HiRA layers
 	$(BIN)/python tests/peft_suite/run.py --hira $(ARGS)
 
-test-trl: $(BIN)/.trl ## TRL's trainers, and its example: SFT, DPO, GRPO, reward
+test-trl: $(BIN)/.trl ## TRL's trainers, and its example: SFT, DPO, GRPO
 	$(BIN)/python -m pytest tests/trl $(ARGS)
 
 # Where DeepSpeed is installed others import it: it gets an environment of its own, which sees all of the first one's packages.
