@@ -278,9 +278,8 @@ _LARGE, _FEW = _tile(64, 128, 64, 32, 8, 3), _tile(16, 64, 64, 64, 4, 3)
 _HOPPER = _tile(128, 128, 64, 32, 8, 3), _tile(64, 128, 64, 64, 8, 3), _FEW
 _TF32, _TF32_SHORT = _tile(64, 64, 32, 32, 8, 3), _tile(64, 64, 32, 16, 8, 3)
 
-# With Triton 3.6 what those rows replace spills 4 to 16 bytes, and the widest tile on sm_90; with 3.9 TF32 spills 12
-# bytes on sm_100. IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands
-# in registers.
+# What rows replace spills 4 to 88 bytes before the Triton that they name; by 3.9 TF32 spills 12 bytes on sm_100.
+# IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
 GROUPED_LINEAR = Kernel(
     "grouped_linear",
     grouped_linear_kernel,
