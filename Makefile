@@ -15,6 +15,9 @@ NATIVE := $(wildcard smoa_kernels/backends/native/*.[ch])
 OLDEST ?= .venv-oldest
 DEEPSPEED ?= .venv-deepspeed
 VLLM   ?= .venv-vllm
+# Triton of torch 2.11, 2.12 and 2.14, each in a folder that comes before the newest one on Python's path.
+TRITONS ?= 3.6.0 3.7.1 3.8.0
+TRITON  := $(VENV)-triton
 OLDEST_VERSIONS := torch==2.11.* triton==3.6.* peft==0.21.* transformers==5.0.* 'numpy<2.4'
 # The operator, the layer, the kernels, groups of processes and the command line; not the PEFT tuner, nor what needs a model.
 CORE   := tests/bad_inputs tests/kernels tests/tuning tests/distributed $(filter-out $(wildcard tests/test_benchmarks.py tests/test_quality.py tests/test_*_example.py \
@@ -40,8 +43,8 @@ sanitized = for limit in SANITIZED=1 ATEN_CPU_CAPABILITY=avx2; do env SANITIZED=
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
-        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-oldest emulate emulate-smoke emulate-cpu emulate-cpu-smoke sanitize sanitize-smoke clean
+.PHONY: help finetune finetune-moe main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-tritons test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
+        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-newest $(addprefix audit-,$(TRITONS)) emulate emulate-smoke emulate-amd emulate-cpu emulate-cpu-smoke sanitize sanitize-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -113,7 +116,7 @@ test-peft: $(BIN)/.dev ## PEFT's own test suite on SMoA's configuration
 test-peft-hira: $(BIN)/.dev ## PEFT's own HiRA tests on accelerated HiRA layers
 	$(BIN)/python tests/peft_suite/run.py --hira $(ARGS)
 
-test-trl: $(BIN)/.trl ## TRL's trainers, and its example: SFT, DPO, GRPO, reward
+test-trl: $(BIN)/.trl ## TRL's trainers, and its example: SFT, DPO, GRPO
 	$(BIN)/python -m pytest tests/trl $(ARGS)
 
 # Where DeepSpeed is installed others import it: it gets an environment of its own, which sees all of the first one's packages.
@@ -152,6 +155,10 @@ $(OLDEST)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) pytest pytest-benchmark hypothesis
 	$(OLDEST)/bin/python -m pip install --quiet --no-compile --editable '.[cli,peft]'
 	@touch $@
+
+test-tritons: $(TRITONS:%=$(TRITON)/%/.installed) ## the kernels' tests by each older Triton, interpreted and (some) in the PTX emulator
+	for version in $(TRITONS); do export PYTHONPATH=$(TRITON)/$$version; $(BIN)/python -m pytest -n 2 tests/kernels $(ARGS) || exit 1; \
+		for arch in $(EMULATED); do PTX_EMULATOR=$$arch $(BIN)/python -m pytest tests/ptx_emulator -m smoke || exit 1; done; done
 
 test-matrix: $(BIN)/.dev $(OLDEST)/.installed ## core, kernel and distributed tests on the oldest supported versions, then on the newest
 	$(OLDEST)/bin/python -m pytest $(CORE) $(ARGS)
@@ -247,11 +254,17 @@ gpu-smoke: $(BIN)/.dev ## the same without a GPU, on tiny sizes in Triton's inte
 gpu-dry-run: $(BIN)/.dev ## how many kernels each stage of `make gpu` compiles, and how long; needs no GPU
 	$(BIN)/python -W ignore -m benchmarks.bringup.ahead $(ARGS)
 
-audit: $(BIN)/.dev ## compile every kernel that changed since it passed, and a sample (1 min); ARGS=--all: an hour of a core; needs no GPU
+$(TRITON)/%/.installed: | $(BIN)/.dev
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
+
+audit: $(addprefix audit-,newest $(TRITONS)) ## compile every kernel that changed since it passed, and a sample, by each Triton (3 min); ARGS=--all: an hour of a core each; needs no GPU
+
+audit-newest: $(BIN)/.dev ## the same by the newest Triton alone
 	PYTHONPATH=tests $(BIN)/python -m audit $(ARGS)
 
-audit-oldest: $(OLDEST)/.installed ## the same by the oldest supported Triton
-	PYTHONPATH=tests $(OLDEST)/bin/python -m audit $(ARGS)
+$(addprefix audit-,$(TRITONS)): audit-%: $(TRITON)/%/.installed
+	PYTHONPATH=$(TRITON)/$*:tests $(BIN)/python -m audit $(ARGS)
 
 # Left out are tests whose kernels run in processes of their own, outside the emulator. The second run is the contract of every backend.
 emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU: every kernel, the layer, the emulator's own tests; needs g++
@@ -260,6 +273,15 @@ emulate: $(BIN)/.dev ## execute what is compiled for sm_80 and sm_90 on the CPU:
 
 emulate-smoke: $(BIN)/.dev ## some of it
 	$(call emulated,tests/ptx_emulator -m smoke)
+
+# ROCM_PYTHON has torch for ROCm, which no package index that pip asks by itself has, and `pip install --editable '.[dev]'`.
+ROCM_PYTHON ?= python3
+ROCJITSU_CONFIG ?= gfx942_cdna3_kmd
+emulate-amd: ## the kernels' tests as compiled for an MI300X, on the CPU, in ROCm's emulator rocjitsu; says what is missing (docs/gpu.md)
+	@test -e "$(ROCJITSU)/configs/$(ROCJITSU_CONFIG).json" || { echo "ROCJITSU must be rocjitsu's folder, with configs/$(ROCJITSU_CONFIG).json in it: build it from ROCm/rocm-systems, emulation/rocjitsu"; exit 1; }
+	@PATH="$(ROCJITSU)/build:$$PATH" command -v rocjitsu > /dev/null || { echo "rocjitsu is neither on PATH nor in $(ROCJITSU)/build: build it there"; exit 1; }
+	@$(ROCM_PYTHON) -c 'import torch; raise SystemExit(None if torch.version.hip else "ROCM_PYTHON must be a Python whose torch is built for ROCm, as in the container rocm/pytorch")'
+	PATH="$(ROCJITSU)/build:$$PATH" rocjitsu --daemon --config $(ROCJITSU)/configs/$(ROCJITSU_CONFIG).json -- $(ROCM_PYTHON) -m pytest -n 0 tests/kernels $(ARGS)
 
 emulate-cpu: $(BIN)/.dev ## run compiled code for AVX-512, AVX512-BF16 and AMX on any x86 processor, its instructions emulated; needs a C compiler (5 min)
 	$(call emulated_cpu,$(CPUS),-n 2 $(NATIVE_TESTS))
@@ -274,4 +296,4 @@ sanitize-smoke: $(BIN)/.dev ## some of it
 	$(call sanitized,tests/test_native.py -k "every_shape and 23x41")
 
 clean: ## remove the virtual environments and caches
-	rm -rf $(VENV) $(VENV)-data $(OLDEST) $(DEEPSPEED) $(VLLM) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs
+	rm -rf $(VENV) $(VENV)-data $(TRITON) $(OLDEST) $(DEEPSPEED) $(VLLM) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* .benchmarks runs

@@ -59,6 +59,12 @@ def test_info_says_what_torch_is_built_for(cuda, hip, words, monkeypatch):
     assert info._runtime() == words
 
 
+def test_info_shows_another_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert info._devices()["xpu"] == "2 devices, on which torch's operators run"
+
+
 def test_info_shows_the_environment_but_no_secrets(tmp_path, monkeypatch):
     shown = {
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",

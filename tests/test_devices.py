@@ -177,7 +177,7 @@ TF32, FENCE = "compiles TF32 for Hopper wrongly", "leaves out a fence on Blackwe
 @pytest.mark.parametrize(
     ("capability", "version", "in_tf32", "in_bf16"),
     [
-        (HOPPER, "3.6.0", TF32 + ".*3.9 or newer", None),
+        (HOPPER, "3.8.0", TF32 + ".*3.9 or newer", None),
         (HOPPER, "3.9.0", None, None),
         (BLACKWELL, "3.6.0", FENCE, FENCE),
         (BLACKWELL, "3.7.0+git1234567", FENCE, FENCE + ".*update it to 3.7.1 or newer"),

@@ -32,11 +32,6 @@ COMMAND = re.compile(r"(?:^ {4}|`)((?:make|smoa-kernels) [^`\n#]*)", re.MULTILIN
 SCRIPT = re.compile(
     r"(?:python|-per-node 2|launch --multi_gpu --num_processes 2) (?:-m )?([\w/.]+)((?: [^`\n#]*)?)"
 )
-# The one rule for K and the order of blocks: the same words wherever it is given.
-RULE = (
-    "spectral blocks, K=2, r=8. If speed or memory matters more, take contiguous blocks, K=4",
-    ("README.md", "docs/choosing.md", "docs/experts.md"),
-)
 SUFFIXES = (".py", ".c", ".h", ".md", ".svg")
 # A name that the reader will create.
 TO_BE_MADE = {"kernels/name.py"}
@@ -113,21 +108,6 @@ def test_the_pages_are_read_in_a_day() -> None:
     assert internals <= 3_000
 
 
-# Laboratory notes belong in benchmarks/results and docs/internals, history in git.
-NOTES = re.compile(
-    r"\b(?=[0-9a-f]*[a-f])(?=[0-9a-f]*[0-9])[0-9a-f]{7,40}\b"  # a commit
-    r"|EPYC|Xeon|Ryzen|\bfamily \d|\bmodel \d|Zen \d"  # a processor's model
-    r"|[Ss]upersede|\b(?:the code|it was|than|as|measured) before\b|\| *before *\|"  # how a figure changed
-    r"|\bgoals? (?:was |were |is |are )?(?:met|missed)|\b(?:met|missed) (?:by|the goal)"
-)
-
-
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", *(f"docs/{page.name}" for page in GUIDES)])
-def test_guides_are_no_laboratory_notes(page: str) -> None:
-    found = NOTES.search((ROOT / page).read_text(encoding="utf-8"))
-    assert not found, found[0]
-
-
 @every_page
 def test_commands_exist(page: Path) -> None:
     """Targets exist in the Makefile; commands have the options that pages mention."""
@@ -161,11 +141,6 @@ def test_scripts_exist(page: Path) -> None:
         source = "".join(file.read_text(encoding="utf-8") for file in files)
         for option in re.findall(r"--([a-z][\w-]*)", options):
             assert re.search(rf"\b{re.sub('-', '[-_]', option)}\b", source), f"{script} --{option}"
-
-
-@pytest.mark.parametrize("page", RULE[1])
-def test_one_rule_for_blocks_in_the_same_words(page: str) -> None:
-    assert RULE[0] in " ".join((ROOT / page).read_text(encoding="utf-8").split())
 
 
 # Examples on pages
@@ -366,15 +341,3 @@ def arguments(it: Any) -> list[str]:
             fields[base.__module__.startswith("smoa_kernels")] += vars(base).get("__annotations__", ())
         found = [name for name in fields[True] if name not in fields[False]]
     return [name for name in found if name not in ("self", "args", "kwargs") and not name.startswith("_")]
-
-
-# Characters of a line of code that the site shows on a window of 1280 pixels.
-WIDEST_CODE = 88
-
-
-@every_page
-def test_code_fits_the_site(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for fenced, indented in re.findall(r"^```\w*\n(.*?)^```|(?<=\n\n)((?: {4}[^\n]*\n)+)", text, re.M | re.S):
-        for line in fenced.splitlines() + [line[4:] for line in indented.splitlines()]:
-            assert len(line) <= WIDEST_CODE, line

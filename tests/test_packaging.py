@@ -3,10 +3,8 @@
 import ast
 import email
 import re
-import shutil
 import sys
 import tarfile
-import tempfile
 import zipfile
 from email.message import Message
 from pathlib import Path
@@ -97,18 +95,6 @@ def test_the_sdist_builds_the_same_wheel_for_any_machine_where_nothing_compiles(
     pure = build("wheel", source, tmp_path)
     assert pure.stem.endswith("-py3-none-any")
     assert contents(pure) == {n: data for n, data in contents(wheel).items() if not n.endswith(".so")}
-
-
-def test_an_sdist_leaves_out_what_a_killed_compiler_left() -> None:
-    sdist = pytest.importorskip("hatchling.builders.sdist", reason="hatchling is not installed")
-    folder = tempfile.mkdtemp(dir=hatch_build.FOLDER)
-    try:
-        Path(folder, "linear_avx2.so").touch()
-        held = [file.relative_path for file in sdist.SdistBuilder(str(ROOT)).recurse_included_files()]
-    finally:
-        shutil.rmtree(folder)
-    assert "smoa_kernels/backends/native/calls.c" in held
-    assert not [path for path in held if path.endswith(".so")]
 
 
 def test_metadata(wheel: Path, metadata: Message) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.predict.__main__ import app
 from benchmarks.predict.gpus import GPUS
-from benchmarks.predict.roofline import Estimate, Part, Problem, backward_workspace, partial_bytes
+from benchmarks.predict.roofline import Estimate, Problem, backward_workspace, partial_bytes
 from benchmarks.predict.scaling import METHODS, WHOLE, Plan, predict
 from smoa_kernels.backends.algorithms import choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
@@ -22,11 +22,6 @@ CONTIGUOUS = SQUARE._replace(granule=1024)
 
 def over_frozen(problem: Problem, way: str) -> float:
     return Estimate(problem, H100, way).seconds() / Estimate(problem, H100, "frozen").seconds()
-
-
-def part(problem: Problem, way: str, name: str, stage: str = "forward") -> Part:
-    (found,) = (p for p in Estimate(problem, H100, way).parts if p.name == name and p.stage == stage)
-    return found
 
 
 def test_totals_by_hand() -> None:
@@ -57,25 +52,6 @@ def test_totals_by_hand() -> None:
     assert over_frozen(CONTIGUOUS, "split") == pytest.approx(1 + split / frozen, rel=5e-3)
 
 
-@pytest.mark.parametrize(
-    ("gpu", "blocks", "order", "most"),
-    [
-        ("h100", 2, "spectral", 1.50),
-        ("h100", 4, "spectral", 1.37),
-        ("h100", 2, "contiguous", 1.36),
-        ("h100", 4, "contiguous", 1.24),
-        ("h100", 8, "contiguous", 1.18),
-        ("rtx4090", 4, "spectral", 1.27),
-        ("rtx4090", 4, "contiguous", 1.20),
-    ],
-)
-def test_the_plan(gpu: str, blocks: int, order: str, most: float) -> None:
-    """What the design is to cost, predicted: T=8192, 4096², r=16, bf16, device time over frozen."""
-    p = SQUARE._replace(num_blocks=blocks, granule=1 if order == "spectral" else 4096 // blocks)
-    found, frozen = (Estimate(p, GPUS[gpu], way).seconds() for way in ("merged", "frozen"))
-    assert found / frozen <= most + 0.001
-
-
 def test_the_page_shows_the_predictions() -> None:
     rows = re.findall(
         r"^\| (\d), r=(\d+), (spectral|contiguous) \|(.+)\|$",
@@ -88,46 +64,6 @@ def test_the_page_shows_the_predictions() -> None:
         problem = SQUARE._replace(num_blocks=int(blocks), rank=int(rank), granule=granule)
         ways = "lora", "lora_fused", "hira", "merged", "split"
         assert cells.strip().split(" | ") == [f"{over_frozen(problem, way):.2f}" for way in ways]
-
-
-def test_bytes_in_place_by_hand() -> None:
-    """T=8, N=32, C=16, K=2, ρ=1: blocks of 16 rows and 8 columns."""
-    p = Problem(8, 32, 16, 2, 2, "fp32", granule=8)
-    size, x, y, blocks, factors = 4, 8 * 16, 8 * 32, 2 * 16 * 8, 32 + 16
-    scattered = p._replace(granule=1)
-    assert part(scattered, "split", "build ΔW blocks").bytes == size * (3 * blocks + factors)  # all of W0
-    assert part(p, "split", "build ΔW blocks").bytes == size * (2 * blocks + factors)
-    partials = 4 * (32 + 16)  # float32, one tile on each side
-    for problem, w in ((p, blocks), (scattered, 2 * blocks)):
-        assert part(problem, "split", "x·ΔWᵀ").bytes == size * (x + blocks + y)
-        assert part(problem, "split", "G = dYᵀ·x", "backward").bytes == size * (x + y + blocks)
-        found = part(problem, "split", "contract G", "backward")
-        assert found.bytes == size * (w + factors + blocks) + partials
-    many = p._replace(rank=2 * 33)  # more ranks than a program takes
-    assert (
-        part(many, "split", "contract G", "backward").bytes
-        == 2 * size * (2 * blocks + 33 * factors) + 33 * partials
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "in_granules", "in_place"),
-    [
-        ({"granule": 24}, True, False),
-        ({"granule": 12}, False, False),
-        ({"granule": 1024}, True, True),
-        ({"granule": 8, "in_features": 4100}, False, False),
-        ({"granule": 1, "in_features": 4100}, False, False),  # in blocks of 1024x1025 nothing shows slices
-        ({"num_blocks": 1, "in_features": 4004}, False, True),
-        ({"num_blocks": 3, "granule": 8}, True, False),
-    ],
-    ids=str,
-)
-def test_operands_multiplied_in_place(change: dict[str, int], in_granules: bool, in_place: bool) -> None:
-    p = SQUARE._replace(**change)
-    assert (p.in_granules, p.in_place) == (in_granules, in_place)
-    for way in ("merged", "split"):
-        assert in_place != any(q.name.startswith("gather") for q in Estimate(p, H100, way).parts)
 
 
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
@@ -183,9 +119,6 @@ def test_workspace_by_hand() -> None:
     assert backward_workspace(Problem(8192, 4096, 4096, 1, 16)) == 4 * 4096 * 4096 + 4 * 16 * 4096 * 96
 
 
-# Many GPUs
-
-
 def plans(model: str, gpus: int, parallel: str, **options: int) -> dict:
     return {m: predict(m, WHOLE[model], H100, gpus, fsdp=parallel == "fsdp", **options) for m in METHODS}
 
@@ -207,12 +140,6 @@ def test_counts_published_parameters(model: str, parameters: int) -> None:
     assert plans(model, 1, "ddp")["full"].trained_parameters == parameters
 
 
-def test_one_gpu_sends_nothing_however_it_is_called() -> None:
-    for parallel, model in itertools.product(("ddp", "fsdp"), WHOLE):
-        for plan in plans(model, 1, parallel).values():
-            assert sent(plan) == 0 < sum(plan.memory.values())
-
-
 def test_ddp_sends_the_factors_bytes_twice_around() -> None:
     found = plans("llama-3-8b", 8, "ddp")
     for method in ("lora", "smoa"):
@@ -225,14 +152,6 @@ def test_ddp_sends_the_factors_bytes_twice_around() -> None:
     assert found["smoa"].memory["labels"] == 32 * 9 * sizes
 
 
-def test_fully_sharded_memory_adds_up_to_one_copy() -> None:
-    for method, plan in plans("llama-3-70b", 64, "fsdp").items():
-        whole = plans("llama-3-70b", 64, "ddp")[method]
-        for part in ("weights", "gradients", "optimizer"):
-            assert 64 * plan.memory[part] == pytest.approx(whole.memory[part])
-        assert plan.memory["labels"] == whole.memory["labels"]  # replicated
-
-
 def test_fully_sharded_gathers_layers_twice_and_the_rest_once() -> None:
     plan = plans("llama-3-8b", 8, "fsdp")["lora"]
     layer = 2 * 4096**2 + 2 * 1024 * 4096 + 3 * 14336 * 4096
@@ -240,13 +159,6 @@ def test_fully_sharded_gathers_layers_twice_and_the_rest_once() -> None:
     factors = 4 * plan.trained_parameters
     assert plan.traffic["gather"] == 7 / 8 * (2 * (2 * (32 * layer + norms) + factors) + 2 * rest)
     assert plan.memory["gathered layers"] == 2 * (2 * layer + factors / 32) + 2 * rest
-
-
-def test_padding_is_not_trained() -> None:
-    """Rank 16 over 3 blocks is 6, 5 and 5; each is stored and sent as 6."""
-    even, uneven = (plans("llama-3-8b", 8, "ddp", rank=r, num_blocks=3)["smoa"] for r in (18, 16))
-    assert sent(uneven) == sent(even)
-    assert uneven.trained_parameters == round(even.trained_parameters * 16 / 18)
 
 
 def test_the_commands_print_the_pages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ _OLDEST_CAPABILITY = (8, 0)
 _MISCOMPILED = (
     # A tensor-core instruction of Hopper (wgmma) may read its left operand from registers. In TF32 new values are
     # written into them before it has read the old ones (triton#9433, triton#11781). The audit found this with Triton
-    # 3.6, in the product of dX, and not with 3.9. 3.7 and 3.8 were not audited.
+    # 3.6, 3.7.1 and 3.8.0, in the product of dX, and not with 3.9.
     ((9,), "tf32", "3.9", "compiles TF32 for Hopper wrongly (not IEEE float32)"),
     # Tensor cores may read shared memory before a store or a copy to it has arrived: wrong and changing results on a
     # B200 with 3.7.0 (pytorch#181248). Capability 11 has the same instructions. Hopper's code lacks the same fence, but

@@ -203,4 +203,7 @@ def _devices() -> dict[str, str]:
         # In TF32, because what is known of all precisions holds there too.
         if _HAS_TRITON and (why := miscompiled_on(torch.device("cuda", index), "tf32")):
             devices[f"cuda:{index}"] += f"; {why}"
+    other = torch.accelerator.current_accelerator()  # of this torch; the machine may have none
+    if other is not None and other.type != "cuda" and (count := torch.accelerator.device_count()):
+        devices[other.type] = f"{count} devices, on which torch's operators run"
     return devices

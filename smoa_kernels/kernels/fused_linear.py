@@ -236,8 +236,8 @@ FUSED_LINEAR = Kernel(
         Row(AMD, HALF, (*_tiles(64, 64, 64, 2, 2), _wide(2, 2))),
         Row(AMD, (), _tiles(64, 32, 64, 2, 2)),
         # IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in
-        # registers. Longer steps spill 4 to 56 bytes with Triton 3.6, and two warps on sm_120.
-        Row((), ("fp32",), _tiles(16, 16, 16, 2, 3), before="3.9"),
+        # registers. Longer steps spill 4 to 56 bytes by Triton 3.6 and 3.7, and two warps on sm_120.
+        Row((), ("fp32",), _tiles(16, 16, 16, 2, 3), before="3.8"),
         Row(GEFORCE_BLACKWELL, ("fp32",), _tiles(16, 32, 16, 4, 3)),
         Row((), ("fp32",), _tiles(16, 32, 16, 2, 3)),
         # A column's label, its block's rank and the mask of A are a chain of loads, among which Triton divides the
@@ -245,7 +245,7 @@ FUSED_LINEAR = Kernel(
         Row(HOPPER, HALF, (*_tiles(64, 64, 64, 4, 5, wgmma=True), _wide(4, 5, wgmma=True))),
         Row(HOPPER, (), _tiles(64, 32, 64, 4, 5)),
         # With three stages ρ = 4 spills 4 bytes, transposed.
-        Row(GEFORCE_BLACKWELL, HALF, (*_tiles(64, 64, 64, 4, 4), _wide(4, 3)), before="3.9"),
+        Row(GEFORCE_BLACKWELL, HALF, (*_tiles(64, 64, 64, 4, 4), _wide(4, 3)), before="3.7"),
         Row((), HALF, (*_tiles(64, 64, 64, 4, 3), _wide(4, 3))),
         Row((), (), _tiles(64, 32, 64, 4, 3)),
     ),

@@ -226,8 +226,8 @@ def _tile(n: int, c: int, t: int, warps: int, stages: int) -> Config:
     return Config(block_n=n, block_c=c, block_t=t, num_warps=warps, num_stages=stages)
 
 
-# The largest spills on other architectures, and with Triton 3.6 on all. IEEE float32: NVIDIA has no tensor cores for
-# it; with two stages it spills on some architectures.
+# The largest spills on other architectures, and before Triton 3.9 on sm_80 and sm_100. IEEE float32: NVIDIA has no
+# tensor cores for it; with two stages it spills on some architectures.
 GROUPED_GRAD = Kernel(
     "grouped_grad",
     grouped_grad_kernel,

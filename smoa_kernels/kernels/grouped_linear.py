@@ -278,26 +278,24 @@ _LARGE, _FEW = _tile(64, 128, 64, 32, 8, 3), _tile(16, 64, 64, 64, 4, 3)
 _HOPPER = _tile(128, 128, 64, 32, 8, 3), _tile(64, 128, 64, 64, 8, 3), _FEW
 _TF32, _TF32_SHORT = _tile(64, 64, 32, 32, 8, 3), _tile(64, 64, 32, 16, 8, 3)
 
-# With Triton 3.6 what those rows replace spills 4 to 16 bytes, and the widest tile on sm_90; with 3.9 TF32 spills 12
-# bytes on sm_100. IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands
-# in registers.
+# What rows replace spills 4 to 88 bytes before the Triton that they name; by 3.9 TF32 spills 12 bytes on sm_100.
+# IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers.
 GROUPED_LINEAR = Kernel(
     "grouped_linear",
     grouped_linear_kernel,
     rows=(
         Row(AMD, (), (_tile(64, 128, 64, 32, 4, 2), _tile(16, 64, 64, 64, 2, 2))),
         Row(BLACKWELL, ("tf32",), (_tile(32, 64, 32, 32, 4, 3),), before="3.9"),
-        Row((*HOPPER, *BLACKWELL), ("tf32",), (_TF32,), before="3.9"),
         Row((), ("tf32",), (_TF32_SHORT,), before="3.9"),
         Row(BLACKWELL, ("tf32",), (_TF32_SHORT,)),
         Row((), ("tf32",), (_TF32,)),
         Row(BLACKWELL, ("fp32",), (_tile(32, 64, 16, 16, 4, 3),)),
-        Row((), ("fp32",), (_tile(32, 32, 16, 16, 4, 3),), before="3.9"),
+        Row((), ("fp32",), (_tile(32, 32, 16, 16, 4, 3),), before="3.8"),
         Row((), ("fp32",), (_tile(32, 64, 16, 16, 4, 3),)),
-        Row(HOPPER, HALF, _HOPPER, before="3.9"),
+        Row(HOPPER, HALF, _HOPPER, before="3.7"),
         Row(HOPPER, HALF, (_tile(256, 128, 32, 16, 8, 3), *_HOPPER)),
-        Row(AMPERE, HALF, (_LARGE, replace(_FEW, num_stages=4)), before="3.9"),
-        Row(GEFORCE_BLACKWELL, HALF, (_LARGE, replace(_FEW, num_stages=2)), before="3.9"),
+        Row(AMPERE, HALF, (_LARGE, replace(_FEW, num_stages=4)), before="3.7"),
+        Row(GEFORCE_BLACKWELL, HALF, (_LARGE, replace(_FEW, num_stages=2)), before="3.7"),
         Row((), HALF, (_LARGE, _FEW)),
     ),
     choose=_choose,
@@ -326,7 +324,7 @@ GROUPED_LINEAR_GATHERED = replace(
         Row((), ("tf32",), (_TF32_SHORT,), before="3.9"),
         Row(BLACKWELL, ("tf32",), (_TF32,)),
         Row((), ("tf32",), (_TF32_SHORT,)),
-        Row(ADA, ("fp32",), (_tile(16, 16, 16, 16, 4, 2),), before="3.9"),
+        Row(ADA, ("fp32",), (_tile(16, 16, 16, 16, 4, 2),), before="3.7"),
         Row((), ("fp32",), (_tile(16, 32, 16, 16, 4, 2),)),
         Row(BLACKWELL, HALF, (_tile(16, 64, 64, 16, 8, 3),)),
         Row(HOPPER, HALF, (_tile(16, 64, 64, 16, 4, 3),)),

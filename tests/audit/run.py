@@ -5,11 +5,10 @@ No GPU is needed.
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -25,6 +24,7 @@ from smoa_kernels.backends.algorithms import FUSED_MAX_RANK_IEEE
 from smoa_kernels.checks import check_choices
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES, Architecture
+from smoa_kernels.kernels.registry import KERNELS
 from smoa_kernels.kernels.spec import Config, Kernel
 
 from .compile import Launch, compile_launch, representative_launch
@@ -34,63 +34,55 @@ from .passed import key_of
 from .pointers import pointers_at
 from .rules import UNKNOWN, Record, Traffic
 
-KERNELS = "smoa_kernels.kernels.registry:KERNELS"
+ALIKE = "fp16", "sm_89"
+"""Compiled in the first form only: machine code, registers and widths are those of bf16 and of sm_86 in all others."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One compilation; `registry` is the "module:attribute" of a mapping from names to `spec.Kernel`."""
+    """One compilation."""
 
     kernel: str
     form: str
     config: int
     arch: str
     dtype: str
-    registry: str = KERNELS
 
     def find(self) -> tuple[Kernel, Config, Record]:
         """The kernel, its configuration, and a record with the facts known before compiling."""
-        kernel = _load(self.registry)[self.kernel]
+        kernel = KERNELS[self.kernel]
         arch = ARCHITECTURES[self.arch]
         config = kernel.shipped(arch, PRECISIONS[self.dtype])[self.config]
         known = self.kernel, self.form, AUDITED[self.kernel].role, config.to_json(), self.arch, self.dtype
         return kernel, config, Record(*known, narrow=narrow_pointers(self.kernel))
 
 
-def _load(registry: str) -> Mapping[str, Kernel]:
-    module, _, attribute = registry.partition(":")
-    known: Mapping[str, Kernel] = getattr(importlib.import_module(module), attribute)
-    return known
-
-
-def tasks(archs: Sequence[str] = (), kernels: Sequence[str] = (), registry: str = KERNELS) -> list[Task]:
+def tasks(archs: Sequence[str] = (), kernels: Sequence[str] = ()) -> list[Task]:
     """The largest tile in every form, the others in the first; in the order of `archs`. An empty argument means all.
 
     Args:
         archs: names of `ARCHITECTURES`.
-        kernels: names in the registry.
-        registry: where kernels are.
+        kernels: names in `KERNELS`.
     """
-    known = _load(registry)
     check_choices("--arch", archs, ARCHITECTURES)
-    check_choices("--kernel", kernels, known)
+    check_choices("--kernel", kernels, KERNELS)
     return [
-        Task(kernel.name, form, index, arch, dtype, registry)
+        Task(kernel.name, form, index, arch, dtype)
         for arch in archs or ARCHITECTURES
-        for kernel in known.values()
+        for kernel in KERNELS.values()
         if not kernels or kernel.name in kernels
         for dtype in KERNEL_PRECISIONS
         for place, index in enumerate(_distinct(kernel.shipped(ARCHITECTURES[arch], PRECISIONS[dtype])))
-        for form in AUDITED[kernel.name].forms[: 1 if place else None]
+        for form in AUDITED[kernel.name].forms[: 1 if place or dtype in ALIKE or arch in ALIKE else None]
         if _is_worth_it(kernel, form, dtype, ARCHITECTURES[arch])
     ]
 
 
 def sample(work: Sequence[Task]) -> list[Task]:
-    """A form of each kernel for three architectures, in bfloat16."""
+    """A form of each kernel for two architectures, in bfloat16."""
     first: dict[tuple[str, str], Task] = {}
     for task in work:
-        if task.arch in ("sm_80", "sm_90", "sm_100") and task.dtype == "bf16":
+        if task.arch in ("sm_90", "sm_100") and task.dtype == "bf16":
             first.setdefault((task.kernel, task.arch), task)
     return list(first.values())
 

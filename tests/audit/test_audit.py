@@ -1,9 +1,7 @@
-"""The audit (`make audit`): parsers and rules on made-up listings, and real compiles of toy kernels."""
+"""The audit (`make audit`): parsers and rules on made-up listings, and the lists of what passed."""
 
-import json
 import re
 import runpy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +10,10 @@ import pytest
 pytest.importorskip("triton", reason="there is no compiler")
 
 import triton
-from places import ran
 
 from .compile import exact_lines
 from .listing import parse_amdgcn, parse_sass
-from .passed import sources
+from .passed import VERSION, lines_of, read, sources, update
 from .pointers import pointers_by_line
 from .rules import Record, Traffic, broken_rules
 from .run import tasks
@@ -87,17 +84,6 @@ def test_sass():
     assert len(opcodes) == 7
     assert "UTCHMMA" in opcodes
     assert "STG.E.128" not in opcodes
-
-
-def test_the_first_loop_that_multiplies_is_the_main_one():
-    body = "\n".join(f"        /*{i:04x}*/                   FFMA R1, R2, R3, R1 ;" for i in range(40))
-    plain = f".L_x_1:\n{body}\n        /*0100*/               @P0 BRA `(.L_x_1) ;\n"
-    scalar = ".L_x_0:\n        /*0000*/   IADD3 R1, R1, R2, RZ ;\n        /*0010*/  @P0 BRA `(.L_x_0) ;\n"
-    later = (
-        ".L_x_3:\n        /*0200*/   HMMA.16816.F32 R1, R2, R3, R1 ;\n        /*0210*/  @P0 BRA `(.L_x_3) ;\n"
-    )
-    listing = parse_sass(scalar + plain + later)
-    assert [listing.instructions[i].opcode for i in listing.main_loop()].count("FFMA") == 40
 
 
 @pytest.mark.parametrize(
@@ -294,62 +280,15 @@ def test_a_key_depends_on_the_code_alone(tmp_path, old, new, same):
     assert (found("a.py", MODULE) == found("b.py", MODULE.replace(old, new))) == same
 
 
-@pytest.fixture
-def audit(tmp_path: Path) -> Callable[..., tuple[int, str, dict[str, Record]]]:
-    """Audits toy kernels (toys.py) in a compiling process; returns exit code, output and records by kernel."""
-
-    def run(*options: str) -> tuple[int, str, dict[str, Record]]:
-        command = ["audit", "--json", "out.json", "--passed", ".", *options, "--registry", "audit.toys:TOYS"]
-        done = ran("-m", *command, cwd=tmp_path, TRITON_INTERPRET=None)
-        assert done.returncode in (0, 1), done.stderr
-        found = json.loads((tmp_path / "out.json").read_text())
-        assert [bool(entry.pop("broken_rules")) for entry in found].count(True) == done.stdout.count("BROKEN")
-        return (
-            done.returncode,
-            done.stdout,
-            {record.kernel: record for record in map(Record.from_json, found)},
-        )
-
-    return run
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("arch", "core"), [("sm_90", "HGMMA"), ("sm_100", "UTCHMMA"), ("gfx942", "MFMA")])
-def test_good_and_bad_kernels(audit, arch, core):
-    code, out, records = audit("--arch", arch, "--dtype", "bf16")
-    good, bad, copy, crashed = (
-        records[f"toy_{name}"] for name in ("matmul", "misaligned", "copy", "crashing")
-    )
-    assert (code, out.count("BROKEN toy_misaligned")) == (1, 1)
-    assert broken_rules(good) == ()
-    assert good.tensor_cores[core] > 0
-    assert {t.pointer for t in good.traffic if t.in_main_loop} == {"x_ptr", "w_ptr"}
-    assert any("loads of 16 bits through x_ptr" in rule for rule in broken_rules(bad))
-    assert not any("x_ptr" in rule for rule in broken_rules(copy))  # declared narrow, and it is narrow
-    assert any("through x_ptr" in rule for rule in broken_rules(replace(copy, narrow={})))
-    assert broken_rules(crashed) == ("does not compile: the compiler ended its process",)
-
-
-@pytest.mark.slow
-def test_a_passed_kernel_is_compiled_again_only_after_a_change(audit, tmp_path):
-    """For another version of Triton the audit only reports what has changed."""
-    copy, both = ("--kernel", "toy_copy"), ("--kernel", "toy_copy", "--kernel", "toy_misaligned")
-    assert audit("--arch", "gfx942", *both)[0] == 1
-    (listed,) = tmp_path.glob("*.txt")
-    now = listed.read_text()
-    assert now.startswith("toy_copy gfx942: 3 forms, ")
-    assert now.count("\n") == 1  # the kernel that broke a rule is not listed
-    other, changed = tmp_path / "3.6.txt", now.replace("forms, ", "forms, 0")
-    other.write_text(now)
-    assert audit("--arch", "gfx942", *copy)[::2] == (0, {})
-    assert list(audit("--arch", "gfx942", *both)[2]) == ["toy_misaligned"]
-    assert list(audit("--arch", "sm_80", *copy, "--dtype", "bf16")[2]) == ["toy_copy"]
-    listed.write_text(changed)
-    other.write_text(changed)
-    code, out, records = audit("--arch", "gfx942", *copy)
-    assert (code, list(records)) == (0, ["toy_copy"])
-    assert "Triton 3.6, not listed as passed: toy_copy gfx942\n" in out
-    assert (listed.read_text(), other.read_text()) == (now, changed)
+def test_a_list_names_kernels_that_passed_in_all_forms_as_they_are(tmp_path: Path) -> None:
+    changed, broken, half = (replace(GOOD, kernel=name, key=name) for name in ("changed", "broken", "half"))
+    lines = lines_of([changed, broken, half, replace(half, form="r64", key="r64")])
+    assert lines["half sm_90"].startswith("2 forms, ")
+    (tmp_path / f"{VERSION}.txt").write_text("changed sm_90: 1 forms, 0\nother sm_80: 1 forms, 1\n")
+    update(tmp_path, lines, [replace(broken, spilled=8), half])
+    assert read(tmp_path) == {"other sm_80": "1 forms, 1"}  # not asked for, so it stays
+    update(tmp_path, lines, [changed])
+    assert read(tmp_path) == {"changed sm_90": lines["changed sm_90"], "other sm_80": "1 forms, 1"}
 
 
 def test_what_no_gpu_runs_is_not_audited(monkeypatch):

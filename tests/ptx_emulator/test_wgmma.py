@@ -1,62 +1,56 @@
-"""Single wgmmas in every form against exact sums, and broken on purpose: dropped fences, waits, commits, barriers."""
+"""A single wgmma, broken on purpose: dropped fences, waits, commits, barriers. The kernels' tests check its results."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 
 from . import ARCH, emulator
 from .assembler import UnsupportedError
-from .handwritten import Change
-from .handwritten_wgmma import KINDS, Operand, run_wgmma
+from .handwritten import Change, run_ptx
+from .library import library
 
-pytestmark = pytest.mark.skipif(ARCH != 90, reason="only sm_90 has wgmma")
+pytestmark = [pytest.mark.skipif(ARCH != 90, reason="only sm_90 has wgmma"), pytest.mark.smoke]
 
+HALF = 32768  # bytes of shared memory for each operand
+ACCUMULATORS = 16  # of each thread, for 64 x 32 results
 
-def integers(*shape: int) -> Tensor:
-    return torch.randint(-4, 5, shape).float()
-
-
-FORMS = [
-    pytest.param(kind, n, left, right, id=f"{kind}-{n}-{name}-{width}-{'MN' if major else 'K'}")
-    for kind in KINDS
-    for n in (8, 24, 64, 256)
-    for width in (16, 32, 64, 128)
-    for major in ((False, True) if kind != "tf32" else (False,))
-    for name, left, right in (
-        ("left", Operand(width, major), Operand()),
-        ("right", None, Operand(width, major)),
-    )
-]
-
-
-@pytest.mark.parametrize(("kind", "n", "left", "right"), FORMS)
-def test_every_form(kind: str, n: int, left: Operand | None, right: Operand) -> None:
-    """All swizzles and contiguous dimensions, and a left operand in registers."""
-    depth = KINDS[kind][1]
-    a, b = integers(64, depth), integers(depth, n)
-    out, launch = run_wgmma(kind, a, b, left=left, right=right)
-    assert torch.equal(out, a @ b)
-    assert not launch.findings
-
-
-@pytest.mark.parametrize(
-    ("options", "sign", "added"),
-    [
-        ({"scale_d": "%p2", "start": 3.0}, 1, 3.0),
-        ({"scale_d": "0", "start": 3.0}, 1, 0.0),
-        ({"signs": (-1, 1)}, -1, 0.0),
-        ({"signs": (1, -1)}, -1, 0.0),
-        ({"signs": (-1, -1)}, 1, 0.0),
-    ],
-    ids=str,
-)
-def test_accumulators_and_signs(options: dict[str, object], sign: int, added: float) -> None:
-    a, b = integers(64, 16), integers(16, 32)
-    out, _ = run_wgmma("bf16", a, b, **options)  # type: ignore[arg-type]
-    assert torch.equal(out, sign * (a @ b) + added)
-
-
-# Broken on purpose
+PROGRAM = """
+	ld.param.b64 %rd1, [p0];
+	ld.param.b64 %rd2, [p1];
+	shl.b32 %r3, %r1, 2;
+$L__copy:
+	setp.ge.u32 %p1, %r3, 65536;
+	@%p1 bra $L__done;
+	cvt.u64.u32 %rd3, %r3;
+	add.s64 %rd4, %rd1, %rd3;
+	ld.global.b32 %r4, [%rd4];
+	add.s32 %r5, %r2, %r3;
+	st.shared.b32 [%r5], %r4;
+	add.s32 %r3, %r3, 512;
+	bra.uni $L__copy;
+$L__done:
+	fence.proxy.async.shared::cta;
+	bar.sync 0;
+	mov.b64 %rd6, RIGHT;
+	mov.b64 %rd5, LEFT;
+SETUP
+	wgmma.fence.sync.aligned;
+	wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {ACCUMULATORS}, OPERAND, %rd6, 0, 1, 1, FLAGS;
+	wgmma.commit_group.sync.aligned;
+BETWEEN
+	wgmma.wait_group.sync.aligned 0;
+	mul.lo.s32 %r6, %r1, 64;
+	cvt.u64.u32 %rd9, %r6;
+	add.s64 %rd10, %rd2, %rd9;
+STORES
+"""
+LOAD_LEFT = """
+	ld.param.b64 %rd7, [p2];
+	mul.wide.u32 %rd8, %r1, 16;
+	add.s64 %rd7, %rd7, %rd8;
+	ld.global.v4.b32 {%r20,%r21,%r22,%r23}, [%rd7];
+"""
 
 FENCE, COMMIT = "wgmma.fence.sync.aligned;", "wgmma.commit_group.sync.aligned;"
 WAIT = "wgmma.wait_group.sync.aligned 0;"
@@ -85,10 +79,33 @@ def between(text: str) -> dict[str, str]:
     return {"between": text}
 
 
-def findings(*, registers: bool = False, **options: object) -> set[str]:
-    """The kinds of findings, notes too; `registers` holds the left operand."""
-    left = {"left": None} if registers else {}
-    _, launch = run_wgmma("f16", integers(64, 16), integers(16, 32), **left, **options)  # type: ignore[arg-type]
+def findings(
+    *, registers: bool = False, between: str = "", change: Callable[[str], str] = lambda text: text
+) -> set[str]:
+    """The kinds of findings, notes too, of the product of zeros.
+
+    Args:
+        registers: holds the left operand in %r20 to %r23.
+        between: PTX between the product and the wait for it.
+        change: of the whole PTX.
+    """
+    # K contiguous, a swizzle of 128 bytes, rows of eight 1024 bytes apart
+    left, right = ((library().shared_base + at) >> 4 | 1024 >> 4 << 32 | 1 << 62 for at in (0, HALF))
+    filled = {
+        "RIGHT": right,
+        "LEFT": left,
+        "OPERAND": "{%r20,%r21,%r22,%r23}" if registers else "%rd5",
+        "SETUP": "".join(f"\tmov.b32 %acc{i}, 0;\n" for i in range(ACCUMULATORS)) + LOAD_LEFT * registers,
+        "ACCUMULATORS": ",".join(f"%acc{i}" for i in range(ACCUMULATORS)),
+        "FLAGS": "0" if registers else "0, 0",
+        "BETWEEN": between,
+        "STORES": "".join(f"\tst.global.b32 [%rd10+{4 * i}], %acc{i};\n" for i in range(ACCUMULATORS)),
+    }
+    text = PROGRAM
+    for name, value in filled.items():
+        text = text.replace(name, str(value))
+    tensors = (torch.zeros(size) for size in (HALF // 2, 128 * ACCUMULATORS, 128 * 4))
+    launch = run_ptx(change(text), *tensors, threads=128, shared=2 * HALF)
     return {finding.kind for finding in launch.findings}
 
 
@@ -148,20 +165,17 @@ REFUSED: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken(what: str) -> None:
     kind, options = BROKEN[what]
     assert kind in findings(**options)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("what", ALLOWED)
 def test_allowed(what: str) -> None:
     assert not findings(**ALLOWED[what]) - {"lanes_write_write", "race_write_write"}
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("what", REFUSED)
 def test_refused(what: str) -> None:
     with pytest.raises((emulator.EmulationError, UnsupportedError)):

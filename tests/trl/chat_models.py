@@ -84,8 +84,8 @@ def save_base(folder: Path) -> Path:
     return folder
 
 
-def load_base(folder: Path, **settings: Any) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
+def load_base(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def adapter(**settings: Any) -> SMoAConfig:

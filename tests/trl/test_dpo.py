@@ -1,4 +1,4 @@
-"""DPOTrainer without a reference model: the reference is the base, or the adapter that training continues from."""
+"""DPOTrainer without a reference model: the reference is a frozen copy of the adapter that training continues from."""
 
 from __future__ import annotations
 
@@ -9,16 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from chat_models import (
-    ANSWERS,
-    QUESTIONS,
-    adapter,
-    assert_trains_as,
-    load_base,
-    log_probs,
-    made,
-    twin,
-)
+from chat_models import ANSWERS, QUESTIONS, adapter, assert_trains_as, load_base, log_probs, made
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
@@ -32,10 +23,6 @@ PAIRS = [
     }
     for i, question in enumerate(QUESTIONS)
 ]
-
-
-def trainer(model: Any, folder: Path, **settings: Any) -> Any:
-    return made(DPOTrainer, DPOConfig, model, folder, PAIRS * 4, beta=BETA, **settings)
 
 
 def preference_loss(reference: nn.Module) -> Any:
@@ -55,25 +42,16 @@ def preference_loss(reference: nn.Module) -> Any:
     return loss
 
 
-def test_the_reference_of_a_new_adapter_is_the_base(base: Path, tmp_path: Path) -> None:
-    run = trainer(load_base(base), tmp_path, peft_config=adapter())
-    plain, reference = twin(run, load_base(base), adapter()), load_base(base).eval()
-    _, losses = assert_trains_as(plain, run, preference_loss(reference), rel=1e-3)
-    assert losses[0] == pytest.approx(math.log(2), rel=1e-6)
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("order", ["spectral", "random"])
-def test_the_reference_of_a_loaded_adapter_is_a_copy_of_it(base: Path, tmp_path: Path, order: str) -> None:
+def test_the_reference_of_a_loaded_adapter_is_a_copy_of_it(base: Path, tmp_path: Path) -> None:
     """Like training that follows supervised training. The copy needs the blocks of the trained adapter."""
     torch.manual_seed(1)
-    config = adapter(init_weights=False, block_order=order, smoa_alpha=1.0)
+    config = adapter(init_weights=False, block_order="random", smoa_alpha=1.0)
     get_peft_model(load_base(base), config).save_pretrained(tmp_path / "sft")
 
     def loaded(**settings: Any) -> Any:
         return PeftModel.from_pretrained(load_base(base), tmp_path / "sft", **settings)
 
-    run = trainer(loaded(is_trainable=True), tmp_path)
+    run = made(DPOTrainer, DPOConfig, loaded(is_trainable=True), tmp_path, PAIRS * 4, beta=BETA)
     assert sorted(run.model.peft_config) == ["default", "ref"]
     plain = loaded(is_trainable=True)
     batches, losses = assert_trains_as(plain, run, preference_loss(loaded().eval()), rel=1e-3)
