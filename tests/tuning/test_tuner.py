@@ -24,7 +24,7 @@ from smoa_kernels.kernels.architectures import ARCHITECTURES, identity
 from smoa_kernels.kernels.permute import gather_columns
 from smoa_kernels.kernels.registry import KERNELS
 from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
-from smoa_kernels.kernels.table import Choice, Entry, override, read, select, user_table
+from smoa_kernels.kernels.table import Choice, keep, override, read, select, user_table
 from smoa_kernels.tuning import tuner
 from smoa_kernels.tuning.tuner import ENDED, TIMED, Job, Layer, jobs, tune
 
@@ -75,8 +75,8 @@ def clock(seconds: Callable[[Choice], float], timed: list[Choice]) -> tuner.Time
     return timer
 
 
-def kept() -> dict[Key, Entry]:
-    return read(user_table("cpu"), identity(CPU)).entries
+def kept(job: Job) -> dict[str, Any]:
+    return read(user_table("cpu")).part(identity(CPU), "choices")[str(job.key)]
 
 
 # Keys and candidates
@@ -144,25 +144,30 @@ def test_every_kernel_and_algorithm_is_checked_and_timed(layer: Layer) -> None:
     """Real operands and real kernels, in the interpreter: each result matches that of torch's operators."""
     planned = [replace(job, candidates=job.candidates[:2]) for job in jobs([layer], "cpu", 1)]
     timed: list[Choice] = []
-    assert [
-        found for _, found in tune(planned, CPU, clock(lambda _: 1.0, timed)) if isinstance(found, str)
-    ] == []
+    assert [entry["refused"] for _, entry in tune(planned, CPU, clock(lambda _: 1.0, timed))] == [{}] * len(
+        planned
+    )
     assert len(timed) == sum(len(job.candidates) for job in planned)
-    assert {key: dict(entry.refused) for key, entry in kept().items()} == {job.key: {} for job in planned}
 
 
 @pytest.mark.usefixtures("short")
 def test_the_fastest_of_eight_wins_and_a_rerun_measures_nothing() -> None:
     job, timed = permute_job(), list[Choice]()
     fast = job.candidates[5]
-    ((_, (entry, default)),) = tune([job], CPU, clock(lambda choice: 1.0 if choice is fast else 2.0, timed))
+    ((_, entry),) = tune([job], CPU, clock(lambda choice: 1.0 if choice is fast else 2.0, timed))
     assert timed == [*job.candidates[:TIMED]]
-    assert (entry.choice, entry.seconds, default) == (fast, 1.0, 2.0)
-    assert kept() == {job.key: entry}
+    assert (
+        entry
+        == {"choice": str(fast), "seconds": 1.0, "seconds_without_table": 2.0, "refused": {}}
+        == kept(job)
+    )
     assert select(KERNELS["permute"], job.key, CPU) == fast
-    timed.clear()
-    assert list(tune([job], CPU, clock(lambda choice: 1 / 0, timed))) == [(job, (entry, None))]
-    assert timed == []
+    assert list(tune([job], CPU, clock(lambda choice: 1 / 0, timed))) == [(job, entry)]
+    keep(
+        CPU, "choices", {str(job.key): {"choice": "t=1", "refused": 3}}
+    )  # damaged, or of another search space
+    ((_, entry),) = tune([job], CPU, clock(lambda choice: 1.0 if choice is fast else 2.0, []))
+    assert entry["choice"] == str(fast)
 
 
 def test_candidates_that_spill_or_do_not_fit_or_move_more_bytes_are_not_timed(
@@ -211,10 +216,10 @@ def test_a_wrong_candidate_is_refused_by_name_and_never_timed(monkeypatch: pytes
     job, timed = permute_job(), list[Choice]()
     wrong = job.candidates[2]
     spoiled(monkeypatch, wrong, lambda results: results[0].mul_(1.01))
-    ((_, (entry, _)),) = tune([job], CPU, clock(lambda choice: 1.0, timed))
+    ((_, entry),) = tune([job], CPU, clock(lambda choice: 1.0, timed))
     assert wrong not in timed
-    assert list(entry.refused) == [str(wrong)] == ["t=128 p=128 warps=4 stages=1"]
-    assert entry.refused[str(wrong)].startswith("ArithmeticError: wrong numbers: ")
+    assert list(entry["refused"]) == [str(wrong)] == ["t=128 p=128 warps=4 stages=1"]
+    assert entry["refused"][str(wrong)].startswith("ArithmeticError: wrong numbers: ")
 
 
 @pytest.mark.usefixtures("short")
@@ -240,9 +245,9 @@ def test_an_error_of_the_default_or_a_lack_of_memory_blames_no_candidate(
             [job, replace(other, candidates=other.candidates[3:5])], CPU, clock(lambda _: 1.0, [])
         )
     assert first == (job, told)
-    assert (kept()[job.key].choice, dict(kept()[job.key].refused)) == (None, {})
-    ((_, (entry, _)),) = tune([job], CPU, clock(lambda _: 1.0, []))
-    assert entry.refused == {}
+    assert kept(job) == {"choice": None, "refused": {}}
+    ((_, entry),) = tune([job], CPU, clock(lambda _: 1.0, []))
+    assert entry["refused"] == {}
 
 
 @pytest.mark.usefixtures("short")
@@ -250,14 +255,14 @@ def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None
     done, job = permute_job(replace(LAYER, tokens=16)), permute_job()
 
     def interrupt(choice: Choice) -> float:
-        if choice is job.candidates[2] and kept()[done.key].choice:
+        if choice is job.candidates[2] and kept(done)["choice"]:
             raise KeyboardInterrupt
         return 1.0
 
     with pytest.raises(KeyboardInterrupt):
         list(tune([done, job], CPU, clock(interrupt, [])))
-    assert kept()[done.key].choice is not None
-    assert (kept()[job.key].choice, dict(kept()[job.key].refused)) == (None, {})
+    assert kept(done)["choice"] in map(str, done.candidates)
+    assert kept(job) == {"choice": None, "refused": {}}
 
 
 ENDS = """
@@ -283,9 +288,9 @@ def test_a_candidate_that_ends_the_process_or_hangs_is_named_and_skipped(ends: s
     process = ran("-c", ENDS.format(ends=ends))
     assert process.returncode == code, process.stderr
     job, timed = permute_job(), list[Choice]()
-    assert kept()[job.key].choice is None
-    ((_, (entry, _)),) = tune([job], CPU, clock(lambda choice: 1.0, timed))
-    assert entry.refused == {str(job.candidates[1]): ENDED}
+    assert kept(job)["choice"] is None
+    ((_, entry),) = tune([job], CPU, clock(lambda choice: 1.0, timed))
+    assert entry["refused"] == {str(job.candidates[1]): ENDED}
     assert timed == [job.candidates[0], *job.candidates[2:TIMED]]
 
 
@@ -296,7 +301,7 @@ def test_a_lost_gpu_ends_the_run_and_the_candidate_stays_noted(monkeypatch: pyte
     timed: list[Choice] = []
     with pytest.raises(ZeroDivisionError):
         list(tune([job], CPU, clock(lambda choice: 1.0 if len(timed) < 2 else 1 / 0, timed)))
-    assert kept()[job.key].refused == {str(timed[1]): ENDED}
+    assert kept(job)["refused"] == {str(timed[1]): ENDED}
 
 
 def test_only_launches_with_the_key_and_sums_of_their_parts_are_timed() -> None:
@@ -306,7 +311,7 @@ def test_only_launches_with_the_key_and_sums_of_their_parts_are_timed() -> None:
     launched: list[str] = []
 
     def timer(choice: Choice, launch: Callable[[], object]) -> float:
-        with tuner.launch_hook(lambda launch, arguments: launched.append(launch.kernel.__name__)):
+        with tuner.launch_hook(lambda launch, *_: launched.append(launch.kernel.__name__)):
             launch()
         return 1.0
 
@@ -359,12 +364,12 @@ def gpu(short: None, monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
 def test_the_command_prints_each_winner_and_a_rerun_knows_it(gpu: list[Choice], capsys: Any) -> None:
     assert main(SMALL) == 0
     out = capsys.readouterr().out
-    assert "permute 0x12 fp32 T≤8 K=2 granule=1: t=" in out
+    assert "permute fp32 blocks=2 in_features=12 tokens=8 padded_in=64: t=" in out
     assert f"Kept in {user_table('cpu')}" in out
     assert len(gpu) == 2
     assert main(SMALL) == 0
     assert len(gpu) == 2
-    assert capsys.readouterr().out.count("; known") == 1
+    assert capsys.readouterr().out == out
 
 
 def test_the_command_interrupted(gpu: list[Choice], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -394,7 +399,7 @@ def test_without_a_gpu_a_dry_run_lists_a_models_keys(tmp_path: Path, cache: Path
     assert "no CUDA or ROCm GPU here to tune; --dry-run lists" in capsys.readouterr().err
     assert main(["tune", "--model", str(tmp_path), "--dry-run"]) == 0
     out = capsys.readouterr().out
-    for shape in ("64x64", "32x64", "160x64", "64x160"):
-        assert f"forward {shape} bf16 T≤2048" in out
+    for n, c in ((64, 64), (32, 64), (160, 64), (64, 160)):
+        assert f"forward bf16 rank=4 blocks=2 out_features={n} in_features={c} tokens=2048" in out
     assert "0 kernels compiled." in out
     assert not cache.exists()
