@@ -103,7 +103,7 @@ def pretend_cpu(arch: str, multiprocessors: int) -> None:
     answers = {"architecture": arch, "multiprocessors": multiprocessors}
     for name, answer in answers.items():
         setattr(architectures, name, lambda device, answer=answer: answer)
-    setattr(backends, "_device_obstacle", lambda device: None)  # noqa: B010  # mypy knows it as a function
+    setattr(backends, "_device_unsupported_reason", lambda device: None)  # noqa: B010  # mypy knows it as a function
 
 
 class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows nothing

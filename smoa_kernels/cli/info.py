@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table as Rows
 
 from .._version import __version__
-from ..backends import miscompiled_on, native_obstacle, triton_obstacle
+from ..backends import miscompiled_on, native_unsupported_reason, triton_unsupported_reason
 from ..backends.algorithms import fused_tokens
 from ..backends.native.library import has
 from ..definition.precision import KERNEL_PRECISIONS, dtype_names, has_gemm
@@ -53,12 +53,12 @@ _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/versio
 def backends() -> dict[str, str | None]:
     """Return for each backend why it does not work here; None if it does."""
     here = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    triton = triton_obstacle(torch.device(here))
+    triton = triton_unsupported_reason(torch.device(here))
     if triton is not None and triton.startswith("x is on the CPU"):
         triton = "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return {
         "eager": None,
-        "native": native_obstacle(torch.device("cpu")),
+        "native": native_unsupported_reason(torch.device("cpu")),
         "reference": None,
         "triton": triton,
     }

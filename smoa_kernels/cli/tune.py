@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..backends import MOST_TRITON_RANKS, triton_obstacle
+from ..backends import MOST_TRITON_RANKS, triton_unsupported_reason
 from ..checks import check_choices, first_line
 from ..definition.precision import KERNEL_PRECISIONS
 from ..kernels.architectures import ARCHITECTURES, architecture, gpu_name, multiprocessors
@@ -67,7 +67,7 @@ def tune(
     device = device_here()
     if device is None and not dry_run:
         raise ValueError("there is no CUDA or ROCm GPU here to tune; --dry-run lists what would be timed")
-    if device is not None and (reason := triton_obstacle(device)) is not None:
+    if device is not None and (reason := triton_unsupported_reason(device)) is not None:
         raise ValueError(f"the kernels cannot run here: {reason}; smoa-kernels info shows what can")
     arch = next(iter(ARCHITECTURES)) if device is None else architecture(device)
     planned = tuner.jobs(layers, arch, 1 if device is None else multiprocessors(device))

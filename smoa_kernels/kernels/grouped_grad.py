@@ -153,12 +153,7 @@ def grouped_grad_kernel(
     tl.store(db_ptrs, round_to(scaling * db, db_ptr.dtype.element_ty), mask=mask)
 
 
-def grouped_grad(
-    dy: Tensor,
-    x: Tensor,
-    ends: Tensor,
-    adapter: ExpertsAdapter,
-) -> tuple[Tensor, Tensor]:
+def grouped_grad(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> tuple[Tensor, Tensor]:
     """dA (E, ρ, C) and dB (E, N, ρ) in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
     Args:

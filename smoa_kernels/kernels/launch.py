@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from ..definition.experts import ExpertsAdapter
+from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS, gemm_is_ieee, precision_of
 from .common import input_precision
 from .spec import Config, Kernel, Key, granule_of
@@ -65,6 +66,7 @@ _STAY = nullcontext()
 # Strides of W0 (N, C), A (ρ, C) and B (N, ρ), and of experts' (E, …), in this order.
 _STRIDES = ("wn", "wc", "ar", "ac", "bn", "br")
 _EXPERTS_STRIDES = ("we", "wn", "wc", "ae", "ar", "ac", "be", "bn", "br")
+_LABELS = ("row_block", "col_block")
 _BLOCKS = ("row_index", "col_index", "row_offsets", "col_offsets")
 
 
@@ -82,7 +84,7 @@ class Layout(NamedTuple):
     factors: str  # dtype of A and B, by its name in `Key`
     strides: tuple[
         int, ...
-    ]  # of W0, A and B; then from an expert's block indices and offsets to the next one's
+    ]  # of W0, A and B; then of the experts' block indices and offsets, from expert to expert
 
     @property
     def transposed(self) -> bool:
@@ -124,19 +126,18 @@ def launch_arguments(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, P
     """
     w, a, b = adapter.weight, adapter.A, adapter.B
     precision = precision_of(w.dtype, ieee=gemm_is_ieee(w.dtype, "cuda")).name
-    is_packed = isinstance(adapter, PackedAdapter)
-    if is_packed:
-        blocks, cached = adapter.partition, adapter.layout
-        granularity, strides = blocks.granularity, (*w.stride(), *a.stride(), *b.stride())
+    strides = (*w.stride(), *a.stride(), *b.stride())
+    blocks: BlockPartition | ExpertBlocks
+    names: tuple[str, ...]
+    if isinstance(adapter, PackedAdapter):
+        cached = adapter.layout
         if isinstance(cached, tuple) and (cached[0].precision, cached[0].strides) == (precision, strides):
             return cached
+        blocks, granularity, names = adapter.partition, adapter.partition.granularity, (*_BLOCKS, *_LABELS)
     else:
-        blocks, granularity, a = (
-            adapter.blocks,
-            adapter.blocks.granule,
-            a if a.stride(2) == 1 else a.contiguous(),
-        )
-        tensors = [getattr(blocks, name) for name in _BLOCKS]
+        blocks, granularity, names = adapter.blocks, adapter.blocks.granule, _BLOCKS
+        a = a if a.stride(2) == 1 else a.contiguous()
+        tensors = [getattr(blocks, name) for name in names]
         apart = (0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors)
         strides = *w.stride(), *a.stride(), *b.stride(), *apart
     *experts, N, C = w.shape
@@ -159,9 +160,8 @@ def launch_arguments(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, P
         "ranks_ptr": adapter.ranks,
         "scaling_ptr": adapter.scaling,
     }
-    names = (*_BLOCKS, "row_block", "col_block") if is_packed else _BLOCKS
     pointers |= {f"{name}_ptr": getattr(blocks, name) for name in names}
-    if is_packed:
+    if isinstance(adapter, PackedAdapter):
         adapter.layout = layout, pointers  # in one step, because another thread may read it at once
     return layout, pointers
 

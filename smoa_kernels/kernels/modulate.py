@@ -123,12 +123,7 @@ def modulated_weight_kernel(
     store_tile(out_ptr, rows[:, None] * stride_on + cols[None, :] * stride_oc, out, inside)
 
 
-def modulated_weight(
-    adapter: PackedAdapter,
-    *,
-    out: Tensor | None = None,
-    ieee: bool = False,
-) -> Tensor:
+def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None, ieee: bool = False) -> Tensor:
     """W_eff (N, C) in W0's dtype and, unless `out` is given, in W0's memory order.
 
     It is rounded by thresholds to a half type, or to TF32 where torch multiplies in it.
@@ -242,10 +237,7 @@ def modulated_blocks_kernel(
         store_tile(out_ptr, slots, delta, inside)
 
 
-def modulated_blocks(
-    adapter: PackedAdapter,
-    widths: tuple[int, int],
-) -> Tensor:
+def modulated_blocks(adapter: PackedAdapter, widths: tuple[int, int]) -> Tensor:
     """ΔW in block order, (K, P_n, P_c) in W0's dtype, zero in padding and in blocks of rank 0.
 
     Args:
@@ -299,8 +291,4 @@ MODULATED_WEIGHT = Kernel(
         key.out_features * key.in_features * (4 + 4 * key.rank * (1 / config.block_n + 1 / config.block_c))
     ),
 )
-MODULATED_BLOCKS = replace(
-    MODULATED_WEIGHT,
-    name="modulated_blocks",
-    fn=modulated_blocks_kernel,
-)
+MODULATED_BLOCKS = replace(MODULATED_WEIGHT, name="modulated_blocks", fn=modulated_blocks_kernel)

@@ -86,11 +86,7 @@ def permute_kernel(
 
 
 def gather_columns(
-    x: Tensor,
-    partition: BlockPartition,
-    width: int,
-    *,
-    dropout: Dropout | None = None,
+    x: Tensor, partition: BlockPartition, width: int, *, dropout: Dropout | None = None
 ) -> Tensor:
     """Blocked copy (T, K, P) of x (T, C), zero in padding.
 
@@ -106,11 +102,7 @@ def gather_columns(
 
 
 def scatter_columns(
-    blocked: Tensor,
-    partition: BlockPartition,
-    out: Tensor,
-    *,
-    dropout: Dropout | None = None,
+    blocked: Tensor, partition: BlockPartition, out: Tensor, *, dropout: Dropout | None = None
 ) -> Tensor:
     """Write blocked (T, K, P), contiguous, into out (T, C), any strides: every column once; padding is dropped.
 
@@ -121,11 +113,7 @@ def scatter_columns(
 
 
 def _move(
-    x: Tensor,
-    blocked: Tensor,
-    partition: BlockPartition,
-    scatter: bool,
-    dropout: Dropout | None,
+    x: Tensor, blocked: Tensor, partition: BlockPartition, scatter: bool, dropout: Dropout | None
 ) -> None:
     if blocked.numel() == 0:
         return

@@ -102,7 +102,8 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
         left = (average * (E - 1 - e) ** 2 // E for e in range(E))
         ends = torch.tensor([E * average - pairs for pairs in left]).int().to(device)
         x, dy = random(E * average, C), random(E * average, N)
-        blocks = ExpertBlocks.from_labels(*(torch.stack([labels(n) for _ in range(E)]) for n in (N, C)), K)
+        row_block, col_block = (torch.stack([labels(n) for _ in range(E)]) for n in (N, C))
+        blocks = ExpertBlocks.from_labels(row_block, col_block, K)
         moved: Any = {name: t.to(device) for name, t in vars(blocks).items() if isinstance(t, Tensor)}
         of_experts = ExpertsAdapter(**operands, blocks=replace(blocks, **moved))
         if variant:
@@ -143,7 +144,7 @@ class Job:
     variant: bool  # with the layer, the first training step that looks the key up
     answers: Mapping[
         Key, Choice
-    ]  # that step's choices for other keys; none for an algorithm, which uses what is tuned
+    ]  # its choices for other keys; none for an algorithm, which uses what is tuned
 
 
 def jobs(layers: Sequence[Layer], arch: str, processors: int) -> list[Job]:
@@ -171,9 +172,8 @@ def _jobs_of(layer: Layer, variant: bool, algorithm: str, arch: str, processors:
             kernel = KERNELS[key.kernel]
             configs = kernel.default(key, arch, processors), *kernel.candidates(key, arch)
             planned.append(Job(key, tuple(dict.fromkeys(configs)), layer, variant, answers))
-            answers[key] = max(
-                configs, key=lambda config: config.split
-            )  # a kernel that adds parts asks for its key
+            # With the most parts of a sum, because the kernel that adds them asks for its own key.
+            answers[key] = max(configs, key=lambda config: config.split)
         return answers[key]
 
     with multiplied_in(layer.dtype), override(choose), launch_hook(lambda *_: True):
@@ -209,7 +209,7 @@ class Trial:
     def score(self, config: Config) -> float:
         """Bytes that a candidate moves, times how unevenly it fills the GPU; infinite if it does not fit."""
         kernel, programs = self.compiled(config)
-        traffic = float(KERNELS[self.job.key.kernel].traffic(config, self.job.key))
+        traffic = KERNELS[self.job.key.kernel].traffic(config, self.job.key)
         if kernel is None:
             return traffic
         kernel._init_handles()  # loads it, as in Triton's tutorials: its registers are known then
@@ -221,7 +221,7 @@ class Trial:
         resident = max(1, min(arch.shared_per_block // shared, by_registers, 16))
         waves = programs / (resident * multiprocessors(self.device))
         hidden = min(1.0, resident * threads / 256)  # fewer threads do not hide the latency of memory
-        return traffic * math.ceil(waves) / waves / hidden
+        return float(traffic * math.ceil(waves) / waves / hidden)
 
     def shortlist(self) -> list[Choice]:
         """What runs without a table, then the candidates that should be fastest, :data:`TIMED` in all."""

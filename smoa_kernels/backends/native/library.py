@@ -201,7 +201,7 @@ class _About(ctypes.Structure):
     ]
 
 
-def obstacle() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the compiled code cannot run here, or None where it can."""
     found = _load()
     if isinstance(found, str):
@@ -215,7 +215,7 @@ def library() -> ctypes.CDLL:
     """The loaded library.
 
     Raises:
-        RuntimeError: there is an :func:`obstacle`.
+        RuntimeError: there is an :func:`unsupported_reason`.
     """
     found = _load()
     if isinstance(found, str):
@@ -229,7 +229,7 @@ def has(feature: str) -> bool:
     For the first two the compiler that built the library must have known them, and :func:`allowed` must say so.
     """
     found = _load()
-    if obstacle() is not None or isinstance(found, str):
+    if unsupported_reason() is not None or isinstance(found, str):
         return False
     if feature == "avx512":
         return torch.backends.cpu.get_cpu_capability() == "AVX512"
