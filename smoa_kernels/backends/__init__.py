@@ -1,7 +1,7 @@
 """Which backend runs where: "eager" anywhere, "native" on x86 CPUs, "triton" on GPUs, "reference" for tests.
 
 A backend is a module that obeys :class:`Backend`. In each of them the function that computes dA and dB is called
-`factor_gradients`, and the one that computes dX `input_gradient`.
+`factor_gradients`, and the function that computes dX `input_gradient`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ExpertsBackend(Protocol):
     def experts_forward(self, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
         """`y_p = x_p W0_eᵀ + x_p ΔW_eᵀ`, e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
 
-        x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each, like `offs` of
+        x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each expert, like `offs` of
         `grouped_mm`. In half precision the adapter's output is added before the base GEMM rounds, once.
         """
 
@@ -121,7 +121,7 @@ _EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts", "triton": 
 
 @functools.cache
 def load_experts_backend(name: str) -> ExpertsBackend:
-    """Import the module that computes a resolved backend's experts; a backend without one uses torch's operators.
+    """Import the module that computes a resolved backend's experts; a backend that has none uses torch's operators.
 
     Args:
         name: "eager", "native", "triton" or "reference".

@@ -1,4 +1,4 @@
-"""`smoa-kernels info`: the facts that a bug report needs."""
+"""`smoa-kernels info`: what a bug report needs."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def backends() -> dict[str, str | None]:
 
 def info(json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None) -> None:
     """What a bug report needs: versions, devices, backends, tuning tables, folders, environment."""
-    found = _collect()
+    sections = _collect()
     rows = Rows(show_header=False)
-    for section, entries in found.items():
+    for section, entries in sections.items():
         for name, value in entries.items():
             rows.add_row(section, escape(name), escape(value))
     console().print(rows)
     if json is not None:
-        write_json(json, found)
+        write_json(json, sections)
 
 
 def _collect() -> dict[str, dict[str, str]]:
@@ -97,10 +97,10 @@ def _collect() -> dict[str, dict[str, str]]:
 
 
 def _environment() -> dict[str, str]:
-    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
     return {
         name: "set, not shown" if any(word in name for word in _SECRET) else value
-        for name, value in found.items()
+        for name, value in variables.items()
     }
 
 
@@ -113,17 +113,17 @@ def _runtime() -> str:
 
 def _driver() -> str:
     """The driver's version: from the kernel module's file, else from the driver's command."""
-    told = {}
+    versions = {}
     for path in _DRIVERS:
         with suppress(OSError):
-            told[path.parent.name] = path.read_text(errors="replace")
-    command = None if told else shutil.which("nvidia-smi")
+            versions[path.parent.name] = path.read_text(errors="replace")
+    command = None if versions else shutil.which("nvidia-smi")
     if command is not None:
         query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
         with suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
-            told["nvidia"] = done.stdout
-    lines = (f"{name}: {text.splitlines()[0]}" for name, text in told.items() if text.strip())
+            versions["nvidia"] = done.stdout
+    lines = (f"{name}: {text.splitlines()[0]}" for name, text in versions.items() if text.strip())
     return "; ".join(lines) or "not found"
 
 
@@ -145,10 +145,10 @@ def _tables() -> dict[str, str]:
     return rows or {"none": "no GPU here, and no table on disk"}
 
 
-def _in_force(found: Table, machine: str) -> str:
-    others = sum(len(found.part(other, "choices")) for other in found.machines if other != machine)
-    counts = f"{len(found.part(machine, 'choices'))} keys in force, {others} measured with other versions"
-    return f"{counts}; {problem}" if (problem := found.problem(machine)) else counts
+def _in_force(table: Table, machine: str) -> str:
+    others = sum(len(table.part(other, "choices")) for other in table.machines if other != machine)
+    counts = f"{len(table.part(machine, 'choices'))} keys in force, {others} measured with other versions"
+    return f"{counts}; {problem}" if (problem := table.problem(machine)) else counts
 
 
 def _kernels() -> dict[str, str]:
@@ -169,7 +169,7 @@ def _kernels() -> dict[str, str]:
             for key, entry in table.items()
             if key.startswith(tuple(ALGORITHM_KEYS)) and isinstance(entry, dict) and entry.get("choice")
         )
-        found = {
+        words = {
             "identity": known.identity,
             "algorithm by rule": f"fused up to {few} tokens, where reading W0 takes the time; merged above, where "
             "products do; split under dropout, whose mask no W_eff can hold",
@@ -178,7 +178,7 @@ def _kernels() -> dict[str, str]:
             "refused": "; ".join(f"{form}: {reason}" for form, reason in forms.items() if reason),
             "untried": ", ".join(name for name in names if name not in ran),
         }
-        rows |= {f"{gpu_name(gpu)}, {name}": words or "none" for name, words in found.items()}
+        rows |= {f"{gpu_name(gpu)}, {name}": text or "none" for name, text in words.items()}
     return rows or {"none": "no GPU here"}
 
 

@@ -97,7 +97,7 @@ def tune(
 
 
 def device_here() -> torch.device | None:
-    """The GPU that is tuned: the current one."""
+    """The GPU that is tuned: the current device."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 

@@ -63,7 +63,7 @@ ON_AMD = tuple(sorted(name for name, arch in _BY_NAME.items() if arch.is_amd))
 
 
 def limits(name: str) -> Architecture:
-    """The row of an architecture; for an unknown one, limits that every GPU has."""
+    """The row of an architecture; for an unknown name, limits that every GPU has."""
     return _BY_NAME.get(name) or Architecture(name, "HMMA", 48 * _KIB)
 
 

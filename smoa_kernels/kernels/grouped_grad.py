@@ -209,12 +209,12 @@ def _launches(
             BLOCK_R=RANKS,
         )
 
-    found = []
+    launches = []
     for first in range(0, experts, at_once):
         last = min(first + at_once, experts)
         grid = (last - first) * tiles_n, -(-layout.rank // RANKS), 1
-        found.append((slice(first, last), parts, launch(first), grid))
-    return tuple(found)
+        launches.append((slice(first, last), parts, launch(first), grid))
+    return tuple(launches)
 
 
 def _tile(n: int, c: int, t: int, warps: int, stages: int) -> Config:

@@ -6,7 +6,7 @@ A kernel's arguments are named once, in its signature: pointers (`*_ptr`), then 
 these names: sizes and strides of an adapter come from its :class:`Layout`, tiles from the fields of the configuration,
 and all other numbers from the kernel's host function. A plan is cached by the bucket of the number of tokens.
 
-Triton launches on the current device, even if its arguments are on another one; :func:`on_device` sets it. To find the
+Triton launches on the current device, even if its arguments are on another; :func:`on_device` sets it. To find the
 compiled kernel Triton specialises each argument at every launch, 25 µs of Python for 20 arguments. A `Launch` keeps the
 compiled kernel and launches it directly, `compiled[grid](*arguments)`, as in Triton's tutorials.
 """

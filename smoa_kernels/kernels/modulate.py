@@ -134,11 +134,11 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None, ieee:
         ieee: compute a float32 W_eff in IEEE, even if torch multiplies in TF32. Under a half weight float32 factors are
             rounded to TF32, which is as fine as float16 and eight times finer than bfloat16.
     """
-    # The tile's last dimension is W0's contiguous one.
+    # The tile's last dimension is W0's contiguous dimension.
     if adapter.weight.stride(0) < adapter.weight.stride(1):
         turned = None if out is None else out.T
-        found = modulated_weight(adapter.T, out=turned, ieee=ieee)
-        return found.T if out is None else out
+        transposed = modulated_weight(adapter.T, out=turned, ieee=ieee)
+        return transposed.T if out is None else out
     if out is None:
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:

@@ -116,7 +116,7 @@ class Config:
 
 
 class Row(NamedTuple):
-    """Configurations that ship; the first row of a kernel that matches is the one that counts."""
+    """Configurations that ship; the first row of a kernel that matches counts."""
 
     architectures: tuple[str, ...]  # for which it holds, from `architectures.py`; none for all
     precisions: tuple[str, ...]  # for which it holds; none for all
@@ -141,7 +141,7 @@ class Kernel:
     traffic: Callable[[Config, Key], float] = lambda config, key: 1.0
 
     def shipped(self, arch: Architecture, precision: Precision, triton: str = "") -> tuple[Config, ...]:
-        """The configurations that ship for a version of Triton (the installed one's if empty), largest tile first."""
+        """The configurations that ship for a Triton (if empty, the installed version), largest tile first."""
         version = release(triton or import_module("triton").__version__)
         return next(
             row.configs

@@ -1,7 +1,7 @@
 """The tuning table: the launch parameters and algorithms that were measured fastest, on disk and in force.
 
-There is a JSON file for each GPU: the user's in the cache folder, which comes first, and one that may ship with the
-package. It holds by `architectures.identity`, which names the GPU and the software, what was measured there:
+There is a JSON file for each GPU: the user's in the cache folder, which comes first, and a table that may ship
+with the package. It holds by `architectures.identity`, which names the GPU and the software, what was measured there:
 
     {"schema": 3, "machines": {"NVIDIA H100, sm_90, …": {
         "choices": {"permute bf16 blocks=2 …": {"choice": "t=64 p=128 …", "seconds": 1e-05, "refused": {}}},
@@ -39,7 +39,7 @@ Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm; a table holds its `str`."""
 
 MOST_CACHED = 4096
-"""Most results that one function under :func:`cached` keeps: a training may see many buckets of tokens."""
+"""Most results that a function under :func:`cached` keeps: a training may see many buckets of tokens."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 _caches: list[Any] = []
@@ -55,7 +55,7 @@ def clear_cache() -> None:
 def cached(function: F) -> F:
     """Cache the results of a function, until the table changes, for arguments by position that are plain values.
 
-    If there are too many results, the one that was not used for longest goes.
+    If there are too many results, the result that was not used for longest goes.
     """
     _caches.append(lru_cache(MOST_CACHED)(function))
     return cast(F, _caches[-1])
@@ -128,7 +128,7 @@ class Table(NamedTuple):
     """The contents of a table's file."""
 
     machines: dict[str, Any]  # by identity, as the file has it
-    broken: str = ""  # why the file is not a table; empty if it is one
+    broken: str = ""  # why the file is not a table; empty if it is a table
 
     def part(self, machine: str, name: str) -> dict[str, Any]:
         """The "choices" or "verdicts" of a machine; none if they are damaged."""
@@ -152,7 +152,7 @@ def user_table(gpu: str) -> Path:
 
 
 def read(path: Path) -> Table:
-    """Read a table; an empty one if there is no file."""
+    """Read a table; an empty table if there is no file."""
     if path.is_fifo():  # reading it would wait for a writer
         return Table({}, "cannot be read: it is a pipe")
     try:
