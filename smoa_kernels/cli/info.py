@@ -21,7 +21,7 @@ from rich.table import Table as Rows
 
 from .._version import __version__
 from ..backends import miscompiled_on, native_unsupported_reason, triton_unsupported_reason
-from ..backends.algorithms import fused_tokens
+from ..backends.algorithms import FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, fused_tokens
 from ..backends.native.library import has
 from ..definition.precision import KERNEL_PRECISIONS, dtype_names, has_gemm
 from ..files import cache_folder
@@ -171,8 +171,8 @@ def _kernels() -> dict[str, str]:
         )
         words = {
             "identity": known.identity,
-            "algorithm by rule": f"fused up to {few} tokens, where reading W0 takes the time; merged above, where "
-            "products do; split under dropout, whose mask no W_eff can hold",
+            "algorithm by rule": f"fused up to {few} tokens (ρ up to {FUSED_MAX_RANK}, in fp32 {FUSED_MAX_RANK_IEEE}), "
+            "where reading W0 takes the time; merged above, where products do; split under dropout",
             "algorithm by its table": "; ".join(measured),
             "verified": ", ".join(f"{name} ({n} forms)" for name, n in sound.items()),
             "refused": "; ".join(f"{form}: {reason}" for form, reason in forms.items() if reason),

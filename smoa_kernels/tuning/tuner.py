@@ -150,35 +150,33 @@ class Job:
 def jobs(layers: Sequence[Layer], arch: str, processors: int) -> list[Job]:
     """A job for each key that training steps look up, by any algorithm; kernels before the algorithms that use them."""
     planned: dict[Key, Job] = {}
+
+    def plan(layer: Layer, variant: bool, algorithm: str) -> None:
+        answers: dict[Key, Choice] = {}
+
+        def choose(key: Key) -> Choice:
+            every: tuple[Choice, ...]
+            if key.kernel in ALGORITHM_KEYS:
+                every = choose_algorithm(key.tokens, key.rank, key.dtype, arch), *ALGORITHM_KEYS[key.kernel]
+                answers[key] = algorithm
+            else:
+                kernel = KERNELS[key.kernel]
+                every = configs = (kernel.default(key, arch, processors), *kernel.candidates(key, arch))
+                # With the most parts of a sum, because the kernel that adds them asks for its own key.
+                answers[key] = max(configs, key=lambda config: config.split)
+            others = {} if key.kernel in ALGORITHM_KEYS else answers
+            planned.setdefault(key, Job(key, tuple(dict.fromkeys(every)), layer, variant, others))
+            return answers[key]
+
+        with multiplied_in(layer.dtype), override(choose), launch_hook(lambda *_: True):
+            training_step(layer, variant, META)(triton)
+
     for layer in layers:
         for variant in (False, True):
             for algorithm in ALGORITHM_KEYS["forward"][: 1 if layer.experts or variant else None]:
                 if algorithm != "fused" or layer.tokens <= MOST_FUSED_TOKENS:
-                    for job in _jobs_of(layer, variant, algorithm, arch, processors):
-                        planned.setdefault(job.key, job)
+                    plan(layer, variant, algorithm)
     return sorted(planned.values(), key=lambda job: job.key.kernel in ALGORITHM_KEYS)
-
-
-def _jobs_of(layer: Layer, variant: bool, algorithm: str, arch: str, processors: int) -> list[Job]:
-    planned: list[Job] = []
-    answers: dict[Key, Choice] = {}
-
-    def choose(key: Key) -> Choice:
-        if key.kernel in ALGORITHM_KEYS:
-            every = choose_algorithm(key.tokens, key.rank, key.dtype, arch), *ALGORITHM_KEYS[key.kernel]
-            planned.append(Job(key, tuple(dict.fromkeys(every)), layer, variant, {}))
-            answers[key] = algorithm
-        else:
-            kernel = KERNELS[key.kernel]
-            configs = kernel.default(key, arch, processors), *kernel.candidates(key, arch)
-            planned.append(Job(key, tuple(dict.fromkeys(configs)), layer, variant, answers))
-            # With the most parts of a sum, because the kernel that adds them asks for its own key.
-            answers[key] = max(configs, key=lambda config: config.split)
-        return answers[key]
-
-    with multiplied_in(layer.dtype), override(choose), launch_hook(lambda *_: True):
-        training_step(layer, variant, META)(triton)
-    return planned
 
 
 class Trial:
@@ -294,7 +292,7 @@ def tune(
                     entry = _tune(job, device, timer or gpu_timer, entry.get("refused"))
             except (
                 Exception
-            ) as error:  # for example operands that do not fit in memory: go on with other jobs
+            ) as error:  # for example too little memory for the operands: go on with other jobs
                 if isinstance(error, OSError) or is_lost():
                     raise
                 entry = reason(error)

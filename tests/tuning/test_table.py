@@ -250,7 +250,7 @@ def test_info_says_what_runs_on_a_gpu_and_why(path: Path, said: Callable[[Path],
     put("split", FORWARD)
     keep(CPU, "choices", {"input_gradient": 3})
     rows = info._kernels()
-    words = "fused up to 64 (bf16), 64 (fp16), 32 (tf32), 16 (fp32) tokens, where reading W0 takes the time; merged"
+    words = "fused up to 64 (bf16), 64 (fp16), 32 (tf32), 16 (fp32) tokens (ρ up to 64, in fp32 16), where reading W0"
     assert rows["cpu, algorithm by rule"].startswith(words)
     assert rows["cpu, algorithm by its table"] == f"{FORWARD}: split"
     assert rows["cpu, identity"] == identity(CPU)
