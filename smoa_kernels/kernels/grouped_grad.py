@@ -195,8 +195,9 @@ def _launches(
     # Partial results are float32, of rank ρ, for each part; W0 has N rows.
     at_once = max(1, experts * N * layout.dtype.itemsize // (8 * 4 * parts * layout.rank))
 
-    def launch(first: int) -> Launch:
-        return Launch(
+    launches = []
+    for first in range(0, experts, at_once):
+        launch = Launch(
             grouped_grad_kernel,
             config,
             layout,
@@ -208,12 +209,9 @@ def _launches(
             BLOCKS=power_of_two(layout.num_blocks, 16),
             BLOCK_R=RANKS,
         )
-
-    launches = []
-    for first in range(0, experts, at_once):
         last = min(first + at_once, experts)
         grid = (last - first) * tiles_n, -(-layout.rank // RANKS), 1
-        launches.append((slice(first, last), parts, launch(first), grid))
+        launches.append((slice(first, last), parts, launch, grid))
     return tuple(launches)
 
 

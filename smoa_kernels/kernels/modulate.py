@@ -270,20 +270,14 @@ def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> tuple[Launch, Gri
     return launch, (tiles, 1, 1)
 
 
+def _tile(n: int, c: int, warps: int) -> Config:
+    return Config(block_n=n, block_c=c, num_warps=warps)
+
+
 MODULATED_WEIGHT = Kernel(
     "modulated_weight",
     modulated_weight_kernel,
-    rows=(
-        Row(
-            (),
-            (),
-            (
-                Config(block_n=64, block_c=64, num_warps=4),
-                Config(block_n=16, block_c=128, num_warps=4),
-                Config(block_n=32, block_c=128, num_warps=8),
-            ),
-        ),
-    ),
+    rows=(Row((), (), (_tile(64, 64, 4), _tile(16, 128, 4), _tile(32, 128, 8))),),
     space={"block_n": (16, 32, 64, 128), "block_c": (32, 64, 128, 256), "num_warps": (1, 2, 4, 8)},
     fits=lambda config, key: 8 <= config.block_n * config.block_c // (32 * config.num_warps) <= 64,
     # W0 is read and W_eff written once; a tile also reads its rows of B and columns of A.
