@@ -103,7 +103,7 @@ def pretend_cpu(arch: str, multiprocessors: int) -> None:
     answers = {"architecture": arch, "multiprocessors": multiprocessors}
     for name, answer in answers.items():
         setattr(architectures, name, lambda device, answer=answer: answer)
-    setattr(backends, "_device_obstacle", lambda device: None)  # noqa: B010  # mypy knows it as a function
+    setattr(backends, "_device_unsupported_reason", lambda device: None)  # noqa: B010  # mypy knows it as a function
 
 
 class FakeKernel(CompiledKernel):  # type: ignore[misc]  # of which mypy knows nothing
@@ -199,13 +199,18 @@ def install(devices: int = 1, properties: SimpleNamespace = H100) -> FakeGpu:
         self.device_caches[device][0][key] = kernel
         return kernel
 
+    def properties_of(device: torch.device | int) -> SimpleNamespace:
+        if isinstance(device, torch.device) and device.type != "cuda":  # as torch does
+            raise ValueError(f"Expected a cuda device, but got: {device}")
+        return properties
+
     JITFunction._do_compile = compile_nothing
     triton.runtime.driver.set_active(FakeDriver(gpu))
     for name, answer in {
         "is_available": lambda: True,
         "device_count": lambda: gpu.devices,
         "current_device": lambda: gpu.current,
-        "get_device_properties": lambda device: properties,
+        "get_device_properties": properties_of,
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda: None,
         "_exchange_device": gpu.exchange,

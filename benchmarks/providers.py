@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
-from smoa_kernels.backends import native_obstacle, triton_obstacle
+from smoa_kernels.backends import native_unsupported_reason, triton_unsupported_reason
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.reference import delta_weight
 
@@ -184,7 +184,7 @@ def layer_providers(case: Case, algorithms: Sequence[str]) -> dict[str, Provider
         name = name if algorithm == "auto" else f"{name} {algorithm}"
         providers[name] = smoa(algorithm, block_order=order)
         kernels = _kernels_run(case.dtype) and algorithm in ("auto", "merged", "split")
-        if kernels or (algorithm == "auto" and native_obstacle(DEVICE, case.dtype) is None):
+        if kernels or (algorithm == "auto" and native_unsupported_reason(DEVICE, case.dtype) is None):
             providers[f"{name}, eager"] = smoa(algorithm, "eager", order)
     return providers
 
@@ -196,7 +196,7 @@ def few_token_algorithms() -> tuple[str, ...]:
 
 def _kernels_run(dtype: torch.dtype = torch.float32) -> bool:
     # On the CPU they would run in Triton's interpreter, whose time means nothing.
-    return DEVICE.type == "cuda" and triton_obstacle(DEVICE, dtype) is None
+    return DEVICE.type == "cuda" and triton_unsupported_reason(DEVICE, dtype) is None
 
 
 def _inject(case: Case, config: peft.PeftConfig, factors: torch.dtype | None = None) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from problems import HALF, NAMES, Case, LinearProblem, assert_within_budget, make_problem
 from torch_calls import on_threads
 
-from smoa_kernels.backends import native_obstacle
+from smoa_kernels.backends import native_unsupported_reason
 from smoa_kernels.backends.native import library
 
 
@@ -30,7 +30,9 @@ needs_bf16 = pytest.mark.skipif(
 needs_avx512_bf16 = pytest.mark.skipif(
     not system_has("avx512_bf16"), reason="needs a processor with AVX512-BF16"
 )
-needs_library = pytest.mark.skipif(native_obstacle(CPU) is not None, reason=str(native_obstacle(CPU)))
+needs_library = pytest.mark.skipif(
+    native_unsupported_reason(CPU) is not None, reason=str(native_unsupported_reason(CPU))
+)
 
 # merged and expanded multiply by W_eff, split by W0 and ΔW; dropout is split with masked elements of x.
 FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "expanded", "split", "dropout")}

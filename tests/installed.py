@@ -27,13 +27,13 @@ import sys
 from importlib.util import find_spec
 import torch
 import smoa_kernels
-from smoa_kernels.backends import native_obstacle
+from smoa_kernels.backends import native_unsupported_reason
 
 archive = sys.argv[1]
 assert smoa_kernels.__file__.startswith(sys.prefix), smoa_kernels.__file__
 assert find_spec("numpy") is None
 assert not archive.endswith(".whl") or not any(map(shutil.which, ("cc", "gcc", "clang")))
-obstacle = native_obstacle(torch.device("cpu"))
+obstacle = native_unsupported_reason(torch.device("cpu"))
 assert not archive.endswith("x86_64.whl") or obstacle is None, obstacle
 print(f"smoa_kernels {smoa_kernels.__version__}, torch {torch.__version__}; compiled code: {obstacle or 'used'}")
 """
@@ -41,12 +41,12 @@ CORE = """
 import io
 import torch
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import native_obstacle
+from smoa_kernels.backends import native_unsupported_reason
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter, reference_experts_linear
 from smoa_kernels.operators.experts import experts_linear
 
 x, ends = torch.randn(64, 40), torch.tensor([40, 64]).int()
-for backend in ["eager"] + ["native"] * (native_obstacle(torch.device("cpu")) is None):
+for backend in ["eager"] + ["native"] * (native_unsupported_reason(torch.device("cpu")) is None):
     for order in ("spectral", "contiguous", "random"):
         options = dict(r=4, num_blocks=2, block_order=order, backend=backend)
         layer, loaded = (FusedSMoALinear(40, 48, **options) for _ in range(2))

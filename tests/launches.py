@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,6 @@ from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import launch_hook
-from smoa_kernels.kernels.table import Table
 from smoa_kernels.tuning import tuner
 
 BF16, COMPILE = torch.bfloat16, JITFunction._do_compile
@@ -110,7 +110,7 @@ def tune() -> None:
         job, *_ = tuner.jobs([layer], "sm_90", 132)
     tuner.training_step = lambda *_: lambda _: [backend.modulated_weight(weight)]  # type: ignore[assignment]
     tuner.distance = lambda *_: 0.0
-    tuner.keep = lambda *_: Table()  # type: ignore[assignment]
+    tuner.keep = lambda *_: {}  # type: ignore[assignment]
     ((_, found),) = tuner.tune(
         [replace(job, candidates=job.candidates[:2])], device, lambda _, launch: (launch(), 1.0)[1]
     )
@@ -118,7 +118,7 @@ def tune() -> None:
 
 
 def ahead(gpu: FakeGpu) -> list[object]:
-    """How many forms the tuner compiles ahead, how many it was given, and of how many keys; the first for sm_90."""
+    """How many kernels the tuner compiles ahead for sm_90, of how many keys, and how many are in Triton's cache."""
     JITFunction._do_compile = COMPILE
     with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
@@ -127,26 +127,7 @@ def ahead(gpu: FakeGpu) -> list[object]:
             for job in tuner.jobs([tuner.Layer(256, 512, 300)], "sm_90", 132)
             if job.key.kernel == "modulated_weight"
         ]
-        compiled: list[Any] = []
-
-        class Pool:  # in this process, because others have no pretended GPU
-            def __init__(self, processes: int, mp_context: object) -> None:
-                pass
-
-            def __enter__(self) -> Any:
-                return self
-
-            def __exit__(self, *_: object) -> None:
-                pass
-
-            def map(self, compile_one: Callable[[Any], bool], given: Any) -> Iterator[bool]:
-                compiled.extend(given)
-                module, name, data = compiled[0]
-                assert getattr(sys.modules[module], name).preload(data).asm["cubin"]
-                return map(compile_one, compiled)
-
-        tuner.ProcessPoolExecutor = Pool  # type: ignore[assignment,misc]
-        return [tuner.compile_ahead(planned, 2), len(compiled), len(planned)]
+        return [tuner.compile_ahead(planned), len(planned), len(list(Path(folder).rglob("*.cubin")))]
 
 
 def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
@@ -238,8 +219,8 @@ def new_forms(gpu: FakeGpu) -> list[list[str]]:
             heard: list[str] = []
             gpu.launches.clear()
 
-            def hook(launch: Any, arguments: Any, heard: list[str] = heard) -> None:
-                compiled, before = launch.compiled(arguments), len(gpu.launches)
+            def hook(launch: Any, *arguments: Any, heard: list[str] = heard) -> None:
+                compiled, before = launch.compiled(*arguments), len(gpu.launches)
                 heard.append(f"{compiled.name} {compiled.form}")
                 assert len(gpu.launches) == before
 

@@ -57,7 +57,7 @@ def test_float32_products_on_amd_are_ieee(here) -> None:
 @pytest.mark.parametrize("device", ["mps", "xpu"])
 def test_devices_that_nobody_has_run_the_kernels_on(device: str) -> None:
     pytest.importorskip("triton", reason="needs triton")
-    why = backends._device_obstacle.__wrapped__(torch.device(device))
+    why = backends._device_unsupported_reason.__wrapped__(torch.device(device))
     assert why == f"x is on {device}, the kernels are compiled for CUDA and ROCm only"
     assert backends.resolve_backend("auto", torch.device(device), torch.float32, 8) == "eager"
 
@@ -66,7 +66,7 @@ def test_devices_that_nobody_has_run_the_kernels_on(device: str) -> None:
 def test_the_oldest_gpu(here, capability: tuple[int, int], runs: bool) -> None:
     pytest.importorskip("triton", reason="needs triton")
     here(SimpleNamespace(major=capability[0], minor=capability[1]))
-    why = backends._device_obstacle.__wrapped__(GPU)
+    why = backends._device_unsupported_reason.__wrapped__(GPU)
     assert why is None if runs else "the oldest supported is 8.0" in str(why)
 
 
@@ -78,7 +78,7 @@ def test_amds_gpus(here, name: str, runs: bool) -> None:
     """On RDNA (gfx1100) a kernel spills 6,880 bytes a thread."""
     pytest.importorskip("triton", reason="needs triton")
     here(SimpleNamespace(**vars(MI300X) | {"gcnArchName": f"{name}:xnack-"}), hip="6.4")
-    why = backends._device_obstacle.__wrapped__(GPU)
+    why = backends._device_unsupported_reason.__wrapped__(GPU)
     assert why == (None if runs else f"the GPU is {name}, of AMD's the kernels run on gfx90a, gfx942, gfx950")
 
 
@@ -86,7 +86,7 @@ def test_amds_gpus(here, name: str, runs: bool) -> None:
 def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is cached of a device, and nobody was warned."""
     monkeypatch.setattr(backends, "_warned", [])
-    for answers in (backends.miscompiled_on, backends._device_obstacle):
+    for answers in (backends.miscompiled_on, backends._device_unsupported_reason):
         monkeypatch.setattr(backends, answers.__name__, answers.__wrapped__)
 
 
@@ -151,7 +151,7 @@ def test_info_names_the_device(here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(info, "miscompiled_on", backends.miscompiled_on.__wrapped__)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(info, "triton_obstacle", lambda device: f"asked of {device}")
+    monkeypatch.setattr(info, "triton_unsupported_reason", lambda device: f"asked of {device}")
     said, wrong = info._devices()["cuda:0"].split("; ")
     assert said == "NVIDIA H100 80GB HBM3, capability 9.0, 132 multiprocessors, 80 GiB"
     assert wrong.startswith("triton 3.6.0 compiles TF32 for Hopper wrongly")
@@ -166,7 +166,7 @@ def test_a_driver_that_does_not_say_why(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ValueError, match=r"that this machine has, got 'cuda:0': AssertionError$"):
         gpu_properties(GPU)
     pytest.importorskip("triton", reason="needs triton")
-    why = backends._device_obstacle.__wrapped__(GPU)
+    why = backends._device_unsupported_reason.__wrapped__(GPU)
     assert why == "x is on cuda:0, which this machine does not have: AssertionError"
 
 
@@ -200,7 +200,7 @@ def test_a_triton_that_compiles_wrong_code_for_a_gpu_is_refused(
         (True, torch.float32, in_bf16),
     ):
         monkeypatch.setattr(backends, "gemm_is_ieee", lambda dtype, device_type, ieee=ieee: ieee)
-        found = backends.triton_obstacle(GPU, dtype)
+        found = backends.triton_unsupported_reason(GPU, dtype)
         assert found is None if expected is None else re.search(expected, str(found)), (ieee, dtype)
 
 
@@ -209,13 +209,13 @@ def test_amd_numbers_its_gpus_otherwise(here, monkeypatch) -> None:
     pytest.importorskip("triton", reason="needs triton")
     here(MI300X, hip="6.4")
     monkeypatch.setattr(backends, "gemm_is_ieee", lambda dtype, device_type: False)
-    assert backends._compiler_obstacle(GPU, torch.float32) is None
+    assert backends._compiler_unsupported_reason(GPU, torch.float32) is None
 
 
 def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:
     """A device index beyond the machine's GPUs, as a fake tensor may have, selects the eager backend."""
     pytest.importorskip("triton", reason="needs triton")
     absent = torch.device("cuda", 99)
-    why = backends.triton_obstacle(absent)
+    why = backends.triton_unsupported_reason(absent)
     assert str(why).startswith("x is on cuda:99, which this machine does not have: ")
     assert backends.resolve_backend("auto", absent, torch.float32, 8) == "eager"

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import load_backend, triton_obstacle
+from smoa_kernels.backends import load_backend, triton_unsupported_reason
 from smoa_kernels.operators import linear as operator
 
-OBSTACLE = triton_obstacle(torch.device("cpu"))
+OBSTACLE = triton_unsupported_reason(torch.device("cpu"))
 needs_interpreter = pytest.mark.skipif(OBSTACLE is not None, reason=f"on CPU tensors, {OBSTACLE}")
 TRITON = pytest.param("triton", marks=needs_interpreter)
 

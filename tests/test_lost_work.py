@@ -15,8 +15,6 @@ from processes import killed
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.kernels import table
-from smoa_kernels.kernels.architectures import identity
-from smoa_kernels.kernels.spec import Key
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -140,11 +138,9 @@ def test_a_cache_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.M
     cache = tmp_path / "cache"
     cache.write_text("mine")
     monkeypatch.setenv("SMOA_CACHE", str(cache))
-    now = identity(torch.device("cpu"))
-    assert not table.read(table.user_table("cpu"), now).entries
-    entry = table.Entry(Key("forward", "bf16", 3, 2, 12, 10, 8), now, "split", 1e-6)
+    assert not table.read(table.user_table("cpu")).machines
     with pytest.raises(OSError, match=str(cache)):
-        table.keep(now, entry)
+        table.keep(torch.device("cpu"), "choices", {"forward bf16": {"choice": "split"}})
     done = ran("-c", "from smoa_kernels.cli import main; main(['info'])", SMOA_CACHE=str(cache))
     assert done.returncode == 0, done.stderr
     assert "eager" in done.stdout

@@ -28,7 +28,7 @@ from places import ran
 from problems import HALF, LAYOUTS, assert_within_budget
 
 from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import native_obstacle
+from smoa_kernels.backends import native_unsupported_reason
 from smoa_kernels.backends.native import backend, library
 from smoa_kernels.backends.native.backend import Path
 from smoa_kernels.backends.native.library import KINDS
@@ -221,7 +221,7 @@ def run_again(files: Sequence[str], names: str, **limit: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512" or native_obstacle(CPU) is not None,
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or native_unsupported_reason(CPU) is not None,
     reason="needs a processor that has both instruction sets",
 )
 @pytest.mark.long

@@ -17,17 +17,17 @@ from problems import Case, assert_within_budget
 from torch_calls import on_threads
 
 import hatch_build
-from smoa_kernels.backends import native_obstacle, resolve_backend
+from smoa_kernels.backends import native_unsupported_reason, resolve_backend
 from smoa_kernels.backends.native import backend, library
 
 
 def test_auto_takes_compiled_code_if_present() -> None:
-    there = native_obstacle(CPU) is None
+    there = native_unsupported_reason(CPU) is None
     assert resolve_backend("auto", CPU, torch.float32, 4) == ("native" if there else "eager")
     assert resolve_backend("auto", CPU, torch.float64, 4) == "eager"
     assert resolve_backend("auto", CPU, torch.bfloat16, 4) == ("native" if there else "eager")
     assert (
-        native_obstacle(CPU, torch.float64)
+        native_unsupported_reason(CPU, torch.float64)
         == "the compiled code takes bfloat16, float16, float32, got torch.float64"
     )
 
@@ -47,9 +47,10 @@ def test_eager_takes_reduced_float32_precision() -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
         assert (
-            native_obstacle(CPU) == "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
+            native_unsupported_reason(CPU)
+            == "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
         )
-        assert native_obstacle(CPU, torch.bfloat16) == library.obstacle()
+        assert native_unsupported_reason(CPU, torch.bfloat16) == library.unsupported_reason()
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import make_problem
 
-from smoa_kernels.backends import eager, native_obstacle, pages
+from smoa_kernels.backends import eager, native_unsupported_reason, pages
 from smoa_kernels.backends.native import backend as native
 
 SMAPS, LARGE_PAGES = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage")
@@ -30,7 +30,7 @@ def flags_at(address: int) -> set[str]:
 @pytest.mark.parametrize("backend", ["eager", "native"])
 @pytest.mark.parametrize("tokens", [16, 1024])
 def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "native" and (obstacle := native_obstacle(CPU)):
+    if backend == "native" and (obstacle := native_unsupported_reason(CPU)):
         pytest.skip(obstacle)
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(pages, "_madvise", lambda start, size, advice: asked.append((start, start + size)))

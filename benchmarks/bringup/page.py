@@ -95,6 +95,6 @@ def _tuning(run: Run) -> str:
     if found is None:
         return "Not run."
     return (
-        f"{len(found['table']['entries'])} keys are tuned, {len(found['problems'])} are not done. The JSON file's "
+        f"{found['keys']} keys are tuned, {len(found['problems'])} are not done. The JSON file's "
         "`findings.tune.table` is the table itself; send it to us and it ships."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from smoa_kernels.kernels.architectures import architecture, identity, multiprocessors
-from smoa_kernels.kernels.launch import Arguments, Launch, launch_hook
+from smoa_kernels.kernels.launch import Launch, launch_hook
 from smoa_kernels.kernels.table import SCHEMA, Choice, keep
 from smoa_kernels.tuning.tuner import compile_ahead, gpu_timer, jobs, tune
 
@@ -120,7 +119,7 @@ def compare_launchers(case: Case, order: str) -> str:
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds) * 1e6, [y, *gradients]
 
-    def by_triton(launch: Launch, arguments: Arguments) -> bool:
+    def by_triton(launch: Launch, *arguments: Any) -> bool:
         launch.by_triton(*arguments)
         return True  # and not directly
 
@@ -280,20 +279,21 @@ def tune_shapes(job: Job) -> None:
     if job.smoke:  # the interpreter is slow
         planned = [replace(one, candidates=one.candidates[:2]) for one in planned]
     else:
-        compile_ahead(planned, os.cpu_count() or 1)
-    problems = {str(one): "no time was left" for one in planned}
+        compile_ahead(planned)
+    problems = {str(one.key): "no time was left" for one in planned}
     try:
-        for one, found in tune(planned, DEVICE, timer):
-            if isinstance(found, str):
-                problems[str(one)] = found
+        for one, entry in tune(planned, DEVICE, timer):
+            if isinstance(entry, str):
+                problems[str(one.key)] = entry
             else:
-                problems.pop(str(one))
+                problems.pop(str(one.key))
             if job.left < 5:
                 break
     finally:  # also when the GPU is lost
-        known = keep(identity(DEVICE)).entries
-        entries = [known[one.key].to_json() for one in planned if one.key in known]
-        finding = {"table": {"schema": SCHEMA, "entries": entries}, "problems": problems}
+        known, keys = keep(DEVICE, "choices", {}), [str(one.key) for one in planned]
+        choices = {key: known[key] for key in keys if key in known}
+        table = {"schema": SCHEMA, "machines": {identity(DEVICE): {"choices": choices}}}
+        finding = {"keys": len(choices), "table": table, "problems": problems}
         job.save(job.run.with_finding("tune", finding))
     if problems:
         raise OutOfTimeError(f"{len(problems)} of {len(planned)} keys are not done")

@@ -1,7 +1,7 @@
 """Which backend runs where: "eager" anywhere, "native" on x86 CPUs, "triton" on GPUs, "reference" for tests.
 
 A backend is a module that obeys :class:`Backend`. In each of them the function that computes dA and dB is called
-`factor_gradients`, and the one that computes dX `input_gradient`.
+`factor_gradients`, and the function that computes dX `input_gradient`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.precision import KERNEL_DTYPES, dtype_names, gemm_is_ieee, precision_of
 from ..kernels.architectures import ON_AMD, architecture_of, gpu_properties
-from .native.library import obstacle as library_obstacle
+from .native.library import unsupported_reason as library_unsupported_reason
 
 BACKEND_CHOICES = ("auto", "eager", "native", "triton", "reference")
 ALGORITHM_CHOICES = ("auto", "merged", "split", "expanded", "fused")
@@ -90,7 +90,7 @@ class ExpertsBackend(Protocol):
     def experts_forward(self, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
         """`y_p = x_p W0_eᵀ + x_p ΔW_eᵀ`, e the expert of pair p: x (P, C) -> y (P, N) in x's dtype.
 
-        x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each, like `offs` of
+        x is sorted by expert. `ends`, int32 (E,), counts the pairs of all experts up to each expert, like `offs` of
         `grouped_mm`. In half precision the adapter's output is added before the base GEMM rounds, once.
         """
 
@@ -121,7 +121,7 @@ _EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts", "triton": 
 
 @functools.cache
 def load_experts_backend(name: str) -> ExpertsBackend:
-    """Import the module that computes a resolved backend's experts; a backend without one uses torch's operators.
+    """Import the module that computes a resolved backend's experts; a backend that has none uses torch's operators.
 
     Args:
         name: "eager", "native", "triton" or "reference".
@@ -145,17 +145,21 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
     if backend in ("eager", "reference"):
         return backend
     name = backend if backend != "auto" else "triton" if device.type == "cuda" else "native"
-    obstacle = triton_obstacle(device, dtype, rank) if name == "triton" else native_obstacle(device, dtype)
-    if obstacle is None:
+    reason = (
+        triton_unsupported_reason(device, dtype, rank)
+        if name == "triton"
+        else native_unsupported_reason(device, dtype)
+    )
+    if reason is None:
         return name
     if backend == "auto":
         if name == "triton" and dtype in KERNEL_DTYPES and rank <= MOST_TRITON_RANKS:
-            _warn_once(device, obstacle)
+            _warn_once(device, reason)
         return "eager"
-    raise ValueError(f"backend={name!r} cannot run here: {obstacle}; backend='eager' works everywhere")
+    raise ValueError(f"backend={name!r} cannot run here: {reason}; backend='eager' works everywhere")
 
 
-def native_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
+def native_unsupported_reason(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Say why the compiled CPU code cannot take a problem; None where it can.
 
     Args:
@@ -166,10 +170,12 @@ def native_obstacle(device: torch.device, dtype: torch.dtype = torch.float32) ->
         return f"the compiled code takes {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if device.type != "cpu":
         return f"x is on {device.type}, the compiled code runs on CPUs"
-    return _library_obstacle(dtype)
+    return _library_unsupported_reason(dtype)
 
 
-def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1) -> str | None:
+def triton_unsupported_reason(
+    device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1
+) -> str | None:
     """Say why the kernels cannot take a problem; None where they can.
 
     Args:
@@ -181,7 +187,7 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype = torch.float32, ra
         return f"the kernels take {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if rank > MOST_TRITON_RANKS:
         return f"the kernels take ranks up to {MOST_TRITON_RANKS}, got {rank}"
-    return _kernel_obstacle(device) or _compiler_obstacle(device, dtype)
+    return _kernel_unsupported_reason(device) or _compiler_unsupported_reason(device, dtype)
 
 
 def miscompiled(capability: int, precision: str, version: str) -> str | None:
@@ -218,24 +224,24 @@ def algorithms_of(backend: str) -> tuple[str, ...]:
 
 
 @_constant
-def _warn_once(device: torch.device, obstacle: str) -> None:
+def _warn_once(device: torch.device, reason: str) -> None:
     """Warn that "auto" leaves a GPU of this machine to torch's operators; once in a process."""
     if not _warned and (device.index or 0) < torch.cuda.device_count():
-        _warned.append(obstacle)
+        _warned.append(reason)
         warnings.warn(
-            f"torch's operators, which are slower, replace the kernels on {device}: {obstacle}", stacklevel=2
+            f"torch's operators, which are slower, replace the kernels on {device}: {reason}", stacklevel=2
         )
 
 
 @_constant
-def _library_obstacle(dtype: torch.dtype) -> str | None:
+def _library_unsupported_reason(dtype: torch.dtype) -> str | None:
     if dtype == torch.float32 and not gemm_is_ieee(dtype, "cpu"):
         return "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
-    return library_obstacle()
+    return library_unsupported_reason()
 
 
 @_constant
-def _compiler_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _compiler_unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return miscompiled_on(device, precision_of(dtype, ieee=gemm_is_ieee(dtype, "cuda")).name)
 
 
@@ -249,12 +255,12 @@ def miscompiled_on(device: torch.device, precision: str) -> str | None:
 
 
 @_constant
-def _kernel_obstacle(device: torch.device) -> str | None:
-    return _device_obstacle(device)
+def _kernel_unsupported_reason(device: torch.device) -> str | None:
+    return _device_unsupported_reason(device)
 
 
 @functools.cache
-def _device_obstacle(device: torch.device) -> str | None:
+def _device_unsupported_reason(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return f"triton is not installed: install {_OLDEST_TRITON} or newer"
     triton = importlib.import_module("triton")

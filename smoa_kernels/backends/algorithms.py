@@ -21,7 +21,7 @@ def choose_algorithm(tokens: int, rank: int, dtype: str, arch: str) -> str:
     instructions are the limit before its products are, and `fused_tokens` is a quarter of the others'.
 
     For some tokens more, contiguous blocks may be faster by "split", which writes 1/K of W_eff and multiplies 1/K more:
-    up to 128·K by the roofline, in a CUDA graph. Outside of one the host's launches count, of which it has one more.
+    up to 128·K by the roofline, in a CUDA graph. Outside of a graph the host's launches count, and split has one more.
     Only a tuning table chooses it. None of this is measured: `smoa-kernels tune` measures.
 
     Args:

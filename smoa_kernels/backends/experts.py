@@ -65,8 +65,8 @@ def spans(ends: Tensor) -> list[tuple[int, int, int]]:
 
 def _active(total: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[tuple[int, slice, PackedAdapter]]:
     """Each expert that has pairs: its number, its pairs and its adapter."""
-    found, last = spans(ends), ends.tolist()
+    filled, last = spans(ends), ends.tolist()
     if last != sorted(last) or last[0] < 0 or last[-1] != total:
         raise ValueError(f"ends must count x's {total} pairs up, got {last}")
-    for (e, start, end), layer in zip(found, adapter.experts([e for e, _, _ in found]), strict=True):
+    for (e, start, end), layer in zip(filled, adapter.experts([e for e, _, _ in filled]), strict=True):
         yield e, slice(start, end), layer

@@ -43,9 +43,9 @@ class _Expert(NamedTuple):
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     """`y_p = x_p W_effᵀ` with the W_eff of pair p's expert: x (P, C) -> y (P, N) in x's dtype."""
     y = x.new_zeros(x.shape[0], adapter.weight.shape[1])
-    for one in _experts(x.shape[0], ends, adapter):
-        delta = (one.modulation * one.weight).to(x.dtype)
-        y = torch.where(one.pairs, accumulate(x @ delta.T, x, one.weight), y)
+    for expert in _experts(x.shape[0], ends, adapter):
+        delta = (expert.modulation * expert.weight).to(x.dtype)
+        y = torch.where(expert.pairs, accumulate(x @ delta.T, x, expert.weight), y)
     return y
 
 
@@ -55,20 +55,22 @@ def experts_backward(
     """Gradients (dX, dA, dB) of :func:`experts_forward`: dX where `needs_x`, dA and dB where x is given."""
     dx = dy.new_zeros(dy.shape[0], adapter.weight.shape[2]) if needs_x else None
     dA, dB = (None, None) if x is None else (torch.empty_like(adapter.A), torch.empty_like(adapter.B))
-    for e, one in enumerate(_experts(dy.shape[0], ends, adapter)):
+    for e, expert in enumerate(_experts(dy.shape[0], ends, adapter)):
         if dx is not None:
-            dx = torch.where(one.pairs, dy @ (one.weight + one.modulation * one.weight).to(dy.dtype), dx)
+            dx = torch.where(
+                expert.pairs, dy @ (expert.weight + expert.modulation * expert.weight).to(dy.dtype), dx
+            )
         if x is not None and dA is not None and dB is not None:
-            G = _sums(dy, x, one)
-            H = torch.where(one.same, G * one.weight.to(G.dtype) * adapter.scaling, 0)
-            dA[e], dB[e] = one.B.T @ H, H @ one.A.T
+            G = _sums(dy, x, expert)
+            H = torch.where(expert.same, G * expert.weight.to(G.dtype) * adapter.scaling, 0)
+            dA[e], dB[e] = expert.B.T @ H, H @ expert.A.T
     return dx, dA, dB
 
 
-def _sums(dy: Tensor, x: Tensor, one: _Expert) -> Tensor:
+def _sums(dy: Tensor, x: Tensor, expert: _Expert) -> Tensor:
     """`G = Σ_p dy_pᵀ x_p` (N, C) over an expert's pairs, summed in A's dtype; only a panel's copies are as wide."""
-    G = one.A.new_zeros(one.weight.shape)
-    for panel in zip(*(row_panels(each, _PANEL) for each in (dy, x, one.pairs)), strict=True):
+    G = expert.A.new_zeros(expert.weight.shape)
+    for panel in zip(*(row_panels(matrix, _PANEL) for matrix in (dy, x, expert.pairs)), strict=True):
         dy_part, x_part, pairs = panel
         G.addmm_(torch.where(pairs, dy_part, 0).to(G.dtype).T, torch.where(pairs, x_part, 0).to(G.dtype))
     return G

@@ -1,4 +1,4 @@
-"""Random operands for comparing the kernels with torch's operators, and how far two right results may lie apart."""
+"""Random operands for comparing the kernels with torch's operators, and how much two right results may differ."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
     """The result of a call with `rows` tokens, or pairs, whose numbers are random and always the same.
 
     W0 is the call's, unless it has only zeros, or numbers that are not finite. Every second block has half the rank,
-    and of experts the first has nearly all pairs, the others none and one in turn.
+    and of experts the first has nearly all pairs, the others no pair and one pair in turn.
     """
-    adapter = next(one for one in args if isinstance(one, (PackedAdapter, ExpertsAdapter)))
+    adapter = next(value for value in args if isinstance(value, (PackedAdapter, ExpertsAdapter)))
     weight, rho = adapter.weight, adapter.A.shape[-2]
     like = partial(_like, torch.Generator(weight.device).manual_seed(0))
     ranks = [rho // (1 + k % 2) for k in range(len(adapter.ranks))]
@@ -42,16 +42,20 @@ def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
     if isinstance(adapter, PackedAdapter):
         changed["block_ranks"] = ranks
 
-    def operand(one: Any, rows: int = 0) -> Any:
-        if one is adapter:
+    def operand(value: Any, rows: int = 0) -> Any:
+        if value is adapter:
             return replace(adapter, **changed)
-        if not isinstance(one, Tensor):
-            return one
-        if one.is_floating_point():
-            return like(one, rows if one.ndim == 2 else 0)
-        return like(one, of=(rows - torch.arange(len(one)).flip(0) // 2).clamp(min=0))  # `ends` of experts
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_floating_point():
+            return like(value, rows if value.ndim == 2 else 0)
+        return like(
+            value, of=(rows - torch.arange(len(value)).flip(0) // 2).clamp(min=0)
+        )  # `ends` of experts
 
-    return run(*(operand(one, rows) for one in args), **{name: operand(one) for name, one in options.items()})
+    return run(
+        *(operand(value, rows) for value in args), **{name: operand(value) for name, value in options.items()}
+    )
 
 
 def _like(draw: torch.Generator, tensor: Tensor, rows: int = 0, of: Any = None) -> Tensor:
@@ -66,14 +70,14 @@ def _like(draw: torch.Generator, tensor: Tensor, rows: int = 0, of: Any = None) 
     first = tensor.data_ptr() % 16 // tensor.element_size()
     span = 1 + sum(max(size - 1, 0) * stride for size, stride in zip(shape, strides, strict=True))
     memory = tensor.new_empty(first + span)
-    found = memory.as_strided(shape, strides, first)
+    result = memory.as_strided(shape, strides, first)
     if of is not None:
-        return found.copy_(torch.as_tensor(of))
+        return result.copy_(torch.as_tensor(of))
     memory.normal_(generator=draw)
-    return found
+    return result
 
 
-def distance(found: Any, expected: Any, allowed: float) -> float:
+def distance(results: Any, expected: Any, allowed: float) -> float:
     """The largest distance of a number over the allowed one, a share of the number and of its row's or column's size.
 
     Rounding the terms of a sum moves it by a seventh of `allowed * size` on average, so two right results differ by a
@@ -84,17 +88,17 @@ def distance(found: Any, expected: Any, allowed: float) -> float:
         ArithmeticError: an expected result proves nothing: it has only zeros, or numbers that are not finite.
     """
     shares: list[Tensor] = []
-    for ours, theirs in zip(_matrices(found), _matrices(expected), strict=True):
-        if not _says_something(theirs):
+    for result, reference in zip(_matrices(results), _matrices(expected), strict=True):
+        if not _says_something(reference):
             raise ArithmeticError("torch's operators give zeros, or numbers that are not finite")
         # Subnormal numbers have the spacing of the smallest normal one.
-        floor = torch.finfo(theirs.dtype).smallest_normal * torch.finfo(theirs.dtype).eps
-        rows = max(32, _PANEL // theirs.shape[1])
-        for one, other in zip(ours.split(rows), theirs.split(rows), strict=True):
-            right = other.float()
+        floor = torch.finfo(reference.dtype).smallest_normal * torch.finfo(reference.dtype).eps
+        rows = max(32, _PANEL // reference.shape[1])
+        for part, right_part in zip(result.split(rows), reference.split(rows), strict=True):
+            right = right_part.float()
             sizes = (right.square().mean(dim, keepdim=True).sqrt() for dim in (0, 1))
             size = right.abs() + 4 * torch.maximum(*sizes)
-            shares.append(((one.float() - right).abs() / (allowed * size + floor)).max())
+            shares.append(((part.float() - right).abs() / (allowed * size + floor)).max())
     return float(torch.stack(shares).max())
 
 

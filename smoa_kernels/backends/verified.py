@@ -24,14 +24,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from triton import __version__ as triton_version
 
 from ..checks import first_line
 from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
-from ..kernels.architectures import architecture, assembler, identity
-from ..kernels.launch import Arguments, Launch, launch_arguments, launch_hook, on_device
+from ..kernels.architectures import gpu_name, identity
+from ..kernels.launch import Launch, launch_arguments, launch_hook, on_device
 from ..kernels.spec import bucket
 from ..kernels.table import chosen_for, keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
@@ -50,7 +49,7 @@ class _WithheldError(RuntimeError):
 
 
 class Verdicts:
-    """Verdicts on the kernels that were compared on a GPU, kept in its tuning table's file, for one set of `versions`.
+    """Verdicts on the kernels that were compared on a GPU, kept in its tuning table's file.
 
     Attributes:
         kernels: for each, by its name and Triton's hash, why it is refused; empty if it is verified.
@@ -59,16 +58,15 @@ class Verdicts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._now = now = identity(device)
-        self.gpu = now.gpu
-        self.versions = f"Triton {triton_version}, {assembler(architecture(device))}, kernels {now.source}"
-        self.kernels = read(user_table(now.gpu), now).verdicts.get(self.versions, {})
+        self.device, self.identity = device, identity(device)
+        stored = read(user_table(gpu_name(device))).part(self.identity, "verdicts")
+        self.kernels = {name: reason for name, reason in stored.items() if isinstance(reason, str)}
         self.ran: set[str] = set()
         self.withheld: dict[object, str] = {}
 
-    def name_of(self, launch: Launch, arguments: Arguments) -> str:
+    def name_of(self, launch: Launch, *arguments: Any) -> str:
         """Compile a kernel and name it. Raises a _WithheldError if it is refused."""
-        name = f"{launch.kernel.__name__} {launch.compiled(arguments).hash}"
+        name = f"{launch.kernel.__name__} {launch.compiled(*arguments).hash}"
         if reason := self.kernels.get(name):
             raise _WithheldError(reason)
         return name
@@ -93,19 +91,19 @@ class Verdicts:
 
     def compare(self, run: Callable[[], Any], by_torch: Callable[[], Any], allowed: float) -> None:
         """Compare a probe's results. Keeps a verdict on its new kernels, in a job's first process on disk too."""
-        heard: list[str] = []
-        with launch_hook(lambda *launch: heard.append(self.name_of(*launch)), new=True):
+        names: list[str] = []
+        with launch_hook(lambda *launch: names.append(self.name_of(*launch)), new=True):
             for _ in range(2):  # the second time as later calls do: each `Launch` has its compiled kernel
-                found = run()
-        far = distance(found, by_torch(), allowed)
-        new = [name for name in dict.fromkeys(heard) if name not in self.kernels]
-        wrong = f"{', '.join(new)}: results differ by {far:.3g} times what rounding explains"
-        verdicts = dict.fromkeys(new, "" if far <= 1 else wrong)
+                result = run()
+        error = distance(result, by_torch(), allowed)
+        new = [name for name in dict.fromkeys(names) if name not in self.kernels]
+        wrong = f"{', '.join(new)}: results differ by {error:.3g} times what rounding explains"
+        verdicts = dict.fromkeys(new, "" if error <= 1 else wrong)
         self.kernels |= verdicts
         job = torch.distributed
         if new and not (job.is_available() and job.is_initialized() and job.get_rank()):
             with suppress(OSError, NotImplementedError):  # filelock's, where the system has no locks
-                keep(self._now, verdicts={self.versions: verdicts})
+                keep(self.device, "verdicts", verdicts)
 
 
 verdicts = cache(Verdicts)  # reads the file once
@@ -131,7 +129,7 @@ def _verified(
     @wraps(run)
     def operation(*args: P.args, **options: P.kwargs) -> R:
         given = *args, *options.values()
-        adapter: Any = next(one for one in given if isinstance(one, (PackedAdapter, ExpertsAdapter)))
+        adapter: Any = next(value for value in given if isinstance(value, (PackedAdapter, ExpertsAdapter)))
         device = adapter.weight.device
         if not _is_verified(device):
             return run(*args, **options)
@@ -139,13 +137,13 @@ def _verified(
         tokens = len(args[0]) if isinstance(args[0], Tensor) else 0
 
         def compare(rows: int) -> None:
-            ours, theirs = (partial(probe, of, args, options, rows) for of in (run, by_torch))
-            experts = max(layout.experts, 1)  # parameters are chosen for the average one
+            result, reference = (partial(probe, of, args, options, rows) for of in (run, by_torch))
+            experts = max(layout.experts, 1)  # parameters are chosen for the average expert
             with chosen_for({-(-rows // experts): -(-tokens // experts)}):
-                known.compare(ours, theirs, ALLOWED[layout.precision])
+                known.compare(result, reference, ALLOWED[layout.precision])
 
         # Calls that are equal in `call` launch the same kernels.
-        kinds = [one if isinstance(one, (str, bool)) else type(one) for one in given]
+        kinds = [value if isinstance(value, (str, bool)) else type(value) for value in given]
         call, lasts = (run, layout, tokens and bucket(tokens), *kinds), True
         if (why := known.withheld.get(call)) is None:
             try:
@@ -154,10 +152,9 @@ def _verified(
                     return run(*args, **options)
             except _WithheldError as error:
                 why, lasts = str(error), not isinstance(error.__cause__, torch.OutOfMemoryError)
-            told = f"torch's operators compute instead of a GPU kernel: {why} ({known.gpu}, {known.versions})"
-            warnings.warn(
-                f"{told}. Please report wrong kernels and what `smoa-kernels info` says", stacklevel=2
-            )
+            warning = f"torch's operators compute instead of a GPU kernel: {why} ({known.identity})"
+            report = "Please report wrong kernels and what `smoa-kernels info` says"
+            warnings.warn(f"{warning}. {report}", stacklevel=2)
         with on_device(device):
             is_captured = _is_captured()
         if lasts and not is_captured:

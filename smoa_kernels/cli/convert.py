@@ -16,7 +16,7 @@ def convert(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the base model, to sketch its weights; if absent, the one that HiRA's folder names."
+            help="Folder of the base model, to sketch its weights; if absent, the model that HiRA's folder names."
         ),
     ] = None,
 ) -> None:

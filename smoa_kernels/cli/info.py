@@ -1,4 +1,4 @@
-"""`smoa-kernels info`: the facts that a bug report needs."""
+"""`smoa-kernels info`: what a bug report needs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as Rows
 
 from .._version import __version__
-from ..backends import miscompiled_on, native_obstacle, triton_obstacle
-from ..backends.algorithms import fused_tokens
+from ..backends import miscompiled_on, native_unsupported_reason, triton_unsupported_reason
+from ..backends.algorithms import FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, fused_tokens
 from ..backends.native.library import has
 from ..definition.precision import KERNEL_PRECISIONS, dtype_names, has_gemm
 from ..files import cache_folder
-from ..kernels import table
-from ..kernels.architectures import architecture, assembler, identity
-from ..kernels.table import SHIPPED, read, user_table
+from ..kernels.architectures import architecture, assembler, gpu_name, identity
+from ..kernels.spec import ALGORITHM_KEYS
+from ..kernels.table import SHIPPED, Table, read, user_table
 from .output import console, write_json
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
@@ -53,12 +53,12 @@ _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/versio
 def backends() -> dict[str, str | None]:
     """Return for each backend why it does not work here; None if it does."""
     here = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-    triton = triton_obstacle(torch.device(here))
+    triton = triton_unsupported_reason(torch.device(here))
     if triton is not None and triton.startswith("x is on the CPU"):
         triton = "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return {
         "eager": None,
-        "native": native_obstacle(torch.device("cpu")),
+        "native": native_unsupported_reason(torch.device("cpu")),
         "reference": None,
         "triton": triton,
     }
@@ -66,14 +66,14 @@ def backends() -> dict[str, str | None]:
 
 def info(json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None) -> None:
     """What a bug report needs: versions, devices, backends, tuning tables, folders, environment."""
-    found = _collect()
-    rows = Table(show_header=False)
-    for section, entries in found.items():
+    sections = _collect()
+    rows = Rows(show_header=False)
+    for section, entries in sections.items():
         for name, value in entries.items():
             rows.add_row(section, escape(name), escape(value))
     console().print(rows)
     if json is not None:
-        write_json(json, found)
+        write_json(json, sections)
 
 
 def _collect() -> dict[str, dict[str, str]]:
@@ -97,10 +97,10 @@ def _collect() -> dict[str, dict[str, str]]:
 
 
 def _environment() -> dict[str, str]:
-    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
     return {
         name: "set, not shown" if any(word in name for word in _SECRET) else value
-        for name, value in found.items()
+        for name, value in variables.items()
     }
 
 
@@ -113,64 +113,73 @@ def _runtime() -> str:
 
 def _driver() -> str:
     """The driver's version: from the kernel module's file, else from the driver's command."""
-    told = {}
+    versions = {}
     for path in _DRIVERS:
         with suppress(OSError):
-            told[path.parent.name] = path.read_text(errors="replace")
-    command = None if told else shutil.which("nvidia-smi")
+            versions[path.parent.name] = path.read_text(errors="replace")
+    command = None if versions else shutil.which("nvidia-smi")
     if command is not None:
         query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
         with suppress(OSError, subprocess.SubprocessError):
             done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10)
-            told["nvidia"] = done.stdout
-    lines = (f"{name}: {text.splitlines()[0]}" for name, text in told.items() if text.strip())
+            versions["nvidia"] = done.stdout
+    lines = (f"{name}: {text.splitlines()[0]}" for name, text in versions.items() if text.strip())
     return "; ".join(lines) or "not found"
 
 
 def _tables() -> dict[str, str]:
     """Every tuning table on disk, the user's before the shipped ones."""
-    # GPUs of the same name may differ if one is cut into slices, so each is judged.
-    here = list(dict.fromkeys(map(identity, _gpus())))
-    found: dict[str, str] = {}
+    # GPUs of the same name may differ if one is cut into slices, so each identity is judged.
+    here = {identity(gpu): user_table(gpu_name(gpu)).name for gpu in _gpus()}
+    rows: dict[str, str] = {}
     for owner, folder in (("yours", user_table("").parent), ("shipped", SHIPPED)):
         for path in sorted(folder.glob("*.json")):
-            said = [_in_force(read(path, now)) for now in here if user_table(now.gpu).name == path.name]
+            judged = [_in_force(read(path), machine) for machine, name in here.items() if name == path.name]
             written = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
-            found[str(path)] = f"{owner}, {written}; {'; '.join(said) or 'for a GPU that is not here'}"
+            rows[str(path)] = f"{owner}, {written}; {'; '.join(judged) or 'for a GPU that is not here'}"
         for path in sorted(folder.glob("*.broken-*")):
-            found[str(path)] = f"{owner}; set aside, not used"
-    names = {Path(path).name for path in found}
-    for gpu in sorted(now.gpu for now in here if user_table(now.gpu).name not in names):
-        found[gpu] = "no table: the heuristic chooses; smoa-kernels tune measures"
-    return found or {"none": "no GPU here, and no table on disk"}
+            rows[str(path)] = f"{owner}; set aside, not used"
+    for gpu in sorted({gpu_name(gpu) for gpu in _gpus()}):
+        if user_table(gpu).name not in {Path(path).name for path in rows}:
+            rows[gpu] = "no table: the heuristic chooses; smoa-kernels tune measures"
+    return rows or {"none": "no GPU here, and no table on disk"}
+
+
+def _in_force(table: Table, machine: str) -> str:
+    others = sum(len(table.part(other, "choices")) for other in table.machines if other != machine)
+    counts = f"{len(table.part(machine, 'choices'))} keys in force, {others} measured with other versions"
+    return f"{counts}; {problem}" if (problem := table.problem(machine)) else counts
 
 
 def _kernels() -> dict[str, str]:
-    """The verdicts on compiled kernels on each GPU here, and the kernels that have not run there yet."""
+    """What runs on each GPU here and why, the verdicts on its compiled kernels, and which did not run there yet."""
     from ..backends.verified import verdicts
     from ..kernels.registry import KERNELS
 
-    found: dict[str, str] = {}
-    for known, arch in {verdicts(gpu).gpu: (verdicts(gpu), architecture(gpu)) for gpu in _gpus()}.values():
+    rows: dict[str, str] = {}
+    for known, gpu in {gpu_name(gpu): (verdicts(gpu), gpu) for gpu in _gpus()}.values():
         forms = known.kernels
         sound = Counter(form.partition(" ")[0] for form, reason in forms.items() if not reason)
         ran = {form.partition(" ")[0] for form in forms}
-        names = [kernel.fn.__name__ for kernel in KERNELS.values()]
-        tokens = ", ".join(f"{fused_tokens(dtype, arch)} ({dtype})" for dtype in KERNEL_PRECISIONS)
-        said = {
-            "versions": known.versions,
-            "auto": f"fused up to {tokens} tokens, then merged; split under dropout; unless its table says else",
+        names = dict.fromkeys(kernel.fn.__name__ for kernel in KERNELS.values())
+        few = ", ".join(f"{fused_tokens(dtype, architecture(gpu))} ({dtype})" for dtype in KERNEL_PRECISIONS)
+        table = read(user_table(gpu_name(gpu))).part(known.identity, "choices")
+        measured = (
+            f"{key}: {entry['choice']}"
+            for key, entry in table.items()
+            if key.startswith(tuple(ALGORITHM_KEYS)) and isinstance(entry, dict) and entry.get("choice")
+        )
+        words = {
+            "identity": known.identity,
+            "algorithm by rule": f"fused up to {few} tokens (ρ up to {FUSED_MAX_RANK}, in fp32 {FUSED_MAX_RANK_IEEE}), "
+            "where reading W0 takes the time; merged above, where products do; split under dropout",
+            "algorithm by its table": "; ".join(measured),
             "verified": ", ".join(f"{name} ({n} forms)" for name, n in sound.items()),
             "refused": "; ".join(f"{form}: {reason}" for form, reason in forms.items() if reason),
             "untried": ", ".join(name for name in names if name not in ran),
         }
-        found |= {f"{known.gpu}, {name}": words or "none" for name, words in said.items()}
-    return found or {"none": "no GPU here"}
-
-
-def _in_force(found: table.Table) -> str:
-    said = f"{len(found.entries)} entries in force, {len(found.stale)} measured with other versions"
-    return f"{said}; {found.problem}" if found.problem else said
+        rows |= {f"{gpu_name(gpu)}, {name}": text or "none" for name, text in words.items()}
+    return rows or {"none": "no GPU here"}
 
 
 def _gpus() -> list[torch.device]:

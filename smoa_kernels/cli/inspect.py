@@ -94,9 +94,9 @@ def _summary(folder: Path, report: AdapterReport) -> str:
 
 
 def _as_json(report: AdapterReport) -> dict[str, Any]:
-    def layer(one: LayerReport) -> dict[str, Any]:
-        distance = None if one.base_distance == math.inf else one.base_distance  # JSON has no infinity
-        return asdict(one) | {"base_distance": distance, "num_blocks": one.num_blocks, "fits": one.fits}
+    def layer(entry: LayerReport) -> dict[str, Any]:
+        distance = None if entry.base_distance == math.inf else entry.base_distance  # JSON has no infinity
+        return asdict(entry) | {"base_distance": distance, "num_blocks": entry.num_blocks, "fits": entry.fits}
 
-    layers = [layer(one) for one in report.layers]
+    layers = [layer(entry) for entry in report.layers]
     return asdict(report) | {"layers": layers, "parameters": report.parameters, "fits": report.fits}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +10,10 @@ from typing import Annotated
 import torch
 import typer
 
-from ..backends import MOST_TRITON_RANKS, triton_obstacle
+from ..backends import MOST_TRITON_RANKS, triton_unsupported_reason
 from ..checks import check_choices, first_line
 from ..definition.precision import KERNEL_PRECISIONS
-from ..kernels.architectures import ARCHITECTURES, architecture, identity, multiprocessors
+from ..kernels.architectures import ARCHITECTURES, architecture, gpu_name, multiprocessors
 from ..kernels.table import user_table
 
 
@@ -49,16 +48,14 @@ def tune(
     check_choices("--dtype", dtype or [], KERNEL_PRECISIONS)
     check_choices("--factors", [factors], ("bf16", "fp16", "fp32"))
     sizes = [size for folder in model or [] for size in linear_layers(folder)] + [
-        parse_shape(s) for s in shape or []
+        parse_shape(text) for text in shape or []
     ]
     if not sizes:
         raise ValueError("nothing to tune: give --model FOLDER or --shape OUTxIN")
     if blocks > (most := min(min(size) for size in sizes)):
         raise ValueError(f"--blocks must be at most {most}, the least features of a layer, got {blocks}")
-    if rank > MOST_TRITON_RANKS * blocks:
-        raise ValueError(
-            f"--rank must be at most {MOST_TRITON_RANKS * blocks} in {blocks} blocks, got {rank}"
-        )
+    if rank > (most := MOST_TRITON_RANKS * blocks):
+        raise ValueError(f"--rank must be at most {most} in {blocks} blocks, got {rank}")
     from ..tuning import tuner  # imports Triton
 
     layers = [
@@ -70,39 +67,37 @@ def tune(
     device = device_here()
     if device is None and not dry_run:
         raise ValueError("there is no CUDA or ROCm GPU here to tune; --dry-run lists what would be timed")
-    if device is not None and (obstacle := triton_obstacle(device)) is not None:
-        raise ValueError(f"the kernels cannot run here: {obstacle}; smoa-kernels info shows what can")
+    if device is not None and (reason := triton_unsupported_reason(device)) is not None:
+        raise ValueError(f"the kernels cannot run here: {reason}; smoa-kernels info shows what can")
     arch = next(iter(ARCHITECTURES)) if device is None else architecture(device)
     planned = tuner.jobs(layers, arch, 1 if device is None else multiprocessors(device))
     if dry_run:
         for job in planned:
-            typer.echo(f"{job}: {len(job.candidates)} candidates")
-    if device is None or not torch.cuda.is_available():
-        compiled = 0
-    else:
-        compiled = tuner.compile_ahead(planned, os.cpu_count() or 1)
+            typer.echo(f"{job.key}: {len(job.candidates)} candidates")
+    compiled = tuner.compile_ahead(planned) if device is not None and torch.cuda.is_available() else 0
     typer.echo(f"{len(planned)} keys, {compiled} kernels compiled.")
     if dry_run or device is None:
         return
     try:
-        for job, found in tuner.tune(planned, device):
-            if isinstance(found, str):
-                typer.echo(f"{job}: not tuned, {found}")
+        for job, entry in tuner.tune(planned, device):
+            if isinstance(entry, str):
+                typer.echo(f"{job.key}: not tuned, {entry}")
                 continue
-            entry, default = found
-            words = "known" if default is None else f"{1e6 * default:.1f} µs without a table"
-            typer.echo(f"{job}: {entry.choice}, {1e6 * entry.seconds:.1f} µs; {words}")
-            for choice, why in entry.refused.items():
+            times = (
+                f"{1e6 * entry['seconds']:.1f} µs, {1e6 * entry['seconds_without_table']:.1f} without a table"
+            )
+            typer.echo(f"{job.key}: {entry['choice']}, {times}")
+            for choice, why in entry["refused"].items():
                 typer.echo(f"    refused: {choice}: {why}")
     except KeyboardInterrupt:
         typer.echo("Interrupted: what was measured is kept, the same command goes on from here.")
         raise typer.Exit(130) from None
     finally:
-        typer.echo(f"Kept in {user_table(identity(device).gpu)}")
+        typer.echo(f"Kept in {user_table(gpu_name(device))}")
 
 
 def device_here() -> torch.device | None:
-    """The GPU that is tuned: the current one."""
+    """The GPU that is tuned: the current device."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
@@ -128,4 +123,4 @@ def linear_layers(folder: Path) -> list[tuple[int, int]]:
             f"--model {folder} has a config.json without a model: {first_line(error)}"
         ) from error
     linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear))
-    return list(dict.fromkeys((one.out_features, one.in_features) for one in linear))
+    return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in linear))

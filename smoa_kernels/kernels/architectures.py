@@ -1,4 +1,4 @@
-"""One table of GPU architectures with their published limits; the architecture of a device, and its identity.
+"""One table of GPU architectures with their published limits; a device's architecture, and its identity.
 
 Sources: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA guide.
 """
@@ -24,23 +24,16 @@ _KIB = 1024
 
 @dataclass(frozen=True)
 class Architecture:
-    """The limits of one multiprocessor (or compute unit).
+    """The limits of a multiprocessor (or compute unit)."""
 
-    Attributes:
-        name: as the compiler spells it.
-        tensor_core: mnemonic of the full-rate tensor-core instruction.
-        shared_per_block: bytes of shared memory that one block may take.
-        warp_size: threads per warp.
-        fused_tokens: the most tokens of a half type for which `fused_linear` runs (`backends/algorithms.py`).
-        same: names of architectures that are not audited and have at least these limits.
-    """
-
-    name: str
-    tensor_core: str
-    shared_per_block: int
-    warp_size: int = 32
-    fused_tokens: int = 64
-    same: tuple[str, ...] = ()
+    name: str  # as the compiler spells it
+    tensor_core: str  # mnemonic of the full-rate tensor-core instruction
+    shared_per_block: int  # bytes of shared memory that a block may take
+    warp_size: int = 32  # threads per warp
+    fused_tokens: int = (
+        64  # the most tokens of a half type for which `fused_linear` runs (`backends/algorithms.py`)
+    )
+    same: tuple[str, ...] = ()  # architectures that are not audited and have at least these limits
 
     @property
     def is_amd(self) -> bool:
@@ -48,42 +41,36 @@ class Architecture:
         return self.name.startswith("gfx")
 
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        arch.name: arch
-        for arch in (
-            Architecture("sm_80", "HMMA", 163 * _KIB),
-            Architecture("sm_86", "HMMA", 99 * _KIB),
-            Architecture("sm_89", "HMMA", 99 * _KIB),
-            Architecture("sm_90", "HGMMA", 227 * _KIB),
-            Architecture("sm_100", "UTCHMMA", 227 * _KIB, fused_tokens=16, same=("sm_103",)),
-            Architecture("sm_120", "HMMA", 99 * _KIB, same=("sm_121",)),
-            Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, same=("gfx90a", "gfx950")),
-        )
-    }
+_AUDITED = (
+    Architecture("sm_80", "HMMA", 163 * _KIB),
+    Architecture("sm_86", "HMMA", 99 * _KIB),
+    Architecture("sm_89", "HMMA", 99 * _KIB),
+    Architecture("sm_90", "HGMMA", 227 * _KIB),
+    Architecture("sm_100", "UTCHMMA", 227 * _KIB, fused_tokens=16, same=("sm_103",)),
+    Architecture("sm_120", "HMMA", 99 * _KIB, same=("sm_121",)),
+    Architecture("gfx942", "MFMA", 64 * _KIB, warp_size=64, same=("gfx90a", "gfx950")),
 )
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({arch.name: arch for arch in _AUDITED})
 """Every audited architecture by name."""
 
 # Names for rows of configurations (`spec.Row`).
 AMPERE, ADA, HOPPER, BLACKWELL = ("sm_80",), ("sm_86", "sm_89"), ("sm_90",), ("sm_100",)
 GEFORCE_BLACKWELL, AMD = ("sm_120",), ("gfx942",)
 
-_BY_NAME = {name: arch for arch in ARCHITECTURES.values() for name in (arch.name, *arch.same)}
+_BY_NAME = {name: arch for arch in _AUDITED for name in (arch.name, *arch.same)}
 ON_AMD = tuple(sorted(name for name, arch in _BY_NAME.items() if arch.is_amd))
 """AMD's architectures that the kernels run on; on others, such as RDNA's, they spill registers."""
 
 
 def limits(name: str) -> Architecture:
-    """The row of an architecture; for an unknown one, limits that every GPU has."""
+    """The row of an architecture; for an unknown name, limits that every GPU has."""
     return _BY_NAME.get(name) or Architecture(name, "HMMA", 48 * _KIB)
 
 
 @cache
 def architecture(device: torch.device) -> str:
     """Name a device's architecture as the compiler spells it: "sm_90", "gfx942"; "cpu" for the interpreter."""
-    if device.type == "cpu":
-        return "cpu"
-    return architecture_of(gpu_properties(device))
+    return "cpu" if device.type == "cpu" else architecture_of(gpu_properties(device))
 
 
 def architecture_of(properties: Any) -> str:
@@ -107,42 +94,27 @@ def assembler(arch: str) -> str:
     with suppress(Exception):  # no Triton, no ptxas, or another function in this Triton
         from triton.backends.nvidia.compiler import get_ptxas_version
 
-        if found := re.search(r"\bV([\d.]+)", get_ptxas_version(int(arch.removeprefix("sm_")))):
-            return f"ptxas {found[1]}"
+        if version := re.search(r"\bV([\d.]+)", get_ptxas_version(int(arch.removeprefix("sm_")))):
+            return f"ptxas {version[1]}"
     return "ptxas of unknown version"
 
 
-@dataclass(frozen=True)
-class Identity:
-    """The GPU and the software that a choice was measured on. Elsewhere the choice is stale.
-
-    Attributes:
-        gpu: as the driver names it; "cpu" for Triton's interpreter.
-        capability: architecture as the compiler spells it, "sm_90" or "gfx942".
-        multiprocessors: a slice of a GPU has fewer than its name promises.
-        triton: its major and minor version.
-        source: hash of the kernels' source.
-    """
-
-    gpu: str
-    capability: str
-    multiprocessors: int
-    triton: str
-    source: str
+def gpu_name(device: torch.device) -> str:
+    """A GPU's name by its driver; "cpu" for the interpreter."""
+    return "cpu" if device.type == "cpu" else str(gpu_properties(device).name)
 
 
 @cache
-def identity(device: torch.device) -> Identity:
-    """Return the identity of this process's GPU and software."""
+def identity(device: torch.device) -> str:
+    """The GPU and the software on which choices are measured and kernels verified; elsewhere both are stale.
+
+    A slice of a GPU has fewer multiprocessors than its name promises.
+    """
     import triton  # here, because tables can be read without Triton
 
-    return Identity(
-        "cpu" if device.type == "cpu" else gpu_properties(device).name,
-        architecture(device),
-        multiprocessors(device),
-        ".".join(triton.__version__.split(".")[:2]),
-        source_hash(),
-    )
+    arch = architecture(device)
+    gpu = f"{gpu_name(device)}, {arch}, {multiprocessors(device)} multiprocessors"
+    return f"{gpu}, Triton {triton.__version__}, {assembler(arch)}, kernels {source_hash()}"
 
 
 @cache
@@ -156,11 +128,7 @@ def source_hash() -> str:
 
 
 def gpu_properties(device: torch.device) -> Any:
-    """Ask the driver about a CUDA or ROCm GPU.
-
-    Raises:
-        ValueError: `device` is another device, or this machine does not have it.
-    """
+    """Ask the driver about a CUDA or ROCm GPU. Raises a ValueError if this machine does not have it."""
     try:
         return torch.cuda.get_device_properties(device)
     except (AssertionError, RuntimeError, ValueError) as error:

@@ -31,15 +31,7 @@ from torch import Tensor
 
 from ..definition.packed import PackedAdapter
 from .architectures import AMD, GEFORCE_BLACKWELL, HOPPER
-from .common import (
-    dot,
-    hide_origin,
-    keep_in_registers,
-    power_of_two,
-    round_to,
-    to_tf32,
-    wait_for_products,
-)
+from .common import dot, hide_origin, keep_in_registers, power_of_two, round_to, to_tf32, wait_for_products
 from .launch import Launch, Layout, launch_arguments
 from .spec import HALF, Config, Kernel, Key, Row, bucket
 from .sum_partials import sum_partials
@@ -150,11 +142,7 @@ def fused_linear_kernel(
     tl.store(out_ptrs, y, mask=token_inside[None, :] & row_inside[:, None])
 
 
-def fused_linear(
-    x: Tensor,
-    bias: Tensor | None,
-    adapter: PackedAdapter,
-) -> Tensor:
+def fused_linear(x: Tensor, bias: Tensor | None, adapter: PackedAdapter) -> Tensor:
     """`y = x W_effᵀ + bias` (T, N) in x's dtype, without forming W_eff or ΔW; `adapter.T` makes it dX.
 
     Args:

@@ -153,12 +153,7 @@ def grouped_grad_kernel(
     tl.store(db_ptrs, round_to(scaling * db, db_ptr.dtype.element_ty), mask=mask)
 
 
-def grouped_grad(
-    dy: Tensor,
-    x: Tensor,
-    ends: Tensor,
-    adapter: ExpertsAdapter,
-) -> tuple[Tensor, Tensor]:
+def grouped_grad(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> tuple[Tensor, Tensor]:
     """dA (E, ρ, C) and dB (E, N, ρ) in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
     Args:
@@ -200,8 +195,9 @@ def _launches(
     # Partial results are float32, of rank ρ, for each part; W0 has N rows.
     at_once = max(1, experts * N * layout.dtype.itemsize // (8 * 4 * parts * layout.rank))
 
-    def launch(first: int) -> Launch:
-        return Launch(
+    launches = []
+    for first in range(0, experts, at_once):
+        launch = Launch(
             grouped_grad_kernel,
             config,
             layout,
@@ -213,13 +209,10 @@ def _launches(
             BLOCKS=power_of_two(layout.num_blocks, 16),
             BLOCK_R=RANKS,
         )
-
-    found = []
-    for first in range(0, experts, at_once):
         last = min(first + at_once, experts)
         grid = (last - first) * tiles_n, -(-layout.rank // RANKS), 1
-        found.append((slice(first, last), parts, launch(first), grid))
-    return tuple(found)
+        launches.append((slice(first, last), parts, launch, grid))
+    return tuple(launches)
 
 
 def _tile(n: int, c: int, t: int, warps: int, stages: int) -> Config:

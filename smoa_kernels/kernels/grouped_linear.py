@@ -189,11 +189,7 @@ def grouped_linear_kernel(
     tl.store(out_ptrs, round_to(tl.trans(acc), out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def grouped_linear(
-    x: Tensor,
-    ends: Tensor,
-    adapter: ExpertsAdapter,
-) -> Tensor:
+def grouped_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     """`y_p = x_p W_effᵀ` (P, N) with the W_eff of pair p's expert, in x's dtype; `adapter.T` makes it dX.
 
     Args:

@@ -6,16 +6,16 @@ A kernel's arguments are named once, in its signature: pointers (`*_ptr`), then 
 these names: sizes and strides of an adapter come from its :class:`Layout`, tiles from the fields of the configuration,
 and all other numbers from the kernel's host function. A plan is cached by the bucket of the number of tokens.
 
-Triton launches on the current device, even if its arguments are on another one; :func:`on_device` sets it. To find the
+Triton launches on the current device, even if its arguments are on another; :func:`on_device` sets it. To find the
 compiled kernel Triton specialises each argument at every launch, 25 µs of Python for 20 arguments. A `Launch` keeps the
 compiled kernel and launches it directly, `compiled[grid](*arguments)`, as in Triton's tutorials.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -30,95 +30,61 @@ from .common import input_precision
 from .spec import Config, Kernel, Key, granule_of
 from .table import select
 
-_STAY: AbstractContextManager[None] = nullcontext()
-
 Pointers: TypeAlias = Mapping[str, Tensor | None]
 Grid: TypeAlias = tuple[int, int, int]
 
 
-class Arguments(NamedTuple):
-    """The arguments of one launch: `launch(*arguments)` repeats it.
-
-    Attributes:
-        grid: numbers of programs.
-        pointers: the kernel's tensors by name; others are ignored.
-        sizes: the kernel's first numbers, which change from call to call.
-    """
-
-    grid: Grid
-    pointers: Pointers
-    sizes: tuple[int, ...] = ()
-
-
-class _Hooks(threading.local):
-    def __init__(self) -> None:
-        self.of_this_thread: list[tuple[Callable[[Launch, Arguments], object], bool]] = []
-
-
-_hooks = _Hooks()
+_hooks: ContextVar[tuple[tuple[Callable[..., object], bool], ...]] = ContextVar("launch hooks", default=())
 
 
 @contextmanager
-def launch_hook(hook: Callable[[Launch, Arguments], object], *, new: bool = False) -> Iterator[None]:
-    """Call `hook` with each launch of this thread and its arguments before it happens.
+def launch_hook(hook: Callable[..., object], *, new: bool = False) -> Iterator[None]:
+    """Call `hook(launch, *arguments)` before each launch of this thread, `launch(*arguments)`.
 
-    `launch.compiled(arguments)` is the compiled kernel. If the hook returns something true or raises an exception, the
+    `launch.compiled(*arguments)` is the compiled kernel. If the hook returns something true or raises an exception, the
     launch does not happen. A hook's own launches call no hooks.
 
     Args:
         hook: called after those that were added before it.
         new: call it only for compiled kernels that a `Launch` launches for the first time.
     """
-    _hooks.of_this_thread.append((hook, new))
+    token = _hooks.set((*_hooks.get(), (hook, new)))
     try:
         yield
     finally:
-        _hooks.of_this_thread.pop()
+        _hooks.reset(token)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make `device` the current one within a block. Does nothing if it is the current one, or no CUDA device.
-
-    Torch's own operators set their device themselves. The backend calls this at the start of a pass, the tuner around
-    its measurements.
-    """
+    """Make `device` the current one within a block, if it is a CUDA device; torch's own operators do so themselves."""
     if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
         return _STAY
     return torch.cuda.device(device)
 
 
+_STAY = nullcontext()
 # Strides of W0 (N, C), A (ρ, C) and B (N, ρ), and of experts' (E, …), in this order.
 _STRIDES = ("wn", "wc", "ar", "ac", "bn", "br")
 _EXPERTS_STRIDES = ("we", "wn", "wc", "ae", "ar", "ac", "be", "bn", "br")
+_LABELS = ("row_block", "col_block")
 _BLOCKS = ("row_index", "col_index", "row_offsets", "col_offsets")
 
 
 class Layout(NamedTuple):
-    """The properties of an adapter that a launch depends on, as plain values, by which plans are cached.
+    """The properties of an adapter that a launch depends on, as plain values, by which plans are cached."""
 
-    Attributes:
-        device: of all its tensors.
-        precision: name of W0's and the activations' in `PRECISIONS`; torch's setting decides between TF32 and IEEE.
-        experts: E; 0 for the adapter of one weight.
-        features: N and C.
-        rank: ρ.
-        num_blocks: K.
-        granule: adjacent coordinates that kernels may take as one, from `spec.granule_of`.
-        indexed: whether blocks are read through an index, because they are not slices.
-        factors: dtype of A and B, by its name in `Key`.
-        strides: of W0, A and B; then how far one expert's block indices and offsets lie from the next one's.
-    """
-
-    device: torch.device
-    precision: str
-    experts: int
-    features: tuple[int, int]
-    rank: int
-    num_blocks: int
-    granule: int
-    indexed: bool
-    factors: str
-    strides: tuple[int, ...]
+    device: torch.device  # of all its tensors
+    precision: str  # W0's and the activations' in `PRECISIONS`; torch's setting decides between TF32 and IEEE
+    experts: int  # E; 0 for the adapter of one weight
+    features: tuple[int, int]  # N and C
+    rank: int  # ρ
+    num_blocks: int  # K
+    granule: int  # adjacent coordinates that kernels may take as one, from `spec.granule_of`
+    indexed: bool  # whether blocks are read through an index, because they are not slices
+    factors: str  # dtype of A and B, by its name in `Key`
+    strides: tuple[
+        int, ...
+    ]  # of W0, A and B; then of the experts' block indices and offsets, from expert to expert
 
     @property
     def transposed(self) -> bool:
@@ -155,60 +121,57 @@ class Layout(NamedTuple):
 def launch_arguments(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers]:
     """An adapter's layout, and its tensors as kernels name them. A packed adapter keeps both for its other launches.
 
-    It keeps them until torch's setting of TF32 changes. Kernels over experts read A along C, so the A of a transposed
-    adapter is copied; it is small.
+    It keeps them until torch's setting of TF32 or a stride changes (`weight.data = …`). Kernels over experts read A
+    along C, so the A of a transposed adapter is copied; it is small.
     """
     w, a, b = adapter.weight, adapter.A, adapter.B
     precision = precision_of(w.dtype, ieee=gemm_is_ieee(w.dtype, "cuda")).name
-    pointers: dict[str, Tensor | None] = {}
+    strides = (*w.stride(), *a.stride(), *b.stride())
     blocks: BlockPartition | ExpertBlocks
+    names: tuple[str, ...]
     if isinstance(adapter, PackedAdapter):
-        known = adapter.layout
-        strides = (*w.stride(), *a.stride(), *b.stride())  # `weight.data = …` may have changed them
-        if isinstance(known, tuple) and (known[0].precision, known[0].strides) == (precision, strides):
-            cached: tuple[Layout, Pointers] = known
+        cached = adapter.layout
+        if isinstance(cached, tuple) and (cached[0].precision, cached[0].strides) == (precision, strides):
             return cached
-        blocks, granularity, apart = adapter.partition, adapter.partition.granularity, []
-        pointers |= {"row_block_ptr": blocks.row_block, "col_block_ptr": blocks.col_block}
+        blocks, granularity, names = adapter.partition, adapter.partition.granularity, (*_BLOCKS, *_LABELS)
     else:
-        blocks, granularity = adapter.blocks, adapter.blocks.granule
-        tensors = [getattr(blocks, name) for name in _BLOCKS]
-        apart = [0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors]
+        blocks, granularity, names = adapter.blocks, adapter.blocks.granule, _BLOCKS
         a = a if a.stride(2) == 1 else a.contiguous()
+        tensors = [getattr(blocks, name) for name in names]
+        apart = (0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors)
+        strides = *w.stride(), *a.stride(), *b.stride(), *apart
     *experts, N, C = w.shape
     layout = Layout(
         w.device,
         precision,
-        experts[0] if experts else 0,
+        sum(experts),
         (N, C),
         a.shape[-2],
         blocks.num_blocks,
         granule_of(granularity, (N, C)),
         not blocks.is_contiguous,
         precision_of(a.dtype, ieee=True).name,
-        (*w.stride(), *a.stride(), *b.stride(), *apart),
+        strides,
     )
-    pointers |= {
+    pointers = {
         "w_ptr": w,
         "a_ptr": a,
         "b_ptr": b,
         "ranks_ptr": adapter.ranks,
         "scaling_ptr": adapter.scaling,
     }
-    pointers |= {f"{name}_ptr": getattr(blocks, name) for name in _BLOCKS}
+    pointers |= {f"{name}_ptr": getattr(blocks, name) for name in names}
     if isinstance(adapter, PackedAdapter):
         adapter.layout = layout, pointers  # in one step, because another thread may read it at once
     return layout, pointers
 
 
 class Launch:
-    """A launch of a kernel, complete except for its :class:`Arguments`, and the compiled kernels that it used so far.
+    """A launch of a kernel, complete except for what changes from call to call, and the compiled kernels that it used.
 
     It depends only on the sizes, strides, dtypes and device of a problem, so functions under :func:`table.cached` make
-    it once for a problem. It runs on the problem's device, which must be the current one.
-
-    Which compiled kernel it is depends on the launch, on the dtypes of the pointers, and on whether 16 divides each
-    address. Triton launches the first time and returns the compiled kernel; the interpreter returns none.
+    it once for a problem. It runs on the problem's device, which must be the current one. Which compiled kernel it is
+    depends on the launch, on the dtypes of the pointers, and on whether 16 divides each address.
 
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
@@ -217,22 +180,26 @@ class Launch:
         numbers: the kernel's other arguments; they come before those of `layout` and `config`.
     """
 
-    __slots__ = ("_compiled", "_numbers", "_pointers", "config", "kernel")
-
     def __init__(self, kernel: Any, config: Config, layout: Layout | None = None, **numbers: Any) -> None:
-        known = {name.upper(): value for name, value in vars(config).items()}
-        known |= (layout.numbers() if layout else {}) | numbers
+        values = {name.upper(): value for name, value in vars(config).items()}
+        values |= (layout.numbers() if layout else {}) | numbers
         self._pointers = tuple(name for name in kernel.arg_names if name.endswith("_ptr"))
-        sizes_end = next(i for i, name in enumerate(kernel.arg_names) if name in known)
-        self._numbers = tuple(known[name] for name in kernel.arg_names[sizes_end:])
+        sizes_end = next(i for i, name in enumerate(kernel.arg_names) if name in values)
+        self._numbers = tuple(values[name] for name in kernel.arg_names[sizes_end:])
         self.kernel, self.config = kernel, config
         self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
 
     def __call__(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> None:
-        """Launch on the current device; see :class:`Arguments`."""
+        """Launch on the current device.
+
+        Args:
+            grid: numbers of programs.
+            pointers: the kernel's tensors by name; others are ignored.
+            sizes: the kernel's first numbers, which change from call to call.
+        """
+        tensors = [pointers[name] for name in self._pointers]
         address = 0
         dtypes: list[torch.dtype | bool | None] = []
-        tensors = [pointers[name] for name in self._pointers]
         for tensor in tensors:
             if tensor is None:
                 dtypes.append(None)
@@ -243,7 +210,7 @@ class Launch:
             dtypes += (tensor is None or not tensor.data_ptr() & 15 for tensor in tensors)
         form = tuple(dtypes)
         compiled = self._compiled.get(form)
-        if _hooks.of_this_thread and self._is_stopped(compiled is None, Arguments(grid, pointers, sizes)):
+        if (hooks := _hooks.get()) and self._is_stopped(hooks, compiled is None, grid, pointers, sizes):
             return
         if compiled is not None:
             compiled[grid](*tensors, *sizes, *self._numbers)
@@ -253,19 +220,18 @@ class Launch:
             self._compiled[form] = compiled
 
     def by_triton(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
-        """Let Triton find or compile the kernel, and launch it; returns what it compiled."""
+        """Let Triton find or compile the kernel, and launch it; returns what it compiled, a `CompiledKernel`."""
         tensors = (pointers[name] for name in self._pointers)
         return self.kernel[grid](*tensors, *sizes, *self._numbers, **self.config.options)
 
-    def compiled(self, arguments: Arguments) -> Any:
-        """What Triton compiles for these arguments, a `CompiledKernel`; nothing is launched."""
-        tensors = (arguments.pointers[name] for name in self._pointers)
-        values = *tensors, *arguments.sizes, *self._numbers
-        return self.kernel.warmup(*values, grid=arguments.grid, **self.config.options)
+    def compiled(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
+        """Like :meth:`by_triton`, but nothing is launched."""
+        tensors = (pointers[name] for name in self._pointers)
+        return self.kernel.warmup(*tensors, *sizes, *self._numbers, grid=grid, **self.config.options)
 
-    def _is_stopped(self, new: bool, arguments: Arguments) -> bool:
-        hooks, _hooks.of_this_thread = _hooks.of_this_thread, []
+    def _is_stopped(self, hooks: tuple[Any, ...], new: bool, *arguments: Any) -> bool:
+        token = _hooks.set(())
         try:
-            return any(hook(self, arguments) for hook, only_new in hooks if new or not only_new)
+            return any(hook(self, *arguments) for hook, only_new in hooks if new or not only_new)
         finally:
-            _hooks.of_this_thread = hooks
+            _hooks.reset(token)

@@ -123,12 +123,7 @@ def modulated_weight_kernel(
     store_tile(out_ptr, rows[:, None] * stride_on + cols[None, :] * stride_oc, out, inside)
 
 
-def modulated_weight(
-    adapter: PackedAdapter,
-    *,
-    out: Tensor | None = None,
-    ieee: bool = False,
-) -> Tensor:
+def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None, ieee: bool = False) -> Tensor:
     """W_eff (N, C) in W0's dtype and, unless `out` is given, in W0's memory order.
 
     It is rounded by thresholds to a half type, or to TF32 where torch multiplies in it.
@@ -139,11 +134,11 @@ def modulated_weight(
         ieee: compute a float32 W_eff in IEEE, even if torch multiplies in TF32. Under a half weight float32 factors are
             rounded to TF32, which is as fine as float16 and eight times finer than bfloat16.
     """
-    # The tile's last dimension is W0's contiguous one.
+    # The tile's last dimension is W0's contiguous dimension.
     if adapter.weight.stride(0) < adapter.weight.stride(1):
         turned = None if out is None else out.T
-        found = modulated_weight(adapter.T, out=turned, ieee=ieee)
-        return found.T if out is None else out
+        transposed = modulated_weight(adapter.T, out=turned, ieee=ieee)
+        return transposed.T if out is None else out
     if out is None:
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
@@ -242,10 +237,7 @@ def modulated_blocks_kernel(
         store_tile(out_ptr, slots, delta, inside)
 
 
-def modulated_blocks(
-    adapter: PackedAdapter,
-    widths: tuple[int, int],
-) -> Tensor:
+def modulated_blocks(adapter: PackedAdapter, widths: tuple[int, int]) -> Tensor:
     """ΔW in block order, (K, P_n, P_c) in W0's dtype, zero in padding and in blocks of rank 0.
 
     Args:
@@ -278,20 +270,14 @@ def _blocks_launch(layout: Layout, widths: tuple[int, int]) -> tuple[Launch, Gri
     return launch, (tiles, 1, 1)
 
 
+def _tile(n: int, c: int, warps: int) -> Config:
+    return Config(block_n=n, block_c=c, num_warps=warps)
+
+
 MODULATED_WEIGHT = Kernel(
     "modulated_weight",
     modulated_weight_kernel,
-    rows=(
-        Row(
-            (),
-            (),
-            (
-                Config(block_n=64, block_c=64, num_warps=4),
-                Config(block_n=16, block_c=128, num_warps=4),
-                Config(block_n=32, block_c=128, num_warps=8),
-            ),
-        ),
-    ),
+    rows=(Row((), (), (_tile(64, 64, 4), _tile(16, 128, 4), _tile(32, 128, 8))),),
     space={"block_n": (16, 32, 64, 128), "block_c": (32, 64, 128, 256), "num_warps": (1, 2, 4, 8)},
     fits=lambda config, key: 8 <= config.block_n * config.block_c // (32 * config.num_warps) <= 64,
     # W0 is read and W_eff written once; a tile also reads its rows of B and columns of A.
@@ -299,8 +285,4 @@ MODULATED_WEIGHT = Kernel(
         key.out_features * key.in_features * (4 + 4 * key.rank * (1 / config.block_n + 1 / config.block_c))
     ),
 )
-MODULATED_BLOCKS = replace(
-    MODULATED_WEIGHT,
-    name="modulated_blocks",
-    fn=modulated_blocks_kernel,
-)
+MODULATED_BLOCKS = replace(MODULATED_WEIGHT, name="modulated_blocks", fn=modulated_blocks_kernel)

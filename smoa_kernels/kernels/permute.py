@@ -86,11 +86,7 @@ def permute_kernel(
 
 
 def gather_columns(
-    x: Tensor,
-    partition: BlockPartition,
-    width: int,
-    *,
-    dropout: Dropout | None = None,
+    x: Tensor, partition: BlockPartition, width: int, *, dropout: Dropout | None = None
 ) -> Tensor:
     """Blocked copy (T, K, P) of x (T, C), zero in padding.
 
@@ -106,11 +102,7 @@ def gather_columns(
 
 
 def scatter_columns(
-    blocked: Tensor,
-    partition: BlockPartition,
-    out: Tensor,
-    *,
-    dropout: Dropout | None = None,
+    blocked: Tensor, partition: BlockPartition, out: Tensor, *, dropout: Dropout | None = None
 ) -> Tensor:
     """Write blocked (T, K, P), contiguous, into out (T, C), any strides: every column once; padding is dropped.
 
@@ -121,11 +113,7 @@ def scatter_columns(
 
 
 def _move(
-    x: Tensor,
-    blocked: Tensor,
-    partition: BlockPartition,
-    scatter: bool,
-    dropout: Dropout | None,
+    x: Tensor, blocked: Tensor, partition: BlockPartition, scatter: bool, dropout: Dropout | None
 ) -> None:
     if blocked.numel() == 0:
         return
@@ -188,21 +176,15 @@ def _launch(
     return launch, num_blocks * -(-width // config.block_p)
 
 
+def _tile(t: int, p: int, warps: int) -> Config:
+    return Config(block_t=t, block_p=p, num_warps=warps)
+
+
 # Each interleaved part of a tile is large enough for 128-bit accesses, also by wavefronts of 64 threads.
 PERMUTE = Kernel(
     "permute",
     permute_kernel,
-    rows=(
-        Row(
-            (),
-            (),
-            (
-                Config(block_t=64, block_p=128, num_warps=2),
-                Config(block_t=128, block_p=64, num_warps=2),
-                Config(block_t=128, block_p=128, num_warps=4),
-            ),
-        ),
-    ),
+    rows=(Row((), (), (_tile(64, 128, 2), _tile(128, 64, 2), _tile(128, 128, 4))),),
     space={"block_t": (32, 64, 128, 256), "block_p": (32, 64, 128, 256), "num_warps": (1, 2, 4, 8)},
     fits=lambda config, key: 64 <= config.block_t * config.block_p // (32 * config.num_warps) <= 256,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -34,38 +34,29 @@ PARTIAL_RANKS = 4  # partials of dA and dB are padded to a multiple of this many
 
 
 class Key(NamedTuple):
-    """The problem that a choice is made for. A size is 0 if the kernel's choice does not depend on it.
+    """The problem that a choice is made for. A size is 0 if the kernel's choice does not depend on it."""
 
-    Attributes:
-        kernel: name of a kernel, or one of `ALGORITHM_KEYS` if the choice is an algorithm.
-        dtype: one of `precision.KERNEL_PRECISIONS`.
-        rank: ρ, rows of A.
-        blocks: K.
-        out_features: N.
-        in_features: C.
-        tokens: T, from :func:`bucket`.
-        padded_out: width that each block of rows is padded to.
-        padded_in: width that each block of columns is padded to.
-        transposed: the kernel reads W0 or ΔW across its rows, as dX does.
-        granule: from :func:`granule_of`; 1 if a kernel has no form for `GRANULE`. For an algorithm, `GRANULE` if blocks
-            are slices of one size, else 1.
-        factors: dtype of A and B, as `dtype`; empty if a kernel does not read them.
-        dropout: the kernel takes another form under dropout, because it draws the mask.
-    """
-
-    kernel: str
-    dtype: str
-    rank: int = 0
-    blocks: int = 0
-    out_features: int = 0
-    in_features: int = 0
-    tokens: int = 0
-    padded_out: int = 0
-    padded_in: int = 0
-    transposed: bool = False
+    kernel: str  # name of a kernel, or one of `ALGORITHM_KEYS` if the choice is an algorithm
+    dtype: str  # one of `precision.KERNEL_PRECISIONS`
+    rank: int = 0  # ρ, rows of A
+    blocks: int = 0  # K
+    out_features: int = 0  # N
+    in_features: int = 0  # C
+    tokens: int = 0  # T, from :func:`bucket`
+    padded_out: int = 0  # width that each block of rows is padded to
+    padded_in: int = 0  # width that each block of columns is padded to
+    transposed: bool = False  # the kernel reads W0 or ΔW across its rows, as dX does
+    # From :func:`granule_of`; 1 if a kernel has no form for `GRANULE`. For an algorithm, `GRANULE` if blocks are slices
+    # of one size, else 1.
     granule: int = 1
-    factors: str = ""
-    dropout: bool = False
+    factors: str = ""  # dtype of A and B, as `dtype`; empty if a kernel does not read them
+    dropout: bool = False  # the kernel takes another form under dropout, because it draws the mask
+
+    def __str__(self) -> str:
+        """The key of a table's entry, "permute fp32 blocks=2 in_features=12": the fields that are not the default."""
+        pairs = zip(self._fields, self, strict=True)
+        sizes = (f"{name}={value}" for name, value in pairs if value != self._field_defaults.get(name, value))
+        return " ".join((self.kernel, self.dtype, *sizes))
 
 
 def bucket(tokens: int) -> int:
@@ -92,43 +83,31 @@ def granule_of(granularity: int, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Config:
-    """Launch parameters of a kernel. A tile is named by the dimension that it cuts; 0 if the kernel has no such tile.
+    """Launch parameters of a kernel. A tile is named by the dimension that it cuts; 0 if the kernel has none."""
 
-    Attributes:
-        block_t: tokens, or pairs of a token and an expert.
-        block_n: rows of W0.
-        block_c: columns of W0.
-        block_d: columns of W0 in a step that makes ΔW in registers.
-        block_p: slots of a padded block.
-        block_r: most ranks at a time.
-        block: results of a sum.
-        group_t: tiles of tokens that are walked together for the L2 cache.
-        split: programs that share a sum.
-        wgmma: use Hopper's asynchronous tensor-core instruction, which reads shared memory.
-        num_warps: warps of a program.
-        num_stages: steps of a loop whose loads are in flight at the same time.
-    """
-
-    block_t: int = 0
-    block_n: int = 0
-    block_c: int = 0
-    block_d: int = 0
-    block_p: int = 0
-    block_r: int = 0
-    block: int = 0
-    group_t: int = 0
-    split: int = 0
-    wgmma: bool = False
-    num_warps: int = 4
-    num_stages: int = 1
+    block_t: int = 0  # tokens, or pairs of a token and an expert
+    block_n: int = 0  # rows of W0
+    block_c: int = 0  # columns of W0
+    block_d: int = 0  # columns of W0 in a step that makes ΔW in registers
+    block_p: int = 0  # slots of a padded block
+    block_r: int = 0  # most ranks at a time
+    block: int = 0  # results of a sum
+    group_t: int = 0  # tiles of tokens that are walked together for the L2 cache
+    split: int = 0  # programs that share a sum
+    wgmma: bool = False  # use Hopper's asynchronous tensor-core instruction, which reads shared memory
+    num_warps: int = 4  # warps of a program
+    num_stages: int = 1  # steps of a loop whose loads are in flight at the same time
 
     def to_json(self) -> dict[str, int]:
         """The fields that are not 0, by name."""
         return {name: value for name, value in vars(self).items() if value}
 
     def __str__(self) -> str:
-        names = {name: name.removeprefix("block_").removeprefix("num_") for name in self.to_json()}
-        return " ".join(f"{short}={getattr(self, name)}" for name, short in names.items())
+        """The name of a choice in a table: "t=64 p=128 warps=2 stages=1"."""
+        fields = self.to_json().items()
+        return " ".join(
+            f"{name.removeprefix('block_').removeprefix('num_')}={value}" for name, value in fields
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -136,54 +115,33 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-@dataclass(frozen=True)
-class Row:
-    """Configurations that ship; the first row of a kernel that matches is the one that counts.
+class Row(NamedTuple):
+    """Configurations that ship; the first row of a kernel that matches counts."""
 
-    Attributes:
-        architectures: for which it holds, from `architectures.py`; none for all.
-        precisions: for which it holds; none for all.
-        configs: the configurations, largest tile first.
-        before: the first Triton that does not need the row, "3.9"; empty for a row that all need.
-    """
-
-    architectures: tuple[str, ...]
-    precisions: tuple[str, ...]
-    configs: tuple[Config, ...]
-    before: str = ""
+    architectures: tuple[str, ...]  # for which it holds, from `architectures.py`; none for all
+    precisions: tuple[str, ...]  # for which it holds; none for all
+    configs: tuple[Config, ...]  # largest tile first
+    before: str = ""  # the first Triton that does not need the row, "3.9"; empty for a row that all need
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's specification beside its code, for its launches, the tuner and the audit.
+    """A kernel's specification beside its code, for its launches, the tuner and the audit."""
 
-    Attributes:
-        name: in tuning tables.
-        fn: the `@triton.jit` function.
-        rows: what ships for an architecture, a precision and a Triton.
-        choose: picks the configuration if nothing was measured, from those that ship, the key and the device's number
-            of multiprocessors.
-        space: values of a configuration's fields that the tuner tries beside those that ship.
-        fits: which of their combinations make sense for a key; the compiler then drops what needs too much.
-        traffic: bytes that a launch moves between its programs and the L2 cache or memory, to rank candidates.
-    """
-
-    name: str
-    fn: Any
-    rows: tuple[Row, ...]
+    name: str  # in tuning tables
+    fn: Any  # the `@triton.jit` function
+    rows: tuple[Row, ...]  # what ships for an architecture, a precision and a Triton
+    # Picks what runs without measurements, from the configurations that ship, the key, the number of multiprocessors.
     choose: Callable[[Sequence[Config], Key, int], Config] = lambda shipped, key, multiprocessors: shipped[0]
+    # Values of a configuration's fields that the tuner tries beside those that ship.
     space: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    # Which of their combinations make sense for a key; the compiler then drops what needs too much.
     fits: Callable[[Config, Key], bool] = lambda config, key: True
+    # Bytes that a launch moves between its programs and the L2 cache or memory, to rank candidates.
     traffic: Callable[[Config, Key], float] = lambda config, key: 1.0
 
     def shipped(self, arch: Architecture, precision: Precision, triton: str = "") -> tuple[Config, ...]:
-        """The configurations that ship, largest tile first.
-
-        Args:
-            arch: for which they are compiled.
-            precision: of the products.
-            triton: version of the compiler; the installed one's if empty.
-        """
+        """The configurations that ship for a Triton (if empty, the installed version), largest tile first."""
         version = release(triton or import_module("triton").__version__)
         return next(
             row.configs
@@ -194,23 +152,17 @@ class Kernel:
         )
 
     def default(self, key: Key, arch: str, multiprocessors: int) -> Config:
-        """Choose launch parameters without measurements. The result is always a configuration that the audit compiles.
-
-        Args:
-            key: the problem, its tokens bucketed.
-            arch: as the compiler spells it, for example "sm_90".
-            multiprocessors: of the device.
-        """
+        """Launch parameters without measurements, of those that the audit compiles, for a device of `arch`, "sm_90"."""
         return self.choose(self.shipped(limits(arch), PRECISIONS[key.dtype]), key, multiprocessors)
 
     def candidates(self, key: Key, arch: str) -> tuple[Config, ...]:
         """What a table may choose for a key: the configurations that ship, then the others of the search space."""
         shipped = self.shipped(limits(arch), PRECISIONS[key.dtype])
-        values: Iterator[dict[str, Any]] = (
-            dict(zip(self.space, each, strict=True)) for each in itertools.product(*self.space.values())
+        values = (
+            dict(zip(self.space, tiles, strict=True)) for tiles in itertools.product(*self.space.values())
         )
-        found = (replace(shipped[0], **each) for each in values)
-        return tuple(dict.fromkeys((*shipped, *(config for config in found if self.fits(config, key)))))
+        configs = (replace(shipped[0], **fields) for fields in values)  # type: ignore[arg-type]  # wgmma stays
+        return tuple(dict.fromkeys((*shipped, *(config for config in configs if self.fits(config, key)))))
 
 
 def release(version: str) -> tuple[int, ...]:

@@ -61,11 +61,7 @@ def sum_partials_kernel(
 
 
 def sum_partials(
-    partials: Tensor,
-    out: Tensor,
-    *,
-    bias: Tensor | None = None,
-    transposed: bool = False,
+    partials: Tensor, out: Tensor, *, bias: Tensor | None = None, transposed: bool = False
 ) -> None:
     """Write `out = Σ_p partials[p, :, :N] + bias`.
 

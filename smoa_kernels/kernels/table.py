@@ -1,11 +1,15 @@
 """The tuning table: the launch parameters and algorithms that were measured fastest, on disk and in force.
 
-There is one JSON file per GPU: the user's in the cache folder, which comes first, and one that may ship with the
-package. If neither has measured a problem, the heuristic answers. An entry with another `Identity`, such as another
-GPU, stays in the file and is not used. The file also holds the verdicts on compiled kernels (`backends/verified.py`).
+There is a JSON file for each GPU: the user's in the cache folder, which comes first, and a table that may ship
+with the package. It holds by `architectures.identity`, which names the GPU and the software, what was measured there:
 
-A table never stops a run. A bad entry is skipped. A file that is not a table is ignored, and the next writer sets it
-aside. Both are named in a warning and in `smoa-kernels info`.
+    {"schema": 3, "machines": {"NVIDIA H100, sm_90, …": {
+        "choices": {"permute bf16 blocks=2 …": {"choice": "t=64 p=128 …", "seconds": 1e-05, "refused": {}}},
+        "verdicts": {"permute_kernel 5f3a…": ""}}}}
+
+A choice is the name of a candidate. The verdicts on compiled kernels are those of `backends/verified.py`. What other
+machines measured stays in the file. A table never stops a run: what cannot be used is named in a warning, and the
+heuristic chooses. A file that is not a table is set aside by the next writer.
 """
 
 from __future__ import annotations
@@ -13,32 +17,29 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from filelock import FileLock
 
-from ..checks import check_choice, check_kind, shown
-from ..definition.precision import KERNEL_PRECISIONS
+from ..checks import shown
 from ..files import cache_folder, replace_file
-from .architectures import Identity, architecture, identity, multiprocessors
+from .architectures import architecture, gpu_name, identity, multiprocessors
 from .spec import ALGORITHM_KEYS, STAND_INS, Config, Kernel, Key
 
-SCHEMA = 2
+SCHEMA = 3
 SHIPPED = Path(__file__).resolve().parent / "tables"
 
 Choice: TypeAlias = Config | str
-"""Launch parameters of a kernel, or the name of an algorithm."""
+"""Launch parameters of a kernel, or the name of an algorithm; a table holds its `str`."""
 
 MOST_CACHED = 4096
-"""Most results that one function under :func:`cached` keeps: a training may see many buckets of tokens."""
+"""Most results that a function under :func:`cached` keeps: a training may see many buckets of tokens."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 _caches: list[Any] = []
@@ -54,7 +55,7 @@ def clear_cache() -> None:
 def cached(function: F) -> F:
     """Cache the results of a function, until the table changes, for arguments by position that are plain values.
 
-    If there are too many results, the one that was not used for longest goes.
+    If there are too many results, the result that was not used for longest goes.
     """
     _caches.append(lru_cache(MOST_CACHED)(function))
     return cast(F, _caches[-1])
@@ -86,122 +87,60 @@ def chosen_for(tokens: Mapping[int, int]) -> Iterator[None]:
 
 
 def select(kernel: Kernel, key: Key, device: torch.device) -> Config:
-    """A kernel's launch parameters: the fastest that was measured and is in its search space, else the heuristic's."""
-    if isinstance(chosen := _override(key), Config):
-        return chosen
-    candidates = kernel.candidates(key, architecture(device))
-    for found in _measured(key, device):
-        if found in candidates:
-            return candidates[candidates.index(found)]
-        warnings.warn(
-            f"tuning table: {kernel.name} has no configuration {found}; it is not used", stacklevel=2
-        )
+    """A kernel's launch parameters: the candidate that was measured fastest, else the heuristic's."""
+    choice = _override(key) or _measured(key, kernel.candidates(key, architecture(device)), device)
+    if isinstance(choice, Config):
+        return choice
     return kernel.default(key, architecture(device), multiprocessors(device))
 
 
 def fastest(key: Key, device: torch.device) -> str | None:
     """The algorithm that was measured fastest; None if none was. The result is not cached."""
-    chosen = _override(key) or next(_measured(key, device), None)
-    return chosen if isinstance(chosen, str) else None
+    choice = _override(key) or _measured(key, ALGORITHM_KEYS[key.kernel], device)
+    return choice if isinstance(choice, str) else None
 
 
-def _measured(key: Key, device: torch.device) -> Iterator[Choice]:
-    entries = (table.entries.get(key) for table in _tables(device))
-    return (entry.choice for entry in entries if entry is not None and entry.choice is not None)
+def _measured(key: Key, candidates: Sequence[Choice], device: torch.device) -> Choice | None:
+    by_name = {str(candidate): candidate for candidate in candidates}
+    for path, choices in _tables(device):
+        entry = choices.get(str(key))
+        name = entry.get("choice") if isinstance(entry, dict) else entry
+        if isinstance(name, str) and name in by_name:
+            return by_name[name]
+        if name is not None:  # it is None while the key is being tuned
+            warnings.warn(
+                f"tuning table {path}: {key} has no choice {shown(name)}; it is not used", stacklevel=2
+            )
+    return None
 
 
 @cache
-def _tables(device: torch.device) -> tuple[Table, ...]:
-    now = identity(device)
-    paths = user_table(now.gpu), SHIPPED / user_table(now.gpu).name
-    tables = tuple(read(path, now) for path in paths)
-    for path, table in zip(paths, tables, strict=True):
-        if table.problem:
-            warnings.warn(f"tuning table {path} {table.problem}", stacklevel=2)
-    return tables
+def _tables(device: torch.device) -> tuple[tuple[Path, dict[str, Any]], ...]:
+    paths = user_table(gpu_name(device)), SHIPPED / user_table(gpu_name(device)).name
+    tables = {path: read(path) for path in paths}
+    for path, table in tables.items():
+        if problem := table.problem(identity(device)):
+            warnings.warn(f"tuning table {path} {problem}", stacklevel=2)
+    return tuple((path, table.part(identity(device), "choices")) for path, table in tables.items())
 
 
-@dataclass(frozen=True)
-class Entry:
-    """The result of tuning one problem on one machine.
+class Table(NamedTuple):
+    """The contents of a table's file."""
 
-    Attributes:
-        key: the problem.
-        identity: the GPU and software that it was measured with.
-        choice: the fastest; None while the problem is being tuned.
-        seconds: its median time.
-        refused: why a candidate is not tried again, by its name.
-    """
+    machines: dict[str, Any]  # by identity, as the file has it
+    broken: str = ""  # why the file is not a table; empty if it is a table
 
-    key: Key
-    identity: Identity
-    choice: Choice | None = None
-    seconds: float | None = None
-    refused: Mapping[str, str] = field(default_factory=dict)
+    def part(self, machine: str, name: str) -> dict[str, Any]:
+        """The "choices" or "verdicts" of a machine; none if they are damaged."""
+        parts = self.machines.get(machine)
+        part = parts.get(name) if isinstance(parts, dict) else None
+        return part if isinstance(part, dict) else {}
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data; :meth:`from_json` is its inverse."""
-        choice = self.choice.to_json() if isinstance(self.choice, Config) else self.choice
-        plain = {"key": self.key._asdict(), "identity": asdict(self.identity), "choice": choice}
-        return plain | {"seconds": self.seconds, "refused": dict(self.refused)}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Entry:
-        """Make an entry of plain data from a file, which may hold anything.
-
-        Raises:
-            AttributeError, KeyError, TypeError, ValueError: a field is missing or wrong.
-        """
-        key, choice, seconds = Key(**data["key"]), data["choice"], data["seconds"]
-        check_kind("kernel", key.kernel, str)
-        check_choice("dtype", key.dtype, KERNEL_PRECISIONS)
-        for name, default in Key._field_defaults.items():
-            check_kind(name, getattr(key, name), type(default))
-        if key.kernel in ALGORITHM_KEYS and choice is not None:
-            check_choice("choice", choice, ALGORITHM_KEYS[key.kernel])
-        elif choice is not None:
-            choice = Config(**choice)
-            for name, value in vars(choice).items():
-                check_kind(name, value, type(getattr(Config, name)))
-        if choice is not None and not (isinstance(seconds, float) and 0 < seconds <= sys.float_info.max):
-            raise ValueError(f"seconds must be a positive, finite float, got {shown(seconds)}")
-        for name, reason in data["refused"].items():
-            check_kind(f"the reason of {shown(name)}", reason, str)
-        entry = cls(key, Identity(**data["identity"]), choice, seconds, data["refused"])
-        if entry.to_json() != data:
-            raise ValueError("a field is unknown, or of another type")
-        return entry
-
-
-@dataclass
-class Table:
-    """The contents of a table's file.
-
-    Attributes:
-        entries: the entries in force, by problem.
-        verdicts: by versions of the software, for each compiled kernel why it is refused; empty if it is verified.
-        stale: entries with another identity, as they were read. They stay in the file.
-        skipped: for each bad entry the reason, and the entry as it was read. They stay in the file too.
-        broken: why the file is not a table; empty if it is one.
-    """
-
-    entries: dict[Key, Entry] = field(default_factory=dict)
-    verdicts: dict[str, dict[str, str]] = field(default_factory=dict)
-    stale: list[Any] = field(default_factory=list)
-    skipped: list[tuple[str, Any]] = field(default_factory=list)
-    broken: str = ""
-
-    @property
-    def problem(self) -> str:
-        """What cannot be used, in a sentence; empty if all can."""
+    def problem(self, machine: str) -> str:
+        """What cannot be used on a machine, in a sentence; empty if all can."""
         if self.broken:
             return f"{self.broken}; it is not used"
-        if self.skipped:
-            more = f"; and {len(self.skipped) - 5} more" if len(self.skipped) > 5 else ""
-            return (
-                f"has {len(self.skipped)} bad entries: {'; '.join(why for why, _ in self.skipped[:5])}{more}"
-            )
-        if self.stale and not self.entries:
+        if any(self.part(other, "choices") for other in self.machines) and not self.part(machine, "choices"):
             return "was measured with another GPU, Triton or version of the kernels; `smoa-kernels tune` measures anew"
         return ""
 
@@ -212,83 +151,50 @@ def user_table(gpu: str) -> Path:
     return cache_folder() / "tuning" / f"{name}.json"
 
 
-def read(path: Path, now: Identity) -> Table:
-    """Read a table; an empty one if there is no file. Its attributes name all that cannot be used.
-
-    Args:
-        path: of the file.
-        now: the identity that entries must have to be in force.
-    """
+def read(path: Path) -> Table:
+    """Read a table; an empty table if there is no file."""
     if path.is_fifo():  # reading it would wait for a writer
-        return Table(broken="cannot be read: it is a pipe")
+        return Table({}, "cannot be read: it is a pipe")
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return Table()
+        return Table({})
     except OSError as error:
-        return Table(broken=f"cannot be read: {error}")
+        return Table({}, f"cannot be read: {error}")
     except (ValueError, RecursionError):
-        return Table(broken="is not JSON")
-    if not isinstance(data, dict) or not isinstance(data.get("entries"), list):
-        return Table(broken="is not a table of smoa-kernels")
-    if data.get("schema") != SCHEMA:
-        return Table(broken=f"has schema {shown(data.get('schema'))}, this version knows {SCHEMA}")
-    table, kept = Table(), data.get("verdicts")
-    for versions, forms in kept.items() if isinstance(kept, dict) else ():
-        if isinstance(forms, dict) and all(isinstance(reason, str) for reason in forms.values()):
-            table.verdicts[versions] = forms
-    for number, raw in enumerate(data["entries"], start=1):
-        try:
-            if raw["identity"] == asdict(now):
-                entry = Entry.from_json(raw)
-                table.entries[entry.key] = entry
-            else:
-                table.stale.append(raw)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            # Shortened: the error shows a value, which may be as long as the file.
-            why = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            table.skipped.append((f"entry {number}: {why}"[:300], raw))
-    return table
+        return Table({}, "is not JSON")
+    if isinstance(data, dict) and "schema" in data and data["schema"] != SCHEMA:
+        return Table({}, f"has schema {shown(data['schema'])}, this version knows {SCHEMA}")
+    if not isinstance(data, dict) or not isinstance(data.get("machines"), dict):
+        return Table({}, "is not a table of smoa-kernels")
+    return Table(data["machines"])
 
 
-def keep(now: Identity, *entries: Entry, verdicts: Mapping[str, dict[str, str]] | None = None) -> Table:
-    """Add to the user's table; return the table.
+def keep(device: torch.device, name: str, new: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to the "choices" or "verdicts" of a device in the user's table; return all of them.
 
     Writers hold a lock, read the file again, add their results and replace it in one step: two of them lose nothing,
-    and a reader never sees half a file. Entries that are skipped stay in the file, because another version may know
-    them. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
-
-    Args:
-        now: the identity of this GPU and software.
-        entries: replace those of their keys.
-        verdicts: see :class:`Table`.
+    and a reader never sees half a file. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
 
     Raises:
-        OSError: the folder cannot be written to, another process holds the lock for a minute, or there are only
-            verdicts to add and the file has another schema.
+        OSError: the folder cannot be written to, another process holds the lock for a minute, or there are verdicts to
+            add and the file has another schema: a training step moves no such file.
     """
-    path = user_table(now.gpu)
+    path = user_table(gpu_name(device))
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
-        table = read(path, now)
-        # A training step, which adds verdicts, moves no such file.
-        foreign = table.broken.startswith("has schema") and verdicts is not None
-        if table.broken.startswith("cannot be read") or foreign:
-            raise OSError(table.broken)
-        if table.broken:
+        machines, broken = table = read(path)
+        if broken.startswith("cannot be read" if name == "choices" else ("cannot be read", "has schema")):
+            raise OSError(broken)
+        if broken:
             number = 1
             while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
                 number += 1
             os.replace(path, aside)
-            warnings.warn(f"tuning table {path} {table.broken}; set aside as {aside.name}", stacklevel=2)
-            table = Table()
-        table.entries |= {entry.key: entry for entry in entries}
-        for versions, forms in (verdicts or {}).items():
-            table.verdicts[versions] = table.verdicts.get(versions, {}) | forms
-        plain = [entry.to_json() for entry in table.entries.values()]
-        plain += table.stale + [raw for _, raw in table.skipped]
-        data = {"schema": SCHEMA, "entries": plain, "verdicts": table.verdicts}
-        replace_file(path, f"{json.dumps(data, indent=1)}\n".encode())
-    if verdicts is None:
+            warnings.warn(f"tuning table {path} {broken}; set aside as {aside.name}", stacklevel=2)
+        machine, part = machines.get(identity(device)), table.part(identity(device), name) | dict(new)
+        machines[identity(device)] = (machine if isinstance(machine, dict) else {}) | {name: part}
+        replace_file(path, f"{json.dumps({'schema': SCHEMA, 'machines': machines}, indent=1)}\n".encode())
+    if name == "choices":
         clear_cache()
-    return table
+    return part

@@ -55,7 +55,7 @@ def check_tensors(
 
 
 def check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:
-    """Check that the blocks are those of a weight like `weight`, and that there is a rank for each."""
+    """Check that the blocks are those of a weight like `weight`, and that there is a rank for each block."""
     check_kind("partition", partition, BlockPartition)
     if partition.shape != weight.shape:
         raise ValueError(
@@ -70,7 +70,7 @@ def check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) ->
 
 
 def check_scaling(scaling: float | Tensor, x: Tensor) -> None:
-    """Check that s is a real number, or a 0-d tensor of one that is not trained."""
+    """Check that s is a real number, or a 0-d tensor of a real number that is not trained."""
     if not isinstance(scaling, Tensor):
         check_number("scaling", scaling)
     elif scaling.is_nested or scaling.layout != torch.strided or (scaling.is_meta and not x.is_meta):

@@ -63,9 +63,9 @@ def register(
     untraced = torch._compile._disable_dynamo(kernel)  # else Dynamo compiles it if a caller fails
 
     def recorded(*args: Any) -> Any:
-        tangents = (forward_ad.unpack_dual(one).tangent for one in args if isinstance(one, Tensor))
+        tangents = (forward_ad.unpack_dual(value).tangent for value in args if isinstance(value, Tensor))
         # The plain operator's result would have no tangent, which counts as zero.
-        if forward_ad._current_level >= 0 and any(one is not None for one in tangents):
+        if forward_ad._current_level >= 0 and any(tangent is not None for tangent in tangents):
             return formula(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)

@@ -27,7 +27,7 @@ class ExpertsCall(NamedTuple):
     """The arguments that forward and backward of a call share.
 
     Attributes:
-        ends: int32 (E,), how many pairs the experts up to each have together.
+        ends: int32 (E,), how many pairs all experts up to each expert have.
         adapter: W0, the factors, their blocks and ranks, and s.
         backend: the name of a resolved backend.
     """
@@ -59,7 +59,7 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
 
     Args:
         x: (P, C), a row for each pair of a token and one of its experts, sorted by expert, W0's dtype.
-        ends: int32 (E,), how many pairs the experts up to each have together; the last is P.
+        ends: int32 (E,), how many pairs all experts up to each expert have; the last is P.
         adapter: of the experts.
         backend: the name of a resolved backend.
 
@@ -79,8 +79,8 @@ def _forward(x: Tensor, *flat: Any) -> Tensor:
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
     ends, adapter, backend = ExpertsCall.unflatten(*flat)
     with without_autocast(dy):
-        found = load_experts_backend(backend).experts_backward(dy, x, ends, adapter, needs_x=needs_x)
-    return or_empty(found, (dy, adapter.A, adapter.B))
+        gradients = load_experts_backend(backend).experts_backward(dy, x, ends, adapter, needs_x=needs_x)
+    return or_empty(gradients, (dy, adapter.A, adapter.B))
 
 
 def _forward_fake(x: Tensor, *flat: Any) -> Tensor:

@@ -44,7 +44,7 @@ class LinearCall(NamedTuple):
 
     Attributes:
         adapter: W0, the factors, their blocks and ranks, and s.
-        dropout: the active one, or None.
+        dropout: the active dropout, or None.
         backend: the name of a resolved backend.
     """
 
@@ -90,7 +90,7 @@ def linear(
         bias: (N,) or None.
         adapter: W0, the factors, their blocks and s. If it is kept, so is what the backend made of it.
         algorithm: one of `ALGORITHM_CHOICES`.
-        dropout: the active one, or None.
+        dropout: the active dropout, or None.
         backend: the name of a resolved backend.
 
     Returns:
@@ -113,8 +113,8 @@ def linear_gradients(
     They are differentiable where gradients are enabled.
     """
     if torch.is_grad_enabled() or is_observed(dy, *(() if x is None else (x,))):
-        found: Gradients = call_linear_backward(dy, x, needs_x, *call.flatten())
-        return found
+        gradients: Gradients = call_linear_backward(dy, x, needs_x, *call.flatten())
+        return gradients
     return _compute_gradients(dy, x, call, needs_x=needs_x)
 
 
@@ -205,13 +205,14 @@ def _forward(x: Tensor, bias: Tensor | None, algorithm: str, *flat: Any) -> Tens
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
     call = LinearCall.unflatten(*flat)
-    found = _compute_gradients(dy, x, call, needs_x=needs_x)
-    return or_empty(found, (dy, call.adapter.A, call.adapter.B))
+    gradients = _compute_gradients(dy, x, call, needs_x=needs_x)
+    return or_empty(gradients, (dy, call.adapter.A, call.adapter.B))
 
 
-def or_empty(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> Gradients:
-    """Gradients as an operator returns them: an empty tensor for each that was not needed."""
-    dx, dA, dB = (one.new_empty(0) if each is None else each for each, one in zip(found, like, strict=True))
+def or_empty(gradients: Sequence[Tensor | None], like: Sequence[Tensor]) -> Gradients:
+    """Gradients as an operator returns them: an empty tensor for each gradient that was not needed."""
+    pairs = zip(gradients, like, strict=True)
+    dx, dA, dB = (tensor.new_empty(0) if gradient is None else gradient for gradient, tensor in pairs)
     return dx, dA, dB
 
 

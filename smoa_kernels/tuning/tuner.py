@@ -12,13 +12,12 @@ of a job would disagree.
 from __future__ import annotations
 
 import faulthandler
-import importlib
 import math
-import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from triton import knobs
+from triton import AsyncCompileMode
 
 from ..backends import eager, experts, triton
 from ..backends.algorithms import choose_algorithm
@@ -37,18 +36,18 @@ from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.precision import PRECISIONS
-from ..kernels.architectures import architecture, identity, limits, multiprocessors
-from ..kernels.launch import Arguments, Launch, launch_hook, on_device
+from ..kernels.architectures import architecture, limits, multiprocessors
+from ..kernels.launch import Grid, Launch, launch_hook, on_device
 from ..kernels.registry import KERNELS
 from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from ..kernels.sum_partials import SUM_PARTIALS
-from ..kernels.table import Choice, Entry, keep, override
+from ..kernels.table import Choice, keep, override
 
 TIMED, REPEATS = 8, 30  # candidates of a key, and how often each is timed
 HANGS_SECONDS = 120  # a candidate that takes longer ends the process
 FLUSHED_BYTES = 2**30  # four times the largest last-level cache of a GPU, 256 MiB (MI300X)
 ENDED = "the process ended while it ran"
-MOST_FUSED_TOKENS = 1024  # far above those at which the fused kernel can win
+MOST_FUSED_TOKENS = 1024  # well above those at which the fused kernel can win
 META = torch.device("meta")
 
 Timer: TypeAlias = Callable[[Choice, Callable[[], object]], float]
@@ -79,21 +78,18 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
         device: of the operands; on "meta" they have no data.
     """
     N, C, K, E = layer.out_features, layer.in_features, layer.blocks, layer.experts
-    tokens, rho = bucket(layer.tokens), -(-layer.rank // K)
+    rho, of_all = -(-layer.rank // K), [E] if E else []
     dtype, factors = PRECISIONS[layer.dtype].dtype, PRECISIONS[layer.factors].dtype
-    draw = torch.Generator("cpu" if device == META else device).manual_seed(0)
+    draw = None if device == META else torch.Generator(device).manual_seed(0)
     order = torch.Generator().manual_seed(0)
 
     def random(*shape: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        if device == META:
-            return torch.empty(shape, dtype=of, device=device)
         return (torch.randn(shape, generator=draw, device=device) * scale).to(of)
 
     def labels(features: int) -> Tensor:
         even = torch.arange(features) * K // features
         return even if layer.contiguous else even[torch.randperm(features, generator=order)]
 
-    of_all = [E] if E else []
     operands: dict[str, Any] = {
         "weight": random(*of_all, N, C, scale=C**-0.5),
         "A": random(*of_all, rho, C, of=factors),
@@ -101,34 +97,29 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
         "ranks": torch.full((K,), rho, dtype=torch.int32, device=device),
         "scaling": torch.ones((), device=device),
     }
-    if not E:
-        x, dy, seed = random(tokens, C), random(tokens, N), torch.zeros(1, dtype=torch.int64, device=device)
-        partition = BlockPartition.from_labels(labels(N), labels(C), K).to(device)
-        adapter = PackedAdapter(**operands, partition=partition, block_ranks=[rho] * K)
-        dropout = Dropout(seed, 0.1) if variant else None
-
-        def run(backend: Any) -> list[Tensor]:
-            y = backend.forward(x, None, adapter, "auto", dropout)
-            return [y, *backend.backward(dy, x, adapter, dropout, needs_x=True)]
-
-        return run
-    pairs = E * bucket(-(-layer.tokens // E))  # a bucket of the average expert; the first experts have more
-    ends = torch.tensor([pairs - pairs * (E - 1 - e) ** 2 // E**2 for e in range(E)]).int().to(device)
-    x, dy = random(pairs, C), random(pairs, N)
-    rows, cols = (torch.stack([labels(n) for _ in range(E)]) for n in (N, C))
-    blocks = ExpertBlocks.from_labels(rows, cols, K)
-    moved: dict[str, Any] = {
-        name: one.to(device) for name, one in vars(blocks).items() if isinstance(one, Tensor)
-    }
-    of_experts = ExpertsAdapter(**operands, blocks=replace(blocks, **moved))
-    if variant:
-        of_experts, x, dy = of_experts.T, dy, x
-
-    def run_experts(backend: Any) -> list[Tensor]:
-        y = backend.experts_forward(x, ends, of_experts)
-        return [y, *backend.experts_backward(dy, x, ends, of_experts, needs_x=True)]
-
-    return run_experts
+    if E:
+        average = bucket(-(-layer.tokens // E))  # pairs of an expert; the first experts have more
+        left = (average * (E - 1 - e) ** 2 // E for e in range(E))
+        ends = torch.tensor([E * average - pairs for pairs in left]).int().to(device)
+        x, dy = random(E * average, C), random(E * average, N)
+        row_block, col_block = (torch.stack([labels(n) for _ in range(E)]) for n in (N, C))
+        blocks = ExpertBlocks.from_labels(row_block, col_block, K)
+        moved: Any = {name: t.to(device) for name, t in vars(blocks).items() if isinstance(t, Tensor)}
+        of_experts = ExpertsAdapter(**operands, blocks=replace(blocks, **moved))
+        if variant:
+            of_experts, x, dy = of_experts.T, dy, x
+        return lambda backend: [
+            backend.experts_forward(x, ends, of_experts),
+            *backend.experts_backward(dy, x, ends, of_experts, needs_x=True),
+        ]
+    x, dy = random(bucket(layer.tokens), C), random(bucket(layer.tokens), N)
+    partition = BlockPartition.from_labels(labels(N), labels(C), K).to(device)
+    adapter = PackedAdapter(**operands, partition=partition, block_ranks=[rho] * K)
+    dropout = Dropout(torch.zeros(1, dtype=torch.int64, device=device), 0.1) if variant else None
+    return lambda backend: [
+        backend.forward(x, None, adapter, "auto", dropout),
+        *backend.backward(dy, x, adapter, dropout, needs_x=True),
+    ]
 
 
 @contextmanager
@@ -145,105 +136,86 @@ def multiplied_in(precision: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """A key to tune.
-
-    Attributes:
-        key: the problem.
-        candidates: what runs without a table, then the others.
-        layer, variant: of the first training step that looks it up.
-        answers: choices for other keys, without which the step does not launch the kernel.
-    """
+    """A key to tune."""
 
     key: Key
-    candidates: tuple[Choice, ...]
+    candidates: tuple[Choice, ...]  # what runs without a table, then the others
     layer: Layer
-    variant: bool
-    answers: Mapping[Key, Choice]
-
-    def __str__(self) -> str:
-        fields = {"T≤": "tokens", "ρ=": "rank", "K=": "blocks", "granule=": "granule", "factors=": "factors"}
-        words = [f"{sign}{value}" for sign, name in fields.items() if (value := getattr(self.key, name))]
-        words += [name for name in ("transposed", "dropout") if getattr(self.key, name)]
-        sizes = f"{self.key.out_features}x{self.key.in_features}"
-        return " ".join((self.key.kernel, sizes, self.key.dtype, *words))
+    variant: bool  # with the layer, the first training step that looks the key up
+    answers: Mapping[
+        Key, Choice
+    ]  # its choices for other keys; none for an algorithm, which uses what is tuned
 
 
 def jobs(layers: Sequence[Layer], arch: str, processors: int) -> list[Job]:
     """A job for each key that training steps look up, by any algorithm; kernels before the algorithms that use them."""
-    found: dict[Key, Job] = {}
+    planned: dict[Key, Job] = {}
+
+    def plan(layer: Layer, variant: bool, algorithm: str) -> None:
+        answers: dict[Key, Choice] = {}
+
+        def choose(key: Key) -> Choice:
+            every: tuple[Choice, ...]
+            if key.kernel in ALGORITHM_KEYS:
+                every = choose_algorithm(key.tokens, key.rank, key.dtype, arch), *ALGORITHM_KEYS[key.kernel]
+                answers[key] = algorithm
+            else:
+                kernel = KERNELS[key.kernel]
+                every = configs = (kernel.default(key, arch, processors), *kernel.candidates(key, arch))
+                # With the most parts of a sum, because the kernel that adds them asks for its own key.
+                answers[key] = max(configs, key=lambda config: config.split)
+            others = {} if key.kernel in ALGORITHM_KEYS else answers
+            planned.setdefault(key, Job(key, tuple(dict.fromkeys(every)), layer, variant, others))
+            return answers[key]
+
+        with multiplied_in(layer.dtype), override(choose), launch_hook(lambda *_: True):
+            training_step(layer, variant, META)(triton)
+
     for layer in layers:
         for variant in (False, True):
             for algorithm in ALGORITHM_KEYS["forward"][: 1 if layer.experts or variant else None]:
                 if algorithm != "fused" or layer.tokens <= MOST_FUSED_TOKENS:
-                    for job in _jobs_of(layer, variant, algorithm, arch, processors):
-                        found.setdefault(job.key, job)
-    return sorted(found.values(), key=lambda job: job.key.kernel in ALGORITHM_KEYS)
-
-
-def _jobs_of(layer: Layer, variant: bool, algorithm: str, arch: str, processors: int) -> list[Job]:
-    found: list[Job] = []
-    answers: dict[Key, Choice] = {}
-
-    def choose(key: Key) -> Choice:
-        if key.kernel in ALGORITHM_KEYS:
-            default = choose_algorithm(key.tokens, key.rank, key.dtype, arch)
-            every = tuple(dict.fromkeys((default, *ALGORITHM_KEYS[key.kernel])))
-            found.append(Job(key, every, layer, variant, {}))
-            answers[key] = algorithm
-            return algorithm
-        kernel = KERNELS[key.kernel]
-        configs = tuple(dict.fromkeys((kernel.default(key, arch, processors), *kernel.candidates(key, arch))))
-        found.append(Job(key, configs, layer, variant, answers))
-        splits = max(configs, key=lambda config: config.split)
-        if splits.split > 1:  # another kernel adds the parts of a sum, so this asks for more keys
-            answers[key] = splits
-        return splits
-
-    with multiplied_in(layer.dtype), override(choose), launch_hook(lambda *_: True):
-        training_step(layer, variant, META)(triton)
-    return found
+                    plan(layer, variant, algorithm)
+    return sorted(planned.values(), key=lambda job: job.key.kernel in ALGORITHM_KEYS)
 
 
 class Trial:
-    """A job's training step on a device."""
+    """A job's training step on a device, and without data to compile its kernels."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        self.job, self.device, self._step = job, device, training_step(job.layer, job.variant, device)
+        self.job, self.device = job, device
+        self._step = training_step(job.layer, job.variant, device)
 
-    def run(self, choice: Choice, hook: Callable[[Launch, Arguments], object] | None = None) -> list[Tensor]:
+    def run(self, choice: Choice, hook: Callable[..., object] = lambda *_: None) -> list[Tensor]:
         """The step's results with a choice; `hook` sees its launches."""
         answers = {**self.job.answers, self.job.key: choice}
-        with (
-            multiplied_in(self.job.layer.dtype),
-            override(answers.get),
-            launch_hook(hook or (lambda *_: None)),
-        ):
+        with multiplied_in(self.job.layer.dtype), override(answers.get), launch_hook(hook):
             return self._step(triton)
 
     def compiled(self, config: Choice) -> tuple[Any, int]:
         """A configuration's compiled kernel, None in the interpreter, and its number of programs; runs nothing."""
-        found: list[tuple[Any, int]] = []
+        kernels: list[tuple[Any, int]] = []
 
-        def compile_it(launch: Launch, arguments: Arguments) -> bool:
-            if launch.config is config and not found:
-                found.append((launch.compiled(arguments), math.prod(arguments.grid)))
+        def compile_it(launch: Launch, grid: Grid, *arguments: Any) -> bool:
+            if launch.config is config and not kernels:
+                kernels.append((launch.compiled(grid, *arguments), math.prod(grid)))
             return True
 
         self.run(config, compile_it)
-        return found[0]
+        return kernels[0]
 
     def score(self, config: Config) -> float:
         """Bytes that a candidate moves, times how unevenly it fills the GPU; infinite if it does not fit."""
-        compiled, programs = self.compiled(config)
-        traffic = float(KERNELS[self.job.key.kernel].traffic(config, self.job.key))
-        if compiled is None:
+        kernel, programs = self.compiled(config)
+        traffic = KERNELS[self.job.key.kernel].traffic(config, self.job.key)
+        if kernel is None:
             return traffic
-        arch = limits(architecture(self.device))
-        compiled._init_handles()  # loads it, as in Triton's tutorials: its registers are known then
-        shared, threads = max(1, compiled.metadata.shared), config.num_warps * arch.warp_size
-        if compiled.n_spills or shared > arch.shared_per_block:
+        kernel._init_handles()  # loads it, as in Triton's tutorials: its registers are known then
+        arch, shared = limits(architecture(self.device)), max(1, kernel.metadata.shared)
+        if kernel.n_spills or shared > arch.shared_per_block:
             return math.inf
-        by_registers = 65536 // (threads * max(1, compiled.n_regs))
+        threads = config.num_warps * arch.warp_size
+        by_registers = 65536 // (threads * max(1, kernel.n_regs))
         resident = max(1, min(arch.shared_per_block // shared, by_registers, 16))
         waves = programs / (resident * multiprocessors(self.device))
         hidden = min(1.0, resident * threads / 256)  # fewer threads do not hide the latency of memory
@@ -258,8 +230,13 @@ class Trial:
         for config in others:
             with suppress(Exception):  # a candidate that does not compile
                 scores[config] = self.score(config)  # type: ignore[arg-type]
-        ranked = sorted((one for one, score in scores.items() if score < math.inf), key=scores.__getitem__)
+        ranked = sorted((config for config in scores if scores[config] < math.inf), key=scores.__getitem__)
         return [default, *ranked[: TIMED - 1]]
+
+    def reference(self) -> list[Tensor]:
+        """The step's results by torch's operators."""
+        with multiplied_in(self.job.layer.dtype):
+            return self._step(experts if self.job.layer.experts else eager)
 
     def seconds(self, choice: Choice, expected: list[Tensor], timer: Timer) -> float:
         """Check a choice's results, then time its launches and those that add its partial results.
@@ -269,74 +246,88 @@ class Trial:
         launches: list[Callable[[], object]] = []
         adds_next = False
 
-        def collect(launch: Launch, arguments: Arguments) -> None:
+        def collect(launch: Launch, *arguments: Any) -> None:
             nonlocal adds_next
             adds_next = launch.config is choice or (adds_next and launch.kernel is SUM_PARTIALS.fn)
             if adds_next:
                 launches.append(partial(launch, *arguments))
 
-        wrong = distance(tuple(self.run(choice, collect)), tuple(expected), ALLOWED[self.job.layer.dtype])
-        if wrong is None or not wrong <= 1:
-            raise ArithmeticError(f"wrong numbers: {wrong or math.nan:.3g} times what rounding explains")
+        error = distance(tuple(self.run(choice, collect)), tuple(expected), ALLOWED[self.job.layer.dtype])
+        if not error <= 1:
+            raise ArithmeticError(f"wrong numbers: {error:.3g} times what rounding explains")
         if isinstance(choice, str) or self.job.layer.experts:
             return timer(choice, partial(self.run, choice))
         return timer(choice, lambda: [launch() for launch in launches])
 
-    def tune(self, entry: Entry, timer: Timer) -> tuple[Entry, float]:
-        """The key's complete entry, and the seconds of what runs without a table, whose errors are the key's."""
-        with multiplied_in(self.job.layer.dtype):
-            expected = self._step(experts if self.job.layer.experts else eager)
-        timed, refused = dict[Choice, float](), {**entry.refused}
-        for choice in self.shortlist():
-            if str(choice) in refused:
-                continue
-            keep(entry.identity, replace(entry, refused=refused | {str(choice): ENDED}))
-            faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True, file=sys.__stderr__ or 2)
-            try:
-                timed[choice] = self.seconds(choice, expected, timer)
-            except Exception as error:
-                if is_lost():  # the note stays
-                    raise
-                keep(entry.identity, replace(entry, refused=refused))
-                if not timed or "out of memory" in str(error).lower():
-                    raise
-                refused[str(choice)] = reason(error)
-            except BaseException:
-                keep(entry.identity, replace(entry, refused=refused))
-                raise
-            finally:
-                faulthandler.cancel_dump_traceback_later()
-        best = min(timed, key=timed.__getitem__)
-        entry = replace(entry, choice=best, seconds=timed[best], refused=refused)
-        keep(entry.identity, entry)
-        return entry, next(iter(timed.values()))
+
+def compile_ahead(planned: Sequence[Job]) -> int:
+    """Compile the candidates of jobs for this GPU, in parallel; returns how many. The search meets errors again."""
+    kernels = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for job in planned:
+            trial = Trial(job, META)
+            for config in job.candidates:
+                if isinstance(config, Config):
+                    trial.compiled(config)
+                    kernels += 1
+    return kernels
 
 
 def tune(
     planned: Sequence[Job], device: torch.device, timer: Timer | None = None
-) -> Iterator[tuple[Job, Any]]:
-    """Tune jobs in order; yield each with its entry and its default's seconds (None if known before), or its error.
+) -> Iterator[tuple[Job, dict[str, Any] | str]]:
+    """Tune jobs in order; yield each with its entry of the table, or why it has none.
 
     Raises:
         OSError: the table cannot be written.
         RuntimeError: a candidate took the GPU's context with it. The next run skips it.
     """
-    now = identity(device)
-    known = keep(now).entries
+    entries = keep(device, "choices", {})
     for job in planned:
-        entry = known.get(job.key) or Entry(job.key, now)
-        if entry.choice is not None:
-            yield job, (entry, None)
+        entry: Any = entries.get(str(job.key))
+        entry = entry if isinstance(entry, dict) else {}
+        if entry.get("choice") not in map(str, job.candidates):
+            try:
+                with on_device(device):
+                    entry = _tune(job, device, timer or gpu_timer, entry.get("refused"))
+            except (
+                Exception
+            ) as error:  # for example too little memory for the operands: go on with other jobs
+                if isinstance(error, OSError) or is_lost():
+                    raise
+                entry = reason(error)
+        yield job, entry
+
+
+def _tune(job: Job, device: torch.device, timer: Timer, refused: Any) -> dict[str, Any]:
+    """Find and keep a key's entry. An error of what runs without a table is the key's."""
+    refused = dict(refused) if isinstance(refused, dict) else {}
+
+    def note(**fields: Any) -> dict[str, Any]:
+        entry = {"choice": None, "refused": refused} | fields
+        keep(device, "choices", {str(job.key): entry})
+        return entry
+
+    trial, timed = Trial(job, device), dict[Choice, float]()
+    expected = trial.reference()
+    for choice in trial.shortlist():
+        if str(choice) in refused:
             continue
+        note(refused=refused | {str(choice): ENDED})
+        faulthandler.dump_traceback_later(HANGS_SECONDS, exit=True, file=sys.__stderr__ or 2)
         try:
-            with on_device(device):
-                found = Trial(job, device).tune(entry, timer or gpu_timer)
-        except Exception as error:  # for example operands that do not fit in memory: go on with other jobs
-            if isinstance(error, OSError) or is_lost():
+            timed[choice] = trial.seconds(choice, expected, timer)
+        except BaseException as error:
+            if is_lost():  # the note stays
                 raise
-            yield job, reason(error)
-        else:
-            yield job, found
+            note()
+            if not timed or not isinstance(error, Exception) or "out of memory" in str(error).lower():
+                raise
+            refused[str(choice)] = reason(error)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    best = min(timed, key=timed.__getitem__)
+    return note(choice=str(best), seconds=timed[best], seconds_without_table=next(iter(timed.values())))
 
 
 def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
@@ -345,7 +336,7 @@ def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
     graph, flush = torch.cuda.CUDAGraph(), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
     with torch.cuda.graph(graph):
         launch()
-    seconds: list[float] = []
+    times: list[float] = []
     for _ in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()  # takes longer than the host needs to start the graph
@@ -353,36 +344,8 @@ def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(seconds)
-
-
-def compile_ahead(planned: Sequence[Job], processes: int) -> int:
-    """Compile the candidates of jobs for this GPU into Triton's cache on disk, in parallel; returns how many."""
-    forms: set[tuple[str, str, str]] = set()
-
-    def note(*, fn: Any, compile: Mapping[str, Any], **_: object) -> bool:
-        forms.add((fn.module, fn.name, compile["specialization_data"]))
-        return True  # Triton does not compile now
-
-    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
-    try:
-        for job in planned:
-            trial = Trial(job, META)
-            for config in (one for one in job.candidates if isinstance(one, Config)):
-                trial.compiled(config)
-    finally:
-        knobs.runtime.jit_cache_hook = before
-    context = multiprocessing.get_context("spawn")  # a forked process cannot use the GPU
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        return sum(pool.map(_compile, forms))
-
-
-def _compile(form: tuple[str, str, str]) -> bool:
-    module, name, data = form
-    with suppress(Exception):  # its trial meets the error again
-        getattr(importlib.import_module(module), name).preload(data)
-    return True
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
 
 
 def is_lost() -> bool:

@@ -16,7 +16,7 @@ from ...definition.dropout import Dropout
 from ...definition.packed import PackedAdapter
 from .. import Gradients, eager
 from ..pages import in_large_pages
-from .library import KINDS, Algorithm, Call, Mask, Path, drawn, has, lies_along_memory, obstacle
+from .library import KINDS, Algorithm, Call, Mask, Path, drawn, has, lies_along_memory, unsupported_reason
 
 ALGORITHMS, modulated_weight = eager.ALGORITHMS, eager.modulated_weight
 
@@ -184,5 +184,7 @@ def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Ten
         fits = fits and bias.dtype == adapter.weight.dtype and bias.is_cpu and bias.shape == (rows,)
     fits = fits and adapter.weight.dtype in KINDS and adapter.A.dtype in KINDS
     return (
-        fits and adapter.A.dtype == adapter.B.dtype and (type(adapter.layout) is Call or obstacle() is None)
+        fits
+        and adapter.A.dtype == adapter.B.dtype
+        and (type(adapter.layout) is Call or unsupported_reason() is None)
     )

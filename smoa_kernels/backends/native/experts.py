@@ -8,7 +8,7 @@ from torch import Tensor
 from ...definition.experts import ExpertsAdapter
 from .. import Gradients, experts
 from .backend import gradient_path, routes
-from .library import KINDS, Algorithm, Call, Path, dense, obstacle
+from .library import KINDS, Algorithm, Call, Path, dense, unsupported_reason
 
 
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
@@ -107,7 +107,13 @@ def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
     ):
         fits = fits and offsets.shape[0] in (1, count) and offsets.shape[1] == blocks.num_blocks + 1
         fits = fits and (index is None or (index.shape[0] in (1, count) and index.shape[1] == size))
-    return fits and weight.dtype in KINDS and weight.is_cpu and weight.numel() > 0 and obstacle() is None
+    return (
+        fits
+        and weight.dtype in KINDS
+        and weight.is_cpu
+        and weight.numel() > 0
+        and unsupported_reason() is None
+    )
 
 
 def _takes(weight: Tensor, given: Tensor, width: int) -> bool:

@@ -116,7 +116,7 @@ class Call(ctypes.Structure):
         sizes = [*weight.shape, p.num_blocks + 1, p.num_blocks + 1, p.num_blocks]
         room = workspace(weight, 64 + max(weight.shape))
         call.workspace = room.data_ptr()
-        fits = [one.numel() for one in (*index, *offsets, adapter.ranks)] == sizes
+        fits = [tensor.numel() for tensor in (*index, *offsets, adapter.ranks)] == sizes
         if not fits or library().smoa_check(ctypes.byref(call)):
             raise ValueError(
                 f"partition must have all rows and columns of weight {tuple(weight.shape)} in its {p.num_blocks} "
@@ -201,7 +201,7 @@ class _About(ctypes.Structure):
     ]
 
 
-def obstacle() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the compiled code cannot run here, or None where it can."""
     found = _load()
     if isinstance(found, str):
@@ -215,7 +215,7 @@ def library() -> ctypes.CDLL:
     """The loaded library.
 
     Raises:
-        RuntimeError: there is an :func:`obstacle`.
+        RuntimeError: there is an :func:`unsupported_reason`.
     """
     found = _load()
     if isinstance(found, str):
@@ -229,7 +229,7 @@ def has(feature: str) -> bool:
     For the first two the compiler that built the library must have known them, and :func:`allowed` must say so.
     """
     found = _load()
-    if obstacle() is not None or isinstance(found, str):
+    if unsupported_reason() is not None or isinstance(found, str):
         return False
     if feature == "avx512":
         return torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -265,7 +265,7 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
     capability = torch.backends.cpu.get_cpu_capability()
     path = _FOLDER / f"linear_{capability.lower()}.so"
     if not path.is_file():
-        built = sorted(one.stem.removeprefix("linear_").upper() for one in _FOLDER.glob("linear_*.so"))
+        built = sorted(path.stem.removeprefix("linear_").upper() for path in _FOLDER.glob("linear_*.so"))
         return (
             f"it was compiled for {' and '.join(built)}, this processor is {capability}" if built
             else "it was not compiled: the wheel is for another machine, or was built without a C compiler"
