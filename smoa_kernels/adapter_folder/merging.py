@@ -1,7 +1,8 @@
 """Merges an adapter's folder into a base model's: of each file of weights, load, change what matches, write.
 
 No model is built; one file of weights and one layer are in memory. The merged model has the base's files. If it needs
-others, as a head that is no longer tied does, PEFT's `merge_and_unload` makes it.
+others, as a head that is no longer tied does, PEFT's `merge_and_unload` makes it. Of a quantised base only scales
+change (`quantized.py`).
 
     >>> from peft import get_peft_model
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -37,10 +39,20 @@ from ..backends import eager
 from ..checks import check_path, naming
 from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
-from ..definition.sketch import TOLERANCE
+from ..definition.sketch import sketch_distance, sketch_weight
 from .base_model import INDEX, BaseModel
 from .format import HIRA, METHOD, LayerBlocks
-from .reading import read_adapter, read_json
+from .quantized import (
+    QuantizedBase,
+    QuantizedLayer,
+    QuantizedWeight,
+    check_distance,
+    column_groups,
+    group_multiplier,
+    matched_groups,
+    rescale,
+)
+from .reading import Adapter, opened, read_adapter, read_json
 from .writing import replacing
 
 # Weights in other formats; a copy would hold the base's values.
@@ -68,15 +80,17 @@ def merged_weights(
     rounded by thresholds, as a layer's forward does, so that small updates survive (docs/numerics.md).
 
     Args:
-        base: folder of a base model in safetensors files, not quantised.
+        base: folder of a base model in safetensors files. If it is quantised, the adapter's groups of columns must be
+            the base's, or consist of them; the scales change.
         adapter: folder of an SMoA adapter, or of a HiRA adapter of PEFT.
         dtype: of all floating-point tensors; each keeps its own where None. W0 is converted to it first.
 
     Raises:
         TypeError: a folder is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, an argument is not allowed, the base is
-            quantised, lacks a tensor that the adapter changes, or ties it to another. Later, at a tensor: the adapter
-            was trained over another one, or the result is not finite. The message names the tensor.
+            quantised in a format that cannot be merged into or in other groups than the adapter's, lacks a tensor that
+            the adapter changes, or ties it to another. Later, at a tensor: the adapter was trained over another one,
+            or the result is not finite. The message names the tensor.
     """
     merge = _Merge(base, adapter, dtype)
     return merge.tensors(name for names in merge.files.values() for name in names)
@@ -84,12 +98,17 @@ def merged_weights(
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The written model: `tensors`, of which the adapter changed `changed`, in `files` of `size` bytes together."""
+    """The written model: `tensors`, of which the adapter changed `changed`, in `files` of `size` bytes together.
+
+    Of the scales of a quantised model `flipped` changed their sign, and `outside` left their type's range.
+    """
 
     tensors: int
     changed: int
     size: int
     files: tuple[str, ...]
+    flipped: int = 0
+    outside: int = 0
 
 
 def merge_to_folder(
@@ -106,7 +125,7 @@ def merge_to_folder(
     then renamed: after any interruption `out` is whole or absent. A tokenizer beside the adapter replaces the base's.
 
     Args:
-        base, adapter, dtype: see :func:`merged_weights`.
+        base, adapter, dtype: see :func:`merged_weights`; `base` may also be a GGUF file.
         out: a folder that does not exist or is empty.
         progress: called with the number of finished tensors, and of all.
 
@@ -115,32 +134,97 @@ def merge_to_folder(
         OSError: the files could not be written; the message names `out`.
     """
     target = _new_folder(out)
+    check_path("base", base)
+    if Path(base).suffix == ".gguf":
+        return _gguf_to_folder(Path(base), adapter, target, dtype, progress)
     merge = _Merge(base, adapter, dtype)
-    total, done, size = len(merge.model.files), 0, 0
+    total, done = sum(map(len, merge.files.values())), 0
     with replacing(target, whole=True) as scratch:
         for path, names in merge.files.items():
             shard: dict[str, Tensor] = {}  # the last one is freed before this one is made
             progress(done, total)
-            if dtype is None and not merge.changes.keys() & set(names):
+            if dtype is None and path not in merge.touched:
                 shutil.copyfile(path, scratch / path.name)
                 done += len(names)
                 continue
             for name, tensor in merge.tensors(names):
-                shard[name], done, size = tensor, done + 1, size + tensor.nbytes
+                shard[name], done = tensor, done + 1
                 progress(done, total)
-            save_file(shard, scratch / path.name, metadata={"format": "pt"})
+            with opened(path) as file:
+                save_file(shard, scratch / path.name, metadata=file.metadata() or {"format": "pt"})
             # safetensors' files are their owner's alone
             os.chmod(scratch / path.name, 0o666 & scratch.stat().st_mode)
         progress(done, total)
-        files = sorted(scratch.iterdir())
-        report = MergeReport(
-            total,
-            len(merge.changes),
-            sum(file.stat().st_size for file in files),
-            tuple(file.name for file in files),
-        )
-        _write_beside_weights(merge, size, scratch)
+        report = _report(scratch, total, len(merge.changes), merge.scales)
+        _write_beside_weights(merge, scratch)
     return report
+
+
+def _gguf_to_folder(
+    base: Path,
+    adapter: str | os.PathLike[str],
+    target: Path,
+    dtype: torch.dtype | None,
+    progress: Callable[[int, int], None],
+) -> MergeReport:
+    """The same for a GGUF file: a copy of it, in which scales are overwritten."""
+    from .gguf_file import GgufFile
+
+    check_path("adapter", adapter)
+    _check_keeps_dtype(dtype)
+    given, scales = read_adapter(Path(adapter)), _Counts()
+    if given.whole:
+        raise ValueError(f"the adapter changes {min(given.whole)}, and in a GGUF file only scales can change")
+
+    def changes(file: GgufFile) -> list[Rescaling]:
+        return [_rescaling(given, name, file.layer(name)) for name in given.layers]
+
+    for change in changes(GgufFile(base)):
+        change.read()
+    with replacing(target, whole=True) as scratch:
+        shutil.copyfile(base, scratch / base.name)
+        file = GgufFile(scratch / base.name, writable=True)
+        for done, change in enumerate(changes(file)):
+            progress(done, len(given.layers))
+            scales.rescaled(change)
+        progress(len(given.layers), len(given.layers))
+        return _report(scratch, file.tensors, len(given.layers), scales)
+
+
+@dataclass
+class _Counts:
+    """Scales of a merged model that changed their sign, and that left their type's range."""
+
+    flipped: int = 0
+    outside: int = 0
+
+    def rescaled(self, change: Rescaling) -> dict[str, Tensor]:
+        """The new tensors of a layer, by their stored names."""
+        with naming(change.name):
+            weight = change.read()
+            W0 = weight.dequantize()
+            distances = [
+                sketch_distance(change.blocks.sketch, sketch_weight(W0[order])) for order in weight.orders
+            ]
+            check_distance(min(distances))
+            multiplier = torch.empty(len(weight.scales), change.A.shape[-1])
+            multiplier[weight.orders[distances.index(min(distances))]] = change.multiplier()
+            scales, flipped, outside = rescale(weight, multiplier, change.groups(weight))
+        self.flipped, self.outside = self.flipped + flipped, self.outside + outside
+        return {name: tensor for name, tensor in change.stored(weight, scales).items() if tensor is not None}
+
+
+def _report(scratch: Path, tensors: int, changed: int, scales: _Counts) -> MergeReport:
+    if scales.flipped or scales.outside:
+        warnings.warn(
+            f"{scales.flipped} of the base's scales changed their sign, and {scales.outside} left the range of their "
+            "type: compare the merged model with the adapter over its base",
+            UserWarning,
+            stacklevel=3,
+        )
+    files = sorted(scratch.iterdir())
+    size, names = sum(file.stat().st_size for file in files), tuple(file.name for file in files)
+    return MergeReport(tensors, changed, size, names, scales.flipped, scales.outside)
 
 
 class Change(NamedTuple):
@@ -162,8 +246,43 @@ class Change(NamedTuple):
         return stored
 
 
+class Rescaling(NamedTuple):
+    """How an adapter changes a quantised weight: the weight's name in the model, the layer, and the adapter."""
+
+    name: str
+    layer: QuantizedLayer
+    blocks: LayerBlocks
+    A: Tensor
+    B: Tensor
+    scaling: Tensor
+
+    def groups(self, weight: QuantizedWeight) -> Tensor:
+        """The adapter's group of each column."""
+        return column_groups(len(weight.groups), self.A.shape[-1])
+
+    def read(self) -> QuantizedWeight:
+        """The weight; ValueError if its groups are not the adapter's."""
+        with naming(self.name):
+            weight = self.layer.read()
+            matched_groups(weight, self.groups(weight))
+        return weight
+
+    def stored(self, weight: QuantizedWeight, scales: Tensor) -> dict[str, Tensor | None]:
+        """The tensors for these scales by their stored names; None for one that the merged model lacks."""
+        return {self.layer.names[end]: tensor for end, tensor in weight.store(scales).items()}
+
+    def multiplier(self) -> Tensor:
+        """m of each row and group."""
+        return group_multiplier(self.A, self.B, self.blocks, self.scaling)
+
+
 class _Merge:
-    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes."""
+    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes.
+
+    Attributes:
+        removed: stored tensors that the merged model lacks.
+        scales: counts of those that were made so far.
+    """
 
     def __init__(
         self, base: str | os.PathLike[str], adapter: str | os.PathLike[str], dtype: torch.dtype | None
@@ -173,12 +292,21 @@ class _Merge:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
         self.base, self.adapter, self.dtype = Path(base), Path(adapter), dtype
-        self.model = BaseModel(self.base)
-        self.files = self.model.by_file()
-        self.config = _read_plain_config(self.base)
-        changes = [*_read_changes(self.adapter, self.model, dtype)]
+        self.model, self.scales = BaseModel(self.base), _Counts()
+        files = self.model.by_file()
+        self.config = _read_config(self.base)
+        quantized = None
+        if (settings := self.config.get("quantization_config")) is not None:
+            _check_keeps_dtype(dtype)
+            quantized = QuantizedBase(self.model, settings)
+        changes = [*_read_changes(self.adapter, self.model, dtype, quantized)]
         self._check_ties([change.name for change in changes])
+        self.removed: set[str] = set()
         self.changes = {stored: change for change in changes for stored in self._stored(change)}
+        self.files = {
+            path: [name for name in names if name not in self.removed] for path, names in files.items()
+        }
+        self.touched = {self.model.files[name] for name in {*self.changes, *self.removed}}
         # Of the changed parameters that are made of several tensors, the new tensors that were not asked for yet.
         self._made: dict[str, Tensor] = {}
 
@@ -187,14 +315,16 @@ class _Merge:
         for name in names:
             stored, change = self.model.read(name), self.changes.get(name)
             value = stored if change is None else self._changed(name, change, stored)
-            dtype = self.dtype or stored.dtype if stored.dtype in DTYPES else stored.dtype
+            dtype = self.dtype or stored.dtype if stored.dtype in DTYPES else value.dtype
             tensor = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
             if change is not None and not _is_finite(tensor):
                 raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([dtype])}")
             yield name, tensor
 
-    def _changed(self, name: str, change: Change, stored: Tensor) -> Tensor:
-        if name not in self._made:
+    def _changed(self, name: str, change: Change | Rescaling, stored: Tensor) -> Tensor:
+        if name not in self._made and isinstance(change, Rescaling):
+            self._made |= self.scales.rescaled(change)
+        elif name not in self._made:
             with naming(change.name):
                 if self.model.stored_name(change.name) == name:
                     return change.effective(stored)
@@ -205,8 +335,13 @@ class _Merge:
                     raise ValueError(f"transformers cannot split it into the stored tensors: {_INSTEAD}")
         return self._made.pop(name)
 
-    def _stored(self, change: Change) -> list[str]:
-        """The stored tensors that hold a parameter: one, or those that transformers makes it of."""
+    def _stored(self, change: Change | Rescaling) -> list[str]:
+        """The stored tensors that hold a parameter: one, or those that it is made of."""
+        if isinstance(change, Rescaling):
+            weight = change.read()
+            stored = change.stored(weight, weight.scales)
+            self.removed |= {name for name, tensor in stored.items() if tensor is None}
+            return [*stored.keys() - self.removed]
         if (stored := self.model.stored_name(change.name)) is not None:
             with naming(change.name):
                 change.fitting(self.model.read(stored))
@@ -230,28 +365,36 @@ class _Merge:
                 )
 
 
-def _read_plain_config(base: Path) -> dict[str, Any]:
+def _read_config(base: Path) -> dict[str, Any]:
     path = base / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"there is no config.json in {base}")
-    config = read_json(path)
-    quantised = config.get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise ValueError(
-            f"{base} is quantised ({method}): merge into the model that it was quantised from, or save "
-            "the result of model.dequantize() and merge into that"
-        )
-    return config
+    return read_json(path)
 
 
-def _read_changes(folder: Path, base: BaseModel, dtype: torch.dtype | None) -> Iterator[Change]:
+def _check_keeps_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None:
+        raise ValueError(f"dtype must be None for a quantised base, whose tensors keep theirs, got {dtype}")
+
+
+def _rescaling(adapter: Adapter, name: str, layer: QuantizedLayer) -> Rescaling:
+    A, B = (adapter.tensors[f"{name}.{key}"] for key in ("smoa_A", "smoa_B"))
+    scaling = scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
+    return Rescaling(f"{name}.weight", layer, adapter.layers[name], A, B, scaling)
+
+
+def _read_changes(
+    folder: Path, base: BaseModel, dtype: torch.dtype | None, quantized: QuantizedBase | None
+) -> Iterator[Change | Rescaling]:
     """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
     adapter = read_adapter(folder, (METHOD, HIRA))
     for key, tensor in adapter.whole.items():
         name = key.replace(".base_layer.", ".")
         yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor))
     for name, blocks in adapter.layers.items():
+        if quantized is not None and (layer := quantized.layer(name)) is not None:
+            yield _rescaling(adapter, name, layer)
+            continue
         # For experts the file names the parameter itself.
         parameter = name if blocks.of_experts else f"{name}.weight"
         A, B = (adapter.tensors[f"{name}.{key}"] for key in ("smoa_A", "smoa_B"))
@@ -282,11 +425,7 @@ def _effective(
         )
     if swapped is None:
         weight, distance = blocks.orient(stored)
-        if not distance <= TOLERANCE:
-            raise ValueError(
-                f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
-                f"in another precision by at most {TOLERANCE:.0%})"
-            )
+        check_distance(distance)
     else:
         weight = stored.T if swapped else stored
     W0, ranks = weight.to(dtype or weight.dtype), blocks.ranks.tolist()
@@ -312,8 +451,9 @@ def _new_folder(out: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _write_beside_weights(merge: _Merge, size: int, scratch: Path) -> None:
-    """Write everything in a model's folder except its weights, which take `size` bytes; the configuration last."""
+def _write_beside_weights(merge: _Merge, scratch: Path) -> None:
+    """Write everything in a model's folder except its weights, which are there; the configuration last."""
+    size = sum(_data_bytes(path) for path in scratch.iterdir())
     for path in merge.base.rglob("*"):
         inside = path.relative_to(merge.base)
         hidden = any(part.startswith((".", "checkpoint-")) for part in inside.parts)
@@ -324,13 +464,21 @@ def _write_beside_weights(merge: _Merge, size: int, scratch: Path) -> None:
         for path in (path for pattern in _TOKENIZER for path in merge.adapter.glob(pattern)):
             _copy(path, scratch / path.relative_to(merge.adapter))
     config, index = merge.config, merge.model.index
+    if index:
+        kept = {name: file for name, file in index["weight_map"].items() if name not in merge.removed}
+        index = {**index, "metadata": {**index.get("metadata", {}), "total_size": size}, "weight_map": kept}
     if merge.dtype is not None:
-        index = index and {**index, "metadata": {**index.get("metadata", {}), "total_size": size}}
         name = str(merge.dtype).removeprefix("torch.")
         config = {**({} if "torch_dtype" in config else {"dtype": name}), **_with_dtype(config, name)}
     if index:
         _write_json(scratch / INDEX, index)
     _write_json(scratch / "config.json", config)
+
+
+def _data_bytes(path: Path) -> int:
+    """The bytes of the tensors in a safetensors file: all behind the header, which begins with its length."""
+    with path.open("rb") as stream:
+        return path.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
 
 
 def _copy(source: Path, target: Path) -> None:

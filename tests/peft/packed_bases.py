@@ -1,0 +1,229 @@
+"""Quantised bases written from their formats' descriptions, and adapters whose A has a column for each group.
+
+A packer takes W0 (N, C) and a group size, and gives the layer's tensors by the ends of their names, and what they mean:
+the codes (N, C), the scales (N, G) and the group of each column. Its code shares nothing with the package's.
+"""
+
+import json
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tiny_models import tiny_llama
+
+from smoa_kernels.adapter_folder.format import pack_blocks
+from smoa_kernels.definition.partition import BlockPartition
+from smoa_kernels.definition.sketch import sketch_weight
+
+
+class Packed(NamedTuple):
+    tensors: dict
+    codes: torch.Tensor
+    scales: torch.Tensor
+    groups: torch.Tensor
+
+    @property
+    def weight(self):
+        return self.codes * self.scales.float()[:, self.groups]
+
+
+def integers(weight, groups, bits, *, zeros=False, dtype=torch.float16):
+    """Codes 0 ... 2^bits - 1, zero points and scales, nearest to a weight."""
+    count, top = int(groups.max()) + 1, 2**bits - 1
+    parts = [weight[:, groups == group] for group in range(count)]
+    high = torch.stack([part.amax(1) if zeros else part.abs().amax(1) for part in parts], 1)
+    low = torch.stack([part.amin(1) for part in parts], 1) if zeros else -high
+    scales = ((high - low) / top).clamp_min(1e-4).to(dtype)
+    zero = (-low / scales.float()).round().clamp(1, top) if zeros else torch.full_like(low, 2 ** (bits - 1))
+    codes = (weight / scales.float()[:, groups] + zero[:, groups]).round().clamp(0, top)
+    return codes, zero, scales
+
+
+def words(numbers, bits):
+    """Rows of integers as int32: a stream of bits, the lowest of each first, filled up with zeros."""
+    stream = (
+        (numbers.numpy().astype(np.int64)[..., None] >> np.arange(bits) & 1)
+        .astype(np.uint8)
+        .reshape(len(numbers), -1)
+    )
+    stream = np.pad(stream, [(0, 0), (0, -stream.shape[1] % 32)])
+    return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little").view(np.int32))
+
+
+def adjacent(weight, size):
+    return torch.arange(weight.shape[1]) // (size or weight.shape[1])
+
+
+def compressed(bits, zeros=False):
+    def pack(weight, size, dtype=torch.bfloat16):
+        groups = adjacent(weight, size)
+        codes, zero, scales = integers(weight, groups, bits, zeros=zeros, dtype=dtype)
+        shape = torch.tensor(weight.shape)
+        tensors = {"weight_packed": words(codes, bits), "weight_scale": scales, "weight_shape": shape}
+        if zeros:
+            tensors["weight_zero_point"] = words(zero.T, bits).T.contiguous()
+        return Packed(tensors, codes - zero[:, groups], scales, groups)
+
+    weights = {"num_bits": bits, "type": "int", "symmetric": not zeros, "strategy": "group"}
+    group = {"targets": ["Linear"], "weights": weights}
+    config = {"config_groups": {"group_0": group}, "format": "pack-quantized", "ignore": ["lm_head"]}
+    return pack, {"quant_method": "compressed-tensors", "quantization_status": "compressed", **config}
+
+
+def gptq(bits, layout, order=False, zeros=False):
+    def pack(weight, size):
+        groups = adjacent(weight, size)
+        if order:
+            groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(3))]
+        codes, zero, scales = integers(weight, groups, bits, zeros=zeros)
+        stored = zero - 1 if layout == "gptq" else zero
+        tensors = {"qweight": words(codes, bits).T, "qzeros": words(stored.T, bits), "scales": scales.T}
+        tensors["g_idx"] = groups.int()
+        return Packed(
+            {key: value.contiguous() for key, value in tensors.items()},
+            codes - zero[:, groups],
+            scales,
+            groups,
+        )
+
+    return pack, {"quant_method": "gptq", "bits": bits, "checkpoint_format": layout, "desc_act": order}
+
+
+def awq():
+    def pack(weight, size):
+        groups = adjacent(weight, size)
+        codes, zero, scales = integers(weight, groups, 4, zeros=True)
+
+        def mixed(numbers):
+            eights = numbers.unflatten(1, (-1, 8))
+            return words(
+                torch.stack([eights[..., row] for row in (0, 2, 4, 6, 1, 3, 5, 7)], -1).flatten(1), 4
+            )
+
+        tensors = {"qweight": mixed(codes.T), "qzeros": mixed(zero.T), "scales": scales.T.contiguous()}
+        return Packed(tensors, codes - zero[:, groups], scales, groups)
+
+    return pack, {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+
+
+# From QLoRA's paper (2305.14314, appendix E), and from the bits of 1 + 2 + 1: sign, exponent, fraction.
+NF4 = [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+FP4 = [0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4]
+TABLES = {"nf4": NF4, "fp4": [*FP4, *(-number for number in FP4)]}
+
+
+def bitsandbytes(kind, nested=False):
+    def pack(weight, size):
+        groups, table = adjacent(weight, size), torch.tensor(TABLES[kind])
+        scales = weight.unflatten(1, (-1, size)).abs().amax(2)
+        state = {"quant_type": kind, "blocksize": size, "dtype": "float16", "shape": list(weight.shape)}
+        tensors = {"weight.quant_map": table, "weight.absmax": scales.flatten()}
+        if nested:
+            offset, runs = scales.mean(), scales.flatten().split(256)
+            grid, outer = (
+                torch.linspace(-1, 1, 256),
+                torch.stack([(run - offset).abs().amax() for run in runs]),
+            )
+            each = outer.repeat_interleave(256)[: scales.numel()]
+            numbers = (((scales.flatten() - offset) / each + 1) * 127.5).round().to(torch.uint8)
+            scales = (grid[numbers.long()] * each + offset.item()).view_as(scales)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
+            tensors |= {
+                "weight.absmax": numbers,
+                "weight.nested_absmax": outer,
+                "weight.nested_quant_map": grid,
+            }
+        codes = (weight[..., None] / scales[:, groups, None] - table).abs().argmin(-1).to(torch.uint8)
+        pairs = codes.view(-1, 2)
+        tensors["weight"] = (pairs[:, :1] << 4) | pairs[:, 1:]
+        text = bytearray(json.dumps(state), "utf-8")
+        tensors[f"weight.quant_state.bitsandbytes__{kind}"] = torch.frombuffer(
+            text, dtype=torch.uint8
+        ).clone()
+        return Packed(tensors, table[codes.long()], scales, groups)
+
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}
+    return pack, {"quant_method": "bitsandbytes", **settings}
+
+
+# A packer and its `quantization_config`.
+FORMATS = {
+    "compressed-tensors int4": compressed(4),
+    "compressed-tensors int4, zero points": compressed(4, zeros=True),
+    "compressed-tensors int8": compressed(8),
+    "GPTQ": gptq(4, "gptq"),
+    "GPTQ, 8 bits": gptq(8, "gptq", zeros=True),
+    "GPTQ version 2": gptq(4, "gptq_v2", zeros=True),
+    "GPTQ, act-order": gptq(4, "gptq", order=True),
+    "AWQ": awq(),
+    "NF4": bitsandbytes("nf4"),
+    "NF4, nested": bitsandbytes("nf4", nested=True),
+    "FP4": bitsandbytes("fp4"),
+}
+# The model's only quantised layers: one to each shape.
+LAYERS = [
+    f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.k_proj", "mlp.down_proj")
+]
+GROUP = 32
+
+
+def small_llama(seed=0):
+    return tiny_llama(seed, hidden_size=64, intermediate_size=128)
+
+
+def write_base(folder, kind, size=GROUP, seed=0):
+    """A base of three files with quantised layers. Returns these, packed."""
+    pack, settings = FORMATS[kind]
+    model, state, packed = small_llama(seed), {}, {}
+    model.save_pretrained(folder)
+    for name, value in model.state_dict().items():
+        layer = name.removesuffix(".weight")
+        if layer in LAYERS:
+            packed[layer] = pack(value, size)
+            state |= {f"{layer}.{end}": tensor for end, tensor in packed[layer].tensors.items()}
+        else:
+            state[name] = value
+    (folder / "model.safetensors").unlink()
+    # The quantised layers' tensors in turn, so that those of one layer are in two files.
+    split = [name for name in sorted(state) if any(name.startswith(f"{layer}.") for layer in LAYERS)]
+    files = {"a": split[::2], "b": split[1::2], "c": sorted(state.keys() - set(split))}
+    for file, names in files.items():
+        save_file(
+            {name: state[name] for name in names},
+            folder / f"{file}.safetensors",
+            metadata={"format": "pt", "by": "us"},
+        )
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}}
+    index["weight_map"] = {name: f"{file}.safetensors" for file, names in files.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    edit_json(folder / "config.json", quantization_config=settings)
+    return packed
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def write_adapter(folder, weights, size=GROUP, scale=0.3):
+    """An adapter of two blocks over these W0, with a column of A for each group. Returns the multipliers (N, G)."""
+    folder.mkdir()
+    state, multipliers, generator = {}, {}, torch.Generator().manual_seed(4)
+    for name, weight in weights.items():
+        rows, cols = weight.shape[0], weight.shape[1] // size
+        partition = BlockPartition.contiguous((rows, cols), 2)
+        A, B = (torch.randn(shape, generator=generator) for shape in ((2, cols), (rows, 2)))
+        ranks = torch.tensor([2, 2], dtype=torch.int32)
+        state |= {f"{name}.smoa_A": A, f"{name}.smoa_B": B}
+        state[f"{name}.smoa_blocks"] = pack_blocks(partition, ranks, sketch_weight(weight))
+        inside = partition.row_block[:, None] == partition.col_block
+        multipliers[name] = 1 + scale * inside * (B @ A)
+    save_file(
+        {f"base_model.model.{key}": value for key, value in state.items()},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "SMOA", "format_version": 2, "r": 4, "num_blocks": 2, "smoa_alpha": 4 * scale}
+    text = json.dumps({**config, "block_order": "contiguous", "group_size": size})
+    (folder / "adapter_config.json").write_text(text)
+    return multipliers
