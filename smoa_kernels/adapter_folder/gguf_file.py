@@ -1,7 +1,7 @@
 """Reads quantised weights of a GGUF file, and writes their scales in place; needs the package `gguf`.
 
 Types Q4_0 and Q8_0 hold a row as blocks of 32 numbers: the scale d in float16, then the integers. llama.cpp's converter
-gives tensors names of its own, which `gguf` knows, and in Llama's attention it pairs the rows of each head's halves; the
+gives tensors names of its own, which `gguf` knows. In Llama's attention it pairs the rows of each head's halves; the
 sketch of the weight that was trained over shows whether a layer's rows are in this order.
 """
 

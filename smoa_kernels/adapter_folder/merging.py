@@ -151,7 +151,8 @@ def merge_to_folder(
                 shard[name], done = tensor, done + 1
                 progress(done, total)
             with opened(path) as file:
-                save_file(shard, scratch / path.name, metadata=file.metadata() or {"format": "pt"})
+                metadata = file.metadata() or {"format": "pt"}
+            save_file(shard, scratch / path.name, metadata=metadata)
             # safetensors' files are their owner's alone
             os.chmod(scratch / path.name, 0o666 & scratch.stat().st_mode)
         progress(done, total)

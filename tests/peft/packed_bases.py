@@ -8,6 +8,7 @@ import json
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import tiny_llama
@@ -16,12 +17,15 @@ from smoa_kernels.adapter_folder.format import pack_blocks
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.sketch import sketch_weight
 
+GROUP = 32
+
 
 class Packed(NamedTuple):
     tensors: dict
     codes: torch.Tensor
     scales: torch.Tensor
     groups: torch.Tensor
+    zeros: torch.Tensor | None = None  # signed
 
     @property
     def weight(self):
@@ -42,11 +46,8 @@ def integers(weight, groups, bits, *, zeros=False, dtype=torch.float16):
 
 def words(numbers, bits):
     """Rows of integers as int32: a stream of bits, the lowest of each first, filled up with zeros."""
-    stream = (
-        (numbers.numpy().astype(np.int64)[..., None] >> np.arange(bits) & 1)
-        .astype(np.uint8)
-        .reshape(len(numbers), -1)
-    )
+    stream = numbers.numpy().astype(np.int64)[..., None] >> np.arange(bits) & 1
+    stream = stream.astype(np.uint8).reshape(len(numbers), -1)
     stream = np.pad(stream, [(0, 0), (0, -stream.shape[1] % 32)])
     return torch.from_numpy(np.packbits(stream, axis=1, bitorder="little").view(np.int32))
 
@@ -63,9 +64,16 @@ def compressed(bits, zeros=False):
         tensors = {"weight_packed": words(codes, bits), "weight_scale": scales, "weight_shape": shape}
         if zeros:
             tensors["weight_zero_point"] = words(zero.T, bits).T.contiguous()
-        return Packed(tensors, codes - zero[:, groups], scales, groups)
+        signed = zero - 2 ** (bits - 1) if zeros else None
+        return Packed(tensors, codes - zero[:, groups], scales, groups, signed)
 
-    weights = {"num_bits": bits, "type": "int", "symmetric": not zeros, "strategy": "group"}
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": not zeros,
+        "strategy": "group",
+        "group_size": GROUP,
+    }
     group = {"targets": ["Linear"], "weights": weights}
     config = {"config_groups": {"group_0": group}, "format": "pack-quantized", "ignore": ["lm_head"]}
     return pack, {"quant_method": "compressed-tensors", "quantization_status": "compressed", **config}
@@ -162,38 +170,38 @@ FORMATS = {
     "NF4, nested": bitsandbytes("nf4", nested=True),
     "FP4": bitsandbytes("fp4"),
 }
-# The model's only quantised layers: one to each shape.
+# The usual quantised layers, and all linear layers of the body.
 LAYERS = [
     f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.k_proj", "mlp.down_proj")
 ]
-GROUP = 32
+LINEARS = [name for name, each in tiny_llama().named_modules() if name.endswith("_proj")]
 
 
 def small_llama(seed=0):
     return tiny_llama(seed, hidden_size=64, intermediate_size=128)
 
 
-def write_base(folder, kind, size=GROUP, seed=0):
-    """A base of three files with quantised layers. Returns these, packed."""
+def write_base(folder, kind, size=GROUP, seed=0, layers=LAYERS):
+    """A base of three files with quantised layers. Returns their weights."""
     pack, settings = FORMATS[kind]
     model, state, packed = small_llama(seed), {}, {}
     model.save_pretrained(folder)
     for name, value in model.state_dict().items():
         layer = name.removesuffix(".weight")
-        if layer in LAYERS:
+        if layer in layers:
             packed[layer] = pack(value, size)
             state |= {f"{layer}.{end}": tensor for end, tensor in packed[layer].tensors.items()}
         else:
             state[name] = value
     (folder / "model.safetensors").unlink()
     # The quantised layers' tensors in turn, so that those of one layer are in two files.
-    split = [name for name in sorted(state) if any(name.startswith(f"{layer}.") for layer in LAYERS)]
+    split = [name for name in sorted(state) if any(name.startswith(f"{layer}.") for layer in layers)]
     files = {"a": split[::2], "b": split[1::2], "c": sorted(state.keys() - set(split))}
     for file, names in files.items():
         save_file(
             {name: state[name] for name in names},
             folder / f"{file}.safetensors",
-            metadata={"format": "pt", "by": "us"},
+            metadata=METADATA,
         )
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}}
     index["weight_map"] = {name: f"{file}.safetensors" for file, names in files.items() for name in names}
@@ -202,28 +210,74 @@ def write_base(folder, kind, size=GROUP, seed=0):
     return packed
 
 
+METADATA = {"format": "pt", "made_by": "packed_bases"}
+
+
 def edit_json(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def write_adapter(folder, weights, size=GROUP, scale=0.3):
-    """An adapter of two blocks over these W0, with a column of A for each group. Returns the multipliers (N, G)."""
+def write_gguf(path, kind="Q4_0"):
+    """The small model as llama.cpp's converter writes it. Returns the quantised weights of its linear layers."""
+    gguf = pytest.importorskip("gguf", reason="not installed")
+    model = small_llama()
+    config, found = model.config, {}
+    writer = gguf.GGUFWriter(path, "llama")
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")
+    for name, weight in model.state_dict().items():
+        stored, layer = names.get_name(name, try_suffixes=(".weight",)), name.removesuffix(".weight")
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+            layer.split(".")[-1]
+        )
+        data = (
+            weight
+            if heads is None
+            else weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+        )
+        if "_proj" not in name:
+            writer.add_tensor(stored, data.numpy())
+            continue
+        bytes_ = gguf.quants.quantize(data.numpy(), gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(stored, bytes_, raw_dtype=gguf.GGMLQuantizationType[kind])
+        known = torch.from_numpy(gguf.quants.dequantize(bytes_, gguf.GGMLQuantizationType[kind]))
+        if heads is not None:
+            known = known.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
+        found[layer] = known
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return found
+
+
+def write_adapter(folder, weights, size=GROUP, scale=0.05):
+    """An adapter over these W0, packed or not, with a column of A for each group. Returns the multipliers (N, G)."""
     folder.mkdir()
+    weights = {name: each.weight if isinstance(each, Packed) else each for name, each in weights.items()}
+    blocks = min(2, *(each.shape[1] // size for each in weights.values()))
     state, multipliers, generator = {}, {}, torch.Generator().manual_seed(4)
     for name, weight in weights.items():
         rows, cols = weight.shape[0], weight.shape[1] // size
-        partition = BlockPartition.contiguous((rows, cols), 2)
+        partition = BlockPartition.contiguous((rows, cols), blocks)
         A, B = (torch.randn(shape, generator=generator) for shape in ((2, cols), (rows, 2)))
-        ranks = torch.tensor([2, 2], dtype=torch.int32)
+        ranks = torch.full([blocks], 2, dtype=torch.int32)
         state |= {f"{name}.smoa_A": A, f"{name}.smoa_B": B}
         state[f"{name}.smoa_blocks"] = pack_blocks(partition, ranks, sketch_weight(weight))
         inside = partition.row_block[:, None] == partition.col_block
         multipliers[name] = 1 + scale * inside * (B @ A)
-    save_file(
-        {f"base_model.model.{key}": value for key, value in state.items()},
-        folder / "adapter_model.safetensors",
-    )
-    config = {"peft_type": "SMOA", "format_version": 2, "r": 4, "num_blocks": 2, "smoa_alpha": 4 * scale}
-    text = json.dumps({**config, "block_order": "contiguous", "group_size": size})
-    (folder / "adapter_config.json").write_text(text)
+    state = {f"base_model.model.{key}": value for key, value in state.items()}
+    save_file(state, folder / "adapter_model.safetensors")
+    config = {"peft_type": "SMOA", "format_version": 2, "r": 2 * blocks, "smoa_alpha": 2 * blocks * scale}
+    config |= {"num_blocks": blocks, "block_order": "contiguous", "group_size": size}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return multipliers
