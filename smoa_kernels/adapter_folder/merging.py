@@ -39,19 +39,10 @@ from ..backends import eager
 from ..checks import check_path, naming
 from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.precision import DTYPES, dtype_names
-from ..definition.sketch import sketch_distance, sketch_weight
 from .base_model import INDEX, BaseModel
 from .format import HIRA, METHOD, LayerBlocks
-from .quantized import (
-    QuantizedBase,
-    QuantizedLayer,
-    QuantizedWeight,
-    check_distance,
-    column_groups,
-    group_multiplier,
-    matched_groups,
-    rescale,
-)
+from .quantized import QuantizedLayer, Rescaled, Rescaling, check_distance
+from .quantized_formats import QuantizedBase
 from .reading import Adapter, opened, read_adapter, read_json
 from .writing import replacing
 
@@ -156,7 +147,7 @@ def merge_to_folder(
             # safetensors' files are their owner's alone
             os.chmod(scratch / path.name, 0o666 & scratch.stat().st_mode)
         progress(done, total)
-        report = _report(scratch, total, len(merge.changes), merge.scales)
+        report = _report(scratch, total, len(merge.changes), merge.rescaled)
         _write_beside_weights(merge, scratch)
     return report
 
@@ -173,7 +164,7 @@ def _gguf_to_folder(
 
     check_path("adapter", adapter)
     _check_keeps_dtype(dtype)
-    given, scales = read_adapter(Path(adapter)), _Counts()
+    given, counts = read_adapter(Path(adapter)), []
     if given.whole:
         raise ValueError(f"the adapter changes {min(given.whole)}, and in a GGUF file only scales can change")
 
@@ -187,45 +178,25 @@ def _gguf_to_folder(
         file = GgufFile(scratch / base.name, writable=True)
         for done, change in enumerate(changes(file)):
             progress(done, len(given.layers))
-            scales.rescaled(change)
-        progress(len(given.layers), len(given.layers))
-        return _report(scratch, file.tensors, len(given.layers), scales)
-
-
-@dataclass
-class _Counts:
-    """Scales of a merged model that changed their sign, and that left their type's range."""
-
-    flipped: int = 0
-    outside: int = 0
-
-    def rescaled(self, change: Rescaling) -> dict[str, Tensor]:
-        """The new tensors of a layer, by their stored names."""
-        with naming(change.name):
             weight = change.read()
-            W0 = weight.dequantize()
-            distances = [
-                sketch_distance(change.blocks.sketch, sketch_weight(W0[order])) for order in weight.orders
-            ]
-            check_distance(min(distances))
-            multiplier = torch.empty(len(weight.scales), change.A.shape[-1])
-            multiplier[weight.orders[distances.index(min(distances))]] = change.multiplier()
-            scales, flipped, outside = rescale(weight, multiplier, change.groups(weight))
-        self.flipped, self.outside = self.flipped + flipped, self.outside + outside
-        return {name: tensor for name, tensor in change.stored(weight, scales).items() if tensor is not None}
+            counts.append(change.new_scales(weight))
+            weight.store(counts[-1].scales)
+        progress(len(given.layers), len(given.layers))
+        return _report(scratch, file.tensors, len(given.layers), counts)
 
 
-def _report(scratch: Path, tensors: int, changed: int, scales: _Counts) -> MergeReport:
-    if scales.flipped or scales.outside:
+def _report(scratch: Path, tensors: int, changed: int, scales: Sequence[Rescaled]) -> MergeReport:
+    flipped, outside = sum(each.flipped for each in scales), sum(each.outside for each in scales)
+    if flipped or outside:
         warnings.warn(
-            f"{scales.flipped} of the base's scales changed their sign, and {scales.outside} left the range of their "
-            "type: compare the merged model with the adapter over its base",
+            f"{flipped} of the base's scales changed their sign, and {outside} left the range of their type: compare "
+            "the merged model with the adapter over its base",
             UserWarning,
             stacklevel=3,
         )
     files = sorted(scratch.iterdir())
     size, names = sum(file.stat().st_size for file in files), tuple(file.name for file in files)
-    return MergeReport(tensors, changed, size, names, scales.flipped, scales.outside)
+    return MergeReport(tensors, changed, size, names, flipped, outside)
 
 
 class Change(NamedTuple):
@@ -247,42 +218,12 @@ class Change(NamedTuple):
         return stored
 
 
-class Rescaling(NamedTuple):
-    """How an adapter changes a quantised weight: the weight's name in the model, the layer, and the adapter."""
-
-    name: str
-    layer: QuantizedLayer
-    blocks: LayerBlocks
-    A: Tensor
-    B: Tensor
-    scaling: Tensor
-
-    def groups(self, weight: QuantizedWeight) -> Tensor:
-        """The adapter's group of each column."""
-        return column_groups(len(weight.groups), self.A.shape[-1])
-
-    def read(self) -> QuantizedWeight:
-        """The weight; ValueError if its groups are not the adapter's."""
-        with naming(self.name):
-            weight = self.layer.read()
-            matched_groups(weight, self.groups(weight))
-        return weight
-
-    def stored(self, weight: QuantizedWeight, scales: Tensor) -> dict[str, Tensor | None]:
-        """The tensors for these scales by their stored names; None for one that the merged model lacks."""
-        return {self.layer.names[end]: tensor for end, tensor in weight.store(scales).items()}
-
-    def multiplier(self) -> Tensor:
-        """m of each row and group."""
-        return group_multiplier(self.A, self.B, self.blocks, self.scaling)
-
-
 class _Merge:
     """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes.
 
     Attributes:
         removed: stored tensors that the merged model lacks.
-        scales: counts of those that were made so far.
+        rescaled: new scales of the layers so far, if the base is quantised.
     """
 
     def __init__(
@@ -293,7 +234,8 @@ class _Merge:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
         self.base, self.adapter, self.dtype = Path(base), Path(adapter), dtype
-        self.model, self.scales = BaseModel(self.base), _Counts()
+        self.model = BaseModel(self.base)
+        self.rescaled: list[Rescaled] = []
         files = self.model.by_file()
         self.config = _read_config(self.base)
         quantized = None
@@ -323,26 +265,34 @@ class _Merge:
             yield name, tensor
 
     def _changed(self, name: str, change: Change | Rescaling, stored: Tensor) -> Tensor:
-        if name not in self._made and isinstance(change, Rescaling):
-            self._made |= self.scales.rescaled(change)
-        elif name not in self._made:
+        if name not in self._made:
             with naming(change.name):
-                if self.model.stored_name(change.name) == name:
+                if isinstance(change, Rescaling):
+                    self._made |= self._rescaled(change)
+                elif self.model.stored_name(change.name) == name:
                     return change.effective(stored)
-                architecture = self.model.architecture
-                W0 = change.fitting(architecture.assemble(change.name, self.model.read))
-                self._made |= architecture.take_apart(change.name, change.effective(W0))
+                else:
+                    architecture = self.model.architecture
+                    W0 = change.fitting(architecture.assemble(change.name, self.model.read))
+                    self._made |= architecture.take_apart(change.name, change.effective(W0))
                 if name not in self._made:
                     raise ValueError(f"transformers cannot split it into the stored tensors: {_INSTEAD}")
         return self._made.pop(name)
+
+    def _rescaled(self, change: Rescaling) -> dict[str, Tensor]:
+        weight = change.read()
+        new = change.new_scales(weight)
+        self.rescaled.append(new)
+        stored = change.stored(weight, new.scales)
+        return {name: tensor for name, tensor in stored.items() if tensor is not None}
 
     def _stored(self, change: Change | Rescaling) -> list[str]:
         """The stored tensors that hold a parameter: one, or those that it is made of."""
         if isinstance(change, Rescaling):
             weight = change.read()
-            stored = change.stored(weight, weight.scales)
-            self.removed |= {name for name, tensor in stored.items() if tensor is None}
-            return [*stored.keys() - self.removed]
+            new = change.stored(weight, weight.scales)
+            self.removed |= {name for name, tensor in new.items() if tensor is None}
+            return [*new.keys() - self.removed]
         if (stored := self.model.stored_name(change.name)) is not None:
             with naming(change.name):
                 change.fitting(self.model.read(stored))
@@ -381,7 +331,7 @@ def _check_keeps_dtype(dtype: torch.dtype | None) -> None:
 def _rescaling(adapter: Adapter, name: str, layer: QuantizedLayer) -> Rescaling:
     A, B = (adapter.tensors[f"{name}.{key}"] for key in ("smoa_A", "smoa_B"))
     scaling = scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
-    return Rescaling(f"{name}.weight", layer, adapter.layers[name], A, B, scaling)
+    return Rescaling(f"{name}.weight", layer, A, B, adapter.layers[name], scaling)
 
 
 def _read_changes(

@@ -1,22 +1,18 @@
 """Merges adapters into quantised weights by their scales alone.
 
-Each format here stores a weight as integers or table entries of a few bits, its codes, and one scale for each group of
-a row's columns; a zero point, where there is one, is subtracted from the codes:
+Each format here stores a weight as codes of a few bits, less a zero point where there is one, and a scale for each
+group g(j) of a row's columns:
 
     W0[i, j] = scales[i, g(j)] · codes[i, j]
 
 Where an adapter's multiplier m is equal for all columns of a group, `W_eff = W0 ∘ m` has the same codes and the scales
-
-    scales[i, g] · m[i, g]
-
-rounded once, in half types by thresholds at the place (i, g). The file keeps its format and size. No quantiser's
-package and no GPU is needed. A format of safetensors files is a row of `FORMATS`; GGUF's are in `gguf_file.py`.
+`scales[i, g] · m[i, g]`, rounded once, in half types by thresholds at the place (i, g). The format of the file and its
+size stay; neither the quantiser's package nor a GPU is needed.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,13 +20,11 @@ import torch
 from torch import Tensor
 
 from ..backends import eager
-from ..checks import shown
+from ..checks import naming
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import DTYPES
-from ..definition.sketch import TOLERANCE
+from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
 from ..definition.thresholds import round_weight
-from .base_model import BaseModel
 from .format import LayerBlocks
 
 
@@ -42,7 +36,7 @@ class QuantizedWeight(NamedTuple):
         scales: (N, G) in the stored dtype; in float32 where that was quantised too.
         groups: int64 (C,), the group of each column.
         store: gives what a file holds for new scales (N, G), by the ends of its names; None for what it leaves out.
-        orders: where the model's rows may be among these, of which the sketch shows the right one.
+        orders: of these, one says where each of the model's rows is; the sketch shows which.
     """
 
     codes: Callable[[], Tensor]
@@ -53,8 +47,15 @@ class QuantizedWeight(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """W0 in float32, (N, C)."""
-        with _fitting():
+        with fitting():
             return self.codes().mul_(self.scales.float().index_select(1, self.groups))
+
+
+class QuantizedLayer(NamedTuple):
+    """A layer of a base: the stored names of its tensors, by their ends, and a function that reads its weight."""
+
+    names: dict[str, str]
+    read: Callable[[], QuantizedWeight]
 
 
 class Rescaled(NamedTuple):
@@ -63,6 +64,64 @@ class Rescaled(NamedTuple):
     scales: Tensor
     flipped: int
     outside: int
+
+
+class Rescaling(NamedTuple):
+    """How an adapter changes a quantised layer.
+
+    Attributes:
+        name: of the weight in the model.
+        layer: of the base.
+        A, B, blocks, scaling: of the adapter, see :func:`group_multiplier`.
+    """
+
+    name: str
+    layer: QuantizedLayer
+    A: Tensor
+    B: Tensor
+    blocks: LayerBlocks
+    scaling: Tensor
+
+    def read(self) -> QuantizedWeight:
+        """The weight; ValueError if its groups are not the adapter's."""
+        with naming(self.name):
+            weight = self.layer.read()
+            matched_groups(weight, self._groups(weight))
+        return weight
+
+    def new_scales(self, weight: QuantizedWeight) -> Rescaled:
+        """Those of W_eff; ValueError if the adapter was trained over another weight."""
+        with naming(self.name):
+            W0, orders = weight.dequantize(), weight.orders
+            distances = [sketch_distance(self.blocks.sketch, sketch_weight(W0[order])) for order in orders]
+            check_distance(min(distances))
+            multiplier = torch.empty(len(W0), self.A.shape[1])
+            # In the file's order of rows.
+            multiplier[orders[distances.index(min(distances))]] = group_multiplier(
+                self.A, self.B, self.blocks, self.scaling
+            )
+            return rescale(weight, multiplier, self._groups(weight))
+
+    def stored(self, weight: QuantizedWeight, scales: Tensor) -> dict[str, Tensor | None]:
+        """The tensors for these scales, by their stored names; None for one that the merged model lacks."""
+        return {self.layer.names[end]: tensor for end, tensor in weight.store(scales).items()}
+
+    def _groups(self, weight: QuantizedWeight) -> Tensor:
+        return column_groups(len(weight.groups), self.A.shape[1])
+
+
+def group_multiplier(A: Tensor, B: Tensor, blocks: LayerBlocks, scaling: Tensor) -> Tensor:
+    """`m = 1 + s BA` inside the blocks and 1 outside, float32 (N, G), of an A (ρ, G) with a column for each group.
+
+    Args:
+        A, B: the factors; B is (N, ρ).
+        blocks: with a label for each group, or for each column; blocks end at groups.
+        scaling: s.
+    """
+    cols = blocks.col_block[:: len(blocks.col_block) // A.shape[1]]
+    partition = BlockPartition.from_labels(blocks.row_block, cols, blocks.num_blocks)
+    ones = torch.ones(B.shape[0], A.shape[1])
+    return eager.modulated_weight(PackedAdapter(ones, A, B, partition, blocks.ranks, scaling))
 
 
 def rescale(weight: QuantizedWeight, multiplier: Tensor, groups: Tensor) -> Rescaled:
@@ -79,7 +138,7 @@ def rescale(weight: QuantizedWeight, multiplier: Tensor, groups: Tensor) -> Resc
     limits, scales = torch.finfo(weight.scales.dtype), weight.scales.float()
     multiplier = multiplier.index_select(1, matched_groups(weight, groups))
     exact = scales * multiplier
-    # A scale below the smallest normal number has fewer bits.
+    # A number below the smallest normal one has fewer bits.
     outside = (exact.abs() > limits.max) | ((exact.abs() < limits.tiny) & (scales.abs() >= limits.tiny))
     flipped = (multiplier < 0) & (scales != 0)
     rounded = round_weight(exact.clamp(limits.min, limits.max), weight.scales.dtype)
@@ -89,28 +148,13 @@ def rescale(weight: QuantizedWeight, multiplier: Tensor, groups: Tensor) -> Resc
 def matched_groups(weight: QuantizedWeight, groups: Tensor) -> Tensor:
     """The adapter's group of each group of the base; see :func:`rescale`."""
     found = torch.zeros(weight.scales.shape[1], dtype=torch.int64)
-    if groups.shape == weight.groups.shape:
-        found[weight.groups] = groups  # of several, any
-    if groups.shape != weight.groups.shape or not torch.equal(found[weight.groups], groups):
+    found[weight.groups] = groups  # of several, any
+    if not torch.equal(found[weight.groups], groups):
         raise ValueError(
-            f"the adapter's groups are not the base's, which has {len(found)} scales for the {len(weight.groups)} "
-            'columns of a row: train the adapter with group_size="base"'
+            f"the adapter's groups are not the base's, which has {len(found)} scales for the {len(groups)} columns of "
+            'a row: train the adapter with group_size="base"'
         )
     return found
-
-
-def group_multiplier(A: Tensor, B: Tensor, blocks: LayerBlocks, scaling: Tensor) -> Tensor:
-    """`m = 1 + s BA` inside the blocks and 1 outside, float32 (N, G), of an A (ρ, G) with a column for each group.
-
-    Args:
-        A, B: the factors; B is (N, ρ).
-        blocks: with a label for each group, or for each column; blocks end at groups.
-        scaling: s.
-    """
-    rows, cols = B.shape[0], blocks.col_block[:: len(blocks.col_block) // A.shape[1]]
-    partition = BlockPartition.from_labels(blocks.row_block, cols, blocks.num_blocks)
-    ones = torch.ones(rows, A.shape[1])
-    return eager.modulated_weight(PackedAdapter(ones, A, B, partition, blocks.ranks, scaling))
 
 
 def column_groups(cols: int, count: int, given: Tensor | None = None) -> Tensor:
@@ -131,233 +175,10 @@ def check_distance(distance: float) -> None:
         )
 
 
-class Format(NamedTuple):
-    """How the safetensors files of a quantisation method hold a layer. Tensors are named by what follows its name.
-
-    Attributes:
-        refusal: why a model with this `quantization_config` cannot be merged into; None if it can.
-        read: gives the weight, from the layer's tensors and the configuration.
-        scales: the tensor that every quantised layer has, and no other layer.
-        others: the tensors that it may have.
-    """
-
-    refusal: Callable[[Mapping[str, Any]], str | None]
-    read: Callable[[Mapping[str, Tensor], Mapping[str, Any]], QuantizedWeight]
-    scales: str
-    others: tuple[str, ...]
-
-
-class QuantizedLayer(NamedTuple):
-    """A quantised layer in a folder: the stored names of its tensors, by their ends, and a function that reads them."""
-
-    names: dict[str, str]
-    read: Callable[[], QuantizedWeight]
-
-
-class QuantizedBase:
-    """The quantised layers of a base model's folder.
-
-    Args:
-        model: the folder's tensors.
-        settings: `quantization_config` of its configuration.
-
-    Raises:
-        ValueError: the format is not one of `FORMATS`; the message says why.
-    """
-
-    def __init__(self, model: BaseModel, settings: Any) -> None:
-        self._model, self._settings = model, settings
-        method = settings.get("quant_method") if isinstance(settings, dict) else settings
-        try:
-            format = FORMATS.get(method)
-            refusal = _why_not(method) if format is None else format.refusal(settings)
-        except (AttributeError, KeyError, TypeError) as error:
-            format, refusal = None, f"its quantization_config cannot be read: {error!r}"
-        if format is None or refusal is not None:
-            raise ValueError(
-                f"{model.folder} is quantised ({method}): {refusal}. Merge into the model that it was quantised from"
-            )
-        self._format = format
-
-    def layer(self, name: str) -> QuantizedLayer | None:
-        """The layer of this name; None if it is not quantised."""
-        format, model = self._format, self._model
-        stored = model.stored_name(f"{name}.{format.scales}")
-        if stored is None:
-            return None
-        start = stored.removesuffix(format.scales)
-        ends = (end for end in (format.scales, *format.others) if start + end in model.files)
-        names = {end: start + end for end in ends}
-
-        def read() -> QuantizedWeight:
-            with _fitting():
-                tensors = _Tensors({end: model.read(name) for end, name in names.items()})
-                weight = format.read(tensors, self._settings)
-                if weight.scales.dtype not in DTYPES or weight.groups.max() >= weight.scales.shape[1]:
-                    raise ValueError(f"scales are {weight.scales.dtype} {tuple(weight.scales.shape)}")
-            return weight
-
-        return QuantizedLayer(names, read)
-
-
 @contextmanager
-def _fitting() -> Iterator[None]:
-    """Around what tensors of a damaged or foreign file can make fail in many ways."""
+def fitting() -> Iterator[None]:
+    """Around the reading of tensors that may not belong together: a ValueError for all that this can raise."""
     try:
         yield
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"the tensors of a quantised layer do not fit each other: {error}") from error
-
-
-class _Tensors(dict[str, Tensor]):
-    def __missing__(self, end: str) -> Tensor:
-        raise ValueError(f"{end} is missing")
-
-
-def _why_not(name: object) -> str:
-    """Why scales of a format cannot be multiplied."""
-    known = {
-        "mxfp4": "its scales are powers of two",
-        "nvfp4": "its scales have three bits",
-        "fp8": "its scales are of rows and columns together, while an adapter's groups are of columns",
-    }
-    reasons = (reason for key, reason in known.items() if key in str(name).lower())
-    return next(reasons, f"{shown(name)} is not a format whose scales can be multiplied")
-
-
-def _unpack(words: Tensor, bits: int, dim: int, size: int) -> Tensor:
-    """The `size` unsigned integers of `bits` bits that int32 words hold along `dim`, the lowest first; float32."""
-    if words.dtype != torch.int32 or words.ndim != 2 or words.shape[dim] != -(-size * bits // 32):
-        raise ValueError(f"{words.dtype} {tuple(words.shape)} do not hold {size} integers of {bits} bits")
-    parts = [(words >> shift & 2**bits - 1).to(torch.uint8) for shift in range(0, 32, bits)]
-    return torch.stack(parts, dim + 1).flatten(dim, dim + 1).narrow(dim, 0, size).float()
-
-
-def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
-    for group in settings["config_groups"].values():
-        name, bits = group.get("format") or settings["format"], group["weights"]["num_bits"]
-        if name != "pack-quantized":
-            return _why_not(name)
-        if bits not in (4, 8):
-            return f"integers of {bits} bits are not read"
-    return None
-
-
-def _read_packed(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
-    """compressed-tensors, "pack-quantized": integers along rows, zero points along columns."""
-    packed, scales = tensors["weight_packed"], tensors["weight_scale"]
-    rows, cols = tensors["weight_shape"].tolist()
-    groups = column_groups(cols, scales.shape[1], tensors.get("weight_g_idx"))
-    possible = {group["weights"]["num_bits"] for group in settings["config_groups"].values()}
-    fitting = [bits for bits in sorted(possible) if packed.shape[1] == -(-cols * bits // 32)]
-    bits = fitting[0] if fitting else min(possible)
-
-    def codes() -> Tensor:
-        found, zeros = _unpack(packed, bits, 1, cols), tensors.get("weight_zero_point")
-        if zeros is None:
-            return found.sub_(2 ** (bits - 1))
-        return found.sub_(_unpack(zeros, bits, 0, rows)[:, groups])
-
-    return QuantizedWeight(codes, scales, groups, lambda new: {"weight_scale": new})
-
-
-def _gptq_refusal(settings: Mapping[str, Any]) -> str | None:
-    layout, bits = settings.get("checkpoint_format", "gptq"), settings["bits"]
-    if layout not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
-        return f"the layout {shown(layout)} is not read"
-    return None if bits in (2, 4, 8) else f"integers of {bits} bits are not read"
-
-
-def _read_gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
-    """GPTQ: all is (C, N). The first version stores zero points less one. `g_idx` is the group of each column."""
-    words, scales, bits, order = tensors["qweight"], tensors["scales"], settings["bits"], tensors.get("g_idx")
-    cols, rows = words.shape[0] * 32 // bits if order is None else len(order), words.shape[1]
-    groups = column_groups(cols, scales.shape[0], order)
-    one = settings.get("checkpoint_format", "gptq") == "gptq"
-
-    def codes() -> Tensor:
-        zeros = _unpack(tensors["qzeros"], bits, 1, rows).add_(one).remainder_(2**bits)
-        return _unpack(words, bits, 0, cols).sub_(zeros[groups]).T
-
-    return QuantizedWeight(codes, scales.T, groups, lambda new: {"scales": new.T})
-
-
-def _awq_refusal(settings: Mapping[str, Any]) -> str | None:
-    layout, bits = settings.get("version", settings.get("checkpoint_format", "gemm")), settings["bits"]
-    if str(layout).lower() != "gemm":
-        return f"the layout {shown(layout)} is not read"
-    return None if bits == 4 else f"integers of {bits} bits are not read"
-
-
-def _read_awq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
-    """AWQ, "gemm": all is (C, N), and a word holds rows 0, 2, 4, 6, 1, 3, 5, 7 of eight."""
-    words, scales = tensors["qweight"], tensors["scales"]
-    cols, rows = words.shape[0], words.shape[1] * 8
-    groups = column_groups(cols, scales.shape[0])
-
-    def sorted_rows(packed: Tensor) -> Tensor:
-        found = _unpack(packed, 4, 1, rows).unflatten(1, (-1, 8))
-        return found[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
-
-    def codes() -> Tensor:
-        return sorted_rows(words).sub_(sorted_rows(tensors["qzeros"])[groups]).T
-
-    return QuantizedWeight(codes, scales.T, groups, lambda new: {"scales": new.T})
-
-
-_STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
-
-
-def _bitsandbytes_refusal(settings: Mapping[str, Any]) -> str | None:
-    four = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
-    return None if four else "only its formats of four bits, NF4 and FP4, are read"
-
-
-def _read_bitsandbytes(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> QuantizedWeight:
-    """bitsandbytes' NF4 and FP4: a table of 16 numbers, and scales of runs of the flattened weight.
-
-    Nested, scales are a table's numbers times scales of their own, plus an offset; a merge writes them as float32.
-    """
-    key = next((key for key in _STATES if key in tensors), _STATES[0])
-    state = json.loads(tensors[key].numpy().tobytes())
-    (rows, cols), size = state["shape"], state["blocksize"]
-    if cols % size:
-        raise ValueError(f"a row has {cols} columns, no multiple of {size}, so that rows share scales")
-    scales, nested = tensors["weight.absmax"], "weight.nested_absmax" in tensors
-    written: dict[str, Tensor | None] = {}  # beside the scales
-    if nested:
-        outer = tensors["weight.nested_absmax"].repeat_interleave(state["nested_blocksize"])[: len(scales)]
-        scales = tensors["weight.nested_quant_map"][scales.long()] * outer + state["nested_offset"]
-        plain = {name: value for name, value in state.items() if not name.startswith("nested_")}
-        written = dict.fromkeys(("weight.nested_absmax", "weight.nested_quant_map"))
-        written[key] = torch.frombuffer(bytearray(json.dumps(plain), "utf-8"), dtype=torch.uint8)
-
-    def codes() -> Tensor:
-        byte = torch.arange(256)
-        pairs = tensors["weight.quant_map"].float()[torch.stack([byte >> 4, byte & 15], 1)]
-        packed = tensors["weight"].flatten().view(torch.uint8)
-        return pairs.index_select(0, packed.int()).view(rows, cols)
-
-    groups = column_groups(cols, cols // size)
-    return QuantizedWeight(
-        codes, scales.view(rows, -1), groups, lambda new: {"weight.absmax": new.flatten(), **written}
-    )
-
-
-# By `quant_method`.
-FORMATS = {
-    "compressed-tensors": Format(
-        _packed_refusal,
-        _read_packed,
-        "weight_scale",
-        ("weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"),
-    ),
-    "gptq": Format(_gptq_refusal, _read_gptq, "scales", ("qweight", "qzeros", "g_idx")),
-    "awq": Format(_awq_refusal, _read_awq, "scales", ("qweight", "qzeros")),
-    "bitsandbytes": Format(
-        _bitsandbytes_refusal,
-        _read_bitsandbytes,
-        "weight.absmax",
-        ("weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *_STATES),
-    ),
-}

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from smoa_kernels.adapter_folder import quantized
+from smoa_kernels.adapter_folder import quantized, quantized_formats
 from smoa_kernels.cli import main
 from smoa_kernels.peft import merge_to_folder, merged_weights
 
@@ -37,7 +37,7 @@ SCALES = {
 
 def read(kind, tensors):
     method = FORMATS[kind][1]["quant_method"]
-    return quantized.FORMATS[method].read(tensors, FORMATS[kind][1])
+    return quantized_formats.FORMATS[method].read(tensors, FORMATS[kind][1])
 
 
 def assert_rounded_once(actual, scales, multiplier):
