@@ -1,8 +1,8 @@
 """Merges an adapter's folder into a base model's: of each file of weights, load, change what matches, write.
 
-No model is built; one file of weights and one layer are in memory. The merged model has the base's files. If it needs
-others, as a head that is no longer tied does, PEFT's `merge_and_unload` makes it. Of a quantised base only scales
-change (`quantized.py`).
+No model is built; one layer is in memory, and one file of weights where tensors get other sizes. The merged model has
+the base's files. If it needs others, as a head that is no longer tied does, PEFT's `merge_and_unload` makes it. Of a
+quantised base only scales change (`quantized.py`).
 
     >>> from peft import get_peft_model
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -112,8 +112,9 @@ def merge_to_folder(
 ) -> MergeReport:
     """Write a base model with an adapter merged into it: weights, configuration and tokenizer, as a plain model.
 
-    It has the base's files of weights; one is in memory at a time. All is written into a hidden folder beside `out`,
-    then renamed: after any interruption `out` is whole or absent. A tokenizer beside the adapter replaces the base's.
+    It has the base's files of weights. Where their tensors keep their sizes they are copied and partly overwritten;
+    otherwise one is in memory at a time. All is written into a hidden folder beside `out`, then renamed: after any
+    interruption `out` is whole or absent. A tokenizer beside the adapter replaces the base's.
 
     Args:
         base, adapter, dtype: see :func:`merged_weights`; `base` may also be a GGUF file.
@@ -134,9 +135,13 @@ def merge_to_folder(
         for path, names in merge.files.items():
             shard: dict[str, Tensor] = {}  # the last one is freed before this one is made
             progress(done, total)
-            if dtype is None and path not in merge.touched:
+            if merge.keeps_sizes or path not in merge.touched:
+                changed = [name for name in names if name in merge.changes]
+                done += len(names) - len(changed)
                 shutil.copyfile(path, scratch / path.name)
-                done += len(names)
+                for _ in _overwrite(scratch / path.name, merge.tensors(changed)):
+                    done += 1
+                    progress(done, total)
                 continue
             for name, tensor in merge.tensors(names):
                 shard[name], done = tensor, done + 1
@@ -223,6 +228,8 @@ class _Merge:
 
     Attributes:
         removed: stored tensors that the merged model lacks.
+        touched: files that differ from the base's.
+        keeps_sizes: whether no tensor gets another size.
         rescaled: new scales of the layers so far, if the base is quantised.
     """
 
@@ -250,6 +257,9 @@ class _Merge:
             path: [name for name in names if name not in self.removed] for path, names in files.items()
         }
         self.touched = {self.model.files[name] for name in {*self.changes, *self.removed}}
+        if dtype is not None:
+            self.touched = {*self.files}
+        self.keeps_sizes = dtype is None and not self.removed
         # Of the changed parameters that are made of several tensors, the new tensors that were not asked for yet.
         self._made: dict[str, Tensor] = {}
 
@@ -258,7 +268,9 @@ class _Merge:
         for name in names:
             stored, change = self.model.read(name), self.changes.get(name)
             value = stored if change is None else self._changed(name, change, stored)
-            dtype = self.dtype or stored.dtype if stored.dtype in DTYPES else value.dtype
+            dtype = self.dtype or stored.dtype if stored.dtype in DTYPES else stored.dtype
+            if isinstance(change, Rescaling):  # scales that were quantised too become float32
+                dtype = value.dtype
             tensor = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
             if change is not None and not _is_finite(tensor):
                 raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([dtype])}")
@@ -424,6 +436,17 @@ def _write_beside_weights(merge: _Merge, scratch: Path) -> None:
     if index:
         _write_json(scratch / INDEX, index)
     _write_json(scratch / "config.json", config)
+
+
+def _overwrite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """Write tensors over those of these names in a safetensors file, one at each step."""
+    with path.open("r+b") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(start - 8))
+        for name, tensor in tensors:
+            stream.seek(start + header[name]["data_offsets"][0])
+            stream.write(memoryview(tensor.view(torch.uint8).numpy()))
+            yield
 
 
 def _data_bytes(path: Path) -> int:

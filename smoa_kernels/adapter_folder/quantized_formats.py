@@ -68,7 +68,8 @@ class QuantizedBase:
 
         def read() -> QuantizedWeight:
             with fitting():
-                tensors = _Tensors({end: model.read(name) for end, name in names.items()})
+                found = model.read_all(names.values())
+                tensors = _Tensors({end: found[name] for end, name in names.items()})
                 weight = format.read(tensors, self._settings)
                 if weight.scales.dtype not in DTYPES or weight.groups.max() >= weight.scales.shape[1]:
                     raise ValueError(f"scales are {weight.scales.dtype} {tuple(weight.scales.shape)}")

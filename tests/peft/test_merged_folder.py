@@ -84,8 +84,10 @@ def full(*args, **kwargs):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("at", [0, 7, 21, None])
-def test_a_merge_that_fails(at, exists, sharded, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("at", "dtype"), [(0, None), (7, None), (21, None), (None, None), (None, torch.bfloat16)]
+)
+def test_a_merge_that_fails(at, dtype, exists, sharded, tmp_path, monkeypatch):
     """Before the first tensor, in between, after the last, or in a write: no file remains, not even a hidden folder."""
     out = tmp_path / "out"
     if exists:
@@ -94,20 +96,22 @@ def test_a_merge_that_fails(at, exists, sharded, tmp_path, monkeypatch):
 
     def interrupt(done, total):
         assert total == 21
-        if done == at:
+        if at is not None and done >= at:
             raise KeyboardInterrupt
 
     failure = pytest.raises(KeyboardInterrupt)
     if at is None:
-        monkeypatch.setattr("smoa_kernels.adapter_folder.merging.save_file", full)
+        monkeypatch.setattr(
+            f"smoa_kernels.adapter_folder.merging.{'save_file' if dtype else 'shutil.copyfile'}", full
+        )
         failure = pytest.raises(OSError, match=f"cannot save to {out}, which is as it was: .*No space left")
     with failure:
-        merge_to_folder(*sharded, out, progress=interrupt)
+        merge_to_folder(*sharded, out, dtype=dtype, progress=interrupt)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def merge_until_killed(base, adapter, out):
-    kill = lambda done, total: done == 9 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    kill = lambda done, total: done >= 9 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     merge_to_folder(base, adapter, out, progress=kill)
 
 
