@@ -57,9 +57,9 @@ def adjacent(weight, size):
 
 
 def compressed(bits, zeros=False):
-    def pack(weight, size, dtype=torch.bfloat16):
+    def pack(weight, size):
         groups = adjacent(weight, size)
-        codes, zero, scales = integers(weight, groups, bits, zeros=zeros, dtype=dtype)
+        codes, zero, scales = integers(weight, groups, bits, zeros=zeros, dtype=torch.bfloat16)
         shape = torch.tensor(weight.shape)
         tensors = {"weight_packed": words(codes, bits), "weight_scale": scales, "weight_shape": shape}
         if zeros:
@@ -67,13 +67,7 @@ def compressed(bits, zeros=False):
         signed = zero - 2 ** (bits - 1) if zeros else None
         return Packed(tensors, codes - zero[:, groups], scales, groups, signed)
 
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": not zeros,
-        "strategy": "group",
-        "group_size": GROUP,
-    }
+    weights = {"num_bits": bits, "symmetric": not zeros, "strategy": "group", "group_size": GROUP}
     group = {"targets": ["Linear"], "weights": weights}
     config = {"config_groups": {"group_0": group}, "format": "pack-quantized", "ignore": ["lm_head"]}
     return pack, {"quant_method": "compressed-tensors", "quantization_status": "compressed", **config}
@@ -86,14 +80,9 @@ def gptq(bits, layout, order=False, zeros=False):
             groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(3))]
         codes, zero, scales = integers(weight, groups, bits, zeros=zeros)
         stored = zero - 1 if layout == "gptq" else zero
-        tensors = {"qweight": words(codes, bits).T, "qzeros": words(stored.T, bits), "scales": scales.T}
-        tensors["g_idx"] = groups.int()
-        return Packed(
-            {key: value.contiguous() for key, value in tensors.items()},
-            codes - zero[:, groups],
-            scales,
-            groups,
-        )
+        tensors = {"qweight": words(codes, bits).T.contiguous(), "qzeros": words(stored.T, bits)}
+        tensors |= {"scales": scales.T.contiguous(), "g_idx": groups.int()}
+        return Packed(tensors, codes - zero[:, groups], scales, groups)
 
     return pack, {"quant_method": "gptq", "bits": bits, "checkpoint_format": layout, "desc_act": order}
 
@@ -105,9 +94,7 @@ def awq():
 
         def mixed(numbers):
             eights = numbers.unflatten(1, (-1, 8))
-            return words(
-                torch.stack([eights[..., row] for row in (0, 2, 4, 6, 1, 3, 5, 7)], -1).flatten(1), 4
-            )
+            return words(eights[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1), 4)
 
         tensors = {"qweight": mixed(codes.T), "qzeros": mixed(zero.T), "scales": scales.T.contiguous()}
         return Packed(tensors, codes - zero[:, groups], scales, groups)
@@ -129,27 +116,19 @@ def bitsandbytes(kind, nested=False):
         state = {"quant_type": kind, "blocksize": size, "dtype": "float16", "shape": list(weight.shape)}
         tensors = {"weight.quant_map": table, "weight.absmax": scales.flatten()}
         if nested:
-            offset, runs = scales.mean(), scales.flatten().split(256)
-            grid, outer = (
-                torch.linspace(-1, 1, 256),
-                torch.stack([(run - offset).abs().amax() for run in runs]),
-            )
+            offset, grid = scales.mean(), torch.linspace(-1, 1, 256)
+            outer = torch.stack([(run - offset).abs().amax() for run in scales.flatten().split(256)])
             each = outer.repeat_interleave(256)[: scales.numel()]
             numbers = (((scales.flatten() - offset) / each + 1) * 127.5).round().to(torch.uint8)
             scales = (grid[numbers.long()] * each + offset.item()).view_as(scales)
             state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": offset.item()}
-            tensors |= {
-                "weight.absmax": numbers,
-                "weight.nested_absmax": outer,
-                "weight.nested_quant_map": grid,
-            }
+            tensors |= {"weight.absmax": numbers, "weight.nested_absmax": outer}
+            tensors["weight.nested_quant_map"] = grid
         codes = (weight[..., None] / scales[:, groups, None] - table).abs().argmin(-1).to(torch.uint8)
         pairs = codes.view(-1, 2)
         tensors["weight"] = (pairs[:, :1] << 4) | pairs[:, 1:]
-        text = bytearray(json.dumps(state), "utf-8")
-        tensors[f"weight.quant_state.bitsandbytes__{kind}"] = torch.frombuffer(
-            text, dtype=torch.uint8
-        ).clone()
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        tensors[f"weight.quant_state.bitsandbytes__{kind}"] = text
         return Packed(tensors, table[codes.long()], scales, groups)
 
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_use_double_quant": nested}
@@ -170,47 +149,37 @@ FORMATS = {
     "NF4, nested": bitsandbytes("nf4", nested=True),
     "FP4": bitsandbytes("fp4"),
 }
-# The usual quantised layers, and all linear layers of the body.
-LAYERS = [
-    f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.k_proj", "mlp.down_proj")
-]
-LINEARS = [name for name, each in tiny_llama().named_modules() if name.endswith("_proj")]
+LAYERS = [name for name, _ in tiny_llama().named_modules() if name.endswith("_proj")]
 
 
 def small_llama(seed=0):
     return tiny_llama(seed, hidden_size=64, intermediate_size=128)
 
 
-def write_base(folder, kind, size=GROUP, seed=0, layers=LAYERS):
-    """A base of three files with quantised layers. Returns their weights."""
+def write_base(folder, kind, size=GROUP, seed=0):
+    """A base of three files, all its linear layers but the head quantised. Returns their weights."""
     pack, settings = FORMATS[kind]
     model, state, packed = small_llama(seed), {}, {}
     model.save_pretrained(folder)
     for name, value in model.state_dict().items():
         layer = name.removesuffix(".weight")
-        if layer in layers:
+        if layer in LAYERS:
             packed[layer] = pack(value, size)
             state |= {f"{layer}.{end}": tensor for end, tensor in packed[layer].tensors.items()}
         else:
             state[name] = value
     (folder / "model.safetensors").unlink()
     # The quantised layers' tensors in turn, so that those of one layer are in two files.
-    split = [name for name in sorted(state) if any(name.startswith(f"{layer}.") for layer in layers)]
+    split = [name for name in sorted(state) if any(name.startswith(f"{layer}.") for layer in LAYERS)]
     files = {"a": split[::2], "b": split[1::2], "c": sorted(state.keys() - set(split))}
     for file, names in files.items():
-        save_file(
-            {name: state[name] for name in names},
-            folder / f"{file}.safetensors",
-            metadata=METADATA,
-        )
+        part = {name: state[name] for name in names}
+        save_file(part, folder / f"{file}.safetensors", metadata={"format": "pt", "by": "packed_bases"})
     index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())}}
     index["weight_map"] = {name: f"{file}.safetensors" for file, names in files.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     edit_json(folder / "config.json", quantization_config=settings)
     return packed
-
-
-METADATA = {"format": "pt", "made_by": "packed_bases"}
 
 
 def edit_json(path, **values):
@@ -220,10 +189,10 @@ def edit_json(path, **values):
 def write_gguf(path, kind="Q4_0"):
     """The small model as llama.cpp's converter writes it. Returns the quantised weights of its linear layers."""
     gguf = pytest.importorskip("gguf", reason="not installed")
-    model = small_llama()
-    config, found = model.config, {}
-    writer = gguf.GGUFWriter(path, "llama")
+    model, found, kind = small_llama(), {}, gguf.GGMLQuantizationType[kind]
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -236,23 +205,17 @@ def write_gguf(path, kind="Q4_0"):
     writer.add_tokenizer_model("none")
     for name, weight in model.state_dict().items():
         stored, layer = names.get_name(name, try_suffixes=(".weight",)), name.removesuffix(".weight")
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-            layer.split(".")[-1]
-        )
-        data = (
-            weight
-            if heads is None
-            else weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
-        )
-        if "_proj" not in name:
-            writer.add_tensor(stored, data.numpy())
+        if layer not in LAYERS:
+            writer.add_tensor(stored, weight.numpy())
             continue
-        bytes_ = gguf.quants.quantize(data.numpy(), gguf.GGMLQuantizationType[kind])
-        writer.add_tensor(stored, bytes_, raw_dtype=gguf.GGMLQuantizationType[kind])
-        known = torch.from_numpy(gguf.quants.dequantize(bytes_, gguf.GGMLQuantizationType[kind]))
-        if heads is not None:
-            known = known.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)
-        found[layer] = known
+        # Of each head, row i of the second half follows row i of the first.
+        order = torch.arange(len(weight))
+        if count := heads.get(layer.rpartition(".")[2]):
+            order = order.view(count, 2, -1).mT.flatten()
+        data = gguf.quants.quantize(weight[order].numpy(), kind)
+        writer.add_tensor(stored, data, raw_dtype=kind)
+        found[layer] = torch.empty_like(weight)
+        found[layer][order] = torch.from_numpy(gguf.quants.dequantize(data, kind))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,6 +1,7 @@
 """Merging into a quantised base changes its scales and nothing else."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,16 +9,7 @@ import torch
 from adapted import assert_refused, close, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_bases import (
-    FORMATS,
-    LAYERS,
-    LINEARS,
-    edit_json,
-    small_llama,
-    write_adapter,
-    write_base,
-    write_gguf,
-)
+from packed_bases import FORMATS, LAYERS, edit_json, small_llama, write_adapter, write_base, write_gguf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
@@ -27,12 +19,7 @@ from smoa_kernels.cli import main
 from smoa_kernels.peft import merge_to_folder, merged_weights
 
 every_format = pytest.mark.parametrize("kind", FORMATS)
-SCALES = {
-    "compressed-tensors": "weight_scale",
-    "gptq": "scales",
-    "awq": "scales",
-    "bitsandbytes": "weight.absmax",
-}
+ENDS = ("weight_scale", "scales", "weight.absmax")  # of the names of scales
 
 
 def read(kind, tensors):
@@ -72,14 +59,13 @@ def test_only_scales_change(kind, tmp_path):
     # Beside the scales a merge may only remove the scales of scales.
     nested = [name for name in before if ".nested_" in name]
     states = [name for name in before if ".quant_state." in name and nested]
-    end = SCALES[FORMATS[kind][1]["quant_method"]]
-    scales = [f"{name}.{end}" for name in LAYERS]
+    scales = [name for name in before if name.endswith(ENDS)]
     assert before.keys() - after.keys() == set(nested)
     assert {name for name in after if not equal(before[name], after[name])} == {*scales, *states}
     assert report.changed == len(scales) + len(states)
     for name in LAYERS:
         tensors = {
-            key.removeprefix(f"{name}."): value for key, value in after.items() if key.startswith(f"{name}.")
+            key[len(name) + 1 :]: tensor for key, tensor in after.items() if key.startswith(f"{name}.")
         }
         weight, old = read(kind, tensors), packed[name]
         assert_rounded_once(weight.scales, old.scales, multipliers[name])
@@ -127,22 +113,11 @@ def test_a_weight_times_its_multiplier(kind, data):
         quantized.rescale(weight, multiplier, torch.arange(cols) % (groups.max() + 2))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_one_scale_a_row(bits):
-    """Channels: an adapter with one column of A."""
-    packed = FORMATS[f"compressed-tensors int{bits}"][0](torch.randn(8, 40), None)
-    weight = read(f"compressed-tensors int{bits}", packed.tensors)
-    assert torch.equal(weight.dequantize(), packed.weight)
-    found = quantized.rescale(weight, torch.full([8, 1], 1.25), torch.zeros(40, dtype=torch.long))
-    assert_rounded_once(found.scales, packed.scales, torch.tensor(1.25))
-
-
 def test_small_updates_survive_in_half_precision():
     """Below half of a last bit: the mean of many scales moves as far as it should."""
     packed = FORMATS["compressed-tensors int4"][0](torch.ones(64, 512), 8)
-    found = quantized.rescale(
-        read("compressed-tensors int4", packed.tensors), torch.full([64, 1], 1.0005), packed.groups * 0
-    )
+    weight = read("compressed-tensors int4", packed.tensors)
+    found = quantized.rescale(weight, torch.full([64, 1], 1.0005), packed.groups * 0)
     assert not torch.equal(found.scales, packed.scales)
     assert found.scales.double().mean() / packed.scales.double().mean() == pytest.approx(1.0005, abs=2e-5)
 
@@ -151,8 +126,7 @@ def test_scales_that_leave_their_range_or_change_sign(tmp_path):
     """Counted and warned of; what is too large becomes the type's largest number."""
     packed = FORMATS["GPTQ"][0](torch.ones(8, 16), 8)
     multiplier = torch.ones(8, 2)
-    multiplier[0] = torch.tensor([-1.0, 1e9])
-    multiplier[1] = torch.tensor([-1e9, 1e-9])
+    multiplier[:2] = torch.tensor([[-1.0, 1e9], [-1e9, 1e-9]])
     found = quantized.rescale(read("GPTQ", packed.tensors), multiplier, packed.groups)
     assert (found.flipped, found.outside) == (2, 3)
     assert found.scales[0, 1] == -found.scales[1, 0] == torch.finfo(torch.float16).max
@@ -197,25 +171,19 @@ def cut(base, adapter):
 
 
 def other_groups(base, adapter):
-    for path in adapter.iterdir():
-        path.unlink()
-    adapter.rmdir()
+    shutil.rmtree(adapter)
     write_adapter(adapter, {name: small_llama().get_submodule(name).weight.data for name in LAYERS}, size=16)
 
 
 def other_base(base, adapter):
-    for path in base.iterdir():
-        path.unlink()
+    shutil.rmtree(base)
     write_base(base, "compressed-tensors int4", seed=1)
 
 
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (
-            other_groups,
-            "the adapter's groups are not the base's, which has 4 scales for the 128 columns",
-        ),
+        (other_groups, "the adapter's groups are not the base's, which has 4 scales for the 128 columns"),
         (other_base, "the adapter was trained over another base weight"),
         (
             edited(quant_method="mxfp4"),
@@ -223,10 +191,7 @@ def other_base(base, adapter):
         ),
         (edited(quant_method="fp8"), "its scales are of rows and columns together"),
         (edited(quant_method="aqlm"), "'aqlm' is not a format whose scales can be multiplied"),
-        (
-            edited(quant_method="bitsandbytes", load_in_8bit=True),
-            "only its formats of four bits, NF4 and FP4, are read",
-        ),
+        (edited(quant_method="bitsandbytes"), "only its formats of four bits, NF4 and FP4, are read"),
         (edited(quant_method="gptq", bits=3), "integers of 3 bits are not read"),
         (edited(quant_method="gptq", bits=4, checkpoint_format="marlin"), "the layout 'marlin' is not read"),
         (edited(quant_method="gptq"), "its quantization_config cannot be read: KeyError('bits')"),
@@ -237,23 +202,25 @@ def other_base(base, adapter):
         (scheme(bits=3), "integers of 3 bits are not read"),
         (
             changed(weight_shape=None),
-            "k_proj.weight: the tensors of a quantised layer do not fit each other: weight_shape",
+            "q_proj.weight: the tensors of a quantised layer do not fit each other: weight_",
         ),
-        (changed(weight_shape=torch.tensor([32, 72])), "do not hold 72 integers"),
-        (changed(weight_packed=torch.zeros(32, 7, dtype=torch.int32)), "do not hold 64 integers of 4 bits"),
-        (changed(weight_scale=torch.zeros(31, 2)), "do not fit each other"),
-        (changed(weight_scale=torch.zeros(32, 2).int()), "scales are torch.int32 (32, 2)"),
-        (changed(weight_scale=None), "k_proj.weight, which the adapter changes"),
+        (changed(weight_shape=torch.tensor([64, 72])), "do not hold 72 integers"),
+        (changed(weight_packed=torch.zeros(64, 7, dtype=torch.int32)), "do not hold 64 integers of 4 bits"),
+        (changed(weight_scale=torch.zeros(63, 2)), "do not fit each other"),
+        (changed(weight_scale=torch.zeros(64, 2).int()), "scales are torch.int32 (64, 2)"),
+        (changed(weight_scale=None), "q_proj.weight, which the adapter changes"),
         (cut, "b.safetensors is truncated or corrupt"),
     ],
 )
 def test_refused_and_nothing_is_left(prepare, message, folders, tmp_path, capsys):
     prepare(*folders)
     before = sorted(tmp_path.rglob("*"))
-    assert_refused(
-        capsys, lambda *given: main(["merge", *map(str, given)]), message, *folders, tmp_path / "out"
-    )
+    assert_refused(capsys, merge_command, message, *folders, tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def merge_command(*given):
+    return main(["merge", *map(str, given)])
 
 
 def test_refused_dtype(folders, tmp_path):
@@ -281,6 +248,38 @@ def test_gguf(kind, tmp_path, tokens):
     assert not (changed & ~scales).any()
     merged = AutoModelForCausalLM.from_pretrained(out, gguf_file="base.gguf").eval()
     assert_is_modulated(merged, weights, multipliers, tokens, torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit", "message"),
+    [
+        ("Q4_1", bytes, "base.gguf is Q4_1, whose scales cannot be multiplied: only Q4_0 and Q8_0 are read"),
+        ("Q4_0", lambda data: data[:-64], "is truncated or no GGUF file of a known model"),
+        ("Q4_0", lambda data: data[:64], "is truncated or no GGUF file of a known model"),
+        (
+            "Q4_0",
+            lambda data: data.replace(b"llama", b"lamma"),
+            "is truncated or no GGUF file of a known model",
+        ),
+        (
+            "Q4_0",
+            lambda data: data.replace(b"blk.1.attn_q", b"blk.7.attn_q"),
+            "has no tensor of it: blk.1.attn_q",
+        ),
+        (
+            "Q8_0",
+            lambda data: data[: len(data) // 2] + bytes(-(-len(data) // 2)),
+            "trained over another base weight",
+        ),
+    ],
+)
+def test_refused_gguf(kind, edit, message, tmp_path, capsys):
+    base = tmp_path / "base.gguf"
+    write_adapter(tmp_path / "adapter", write_gguf(base, kind))
+    base.write_bytes(edit(base.read_bytes()))
+    before = sorted(tmp_path.rglob("*"))
+    assert_refused(capsys, merge_command, message, base, tmp_path / "adapter", tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def assert_is_modulated(merged, weights, multipliers, tokens, eps):
@@ -322,7 +321,7 @@ def test_compressed_tensors(kind, tmp_path, tokens):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
-    packed = write_base(tmp_path / "base", kind, layers=LINEARS)
+    packed = write_base(tmp_path / "base", kind)
     scheme = QuantizationScheme(**FORMATS[kind][1]["config_groups"]["group_0"])
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
     for name, layer in packed.items():
