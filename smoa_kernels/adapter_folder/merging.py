@@ -21,29 +21,23 @@ quantised base only scales change (`quantized.py`).
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..backends import eager
-from ..checks import check_path, naming
-from ..definition.packed import PackedAdapter, scaling_tensor
-from ..definition.precision import DTYPES, dtype_names
-from .base_model import INDEX, BaseModel
-from .format import HIRA, METHOD, LayerBlocks
-from .quantized import QuantizedLayer, Rescaled, Rescaling, check_distance
-from .quantized_formats import QuantizedBase
-from .reading import Adapter, opened, read_adapter, read_json
+from ..checks import check_path
+from .base_model import INDEX
+from .changes import Merge, check_keeps_dtype, rescaling
+from .quantized import Rescaled, Rescaling
+from .reading import opened, read_adapter
 from .writing import replacing
 
 # Weights in other formats; a copy would hold the base's values.
@@ -55,7 +49,6 @@ _TOKENIZER = (
     *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template*", "additional_chat_templates/*", "*processor_config.json"),
 )
-_INSTEAD = "merge with PEFT's merge_and_unload(), then save_pretrained()"
 
 
 def merged_weights(
@@ -83,7 +76,7 @@ def merged_weights(
             the adapter changes, or ties it to another. Later, at a tensor: the adapter was trained over another one,
             or the result is not finite. The message names the tensor.
     """
-    merge = _Merge(base, adapter, dtype)
+    merge = Merge(base, adapter, dtype)
     return merge.tensors(name for names in merge.files.values() for name in names)
 
 
@@ -129,7 +122,7 @@ def merge_to_folder(
     check_path("base", base)
     if Path(base).suffix == ".gguf":
         return _gguf_to_folder(Path(base), adapter, target, dtype, progress)
-    merge = _Merge(base, adapter, dtype)
+    merge = Merge(base, adapter, dtype)
     total, done = sum(map(len, merge.files.values())), 0
     with replacing(target, whole=True) as scratch:
         for path, names in merge.files.items():
@@ -168,13 +161,13 @@ def _gguf_to_folder(
     from .gguf_file import GgufFile
 
     check_path("adapter", adapter)
-    _check_keeps_dtype(dtype)
+    check_keeps_dtype(dtype)
     given, counts = read_adapter(Path(adapter)), []
     if given.whole:
         raise ValueError(f"the adapter changes {min(given.whole)}, and in a GGUF file only scales can change")
 
     def changes(file: GgufFile) -> list[Rescaling]:
-        return [_rescaling(given, name, file.layer(name)) for name in given.layers]
+        return [rescaling(given, name, file.layer(name)) for name in given.layers]
 
     for change in changes(GgufFile(base)):
         change.read()
@@ -204,203 +197,6 @@ def _report(scratch: Path, tensors: int, changed: int, scales: Sequence[Rescaled
     return MergeReport(tensors, changed, size, names, flipped, outside)
 
 
-class Change(NamedTuple):
-    """How an adapter changes a parameter of the model."""
-
-    name: str
-    # In which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first.
-    shapes: Sequence[tuple[int, ...]]
-    # W_eff from W0, both as they are stored, which may be transposed; ValueError if it is not the W0 of the training.
-    effective: Callable[[Tensor], Tensor]
-
-    def fitting(self, stored: Tensor) -> Tensor:
-        """The base's tensor, if it has a shape of the adapter's."""
-        if tuple(stored.shape) not in self.shapes:
-            raise ValueError(
-                f"it has shape {tuple(stored.shape)} in the base, and {' or '.join(map(str, self.shapes))} in the "
-                "adapter. If tokens were added, resize the base's embeddings as before training and save it first"
-            )
-        return stored
-
-
-class _Merge:
-    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes.
-
-    Attributes:
-        removed: stored tensors that the merged model lacks.
-        touched: files that differ from the base's.
-        keeps_sizes: whether no tensor gets another size.
-        rescaled: new scales of the layers so far, if the base is quantised.
-    """
-
-    def __init__(
-        self, base: str | os.PathLike[str], adapter: str | os.PathLike[str], dtype: torch.dtype | None
-    ) -> None:
-        check_path("base", base)
-        check_path("adapter", adapter)
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
-        self.base, self.adapter, self.dtype = Path(base), Path(adapter), dtype
-        self.model = BaseModel(self.base)
-        self.rescaled: list[Rescaled] = []
-        files = self.model.by_file()
-        self.config = _read_config(self.base)
-        quantized = None
-        if (settings := self.config.get("quantization_config")) is not None:
-            _check_keeps_dtype(dtype)
-            quantized = QuantizedBase(self.model, settings)
-        changes = [*_read_changes(self.adapter, self.model, dtype, quantized)]
-        self._check_ties([change.name for change in changes])
-        self.removed: set[str] = set()
-        self.changes = {stored: change for change in changes for stored in self._stored(change)}
-        self.files = {
-            path: [name for name in names if name not in self.removed] for path, names in files.items()
-        }
-        self.touched = {self.model.files[name] for name in {*self.changes, *self.removed}}
-        if dtype is not None:
-            self.touched = {*self.files}
-        self.keeps_sizes = dtype is None and not self.removed
-        # Of the changed parameters that are made of several tensors, the new tensors that were not asked for yet.
-        self._made: dict[str, Tensor] = {}
-
-    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Make these tensors of the merged model, in memory of their own."""
-        for name in names:
-            stored, change = self.model.read(name), self.changes.get(name)
-            value = stored if change is None else self._changed(name, change, stored)
-            dtype = self.dtype or stored.dtype if stored.dtype in DTYPES else stored.dtype
-            if isinstance(change, Rescaling):  # scales that were quantised too become float32
-                dtype = value.dtype
-            tensor = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            if change is not None and not _is_finite(tensor):
-                raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([dtype])}")
-            yield name, tensor
-
-    def _changed(self, name: str, change: Change | Rescaling, stored: Tensor) -> Tensor:
-        if name not in self._made:
-            with naming(change.name):
-                if isinstance(change, Rescaling):
-                    self._made |= self._rescaled(change)
-                elif self.model.stored_name(change.name) == name:
-                    return change.effective(stored)
-                else:
-                    architecture = self.model.architecture
-                    W0 = change.fitting(architecture.assemble(change.name, self.model.read))
-                    self._made |= architecture.take_apart(change.name, change.effective(W0))
-                if name not in self._made:
-                    raise ValueError(f"transformers cannot split it into the stored tensors: {_INSTEAD}")
-        return self._made.pop(name)
-
-    def _rescaled(self, change: Rescaling) -> dict[str, Tensor]:
-        weight = change.read()
-        new = change.new_scales(weight)
-        self.rescaled.append(new)
-        stored = change.stored(weight, new.scales)
-        return {name: tensor for name, tensor in stored.items() if tensor is not None}
-
-    def _stored(self, change: Change | Rescaling) -> list[str]:
-        """The stored tensors that hold a parameter: one, or those that it is made of."""
-        if isinstance(change, Rescaling):
-            weight = change.read()
-            new = change.stored(weight, weight.scales)
-            self.removed |= {name for name, tensor in new.items() if tensor is None}
-            return [*new.keys() - self.removed]
-        if (stored := self.model.stored_name(change.name)) is not None:
-            with naming(change.name):
-                change.fitting(self.model.read(stored))
-            return [stored]
-        if parts := self.model.architecture.parts.get(change.name):
-            return parts
-        raise ValueError(
-            f"{self.base} stores no {change.name}, which the adapter changes. A new head: save the base with it "
-            f"first. A parameter that is a part of another: {_INSTEAD}"
-        )
-
-    def _check_ties(self, changed: Sequence[str]) -> None:
-        """Raise if the adapter changes a parameter that the base ties to another."""
-        if all(any(part.isdigit() for part in name.split(".")) for name in changed):
-            return  # to those of numbered layers nothing is tied; importing transformers takes seconds
-        stored = {self.model.stored_name(name) or name for name in changed}
-        for pair in self.model.architecture.tied.items():
-            if stored & {self.model.stored_name(name) or name for name in pair}:
-                raise ValueError(
-                    f"the adapter changes {' or '.join(pair)}, which {self.base} ties to each other: {_INSTEAD}"
-                )
-
-
-def _read_config(base: Path) -> dict[str, Any]:
-    path = base / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config.json in {base}")
-    return read_json(path)
-
-
-def _check_keeps_dtype(dtype: torch.dtype | None) -> None:
-    if dtype is not None:
-        raise ValueError(f"dtype must be None for a quantised base, whose tensors keep theirs, got {dtype}")
-
-
-def _rescaling(adapter: Adapter, name: str, layer: QuantizedLayer) -> Rescaling:
-    A, B = (adapter.tensors[f"{name}.{key}"] for key in ("smoa_A", "smoa_B"))
-    scaling = scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
-    return Rescaling(f"{name}.weight", layer, A, B, adapter.layers[name], scaling)
-
-
-def _read_changes(
-    folder: Path, base: BaseModel, dtype: torch.dtype | None, quantized: QuantizedBase | None
-) -> Iterator[Change | Rescaling]:
-    """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
-    adapter = read_adapter(folder, (METHOD, HIRA))
-    for key, tensor in adapter.whole.items():
-        name = key.replace(".base_layer.", ".")
-        yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor))
-    for name, blocks in adapter.layers.items():
-        if quantized is not None and (layer := quantized.layer(name)) is not None:
-            yield _rescaling(adapter, name, layer)
-            continue
-        # For experts the file names the parameter itself.
-        parameter = name if blocks.of_experts else f"{name}.weight"
-        A, B = (adapter.tensors[f"{name}.{key}"] for key in ("smoa_A", "smoa_B"))
-        shape = (*B.shape[:-1], A.shape[-1])
-        # HiRA has no sketch. fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
-        swapped = base.stores_swapped(name, blocks.partition.shape) if adapter.is_hira else None
-        scaling = scaling_tensor(adapter.settings.for_layer(name).scaling, A.device)
-        effective = partial(_effective, blocks, A, B, scaling, dtype, swapped)
-        yield Change(parameter, [shape, (*shape[:-2], shape[-1], shape[-2])], effective)
-
-
-def _effective(
-    blocks: LayerBlocks,
-    A: Tensor,
-    B: Tensor,
-    scaling: Tensor,
-    dtype: torch.dtype | None,
-    swapped: bool | None,
-    stored: Tensor,
-) -> Tensor:
-    """W_eff of a matrix or of a stack of them, in its stored orientation; `swapped` is None if the sketch shows it."""
-    if stored.dtype not in DTYPES:
-        raise ValueError(f"W0 must be {dtype_names(DTYPES)} to be merged, got {stored.dtype}")
-    if blocks.of_experts:
-        experts = zip(blocks.matrices(), A, B, stored, strict=True)
-        return torch.stack(
-            [_effective(one, a, b, scaling, dtype, None, weight) for one, a, b, weight in experts]
-        )
-    if swapped is None:
-        weight, distance = blocks.orient(stored)
-        check_distance(distance)
-    else:
-        weight = stored.T if swapped else stored
-    W0, ranks = weight.to(dtype or weight.dtype), blocks.ranks.tolist()
-    W_eff = eager.modulated_weight(PackedAdapter(W0, A, B, blocks.partition, blocks.ranks, scaling, ranks))
-    return W_eff if weight is stored else W_eff.T
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # A NaN is among the extremes; `isfinite` of the whole tensor would take a copy's memory.
-    return not tensor.numel() or all(math.isfinite(value) for value in tensor.aminmax())
-
-
 def _new_folder(out: str | os.PathLike[str]) -> Path:
     check_path("out", out)
     target = Path(out).resolve()  # a link is followed, and "." has a name
@@ -414,7 +210,7 @@ def _new_folder(out: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _write_beside_weights(merge: _Merge, scratch: Path) -> None:
+def _write_beside_weights(merge: Merge, scratch: Path) -> None:
     """Write everything in a model's folder except its weights, which are there; the configuration last."""
     size = sum(_data_bytes(path) for path in scratch.iterdir())
     for path in merge.base.rglob("*"):
@@ -445,7 +241,7 @@ def _overwrite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[No
         header = json.loads(stream.read(start - 8))
         for name, tensor in tensors:
             stream.seek(start + header[name]["data_offsets"][0])
-            stream.write(memoryview(tensor.view(torch.uint8).numpy()))
+            stream.write(tensor.flatten().view(torch.uint8).numpy().data)
             yield
 
 

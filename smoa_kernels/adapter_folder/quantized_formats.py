@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -102,24 +102,14 @@ def _unpack(words: Tensor, bits: int, dim: int, size: int) -> Tensor:
     return torch.stack(parts, dim + 1).flatten(dim, dim + 1).narrow(dim, 0, size).float()
 
 
-def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
-    for group in settings["config_groups"].values():
-        name, bits = group.get("format") or settings["format"], group["weights"]["num_bits"]
-        if name != "pack-quantized":
-            return _why_not(name)
-        if bits not in (4, 8):
-            return f"integers of {bits} bits are not read"
-    return None
-
-
 def _read_packed(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
     """compressed-tensors, "pack-quantized": integers along rows, zero points along columns."""
     packed, scales = tensors["weight_packed"], tensors["weight_scale"]
     rows, cols = tensors["weight_shape"].tolist()
     groups = column_groups(cols, scales.shape[1], tensors.get("weight_g_idx"))
     possible = {group["weights"]["num_bits"] for group in settings["config_groups"].values()}
-    fitting = [bits for bits in sorted(possible) if packed.shape[1] == -(-cols * bits // 32)]
-    bits = fitting[0] if fitting else min(possible)
+    # Layers may differ in their bits; where none fits, unpacking says so.
+    bits = next((each for each in possible if packed.shape[1] == -(-cols * each // 32)), min(possible))
 
     def codes() -> Tensor:
         found, zeros = _unpack(packed, bits, 1, cols), tensors.get("weight_zero_point")
@@ -128,13 +118,6 @@ def _read_packed(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
         return found.sub_(_unpack(zeros, bits, 0, rows)[:, groups])
 
     return QuantizedWeight(codes, scales, groups, lambda new: {"weight_scale": new})
-
-
-def _gptq_refusal(settings: Mapping[str, Any]) -> str | None:
-    layout, bits = settings.get("checkpoint_format", "gptq"), settings["bits"]
-    if layout not in ("gptq", "gptq_v2") or settings.get("is_marlin_format"):
-        return f"the layout {shown(layout)} is not read"
-    return None if bits in (2, 4, 8) else f"integers of {bits} bits are not read"
 
 
 def _read_gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
@@ -149,13 +132,6 @@ def _read_gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Qu
         return _unpack(words, bits, 0, cols).sub_(zeros[groups]).T
 
     return QuantizedWeight(codes, scales.T, groups, lambda new: {"scales": new.T})
-
-
-def _awq_refusal(settings: Mapping[str, Any]) -> str | None:
-    layout, bits = settings.get("version", settings.get("checkpoint_format", "gemm")), settings["bits"]
-    if str(layout).lower() != "gemm":
-        return f"the layout {shown(layout)} is not read"
-    return None if bits == 4 else f"integers of {bits} bits are not read"
 
 
 def _read_awq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedWeight:
@@ -175,11 +151,6 @@ def _read_awq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Qua
 
 
 _STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
-
-
-def _bitsandbytes_refusal(settings: Mapping[str, Any]) -> str | None:
-    four = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
-    return None if four else "only its formats of four bits, NF4 and FP4, are read"
 
 
 def _read_bitsandbytes(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> QuantizedWeight:
@@ -211,6 +182,37 @@ def _read_bitsandbytes(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> Q
     return QuantizedWeight(
         codes, scales.view(rows, -1), groups, lambda new: {"weight.absmax": new.flatten(), **written}
     )
+
+
+def _unread(layout: object, layouts: Sequence[str], bits: object, sizes: Sequence[int]) -> str | None:
+    if layout not in layouts:
+        return f"the layout {shown(layout)} is not read"
+    return None if bits in sizes else f"integers of {shown(bits)} bits are not read"
+
+
+def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
+    for group in settings["config_groups"].values():
+        name = group.get("format") or settings["format"]
+        if name != "pack-quantized":
+            return _why_not(name)
+        if refusal := _unread(name, (name,), group["weights"]["num_bits"], (4, 8)):
+            return refusal
+    return None
+
+
+def _gptq_refusal(settings: Mapping[str, Any]) -> str | None:
+    layout = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format", "gptq")
+    return _unread(layout, ("gptq", "gptq_v2"), settings["bits"], (2, 4, 8))
+
+
+def _awq_refusal(settings: Mapping[str, Any]) -> str | None:
+    layout = settings.get("version", settings.get("checkpoint_format", "gemm"))
+    return _unread(str(layout).lower(), ("gemm",), settings["bits"], (4,))
+
+
+def _bitsandbytes_refusal(settings: Mapping[str, Any]) -> str | None:
+    four = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
+    return None if four else "only its formats of four bits, NF4 and FP4, are read"
 
 
 # By `quant_method`.
