@@ -112,7 +112,7 @@ def merge_to_folder(
     Args:
         base, adapter, dtype: see :func:`merged_weights`; `base` may also be a GGUF file.
         out: a folder that does not exist or is empty.
-        progress: called with the number of finished tensors, and of all.
+        progress: called with the number of finished tensors, and of all; in a GGUF file, of those that change.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: as `merged_weights` does; `out` is taken.
@@ -180,17 +180,20 @@ def _gguf_to_folder(
             counts.append(change.new_scales(weight))
             weight.store(counts[-1].scales)
         progress(len(given.layers), len(given.layers))
-        return _report(scratch, file.tensors, len(given.layers), counts)
+        return _report(scratch, file.tensors, len(given.layers), counts, level=4)
 
 
-def _report(scratch: Path, tensors: int, changed: int, scales: Sequence[Rescaled]) -> MergeReport:
+def _report(
+    scratch: Path, tensors: int, changed: int, scales: Sequence[Rescaled], *, level: int = 3
+) -> MergeReport:
+    """Describe the files; warn the caller, `level` frames above, of scales that may not do what they should."""
     flipped, outside = sum(each.flipped for each in scales), sum(each.outside for each in scales)
     if flipped or outside:
         warnings.warn(
             f"{flipped} of the base's scales changed their sign, and {outside} left the range of their type: compare "
             "the merged model with the adapter over its base",
             UserWarning,
-            stacklevel=3,
+            stacklevel=level,
         )
     files = sorted(scratch.iterdir())
     size, names = sum(file.stat().st_size for file in files), tuple(file.name for file in files)

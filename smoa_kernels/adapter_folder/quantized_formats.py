@@ -125,7 +125,7 @@ def _read_gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Qu
     words, scales, bits, order = tensors["qweight"], tensors["scales"], settings["bits"], tensors.get("g_idx")
     cols, rows = words.shape[0] * 32 // bits if order is None else len(order), words.shape[1]
     groups = column_groups(cols, scales.shape[0], order)
-    one = settings.get("checkpoint_format", "gptq") == "gptq"
+    one = _layout(settings, "gptq") == "gptq"
 
     def codes() -> Tensor:
         zeros = _unpack(tensors["qzeros"], bits, 1, rows).add_(one).remainder_(2**bits)
@@ -184,6 +184,12 @@ def _read_bitsandbytes(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> Q
     )
 
 
+def _layout(settings: Mapping[str, Any], usual: str) -> str:
+    """How tensors are laid out, by the names that tools have given to this setting."""
+    given = (settings.get(key) for key in ("version", "checkpoint_format", "format"))
+    return next((str(each).lower() for each in given if each), usual)
+
+
 def _unread(layout: object, layouts: Sequence[str], bits: object, sizes: Sequence[int]) -> str | None:
     if layout not in layouts:
         return f"the layout {shown(layout)} is not read"
@@ -201,13 +207,12 @@ def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
 
 
 def _gptq_refusal(settings: Mapping[str, Any]) -> str | None:
-    layout = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format", "gptq")
+    layout = "marlin" if settings.get("is_marlin_format") else _layout(settings, "gptq")
     return _unread(layout, ("gptq", "gptq_v2"), settings["bits"], (2, 4, 8))
 
 
 def _awq_refusal(settings: Mapping[str, Any]) -> str | None:
-    layout = settings.get("version", settings.get("checkpoint_format", "gemm"))
-    return _unread(str(layout).lower(), ("gemm",), settings["bits"], (4,))
+    return _unread(_layout(settings, "gemm"), ("gemm",), settings["bits"], (4,))
 
 
 def _bitsandbytes_refusal(settings: Mapping[str, Any]) -> str | None:

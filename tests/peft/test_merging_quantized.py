@@ -195,7 +195,7 @@ def other_base(base, adapter):
         (edited(quant_method="gptq", bits=3), "integers of 3 bits are not read"),
         (edited(quant_method="gptq", bits=4, checkpoint_format="marlin"), "the layout 'marlin' is not read"),
         (edited(quant_method="gptq"), "its quantization_config cannot be read: KeyError('bits')"),
-        (edited(quant_method="awq", bits=4, version="gemv"), "the layout 'gemv' is not read"),
+        (edited(quant_method="awq", bits=4, format="gemv"), "the layout 'gemv' is not read"),
         (edited(quant_method="awq", bits=8, version="GEMM"), "integers of 8 bits are not read"),
         (scheme("nvfp4-pack-quantized"), "its scales have three bits"),
         (scheme("int-quantized"), "'int-quantized' is not a format whose scales can be multiplied"),
@@ -234,8 +234,10 @@ def test_gguf(kind, tmp_path, tokens):
     gguf = pytest.importorskip("gguf", reason="not installed")
     base, adapter, out = tmp_path / "base.gguf", tmp_path / "adapter", tmp_path / "out"
     weights = write_gguf(base, kind)
-    multipliers = write_adapter(adapter, weights)
-    report = merge_to_folder(base, adapter, out)
+    multipliers = write_adapter(adapter, weights, scale=0.2)
+    with pytest.warns(UserWarning, match="of the base's scales changed their sign") as caught:
+        report = merge_to_folder(base, adapter, out)
+    assert caught[0].filename == __file__
     assert (report.files, report.changed) == (("base.gguf",), len(weights))
     before, after = gguf.GGUFReader(base), gguf.GGUFReader(out / "base.gguf")
     scales = np.zeros(len(before.data), bool)
