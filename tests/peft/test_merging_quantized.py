@@ -122,19 +122,25 @@ def test_small_updates_survive_in_half_precision():
     assert found.scales.double().mean() / packed.scales.double().mean() == pytest.approx(1.0005, abs=2e-5)
 
 
-def test_scales_that_leave_their_range_or_change_sign(tmp_path):
-    """Counted and warned of; what is too large becomes the type's largest number."""
+def test_scales_that_leave_their_range_are_counted():
+    """What is too large becomes the type's largest number."""
     packed = FORMATS["GPTQ"][0](torch.ones(8, 16), 8)
     multiplier = torch.ones(8, 2)
     multiplier[:2] = torch.tensor([[-1.0, 1e9], [-1e9, 1e-9]])
     found = quantized.rescale(read("GPTQ", packed.tensors), multiplier, packed.groups)
     assert (found.flipped, found.outside) == (2, 3)
     assert found.scales[0, 1] == -found.scales[1, 0] == torch.finfo(torch.float16).max
-    base = write_base(tmp_path / "base", "GPTQ")
-    multipliers = write_adapter(tmp_path / "adapter", base, scale=1.0)
+
+
+@pytest.mark.parametrize("kind", ["GPTQ", "Q4_0"])
+def test_scales_that_change_their_sign_are_counted(kind, tmp_path):
+    base, adapter = tmp_path / "base.gguf", tmp_path / "adapter"
+    weights = write_gguf(base) if kind == "Q4_0" else write_base(base := tmp_path / "base", kind)
+    multipliers = write_adapter(adapter, weights, scale=1.0)
     flipped = sum(int((each < 0).sum()) for each in multipliers.values())
-    with pytest.warns(UserWarning, match=f"{flipped} of the base's scales changed their sign"):
-        assert merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").flipped == flipped
+    with pytest.warns(UserWarning, match=f"{flipped} of the base's scales changed their sign") as caught:
+        assert merge_to_folder(base, adapter, tmp_path / "out").flipped == flipped
+    assert caught[0].filename == __file__
 
 
 def edited(**values):
@@ -234,10 +240,8 @@ def test_gguf(kind, tmp_path, tokens):
     gguf = pytest.importorskip("gguf", reason="not installed")
     base, adapter, out = tmp_path / "base.gguf", tmp_path / "adapter", tmp_path / "out"
     weights = write_gguf(base, kind)
-    multipliers = write_adapter(adapter, weights, scale=0.2)
-    with pytest.warns(UserWarning, match="of the base's scales changed their sign") as caught:
-        report = merge_to_folder(base, adapter, out)
-    assert caught[0].filename == __file__
+    multipliers = write_adapter(adapter, weights)
+    report = merge_to_folder(base, adapter, out)
     assert (report.files, report.changed) == (("base.gguf",), len(weights))
     before, after = gguf.GGUFReader(base), gguf.GGUFReader(out / "base.gguf")
     scales = np.zeros(len(before.data), bool)
