@@ -29,6 +29,7 @@ ORDER = (
 # Late imports do not run when their module is imported. Each has a reason.
 LATE = {
     ("adapter_folder.base_model", "adapter_folder.architecture"): "imports transformers",
+    ("adapter_folder.merging", "adapter_folder.gguf_file"): "gguf is optional",
     ("cli", "cli.app"): "typer and rich are an extra",
     ("cli.convert", "peft.hira.convert"): "PEFT is an extra",
     ("cli.info", "backends.verified"): "imports Triton",

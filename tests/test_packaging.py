@@ -142,8 +142,8 @@ def test_every_import_is_declared(metadata: Message, extra: str) -> None:
         if EXTRAS.get(path.relative_to(PACKAGE).parts[0], "") == extra:
             imported |= absolute_imports(path)
     # Known by name only, or optional: PEFT's classes are passed in, torch brings Triton where it can, and one option of
-    # `tune` takes transformers.
-    known = {"": {"peft", "transformers", "triton"}, "cli": {"transformers"}, "peft": {"vllm"}}[extra]
+    # `tune` takes transformers, and merging into a GGUF file takes gguf.
+    known = {"": {"peft", "transformers", "triton"}, "cli": {"transformers"}, "peft": {"vllm", "gguf"}}[extra]
     assert imported
     assert imported - known <= allowed
 

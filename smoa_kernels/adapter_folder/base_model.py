@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,9 +68,15 @@ class BaseModel:
 
     def read(self, stored: str) -> Tensor:
         """Read a tensor by its stored name, mapped into memory."""
-        with opened(self.files[stored]) as file:
-            tensor: Tensor = file.get_tensor(stored)
-        return tensor
+        return self.read_all([stored])[stored]
+
+    def read_all(self, stored: Collection[str]) -> dict[str, Tensor]:
+        """The same for several, and opens each of their files once."""
+        found: dict[str, Tensor] = {}
+        for path in {self.files[name] for name in stored}:
+            with opened(path) as file:
+                found |= {name: file.get_tensor(name) for name in stored if self.files[name] == path}
+        return found
 
     def get(self, name: str) -> Tensor | None:
         """Read a parameter as the model has it, assembled from parts if need be; None if the folder lacks it."""

@@ -15,14 +15,20 @@ _DTYPES = {dtype_names([dtype]): dtype for dtype in DTYPES}
 
 
 def merge(
-    base: Annotated[Path, typer.Argument(help="Folder of a base model in safetensors files, not quantised.")],
+    base: Annotated[
+        Path, typer.Argument(help="Folder of a base model in safetensors files, or a GGUF file.")
+    ],
     adapter: Annotated[Path, typer.Argument(help="Folder of an SMoA or HiRA adapter.")],
     out: Annotated[Path, typer.Argument(help="Folder for the merged model: new, or empty.")],
     dtype: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(_DTYPES)}; each tensor keeps its own if absent.")
     ] = None,
 ) -> None:
-    """Merge an adapter into its base model, a file of weights at a time: a plain model that any program serves."""
+    """Merge an adapter into its base model, a file of weights at a time: a model of its own that any program serves.
+
+    Of a quantised base (compressed-tensors, GPTQ, AWQ, NF4, Q4_0, Q8_0) only the scales change; the adapter's groups of
+    columns must be the base's.
+    """
     if dtype is not None:
         check_choice("--dtype", dtype, _DTYPES)
     from ..adapter_folder.merging import merge_to_folder

@@ -1,6 +1,5 @@
 """`smoa-kernels merge` and `merge_to_folder`: options, refusals, interruptions, files, and peak memory."""
 
-import json
 import os
 import signal
 import sys
@@ -10,6 +9,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 from adapted import assert_refused, config, edit_weights, loaded, trained
+from packed_bases import write_adapter, write_base, write_gguf
 from peft import LoraConfig, get_peft_model
 from processes import killed
 from tiny_models import tiny_llama
@@ -32,7 +32,6 @@ from smoa_kernels.peft import merge_to_folder, merged_weights
         ),
         (lambda base, adapter: (base / "config.json").unlink(), "there is no config.json"),
         (lambda base, adapter: (base / "model.safetensors").unlink(), "there are no safetensors files"),
-        (lambda base, adapter: quantised(base), "is quantised (bitsandbytes): merge into the model"),
         (lambda base, adapter: lora(adapter), "an adapter of the method 'LORA'"),
     ],
 )
@@ -76,13 +75,6 @@ def spoilt(state):
     state["base_model.model.model.layers.1.mlp.down_proj.smoa.B"][0] = torch.nan
 
 
-def quantised(base):
-    path = base / "config.json"
-    path.write_text(
-        json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "bitsandbytes"}})
-    )
-
-
 def lora(adapter):
     get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(adapter)
 
@@ -92,8 +84,10 @@ def full(*args, **kwargs):
 
 
 @pytest.mark.parametrize("exists", [False, True])
-@pytest.mark.parametrize("at", [0, 7, 21, None])
-def test_a_merge_that_fails(at, exists, sharded, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("at", "dtype"), [(0, None), (7, None), (21, None), (None, None), (None, torch.bfloat16)]
+)
+def test_a_merge_that_fails(at, dtype, exists, sharded, tmp_path, monkeypatch):
     """Before the first tensor, in between, after the last, or in a write: no file remains, not even a hidden folder."""
     out = tmp_path / "out"
     if exists:
@@ -102,33 +96,42 @@ def test_a_merge_that_fails(at, exists, sharded, tmp_path, monkeypatch):
 
     def interrupt(done, total):
         assert total == 21
-        if done == at:
+        if at is not None and done >= at:
             raise KeyboardInterrupt
 
     failure = pytest.raises(KeyboardInterrupt)
     if at is None:
-        monkeypatch.setattr("smoa_kernels.adapter_folder.merging.save_file", full)
+        monkeypatch.setattr(
+            f"smoa_kernels.adapter_folder.merging.{'save_file' if dtype else 'shutil.copyfile'}", full
+        )
         failure = pytest.raises(OSError, match=f"cannot save to {out}, which is as it was: .*No space left")
     with failure:
-        merge_to_folder(*sharded, out, progress=interrupt)
+        merge_to_folder(*sharded, out, dtype=dtype, progress=interrupt)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def merge_until_killed(base, adapter, out):
-    kill = lambda done, total: done == 15 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    kill = lambda done, total: done >= 9 and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     merge_to_folder(base, adapter, out, progress=kill)
 
 
-def test_killed(sharded, tmp_path):
+@pytest.mark.parametrize("kind", ["plain", "GPTQ", "Q4_0"])
+def test_killed(kind, sharded, tmp_path):
     """A killed merge leaves only a hidden folder, which holds no model; the next merge ignores it."""
-    out = tmp_path / "out"
-    killed(merge_until_killed, *sharded, out)
-    (left,) = (path for path in tmp_path.iterdir() if path.name not in ("base", "adapter"))
+    base, adapter = sharded
+    if kind != "plain":
+        base, adapter = tmp_path / "base.gguf", tmp_path / "grouped"
+        write_adapter(
+            adapter, write_gguf(base) if kind == "Q4_0" else write_base(base := tmp_path / "packed", kind)
+        )
+    before, out = {*tmp_path.iterdir()}, tmp_path / "out"
+    killed(merge_until_killed, base, adapter, out)
+    (left,) = {*tmp_path.iterdir()} - before
     assert left.name.startswith(".out.saving-")
-    assert list(left.glob("*.safetensors"))
+    assert list(left.iterdir())
     assert not (left / "config.json").exists()
-    merge_to_folder(*sharded, out)
-    assert loaded(out)
+    report = merge_to_folder(base, adapter, out)
+    assert {*report.files} <= {path.name for path in out.iterdir()}
 
 
 def test_files_that_the_adapter_does_not_change_are_copied(sharded, tmp_path):

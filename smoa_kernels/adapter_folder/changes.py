@@ -1,0 +1,204 @@
+"""`Merge`: which stored tensors of a base model an adapter changes, and their new values."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends import eager
+from ..checks import check_path, naming
+from ..definition.precision import DTYPES, dtype_names
+from .base_model import BaseModel
+from .format import HIRA, METHOD, StoredAdapter
+from .quantized import Rescaled, Rescaling, check_distance
+from .quantized_formats import QuantizedBase
+from .reading import read_adapter, read_json
+
+_INSTEAD = "merge with PEFT's merge_and_unload(), then save_pretrained()"
+
+
+class Change(NamedTuple):
+    """How an adapter changes a parameter of the model."""
+
+    name: str
+    # In which W0 may be stored; the adapter's own, (N, C) or (E, N, C), comes first.
+    shapes: Sequence[tuple[int, ...]]
+    # W_eff from W0, both as they are stored, which may be transposed; ValueError if it is not the W0 of the training.
+    effective: Callable[[Tensor], Tensor]
+
+    def fitting(self, stored: Tensor) -> Tensor:
+        """The base's tensor, if it has a shape of the adapter's."""
+        if tuple(stored.shape) not in self.shapes:
+            raise ValueError(
+                f"it has shape {tuple(stored.shape)} in the base, and {' or '.join(map(str, self.shapes))} in the "
+                "adapter. If tokens were added, resize the base's embeddings as before training and save it first"
+            )
+        return stored
+
+
+class Merge:
+    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes.
+
+    Attributes:
+        removed: stored tensors that the merged model lacks.
+        touched: files that differ from the base's.
+        keeps_sizes: whether no tensor gets another size.
+        rescaled: new scales of the layers so far, if the base is quantised.
+    """
+
+    def __init__(
+        self, base: str | os.PathLike[str], adapter: str | os.PathLike[str], dtype: torch.dtype | None
+    ) -> None:
+        check_path("base", base)
+        check_path("adapter", adapter)
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
+        self.base, self.adapter, self.dtype = Path(base), Path(adapter), dtype
+        self.model = BaseModel(self.base)
+        self.rescaled: list[Rescaled] = []
+        files = self.model.by_file()
+        self.config = _read_config(self.base)
+        quantized = None
+        if (settings := self.config.get("quantization_config")) is not None:
+            check_keeps_dtype(dtype)
+            quantized = QuantizedBase(self.model, settings)
+        changes = [*_read_changes(self.adapter, self.model, dtype, quantized)]
+        self._check_ties([change.name for change in changes])
+        self.removed: set[str] = set()
+        self.changes = {stored: change for change in changes for stored in self._stored(change)}
+        self.files = {
+            path: [name for name in names if name not in self.removed] for path, names in files.items()
+        }
+        self.touched = {self.model.files[name] for name in {*self.changes, *self.removed}}
+        if dtype is not None:
+            self.touched = {*self.files}
+        self.keeps_sizes = dtype is None and not self.removed
+        # Of the changed parameters that are made of several tensors, the new tensors that were not asked for yet.
+        self._made: dict[str, Tensor] = {}
+
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Make these tensors of the merged model, in memory of their own."""
+        for name in names:
+            stored, change = self.model.read(name), self.changes.get(name)
+            value = stored if change is None else self._changed(name, change, stored)
+            dtype = self.dtype or stored.dtype if stored.dtype in DTYPES else stored.dtype
+            if isinstance(change, Rescaling):  # scales that were quantised too become float32
+                dtype = value.dtype
+            tensor = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            if change is not None and not _is_finite(tensor):
+                raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([dtype])}")
+            yield name, tensor
+
+    def _changed(self, name: str, change: Change | Rescaling, stored: Tensor) -> Tensor:
+        if name not in self._made:
+            with naming(change.name):
+                if isinstance(change, Rescaling):
+                    self._made |= self._rescaled(change)
+                elif self.model.stored_name(change.name) == name:
+                    return change.effective(stored)
+                else:
+                    architecture = self.model.architecture
+                    W0 = change.fitting(architecture.assemble(change.name, self.model.read))
+                    self._made |= architecture.take_apart(change.name, change.effective(W0))
+                if name not in self._made:
+                    raise ValueError(f"transformers cannot split it into the stored tensors: {_INSTEAD}")
+        return self._made.pop(name)
+
+    def _rescaled(self, change: Rescaling) -> dict[str, Tensor]:
+        weight = change.read()
+        new = change.new_scales(weight)
+        self.rescaled.append(new)
+        stored = change.stored(weight, new.scales)
+        return {name: tensor for name, tensor in stored.items() if tensor is not None}
+
+    def _stored(self, change: Change | Rescaling) -> list[str]:
+        """The stored tensors that hold a parameter: one, or those that it is made of."""
+        if isinstance(change, Rescaling):
+            weight = change.read()
+            new = change.stored(weight, weight.scales)
+            self.removed |= {name for name, tensor in new.items() if tensor is None}
+            return [*new.keys() - self.removed]
+        if (stored := self.model.stored_name(change.name)) is not None:
+            with naming(change.name):
+                change.fitting(self.model.read(stored))
+            return [stored]
+        if parts := self.model.architecture.parts.get(change.name):
+            return parts
+        raise ValueError(
+            f"{self.base} stores no {change.name}, which the adapter changes. A new head: save the base with it "
+            f"first. A parameter that is a part of another: {_INSTEAD}"
+        )
+
+    def _check_ties(self, changed: Sequence[str]) -> None:
+        """Raise if the adapter changes a parameter that the base ties to another."""
+        if all(any(part.isdigit() for part in name.split(".")) for name in changed):
+            return  # to those of numbered layers nothing is tied; importing transformers takes seconds
+        stored = {self.model.stored_name(name) or name for name in changed}
+        for pair in self.model.architecture.tied.items():
+            if stored & {self.model.stored_name(name) or name for name in pair}:
+                raise ValueError(
+                    f"the adapter changes {' or '.join(pair)}, which {self.base} ties to each other: {_INSTEAD}"
+                )
+
+
+def _read_config(base: Path) -> dict[str, Any]:
+    path = base / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config.json in {base}")
+    return read_json(path)
+
+
+def check_keeps_dtype(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype for the merged model, whose base is quantised."""
+    if dtype is not None:
+        raise ValueError(f"dtype must be None for a quantised base, whose tensors keep theirs, got {dtype}")
+
+
+def _read_changes(
+    folder: Path, base: BaseModel, dtype: torch.dtype | None, quantized: QuantizedBase | None
+) -> Iterator[Change | Rescaling]:
+    """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
+    adapter = read_adapter(folder, (METHOD, HIRA))
+    for key, tensor in adapter.whole.items():
+        name = key.replace(".base_layer.", ".")
+        yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor))
+    for name, stored in adapter.layers.items():
+        # For experts the file names the parameter itself.
+        parameter, shape = name if stored.of_experts else f"{name}.weight", stored.shape
+        if quantized is not None and (layer := quantized.layer(name)) is not None:
+            yield Rescaling(parameter, layer, stored)
+            continue
+        # HiRA has no sketch. fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
+        swapped = base.stores_swapped(name, shape) if adapter.is_hira else None
+        effective = partial(_effective, stored, dtype, swapped)
+        yield Change(parameter, [shape, (*shape[:-2], shape[-1], shape[-2])], effective)
+
+
+def _effective(
+    adapter: StoredAdapter, dtype: torch.dtype | None, swapped: bool | None, stored: Tensor
+) -> Tensor:
+    """W_eff of a matrix or of a stack of them, in its stored orientation; `swapped` is None if the sketch shows it."""
+    if stored.dtype not in DTYPES:
+        raise ValueError(f"W0 must be {dtype_names(DTYPES)} to be merged, got {stored.dtype}")
+    if adapter.of_experts:
+        experts = zip(adapter.matrices(), stored, strict=True)
+        return torch.stack([_effective(one, dtype, None, weight) for one, weight in experts])
+    if swapped is None:
+        weight, distance = adapter.orient(stored)
+        check_distance(distance)
+    else:
+        weight = stored.T if swapped else stored
+    W_eff = eager.modulated_weight(adapter.packed(weight.to(dtype or weight.dtype)))
+    return W_eff if weight is stored else W_eff.T
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # A NaN is among the extremes; `isfinite` of the whole tensor would take a copy's memory.
+    return not tensor.numel() or all(math.isfinite(value) for value in tensor.aminmax())
