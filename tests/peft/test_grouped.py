@@ -5,6 +5,7 @@ import torch
 from adapted import adapt, close, config, layer_list, loaded, logits
 from peft import PeftModel
 from quantized_bases import load
+from safetensors.torch import load_file
 from tiny_models import tiny_llama
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
@@ -60,3 +61,19 @@ def test_the_groups_of_the_base(quantizable, tmp_path):
         assert layer.smoa["grouped"].A.shape[1] == -(-layer.in_features // 64)
     with pytest.raises(ValueError, match='group_size="base" takes a model whose weights share scales'):
         adapt(tiny_llama(), group_size="base", num_blocks=1)
+
+
+@torch.no_grad()
+def test_four_bits_in_and_four_bits_out(quantizable, tokens, tmp_path):
+    """An adapter that was trained on an NF4 model merges into its file: the codes stay, the model answers the same."""
+    load(quantizable, "nf4").save_pretrained(tmp_path / "base")
+    model = adapt(loaded(tmp_path / "base"), group_size="base", num_blocks=1)
+    expected = logits(model, tokens)
+    model.save_pretrained(tmp_path / "adapter")
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "merged"))
+    assert all(torch.equal(before[key], after[key]) for key in before if key.endswith("proj.weight"))
+    # Dequantised, since bitsandbytes' own product for CPUs rounds to bfloat16.
+    found, plain = (logits(loaded(tmp_path / name).dequantize(), tokens) for name in ("merged", "base"))
+    close(found, expected, 1e-4)
+    assert (plain - expected).norm() > 0.01 * expected.norm()

@@ -212,7 +212,7 @@ def other_base(base, adapter):
         ),
         (changed(weight_shape=torch.tensor([64, 72])), "it has shape (64, 72) in the base, and (64, 64) in"),
         (changed(weight_packed=torch.zeros(64, 7, dtype=torch.int32)), "do not hold 64 integers of 4 bits"),
-        (changed(weight_scale=torch.zeros(63, 2)), "do not fit each other"),
+        (changed(weight_scale=torch.zeros(63, 2)), "it has shape (63, 64) in the base"),
         (changed(weight_scale=torch.zeros(64, 2).int()), "scales are torch.int32 (64, 2)"),
         (changed(weight_scale=None), "q_proj.weight, which the adapter changes"),
         (cut, "b.safetensors is truncated or corrupt"),
