@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..adapter import Adapter
 from ..backends import eager
 from ..checks import naming
 from ..definition.packed import PackedAdapter
@@ -108,11 +109,11 @@ class Rescaling(NamedTuple):
         return torch.arange(len(weight.groups)) // self.adapter.group_size
 
 
-def group_multiplier(adapter: StoredAdapter) -> Tensor:
+def group_multiplier(adapter: StoredAdapter | Adapter) -> Tensor:
     """`m = 1 + s BA` inside the blocks and 1 outside, float32 (N, G), a column for each group of the adapter."""
     cols = adapter.col_block[:: adapter.group_size]
     partition = BlockPartition.from_labels(adapter.row_block, cols, len(adapter.ranks))
-    ones = torch.ones(partition.shape)
+    ones = torch.ones(partition.shape, device=cols.device)
     packed = PackedAdapter(ones, adapter.A, adapter.B, partition, adapter.ranks, adapter.scaling)
     return eager.modulated_weight(packed)
 

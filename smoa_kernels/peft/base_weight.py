@@ -23,7 +23,7 @@ from ..definition.sketch import sketch_distance, sketch_weight
 from .combine import sum_adapters
 from .dequantize import read_weight
 from .offload import check_present, present
-from .quantized import requantize
+from .quantized import requantize, rescale
 
 
 class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not followed
@@ -127,7 +127,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W_eff, the W0 + Σ ΔW that the layer multiplies by, into the base layer; W0 is kept for :meth:`unmerge`.
 
-        Half types are rounded by thresholds (docs/numerics.md); a quantised base is quantised anew.
+        Half types are rounded by thresholds (docs/numerics.md). A base that is quantised is quantised anew, unless the
+        adapters' `group_size` fits the scales of bitsandbytes' four bits, which are then multiplied.
 
         Args:
             safe_merge: raise, and change nothing, where the result is not finite.
@@ -164,7 +165,9 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
                     f"NaNs detected in the merged weights. The adapter {','.join(names)} seems to be broken"
                 )
         if stored is None:
-            quantized = requantize(self, *merged)
+            quantized = rescale(self, [self.smoa[name] for name in (*before, *names)])
+            if quantized is None:
+                quantized = requantize(self, *merged)
             self._stored_layer = self._stored_layer or (quantized,)
         else:
             if self._stored_base is None:

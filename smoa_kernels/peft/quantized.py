@@ -7,16 +7,19 @@ x, the factors and the seed are kept for backward, as for a plain base.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter import Adapter
+from ..adapter_folder.quantized import group_multiplier
 from ..backends import resolve_backend
 from ..definition.dropout import Dropout, draw_seed
-from ..definition.packed import PackedAdapter
+from ..definition.packed import PackedAdapter, of_columns
 from ..definition.precision import autocast_enabled, without_autocast
 from ..functional import adapted_linear, cast_factors
 from ..operators.linear import LinearCall, linear_gradients
@@ -81,6 +84,37 @@ class _DequantizedLinear(torch.autograd.Function):
         dbias = torch.atleast_2d(dy).flatten(0, -2).sum(0) if needs_bias else None
         gradients = (dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None)
         return (*gradients, None, None, None, None)
+
+
+def rescale(layer: Any, adapters: Sequence[Adapter]) -> nn.Module | None:
+    """Merge adapters into a weight of bitsandbytes of four bits by its scales, exactly, where their groups allow it.
+
+    Returns:
+        A layer over the old scales; None where the weight is another, or its scales are not those of the groups.
+    """
+    base = layer.get_base_layer()
+    weight: Any = getattr(layer._stored_layer[0] if layer._stored_layer else base, "weight", None)
+    state: Any = getattr(weight, "quant_state", None)
+    size, columns = getattr(state, "blocksize", 0), layer.in_features
+    exact = (
+        all(one.group_size % size == 0 or one.group_size >= columns for one in adapters) if size else False
+    )
+    if not exact or columns % size:
+        return None
+    functional, before = importlib.import_module("bitsandbytes.functional"), _twin(base)
+    multiplier = torch.ones(layer.out_features, columns // size, device=state.absmax.device)
+    for one in adapters:
+        multiplier += of_columns(group_multiplier(one) - 1, -(-one.group_size // size), columns // size)
+    scales = state.absmax
+    if state.nested:
+        scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+    new = copy.copy(state)
+    new.absmax, new.nested, new.state2, new.offset = scales.float() * multiplier.flatten(), False, None, None
+    held = dict(vars(weight), quant_state=new, compress_statistics=False)
+    base.weight = torch.Tensor._make_subclass(type(weight), weight.data, False)
+    vars(base.weight).update(held)
+    base.quant_state = new
+    return before
 
 
 def requantize(layer: Any, weight: Tensor) -> nn.Module:

@@ -242,7 +242,12 @@ def write_adapter(folder, weights, size=GROUP, scale=0.05):
         multipliers[name] = 1 + scale * inside * (B @ A)
     state = {f"base_model.model.{key}": value for key, value in state.items()}
     save_file(state, folder / "adapter_model.safetensors")
-    config = {"peft_type": "SMOA", "format_version": FORMAT_VERSION, "r": 2 * blocks, "smoa_alpha": 2 * blocks * scale}
+    config = {
+        "peft_type": "SMOA",
+        "format_version": FORMAT_VERSION,
+        "r": 2 * blocks,
+        "smoa_alpha": 2 * blocks * scale,
+    }
     config |= {"num_blocks": blocks, "block_order": "contiguous", "group_size": size}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return multipliers

@@ -7,9 +7,10 @@ from peft import PeftModel
 from quantized_bases import load
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
-from smoa_kernels.peft import SMoAConfig, hotswap, merge_to_folder
+from smoa_kernels.peft import SMoAConfig, dequantize, hotswap, merge_to_folder
 
 GROUPED = {"group_size": 8, "num_blocks": 2}
 
@@ -77,3 +78,23 @@ def test_four_bits_in_and_four_bits_out(quantizable, tokens, tmp_path):
     found, plain = (logits(loaded(tmp_path / name).dequantize(), tokens) for name in ("merged", "base"))
     close(found, expected, 1e-4)
     assert (plain - expected).norm() > 0.01 * expected.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("nested", [False, True])
+def test_merging_in_memory_multiplies_the_scales(quantizable, nested):
+    kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
+    base = AutoModelForCausalLM.from_pretrained(quantizable, quantization_config=kind, device_map="cpu")
+    model = adapt(base, group_size="base", num_blocks=1)
+    model.add_adapter("wider", config(group_size=128, num_blocks=1, target_modules="all-linear"))
+    for layer in layer_list(model):
+        W0, codes = layer.base_weight(), layer.base_layer.weight.data.clone()
+        for names in (["default"], ["wider"]):
+            layer.merge(adapter_names=names)
+            W_eff = W0 + sum(layer.get_delta_weight(name) for name in layer.merged_adapters)
+            torch.testing.assert_close(
+                dequantize.read_weight(layer.quantization_backend, layer.base_layer), W_eff
+            )
+            assert torch.equal(layer.base_layer.weight.data, codes)
+        layer.unmerge()
+        assert torch.equal(dequantize.read_weight(layer.quantization_backend, layer.base_layer), W0)
