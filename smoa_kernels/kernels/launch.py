@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -183,7 +184,7 @@ class Launch:
     def __init__(self, kernel: Any, config: Config, layout: Layout | None = None, **numbers: Any) -> None:
         values = {name.upper(): value for name, value in vars(config).items()}
         values |= (layout.numbers() if layout else {}) | numbers
-        self._pointers = tuple(name for name in kernel.arg_names if name.endswith("_ptr"))
+        self._tensors = itemgetter(*(name for name in kernel.arg_names if name.endswith("_ptr")))
         sizes_end = next(i for i, name in enumerate(kernel.arg_names) if name in values)
         self._numbers = tuple(values[name] for name in kernel.arg_names[sizes_end:])
         self.kernel, self.config = kernel, config
@@ -197,7 +198,7 @@ class Launch:
             pointers: the kernel's tensors by name; others are ignored.
             sizes: the kernel's first numbers, which change from call to call.
         """
-        tensors = [pointers[name] for name in self._pointers]
+        tensors = self._tensors(pointers)
         address = 0
         dtypes: list[torch.dtype | bool | None] = []
         for tensor in tensors:
@@ -221,13 +222,12 @@ class Launch:
 
     def by_triton(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
         """Let Triton find or compile the kernel, and launch it; returns what it compiled, a `CompiledKernel`."""
-        tensors = (pointers[name] for name in self._pointers)
-        return self.kernel[grid](*tensors, *sizes, *self._numbers, **self.config.options)
+        return self.kernel[grid](*self._tensors(pointers), *sizes, *self._numbers, **self.config.options)
 
     def compiled(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
         """Like :meth:`by_triton`, but nothing is launched."""
-        tensors = (pointers[name] for name in self._pointers)
-        return self.kernel.warmup(*tensors, *sizes, *self._numbers, grid=grid, **self.config.options)
+        values = *self._tensors(pointers), *sizes, *self._numbers
+        return self.kernel.warmup(*values, grid=grid, **self.config.options)
 
     def _is_stopped(self, hooks: tuple[Any, ...], new: bool, *arguments: Any) -> bool:
         token = _hooks.set(())
