@@ -188,6 +188,17 @@ def experts(code: str) -> None:
     assert adapts(run(code)["model"], "experts")
 
 
+def four_bits(code: str) -> None:
+    pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
+    from tiny_models import tiny_llama
+
+    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained("model")
+    run(code)
+    from smoa_kernels.cli import main
+
+    assert main(["merge", "base", "adapter", "merged"]) == 0
+
+
 def hira(code: str) -> None:
     from smoa_kernels.peft.hira.accelerate import AcceleratedLinear
 
@@ -238,6 +249,7 @@ EXAMPLES: dict[str, Callable[..., object]] = {
     "README.md": first_adapter,
     "docs/distributed.md": several_devices,
     "docs/experts.md": experts,
+    "docs/four_bits.md": four_bits,
     "docs/hira.md": hira,
     "docs/index.md": first_adapter,
     "docs/merging.md": merge,
