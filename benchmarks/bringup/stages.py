@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from smoa_kernels.kernels.architectures import architecture, identity, multiprocessors
 from smoa_kernels.kernels.launch import Launch, launch_hook
 from smoa_kernels.kernels.table import SCHEMA, Choice, keep
-from smoa_kernels.tuning.tuner import compile_ahead, gpu_timer, jobs, tune
+from smoa_kernels.tuning.tuner import gpu_timer, jobs, tune
 
 from ..cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
 from ..gate import check_layers
@@ -278,8 +278,6 @@ def tune_shapes(job: Job) -> None:
     timer = interpreter_timer if job.smoke else gpu_timer
     if job.smoke:  # the interpreter is slow
         planned = [replace(one, candidates=one.candidates[:2]) for one in planned]
-    else:
-        compile_ahead(planned)
     problems = {str(one.key): "no time was left" for one in planned}
     try:
         for one, entry in tune(planned, DEVICE, timer):

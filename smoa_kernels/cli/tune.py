@@ -74,8 +74,8 @@ def tune(
     if dry_run:
         for job in planned:
             typer.echo(f"{job.key}: {len(job.candidates)} candidates")
-    compiled = tuner.compile_ahead(planned) if device is not None and torch.cuda.is_available() else 0
-    typer.echo(f"{len(planned)} keys, {compiled} kernels compiled.")
+        compiled = tuner.compile_ahead(planned) if torch.cuda.is_available() else 0
+        typer.echo(f"{len(planned)} keys, {compiled} kernels compiled.")
     if dry_run or device is None:
         return
     try:

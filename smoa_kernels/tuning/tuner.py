@@ -4,9 +4,9 @@ For each key that a training step looks up, a kernel's candidates are compiled. 
 much shared memory drop out; the others are ranked by the bytes that they move and by how evenly their programs fill the
 multiprocessors. The best :data:`TIMED` are compared with torch's operators once and timed in a CUDA graph.
 
-The table on disk is written after each key, so Ctrl-C keeps what was measured. A candidate is noted there before it
-runs: if it ends the process, the next run names and skips it. Nothing is tuned while a model is trained, because ranks
-of a job would disagree.
+The table on disk is written after each key, so Ctrl-C keeps what was measured. That a key's
+candidates are compiled, or that one of them runs, is noted there before: if it ends the process, the next run names and
+skips it. Nothing is tuned while a model is trained, because ranks of a job would disagree.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from ..kernels.table import Choice, keep, override
 TIMED, REPEATS = 8, 30  # candidates of a key, and how often each is timed
 HANGS_SECONDS = 120  # a candidate that takes longer ends the process
 FLUSHED_BYTES = 2**30  # four times the largest last-level cache of a GPU, 256 MiB (MI300X)
-ENDED = "the process ended while it ran"
+COMPILING, ENDED = "compiling the candidates", "the process ended meanwhile"
 MOST_FUSED_TOKENS = 1024  # well above those at which the fused kernel can win
 META = torch.device("meta")
 
@@ -226,6 +226,7 @@ class Trial:
         default, *others = self.job.candidates
         if len(others) < TIMED:
             return [default, *others]
+        compile_ahead([self.job])
         scores: dict[Choice, float] = {}
         for config in others:
             with suppress(Exception):  # a candidate that does not compile
@@ -310,7 +311,12 @@ def _tune(job: Job, device: torch.device, timer: Timer, refused: Any) -> dict[st
 
     trial, timed = Trial(job, device), dict[Choice, float]()
     expected = trial.reference()
-    for choice in trial.shortlist():
+    note(refused=refused | {COMPILING: ENDED})
+    try:
+        choices = [job.candidates[0]] if COMPILING in refused else trial.shortlist()
+    finally:
+        note()
+    for choice in choices:
         if str(choice) in refused:
             continue
         note(refused=refused | {str(choice): ENDED})

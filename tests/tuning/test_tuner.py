@@ -26,7 +26,7 @@ from smoa_kernels.kernels.registry import KERNELS
 from smoa_kernels.kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from smoa_kernels.kernels.table import Choice, keep, override, read, select, user_table
 from smoa_kernels.tuning import tuner
-from smoa_kernels.tuning.tuner import ENDED, TIMED, Job, Layer, jobs, tune
+from smoa_kernels.tuning.tuner import COMPILING, ENDED, TIMED, Job, Layer, jobs, tune
 
 CPU = torch.device("cpu")
 command = importlib.import_module("smoa_kernels.cli.tune")  # `cli` exports the function under the same name
@@ -266,6 +266,25 @@ def test_a_candidate_that_ends_the_process_or_hangs_is_named_and_skipped(ends: s
     entry, timed = search(job)
     assert entry["refused"] == {str(job.candidates[1]): ENDED}
     assert timed == [job.candidates[0], *job.candidates[2:TIMED]]
+
+
+@pytest.mark.usefixtures("short")
+def test_a_compiler_that_ends_the_process_leaves_what_runs_without_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job, noted = permute_job(), list[Any]()
+
+    def compile_ahead(planned: object) -> int:
+        noted.append(kept(job))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner, "compile_ahead", compile_ahead)
+    with pytest.raises(KeyboardInterrupt):
+        search(job)
+    assert (noted[0]["refused"], kept(job)["refused"]) == ({COMPILING: ENDED}, {})
+    keep(CPU, "choices", {str(job.key): noted[0]})  # as after a kill
+    entry, timed = search(job)
+    assert (entry["refused"], timed) == ({COMPILING: ENDED}, [job.candidates[0]])
 
 
 @pytest.mark.usefixtures("short")
