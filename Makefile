@@ -43,7 +43,7 @@ sanitized = for limit in SANITIZED=1 ATEN_CPU_CAPABILITY=avx2; do env SANITIZED=
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-tritons test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
+.PHONY: help finetune finetune-moe four-bits main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-tritons test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
         quality-smoke gpu gpu-smoke gpu-dry-run audit audit-newest $(addprefix audit-,$(TRITONS)) emulate emulate-smoke emulate-amd emulate-cpu emulate-cpu-smoke sanitize sanitize-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -78,6 +78,9 @@ finetune: $(BIN)/.examples ## fine-tune SmolLM2-135M with SMoA on question class
 
 finetune-moe: $(BIN)/.examples ## fine-tune the experts of a tiny mixture-of-experts model with random weights (ARGS="--help")
 	$(BIN)/python examples/finetune_moe.py $(ARGS)
+
+four-bits: $(BIN)/.dev ## train SMoA and LoRA on SmolLM2-135M in NF4, and merge both into four bits (10 min; ARGS="--help")
+	$(BIN)/python examples/four_bits.py $(ARGS)
 
 main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, then write the README's table (15 min)
 	for method in lora hira smoa; do $(BIN)/python examples/finetune.py --method $$method || exit 1; done

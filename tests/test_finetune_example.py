@@ -12,6 +12,7 @@ from typing import Any
 
 import finetune
 import finetune_moe
+import four_bits
 import pytest
 import smollm2
 import tiny_models
@@ -268,6 +269,19 @@ def test_the_minimal_example_runs_as_it_stands(tmp_path: Path, monkeypatch: pyte
     assert "step 2: loss" in said
     assert "Which colour has snow?" in said
     assert (tmp_path / "runs" / "minimal" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_an_adapter_answers_alike_beside_four_bits_and_merged_into_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
+    few = ["--steps", "2", "--batch-size", "4", "--eval-questions", "12"]
+    assert four_bits.main(["--output", str(tmp_path), *few]) == 0
+    out = capsys.readouterr().out
+    beside, merged = re.findall(r"SMoA: .*? (\d+\.\d) % .* (\d+\.\d) % ", out)[0]
+    assert abs(float(beside) - float(merged)) <= 100 / 12 + 0.1  # bitsandbytes' product for CPUs rounds to bfloat16
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_saved_and_merged_experts_answer_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
