@@ -114,8 +114,8 @@ TARGET_BF16 static inline void store_sums(float *to) {
 
 enum { DOTS_ROWS = SIDE / 2 };
 
-/* C (DOTS_ROWS, PANEL) = left rightᵀ over `steps` steps by vdpbf16ps. With 16 independent sums no addition waits for the
- * last one to the same sum, and each broadcast of a left pair feeds two products. */
+/* C (DOTS_ROWS, PANEL) = left rightᵀ over `steps` steps by vdpbf16ps. With 16 independent sums no addition waits for
+ * the last one to the same sum, and each broadcast of a left pair feeds two products. */
 TARGET_BF16 static __attribute__((noinline)) void dots(i64 steps, const half *left, const half *right, float *c) {
     __m512 sum[DOTS_ROWS][2];
 #pragma GCC unroll 8
