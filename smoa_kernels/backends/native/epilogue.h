@@ -25,10 +25,8 @@ static __attribute__((noinline)) void finish_rows(const float *sums, i64 stride,
                                                   int add, void *C, i64 C_stride, int dtype) {
     if (dtype == FLOAT32)
         finish_as(FLOAT32, sums, stride, count, cols, bias, add, C, C_stride);
-    else if (dtype == BFLOAT16)
-        finish_as(BFLOAT16, sums, stride, count, cols, bias, add, C, C_stride);
     else
-        finish_as(FLOAT16, sums, stride, count, cols, bias, add, C, C_stride);
+        finish_as(dtype, sums, stride, count, cols, bias, add, C, C_stride);
 }
 
 enum {

@@ -131,62 +131,57 @@ static void few_added(void *it, i64 thread, i64 first, i64 end) {
 #if HAS_TILES
 /* For one token in bfloat16 and one block, without W_eff: y_i = ⟨w_i, x⟩ + s Σ_t B_it ⟨w_i, A_t ∘ x⟩ for row i. A_t ∘ x
  * is rounded to bfloat16; it is an update's part only. */
-enum { TRIPLE = 3, VECTORS = 9 };
+/* Rows and vectors that are multiplied together: their sums fill 25 of 32 registers. */
+enum { DOT_ROWS = 5, VECTORS = 5 };
 
-typedef float row_sums[VECTORS];
-
-/* sums = the products of some rows and vectors. */
-TARGET_BF16 INLINE void dots_with(int vectors, const half *const *row, const half *x, i64 stride, i64 cols,
-                                  row_sums *sums) {
-    __m512 sum[TRIPLE][VECTORS];
-#pragma GCC unroll 9
+/* y (DOT_ROWS) += the products of rows and some of the vectors, `from` on, times s B; the first vector is x itself. The
+ * lanes of y are added up once, after the last vector. */
+TARGET_BF16 INLINE void dots_with(int vectors, const few_job *j, const half *const *row, i64 first, i64 from, vf *y) {
+    const i64 stride = j->dots_stride, cols = j->l.cols;
+    const half *x = j->dots_x + from * stride;
+    const float *B = j->factors.B + first;
+    __m512 sum[DOT_ROWS][VECTORS];
+#pragma GCC unroll 5
     for (int t = 0; t < vectors; t++)
-#pragma GCC unroll 3
-        for (int i = 0; i < TRIPLE; i++) sum[i][t] = _mm512_setzero_ps();
+#pragma GCC unroll 5
+        for (int i = 0; i < DOT_ROWS; i++) sum[i][t] = _mm512_setzero_ps();
     for (i64 c = 0; c < cols; c += TERMS) {
-        __m512bh w[TRIPLE];
-#pragma GCC unroll 3
-        for (int i = 0; i < TRIPLE; i++)
+        __m512bh w[DOT_ROWS];
+#pragma GCC unroll 5
+        for (int i = 0; i < DOT_ROWS; i++)
             w[i] = (__m512bh)_mm512_maskz_loadu_epi16(first_halves(cols - c), row[i] + c);
-#pragma GCC unroll 9
+#pragma GCC unroll 5
         for (int t = 0; t < vectors; t++)
-#pragma GCC unroll 3
-            for (int i = 0; i < TRIPLE; i++)
+#pragma GCC unroll 5
+            for (int i = 0; i < DOT_ROWS; i++)
                 sum[i][t] = _mm512_dpbf16_ps(sum[i][t], w[i], (__m512bh)_mm512_load_si512(x + t * stride + c));
     }
-#pragma GCC unroll 9
+#pragma GCC unroll 5
     for (int t = 0; t < vectors; t++)
-#pragma GCC unroll 3
-        for (int i = 0; i < TRIPLE; i++) sums[i][t] = total((vf)sum[i][t]);
+#pragma GCC unroll 5
+        for (int i = 0; i < DOT_ROWS; i++)
+            y[i] += (vf)sum[i][t] * (from + t ? B[(from + t - 1) * j->factors.B_stride + i] : 1);
 }
 
-#define CASE(n) case n: dots_with(n, row, x, stride, cols, sums); break;
-TARGET_BF16 static void token_dots(i64 n, const half *const *row, const half *x, i64 stride, i64 cols,
-                                   row_sums *sums) {
-    switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) default: __builtin_trap(); }
+#define CASE(n) case n: dots_with(n, j, row, first, from, y); break;
+TARGET_BF16 static void token_dots(i64 n, const few_job *j, const half *const *row, i64 first, i64 from, vf *y) {
+    switch (n) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) default: __builtin_trap(); }
 }
 #undef CASE
 
 /* A thread's rows. */
 static void dot_rows(void *it, i64 thread, i64 first, i64 end) {
     const few_job *j = it;
-    i64 vectors, ranks = rank_of(&j->l, 0);
+    i64 vectors = 1 + rank_of(&j->l, 0);
     (void)thread;
-    for (; first < end; first += TRIPLE)
-        for (i64 t = 0; t <= ranks; t += vectors) {
-            const half *row[TRIPLE];
-            row_sums sums[TRIPLE];
-            vectors = least(VECTORS, ranks + 1 - t);
-            for (i64 i = 0; i < TRIPLE; i++)
-                row[i] = element(j->l.weight, least(first + i, end - 1) * j->l.row_stride, BFLOAT16);
-            token_dots(vectors, row, j->dots_x + t * j->dots_stride, j->dots_stride, j->l.cols, sums);
-            for (i64 i = 0; i < least(TRIPLE, end - first); i++) {
-                float sum = t ? j->y[first + i] : sums[i][0];
-                const float *B = j->factors.B + first + i;
-                for (i64 v = !t; v < vectors; v++) sum += B[(t + v - 1) * j->factors.B_stride] * sums[i][v];
-                j->y[first + i] = sum;
-            }
-        }
+    for (; first < end; first += DOT_ROWS) {
+        const half *row[DOT_ROWS];
+        vf y[DOT_ROWS] = {{0}};
+        for (i64 i = 0; i < DOT_ROWS; i++)
+            row[i] = element(j->l.weight, least(first + i, end - 1) * j->l.row_stride, BFLOAT16);
+        for (i64 t = 0; t < vectors; t += VECTORS) token_dots(least(VECTORS, vectors - t), j, row, first, t, y);
+        for (i64 i = 0; i < least(DOT_ROWS, end - first); i++) j->y[first + i] = total(y[i]);
+    }
 }
 #else
 #define dot_rows few_part

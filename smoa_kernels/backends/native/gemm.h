@@ -51,17 +51,10 @@ static void in_parallel(share_function *run, void *job, i64 count, i64 unit, i64
     while (__atomic_load_n(&t.next, __ATOMIC_RELAXED) < threads) run_next(&t); /* the runtime may start fewer threads */
 }
 
-/* Each thread's own part of the workspace. */
-typedef struct {
-    char *base;
-    i64 bytes;
-} local_rooms;
+/* Each thread's own part of the workspace: `bytes` for each from `base` on. */
+static arena take_rooms(arena *a, i64 threads, i64 bytes) { return (arena){take(a, threads * bytes), bytes}; }
 
-static local_rooms take_rooms(arena *a, i64 threads, i64 bytes) {
-    return (local_rooms){take(a, threads * bytes), bytes};
-}
-
-static arena room_of(const local_rooms *rooms, i64 thread) {
+static arena room_of(const arena *rooms, i64 thread) {
     return (arena){rooms->base ? rooms->base + thread * rooms->bytes : NULL, 0};
 }
 
@@ -132,7 +125,7 @@ static void multiply(const gemm_job *g, const float *left, const float *right, i
             if (f == FLOATS)
                 fma_panel(g->terms, depth, l, r, rows, sums);
             else
-                tile_panel(f, depth, (const half *)l, (const half *)r, rows, columns, sums);
+                tile_panel(f, depth, (const half *)l, (const half *)r, rows, sums);
             finish_rows(sums, PANEL, rows, columns, g->bias ? element(g->bias, j, g->dtype) : NULL, g->add,
                         (char *)g->C + (i * g->stride + j) * bytes_of(g->dtype), g->stride, g->dtype);
         }

@@ -21,7 +21,7 @@ typedef struct {
     factors factors; /* B, not s B */
     float *dA, *dB; /* laid out as A and B; one dA per thread */
     int format;
-    local_rooms rooms;
+    arena rooms;
 } gradient;
 
 typedef struct {

@@ -112,37 +112,28 @@ TARGET_BF16 static inline void store_sums(float *to) {
     _tile_stored(3, to + SIDE * PANEL + SIDE, PANEL * 4);
 }
 
-/* C (rows, columns * SIDE) = left rightᵀ over `steps` steps by vdpbf16ps: SIDE rows by one right tile, or SIDE / 2 rows
- * by two. With SIDE independent sums no addition waits for the last one to the same sum. */
-TARGET_BF16 INLINE void dots_of(int rows, int columns, i64 steps, const half *left, const half *right, float *c) {
-    __m512 sum[SIDE][2];
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++)
-        for (int q = 0; q < columns; q++) sum[i][q] = _mm512_setzero_ps();
+enum { DOTS_ROWS = SIDE / 2 };
+
+/* C (DOTS_ROWS, PANEL) = left rightᵀ over `steps` steps by vdpbf16ps. With 16 independent sums no addition waits for
+ * the last one to the same sum, and each broadcast of a left pair feeds two products. */
+TARGET_BF16 static __attribute__((noinline)) void dots(i64 steps, const half *left, const half *right, float *c) {
+    __m512 sum[DOTS_ROWS][2];
+#pragma GCC unroll 8
+    for (int i = 0; i < DOTS_ROWS; i++) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
     for (; steps > 0; steps--, left += STEP, right += STEP)
         for (int p = 0; p < SIDE; p++) {
-            __m512bh line[2];
-            for (int q = 0; q < columns; q++) line[q] = (__m512bh)_mm512_load_si512(right + q * TILE + p * TERMS);
-#pragma GCC unroll 16
-            for (int i = 0; i < rows; i++) {
+            __m512bh low = (__m512bh)_mm512_load_si512(right + p * TERMS);
+            __m512bh high = (__m512bh)_mm512_load_si512(right + TILE + p * TERMS);
+#pragma GCC unroll 8
+            for (int i = 0; i < DOTS_ROWS; i++) {
                 int32_t pair;
                 memcpy(&pair, left + i * TERMS + 2 * p, sizeof pair);
-                for (int q = 0; q < columns; q++)
-                    sum[i][q] = _mm512_dpbf16_ps(sum[i][q], line[q], (__m512bh)_mm512_set1_epi32(pair));
+                sum[i][0] = _mm512_dpbf16_ps(sum[i][0], low, (__m512bh)_mm512_set1_epi32(pair));
+                sum[i][1] = _mm512_dpbf16_ps(sum[i][1], high, (__m512bh)_mm512_set1_epi32(pair));
             }
         }
-#pragma GCC unroll 16
-    for (int i = 0; i < rows; i++)
-        for (int q = 0; q < columns; q++) _mm512_store_ps(c + i * PANEL + q * SIDE, sum[i][q]);
-}
-
-/* With two right tiles each broadcast of a left pair feeds two products; with one, Zen 5 would wait for loads. */
-TARGET_BF16 static __attribute__((noinline)) void dots(int two, i64 steps, const half *left, const half *right,
-                                                       float *c) {
-    if (two)
-        dots_of(SIDE / 2, 2, steps, left, right, c);
-    else
-        dots_of(SIDE, 1, steps, left, right, c);
+#pragma GCC unroll 8
+    for (int i = 0; i < DOTS_ROWS; i++, c += PANEL) _mm512_store_ps(c, sum[i][0]), _mm512_store_ps(c + SIDE, sum[i][1]);
 }
 
 TARGET_BF16 static inline void load_left(const half *from) {
@@ -182,12 +173,10 @@ TARGET_BF16 static inline void add_split_products(const half *left, const half *
     add_products(1);
 }
 
-/* sums (PANEL, PANEL) = left rightᵀ of two panels, of which `rows` and `columns` exist. */
-TARGET_BF16 static void tile_panel(int format, i64 depth, const half *left, const half *right, i64 rows, i64 columns,
-                                   float *sums) {
-    int two = columns > SIDE; /* right tiles */
-    for (i64 i = 0; i < rows && !has_amx; i += two ? SIDE / 2 : SIDE)
-        dots(two, ceil_div(depth, TERMS), left + i * TERMS, right, sums + i * PANEL);
+/* sums (PANEL, PANEL) = left rightᵀ of two panels, of which the first `rows` left rows exist. */
+TARGET_BF16 static void tile_panel(int format, i64 depth, const half *left, const half *right, i64 rows, float *sums) {
+    for (i64 i = 0; i < rows && !has_amx; i += DOTS_ROWS)
+        dots(ceil_div(depth, TERMS), left + i * TERMS, right, sums + i * PANEL);
     if (!has_amx) return;
     zero_sums();
     i64 step = format == SPLIT3 ? 3 * STEP : STEP;
@@ -204,7 +193,7 @@ TARGET_BF16 static void release_tiles(void) { _tile_release(); }
 #define HAS_TILES 0
 #define use_tiles() ((void)0)
 #define release_tiles() ((void)0)
-#define tile_panel(format, depth, left, right, rows, columns, sums) ((void)0)
+#define tile_panel(format, depth, left, right, rows, sums) ((void)0)
 #endif
 
 _Static_assert(NR == 2 * LANES && MR <= NR && NR <= PANEL, "buffers have NR rows, and PANEL spare ones");

@@ -28,7 +28,7 @@ typedef struct {
     adapter merged;
     operand update_x; /* dropout(x) in block order */
     char *ordered_weight; /* the blocks of W0 in block order, or NULL: as they lie */
-    local_rooms rooms;
+    arena rooms;
 } product;
 
 /* Advances by `count` tokens. */
