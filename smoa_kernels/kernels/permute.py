@@ -189,6 +189,7 @@ def _launch(
     return launch, num_blocks * -(-width // config.block_p)
 
 
+_TILES = (64, 128, 2), (128, 64, 2), (128, 128, 4)
 # Each interleaved part of a tile is large enough for 128-bit accesses, also by wavefronts of 64 threads.
 PERMUTE = Kernel(
     "permute",
@@ -196,15 +197,7 @@ PERMUTE = Kernel(
     rows=(
         # Two warps spill 88 bytes under dropout by Triton 3.8.
         Row(BLACKWELL, ("fp32",), (Config(block_t=64, block_p=128, num_warps=4),), before="3.9"),
-        Row(
-            (),
-            (),
-            (
-                Config(block_t=64, block_p=128, num_warps=2),
-                Config(block_t=128, block_p=64, num_warps=2),
-                Config(block_t=128, block_p=128, num_warps=4),
-            ),
-        ),
+        Row((), (), tuple(Config(block_t=t, block_p=p, num_warps=w) for t, p, w in _TILES)),
     ),
     space={"block_t": (32, 64, 128, 256), "block_p": (32, 64, 128, 256), "num_warps": (1, 2, 4, 8)},
     fits=lambda config, key: 64 <= config.block_t * config.block_p // (32 * config.num_warps) <= 256,
