@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.predict.__main__ import app
 from benchmarks.predict.gpus import GPUS
-from benchmarks.predict.roofline import Estimate, Problem, backward_workspace, partial_bytes
+from benchmarks.predict.roofline import Estimate, Problem
 from benchmarks.predict.scaling import METHODS, WHOLE, Plan, predict
 from smoa_kernels.backends.algorithms import choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
@@ -83,40 +83,6 @@ def test_few_tokens_are_fused(dtype, limits, rank):
         assert choose_algorithm(limit, rank, dtype, arch) == "fused"
         assert choose_algorithm(limit + 1, rank, dtype, arch) != "fused"
         assert choose_algorithm(1, rank + 1, dtype, arch) != "fused"
-
-
-@pytest.mark.parametrize("gpu", GPUS.values(), ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize(("dtype", "most"), [("bf16", 1.02), ("tf32", 1.02), ("fp32", 1.4)])
-def test_the_roofline_justifies_fused(gpu, dtype, most):
-    """Below the limit, fused is predicted to take at most `most` times the alternative, at r = 16, for y and for dX."""
-
-    def seconds(p: Problem, way: str, stage: str) -> float:
-        found = Estimate(p, gpu, way)
-        if stage == "forward":
-            return found.seconds("forward")
-        names = ("fused dX",) if way == "fused" else ("build W_eff", "dX = dY·W")
-        return sum(p.seconds for p in found.parts if p.stage == "backward" and p.name in names)
-
-    for stage, (n, c) in itertools.product(
-        ("forward", "backward"), ((2048, 2048), (8192, 8192), (4096, 14336))
-    ):
-        tokens = 1
-        while choose_algorithm(tokens, SQUARE.max_rank, dtype, gpu.arch) == "fused":
-            p = SQUARE._replace(tokens=tokens, out_features=n, in_features=c, precision=dtype)
-            assert seconds(p, "fused", stage) <= most * seconds(p, "merged", stage), (tokens, stage)
-            tokens *= 2
-        assert tokens > 1
-
-
-def test_workspace_by_hand() -> None:
-    """G and partial sums are float32, ρ = 4: a slice per 64-wide tile of rows, per 128-wide tile of columns."""
-    p = Problem(8192, 14336, 4096, 4, 16)
-    G, gathered, w_eff = 4 * 14336 * 1024, 2 * 8192 * (14336 + 4096), 2 * 4096 * 4096
-    assert backward_workspace(p) == G + gathered
-    # Slices are not copied. Partials are freed before W_eff is built.
-    assert partial_bytes(Problem(64, 4096, 4096, 1, 16)) == 4 * 16 * (4096 * 32 + 4096 * 64)
-    assert backward_workspace(Problem(8192, 4096, 4096, 4, 16, granule=1024)) == w_eff
-    assert backward_workspace(Problem(8192, 4096, 4096, 1, 16)) == 4 * 4096 * 4096 + 4 * 16 * 4096 * 96
 
 
 def plans(model: str, gpus: int, parallel: str, **options: int) -> dict:

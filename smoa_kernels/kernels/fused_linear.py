@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
-from .architectures import AMD, GEFORCE_BLACKWELL, HOPPER
+from .architectures import ADA, AMD, GEFORCE_BLACKWELL, HOPPER
 from .common import dot, hide_origin, keep_in_registers, power_of_two, round_to, to_tf32, wait_for_products
 from .launch import Launch, Layout, launch_arguments
 from .spec import HALF, Config, Kernel, Key, Row, bucket
@@ -225,6 +225,7 @@ FUSED_LINEAR = Kernel(
         Row(AMD, (), _tiles(64, 32, 64, 2, 2)),
         # IEEE float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in
         # registers. Longer steps spill 4 to 56 bytes by Triton 3.6 and 3.7, and two warps on sm_120.
+        Row(ADA, ("fp32",), _tiles(16, 32, 16, 4, 3), before="3.8"),
         Row((), ("fp32",), _tiles(16, 16, 16, 2, 3), before="3.8"),
         Row(GEFORCE_BLACKWELL, ("fp32",), _tiles(16, 32, 16, 4, 3)),
         Row((), ("fp32",), _tiles(16, 32, 16, 2, 3)),

@@ -35,7 +35,8 @@ from .pointers import pointers_at
 from .rules import UNKNOWN, Record, Traffic
 
 ALIKE = "fp16", "sm_89"
-"""Compiled in the first form only: machine code, registers and widths are those of bf16 and of sm_86 in all others."""
+"""Compiled in the first form only. Of 54 pairs of bf16 and fp16 two differed in what the rules read, by a spill of 8
+bytes; of 6 pairs of sm_86 and sm_89 none."""
 
 
 @dataclass(frozen=True)
