@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..adapter_folder.format import PREFIX
 from ..definition.sketch import check_base, distance_by_products
-from .factors import MERGE, LayerFactors, read_served
+from .factors import MERGE, Labels, LayerFactors, read_served
 from .products import LayerSlots, Step
 
 __all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register"]
@@ -107,7 +107,7 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
     )
     layers = dict(zip(model.loras, adapter.layers.values(), strict=True))  # by vLLM's names
     check_base(_distances(folder, layers, manager), strict=adapter.strict_base, warn=_log.warning)
-    model.smoa_ranks = {name: factors.ranks for name, factors in layers.items()}
+    model.smoa_labels = {name: factors.labels for name, factors in layers.items()}
     return model
 
 
@@ -194,19 +194,32 @@ def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> 
     if moved := original(self, lora_id):
         self._last_mapping = None  # another kind of adapter may have come under the same id
         slot = self.lora_index_to_id.index(lora_id)
-        ranks = getattr(self.list_adapters()[lora_id], "smoa_ranks", {})
+        labels = getattr(self.list_adapters()[lora_id], "smoa_labels", {})
         for name, module in self.modules.items():
-            parts = self.packed_modules.get(name, [name])
+            parts = [labels.get(part) for part in self.packed_modules.get(name, [name])]
             # Of a layer that vLLM cuts into more slices than parts, no adapter of ours was taken.
-            for own, part in zip(getattr(module._smoa_slots, "slices", ()), parts, strict=False):
-                own.fill(slot, ranks.get(part, ()))
+            for own, part in zip(
+                getattr(module._smoa_slots, "slices", ()), _cut(module, parts), strict=False
+            ):
+                own.fill(slot, part)
     return moved
+
+
+def _cut(module: Any, parts: list[Labels | None]) -> list[Labels | None]:
+    """The labels of this process's part of a layer, whose factors vLLM cuts with the same methods."""
+    if module.tp_size == 1 or not any(parts):
+        return parts
+    sides = []
+    for side, cut in (("rows", module.slice_lora_b), ("cols", module.slice_lora_a)):
+        given = [part and getattr(part, side) for part in parts]
+        sides.append(cut(given) if len(given) > 1 else [cut(*given)])
+    return [part and Labels(*own, part.ranks) for part, *own in zip(parts, *sides, strict=True)]
 
 
 def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) -> None:
     """Note which tokens of the step are ours, and hide their adapters from vLLM's kernels for LoRA."""
     adapters, slots = self.list_adapters(), enumerate(self.lora_index_to_id)
-    ours = {lora_id: slot for slot, lora_id in slots if hasattr(adapters.get(lora_id), "smoa_ranks")}
+    ours = {lora_id: slot for slot, lora_id in slots if hasattr(adapters.get(lora_id), "smoa_labels")}
     wrappers = self.punica_wrapper_mapping.values()
     if not hasattr(self, "_smoa_memory"):  # the same for all steps, because CUDA graphs read it
         self._smoa_memory = torch.empty_like(max((one._token_lora_indices for one in wrappers), key=len))
