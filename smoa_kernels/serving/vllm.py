@@ -24,7 +24,7 @@ from ..definition.sketch import check_base, distance_by_products
 from .factors import MERGE, Labels, LayerFactors, read_served
 from .products import LayerSlots, Step
 
-__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register"]
+__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register", "reload"]
 
 TESTED_VERSION = "0.32.0"
 KEEP_VARIABLE = "SMOA_VLLM_KEEP_W0"
@@ -73,6 +73,23 @@ def obstacle() -> str | None:
         if given != parameters:
             return f"this vLLM's vllm.lora.{path} takes ({given}) and not ({parameters})"
     return None
+
+
+def reload(llm: Any, folder: str | os.PathLike[str], name: str = "policy", number: int = 1) -> Any:
+    """Load a folder into a running `vllm.LLM`, in place of the adapter with this number, if there is one.
+
+    Args:
+        llm: has `enable_lora=True`, and no request under way.
+        folder: the adapter, SMoA, HiRA or LoRA.
+        name, number: of the `LoRARequest` that is returned; `llm.generate(..., lora_request=request)` takes it.
+
+    Raises:
+        Exception: vLLM refuses the adapter, and says why. The one that was loaded still answers.
+    """
+    request = import_module("vllm.lora.request").LoRARequest
+    llm.llm_engine.add_lora(request(name, number, str(folder), load_inplace=True))
+    llm.reset_prefix_cache()  # its keys are names and folders
+    return request(name, number, str(folder))
 
 
 # Replacements of vLLM's methods; each takes the original and its arguments. Loading:
@@ -213,7 +230,7 @@ def _cut(module: Any, parts: list[Labels | None]) -> list[Labels | None]:
     for side, cut in (("rows", module.slice_lora_b), ("cols", module.slice_lora_a)):
         given = [part and getattr(part, side) for part in parts]
         sides.append(cut(given) if len(given) > 1 else [cut(*given)])
-    return [part and Labels(*own, part.ranks) for part, *own in zip(parts, *sides, strict=True)]
+    return [part and Labels(rows, cols, part.ranks) for part, rows, cols in zip(parts, *sides, strict=True)]
 
 
 def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) -> None:
