@@ -1,7 +1,7 @@
 """vLLM's plugin: `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER` takes SMoA and HiRA folders beside LoRA's.
 
 vLLM has no hook for another adapter method, so :func:`register`, its entry point, wraps methods of its LoRA classes,
-some of them private (`_METHODS`). It checks them first: if one differs from the version tested, nothing is wrapped.
+some of them private (`_METHODS`). It checks them first: if one differs from the known versions', nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ..definition.sketch import check_base, distance_by_products
 from .factors import MERGE, Labels, LayerFactors, read_served
 from .products import LayerSlots, Step
 
-__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register", "reload"]
+__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "VERSIONS", "obstacle", "register", "reload"]
 
-TESTED_VERSION = "0.32.0"
+VERSIONS = ("0.32.0", "0.33.0")  # the second was compared by its signatures, and not run
 KEEP_VARIABLE = "SMOA_VLLM_KEEP_W0"
 """0: keep no copy of W0 where vLLM has repacked it, as it does on CPUs."""
 GRAPHS_VARIABLE = "SMOA_VLLM_CUDA_GRAPHS"
@@ -39,8 +39,8 @@ _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows messages of loggers 
 def register() -> None:
     """Let this process's vLLM serve SMoA and HiRA adapters, or say why not. vLLM calls it in each of its processes."""
     if (reason := obstacle()) is not None:
-        tested = f"it was tested with vLLM {TESTED_VERSION}; {MERGE}"
-        _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, tested)
+        known = f"it knows vLLM {' and '.join(VERSIONS)}; {MERGE}"
+        _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, known)
         return
     for path, (_, replacement) in _METHODS.items():
         if replacement is not None:
@@ -63,7 +63,7 @@ def _wrapped(original: Callable[..., Any], replacement: Callable[..., Any]) -> C
 
 
 def obstacle() -> str | None:
-    """Name a method of vLLM that differs from the version tested; None if none does."""
+    """Name a method of vLLM that differs from the known versions'; None if none does."""
     for path, (parameters, _) in _METHODS.items():
         try:
             found = getattr(*_find(path))

@@ -1,7 +1,9 @@
 """The plugin wraps all the methods it knows, or none. The tests use fake classes instead of vLLM."""
 
+import json
 import logging
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -14,6 +16,8 @@ from smoa_kernels.serving.products import LayerSlots, Step
 
 # The plugin's own list, as methods that return their arguments.
 METHODS = {path: parameters for path, (parameters, _) in plugin._METHODS.items()}
+# By version: the same of vLLM's wheels, as signatures.py reads them.
+SIGNATURES = json.loads(Path(__file__).with_name("signatures.json").read_text())
 
 
 @pytest.fixture
@@ -49,6 +53,14 @@ def test_all_are_wrapped_once(made_up):
     assert plugin.obstacle() is None
 
 
+@pytest.mark.parametrize("version", plugin.VERSIONS)
+def test_each_version_that_the_plugin_names_is_wrapped(version, made_up):
+    now = made_up(SIGNATURES[version])
+    before = now()
+    plugin.register()
+    assert sum(now()[path] is not before[path] for path in before) == 8  # of ten; two are called
+
+
 @pytest.mark.parametrize("path", METHODS)
 @pytest.mark.parametrize("change", ["missing", "another signature"])
 def test_none_is_wrapped_where_one_differs(path, change, made_up, caplog, monkeypatch):
@@ -61,7 +73,7 @@ def test_none_is_wrapped_where_one_differs(path, change, made_up, caplog, monkey
     before = now()
     plugin.register()
     assert now() == before
-    for words in (path, plugin.TESTED_VERSION, "smoa-kernels merge"):
+    for words in (path, *plugin.VERSIONS, "smoa-kernels merge"):
         assert words in caplog.text
 
 

@@ -1,11 +1,13 @@
 """vLLM with our plugin against PEFT, adapter by adapter (`make test-vllm`)."""
 
 import gc
+import inspect
 import itertools
 import json
 import random
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,13 @@ from smoa_kernels.serving.factors import read_served
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.slow
 NAMES = [None, "smoa2", "smoa4", "unequal", "hira", "lora"]
+
+
+def test_the_recorded_signatures_are_the_installed_versions():
+    recorded = json.loads(Path(__file__).with_name("signatures.json").read_text())[plugin.VERSIONS[0]]
+    found = {path: inspect.signature(getattr(*plugin._find(path))).parameters for path in plugin._METHODS}
+    assert {path: " ".join(parameters) for path, parameters in found.items()} == recorded
+    assert vllm.__version__.startswith(plugin.VERSIONS[0])
 
 
 @pytest.fixture
