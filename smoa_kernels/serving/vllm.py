@@ -78,13 +78,8 @@ def obstacle() -> str | None:
 def reload(llm: Any, folder: str | os.PathLike[str], name: str = "policy", number: int = 1) -> Any:
     """Load a folder into a running `vllm.LLM`, in place of the adapter with this number, if there is one.
 
-    Args:
-        llm: has `enable_lora=True`, and no request under way.
-        folder: the adapter, SMoA, HiRA or LoRA.
-        name, number: of the `LoRARequest` that is returned; `llm.generate(..., lora_request=request)` takes it.
-
-    Raises:
-        Exception: vLLM refuses the adapter, and says why. The one that was loaded still answers.
+    Returns the `LoRARequest` for `llm.generate(..., lora_request=...)`. Raises vLLM's error if it refuses the adapter;
+    the one that was loaded still answers then. No request may be under way.
     """
     request = import_module("vllm.lora.request").LoRARequest
     llm.llm_engine.add_lora(request(name, number, str(folder), load_inplace=True))

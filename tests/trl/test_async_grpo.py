@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
-from smoa_kernels.peft.rl import SMoATrainerMixin
+from smoa_kernels.peft import SMoATrainerMixin
 from smoa_kernels.serving.factors import read_served
 
 SEQUENCE = torch.tensor([1, *range(40, 64)])

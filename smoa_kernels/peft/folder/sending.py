@@ -17,29 +17,23 @@ from peft import LoraConfig
 class SMoATrainerMixin:
     """Lets TRL's `AsyncGRPOTrainer` send SMoA and HiRA adapters to a vLLM server, as it sends LoRA's.
 
-    TRL 1.16 takes LoRA's configuration only there, and writes only tensors with "lora_" in their names.
+    TRL 1.16 takes LoRA's configuration only there, and writes only tensors with "lora_" in their names. If the server
+    gets no adapter, a RuntimeError ends the training, and the server answers with the last one.
 
     Example:
-        >>> class Trainer(SMoATrainerMixin, AsyncGRPOTrainer): ...  # doctest: +SKIP
+        >>> class Trainer(SMoATrainerMixin, object): ...  # with AsyncGRPOTrainer in place of object
     """
 
     def _init_lora_sync(self, model: Any) -> bool:
-        """As TRL's, which checks the configuration against the server's: ours takes the place of one of LoRA's."""
+        # TRL compares the configuration with the server's. Ours takes the place of one of LoRA's.
         name = model.active_adapters[0]
         fields = ("r", "rank_pattern", "target_modules", "target_parameters", "modules_to_save", "bias")
         given = {key: getattr(model.peft_config[name], key, None) for key in fields}
-        given = {key: value for key, value in given.items() if value is not None}
-        stand_in = SimpleNamespace(
-            active_adapters=model.active_adapters, peft_config={name: LoraConfig(**given)}
-        )
+        lora = LoraConfig(**{key: value for key, value in given.items() if value is not None})
+        stand_in = SimpleNamespace(active_adapters=model.active_adapters, peft_config={name: lora})
         return bool(super()._init_lora_sync(stand_in))  # type: ignore[misc]  # TRL's trainer
 
     def _sync_weight_lora(self: Any, t0: float) -> Any:
-        """As TRL's.
-
-        Raises:
-            RuntimeError: the adapter was not written or not loaded. The server answers with the last one.
-        """
         try:
             with patch("trl.experimental.async_grpo.async_grpo_trainer.save_lora_adapter", save_adapter):
                 return super()._sync_weight_lora(t0)  # type: ignore[misc]
@@ -53,25 +47,17 @@ class SMoATrainerMixin:
 
 
 def save_adapter(model: Any, accelerator: Any, adapter_name: str, folder: str | os.PathLike[str]) -> None:
-    """Write one adapter of a PEFT model to a folder, which is there whole or not at all. All processes call it.
-
-    Args:
-        model: its tensors may be sharded by FSDP2.
-        accelerator: of the trainer; it gathers shards on its device, and its main process writes.
-        adapter_name: the adapter.
-        folder: is replaced where it exists.
-    """
+    """Write one adapter of a PEFT model to a folder, which is there whole or not at all. All processes call it."""
     state = {}
     for key, tensor in model.state_dict().items():
         if model.prefix in key and f".{adapter_name}." in f"{key}.":
-            tensor = tensor.to(accelerator.device)
+            tensor = tensor.to(accelerator.device)  # where FSDP2 gathers a shard
             state[key] = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
-    if not accelerator.is_main_process:
-        return
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".", dir=folder.parent) as scratch:
-        model.save_pretrained(f"{scratch}/saved", selected_adapters=[adapter_name], state_dict=state)
-        shutil.rmtree(folder, ignore_errors=True)
-        # PEFT gives each adapter but "default" a folder of its own.
-        Path(scratch, "saved", adapter_name if adapter_name != "default" else "").rename(folder)
+    if accelerator.is_main_process:
+        parent = Path(folder).parent
+        parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".", dir=parent) as scratch:
+            model.save_pretrained(f"{scratch}/saved", selected_adapters=[adapter_name], state_dict=state)
+            shutil.rmtree(folder, ignore_errors=True)
+            # PEFT gives each adapter but "default" a folder of its own.
+            Path(scratch, "saved", adapter_name if adapter_name != "default" else "").rename(folder)
