@@ -213,3 +213,14 @@ def test_a_sync_that_fails_stops_with_a_sentence_and_the_old_adapter_serves_on(
 def test_a_server_with_too_few_ranks_is_named_before_training(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"The adapter has rank 12, .* `--max-lora-rank 16`"):
         made(server, tmp_path, adapter(rank_pattern={"v_proj": 12}))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"modules_to_save": ["lm_head"]}, {"bias": "smoa_only"}, {"target_modules": "all-linear"}]
+)
+def test_an_adapter_that_no_engine_holds_is_merged(
+    settings: dict[str, Any], server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TRL merges such adapters of LoRA's; naming all linear layers is no reason to."""
+    monkeypatch.setattr(async_grpo_trainer, "WeightTransferClient", lambda **_: None)  # needs vLLM
+    assert made(server, tmp_path, adapter(**settings))._lora_sync is ("target_modules" in settings)

@@ -25,12 +25,9 @@ class SMoATrainerMixin:
     """
 
     def _init_lora_sync(self, model: Any) -> bool:
-        # TRL compares the configuration with the server's. Ours takes the place of one of LoRA's.
-        name = model.active_adapters[0]
-        fields = ("r", "rank_pattern", "target_modules", "target_parameters", "modules_to_save", "bias")
-        given = {key: getattr(model.peft_config[name], key, None) for key in fields}
-        lora = LoraConfig(**{key: value for key, value in given.items() if value is not None})
-        stand_in = SimpleNamespace(active_adapters=model.active_adapters, peft_config={name: lora})
+        # TRL compares the configuration with the server's: the plugin puts our adapters where LoRA's are.
+        configs = {name: _as_lora(config) for name, config in model.peft_config.items()}
+        stand_in = SimpleNamespace(active_adapters=model.active_adapters, peft_config=configs)
         return bool(super()._init_lora_sync(stand_in))  # type: ignore[misc]  # TRL's trainer
 
     def _sync_weight_lora(self: Any, t0: float) -> Any:
@@ -44,6 +41,12 @@ class SMoATrainerMixin:
             served = f"{self._lora_name}-v{self.model_version}" if self.model_version else "no adapter"
             message = f"the trained adapter did not reach vLLM, which goes on with {served}: {error}"
             raise RuntimeError(message) from error
+
+
+def _as_lora(config: Any) -> LoraConfig:
+    fields = ("r", "rank_pattern", "target_modules", "target_parameters", "modules_to_save", "bias")
+    given = {key: value for key in fields if (value := getattr(config, key, None)) is not None}
+    return config if isinstance(config, LoraConfig) else LoraConfig(**given)
 
 
 def save_adapter(model: Any, accelerator: Any, adapter_name: str, folder: str | os.PathLike[str]) -> None:
