@@ -11,23 +11,20 @@ for its own methods; a process that loads an SMoA adapter imports this package f
 """
 
 try:
-    from peft import PeftConfig, PeftModel
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils import register_peft_method
-    from transformers import PreTrainedModel
-    from transformers.integrations.peft import PeftAdapterMixin
 except ImportError as error:
     raise ImportError(
         "smoa_kernels.peft needs PEFT and transformers: pip install 'smoa-kernels[peft]'"
     ) from error
 
+from ..adapter_folder.format import METHOD
 from ..adapter_folder.merging import MergeReport, merge_to_folder, merged_weights
-from .config import PEFT_TYPE, SMoAConfig
+from .config import SMoAConfig
 from .experts.experts import Experts
 from .experts.weight import ExpertsWeight
 from .folder.hotswap import hotswap
-from .folder.loading import checked_load, named_read
-from .folder.saving import atomic_save
+from .folder.sending import SMoATrainerMixin
 from .hira.accelerate import HiraReport, accelerate_hira, decelerate_hira
 from .hira.convert import convert_adapter
 from .injection import SMoAModel
@@ -43,6 +40,7 @@ __all__ = [
     "SMoAConfig",
     "SMoALayer",
     "SMoAModel",
+    "SMoATrainerMixin",
     "accelerate_hira",
     "convert_adapter",
     "decelerate_hira",
@@ -51,10 +49,5 @@ __all__ = [
     "merged_weights",
 ]
 
-# PEFT and transformers have no hooks for these.
-PeftConfig.from_json_file = named_read(PeftConfig.from_json_file)
-PeftAdapterMixin.load_adapter = checked_load(PeftAdapterMixin.load_adapter)
-PeftModel.save_pretrained = atomic_save(PeftModel.save_pretrained)
-PreTrainedModel.save_pretrained = atomic_save(PreTrainedModel.save_pretrained)
-if PEFT_TYPE not in PEFT_TYPE_TO_TUNER_MAPPING:
+if METHOD not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="smoa", config_cls=SMoAConfig, model_cls=SMoAModel, prefix=SMoAModel.prefix)

@@ -20,22 +20,6 @@ from ..adapter_folder.writing import replacing
 from ..checks import check_path, naming
 
 
-def _enum_member(enum: Any, name: str) -> Any:
-    """Return the member `name` of `PeftType`, by which PEFT finds methods; add it if it is missing."""
-    if name not in enum.__members__:
-        member = str.__new__(enum, name)
-        member._name_ = member._value_ = name
-        member._sort_order_ = len(enum.__members__)
-        setattr(enum, name, member)  # before the maps: the metaclass refuses to rebind a known member
-        enum._member_names_.append(name)
-        enum._member_map_[name] = member
-        enum._value2member_map_[name] = member
-    return enum.__members__[name]
-
-
-PEFT_TYPE = _enum_member(PeftType, METHOD)
-
-
 @dataclass
 class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's types are not followed
     """Configuration of SMoA adapters; its fields have the names of PEFT's other configurations.
@@ -97,7 +81,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
 
     def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
-        self.peft_type = PEFT_TYPE
+        self.peft_type = PeftType(METHOD)
         AdapterSettings.__post_init__(self)
 
     def to_dict(self) -> dict[str, Any]:

@@ -117,22 +117,6 @@ def _filled(out: Tensor, rows: Callable[[int, int], Tensor]) -> Tensor:
     return out
 
 
-def keep_packing(base: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for the CPU in the first evaluation.
-
-    `dequantize_4bit` misreads repacked weights, and their scales are rounded to bfloat16.
-    """
-    if not getattr(base, "support_avx512bf16_for_cpu", False):
-        return
-    base.support_avx512bf16_for_cpu = False
-    weight = base.weight
-    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
-        functional = importlib.import_module("bitsandbytes.functional")
-        weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(
-            weight.data, weight.quant_state
-        )
-
-
 def group_size_of(model: nn.Module) -> int:
     """How many adjacent columns share a scale in a quantised model, by its configuration.
 

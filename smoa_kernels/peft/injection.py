@@ -24,7 +24,7 @@ from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
 from .config import SMoAConfig
-from .dequantize import group_size_of, keep_packing, quantization_of
+from .dequantize import group_size_of, quantization_of
 from .experts.experts import Experts
 from .experts.targets import find_targets
 from .experts.weight import ExpertsWeight
@@ -32,6 +32,7 @@ from .folder.loading import check_adapter
 from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
 from .offload import present
+from .replaced import keep_packing
 from .snapshot import PARAMETER_PREFIX, Snapshot
 from .sorting import initialize_all
 

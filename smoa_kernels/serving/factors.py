@@ -18,12 +18,20 @@ from ..adapter_folder.reading import Adapter, read_adapter, read_json
 MERGE = "`smoa-kernels merge` writes a model of its own instead"
 
 
+class Labels(NamedTuple):
+    """A layer's blocks, in the shape of factors of rank 1, so that an engine cuts them as it cuts factors."""
+
+    rows: Tensor  # (N, 1): the block of each row of W0
+    cols: Tensor  # (1, C)
+    ranks: tuple[int, ...]  # r_k of each block
+
+
 class LayerFactors(NamedTuple):
     """One layer's factors: `y += x (W0 ∘ BA)ᵀ`."""
 
     A: Tensor  # (r, C): the A_k one below the other, zero outside the columns of their blocks
     B: Tensor  # (N, r), float32: the B_k side by side, zero outside the rows of their blocks; s is folded in
-    ranks: tuple[int, ...]  # r_k of each block
+    labels: Labels
     sketch: Tensor | None  # of W0, where the folder has one
 
 
@@ -66,7 +74,12 @@ def _factors(adapter: Adapter, name: str) -> LayerFactors:
         raise _refusal(adapter.path, f"{name}, a weight of experts,")
     weight = torch.empty(stored.shape, device="meta")  # the factors do not depend on its values
     factors = stored.packed(weight).expanded_factors(torch.float32)
-    return LayerFactors(*factors, tuple(stored.ranks.tolist()), None if adapter.is_hira else stored.sketch)
+    rows, cols = (
+        stored.row_block[:, None].clone(),
+        stored.col_block[None].clone(),
+    )  # no part of the file's memory
+    labels = Labels(rows, cols, tuple(stored.ranks.tolist()))
+    return LayerFactors(*factors, labels, None if adapter.is_hira else stored.sketch)
 
 
 def _refusal(path: Path, what: str) -> ValueError:

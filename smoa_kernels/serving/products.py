@@ -23,6 +23,7 @@ from ..backends import Backend, load_backend, resolve_backend
 from ..definition.packed import PackedAdapter, scaling_tensor
 from ..definition.partition import BlockPartition
 from ..definition.sketch import sign_rows
+from .factors import Labels
 
 # Most rows of the base product in one call; it bounds their memory.
 MOST_ROWS = 2048
@@ -45,18 +46,6 @@ class Step(NamedTuple):
         memory.fill_(-1)[: len(slots)].copy_(slots)
         ours = (slot for slot in slots.unique().tolist() if slot >= 0)
         return cls({slot: (slots == slot).nonzero().flatten().to(memory.device) for slot in ours}, memory)
-
-
-def packed_from_stacked(A: Tensor, B: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor, BlockPartition]:
-    """Undo the stacking of a shard: A (r, C), B (N, r) -> packed (ρ, C), (N, ρ), zero in their padding, and the blocks.
-
-    A coordinate belongs to the block with its factors that are not zero. One whose factors are all zero adds nothing,
-    whatever its block.
-    """
-    stacks = [pad_sequence(side.split(list(ranks))) for side in (A, B.T)]  # (ρ, K, C) and (ρ, K, N)
-    cols, rows = (stack.any(0).byte().argmax(0) for stack in stacks)
-    A, B = (stack.sum(1) for stack in stacks)  # only one block is not zero
-    return A, B.T.contiguous(), BlockPartition.from_labels(rows, cols, len(ranks))
 
 
 def read_weight(product: Product, in_features: int, like: Tensor) -> Tensor:
@@ -105,10 +94,7 @@ class DiagonalBlocks:
 
     def add(self, slot: int, adapter: PackedAdapter) -> bool:
         """Take the factors of a slot's adapter. False if it has other blocks."""
-        own, p = self.partition, adapter.partition
-        # A coordinate whose factors are zero may be in any block.
-        rows, cols = own.row_block == p.row_block, own.col_block == p.col_block
-        if not ((rows | ~adapter.B.any(1)).all() and (cols | ~adapter.A.any(0)).all()):
+        if self.partition != adapter.partition:
             return False
         rank = len(adapter.A)
         more = max(0, rank - self.A.shape[1])
@@ -144,15 +130,15 @@ class Slice:
     B: Tensor
     base: Product
     weight: Tensor | None = field(default=None, init=False)  # these rows of W0, if at hand
-    # By slot: r_k of each block, the operator's form with its backend, and the copied blocks.
-    ranks: dict[int, tuple[int, ...]] = field(default_factory=dict, init=False)
+    # By slot: the adapter's labels, the operator's form with its backend, and the copied blocks.
+    labels: dict[int, Labels] = field(default_factory=dict, init=False)
     packed: dict[int, tuple[PackedAdapter, Backend]] = field(default_factory=dict, init=False)
     blocks: dict[int, DiagonalBlocks] = field(default_factory=dict, init=False)
 
     @property
     def most_ranks(self) -> int:
         """The most ranks of any adapter."""
-        return max((sum(ranks) for ranks in self.ranks.values()), default=0)
+        return max((sum(labels.ranks) for labels in self.labels.values()), default=0)
 
     def hold(self, weight: Tensor | None) -> None:
         """Take these rows of W0 (N, C), or drop them."""
@@ -161,17 +147,17 @@ class Slice:
         for slot, (adapter, backend) in self.packed.items():
             self.packed[slot] = replace(adapter, weight=own), backend
 
-    def fill(self, slot: int, ranks: tuple[int, ...]) -> None:
-        """Record r_k of a slot's adapter, () if it has none here. One with B = 0, as before training, is none."""
-        for held in (self.ranks, self.packed, self.blocks):
+    def fill(self, slot: int, labels: Labels | None) -> None:
+        """Record the labels of a slot's adapter, if it has one here. One with B = 0, as before training, is none."""
+        for held in (self.labels, self.packed, self.blocks):
             held.pop(slot, None)
-        if self.B[slot, 0, :, : sum(ranks)].any():
-            self.ranks[slot] = ranks
+        if labels is not None and self.B[slot, 0, :, : sum(labels.ranks)].any():
+            self.labels[slot] = labels
 
     def output(self, x: Tensor, bias: Tensor | None, slot: int) -> Tensor:
         """`x (W0 ∘ (1 + BA))ᵀ + b` (T, n) with the adapter of one slot, by our operator. W0 must be at hand."""
         own_bias = None if bias is None else bias[self.rows].to(x.dtype)
-        if slot in self.ranks:
+        if slot in self.labels:
             adapter, backend = self._adapter(slot)
             return backend.forward(x, own_bias, adapter, "auto", None)
         assert self.weight is not None
@@ -194,7 +180,7 @@ class Slice:
         """The same by products with W0's blocks, which are copied at an adapter's first token."""
         ways: dict[DiagonalBlocks | Slice, list[int]] = {}
         for token, slot in enumerate(slots.tolist()):
-            if slot in self.ranks:
+            if slot in self.labels:
                 ways.setdefault(self._way(slot), []).append(token)
         if [len(tokens) for tokens in ways.values()] == [len(x)]:
             return next(iter(ways)).update(x, slots)
@@ -206,7 +192,7 @@ class Slice:
 
     def _way(self, slot: int) -> DiagonalBlocks | Slice:
         """What computes the update of a slot's adapter: blocks, which adapters share, or this if all of W0 is one."""
-        if len(self.ranks[slot]) == 1:
+        if len(self.labels[slot].ranks) == 1:
             return self
         if slot not in self.blocks:
             adapter, _ = self._adapter(slot)
@@ -221,11 +207,13 @@ class Slice:
         """A slot's adapter in the operator's form, and the backend that computes it."""
         if slot not in self.packed:
             assert self.weight is not None
-            ranks = self.ranks[slot]
-            stacked = self.A[slot, 0, : sum(ranks)], self.B[slot, 0, :, : sum(ranks)]
-            A, B, partition = packed_from_stacked(*stacked, ranks)
+            rows, cols, ranks = self.labels[slot]
+            A, B = self.A[slot, 0, : sum(ranks)], self.B[slot, 0, :, : sum(ranks)].T
+            # (ρ, K, n) each, of which one block is not zero.
+            A, B = (pad_sequence(side.split(list(ranks))).sum(1) for side in (A, B))
+            partition = BlockPartition.from_labels(rows[:, 0], cols[0], len(ranks)).to(A.device)
             sizes, s = torch.tensor(ranks, dtype=torch.int32, device=A.device), scaling_tensor(1.0, A.device)
-            adapter = PackedAdapter(self.weight, A, B, partition, sizes, s, ranks)
+            adapter = PackedAdapter(self.weight, A, B.T.contiguous(), partition, sizes, s, ranks)
             backend = resolve_backend("auto", A.device, self.weight.dtype, max(ranks))
             self.packed[slot] = adapter, load_backend(backend)
         return self.packed[slot]
@@ -278,7 +266,9 @@ class LayerSlots:
             step: the tokens with adapters.
             base: gives y, of which only the rows of the other tokens are kept.
         """
-        groups = {slot: own for slot, own in step.groups.items() if any(slot in p.ranks for p in self.slices)}
+        groups = {
+            slot: own for slot, own in step.groups.items() if any(slot in p.labels for p in self.slices)
+        }
         if not groups:
             return base()
         tokens = sum(map(len, groups.values()))

@@ -1,7 +1,7 @@
 """vLLM's plugin: `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER` takes SMoA and HiRA folders beside LoRA's.
 
 vLLM has no hook for another adapter method, so :func:`register`, its entry point, wraps methods of its LoRA classes,
-some of them private (`_METHODS`). It checks them first: if one differs from the version tested, nothing is wrapped.
+some of them private (`_METHODS`). It checks them first: if one differs from the known versions', nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..adapter_folder.format import PREFIX
 from ..definition.sketch import check_base, distance_by_products
-from .factors import MERGE, LayerFactors, read_served
+from .factors import MERGE, Labels, LayerFactors, read_served
 from .products import LayerSlots, Step
 
-__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "TESTED_VERSION", "obstacle", "register"]
+__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "VERSIONS", "obstacle", "register", "reload"]
 
-TESTED_VERSION = "0.32.0"
+VERSIONS = ("0.32.0", "0.33.0")  # the second was compared by its signatures, and not run
 KEEP_VARIABLE = "SMOA_VLLM_KEEP_W0"
 """0: keep no copy of W0 where vLLM has repacked it, as it does on CPUs."""
 GRAPHS_VARIABLE = "SMOA_VLLM_CUDA_GRAPHS"
@@ -39,8 +39,8 @@ _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows messages of loggers 
 def register() -> None:
     """Let this process's vLLM serve SMoA and HiRA adapters, or say why not. vLLM calls it in each of its processes."""
     if (reason := obstacle()) is not None:
-        tested = f"it was tested with vLLM {TESTED_VERSION}; {MERGE}"
-        _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, tested)
+        known = f"it knows vLLM {' and '.join(VERSIONS)}; {MERGE}"
+        _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, known)
         return
     for path, (_, replacement) in _METHODS.items():
         if replacement is not None:
@@ -63,7 +63,7 @@ def _wrapped(original: Callable[..., Any], replacement: Callable[..., Any]) -> C
 
 
 def obstacle() -> str | None:
-    """Name a method of vLLM that differs from the version tested; None if none does."""
+    """Name a method of vLLM that differs from the known versions'; None if none does."""
     for path, (parameters, _) in _METHODS.items():
         try:
             found = getattr(*_find(path))
@@ -73,6 +73,18 @@ def obstacle() -> str | None:
         if given != parameters:
             return f"this vLLM's vllm.lora.{path} takes ({given}) and not ({parameters})"
     return None
+
+
+def reload(llm: Any, folder: str | os.PathLike[str], name: str = "policy", number: int = 1) -> Any:
+    """Load a folder into a running `vllm.LLM`, in place of the adapter with this number, if there is one.
+
+    Returns the `LoRARequest` for `llm.generate(..., lora_request=...)`. Raises vLLM's error if it refuses the adapter;
+    the one that was loaded still answers then. No request may be under way.
+    """
+    request = import_module("vllm.lora.request").LoRARequest
+    llm.llm_engine.add_lora(request(name, number, str(folder), load_inplace=True))
+    llm.reset_prefix_cache()  # its keys are names and folders
+    return request(name, number, str(folder))
 
 
 # Replacements of vLLM's methods; each takes the original and its arguments. Loading:
@@ -107,7 +119,7 @@ def _load_adapter(original: Callable[..., Any], self: Any, lora_request: Any) ->
     )
     layers = dict(zip(model.loras, adapter.layers.values(), strict=True))  # by vLLM's names
     check_base(_distances(folder, layers, manager), strict=adapter.strict_base, warn=_log.warning)
-    model.smoa_ranks = {name: factors.ranks for name, factors in layers.items()}
+    model.smoa_labels = {name: factors.labels for name, factors in layers.items()}
     return model
 
 
@@ -194,19 +206,32 @@ def _activate_adapter(original: Callable[..., Any], self: Any, lora_id: int) -> 
     if moved := original(self, lora_id):
         self._last_mapping = None  # another kind of adapter may have come under the same id
         slot = self.lora_index_to_id.index(lora_id)
-        ranks = getattr(self.list_adapters()[lora_id], "smoa_ranks", {})
+        labels = getattr(self.list_adapters()[lora_id], "smoa_labels", {})
         for name, module in self.modules.items():
-            parts = self.packed_modules.get(name, [name])
+            parts = [labels.get(part) for part in self.packed_modules.get(name, [name])]
             # Of a layer that vLLM cuts into more slices than parts, no adapter of ours was taken.
-            for own, part in zip(getattr(module._smoa_slots, "slices", ()), parts, strict=False):
-                own.fill(slot, ranks.get(part, ()))
+            for own, part in zip(
+                getattr(module._smoa_slots, "slices", ()), _cut(module, parts), strict=False
+            ):
+                own.fill(slot, part)
     return moved
+
+
+def _cut(module: Any, parts: list[Labels | None]) -> list[Labels | None]:
+    """The labels of this process's part of a layer, whose factors vLLM cuts with the same methods."""
+    if module.tp_size == 1 or not any(parts):
+        return parts
+    sides = []
+    for side, cut in (("rows", module.slice_lora_b), ("cols", module.slice_lora_a)):
+        given = [part and getattr(part, side) for part in parts]
+        sides.append(cut(given) if len(given) > 1 else [cut(*given)])
+    return [part and Labels(rows, cols, part.ranks) for part, rows, cols in zip(parts, *sides, strict=True)]
 
 
 def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) -> None:
     """Note which tokens of the step are ours, and hide their adapters from vLLM's kernels for LoRA."""
     adapters, slots = self.list_adapters(), enumerate(self.lora_index_to_id)
-    ours = {lora_id: slot for slot, lora_id in slots if hasattr(adapters.get(lora_id), "smoa_ranks")}
+    ours = {lora_id: slot for slot, lora_id in slots if hasattr(adapters.get(lora_id), "smoa_labels")}
     wrappers = self.punica_wrapper_mapping.values()
     if not hasattr(self, "_smoa_memory"):  # the same for all steps, because CUDA graphs read it
         self._smoa_memory = torch.empty_like(max((one._token_lora_indices for one in wrappers), key=len))

@@ -48,7 +48,10 @@ def test_the_product_of_the_factors_is_the_update_over_w0(config, tmp_path):
         if isinstance(config, SMoAConfig):
             update = update / layer.weight
         torch.testing.assert_close(factors.B @ factors.A, update, rtol=1e-4, atol=1e-6)
-        assert sum(factors.ranks) == len(factors.A)
+        rows, cols, ranks = factors.labels
+        block = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+        assert not (factors.A * (block[:, None] != cols)).any()
+        assert not (factors.B * (rows != block)).any()
     assert adapter.rank == max(len(factors.A) for factors in adapter.layers.values())
 
 

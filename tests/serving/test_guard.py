@@ -1,7 +1,9 @@
 """The plugin wraps all the methods it knows, or none. The tests use fake classes instead of vLLM."""
 
+import json
 import logging
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -9,10 +11,13 @@ import torch
 import torch.nn.functional as F
 
 from smoa_kernels.serving import vllm as plugin
+from smoa_kernels.serving.factors import Labels
 from smoa_kernels.serving.products import LayerSlots, Step
 
 # The plugin's own list, as methods that return their arguments.
 METHODS = {path: parameters for path, (parameters, _) in plugin._METHODS.items()}
+# By version: the same of vLLM's wheels, as signatures.py reads them.
+SIGNATURES = json.loads(Path(__file__).with_name("signatures.json").read_text())
 
 
 @pytest.fixture
@@ -48,6 +53,14 @@ def test_all_are_wrapped_once(made_up):
     assert plugin.obstacle() is None
 
 
+@pytest.mark.parametrize("version", plugin.VERSIONS)
+def test_each_version_that_the_plugin_names_is_wrapped(version, made_up):
+    now = made_up(SIGNATURES[version])
+    before = now()
+    plugin.register()
+    assert sum(now()[path] is not before[path] for path in before) == 8  # of ten; two are called
+
+
 @pytest.mark.parametrize("path", METHODS)
 @pytest.mark.parametrize("change", ["missing", "another signature"])
 def test_none_is_wrapped_where_one_differs(path, change, made_up, caplog, monkeypatch):
@@ -60,7 +73,7 @@ def test_none_is_wrapped_where_one_differs(path, change, made_up, caplog, monkey
     before = now()
     plugin.register()
     assert now() == before
-    for words in (path, plugin.TESTED_VERSION, "smoa-kernels merge"):
+    for words in (path, *plugin.VERSIONS, "smoa-kernels merge"):
         assert words in caplog.text
 
 
@@ -84,7 +97,7 @@ def test_a_layer_that_takes_no_bias_keeps_its_dtype_and_needs_no_forward_context
     weight, x = torch.randn(6, 4), torch.randn(2, 4)
     factors = [torch.ones(1, 1, 2, 4)], [torch.ones(1, 1, 6, 2)]
     slots = LayerSlots(*factors, lambda x: F.linear(x, weight), weight, keep=False)
-    slots.slices[0].fill(0, (2,))
+    slots.slices[0].fill(0, Labels(torch.zeros(6, 1, dtype=int), torch.zeros(1, 4, dtype=int), (2,)))
     step = Step.of(torch.tensor(slot_of), torch.empty(2, dtype=torch.long))
     layer = SimpleNamespace(
         _smoa_slots=slots,
@@ -95,3 +108,19 @@ def test_a_layer_that_takes_no_bias_keeps_its_dtype_and_needs_no_forward_context
     expected = F.linear(x, weight) * torch.tensor([3.0 if slot == 0 else 1.0 for slot in slot_of])[:, None]
     assert y.dtype == torch.float64
     torch.testing.assert_close(y.float(), expected)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_labels_are_cut_as_the_engine_cuts_factors(parts):
+    """Of a shard, too, the labels say which factors are a coordinate's: here rows 2 to 3 and columns 1 to 3."""
+    cut = [lambda A: A[:, 1:4], lambda B: B[2:4]]
+    if parts > 1:  # vLLM's packed layers take lists
+        cut = [lambda given, one=one: [None if own is None else one(own) for own in given] for one in cut]
+    module = SimpleNamespace(tp_size=2, slice_lora_a=cut[0], slice_lora_b=cut[1])
+    labels = Labels(torch.arange(4)[:, None], torch.arange(6)[None], (1, 2))
+    given = [labels] + [None] * (parts - 1)
+    found, *others = plugin._cut(module, given)
+    assert (found.rows.tolist(), found.cols.tolist(), found.ranks) == ([[2], [3]], [[1, 2, 3]], (1, 2))
+    assert others == given[1:]
+    assert plugin._cut(module, [None] * parts) == [None] * parts
+    assert plugin._cut(SimpleNamespace(tp_size=1), given) is given

@@ -9,7 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from smoa_kernels.definition.sketch import TOLERANCE, distance_by_products, sketch_weight
 from smoa_kernels.serving import products
-from smoa_kernels.serving.products import LayerSlots, Step, packed_from_stacked, read_weight
+from smoa_kernels.serving.factors import Labels
+from smoa_kernels.serving.products import LayerSlots, Step, read_weight
 
 C, SIZES, SLOTS, MOST_RANKS = 24, (20, 12), 4, 8
 SHAPES = [(MOST_RANKS, C) for _ in SIZES], [(n, MOST_RANKS) for n in SIZES]
@@ -17,12 +18,13 @@ EXACT = {"rtol": 1e-5, "atol": 1e-4}
 
 
 def adapter_of(n, ranks, seed):
-    """The stacked factors of an adapter with random blocks."""
+    """The stacked factors of an adapter with random blocks, and its labels."""
     generator = torch.Generator().manual_seed(seed)
     rows, cols = (torch.randint(0, len(ranks), (size,), generator=generator) for size in (n, C))
     block = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
     A = torch.randn(len(block), C, generator=generator) * (block[:, None] == cols)
-    return A, torch.randn(n, len(block), generator=generator) * 0.5 * (rows[:, None] == block)
+    B = torch.randn(n, len(block), generator=generator) * 0.5 * (rows[:, None] == block)
+    return A, B, Labels(rows[:, None], cols[None], ranks)
 
 
 class Layer:
@@ -41,14 +43,14 @@ class Layer:
         for slot, ranks in self.RANKS.items():
             for part, n, own in zip(self.slots.slices, SIZES, ranks, strict=True):
                 if own:
-                    A, B = adapter_of(n, own, slot * 7 + part.rows.start)
-                    self.fill(slot, part, own, A, B * size)
+                    A, B, labels = adapter_of(n, own, slot * 7 + part.rows.start)
+                    self.fill(slot, part, labels, A, B * size)
 
-    def fill(self, slot, part, ranks, A, B):
+    def fill(self, slot, part, labels, A, B):
         part.A[slot], part.B[slot] = 0, 0
         part.A[slot, 0, : len(A)], part.B[slot, 0, :, : len(A)] = A, B
         self.modulation[slot, part.rows] = part.B[slot, 0].float() @ part.A[slot, 0].float()
-        part.fill(slot, ranks)
+        part.fill(slot, labels)
 
     def product(self, x):
         self.calls.append(len(x))
@@ -107,7 +109,7 @@ def test_a_recorded_step_serves_any_other(given, monkeypatch):
     monkeypatch.setattr(products, "MOST_ROWS", 24)
     layer, x = Layer(**given), torch.randn(7, C)
     for part in layer.slots.slices:
-        part.ranks.clear()  # recorded before any adapter is loaded
+        part.labels.clear()  # recorded before any adapter is loaded
     recorded = make_fx(lambda slots: layer.recorded(x, slots))(torch.full((7,), -1))
     for slot_of in ([-1] * 7, [1] * 7, [0, 1, 2, 3, -1, 2, 1]):
         found, base = recorded(torch.tensor(slot_of)), F.linear(x, layer.weight, layer.bias)
@@ -172,33 +174,34 @@ def test_a_slot_that_is_filled_anew_forgets_the_old_adapter(given, slot_of):
     x = torch.randn(len(slot_of), C)
     layer.output(x, slot_of)
     for part in layer.slots.slices:
-        layer.fill(1, part, (4,), part.A[0, 0], part.B[0, 0] * 2)
+        layer.fill(1, part, part.labels[0], part.A[0, 0], part.B[0, 0] * 2)
     layer.check(x, slot_of)
     for part in layer.slots.slices:
-        part.fill(1, ())
+        part.fill(1, None)
     layer.modulation[1] = 0
     layer.check(x, slot_of)
 
 
 def test_adapters_with_the_same_blocks_share_one_copy_of_them(monkeypatch):
-    """Ranks may differ. A coordinate with zero factors fits any block. The copy goes with its last adapter."""
+    """Ranks and factors may differ, even where all of a coordinate's are zero. The copy goes with its last adapter."""
     monkeypatch.setattr(products, "MOST_ROWS", 12)
     layer = Layer(keep=True)
     part = layer.slots.slices[0]
-    A, B = adapter_of(SIZES[0], (1, 0, 7), seed=7)  # the blocks of slot 1, more ranks
+    A, B, labels = adapter_of(SIZES[0], (1, 0, 7), seed=7)  # the blocks of slot 1, more ranks
     A[:, 5], B[7] = 0, 0
-    layer.fill(2, part, (1, 0, 7), A, B)
-    layer.fill(3, part, (1, 0, 7), A.flip(1), B)  # other columns
+    layer.fill(2, part, labels, A, B)
+    layer.fill(3, part, labels._replace(cols=labels.cols.flip(1)), A.flip(1), B)
     x, slot_of = torch.randn(7, C), [0, 2, 1, 3, 2, 1, 1]
     for _ in range(2):
         layer.check(x, slot_of)
         assert set(part.blocks) == {1, 2, 3}  # all of W0 is slot 0's only block
         assert part.blocks[1] is part.blocks[2] is not part.blocks[3]
-        layer.fill(1, part, (1, 0, 2), A[:3] * 2, B[:, :3])  # fewer ranks than before
-    layer.fill(2, part, (1, 0, 7), A, B * 0)  # not trained yet
+        fewer = labels._replace(ranks=(1, 0, 2))  # than before
+        layer.fill(1, part, fewer, A[:3] * 2, B[:, :3])
+    layer.fill(2, part, labels, A, B * 0)  # not trained yet
     layer.check(x, slot_of)
     for slot in (1, 3):
-        part.fill(slot, ())
+        part.fill(slot, None)
     assert not part.blocks
 
 
@@ -215,16 +218,6 @@ def test_a_step_forgets_the_slots_of_a_longer_one():
         found = layer.recorded(x, Step.of(torch.tensor(slot_of), memory).slots)
         padded = slot_of + [-1] * (len(x) - len(slot_of))
         torch.testing.assert_close(found.double(), layer.expected(x, padded), **EXACT)
-
-
-@pytest.mark.parametrize("ranks", [(4,), (3, 0, 5), (1, 1, 1)])
-def test_shards_have_the_products_of_the_whole(ranks):
-    A, B = adapter_of(SIZES[0], ranks, seed=3)
-    for rows, cols in ((slice(0, 9), slice(None)), (slice(None), slice(10, 24)), (slice(4, 5), slice(2, 3))):
-        packed_A, packed_B, blocks = packed_from_stacked(A[:, cols], B[rows], ranks)
-        assert packed_A.shape[0] == packed_B.shape[1] == max(ranks)
-        in_block = blocks.row_block[:, None] == blocks.col_block
-        torch.testing.assert_close(in_block * (packed_B @ packed_A), B[rows] @ A[:, cols])
 
 
 def test_w0_is_recognised_by_its_products():

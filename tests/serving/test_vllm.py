@@ -1,24 +1,35 @@
 """vLLM with our plugin against PEFT, adapter by adapter (`make test-vllm`)."""
 
 import gc
+import inspect
+import itertools
 import json
 import random
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from served import ALL, CONFIGS, save_adapter
 from transformers import AutoModelForCausalLM
 
+from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.serving import vllm as plugin
 from smoa_kernels.serving.factors import read_served
 
 vllm = pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.slow
 NAMES = [None, "smoa2", "smoa4", "unequal", "hira", "lora"]
+
+
+def test_the_recorded_signatures_are_the_installed_versions():
+    recorded = json.loads(Path(__file__).with_name("signatures.json").read_text())[plugin.VERSIONS[0]]
+    found = {path: inspect.signature(getattr(*plugin._find(path))).parameters for path in plugin._METHODS}
+    assert {path: " ".join(parameters) for path, parameters in found.items()} == recorded
+    assert vllm.__version__.startswith(plugin.VERSIONS[0])
 
 
 @pytest.fixture
@@ -136,6 +147,33 @@ def test_a_number_may_get_an_adapter_of_another_method(engine, base, adapters):
         found = answers(running, {name: adapters[name]}, [(name, prompt)])
         worst, _ = against_peft(base, adapters, [(name, prompt)], found)
         assert worst < 1e-4, name
+
+
+def test_the_policy_that_answers_is_the_one_that_was_trained(engine, base, tmp_path):
+    """Train, write, load in place, compare; a folder that vLLM refuses leaves the last policy."""
+    torch.manual_seed(0)
+    config = SMoAConfig(r=8, num_blocks=2, target_modules=ALL, init_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    running, folder, seen = engine(), tmp_path / "policy", []
+    [(_, prompt)] = some_prompts([None], count=1)
+    for _ in range(4):
+        model.save_pretrained(folder)
+        request = plugin.reload(running, folder)
+        [(tokens, scores)] = answers(running, {request.lora_name: folder}, [("policy", prompt)])
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        trained = logits.log_softmax(-1)[range(len(tokens)), tokens]
+        torch.testing.assert_close(torch.tensor(scores), trained, rtol=0, atol=1e-4)
+        seen.append((tokens, scores))
+        trained.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(one != other for one, other in itertools.pairwise(seen))
+    path = shutil.copytree(folder, tmp_path / "bad") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Exception, match="truncated or corrupt"):
+        plugin.reload(running, tmp_path / "bad")
+    assert answers(running, {"policy": folder}, [("policy", prompt)]) == seen[-1:]
 
 
 def test_a_new_engine_keeps_nothing_of_the_last(engine):

@@ -25,8 +25,9 @@ from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
 from ...definition.precision import autocast_enabled
 from ...functional import adapted_linear
-from ..dequantize import keep_packing, read_weight
+from ..dequantize import read_weight
 from ..quantized import dequantized_linear
+from ..replaced import keep_packing
 
 
 @dataclass(frozen=True)
