@@ -1,0 +1,230 @@
+"""The state of a `FusedSMoALinear`: its adapter and W0, their settings, how they are saved and loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .adapter import LABELS, STATE_KEYS, Adapter
+from .checks import check_finite, check_weight
+from .definition.block_rule import BlockRule
+from .definition.partition import BlockPartition
+from .definition.shard import LayerShard
+from .definition.sketch import check_base, sketch_distance, sketch_weight
+from .definition.spectral_order import whole
+from .layer_checks import Settings, call_always, check_fit, check_keys, check_tensors
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear layer that holds an adapter. `FusedSMoALinear` computes with both."""
+
+    smoa: Adapter
+    _stored_base: Tensor | None = None  # W0 while the layer is merged, in the CPU's memory
+
+    def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.r = settings.r
+        rule = settings.rule
+        self.num_blocks, self.block_order, self.granule, self.block_seed, self.group_size = rule
+        self.dropout, self.strict_base = settings.dropout, settings.strict_base
+        self.algorithm, self.backend = settings.algorithm, settings.backend
+        self.smoa = Adapter(
+            (self.out_features, self.in_features),
+            settings.ranks,
+            settings.scaling,
+            group_size=self.group_size,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        call_always(self)
+        if not self.weight.is_meta:
+            self._set_base(partition)
+            self.smoa.reset()
+
+    def _set_base(self, partition: BlockPartition | None) -> None:
+        """Take the current weight as the base: store its sketch and its blocks, which are computed if None."""
+        if partition is None:
+            partition = self._rule.build(self.weight)
+        self.smoa.set_blocks(partition.to(self.weight.device), sketch_weight(self.weight))
+
+    @property
+    def _rule(self) -> BlockRule:
+        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed, self.group_size)
+
+    @property
+    def _shard(self) -> LayerShard | None:
+        return self.smoa.shard
+
+    def _cut(self, shard: LayerShard) -> None:
+        self.smoa.cut(shard)
+
+    @property
+    def partition(self) -> BlockPartition:
+        """The blocks of W0's rows and columns; under tensor parallelism, of this process's rows and columns.
+
+        Raises:
+            RuntimeError: the layer has no blocks yet: it was made on the meta device, and nothing was loaded.
+            TypeError, ValueError: the assigned value is not a partition, or does not fit the weight and `num_blocks`.
+        """
+        partition: BlockPartition = self.smoa.partition
+        return partition
+
+    @partition.setter
+    def partition(self, partition: BlockPartition) -> None:
+        check_fit(partition, (self.out_features, self.in_features), self.num_blocks)
+        self.smoa.set_blocks(partition.to(self.weight.device))
+
+    @property
+    def block_ranks(self) -> tuple[int, ...]:
+        """The rank of each block."""
+        return self.smoa.block_ranks
+
+    @property
+    def num_adapter_parameters(self) -> int:
+        """The number of trainable parameters: `Σ r_k (N_k + C_k)` for blocks of N_k rows, C_k columns and rank r_k.
+
+        Raises:
+            RuntimeError: the layer has no blocks yet.
+        """
+        return self.smoa.num_parameters
+
+    @property
+    def scaling(self) -> float:
+        """s, the scale of the update. Assigning changes a tensor in place, so a compiled model stays compiled.
+
+        Raises:
+            TypeError, ValueError: the assigned value is not a finite number.
+            RuntimeError: assigned while the layer is merged or on the meta device.
+        """
+        return float(self.smoa.scaling)
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        check_finite("scaling", value)
+        self._check_unmerged("the layer is merged", "assigning scaling")
+        self._check_values()
+        self.smoa.scaling.fill_(value)
+
+    @property
+    def alpha(self) -> float:
+        """s · r. Assigning it assigns `scaling`, with the same errors."""
+        return self.scaling * self.r
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        check_finite("alpha", value)
+        self.scaling = value / self.r
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` holds W_eff, the base weight with the update."""
+        return self._stored_base is not None
+
+    def reset_parameters(self) -> None:
+        """Draw a new base layer, as `nn.Linear` does, and a new adapter for it.
+
+        Raises:
+            RuntimeError: the layer is merged, on the meta device, or cut by tensor parallelism; nothing was changed.
+        """
+        if not hasattr(self, "smoa"):  # nn.Linear's constructor calls this
+            super().reset_parameters()
+            return
+        self._check_can_draw("reset_parameters()")
+        super().reset_parameters()
+        self.weight.requires_grad_(False)
+        self._set_base(None)
+        self.smoa.reset()
+
+    def reset_adapter(self) -> None:
+        """Restart the adapter: A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero, so that the update is zero.
+
+        Raises:
+            RuntimeError: the layer is merged, on the meta device, or cut by tensor parallelism; nothing was changed.
+        """
+        self._check_can_draw("reset_adapter()")
+        self.smoa.reset()
+
+    def _check_unmerged(self, what: str, before: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"{what}: call unmerge() before {before}")
+
+    def _check_can_draw(self, caller: str) -> None:
+        if self._shard is not None:
+            raise RuntimeError(f"the layer is sharded: call {caller} before parallelize_module")
+        self._check_unmerged("the layer is merged", caller)
+        self._check_values()
+
+    def _check_values(self) -> None:
+        if self.smoa.A.is_meta:
+            raise RuntimeError(
+                "the layer is on the meta device: call to_empty(device=...), then load_state_dict(), or "
+                "reset_parameters(), which draws a new base weight too"
+            )
+
+    @property
+    def _base(self) -> Tensor:
+        """W0, never W_eff."""
+        weight = self.weight.detach()
+        return weight if self._stored_base is None else self._stored_base.to(weight.device, weight.dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:  # a state dict always holds W0: with W_eff, loading it would apply the update twice
+            destination[prefix + "weight"] = self._base
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state dict as `nn.Module` does, but all of it or nothing.
+
+        Raises:
+            TypeError, ValueError: a tensor is missing, unexpected or does not fit. The message names it.
+            RuntimeError: the layer is merged, or on the meta device without `assign`.
+        """
+        # Here, since _load_from_state_dict is not told whether it is strict.
+        if isinstance(state_dict, Mapping):
+            check_keys("FusedSMoALinear", self._own_tensors(), state_dict, strict=strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the layer's state dict; `state_dict()` would also run the hooks of wrappers such as FSDP."""
+        adapter = {f"smoa.{key}": getattr(self.smoa, key) for key in STATE_KEYS}
+        return {**dict(self.named_parameters(recurse=False)), **adapter}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        """Check all that a state dict holds of the layer; then load the base, after which torch loads the adapter."""
+        given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        name = prefix.rstrip(".") or "FusedSMoALinear"
+        self._check_unmerged(f"{name} is merged", "loading a state dict")
+        check_tensors(name, self._own_tensors(), given)
+        adapter = {key: given.get(f"smoa.{key}") for key in STATE_KEYS}
+        has_labels = any(adapter[key] is not None for key in LABELS)
+        weight, sketch = given.get("weight", self.weight), cast(Tensor, adapter["sketch"])
+        if has_labels:
+            assign = bool(local_metadata.get("assign_to_params_buffers"))
+            self.smoa.check_state(f"{name}.smoa", adapter, assign=assign)
+            if not (weight.is_meta or sketch.is_meta):
+                check_base({name: sketch_distance(sketch, sketch_weight(weight))}, strict=self.strict_base)
+        elif "weight" in given and self._rule.needs_weight:
+            check_weight(whole(weight))  # before it is copied and sorted
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        error_msgs = args[-1]
+        if has_labels or "weight" not in given or error_msgs:
+            return
+        warnings.warn(
+            f"{name}: the state dict holds a weight without block labels, as a plain nn.Linear's does; the "
+            f"{self.block_order} partition was recomputed and the adapter kept as it was",
+            UserWarning,
+            stacklevel=2,
+        )
+        self._set_base(None)
+        # Nothing of the adapter is missing: it loads what it holds.
+        held = {prefix + key: value for key, value in self._own_tensors().items() if key.startswith("smoa.")}
+        state_dict.update({**held, **state_dict})
