@@ -1,0 +1,182 @@
+"""Layers with SMoA adapters that are not linear: each computes what its base layer does, with W_eff in place of W0."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..adapter_folder.settings import AdapterSettings
+from ..functional import cast_factors, embedded_rows, is_pointwise, pointwise
+from .layer import AdaptedLayer, AdaptedModule, ParameterLayer
+from .offload import present
+
+
+class Convolution(AdaptedLayer):
+    """Convolution with `W0 + Σ ΔW` over its active adapters; W0 and the bias stay the base layer's.
+
+    W0 (N, C', k, …) counts as a matrix (N, C) with C = C'·k·…, for blocks and factors (SMoA, arXiv 2605.21147; equation
+    (2) of docs/definition.md). Under dropout an adapter's ΔW is applied to `dropout(x)`.
+
+    Args:
+        base_layer: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, of any groups, or another tuner's layer around one.
+        adapter_name: the first adapter's name.
+        settings: the first adapter's settings. `algorithm` counts for kernels of a single point alone.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> model = get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3)), SMoAConfig(r=4, target_modules=["0"]))
+        >>> model.base_model.model[0].get_delta_weight("default").shape
+        torch.Size([6, 4, 3, 3])
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, settings: AdapterSettings) -> None:
+        super().__init__(base_layer)
+        base = self.get_base_layer()
+        # By its attributes: the weight's own shape is empty under ZeRO-3.
+        self.kernel_size, self.out_features = base.kernel_size, base.out_channels
+        self.in_features = base.in_channels // base.groups * math.prod(base.kernel_size)
+        # Other classes may compute more than the convolution.
+        self._plain = type(base).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        self._pointwise = self._plain and is_pointwise(base)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, settings)
+
+    def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        base, names = self.get_base_layer(), [name for name in adapter_names if name in self.settings]
+        # Another tuner's layer is called, since it adds to the convolution.
+        merged = [name for name in names if base is self.base_layer and not self._dropout_p(name)]
+        if not merged:
+            y = self._base_output(x, *args, **kwargs)
+        else:
+            with present(self):
+                if not self._plain:
+                    weight = {self.parameter_name: self.effective_weight(merged)}
+                    y = functional_call(base, weight, (x, *args), kwargs)
+                elif self._pointwise:
+                    adapter = cast_factors(self._summed(self.base_weight(), merged), x.dtype)
+                    config = self.settings[merged[0]]
+                    y = pointwise(x, base, adapter, algorithm=config.algorithm, backend=config.backend)
+                else:
+                    y = base._conv_forward(x, self.effective_weight(merged), base.bias)
+        return self._add_outputs(y, x, [name for name in names if name not in merged])
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        if self._plain:
+            return cast(Tensor, base._conv_forward(x, weight, None))
+        with present(self):
+            W0 = self._unflattened(self.base_weight())
+            y, base_y = (
+                functional_call(base, {self.parameter_name: each}, (x,)) for each in (W0 + weight, W0)
+            )
+        return cast(Tensor, y - base_y)
+
+
+class Embedding(AdaptedLayer):
+    """Embedding with the rows of `W0 + Σ ΔW` over its active adapters; W0 (N, C) holds C numbers for each of N entries.
+
+    Only the rows that x names are computed. SMoA (arXiv 2605.21147), equation (2) of docs/definition.md. Indices have
+    no elements to drop, so `smoa_dropout` does not count. `padding_idx`, `scale_grad_by_freq` and `sparse` of the base
+    layer count for B as they do for a trained weight.
+
+    Args:
+        base_layer: `nn.Embedding`, or another tuner's layer around one.
+        adapter_name: the first adapter's name.
+        settings: the first adapter's settings; `algorithm` and `backend` do not count.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> model = get_peft_model(nn.Sequential(nn.Embedding(8, 6)), SMoAConfig(r=4, target_modules=["0"]))
+        >>> model.base_model.model[0].get_delta_weight("default").shape
+        torch.Size([8, 6])
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, settings: AdapterSettings) -> None:
+        super().__init__(base_layer)
+        base = self.get_base_layer()
+        self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
+        # Other classes may compute x, as those of positions do; those that scale rows look them up by x.
+        self._by_rows = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, settings)
+
+    def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        base, names = self.get_base_layer(), [name for name in adapter_names if name in self.settings]
+        if not names:
+            return self._base_output(x, *args, **kwargs)
+        if self._by_rows:
+            rows = base(x, *args, **kwargs)
+            y = embedded_rows(x, base, rows, self._summed(rows.flatten(0, -2), names))
+        else:
+            with present(self):
+                weight = {self.parameter_name: self.effective_weight(names)}
+                y = functional_call(base, weight, (x, *args), kwargs)
+        if base is self.base_layer:
+            return cast(Tensor, y)
+        return self._base_output(x, *args, **kwargs) + (y - base(x, *args, **kwargs))
+
+    def _dropout_p(self, name: str) -> float:
+        return 0.0
+
+
+class Attention(AdaptedModule):
+    """`nn.MultiheadAttention` that computes with `W0 + Σ ΔW` of its projections over the active adapters.
+
+    Its child `in_proj` adapts `in_proj_weight` (three children adapt `q_proj_weight`, `k_proj_weight` and
+    `v_proj_weight` where there are three), `out_proj` the output's weight. SMoA (arXiv 2605.21147), equation (2) of
+    docs/definition.md. Other attributes are the base module's.
+
+    Args:
+        base_layer: the `nn.MultiheadAttention`.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from smoa_kernels.peft import SMoAConfig
+        >>> model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16))
+        >>> model = get_peft_model(model, SMoAConfig(r=4, target_modules=["self_attn"]))
+        >>> [*model.base_model.model[0].self_attn.weights]
+        ['in_proj', 'out_proj']
+    """
+
+    def __init__(self, base_layer: nn.MultiheadAttention) -> None:
+        super().__init__(base_layer)
+        for name in ("in_proj", "q_proj", "k_proj", "v_proj"):
+            if base_layer._parameters.get(f"{name}_weight") is not None:
+                self.add_module(name, ParameterLayer(base_layer, f"{name}_weight"))
+        self.add_module("out_proj", ParameterLayer(base_layer.out_proj, "weight"))
+
+    def __getattr__(self, name: str) -> Any:
+        """Torch's encoder reads attributes of its attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def update_layer(self, adapter_name: str, settings: AdapterSettings) -> None:
+        """Add an adapter of zeros to each weight; see :meth:`smoa_kernels.peft.SMoALayer.update_layer`."""
+        if settings.smoa_dropout:
+            raise ValueError(
+                f"smoa_dropout must be 0 where nn.MultiheadAttention is adapted, got {settings.smoa_dropout}: its "
+                "weights take no input of their own"
+            )
+        for weight in self.weights.values():
+            weight.update_layer(adapter_name, settings)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute what the base module does, which gets the arguments, with the adapted weights."""
+        self._unmerge_disabled()
+        adapted = {}
+        for name, weight in self.weights.items():
+            names = [each for each in weight.active_adapters if each in weight.smoa]
+            if names and not weight.disable_adapters and not weight.merged:
+                place = weight.parameter_name if name != "out_proj" else "out_proj.weight"
+                adapted[place] = weight.effective_weight(names)
+        return functional_call(self.base_layer, adapted, args, kwargs)
