@@ -244,6 +244,13 @@ def embedded_rows(x: Tensor, embedding: Any, rows: Tensor, adapter: PackedAdapte
     return modulate(given, rows=at).view_as(rows)
 
 
+def dense_update(adapter: PackedAdapter) -> Tensor:
+    """Compute ΔW (N, C) in at least float32, differentiable in A and B, for a layer whose dropout W0 does not see."""
+    with without_autocast(adapter.weight):
+        A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
+        return (B @ A) * adapter.weight
+
+
 class _Round(torch.autograd.Function):
     generate_vmap_rule = True
 

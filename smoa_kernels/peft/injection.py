@@ -28,9 +28,9 @@ from .experts.experts import Experts
 from .experts.targets import find_targets
 from .experts.weight import ExpertsWeight
 from .folder.loading import check_adapter
-from .layer import AdaptedModule, SMoALayer, keys_of, layers_with
+from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
-from .modulated import Attention, Convolution, Embedding
+from .modulated import AdaptedModule, Attention, Convolution, Embedding
 from .offload import present
 from .snapshot import PARAMETER_PREFIX, Snapshot
 from .sorting import initialize_all
@@ -245,8 +245,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         if any(isinstance(module, AdaptedModule) for module in self.modules()):
             raise ValueError(
-                "adapter_names cannot be given where experts or nn.MultiheadAttention are adapted: a batch takes one "
-                "adapter"
+                "adapter_names cannot be given where experts are adapted, or an nn.MultiheadAttention: a batch takes "
+                "one adapter"
             )
         unknown = set(adapter_names) - {*self.peft_config, "__base__"}
         if unknown:

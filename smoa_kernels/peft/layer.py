@@ -1,8 +1,4 @@
-"""`SMoALayer` holds the adapters of one layer and their settings.
-
-An `AdaptedLayer` takes the place of a layer of the model. Where a module computes with several parameters, an
-`AdaptedModule` takes its place and holds a `ParameterLayer` for each.
-"""
+"""`SMoALayer` holds the adapters of one weight and their settings; `AdaptedLayer` takes the place of a layer."""
 
 from __future__ import annotations
 
@@ -22,10 +18,9 @@ from ..checks import check_choice
 from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import without_autocast
 from ..definition.shard import LayerShard
-from ..functional import cast_factors, modulate
-from ..layer_checks import call_always
+from ..functional import cast_factors, dense_update, modulate
+from ..layer_checks import call_always, matrix_shape
 from .base_weight import BaseWeight
 from .combine import single_block, sum_adapters
 from .offload import execution_device, gathered, present
@@ -294,6 +289,7 @@ class AdaptedLayer(SMoALayer, nn.Module):
         self.base_layer = base_layer
         SMoALayer.__init__(self)
         self.quantization_backend = quantization
+        self.out_features, self.in_features = matrix_shape(self.get_base_layer())
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
@@ -362,75 +358,13 @@ class AdaptedLayer(SMoALayer, nn.Module):
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:
         """The product of `dropout(x)` and a dense ΔW, to be added to the base layer's own output."""
-        with present(self), without_autocast(x):
-            adapter = self.packed(name, self.base_weight())
-            A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
-            delta = self._unflattened((B @ A) * adapter.weight)
+        with present(self):
+            delta = self._unflattened(dense_update(self.packed(name, self.base_weight())))
         return self._product(F.dropout(x, self._dropout_p(name), training=True), delta.to(x.dtype))
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer computes with another weight, without its bias."""
         raise NotImplementedError
-
-
-class ParameterLayer(SMoALayer, nn.Module):
-    """The adapters of one parameter of a module. It owns no weight, and an :class:`AdaptedModule` calls it.
-
-    Args:
-        owner: the module that owns the parameter.
-        parameter_name: the parameter's name in it.
-    """
-
-    def __init__(self, owner: nn.Module, parameter_name: str) -> None:
-        nn.Module.__init__(self)
-        SMoALayer.__init__(self)
-        self._owner = (owner,)  # in a tuple, since a module that is assigned directly becomes a child
-        self.parameter_name = parameter_name
-        self._active_adapter: list[str] = []
-        shape = self._stored_weight().shape
-        self.out_features, self.in_features = shape[-2:]
-
-    def get_base_layer(self) -> nn.Module:
-        """The module that owns the parameter."""
-        return self._owner[0]
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = self._stored_weight()
-        return weight.device, weight.dtype
-
-
-class AdaptedModule(nn.Module):
-    """A module with adapters of its parameters, which stay its own; the adapters of each one are a child.
-
-    Args:
-        base_layer: the module.
-    """
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        """The adapters of each adapted parameter, by the child's name."""
-        return {name: child for name, child in self._modules.items() if isinstance(child, ParameterLayer)}
-
-    def _unmerge_disabled(self) -> None:
-        for weight in self.weights.values():
-            if weight.disable_adapters and weight.merged:
-                weight.unmerge()
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base module, with adapters merged into its weights if `merge`; PEFT calls it to unload.
-
-        As with PEFT's layers, adapters that were merged before stay merged.
-        """
-        if merge:
-            for weight in self.weights.values():
-                weight.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return cast(nn.Module, self.base_layer)
 
 
 def layers_with(model: nn.Module, adapter_name: str, *, every_name: bool = True) -> dict[str, SMoALayer]:

@@ -51,10 +51,6 @@ class Linear(AdaptedLayer):
         super().__init__(base_layer, quantization)
         base = self.get_base_layer()
         self.fan_in_fan_out = isinstance(base, Conv1D)
-        if self.fan_in_fan_out:  # the weight's own shape is empty under ZeRO-3
-            self.in_features, self.out_features = base.nx, base.nf
-        else:
-            self.in_features, self.out_features = base.in_features, base.out_features
         # For the usual base layers W0 is read. Others are called: they may compute more than x W0ᵀ + b.
         layer_type = type(base_layer)
         forward = getattr(layer_type, "forward", None)

@@ -1,18 +1,44 @@
-"""Layers with SMoA adapters that are not linear: each computes what its base layer does, with W_eff in place of W0."""
+"""Layers with SMoA adapters that are not linear: each computes what its base layer does, with W_eff in place of W0.
+
+Where a module computes with several parameters, an `AdaptedModule` takes its place and holds a `ParameterLayer` for each.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..adapter_folder.settings import AdapterSettings
 from ..functional import cast_factors, embedded_rows, is_pointwise, pointwise
-from .layer import AdaptedLayer, AdaptedModule, ParameterLayer
+from .layer import AdaptedLayer, SMoALayer
 from .offload import present
+
+
+@contextmanager
+def replaced(weights: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+    """Let modules compute with other tensors than their parameters, given by module and name, within the block."""
+    # An entry of the instance goes before parameters, also where FSDP or accelerate replaces these during the call.
+    before = {place: vars(place[0]).get(place[1]) for place in weights}
+    for (module, name), weight in weights.items():
+        vars(module)[name] = weight
+        if getattr(module, name) is not weight:
+            raise RuntimeError(f"{name} of {type(module).__name__} is computed: it cannot be adapted")
+    try:
+        yield
+        if any(vars(module).get(name) is not weight for (module, name), weight in weights.items()):
+            raise RuntimeError(
+                "the base layer is wrapped by itself: wrap a module around the adapted layer instead"
+            )
+    finally:
+        for (module, name), held in before.items():
+            if held is None:
+                vars(module).pop(name, None)
+            else:
+                vars(module)[name] = held
 
 
 class Convolution(AdaptedLayer):
@@ -37,9 +63,7 @@ class Convolution(AdaptedLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, settings: AdapterSettings) -> None:
         super().__init__(base_layer)
         base = self.get_base_layer()
-        # By its attributes: the weight's own shape is empty under ZeRO-3.
-        self.kernel_size, self.out_features = base.kernel_size, base.out_channels
-        self.in_features = base.in_channels // base.groups * math.prod(base.kernel_size)
+        self.kernel_size = base.kernel_size
         # Other classes may compute more than the convolution.
         self._plain = type(base).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
         self._pointwise = self._plain and is_pointwise(base)
@@ -55,8 +79,7 @@ class Convolution(AdaptedLayer):
         else:
             with present(self):
                 if not self._plain:
-                    weight = {self.parameter_name: self.effective_weight(merged)}
-                    y = functional_call(base, weight, (x, *args), kwargs)
+                    y = self._called(x, self.effective_weight(merged), *args, **kwargs)
                 elif self._pointwise:
                     adapter = cast_factors(self._summed(self.base_weight(), merged), x.dtype)
                     config = self.settings[merged[0]]
@@ -71,10 +94,12 @@ class Convolution(AdaptedLayer):
             return cast(Tensor, base._conv_forward(x, weight, None))
         with present(self):
             W0 = self._unflattened(self.base_weight())
-            y, base_y = (
-                functional_call(base, {self.parameter_name: each}, (x,)) for each in (W0 + weight, W0)
-            )
-        return cast(Tensor, y - base_y)
+            return self._called(x, W0 + weight) - self._called(x, W0)
+
+    def _called(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base = self.get_base_layer()
+        with replaced({(base, "weight"): weight}):
+            return cast(Tensor, base(x, *args, **kwargs))
 
 
 class Embedding(AdaptedLayer):
@@ -100,7 +125,6 @@ class Embedding(AdaptedLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, settings: AdapterSettings) -> None:
         super().__init__(base_layer)
         base = self.get_base_layer()
-        self.out_features, self.in_features = base.num_embeddings, base.embedding_dim
         # Other classes may compute x, as those of positions do; those that scale rows look them up by x.
         self._by_rows = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
         self._active_adapter = adapter_name
@@ -114,15 +138,74 @@ class Embedding(AdaptedLayer):
             rows = base(x, *args, **kwargs)
             y = embedded_rows(x, base, rows, self._summed(rows.flatten(0, -2), names))
         else:
-            with present(self):
-                weight = {self.parameter_name: self.effective_weight(names)}
-                y = functional_call(base, weight, (x, *args), kwargs)
+            with present(self), replaced({(base, "weight"): self.effective_weight(names)}):
+                y = base(x, *args, **kwargs)
         if base is self.base_layer:
             return cast(Tensor, y)
         return self._base_output(x, *args, **kwargs) + (y - base(x, *args, **kwargs))
 
     def _dropout_p(self, name: str) -> float:
         return 0.0
+
+
+class ParameterLayer(SMoALayer, nn.Module):
+    """The adapters of one parameter of a module. It owns no weight, and an :class:`AdaptedModule` calls it.
+
+    Args:
+        owner: the module that owns the parameter.
+        parameter_name: the parameter's name in it.
+    """
+
+    def __init__(self, owner: nn.Module, parameter_name: str) -> None:
+        nn.Module.__init__(self)
+        SMoALayer.__init__(self)
+        self._owner = (owner,)  # in a tuple, since a module that is assigned directly becomes a child
+        self.parameter_name = parameter_name
+        self._active_adapter: list[str] = []
+        shape = self._stored_weight().shape
+        self.out_features, self.in_features = shape[-2:]
+
+    def get_base_layer(self) -> nn.Module:
+        """The module that owns the parameter."""
+        return self._owner[0]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        weight = self._stored_weight()
+        return weight.device, weight.dtype
+
+
+class AdaptedModule(nn.Module):
+    """A module with adapters of its parameters, which stay its own; the adapters of each one are a child.
+
+    Args:
+        base_layer: the module.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The adapters of each adapted parameter, by the child's name."""
+        return {name: child for name, child in self._modules.items() if isinstance(child, ParameterLayer)}
+
+    def _unmerge_disabled(self) -> None:
+        for weight in self.weights.values():
+            if weight.disable_adapters and weight.merged:
+                weight.unmerge()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module, with adapters merged into its weights if `merge`; PEFT calls it to unload.
+
+        As with PEFT's layers, adapters that were merged before stay merged.
+        """
+        if merge:
+            for weight in self.weights.values():
+                weight.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return cast(nn.Module, self.base_layer)
 
 
 class Attention(AdaptedModule):
@@ -148,8 +231,8 @@ class Attention(AdaptedModule):
         super().__init__(base_layer)
         for name in ("in_proj", "q_proj", "k_proj", "v_proj"):
             if base_layer._parameters.get(f"{name}_weight") is not None:
-                self.add_module(name, ParameterLayer(base_layer, f"{name}_weight"))
-        self.add_module("out_proj", ParameterLayer(base_layer.out_proj, "weight"))
+                self._modules[name] = ParameterLayer(base_layer, f"{name}_weight")
+        self._modules["out_proj"] = ParameterLayer(base_layer.out_proj, "weight")
 
     def __getattr__(self, name: str) -> Any:
         """Torch's encoder reads attributes of its attention."""
@@ -174,9 +257,10 @@ class Attention(AdaptedModule):
         """Compute what the base module does, which gets the arguments, with the adapted weights."""
         self._unmerge_disabled()
         adapted = {}
-        for name, weight in self.weights.items():
+        for weight in self.weights.values():
             names = [each for each in weight.active_adapters if each in weight.smoa]
             if names and not weight.disable_adapters and not weight.merged:
-                place = weight.parameter_name if name != "out_proj" else "out_proj.weight"
+                place = weight.get_base_layer(), weight.parameter_name
                 adapted[place] = weight.effective_weight(names)
-        return functional_call(self.base_layer, adapted, args, kwargs)
+        with replaced(adapted):
+            return self.base_layer(*args, **kwargs)

@@ -42,12 +42,27 @@ MLP = [
 MLP[-1]["target_modules"] = ["lin0", "lin1"]
 CUSTOM_MODELS = [
     *((f"Vanilla MLP {i} SMoA", "MLP", SMoAConfig, settings) for i, settings in enumerate(MLP, 1)),
-    # EmbConv1D's Conv1D has a single output, so it can have only one block.
-    (
-        "Embedding + transformers Conv1D 1 SMoA",
-        "EmbConv1D",
-        SMoAConfig,
-        {"target_modules": ["conv1d"], "num_blocks": 1},
+    # EmbConv1D's Conv1D has a single output, so it can have only one block, as the linear layers after convolutions.
+    *(
+        (f"{model} {i} SMoA", model, SMoAConfig, {"target_modules": targets, "num_blocks": num_blocks})
+        for i, (model, num_blocks, targets) in enumerate(
+            [
+                ("EmbConv1D", 1, ["conv1d"]),
+                ("EmbConv1D", 2, ["emb"]),
+                ("EmbConv1D", 1, ["emb", "conv1d"]),
+                ("Conv1d", 1, ["conv1d"]),
+                ("Conv1dBigger", 2, ["conv1d"]),
+                ("Conv1dGroups", 2, ["conv1d"]),
+                ("Conv2d", 2, ["conv2d"]),
+                ("Conv2d", 2, ["conv2d", "lin0"]),
+                ("Conv2dGroups2", 2, ["conv2d"]),
+                ("Conv2d1x1", 1, ["conv2d"]),
+                ("Conv3d", 2, ["conv3d"]),
+                ("Conv3d", 2, ["conv3d", "lin0"]),
+                ("MHA", 2, ["mha"]),
+                ("MHA", 2, ["mha", "lin0"]),
+            ]
+        )
     ),
 ]
 

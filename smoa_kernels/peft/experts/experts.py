@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.integrations import moe
 
-from ..layer import AdaptedModule
+from ..modulated import AdaptedModule
 
 _Product = Callable[[Tensor], Tensor]
 _Prepare = Callable[[Tensor, Tensor], _Product]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...backends import resolve_backend
 from ...definition.experts import ExpertsAdapter
 from ...operators.experts import experts_linear
-from ..layer import ParameterLayer
+from ..modulated import ParameterLayer
 
 
 class ExpertsWeight(ParameterLayer):
