@@ -1,6 +1,6 @@
 """Layers with SMoA adapters that are not linear: each computes what its base layer does, with W_eff in place of W0.
 
-Where a module computes with several parameters, an `AdaptedModule` takes its place and holds a `ParameterLayer` for each.
+Where a module computes with several parameters, an `AdaptedModule` takes its place, with a `ParameterLayer` for each.
 """
 
 from __future__ import annotations
@@ -241,7 +241,9 @@ class Attention(AdaptedModule):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)
+            # The encoder nests a padded batch unless one of these needs a gradient, as W_eff does.
+            with replaced(self._adapted() if name == "in_proj_weight" else {}):
+                return getattr(self.base_layer, name)
 
     def update_layer(self, adapter_name: str, settings: AdapterSettings) -> None:
         """Add an adapter of zeros to each weight; see :meth:`smoa_kernels.peft.SMoALayer.update_layer`."""
@@ -256,11 +258,14 @@ class Attention(AdaptedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute what the base module does, which gets the arguments, with the adapted weights."""
         self._unmerge_disabled()
+        with replaced(self._adapted()):
+            return self.base_layer(*args, **kwargs)
+
+    def _adapted(self) -> dict[tuple[nn.Module, str], Tensor]:
         adapted = {}
         for weight in self.weights.values():
             names = [each for each in weight.active_adapters if each in weight.smoa]
             if names and not weight.disable_adapters and not weight.merged:
                 place = weight.get_base_layer(), weight.parameter_name
                 adapted[place] = weight.effective_weight(names)
-        with replaced(adapted):
-            return self.base_layer(*args, **kwargs)
+        return adapted

@@ -177,5 +177,9 @@ def pytest_collection_modifyitems(config, items):
     for item in kept:
         if "save_pretrained" in item.name and "pickle" in item.name:
             item.add_marker(pytest.mark.skip(reason="SMoA adapters are safetensors only"))
+        if "-MHA-" in item.name and "merge_layers_is_deterministic" in item.name:
+            item.add_marker(pytest.mark.skip(reason="nn.MultiheadAttention takes no smoa_dropout"))
+        if "-MHA-" in item.name and "get_base_model_state_dict" in item.name:
+            item.add_marker(pytest.mark.skip(reason="PEFT finds base_layer in its own kind of layer only"))
         if "test_target_parameters" in item.nodeid and any(words in item.name for words in IN_LORAS_WORDS):
             item.add_marker(pytest.mark.skip(reason="it expects the words of LoRA's error; SMoA has its own"))
