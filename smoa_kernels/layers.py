@@ -203,41 +203,40 @@ class _Modulated(AdaptedWeight):
         settings.rule.check(matrix_shape(self))
         self._adapt(settings)
 
-    @property
-    def _dropout_p(self) -> float:
-        return self.dropout if self.training else 0.0
-
-
-class _Convolution(_Modulated):
     @classmethod
-    def from_conv(
+    def _from(
         cls,
-        conv: nn.Module,
+        name: str,
+        plain: nn.Module,
         *,
         partition: BlockPartition | None = None,
         use_lora_rate: bool = False,
         **settings: Any,
     ) -> Any:
+        weight, bias = plain_parameters(name, plain, cls._kind)
+        return cls._over(plain, weight, bias, Settings.of(**settings), partition, use_lora_rate)
+
+
+class _Convolution(_Modulated):
+    @classmethod
+    def from_conv(cls, conv: nn.Module, **settings: Any) -> Any:
         """Adapt an existing convolution. Its weight and bias are frozen, and shared rather than copied.
 
         Args:
-            conv: of the class whose name ends this one's.
-            partition: the blocks of the weight as a matrix (N, C), if they are known.
-            use_lora_rate: as for :meth:`smoa_kernels.FusedSMoALinear.from_linear`.
-            settings: those of :class:`smoa_kernels.FusedSMoALinear` from `r` to `strict_base`.
+            conv: of the plain class.
+            settings: as :meth:`smoa_kernels.FusedSMoALinear.from_linear` takes them.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message says which. `conv` is as it was before.
         """
-        weight, bias = plain_parameters("conv", conv, cls._kind)
-        return cls._over(conv, weight, bias, Settings.of(**settings), partition, use_lora_rate)
+        return cls._from("conv", conv, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution of x, of the shapes that the plain layer takes."""
         conv: Any = self
         if self.merged:
             return cast(Tensor, conv._conv_forward(x, self.weight, self.bias))
-        p, adapter = self._dropout_p, self.smoa.packed(as_matrix(self.weight))
+        p, adapter = self.dropout if self.training else 0.0, self.smoa.packed(as_matrix(self.weight))
         if is_pointwise(self):
             choice: Any = {"algorithm": self.algorithm, "backend": self.backend}
             return pointwise(x, self, adapter, dropout_p=p, **choice)
@@ -315,28 +314,17 @@ class FusedSMoAEmbedding(_Modulated, nn.Embedding):
     _kind = nn.Embedding
 
     @classmethod
-    def from_embedding(
-        cls,
-        embedding: nn.Module,
-        *,
-        partition: BlockPartition | None = None,
-        use_lora_rate: bool = False,
-        **settings: Any,
-    ) -> FusedSMoAEmbedding:
+    def from_embedding(cls, embedding: nn.Module, **settings: Any) -> FusedSMoAEmbedding:
         """Adapt an existing embedding. Its weight is frozen, and shared rather than copied.
 
         Args:
             embedding: an `nn.Embedding`.
-            partition: the blocks of the weight, if they are known.
-            use_lora_rate: as for :meth:`smoa_kernels.FusedSMoALinear.from_linear`.
-            settings: those of :class:`smoa_kernels.FusedSMoALinear` from `r` to `strict_base`.
+            settings: as :meth:`smoa_kernels.FusedSMoALinear.from_linear` takes them.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message says which. `embedding` is as it was before.
         """
-        weight, _ = plain_parameters("embedding", embedding, nn.Embedding)
-        given = Settings.of(**settings)
-        return cast(FusedSMoAEmbedding, cls._over(embedding, weight, None, given, partition, use_lora_rate))
+        return cast(FusedSMoAEmbedding, cls._from("embedding", embedding, **settings))
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up rows of W_eff: indices (...) -> (..., C), in W0's dtype."""

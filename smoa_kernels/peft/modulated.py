@@ -156,6 +156,8 @@ class ParameterLayer(SMoALayer, nn.Module):
         parameter_name: the parameter's name in it.
     """
 
+    bias = None  # the owner's; `bias="smoa_only"` would train it, and PEFT would not find it to save it
+
     def __init__(self, owner: nn.Module, parameter_name: str) -> None:
         nn.Module.__init__(self)
         SMoALayer.__init__(self)
