@@ -215,19 +215,6 @@ def modulate(adapter: PackedAdapter, backend: str = "eager", rows: Tensor | None
         return _modulate(A, B, adapter, backend)
 
 
-def is_pointwise(conv: Any) -> bool:
-    """Whether a convolution is a linear layer of each point's channels."""
-    sizes, no_padding = {*conv.kernel_size, *conv.stride, conv.groups}, (0,) * len(conv.kernel_size)
-    return sizes == {1} and conv.padding in ("valid", "same", no_padding)
-
-
-def pointwise(x: Tensor, conv: Any, adapter: PackedAdapter, **settings: Any) -> Tensor:
-    """Compute a convolution that :func:`is_pointwise` by :func:`adapted_linear`, whose settings are given."""
-    channels = -1 - len(conv.kernel_size)
-    y = adapted_linear(x.movedim(channels, -1), conv.bias, adapter, **settings).movedim(-1, channels)
-    return y.contiguous() if x.is_contiguous() else y  # as a convolution's, in x's order
-
-
 def embedded_rows(x: Tensor, embedding: Any, rows: Tensor, adapter: PackedAdapter) -> Tensor:
     """Modulate rows of W0 that an `nn.Embedding` looked up; differentiable in the factors, and in the rows.
 

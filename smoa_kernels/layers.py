@@ -16,7 +16,7 @@ from .definition.block_rule import BlockRule
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
-from .functional import adapted_linear, dense_update, embedded_rows, is_pointwise, modulate, pointwise
+from .functional import adapted_linear, dense_update, embedded_rows, modulate
 from .layer_checks import (
     Settings,
     check_linear,
@@ -237,9 +237,6 @@ class _Convolution(_Modulated):
         if self.merged:
             return cast(Tensor, conv._conv_forward(x, self.weight, self.bias))
         p, adapter = self.dropout if self.training else 0.0, self.smoa.packed(as_matrix(self.weight))
-        if is_pointwise(self):
-            choice: Any = {"algorithm": self.algorithm, "backend": self.backend}
-            return pointwise(x, self, adapter, dropout_p=p, **choice)
         if p:
             delta = self._like_weight(dense_update(adapter)).to(x.dtype)
             y = conv._conv_forward(x, self.weight, self.bias)
@@ -266,10 +263,10 @@ class FusedSMoAConv2d(_Convolution, nn.Conv2d):
 
     This is SMoA (arXiv 2605.21147), equation (2) of docs/definition.md, for W0 (N, C', k, k) as the matrix (N, C) with
     C = C'·k·k: N output channels, and C' input channels of a group. W0 and the bias are frozen; the factors A (ρ, C)
-    and B (N, ρ) of the submodule `smoa` train. A kernel of one point is a linear layer, and computed as one.
+    and B (N, ρ) of the submodule `smoa` train.
 
     The first arguments are those of `nn.Conv2d`; the others, from `r` to `strict_base`, and the state dict are as for
-    :class:`smoa_kernels.FusedSMoALinear`. `algorithm` counts for kernels of one point only.
+    :class:`smoa_kernels.FusedSMoALinear`; `algorithm` does not count.
 
     Example:
         >>> layer = FusedSMoAConv2d.from_conv(nn.Conv2d(4, 6, 3, padding=1), r=4, num_blocks=2)

@@ -420,8 +420,8 @@ def test_layers_that_are_not_linear(kind: str) -> None:
     other.load_state_dict(layer.state_dict())
     torch.testing.assert_close(other.eval()(x), y, rtol=0, atol=1e-12)
     torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), y, rtol=0, atol=1e-12)
+    adapter = {key: value for key, value in layer.state_dict().items() if key.startswith("smoa.")}
     with pytest.raises(ValueError, match="strict_base=True refuses"):
-        adapter = {key: value for key, value in layer.state_dict().items() if key.startswith("smoa.")}
         make(plain().double(), r=5, strict_base=True).load_state_dict(adapter, strict=False)
     with torch.no_grad():
         layer.merge()

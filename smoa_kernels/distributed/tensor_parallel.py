@@ -115,6 +115,8 @@ class RowwiseSMoAParallel(_SMoAParallel, RowwiseParallel):
 
 def _check(layer: Any, mesh: DeviceMesh) -> None:
     """Raise an error if the layer cannot be cut."""
+    if not (hasattr(layer, "get_base_layer") or isinstance(layer, nn.Linear)):
+        raise TypeError(f"of layers with adapters only linear ones can be cut, got {type(layer).__name__}")
     if getattr(layer, "_shard", None) is not None:
         raise ValueError("the layer is parallelized already")
     if layer.merged:

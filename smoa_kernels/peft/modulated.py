@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_folder.settings import AdapterSettings
-from ..functional import cast_factors, embedded_rows, is_pointwise, pointwise
+from ..functional import embedded_rows
 from .layer import AdaptedLayer, SMoALayer
 from .offload import present
 
@@ -50,7 +50,7 @@ class Convolution(AdaptedLayer):
     Args:
         base_layer: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, of any groups, or another tuner's layer around one.
         adapter_name: the first adapter's name.
-        settings: the first adapter's settings. `algorithm` counts for kernels of a single point alone.
+        settings: the first adapter's settings; `algorithm` does not count.
 
     Example:
         >>> from peft import get_peft_model
@@ -66,7 +66,6 @@ class Convolution(AdaptedLayer):
         self.kernel_size = base.kernel_size
         # Other classes may compute more than the convolution.
         self._plain = type(base).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-        self._pointwise = self._plain and is_pointwise(base)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, settings)
 
@@ -78,14 +77,11 @@ class Convolution(AdaptedLayer):
             y = self._base_output(x, *args, **kwargs)
         else:
             with present(self):
-                if not self._plain:
-                    y = self._called(x, self.effective_weight(merged), *args, **kwargs)
-                elif self._pointwise:
-                    adapter = cast_factors(self._summed(self.base_weight(), merged), x.dtype)
-                    config = self.settings[merged[0]]
-                    y = pointwise(x, base, adapter, algorithm=config.algorithm, backend=config.backend)
+                weight = self.effective_weight(merged)
+                if self._plain:
+                    y = base._conv_forward(x, weight, base.bias)
                 else:
-                    y = base._conv_forward(x, self.effective_weight(merged), base.bias)
+                    y = self._called(x, weight, *args, **kwargs)
         return self._add_outputs(y, x, [name for name in names if name not in merged])
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
