@@ -30,8 +30,8 @@ class AdaptedWeight(nn.Module):
     """
 
     smoa: Adapter
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Any  # its declarations differ among torch's layers
+    bias: Any
     _stored_base: Tensor | None = None  # W0 while the layer is merged, in the CPU's memory
 
     @classmethod
@@ -55,7 +55,7 @@ class AdaptedWeight(nn.Module):
             check_fit(partition, tuple(as_matrix(weight).shape), settings.rule.num_blocks)
         elif not weight.is_meta:
             partition = settings.rule.build(as_matrix(weight))  # a weight may have no spectrum
-        layer = cls.__new__(cls)
+        layer: Any = cls.__new__(cls)
         nn.Module.__init__(layer)
         if isinstance(layer, nn.Linear):  # a Conv1D has other names
             layer.out_features, layer.in_features = weight.shape

@@ -135,7 +135,7 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         weight, bias = linear_parameters(linear)
         rule = BlockRule(num_blocks, block_order, granule, block_seed)
         settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
-        return cls._over(linear, weight, bias, settings, partition, use_lora_rate)
+        return cast(FusedSMoALinear, cls._over(linear, weight, bias, settings, partition, use_lora_rate))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) -> (..., out_features), in x's dtype.

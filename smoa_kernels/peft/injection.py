@@ -220,7 +220,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 )
             if kinds[0] is not Attention:
                 return cast(nn.Module, kinds[0](target, adapter_name, settings))
-            attention = Attention(target)
+            attention = Attention(cast(nn.MultiheadAttention, target))
             attention.update_layer(adapter_name, settings)
             return attention
         stored_transposed = isinstance(base, Conv1D)

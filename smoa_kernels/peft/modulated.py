@@ -132,12 +132,13 @@ class Embedding(AdaptedLayer):
             return self._base_output(x, *args, **kwargs)
         if self._by_rows:
             rows = base(x, *args, **kwargs)
-            y = embedded_rows(x, base, rows, self._summed(rows.flatten(0, -2), names))
+            with present(self):
+                y: Tensor = embedded_rows(x, base, rows, self._summed(rows.flatten(0, -2), names))
         else:
             with present(self), replaced({(base, "weight"): self.effective_weight(names)}):
                 y = base(x, *args, **kwargs)
         if base is self.base_layer:
-            return cast(Tensor, y)
+            return y
         return self._base_output(x, *args, **kwargs) + (y - base(x, *args, **kwargs))
 
     def _dropout_p(self, name: str) -> float:
@@ -203,7 +204,7 @@ class AdaptedModule(nn.Module):
         if merge:
             for weight in self.weights.values():
                 weight.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return cast(nn.Module, self.base_layer)
+        return self.base_layer
 
 
 class Attention(AdaptedModule):
