@@ -3,6 +3,15 @@
 from ._version import __version__
 from .definition.partition import BlockPartition
 from .functional import smoa_linear
-from .layers import FusedSMoALinear
+from .layers import FusedSMoAConv1d, FusedSMoAConv2d, FusedSMoAConv3d, FusedSMoAEmbedding, FusedSMoALinear
 
-__all__ = ["BlockPartition", "FusedSMoALinear", "__version__", "smoa_linear"]
+__all__ = [
+    "BlockPartition",
+    "FusedSMoAConv1d",
+    "FusedSMoAConv2d",
+    "FusedSMoAConv3d",
+    "FusedSMoAEmbedding",
+    "FusedSMoALinear",
+    "__version__",
+    "smoa_linear",
+]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -192,7 +193,7 @@ def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
         )
 
 
-def modulate(adapter: PackedAdapter, backend: str = "eager") -> Tensor:
+def modulate(adapter: PackedAdapter, backend: str = "eager", rows: Tensor | None = None) -> Tensor:
     """Compute `W_eff = W0 ∘ (1 + s · mask ∘ (B A))`, (N, C) in W0's dtype, differentiable in A and B.
 
     It is the weight that :func:`linear` multiplies by; the derivative of its rounding counts as 1. A layer of any kind
@@ -201,23 +202,48 @@ def modulate(adapter: PackedAdapter, backend: str = "eager") -> Tensor:
     Args:
         adapter: W0, the factors, their blocks and s.
         backend: the name of a resolved backend.
+        rows: (T,), the rows of W_eff to compute. The adapter's `weight` (T, C) and B (T, ρ) then hold these rows alone,
+            and the result is differentiable in W0 too.
     """
     weight, A, B = adapter.weight, adapter.A, adapter.B
     with without_autocast(weight):
-        if is_observed(A, B, weight):
+        if rows is not None or is_observed(A, B, weight):
             dtype = torch.promote_types(weight.dtype, torch.float32)
-            A, B = adapter.expanded_factors(dtype)
+            A, B = adapter.expanded_factors(dtype, rows)
             W_eff = torch.addcmul(weight.to(dtype), weight.to(dtype), B @ A)
-            return _round(W_eff, weight.dtype, adapter.place.first)
+            return _round(W_eff, weight.dtype, adapter.place.first, rows)
         return _modulate(A, B, adapter, backend)
+
+
+def embedded_rows(x: Tensor, embedding: Any, rows: Tensor, adapter: PackedAdapter) -> Tensor:
+    """Modulate rows of W0 that an `nn.Embedding` looked up; differentiable in the factors, and in the rows.
+
+    Args:
+        x: indices, any shape.
+        embedding: the module; B's gradient is as its options say.
+        rows: (..., C), the rows of W0 at x.
+        adapter: its `weight` is not used.
+    """
+    at, sparse = x.flatten(), embedding.sparse and adapter.B.is_leaf
+    by_freq = embedding.scale_grad_by_freq
+    B = F.embedding(at, adapter.B, embedding.padding_idx, scale_grad_by_freq=by_freq, sparse=sparse)
+    given = cast_factors(replace(adapter, weight=rows.flatten(0, -2), B=B), rows.dtype)
+    return modulate(given, rows=at).view_as(rows)
+
+
+def dense_update(adapter: PackedAdapter) -> Tensor:
+    """Compute ΔW (N, C) in at least float32, differentiable in A and B, for a layer whose dropout W0 does not see."""
+    with without_autocast(adapter.weight):
+        A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
+        return (B @ A) * adapter.weight
 
 
 class _Round(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(W_eff: Tensor, dtype: torch.dtype, place: int) -> Tensor:
-        return round_weight(W_eff, dtype, Place(place))
+    def forward(W_eff: Tensor, dtype: torch.dtype, place: int, rows: Tensor | None) -> Tensor:
+        return round_weight(W_eff, dtype, Place(place), rows)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -225,7 +251,7 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dW: Tensor) -> tuple[Tensor | None, ...]:
-        return dW.to(ctx.dtype), None, None
+        return dW.to(ctx.dtype), None, None, None
 
 
 class _Modulate(torch.autograd.Function):

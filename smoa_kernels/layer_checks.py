@@ -6,6 +6,7 @@ At the end: what torch's own encoder, which may read a layer's weight in place o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,26 @@ class Settings:
         check_choice("backend", self.backend, BACKEND_CHOICES)
         check_kind("strict_base", self.strict_base, bool)
 
+    @classmethod
+    def of(
+        cls,
+        r: int = 8,
+        num_blocks: int = 2,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        block_ranks: Sequence[int] | None = None,
+        block_order: str = "spectral",
+        granule: int = 1,
+        block_seed: int = 0,
+        group_size: int = 1,
+        algorithm: str = "auto",
+        backend: str = "auto",
+        strict_base: bool = False,
+    ) -> Settings:
+        """Make them of a layer's arguments; the defaults are those of `FusedSMoALinear`."""
+        rule = BlockRule(num_blocks, block_order, granule, block_seed, group_size)
+        return cls(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
+
     @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each block."""
@@ -86,6 +107,17 @@ def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int
         raise ValueError(
             f"partition must be made for a weight of shape {tuple(shape)} and {num_blocks} blocks, got {partition!r}"
         )
+
+
+def matrix_shape(layer: Any) -> tuple[int, int]:
+    """(N, C), the shape of a layer's W0 as a matrix: by attributes, since the weight's own is empty under ZeRO-3."""
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if hasattr(layer, "kernel_size"):
+        return layer.out_channels, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+    if hasattr(layer, "nf"):  # transformers' Conv1D
+        return layer.nf, layer.nx
+    return layer.out_features, layer.in_features
 
 
 def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -124,6 +156,19 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
             f"bias must have shape ({weight.shape[0]},) and weight's dtype {weight.dtype}, "
             f"got {tuple(bias.shape)} of {bias.dtype}"
         )
+    return weight, bias
+
+
+def plain_parameters(name: str, layer: nn.Module, kind: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias of a convolution or embedding to adapt, the argument `name`, whose class must be `kind`."""
+    weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))
+    if not isinstance(layer, kind) or type(layer).forward is not kind.forward:
+        raise TypeError(
+            f"{name} must be an nn.{kind.__name__} with the forward of that class and without an adapter, got "
+            f"{type(layer).__name__}"
+        )
+    if weight is None or isinstance(weight, UninitializedParameter) or weight.dtype not in DTYPES:
+        raise TypeError(f"{name} must hold its weight as an initialised parameter of 16 bits or more")
     return weight, bias
 
 

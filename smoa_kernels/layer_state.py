@@ -1,28 +1,72 @@
-"""The state of a `FusedSMoALinear`: its adapter and W0, their settings, how they are saved and loaded."""
+"""The state of a layer with an adapter: the adapter and W0, their settings, how they are merged, saved and loaded."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import LABELS, STATE_KEYS, Adapter
-from .checks import check_finite, check_weight
+from .backends import eager, load_backend, resolve_backend
+from .checks import check_finite, check_kind, check_weight
 from .definition.block_rule import BlockRule
+from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
+from .definition.ranks import alpha_for_lora_rate
 from .definition.shard import LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
-from .layer_checks import Settings, call_always, check_fit, check_keys, check_tensors
+from .layer_checks import Settings, call_always, check_fit, check_keys, check_tensors, matrix_shape
 
 
-class AdaptedLinear(nn.Linear):
-    """A linear layer that holds an adapter. `FusedSMoALinear` computes with both."""
+class AdaptedWeight(nn.Module):
+    """A layer that holds an adapter of its weight W0, a matrix (N, C) or of a convolution (N, C', k, …), C = C'·k·….
+
+    It stands before the plain layer's class among the bases of `FusedSMoALinear` and others, which compute with both.
+    """
 
     smoa: Adapter
+    weight: Any  # its declarations differ among torch's layers
+    bias: Any
     _stored_base: Tensor | None = None  # W0 while the layer is merged, in the CPU's memory
+
+    @classmethod
+    def _over(
+        cls,
+        base: nn.Module,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        settings: Settings,
+        partition: BlockPartition | None,
+        use_lora_rate: bool,
+    ) -> Any:
+        """Adapt a plain layer, whose weight and bias these are; only then is anything of it changed."""
+        settings.rule.check(as_matrix(weight).shape)
+        check_kind("use_lora_rate", use_lora_rate, bool)
+        if use_lora_rate:
+            alpha = float(settings.r if settings.alpha is None else settings.alpha)
+            sketch, blocks = sketch_weight(as_matrix(weight)), settings.rule.num_blocks
+            settings = replace(settings, alpha=alpha_for_lora_rate(alpha, blocks, sketch, weight.numel()))
+        if partition is not None:
+            check_fit(partition, tuple(as_matrix(weight).shape), settings.rule.num_blocks)
+        elif not weight.is_meta:
+            partition = settings.rule.build(as_matrix(weight))  # a weight may have no spectrum
+        layer: Any = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        if isinstance(layer, nn.Linear):  # a Conv1D has other names
+            layer.out_features, layer.in_features = weight.shape
+        names = {*getattr(base, "__constants__", ()), "transposed", "_reversed_padding_repeated_twice"}
+        for name in names & vars(base).keys():
+            setattr(layer, name, getattr(base, name))
+        layer.register_parameter("weight", weight)
+        layer.register_parameter("bias", bias)
+        layer._adapt(settings, partition)
+        layer.train(base.training)
+        return layer
 
     def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
         self.weight.requires_grad_(False)
@@ -34,7 +78,7 @@ class AdaptedLinear(nn.Linear):
         self.dropout, self.strict_base = settings.dropout, settings.strict_base
         self.algorithm, self.backend = settings.algorithm, settings.backend
         self.smoa = Adapter(
-            (self.out_features, self.in_features),
+            matrix_shape(self),
             settings.ranks,
             settings.scaling,
             group_size=self.group_size,
@@ -49,8 +93,8 @@ class AdaptedLinear(nn.Linear):
     def _set_base(self, partition: BlockPartition | None) -> None:
         """Take the current weight as the base: store its sketch and its blocks, which are computed if None."""
         if partition is None:
-            partition = self._rule.build(self.weight)
-        self.smoa.set_blocks(partition.to(self.weight.device), sketch_weight(self.weight))
+            partition = self._rule.build(as_matrix(self.weight))
+        self.smoa.set_blocks(partition.to(self.weight.device), sketch_weight(as_matrix(self.weight)))
 
     @property
     def _rule(self) -> BlockRule:
@@ -76,7 +120,7 @@ class AdaptedLinear(nn.Linear):
 
     @partition.setter
     def partition(self, partition: BlockPartition) -> None:
-        check_fit(partition, (self.out_features, self.in_features), self.num_blocks)
+        check_fit(partition, matrix_shape(self), self.num_blocks)
         self.smoa.set_blocks(partition.to(self.weight.device))
 
     @property
@@ -126,19 +170,23 @@ class AdaptedLinear(nn.Linear):
         return self._stored_base is not None
 
     def reset_parameters(self) -> None:
-        """Draw a new base layer, as `nn.Linear` does, and a new adapter for it.
+        """Draw a new base layer, as the plain one does, and a new adapter for it.
 
         Raises:
             RuntimeError: the layer is merged, on the meta device, or cut by tensor parallelism; nothing was changed.
         """
-        if not hasattr(self, "smoa"):  # nn.Linear's constructor calls this
-            super().reset_parameters()
+        if not hasattr(self, "smoa"):  # the plain layer's constructor calls this
+            self._draw_base()
             return
         self._check_can_draw("reset_parameters()")
-        super().reset_parameters()
+        self._draw_base()
         self.weight.requires_grad_(False)
         self._set_base(None)
         self.smoa.reset()
+
+    def _draw_base(self) -> None:
+        plain: Any = super()
+        plain.reset_parameters()
 
     def reset_adapter(self) -> None:
         """Restart the adapter: A_k uniform in ±1/√C_k (Kaiming, a=√5), B zero, so that the update is zero.
@@ -188,7 +236,7 @@ class AdaptedLinear(nn.Linear):
         """
         # Here, since _load_from_state_dict is not told whether it is strict.
         if isinstance(state_dict, Mapping):
-            check_keys("FusedSMoALinear", self._own_tensors(), state_dict, strict=strict)
+            check_keys(type(self).__name__, self._own_tensors(), state_dict, strict=strict)
         return super().load_state_dict(state_dict, strict, assign)
 
     def _own_tensors(self) -> dict[str, Tensor]:
@@ -201,7 +249,7 @@ class AdaptedLinear(nn.Linear):
     ) -> None:
         """Check all that a state dict holds of the layer; then load the base, after which torch loads the adapter."""
         given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        name = prefix.rstrip(".") or "FusedSMoALinear"
+        name = prefix.rstrip(".") or type(self).__name__
         self._check_unmerged(f"{name} is merged", "loading a state dict")
         check_tensors(name, self._own_tensors(), given)
         adapter = {key: given.get(f"smoa.{key}") for key in STATE_KEYS}
@@ -211,15 +259,17 @@ class AdaptedLinear(nn.Linear):
             assign = bool(local_metadata.get("assign_to_params_buffers"))
             self.smoa.check_state(f"{name}.smoa", adapter, assign=assign)
             if not (weight.is_meta or sketch.is_meta):
-                check_base({name: sketch_distance(sketch, sketch_weight(weight))}, strict=self.strict_base)
+                check_base(
+                    {name: sketch_distance(sketch, sketch_weight(as_matrix(weight)))}, strict=self.strict_base
+                )
         elif "weight" in given and self._rule.needs_weight:
-            check_weight(whole(weight))  # before it is copied and sorted
+            check_weight(as_matrix(whole(weight)))  # before it is copied and sorted
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         error_msgs = args[-1]
         if has_labels or "weight" not in given or error_msgs:
             return
         warnings.warn(
-            f"{name}: the state dict holds a weight without block labels, as a plain nn.Linear's does; the "
+            f"{name}: the state dict holds a weight without block labels, as a plain layer's does; the "
             f"{self.block_order} partition was recomputed and the adapter kept as it was",
             UserWarning,
             stacklevel=2,
@@ -228,3 +278,79 @@ class AdaptedLinear(nn.Linear):
         # Nothing of the adapter is missing: it loads what it holds.
         held = {prefix + key: value for key, value in self._own_tensors().items() if key.startswith("smoa.")}
         state_dict.update({**held, **state_dict})
+
+    def delta_weight(self) -> Tensor:
+        """Compute the update ΔW in W0's shape and dtype; under tensor parallelism, this process's part of it.
+
+        It is computed by itself, more exactly than the difference of W_eff and W0.
+
+        Raises:
+            RuntimeError: the layer is on the meta device, has no blocks yet, or is sharded by `fully_shard`.
+        """
+        return self._like_weight(eager.delta_weight(self._packed()))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Write W_eff into `weight`, so that the layer is as fast as without an adapter.
+
+        W0 is kept in the CPU's memory for :meth:`unmerge`.
+
+        If this is interrupted, `weight` is W0 again, bit for bit. Merging a merged layer warns and changes nothing.
+
+        Raises:
+            RuntimeError: the layer is on the meta device, has no blocks yet, or is sharded by `fully_shard`.
+            ValueError: `backend` cannot run here.
+        """
+        if self.merged:
+            warnings.warn("already merged: nothing to do", UserWarning, stacklevel=2)
+            return
+        self._check_whole()
+        backend = resolve_backend(self.backend, self.weight.device, self.weight.dtype, self.smoa.A.shape[0])
+        weight = self.weight if self._shard is None else self._shard.weight(self.weight)
+        self._stored_base = self.weight.detach().to("cpu", copy=True)
+        try:
+            W_eff = load_backend(backend).modulated_weight(
+                self._packed(), out=weight if weight.ndim == 2 else None
+            )
+            if weight.ndim > 2:
+                weight.copy_(self._like_weight(W_eff))
+        except BaseException:
+            self.unmerge()
+            raise
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore W0, bit for bit. Unmerging a layer that is not merged warns and changes nothing."""
+        if self._stored_base is None:
+            warnings.warn("not merged: nothing to do", UserWarning, stacklevel=2)
+            return
+        self.weight.copy_(self._stored_base)
+        self._stored_base = None
+
+    def _check_whole(self) -> None:
+        self._check_values()
+        if self._shard is None and hasattr(self.weight, "full_tensor"):
+            raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
+
+    def _packed(self) -> PackedAdapter:
+        self._check_whole()
+        base, shard = self._base, self._shard
+        packed = self.smoa.packed(as_matrix(base) if shard is None else shard.weight(base))
+        return replace(packed, A=packed.A.detach(), B=packed.B.detach())
+
+    def _like_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix (N, C) in the shape of the weight."""
+        return matrix if self.weight.ndim == 2 else matrix.view_as(self.weight)
+
+    def extra_repr(self) -> str:
+        """Describe the layer as the plain one does, with the adapter's settings."""
+        return (
+            f"{super().extra_repr()}, r={self.r}, num_blocks={self.num_blocks}, block_order={self.block_order!r}, "
+            f"granule={self.granule}, group_size={self.group_size}, alpha={self.alpha:g}, "
+            f"dropout={self.dropout}, algorithm={self.algorithm!r}, backend={self.backend!r}"
+        )
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """W0 as a matrix (N, C)."""
+    return weight if weight.ndim == 2 else weight.flatten(1)

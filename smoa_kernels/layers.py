@@ -1,31 +1,35 @@
-"""`FusedSMoALinear`: an `nn.Linear` with an SMoA adapter."""
+"""`FusedSMoALinear`: an `nn.Linear` with an SMoA adapter; and the like of convolutions and embeddings."""
 
 from __future__ import annotations
 
-import warnings
+import inspect
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends import eager, load_backend, resolve_backend
-from .checks import check_kind
+from .backends import resolve_backend
 from .definition import reference
 from .definition.block_rule import BlockRule
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
-from .definition.ranks import alpha_for_lora_rate
-from .definition.sketch import sketch_weight
-from .functional import adapted_linear
-from .layer_checks import Settings, check_fit, check_linear, linear_parameters, over_rows
-from .layer_state import AdaptedLinear
+from .functional import adapted_linear, dense_update, embedded_rows, modulate
+from .layer_checks import (
+    Settings,
+    check_linear,
+    linear_parameters,
+    matrix_shape,
+    over_rows,
+    plain_parameters,
+)
+from .layer_state import AdaptedWeight, as_matrix
 from .operators.arguments import check_input
 
 
-class FusedSMoALinear(AdaptedLinear):
+class FusedSMoALinear(AdaptedWeight, nn.Linear):
     """A linear layer with an SMoA adapter: `y = x W0ᵀ + b + dropout(x) ΔWᵀ`.
 
     This is SMoA (arXiv 2605.21147), equations (2) and (3) of docs/definition.md. W0 (N, C) = (out_features,
@@ -135,25 +139,7 @@ class FusedSMoALinear(AdaptedLinear):
         weight, bias = linear_parameters(linear)
         rule = BlockRule(num_blocks, block_order, granule, block_seed, group_size)
         settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
-        rule.check(weight.shape)
-        check_kind("use_lora_rate", use_lora_rate, bool)
-        if use_lora_rate:
-            alpha = float(r if alpha is None else alpha)
-            alpha = alpha_for_lora_rate(alpha, num_blocks, sketch_weight(weight), weight.numel())
-            settings = replace(settings, alpha=alpha)
-        if partition is not None:
-            check_fit(partition, tuple(weight.shape), num_blocks)
-        elif not weight.is_meta:
-            # Before anything of `linear` is changed: a weight may have no spectrum.
-            partition = rule.build(weight)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.out_features, layer.in_features = weight.shape
-        layer.register_parameter("weight", weight)
-        layer.register_parameter("bias", bias)
-        layer._adapt(settings, partition)
-        layer.train(linear.training)
-        return layer
+        return cast(FusedSMoALinear, cls._over(linear, weight, bias, settings, partition, use_lora_rate))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) -> (..., out_features), in x's dtype.
@@ -204,65 +190,145 @@ class FusedSMoALinear(AdaptedLinear):
         p = self.dropout if self.training else 0.0
         return reference.forward(x, self.bias, packed, "auto", Dropout(draw_seed(x.device), p) if p else None)
 
-    def delta_weight(self) -> Tensor:
-        """Compute the update ΔW (N, C) in W0's dtype; under tensor parallelism, this process's part of it.
 
-        It is computed by itself, more exactly than the difference of W_eff and W0.
+# Layers that are not linear. They compute what the plain layer does, with W_eff in place of W0.
+_OPTIONS = inspect.signature(Settings.of).parameters.keys()
+
+
+class _Modulated(AdaptedWeight):
+    """A layer over the plain class `_kind`, whose constructor's arguments come first."""
+
+    _kind: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        settings = Settings.of(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
+        super().__init__(*args, **kwargs)
+        settings.rule.check(matrix_shape(self))
+        self._adapt(settings)
+
+    @classmethod
+    def _from(
+        cls,
+        name: str,
+        plain: nn.Module,
+        *,
+        partition: BlockPartition | None = None,
+        use_lora_rate: bool = False,
+        **settings: Any,
+    ) -> Any:
+        weight, bias = plain_parameters(name, plain, cls._kind)
+        return cls._over(plain, weight, bias, Settings.of(**settings), partition, use_lora_rate)
+
+
+class _Convolution(_Modulated):
+    @classmethod
+    def from_conv(cls, conv: nn.Module, **settings: Any) -> Any:
+        """Adapt an existing convolution. Its weight and bias are frozen, and shared rather than copied.
+
+        Args:
+            conv: of the plain class.
+            settings: as :meth:`smoa_kernels.FusedSMoALinear.from_linear` takes them.
 
         Raises:
-            RuntimeError: the layer is on the meta device, has no blocks yet, or is sharded by `fully_shard`.
+            TypeError, ValueError: an argument is wrong; the message says which. `conv` is as it was before.
         """
-        return eager.delta_weight(self._packed())
+        return cls._from("conv", conv, **settings)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Write W_eff into `weight`, so that the layer is as fast as an `nn.Linear`.
-
-        W0 is kept in the CPU's memory for :meth:`unmerge`.
-
-        If this is interrupted, `weight` is W0 again, bit for bit. Merging a merged layer warns and changes nothing.
-
-        Raises:
-            RuntimeError: the layer is on the meta device, has no blocks yet, or is sharded by `fully_shard`.
-            ValueError: `backend` cannot run here.
-        """
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the convolution of x, of the shapes that the plain layer takes."""
+        conv: Any = self
         if self.merged:
-            warnings.warn("already merged: nothing to do", UserWarning, stacklevel=2)
-            return
-        self._check_whole()
-        backend = resolve_backend(self.backend, self.weight.device, self.weight.dtype, self.smoa.A.shape[0])
-        weight = self.weight if self._shard is None else self._shard.weight(self.weight)
-        self._stored_base = self.weight.detach().to("cpu", copy=True)
-        try:
-            load_backend(backend).modulated_weight(self._packed(), out=weight)
-        except BaseException:
-            self.unmerge()
-            raise
+            return cast(Tensor, conv._conv_forward(x, self.weight, self.bias))
+        p, adapter = self.dropout if self.training else 0.0, self.smoa.packed(as_matrix(self.weight))
+        if p:
+            delta = self._like_weight(dense_update(adapter)).to(x.dtype)
+            y = conv._conv_forward(x, self.weight, self.bias)
+            return cast(Tensor, y + conv._conv_forward(F.dropout(x, p), delta, None))
+        backend = resolve_backend(self.backend, x.device, self.weight.dtype, adapter.A.shape[0])
+        weight = self._like_weight(modulate(adapter, backend))
+        return cast(Tensor, conv._conv_forward(x, weight, self.bias))
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore W0, bit for bit. Unmerging a layer that is not merged warns and changes nothing."""
-        if self._stored_base is None:
-            warnings.warn("not merged: nothing to do", UserWarning, stacklevel=2)
-            return
-        self.weight.copy_(self._stored_base)
-        self._stored_base = None
 
-    def _check_whole(self) -> None:
-        self._check_values()
-        if self._shard is None and hasattr(self.weight, "full_tensor"):
-            raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
+class FusedSMoAConv1d(_Convolution, nn.Conv1d):
+    """`nn.Conv1d` with an SMoA adapter; see :class:`smoa_kernels.FusedSMoAConv2d`.
 
-    def _packed(self) -> PackedAdapter:
-        self._check_whole()
-        base, shard = self._base, self._shard
-        packed = self.smoa.packed(base if shard is None else shard.weight(base))
-        return replace(packed, A=packed.A.detach(), B=packed.B.detach())
+    Example:
+        >>> layer = FusedSMoAConv1d.from_conv(nn.Conv1d(4, 6, 3), r=4)
+        >>> layer(torch.randn(2, 4, 8)).shape
+        torch.Size([2, 6, 6])
+    """
 
-    def extra_repr(self) -> str:
-        """Describe the layer as `nn.Linear` does, with the adapter's settings."""
-        return (
-            f"{super().extra_repr()}, r={self.r}, num_blocks={self.num_blocks}, block_order={self.block_order!r}, "
-            f"granule={self.granule}, group_size={self.group_size}, alpha={self.alpha:g}, "
-            f"dropout={self.dropout}, algorithm={self.algorithm!r}, backend={self.backend!r}"
-        )
+    _kind = nn.Conv1d
+
+
+class FusedSMoAConv2d(_Convolution, nn.Conv2d):
+    """`nn.Conv2d` with an SMoA adapter: its convolution with W_eff = W0 + ΔW; ΔW sees dropout(x).
+
+    This is SMoA (arXiv 2605.21147), equation (2) of docs/definition.md, for W0 (N, C', k, k) as the matrix (N, C) with
+    C = C'·k·k: N output channels, and C' input channels of a group. W0 and the bias are frozen; the factors A (ρ, C)
+    and B (N, ρ) of the submodule `smoa` train.
+
+    The first arguments are those of `nn.Conv2d`; the others, from `r` to `strict_base`, and the state dict are as for
+    :class:`smoa_kernels.FusedSMoALinear`; `algorithm` does not count.
+
+    Example:
+        >>> layer = FusedSMoAConv2d.from_conv(nn.Conv2d(4, 6, 3, padding=1), r=4, num_blocks=2)
+        >>> layer(torch.randn(2, 4, 8, 8)).shape
+        torch.Size([2, 6, 8, 8])
+        >>> layer.delta_weight().shape
+        torch.Size([6, 4, 3, 3])
+    """
+
+    _kind = nn.Conv2d
+
+
+class FusedSMoAConv3d(_Convolution, nn.Conv3d):
+    """`nn.Conv3d` with an SMoA adapter; see :class:`smoa_kernels.FusedSMoAConv2d`.
+
+    Example:
+        >>> layer = FusedSMoAConv3d.from_conv(nn.Conv3d(4, 6, 3), r=4)
+        >>> layer(torch.randn(2, 4, 8, 8, 8)).shape
+        torch.Size([2, 6, 6, 6, 6])
+    """
+
+    _kind = nn.Conv3d
+
+
+class FusedSMoAEmbedding(_Modulated, nn.Embedding):
+    """`nn.Embedding` with an SMoA adapter: rows of W_eff = W0 + ΔW; only those that x names are computed.
+
+    This is SMoA (arXiv 2605.21147), equation (2) of docs/definition.md. W0 (N, C) holds C numbers for each of N entries
+    and is frozen; the factors A (ρ, C) and B (N, ρ) of the submodule `smoa` train. `padding_idx`, `scale_grad_by_freq`
+    and `sparse` count for B as they do for a trained weight.
+
+    The first arguments are those of `nn.Embedding`; the others, from `r` to `strict_base`, and the state dict are as
+    for :class:`smoa_kernels.FusedSMoALinear`. Indices have no elements to drop: `dropout` does not count, nor
+    `algorithm` and `backend`.
+
+    Example:
+        >>> layer = FusedSMoAEmbedding.from_embedding(nn.Embedding(10, 8), r=4, num_blocks=2)
+        >>> layer(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 8])
+    """
+
+    _kind = nn.Embedding
+
+    @classmethod
+    def from_embedding(cls, embedding: nn.Module, **settings: Any) -> FusedSMoAEmbedding:
+        """Adapt an existing embedding. Its weight is frozen, and shared rather than copied.
+
+        Args:
+            embedding: an `nn.Embedding`.
+            settings: as :meth:`smoa_kernels.FusedSMoALinear.from_linear` takes them.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong; the message says which. `embedding` is as it was before.
+        """
+        return cast(FusedSMoAEmbedding, cls._from("embedding", embedding, **settings))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Look up rows of W_eff: indices (...) -> (..., C), in W0's dtype."""
+        rows = super().forward(x)
+        if self.merged:
+            return rows
+        return embedded_rows(x, self, rows, self.smoa.packed(rows.flatten(0, -2)))

@@ -14,7 +14,14 @@ from problems import DEVICE, relative_error
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from smoa_kernels import BlockPartition, FusedSMoALinear
+from smoa_kernels import (
+    BlockPartition,
+    FusedSMoAConv1d,
+    FusedSMoAConv2d,
+    FusedSMoAConv3d,
+    FusedSMoAEmbedding,
+    FusedSMoALinear,
+)
 from smoa_kernels.definition import spectral_order
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.sketch import TOLERANCE, _signs, sketch_distance, sketch_weight
@@ -387,3 +394,78 @@ def test_accelerate_offloads_all_of_a_layer() -> None:
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert torch.equal(model(x), expected)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+OTHERS = {
+    "conv1d": (FusedSMoAConv1d.from_conv, lambda: nn.Conv1d(4, 6, 3, padding="same"), (2, 4, 9)),
+    "conv2d": (FusedSMoAConv2d.from_conv, lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (2, 4, 9, 9)),
+    "pointwise": (FusedSMoAConv2d.from_conv, lambda: nn.Conv2d(4, 6, 1), (2, 4, 5, 5)),
+    "conv3d": (
+        FusedSMoAConv3d.from_conv,
+        lambda: nn.Conv3d(4, 6, 2, padding=1, padding_mode="circular"),
+        (2, 4, 5, 5, 5),
+    ),
+    "embedding": (FusedSMoAEmbedding.from_embedding, lambda: nn.Embedding(9, 6, padding_idx=1), None),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_that_are_not_linear(kind: str) -> None:
+    """They compute what a plain layer of the weight W0 + ΔW does, and keep, merge and load as the linear one."""
+    make, plain, shape = OTHERS[kind]
+    torch.manual_seed(0)
+    base = plain().double()
+    x = torch.randint(9, (3, 4)) if shape is None else torch.randn(shape).double()
+    layer = make(base, r=5, num_blocks=2, alpha=10, dropout=0.5)
+    assert isinstance(layer, type(base))
+    assert layer.weight is base.weight
+    assert torch.equal(layer.eval()(x), base(x))
+    nn.init.normal_(layer.smoa.B)
+    y, expected = layer(x), copy.deepcopy(base)
+    with torch.no_grad():
+        expected.weight += layer.delta_weight()
+    torch.testing.assert_close(y, expected(x), rtol=0, atol=1e-9)
+    y.sum().backward()
+    assert [n for n, p in layer.named_parameters() if p.grad is not None] == ["smoa.A", "smoa.B"]
+    other = make(copy.deepcopy(base), r=5, num_blocks=2, block_order="random", dropout=0.5)
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other.eval()(x), y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), y, rtol=0, atol=1e-12)
+    adapter = {key: value for key, value in layer.state_dict().items() if key.startswith("smoa.")}
+    with pytest.raises(ValueError, match="strict_base=True refuses"):
+        make(plain().double(), r=5, strict_base=True).load_state_dict(adapter, strict=False)
+    with torch.no_grad():
+        layer.merge()
+        torch.testing.assert_close(layer(x), y, rtol=0, atol=1e-9)
+        layer.unmerge()
+    assert torch.equal(layer(x), y)
+    assert torch.equal(layer.train()(x), y) == (kind == "embedding")
+    before = layer.weight.clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, before)
+    with torch.device("meta"):
+        meta = make(plain(), r=5, num_blocks=2, dropout=0.5).double()
+    loaded = meta.to_empty(device=DEVICE)
+    loaded.load_state_dict(other.state_dict())
+    torch.testing.assert_close(loaded.eval()(x), y, rtol=0, atol=1e-12)
+
+
+def test_constructors_and_refusals_of_other_layers() -> None:
+    layer = FusedSMoAConv2d(4, 6, 3, padding=1, r=4, num_blocks=3, alpha=8, dtype=torch.float64)
+    assert (layer.padding, layer.block_ranks, layer.scaling) == ((1, 1), (2, 1, 1), 2)
+    for given, message in (
+        (layer, "without an adapter, got FusedSMoAConv2d"),
+        (nn.Conv1d(4, 6, 3), "an nn.Conv2d .* got Conv1d"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), "initialised parameter"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            FusedSMoAConv2d.from_conv(given)
+    with pytest.raises(ValueError, match="num_blocks must be at most"):
+        FusedSMoAEmbedding(9, 4, num_blocks=5, r=5)
+    channels_last = nn.Conv2d(8, 6, 3).to(memory_format=torch.channels_last)
+    layer = FusedSMoAConv2d.from_conv(channels_last, r=4)
+    nn.init.normal_(layer.smoa.B)
+    x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
+    y = layer(x)
+    layer.merge()
+    torch.testing.assert_close(channels_last(x), y)

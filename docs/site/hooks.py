@@ -35,6 +35,8 @@ PAGES = {
     "examples/quickstart.ipynb": "quickstart.md",
     "examples/README.md": "examples.md",
 }
+# Where members of public classes are defined that no public class has.
+_BASES = ("smoa_kernels.layer_state.", "smoa_kernels.layers._", "smoa_kernels.peft.layer.AdaptedLayer.")
 PICTURES = (".svg", ".png")
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c"}
 LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
@@ -167,7 +169,7 @@ def _python() -> str:
 def _inherited(found: Any) -> Iterator[str]:
     """Public members that a class of ours has from another one of ours, which is not public itself."""
     for name, member in found.inherited_members.items():
-        ours = member.target_path.startswith("smoa_kernels.layer_state.")
+        ours = member.target_path.startswith(_BASES)
         if ours and member.is_public and not name.startswith("smoa_"):
             yield name
 

@@ -55,6 +55,11 @@ class BaseModel:
         stored = self._same_name(name)
         return self.architecture.renamed.get(name) if stored is None else stored
 
+    def weight_name(self, layer: str) -> str:
+        """The name of a layer's weight: `<layer>.weight`, or `<layer>_weight` as of `nn.MultiheadAttention`."""
+        own = f"{layer}_weight"
+        return f"{layer}.weight" if self._same_name(own) is None else own
+
     def _same_name(self, name: str) -> str | None:
         """The stored name that agrees with the parameter's; in a model saved without its head, names may lack the first
         part or have one more."""

@@ -32,10 +32,14 @@ class Change(NamedTuple):
     shapes: Sequence[tuple[int, ...]]
     # W_eff from W0, both as they are stored, which may be transposed; ValueError if it is not the W0 of the training.
     effective: Callable[[Tensor], Tensor]
+    is_layer: bool = True  # else the tensor is saved in full
 
     def fitting(self, stored: Tensor) -> Tensor:
         """The base's tensor, if it has a shape of the adapter's."""
-        if tuple(stored.shape) not in self.shapes:
+        shape = tuple(stored.shape)
+        if self.is_layer and len(self.shapes[0]) == 2 and stored.ndim > 2:  # a convolution's
+            shape = tuple(stored.flatten(1).shape)
+        if shape not in self.shapes:
             raise ValueError(
                 f"it has shape {tuple(stored.shape)} in the base, and {' or '.join(map(str, self.shapes))} in the "
                 "adapter. If tokens were added, resize the base's embeddings as before training and save it first"
@@ -168,10 +172,10 @@ def _read_changes(
     adapter = read_adapter(folder, (METHOD, HIRA))
     for key, tensor in adapter.whole.items():
         name = key.replace(".base_layer.", ".")
-        yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor))
+        yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor), False)
     for name, stored in adapter.layers.items():
         # For experts the file names the parameter itself.
-        parameter, shape = name if stored.of_experts else f"{name}.weight", stored.shape
+        parameter, shape = name if stored.of_experts else base.weight_name(name), stored.shape
         if quantized is not None and (layer := quantized.layer(name)) is not None:
             yield Rescaling(parameter, layer, stored)
             continue
@@ -190,6 +194,8 @@ def _effective(
     if adapter.of_experts:
         experts = zip(adapter.matrices(), stored, strict=True)
         return torch.stack([_effective(one, dtype, None, weight) for one, weight in experts])
+    if stored.ndim > 2:
+        return _effective(adapter, dtype, swapped, stored.flatten(1)).view_as(stored)
     if swapped is None:
         weight, distance = adapter.orient(stored)
         check_distance(distance)

@@ -92,8 +92,10 @@ class StoredAdapter:
         """Turn a base's stored matrix into W0 (N, C), and return its distance from the W0 of the training.
 
         A Conv1D stores W0ᵀ, and so do some classes of experts. Of a square matrix only the sketch shows whether it is
-        transposed. A matrix of another shape has infinite distance.
+        transposed. A convolution's weight counts as a matrix. A matrix of another shape has infinite distance.
         """
+        if stored.ndim > 2:
+            stored = stored.flatten(1)
         ways = [way for way in (stored, stored.T) if tuple(way.shape) == self.shape]
         if not ways:
             return stored, float("inf")

@@ -137,8 +137,8 @@ def _layer(name: str, adapter: StoredAdapter, bases: BaseModel | None) -> LayerR
 
 def _distances(name: str, experts: Sequence[StoredAdapter], bases: BaseModel, fused: bool) -> list[float]:
     """The distance of each expert's W0, or of the layer's, from the base's."""
-    stored = bases.get(name if fused else f"{name}.weight")
-    if stored is None or stored.ndim != 2 + fused or (fused and len(stored) != len(experts)):
+    stored = bases.get(name if fused else bases.weight_name(name))
+    if stored is None or stored.ndim < 2 or (fused and (stored.ndim != 3 or len(stored) != len(experts))):
         return [float("inf")] * len(experts)
     weights = stored if fused else [stored]
     return [one.orient(weight)[1] for one, weight in zip(experts, weights, strict=True)]

@@ -87,21 +87,23 @@ class PackedAdapter:
             return self.block_ranks
         return cast("list[int]", self.ranks.clamp(0, self.A.shape[0]).tolist())
 
-    def expanded_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def expanded_factors(self, dtype: torch.dtype, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Zero-padded factors: Ã (r, C) and B̃ (N, r), r = Σ r_k, with s·B̃ Ã = s·mask·(BA).
 
         One slot per (block, rank): slot (k, t) of Ã is A's row t on the columns of block k, zero elsewhere.
-        s is folded into B̃, which is rounded to `dtype` after that.
+        s is folded into B̃, which is rounded to `dtype` after that. Where B holds
+        some `rows` (T,) alone, B̃ is (T, r).
         """
         p, ranks, rho = self.partition, self.host_ranks(), self.A.shape[0]
         wide = torch.promote_types(dtype, torch.float32)
         A, B = self.A.to(wide), self.B.to(wide) * self.scaling
+        row_block = p.row_block if rows is None else p.row_block[rows]
         if p.num_blocks > 1:  # ρ slots for each block
             # Scattered, not multiplied by a mask: padding may hold anything, and 0 · NaN is NaN.
             cols = p.col_block.long().expand(1, rho, -1)
-            rows = p.row_block.long()[:, None, None].expand(-1, 1, rho)
+            slots = row_block.long()[:, None, None].expand(-1, 1, rho)
             A = A.new_zeros(p.num_blocks, *A.shape).scatter_(0, cols, A[None]).flatten(0, 1)
-            B = B.new_zeros(B.shape[0], p.num_blocks, rho).scatter_(1, rows, B[:, None]).flatten(1)
+            B = B.new_zeros(B.shape[0], p.num_blocks, rho).scatter_(1, slots, B[:, None]).flatten(1)
         if min(ranks) < rho:
             # Slot i of the sum of ranks is rank i - (ends - ranks)[k] of block k; computed on the ranks' device.
             sizes = self.ranks.clamp(0, rho)

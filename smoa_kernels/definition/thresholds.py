@@ -55,13 +55,16 @@ WHOLE = Place()
 """The whole weight."""
 
 
-def round_weight(W_eff: Tensor, dtype: torch.dtype, place: Place = WHOLE) -> Tensor:
+def round_weight(
+    W_eff: Tensor, dtype: torch.dtype, place: Place = WHOLE, index: Tensor | None = None
+) -> Tensor:
     """Round W_eff to `dtype`; half types by thresholds. NaN and Inf stay.
 
     Args:
         W_eff: (N, C), at least float32.
         dtype: W0's.
         place: of W_eff in the whole weight.
+        index: (N,), the weight's rows that W_eff holds; all in their order where None.
 
     Example:
         >>> W0 = torch.full((1, 1000), 1.0, dtype=torch.bfloat16)
@@ -73,9 +76,10 @@ def round_weight(W_eff: Tensor, dtype: torch.dtype, place: Place = WHOLE) -> Ten
     if lacks is None:
         return W_eff.to(dtype)
     rows, cols = W_eff.shape
-    if W_eff.stride(0) < W_eff.stride(1):  # along memory
+    if W_eff.stride(0) < W_eff.stride(1) and index is None:  # along memory
         return round_weight(W_eff.T, dtype, place.T).T
     row, col = (torch.arange(size, dtype=torch.int32, device=W_eff.device) for size in (rows, cols))
+    row = row if index is None else index.int()
     # int32 wraps round, which does not change the lower 16 bits.
     bits = torch.add((row * place.row_step + place.first)[:, None], col * place.col_step)
     bits.bitwise_and_(LEVELS - 1).bitwise_right_shift_(16 - lacks)

@@ -115,6 +115,8 @@ class RowwiseSMoAParallel(_SMoAParallel, RowwiseParallel):
 
 def _check(layer: Any, mesh: DeviceMesh, dim: int) -> None:
     """Raise an error if the layer cannot be cut along a dimension."""
+    if not (hasattr(layer, "get_base_layer") or isinstance(layer, nn.Linear)):
+        raise TypeError(f"of layers with adapters only linear ones can be cut, got {type(layer).__name__}")
     groups = [child.group_size for child in layer.modules() if isinstance(child, Adapter)]
     if dim == 1 and max(groups) > 1 and any(layer.in_features % (size * mesh.size()) for size in groups):
         raise ValueError(

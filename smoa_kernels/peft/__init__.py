@@ -30,8 +30,12 @@ from .hira.convert import convert_adapter
 from .injection import SMoAModel
 from .layer import SMoALayer
 from .linear import Linear
+from .modulated import Attention, Convolution, Embedding
 
 __all__ = [
+    "Attention",
+    "Convolution",
+    "Embedding",
     "Experts",
     "ExpertsWeight",
     "HiraReport",

@@ -1,4 +1,7 @@
-"""`BaseWeight`: the weight W0 under a layer's adapters: read, sketched, replaced by W_eff and put back."""
+"""`BaseWeight`: the weight W0 under a layer's adapters: read, sketched, replaced by W_eff and put back.
+
+A convolution's W0 (N, C', k, …) is read as the matrix (N, C) with C = C'·k·….
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,14 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         fan_in_fan_out: whether it is stored with its last two dimensions swapped.
         quantization_backend: PEFT's back end for the base layer if that is quantised.
         stack: (E,), the number of matrices that the layer adapts together; () for a single one.
+        kernel_size: W0's dimensions beyond its second; () for a matrix.
         parameter_name: W0's name in the layer that owns it.
     """
 
-    fan_in_fan_out: bool
+    fan_in_fan_out: bool = False
     quantization_backend: QuantizationBackend | None = None
     stack: tuple[int, ...] = ()
+    kernel_size: tuple[int, ...] = ()
     parameter_name: str = "weight"
     _matrices: Callable[[str, Tensor], Sequence[PackedAdapter]]  # an adapter, over each matrix of a W0
     in_features: int
@@ -68,6 +73,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             check_present(weight)
             # FSDP's is a view of a flat parameter that holds both frozen and trained weights.
             weight = weight.detach()
+        if self.kernel_size:
+            return weight.flatten(1)
         return weight.mT if self.fan_in_fan_out else weight
 
     @property
@@ -207,14 +214,18 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
             deltas = [eager.delta_weight(each) for each in self._matrices(adapter, wide)]
         delta = torch.stack(deltas) if self.stack else deltas[0]
-        return delta.mT if self.fan_in_fan_out else delta
+        return delta.mT if self.fan_in_fan_out else self._unflattened(delta)
+
+    def _unflattened(self, weight: Tensor) -> Tensor:
+        """A matrix (N, C) in the shape of a convolution's weight."""
+        return weight.unflatten(1, (-1, *self.kernel_size)) if self.kernel_size else weight
 
     def _write(self, merged: Iterable[Tensor]) -> None:
         """Write W_eff to the base layer, matrix by matrix."""
         stored = self._stored_weight().data
         into = self._each(stored.mT if self.fan_in_fan_out else stored)
         for place, each in zip(into, merged, strict=True):
-            place.copy_(each)
+            place.copy_(self._unflattened(each))
 
     def _merged(self, names: Sequence[str], weight: Tensor) -> Iterator[Tensor]:
         """Compute W_eff of several adapters in W0's dtype, one matrix after another."""

@@ -31,10 +31,22 @@ from .experts.weight import ExpertsWeight
 from .folder.loading import check_adapter
 from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
+from .modulated import AdaptedModule, Attention, Convolution, Embedding
 from .offload import present
 from .replaced import keep_packing
 from .snapshot import PARAMETER_PREFIX, Snapshot
 from .sorting import initialize_all
+
+# What adapts a layer of each class, or of one derived from it.
+_KINDS: dict[type[nn.Module], Any] = {
+    nn.Linear: Linear,
+    Conv1D: Linear,
+    nn.Conv1d: Convolution,
+    nn.Conv2d: Convolution,
+    nn.Conv3d: Convolution,
+    nn.Embedding: Embedding,
+    nn.MultiheadAttention: Attention,
+}
 
 
 class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not followed
@@ -179,10 +191,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 base, NonDynamicallyQuantizableLinear
             ):
                 raise ValueError(
-                    "nn.MultiheadAttention reads the weight of its out_proj and never calls it, so it cannot be "
-                    "adapted; exclude_modules leaves it out"
+                    "nn.MultiheadAttention reads the weight of its out_proj and never calls it: name the attention in "
+                    "target_modules, which adapts all of its weights, and leave out_proj out by exclude_modules"
                 )
-            if isinstance(target, SMoALayer):
+            if isinstance(target, (SMoALayer, Attention)):
                 target.update_layer(adapter_name, settings)
                 return
             new_module = self._new_layer(target, adapter_name, settings)
@@ -194,16 +206,29 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         # The adapter is already on the layer's device; PEFT would move it to an offloaded weight's meta device.
         setattr(parent, child_name, new_module)
 
-    def _new_layer(self, target: nn.Module, adapter_name: str, settings: AdapterSettings) -> Linear:
+    def _new_layer(self, target: nn.Module, adapter_name: str, settings: AdapterSettings) -> nn.Module:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = quantization_of(base, **get_quantization_kwargs(self.model))
         keep_packing(base)
-        stored_transposed = isinstance(base, Conv1D)
-        if not isinstance(base, (nn.Linear, Conv1D)) and quantization is None:
+        kinds = [ours for kind, ours in _KINDS.items() if isinstance(base, kind)]
+        if not kinds and quantization is None:
+            supported = ", ".join(f"`{kind.__module__}.{kind.__name__}`" for kind in _KINDS)
             raise ValueError(
                 f"Target module {target} is not supported. Currently, only the following modules are supported: "
-                "`torch.nn.Linear`, `transformers.pytorch_utils.Conv1D` and quantised linear layers."
+                f"{supported} and quantised linear layers."
             )
+        if kinds and kinds[0] is not Linear:
+            if quantization is not None:
+                raise ValueError(
+                    f"a quantised {type(base).__name__} cannot be adapted: of quantised layers only linear ones are; "
+                    "exclude_modules leaves it out"
+                )
+            if kinds[0] is not Attention:
+                return cast(nn.Module, kinds[0](target, adapter_name, settings))
+            attention = Attention(cast(nn.MultiheadAttention, target))
+            attention.update_layer(adapter_name, settings)
+            return attention
+        stored_transposed = isinstance(base, Conv1D)
         if settings.fan_in_fan_out != stored_transposed:
             warnings.warn(
                 f"fan_in_fan_out is set to {settings.fan_in_fan_out} but the target module is "
@@ -223,9 +248,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if any(isinstance(module, Experts) for module in self.modules()):
+        if any(isinstance(module, AdaptedModule) for module in self.modules()):
             raise ValueError(
-                "adapter_names cannot be given where experts are adapted: a batch takes one adapter"
+                "adapter_names cannot be given where experts are adapted, or an nn.MultiheadAttention: a batch takes "
+                "one adapter"
             )
         unknown = set(adapter_names) - {*self.peft_config, "__base__"}
         if unknown:

@@ -1,23 +1,28 @@
-"""`SMoALayer` holds the adapters of one layer and their settings."""
+"""`SMoALayer` holds the adapters of one weight and their settings; `AdaptedLayer` takes the place of a layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..adapter import STATE_KEYS, Adapter
 from ..adapter_folder.settings import AdapterSettings
+from ..backends import resolve_backend
 from ..checks import check_choice
 from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.shard import LayerShard
-from ..layer_checks import call_always
+from ..functional import cast_factors, dense_update, modulate
+from ..layer_checks import call_always, matrix_shape
 from .base_weight import BaseWeight
-from .combine import single_block
+from .combine import single_block, sum_adapters
 from .offload import execution_device, gathered, present
 from .scaling import Scaling
 
@@ -29,7 +34,7 @@ class SMoALayer(BaseWeight):
 
     Attributes:
         smoa: the adapters, each an :class:`smoa_kernels.adapter.Adapter`, by name.
-        in_features, out_features: C and N, the inputs and outputs of the layer.
+        in_features, out_features: C and N, the columns and rows of W0: of a linear layer its inputs and outputs.
         settings: by adapter.
 
     Example:
@@ -200,6 +205,24 @@ class SMoALayer(BaseWeight):
             adapter = self._ready(adapter_name)
         return adapter.packed(weight, keep=keep)
 
+    def _summed(self, weight: Tensor, names: Sequence[str], keep: bool = False) -> PackedAdapter:
+        first: PackedAdapter = self.packed(names[0], weight, keep)
+        if len(names) == 1:
+            return first
+        return sum_adapters([first, *(self.packed(name, weight) for name in names[1:])], self._whole)
+
+    def effective_weight(self, adapter_names: Sequence[str]) -> Tensor:
+        """Compute W_eff of these adapters, in W0's shape and dtype, differentiable in their factors.
+
+        Args:
+            adapter_names: at least one.
+        """
+        weight = self.base_weight()
+        adapter = cast_factors(self._summed(weight, adapter_names), weight.dtype)
+        wanted = self.settings[adapter_names[0]].backend
+        backend = resolve_backend(wanted, weight.device, weight.dtype, adapter.A.shape[0])
+        return self._unflattened(modulate(adapter, backend))
+
     def _matrices(self, adapter_name: str, weight: Tensor) -> list[PackedAdapter]:
         packed = self.packed(adapter_name, weight)
         return packed.experts(range(*self.stack)) if self.stack else [packed]
@@ -251,6 +274,99 @@ class SMoALayer(BaseWeight):
         device = execution_device(base) or own if device is None else device
         if device is not None and not adapter.A.is_meta:
             adapter.to(device, dtype if dtype is not None and dtype.is_floating_point else None)
+
+
+class AdaptedLayer(SMoALayer, nn.Module):
+    """A layer of the model with adapters over it, which is called with one x; subclasses compute `_adapted`.
+
+    Args:
+        base_layer: the layer, or another tuner's around it.
+        quantization: PEFT's back end for the base layer, where that is quantised.
+    """
+
+    _reads_weight = False  # whether `x W0ᵀ + b` is computed here, from the base layer's weight and bias
+
+    def __init__(self, base_layer: nn.Module, quantization: QuantizationBackend | None = None) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        SMoALayer.__init__(self)
+        self.quantization_backend = quantization
+        self.out_features, self.in_features = matrix_shape(self.get_base_layer())
+
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Compute the layer with its active adapters; of a linear one (..., C) -> (..., N) in x's dtype.
+
+        Args:
+            x: as the base layer takes it; for a linear one it may be nested.
+            adapter_names: in evaluation, an adapter (or "__base__") for each sample.
+            args, kwargs: passed to the base layer.
+
+        Raises:
+            TypeError, ValueError: as :func:`smoa_kernels.smoa_linear` does; or `adapter_names` has another length than
+                x has samples, or is given while adapters are merged.
+        """
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        if self._disable_adapters or self.merged_adapters:
+            return self._base_output(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, adapter_names, *args, **kwargs)
+        active: Any = self._active_adapter
+        return self._adapted(x, [active] if isinstance(active, str) else active, *args, **kwargs)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, self.base_layer(x, *args, **kwargs))
+
+    def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Compute the layer with these adapters, of which it may lack some."""
+        raise NotImplementedError
+
+    def _mixed_batch_forward(
+        self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        parts, order = [], []
+        # An empty batch also needs one product, for the shape.
+        for name in dict.fromkeys(adapter_names or ("__base__",)):
+            samples = [i for i, given in enumerate(adapter_names) if given == name]
+            index = torch.tensor(samples, dtype=torch.int64, device=x.device)
+            parts.append(self._adapted(x.index_select(0, index), [name], *args, **kwargs))
+            order.append(index)
+        return torch.cat(parts).index_select(0, torch.cat(order).argsort())
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _dropout_p(self, name: str) -> float:
+        return self.settings[name].smoa_dropout if self.training else 0.0
+
+    def _add_outputs(self, y: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Add to y what each of these adapters contributes alone."""
+        for name in names:
+            # Recomputed in backward, so that neither ΔW nor a dequantised W0 is kept.
+            y = y + checkpoint(self._adapter_output, x, name, use_reentrant=False).to(y.dtype)
+        return y
+
+    def _adapter_output(self, x: Tensor, name: str) -> Tensor:
+        """The product of `dropout(x)` and a dense ΔW, to be added to the base layer's own output."""
+        with present(self):
+            delta = self._unflattened(dense_update(self.packed(name, self.base_weight())))
+        return self._product(F.dropout(x, self._dropout_p(name), training=True), delta.to(x.dtype))
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer computes with another weight, without its bias."""
+        raise NotImplementedError
 
 
 def layers_with(model: nn.Module, adapter_name: str, *, every_name: bool = True) -> dict[str, SMoALayer]:

@@ -18,7 +18,7 @@ _NOTHING = nullcontext()
 
 def present(layer: Any) -> AbstractContextManager[None]:
     """Load the weights of a tuner layer, its base's and its adapters', that accelerate offloaded, within the block."""
-    weight = layer.get_base_layer()._parameters.get("weight")  # asked in each forward
+    weight = layer.get_base_layer()._parameters.get(layer.parameter_name)  # asked in each forward
     if weight is None or not weight.is_meta:
         return _NOTHING
     return _onloaded([module for module in layer.modules() if _hook(module) is not None])

@@ -10,13 +10,14 @@ from torch import nn
 
 from .experts.experts import Experts
 from .layer import SMoALayer
+from .modulated import AdaptedModule
 
 # What stands before an adapter's name in the names of its parameters, without a dot: transformers puts that name after
 # the part of a key that begins so.
 PARAMETER_PREFIX = "smoa"
 
 # Classes of the modules by which an injection replaces others.
-_PUT_IN = (SMoALayer, Experts, AuxiliaryTrainingWrapper)
+_PUT_IN = (SMoALayer, AdaptedModule, AuxiliaryTrainingWrapper)
 
 
 class Snapshot:

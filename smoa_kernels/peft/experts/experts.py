@@ -7,16 +7,16 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations import moe
 
-from .weight import ExpertsWeight
+from ..modulated import AdaptedModule
 
 _Product = Callable[[Tensor], Tensor]
 _Prepare = Callable[[Tensor, Tensor], _Product]
 
 
-class Experts(nn.Module):
+class Experts(AdaptedModule):
     """A module of experts with adapters of its fused weights; the weights stay the base module's.
 
     It has a child for each weight that any adapter adapts, named as the parameter. Its forward is that of transformers'
@@ -41,15 +41,6 @@ class Experts(nn.Module):
         )
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-
-    @property
-    def weights(self) -> dict[str, ExpertsWeight]:
-        """The weights that have adapters, by parameter."""
-        return {name: child for name, child in self._modules.items() if isinstance(child, ExpertsWeight)}
-
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute Σ over a token's experts of routing weight · expert(token).
 
@@ -62,9 +53,7 @@ class Experts(nn.Module):
             (T, H) in the dtype of `hidden_states`.
         """
         weights = self.weights
-        for weight in weights.values():
-            if weight.disable_adapters and weight.merged:
-                weight.unmerge()
+        self._unmerge_disabled()
         base: Any = self.base_layer
         adapted: dict[str, _Prepare] = {}
         for name, weight in weights.items():
@@ -108,15 +97,3 @@ class Experts(nn.Module):
             return y if bias is None else y + bias
 
         return with_bias
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base module, with adapters merged into its weights if `merge`; PEFT calls it to unload.
-
-        As with PEFT's layers, adapters that were merged before stay merged.
-        """
-        if merge:
-            for weight in self.weights.values():
-                weight.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.base_layer

@@ -12,10 +12,10 @@ from ...backends import resolve_backend
 from ...definition.experts import ExpertsAdapter
 from ...definition.packed import of_columns
 from ...operators.experts import experts_linear
-from ..layer import SMoALayer
+from ..modulated import ParameterLayer
 
 
-class ExpertsWeight(SMoALayer, nn.Module):
+class ExpertsWeight(ParameterLayer):
     """The adapters of one parameter (E, N, C) of a module of experts, or (E, C, N) if it is stored transposed.
 
     E is the number of experts, N and C are the outputs and inputs of one, and ρ is the largest rank of a block.
@@ -30,18 +30,10 @@ class ExpertsWeight(SMoALayer, nn.Module):
     """
 
     def __init__(self, experts: nn.Module, parameter_name: str) -> None:
-        nn.Module.__init__(self)
-        SMoALayer.__init__(self)
-        self._experts = (experts,)  # in a tuple, since a module that is assigned directly becomes a child
-        self.parameter_name = parameter_name
+        super().__init__(experts, parameter_name)
         self.fan_in_fan_out = bool(experts.is_transposed)
         self.stack = (self._stored_weight().shape[0],)
         self.out_features, self.in_features = self.base_weight().shape[1:]
-        self._active_adapter: list[str] = []
-
-    def get_base_layer(self) -> nn.Module:
-        """The module that owns the parameter."""
-        return self._experts[0]
 
     def one_of(self, adapter_names: Sequence[str]) -> str | None:
         """The one of these adapters that this weight has, or None; a ValueError if it has several."""
@@ -101,7 +93,3 @@ class ExpertsWeight(SMoALayer, nn.Module):
         # A copy if a backward may follow: s may be changed before it, as PEFT's `scale_layer` does.
         s = ready.scaling.clone() if torch.is_grad_enabled() else ready.scaling
         return ExpertsAdapter(weight, A, B, ready.partition, ready.ranks, s)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        weight = self._stored_weight()
-        return weight.device, weight.dtype

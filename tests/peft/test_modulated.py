@@ -1,0 +1,346 @@
+"""Convolutions, embeddings and `nn.MultiheadAttention` with adapters, beside PEFT's HiRA and merged weights."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from adapted import close, layer_list
+from peft import HiraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from tiny_models import tiny_llama
+from torch import nn
+
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
+from smoa_kernels.peft import SMoAConfig, hotswap, merge_to_folder, merged_weights
+
+
+class Same(nn.Conv2d):
+    """A convolution with a forward of its own, as those of image models that pad by themselves."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+class Positions(nn.Embedding):
+    """An embedding that computes its indices."""
+
+    def forward(self, x):
+        return super().forward((x + 3) % self.num_embeddings)
+
+
+class Scaled(nn.Embedding):
+    embed_scale = 3.0
+
+    def forward(self, x):
+        return super().forward(x) * self.embed_scale
+
+
+class Attention(nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **settings)
+
+    def forward(self, x):
+        return self.attention(x, x[..., : self.attention.kdim], x[..., : self.attention.vdim])[0]
+
+
+LAYERS = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (3, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, bias=False), (3, 4, 9, 9)),
+    "pointwise": (lambda: nn.Conv2d(4, 6, 1), (3, 4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2, dilation=2), (3, 4, 5, 5, 5)),
+    "embedding": (lambda: nn.Embedding(9, 6, padding_idx=2), None),
+}
+OTHERS = {
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="reflect"), (3, 4, 9, 9)),
+    "depthwise": (lambda: nn.Conv1d(4, 8, 3, groups=4), (3, 4, 9)),
+    "own forward": (lambda: Same(4, 6, 2), (3, 4, 5, 5)),
+    "positions": (lambda: Positions(9, 6), None),
+    "scaled": (lambda: Scaled(9, 6), None),
+    "attention": (Attention, (3, 5, 8)),
+    "three projections": (lambda: Attention(kdim=6, vdim=4), (3, 5, 8)),
+}
+every_layer = pytest.mark.parametrize("kind", [*LAYERS, *OTHERS])
+
+
+def made(kind, dtype=torch.float64):
+    torch.manual_seed(0)
+    make, shape = {**LAYERS, **OTHERS}[kind]
+    x = torch.randint(9, (3, 5)) if shape is None else torch.randn(shape, dtype=dtype)
+    return nn.Sequential(make()).to(dtype).eval(), x
+
+
+def adapt(base, name="default", **settings):
+    target = ["attention"] if isinstance(base[0], Attention) else ["0"]
+    given = {"r": 5, "init_weights": False, "target_modules": target, **settings}
+    return get_peft_model(base, SMoAConfig(**given), adapter_name=name).eval()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_with_one_block_it_is_pefts_hira(kind):
+    base, x = made(kind)
+    ours = adapt(copy.deepcopy(base), r=2, num_blocks=1)
+    theirs = get_peft_model(copy.deepcopy(base), HiraConfig(r=2, target_modules=["0"]))
+    adapter, hira = ours.base_model.model[0].smoa["default"], theirs.base_model.model[0]
+    if kind == "embedding":  # it counts W0 transposed
+        A, B = hira.hira_embedding_B["default"], hira.hira_embedding_A["default"]
+    else:
+        A, B = hira.hira_A["default"], hira.hira_B["default"]
+    like = (lambda factor, own: own.T) if kind == "embedding" else (lambda factor, own: own.view_as(factor))
+    with torch.no_grad():
+        A.copy_(like(A, adapter.A))
+        B.copy_(like(B, adapter.B))
+        base[0].weight[2] = 0  # the row that padding_idx keeps
+        for model in (ours, theirs):
+            model.base_model.model[0].base_layer.weight[2] = 0
+    found = []
+    for model, factors in ((ours, (adapter.A, adapter.B)), (theirs, (A, B))):
+        given = x.clone().requires_grad_(x.is_floating_point())
+        y = model(given)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+        found.append([y, given.grad, *(factor.grad for factor in factors)])
+    (y, dx, dA, dB), (their_y, their_dx, their_dA, their_dB) = found
+    torch.testing.assert_close(y, their_y, rtol=0, atol=1e-9)
+    torch.testing.assert_close((like(A, dA), like(B, dB)), (their_dA, their_dB), rtol=0, atol=1e-9)
+    if dx is not None:
+        torch.testing.assert_close(dx, their_dx, rtol=0, atol=1e-9)
+
+
+@every_layer
+@torch.no_grad()
+def test_train_save_load_merge(kind, tmp_path):
+    base, x = made(kind)
+    model = adapt(copy.deepcopy(base))
+    with torch.enable_grad():
+        model.train()(x).square().mean().backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    y = model.eval()(x)
+    assert not torch.allclose(y, base(x))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(loaded(x), y)
+    with model.disable_adapter():
+        close(model(x), base(x), 1e-12)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    for layer in layer_list(model):
+        assert layer.get_delta_weight("default").shape == layer._stored_weight().shape
+    model.merge_adapter(safe_merge=True)
+    close(model(x), y, 1e-12)
+    model.unmerge_adapter()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    hotswap(model, tmp_path)
+    assert torch.equal(model(x), y)
+    merged = loaded.merge_and_unload()
+    assert {name: p.shape for name, p in merged.named_parameters()} == {
+        name: p.shape for name, p in base.named_parameters()
+    }
+    close(merged(x), y, 1e-12)
+    close(model.unload()(x), base(x), 1e-12)
+
+
+@every_layer
+@torch.no_grad()
+def test_several_adapters_add_up(kind):
+    """Their blocks differ."""
+    base, x = made(kind)
+    model = adapt(copy.deepcopy(base), num_blocks=2)
+    targets = model.peft_config["default"].target_modules
+    model.add_adapter("other", SMoAConfig(r=3, num_blocks=3, init_weights=False, target_modules=targets))
+    model.base_model.set_adapter(["default", "other"])
+    y = model.eval()(x)
+    close(model.merge_and_unload()(x), y, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "own forward", "embedding"])
+@torch.no_grad()
+def test_a_batch_takes_an_adapter_for_each_sample(kind):
+    base, x = made(kind)
+    model = adapt(copy.deepcopy(base))
+    y = model(x, adapter_names=["default", "__base__", "default"])
+    close(y, torch.stack([model(x)[0], base(x)[1], model(x)[2]]), 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "pointwise", "groups", "own forward"])
+def test_dropout_is_of_the_adapters_input_alone(kind):
+    base, x = made(kind)
+    model = adapt(copy.deepcopy(base), smoa_dropout=0.5).train()
+    layer = layer_list(model)[0]
+    seed = torch.get_rng_state()
+    y = model(x)
+    y.sum().backward()
+    assert layer.smoa["default"].A.grad.abs().max() > 0
+    torch.set_rng_state(seed)
+    dropped = F.dropout(x, 0.5)
+    with torch.no_grad():
+        update = model.eval()(dropped) - base(dropped)
+        close(y, base(x) + update, 1e-9)
+
+
+def test_an_embedding_reads_no_padding_of_the_factors_and_keeps_its_options():
+    """Ranks differ, so A and B have rows that belong to no block's rank."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Embedding(12, 8, padding_idx=1, sparse=True, max_norm=1.5))
+    model = adapt(copy.deepcopy(base), num_blocks=3, block_ranks=[4, 0, 1])
+    adapter, x = layer_list(model)[0].smoa["default"], torch.tensor([[1, 3, 3, 7], [0, 1, 11, 4]])
+    y = model(x)
+    with torch.no_grad():
+        outside = torch.arange(4)[:, None] >= adapter.ranks[adapter.col_block.long()]
+        adapter.A.masked_fill_(outside, torch.nan)
+        adapter.B.masked_fill_(torch.arange(4) >= adapter.ranks[adapter.row_block.long()][:, None], torch.nan)
+    assert torch.equal(model(x), y)
+    model(x).sum().backward()
+    grad = adapter.B.grad
+    assert grad.is_sparse
+    assert grad.to_dense()[1].abs().sum() == 0  # padding_idx
+    assert torch.isfinite(adapter.A.grad).all()
+    weight = layer_list(model)[0].base_layer.weight
+    assert weight[x.unique()].norm(dim=1).max() <= 1.5 + 1e-5  # max_norm
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_rows_of_a_half_type_are_rounded_as_the_merged_weight(dtype):
+    base = nn.Sequential(nn.Embedding(300, 64)).to(dtype)
+    model, x = adapt(base, num_blocks=4), torch.randint(300, (50, 7))
+    y = model(x)
+    model.merge_adapter()
+    assert (model(x) == y).double().mean() > 0.999  # a sum near its threshold may fall on either side
+
+
+def test_a_tied_head_keeps_the_base_weight():
+    """As over PEFT's HiRA the head multiplies by W0; unloading gives the merged embedding memory of its own."""
+    base, tokens = tiny_llama(tie_word_embeddings=True), torch.arange(8)[None]
+    weight = base.lm_head.weight.clone()
+    config = SMoAConfig(r=4, target_modules=["embed_tokens"], init_weights=False)
+    model = get_peft_model(base, config).eval()
+    y = model(tokens).logits
+    merged = model.merge_and_unload()
+    assert torch.equal(merged.lm_head.weight, weight)
+    assert not torch.equal(merged.model.embed_tokens.weight, weight)
+    close(merged(tokens).logits, y)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_torchs_encoder_computes_with_the_adapted_attention(mode):
+    """Without gradients it makes a nested tensor of a padded batch and asks the attention for its weights."""
+    torch.manual_seed(0)
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    config = SMoAConfig(r=4, target_modules=["self_attn", "linear1"], init_weights=False)
+    model = get_peft_model(stack, config).eval()
+    with mode():
+        found = model(x, src_key_padding_mask=padding)
+        merged = model.merge_and_unload()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[0], merged[0])
+    torch.testing.assert_close(found[1, :3], merged[1, :3])
+
+
+REFUSED = {
+    "smoa_dropout must be 0 where nn.MultiheadAttention": (Attention, {"smoa_dropout": 0.1}),
+    "0: num_blocks must be at most": (lambda: nn.Conv2d(4, 6, 3), {"num_blocks": 7, "r": 7}),
+    "of Embedding is torch.float8_e4m3fn": (lambda: nn.Embedding(9, 6).to(torch.float8_e4m3fn), {}),
+    "is not supported": (lambda: nn.ConvTranspose2d(4, 6, 3), {}),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_is_refused(message):
+    make, settings = REFUSED[message]
+    base = nn.Sequential(make())
+    with pytest.raises(ValueError, match=message):
+        adapt(base, **settings)
+    assert not layer_list(base)
+
+
+def trains_saves_loads_merges(base, config, call, folder):
+    """Train one step, save, load and merge; return the outputs after training."""
+    model = get_peft_model(copy.deepcopy(base), config).train()
+    call(model).square().mean().backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2).step()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        y = call(model.eval())
+        assert not torch.allclose(y, call(base.eval()))
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        assert torch.equal(call(loaded), y)
+        close(call(loaded.merge_and_unload()), y, 1e-4)
+    return y
+
+
+def test_a_vision_transformer(tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16
+    )
+    config.patch_size = 4
+    torch.manual_seed(0)
+    base, pixels = transformers.ViTModel(config, add_pooling_layer=False), torch.randn(2, 3, 16, 16)
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    attention = ["query", "value"] if "query" in names else ["q_proj", "v_proj"]
+    adapter = SMoAConfig(r=4, target_modules=["patch_embeddings.projection", *attention])
+    base.save_pretrained(tmp_path / "base")
+    y = trains_saves_loads_merges(
+        base, adapter, lambda model: model(pixels).last_hidden_state, tmp_path / "adapter"
+    )
+    report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert report.fits
+    assert report.layers[0].shape == (32, 48)
+    assert merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged").changed == 5
+    merged = transformers.ViTModel.from_pretrained(tmp_path / "merged", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        close(merged(pixels).last_hidden_state, y, 1e-4)
+
+
+def test_a_merged_folder_of_an_attention(tmp_path):
+    """`in_proj_weight` is a parameter of the attention itself."""
+    base = made("attention")[0]
+    model = adapt(copy.deepcopy(base))
+    model.save_pretrained(tmp_path / "adapter")
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file(base.state_dict(), folder / "model.safetensors")
+    assert inspect_adapter(tmp_path / "adapter", folder).fits
+    merged = dict(merged_weights(folder, tmp_path / "adapter"))
+    expected = model.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def unet(diffusers):
+    blocks = {
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    model = diffusers.UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        attention_head_dim=4,
+        **blocks,
+    )
+    noisy = torch.randn(2, 3, 8, 8)
+    return model, ["conv1", "conv_shortcut", "to_q", "conv_in"], lambda model: model(noisy, 3).sample
+
+
+def dit(diffusers):
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4,
+        num_embeds_ada_norm=10,
+    )  # fmt: skip
+    given = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([1, 7])}
+    given["class_labels"] = torch.tensor([3, 4])
+    targets = ["pos_embed.proj", "to_q", "class_embedder.embedding_table"]
+    return model, targets, lambda model: model(**given).sample
+
+
+@pytest.mark.parametrize("make", [unet, dit])
+def test_diffusers_models(make, tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="an extra of the tests")
+    torch.manual_seed(0)
+    model, targets, call = make(diffusers)
+    config = SMoAConfig(r=4, num_blocks=2, target_modules=targets)
+    trains_saves_loads_merges(model, config, call, tmp_path)
