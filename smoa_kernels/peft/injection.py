@@ -29,12 +29,12 @@ from .experts.experts import Experts
 from .experts.targets import find_targets
 from .experts.weight import ExpertsWeight
 from .folder.loading import check_adapter
+from .folder.snapshot import PARAMETER_PREFIX, Snapshot
 from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
 from .modulated import AdaptedModule, Attention, Convolution, Embedding
 from .offload import present
 from .replaced import keep_packing
-from .snapshot import PARAMETER_PREFIX, Snapshot
 from .sorting import initialize_all
 
 # What adapts a layer of each class, or of one derived from it.

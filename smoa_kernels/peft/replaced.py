@@ -21,7 +21,7 @@ from ..adapter_folder.reading import read_json
 from ..adapter_folder.writing import replacing, seal
 from .config import SMoAConfig
 from .folder.loading import check_adapter
-from .snapshot import Snapshot
+from .folder.snapshot import Snapshot
 
 
 def add_method(enum: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...definition.sketch import check_base
 from ..layer import keys_of, layers_with
 from ..offload import gathered, present
-from ..snapshot import PARAMETER_PREFIX
+from .snapshot import PARAMETER_PREFIX
 
 
 def check_adapter(

@@ -8,9 +8,9 @@ from peft.tuners.tuners_utils import delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .experts.experts import Experts
-from .layer import SMoALayer
-from .modulated import AdaptedModule
+from ..experts.experts import Experts
+from ..layer import SMoALayer
+from ..modulated import AdaptedModule
 
 # What stands before an adapter's name in the names of its parameters, without a dot: transformers puts that name after
 # the part of a key that begins so.
