@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import queue
+import subprocess
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
@@ -14,18 +18,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 import torch.nn.functional as F
 from chat_models import PLAIN, QUESTIONS, adapter, load_base, log_probs, tokenizer, twin
 from datasets import Dataset
 from peft import HiraConfig
+from serving.served import save_model
 from torch import Tensor, nn
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
 from smoa_kernels.peft import SMoATrainerMixin
+from smoa_kernels.peft.folder import sending
+from smoa_kernels.peft.folder.sending import save_adapter
 from smoa_kernels.serving.factors import read_served
 
+PYTHON = Path(os.environ.get("VLLM", ".venv-vllm"), "bin", "python").absolute()
 SEQUENCE = torch.tensor([1, *range(40, 64)])
 
 
@@ -154,7 +163,7 @@ def server(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     made.server_close()
 
 
-def made(server: Server, folder: Path, config: Any, **settings: Any) -> Any:
+def made(server: Any, folder: Path, config: Any, **settings: Any) -> Any:
     worker = Rollouts(server)
     worker.trainer = Trainer(
         model=str(server.base),
@@ -186,7 +195,7 @@ def test_the_policy_that_answers_is_the_one_that_was_trained(
     worker = trainer.rollout_worker
     assert len(worker.differences) == PLAIN["max_steps"] + 1
     assert max(worker.differences) < 1e-4
-    assert all((a - b).abs().max() > 1e-3 for a, b in zip(worker.scores, worker.scores[1:], strict=False))
+    assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(worker.scores))
     assert len(server.policies) < len(worker.scores)  # old ones are unloaded
 
 
@@ -213,6 +222,83 @@ def test_a_sync_that_fails_stops_with_a_sentence_and_the_old_adapter_serves_on(
 def test_a_server_with_too_few_ranks_is_named_before_training(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"The adapter has rank 12, .* `--max-lora-rank 16`"):
         made(server, tmp_path, adapter(rank_pattern={"v_proj": 12}))
+
+
+class VLLM:
+    """vLLM's own server with our plugin, which is installed in another environment."""
+
+    port, paused = 8766, False
+
+    def __init__(self, base: Path, python: Path) -> None:
+        self.base, self.url = base, f"http://127.0.0.1:{self.port}"
+        options = (
+            "--enable-lora --max-lora-rank 8 --max-loras 6 --max-model-len 64 --dtype float32 --enforce-eager"
+        )
+        command = [
+            python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            base,
+            "--port",
+            str(self.port),
+        ]
+        self.process = subprocess.Popen(
+            [*command, *options.split()],
+            env={
+                **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "LD_PRELOAD": str(python.parents[1] / "lib" / "libiomp5.so"),
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1",
+            },
+        )  # fmt: skip
+
+    @property
+    def server_port(self) -> int:
+        """Of a server that answers: the first call waits until it does."""
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                requests.get(f"{self.url}/health", timeout=5)
+                return self.port
+            time.sleep(0.5)
+        raise RuntimeError(f"vLLM ended with exit code {self.process.returncode}")
+
+    def scores(self, version: int) -> Tensor:
+        tokens = SEQUENCE.tolist()
+        asked = {"model": f"trl-policy-v{version}", "prompt": tokens, "max_tokens": 1, "prompt_logprobs": 1}
+        given = requests.post(f"{self.url}/v1/completions", json=asked, timeout=120).json()
+        scores = given["choices"][0]["prompt_logprobs"][1:]
+        return torch.tensor([one[str(t)]["logprob"] for one, t in zip(scores, tokens[1:], strict=True)])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("server")  # for what it replaces in TRL
+@pytest.mark.skipif(not PYTHON.exists(), reason="needs vLLM in an environment of its own: make test-vllm")
+def test_vllm_answers_with_the_policy_that_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's trainer here, vLLM there. A sync that fails leaves the last policy, and does not leave vLLM paused."""
+    vllm = VLLM(save_model(tmp_path / "base"), PYTHON)
+    try:
+        config = adapter(init_weights=False, target_modules="all-linear")
+        trainer = made(vllm, tmp_path / "run", config)
+        trainer.train()
+        worker = trainer.rollout_worker
+        assert len(worker.differences) == PLAIN["max_steps"] + 1
+        assert max(worker.differences) < 1e-4
+        assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(worker.scores))
+
+        def torn(*given: Any) -> None:
+            save_adapter(*given)
+            path = Path(given[-1], "adapter_model.safetensors")
+            path.write_bytes(path.read_bytes()[:-100])
+
+        monkeypatch.setattr(sending, "save_adapter", torn)
+        with pytest.raises(RuntimeError, match=r"vLLM, which goes on with trl-policy-v5: .*truncated"):
+            trainer._sync_weight()
+        assert torch.equal(vllm.scores(5), worker.scores[-1])
+    finally:
+        vllm.process.terminate()
+        vllm.process.wait(60)
 
 
 @pytest.mark.parametrize(
