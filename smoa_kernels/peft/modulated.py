@@ -139,7 +139,7 @@ class Embedding(AdaptedLayer):
                 y = base(x, *args, **kwargs)
         if base is self.base_layer:
             return y
-        return self._base_output(x, *args, **kwargs) + (y - base(x, *args, **kwargs))
+        return self._base_output(x, *args, **kwargs) + cast(Tensor, y - base(x, *args, **kwargs))
 
     def _dropout_p(self, name: str) -> float:
         return 0.0
