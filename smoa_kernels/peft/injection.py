@@ -32,7 +32,7 @@ from .folder.loading import check_adapter
 from .folder.snapshot import PARAMETER_PREFIX, Snapshot
 from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
-from .modulated import AdaptedModule, Attention, Convolution, Embedding
+from .modulated import AdaptedModule, Attention, Convolution, Embedding, ParameterLayer
 from .offload import present
 from .replaced import keep_packing
 from .sorting import initialize_all
@@ -299,6 +299,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         for name, layer in self.model.named_modules():
             if isinstance(layer, SMoALayer):
                 given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa]
+                if given and isinstance(layer, ParameterLayer):
+                    raise ValueError(
+                        f"adapters of nn.MultiheadAttention cannot be combined, got {given[0][0]!r}"
+                    )
                 if given:
                     with present(layer):
                         parts = [layer.packed(a, torch.empty(0)) for a, _ in given]  # W0 is not used

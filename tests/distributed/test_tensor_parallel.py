@@ -32,7 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from smoa_kernels import FusedSMoALinear
+from smoa_kernels import FusedSMoAConv2d, FusedSMoALinear
 from smoa_kernels.definition import spectral_order
 from smoa_kernels.distributed import ColwiseSMoAParallel, RowwiseSMoAParallel, shared_spectra
 from smoa_kernels.peft import SMoAConfig
@@ -204,6 +204,11 @@ def test_refused() -> None:
     with pytest.raises(TypeError, match="output_layouts must be a Placement, got str"):
         parallelize_module(layer, mesh, ColwiseSMoAParallel(output_layouts="x"))
     assert not isinstance(layer.weight, DTensor)
+    conv = FusedSMoAConv2d(4, 6, 3, r=4)
+    attention = get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), smoa(target_modules=["0"]))
+    for other in (conv, blocks(attention)[0]):
+        with pytest.raises(TypeError, match="of layers with adapters only linear ones can be cut, got"):
+            parallelize_module(other, mesh, ColwiseSMoAParallel())
     for reset in ("reset_adapter", "reset_parameters"):
         with pytest.raises(RuntimeError, match=rf"the layer is sharded: call {reset}\(\) before"):
             getattr(layers(cut)[0], reset)()

@@ -153,6 +153,21 @@ def test_several_adapters_add_up(kind):
     close(model.merge_and_unload()(x), y, 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["conv2d", "embedding"])
+@torch.no_grad()
+def test_weighted_sums(kind, tmp_path):
+    base, x = made(kind)
+    model = adapt(copy.deepcopy(base))
+    model.base_model.add_weighted_adapter(["default"], [2.0], "twice")
+    model.set_adapter("twice")
+    y = model.eval()(x)
+    if kind == "conv2d":  # linear in the weight
+        model.set_adapter("default")
+        close(y - base(x), 2 * (model(x) - base(x)), 1e-9)
+    model.save_pretrained(tmp_path, selected_adapters=["twice"])
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "twice").eval()(x), y)
+
+
 @pytest.mark.parametrize("kind", ["conv2d", "own forward", "embedding"])
 @torch.no_grad()
 def test_a_batch_takes_an_adapter_for_each_sample(kind):
@@ -235,6 +250,16 @@ def test_torchs_encoder_computes_with_the_adapted_attention(mode):
         merged = model.merge_and_unload()(x, src_key_padding_mask=padding)
     torch.testing.assert_close(found[0], merged[0])
     torch.testing.assert_close(found[1, :3], merged[1, :3])
+
+
+def test_an_attention_takes_neither_sums_nor_an_adapter_for_each_sample():
+    base, x = made("attention")
+    model = adapt(base)
+    with pytest.raises(ValueError, match=r"adapters of nn\.MultiheadAttention cannot be combined"):
+        model.base_model.add_weighted_adapter(["default"], [2.0], "twice")
+    assert [*model.peft_config] == ["default"]
+    with pytest.raises(ValueError, match=r"adapted, or an nn\.MultiheadAttention"):
+        model(x, adapter_names=["default"] * 3)
 
 
 REFUSED = {
