@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import MOST_COORDINATES, check_blocks, check_choice, check_count, check_granule
+from ..checks import MOST_COORDINATES, Granule, check_blocks, check_choice, check_count, check_granule
 from .partition import BlockPartition
 
 BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
@@ -34,8 +34,10 @@ class BlockRule(NamedTuple):
     group_size: int = 1
 
     @property
-    def granules(self) -> tuple[int, int]:
+    def granules(self) -> Granule:
         """How many rows, and how many columns, stay together."""
+        if self.group_size == 1:
+            return self.granule
         return self.granule, min(math.lcm(self.granule, self.group_size), MOST_COORDINATES)
 
     @property
@@ -47,7 +49,6 @@ class BlockRule(NamedTuple):
         """Check all attributes and, if a shape is given, that `name` can be cut into such blocks."""
         check_blocks(self.num_blocks, shape, name)
         check_choice("block_order", self.block_order, BLOCK_ORDERS)
-        check_count("granule", self.granule, most=MOST_COORDINATES)
         check_count("group_size", self.group_size, most=MOST_COORDINATES)
         check_granule(self.granules, self.num_blocks, shape, name)
         check_count("block_seed", self.block_seed, 0, 2**63 - 1)
