@@ -134,7 +134,7 @@ $(DEEPSPEED)/.installed: $(BIN)/.dev
 test-deepspeed: $(DEEPSPEED)/.installed ## DeepSpeed's ZeRO-3 on two processes, in an environment of its own
 	$(DEEPSPEED)/bin/python -m pytest -m slow tests/distributed/test_zero3.py $(ARGS)
 
-# vLLM's build for CPUs, of the version that smoa_kernels/serving/vllm.py names. Two packages of torch's that it brings do not
+# vLLM's build for CPUs, of the first version that smoa_kernels/serving/vllm.py names. Two packages of torch's that it brings do not
 # load beside its torch. PEFT is for the tests alone.
 $(VLLM)/.installed: pyproject.toml Makefile hatch_build.py $(NATIVE)
 	$(PYTHON) -m venv $(VLLM)

@@ -74,11 +74,8 @@ def _factors(adapter: Adapter, name: str) -> LayerFactors:
         raise _refusal(adapter.path, f"{name}, a weight of experts,")
     weight = torch.empty(stored.shape, device="meta")  # the factors do not depend on its values
     factors = stored.packed(weight).expanded_factors(torch.float32)
-    rows, cols = (
-        stored.row_block[:, None].clone(),
-        stored.col_block[None].clone(),
-    )  # no part of the file's memory
-    labels = Labels(rows, cols, tuple(stored.ranks.tolist()))
+    rows, cols = stored.row_block.clone(), stored.col_block.clone()  # theirs is the file's memory
+    labels = Labels(rows[:, None], cols[None], tuple(stored.ranks.tolist()))
     return LayerFactors(*factors, labels, None if adapter.is_hira else stored.sketch)
 
 
