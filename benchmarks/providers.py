@@ -216,7 +216,7 @@ def fill(model: nn.Module, std: float = 0.05) -> None:
     torch.manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and "_B" in name:
+            if parameter.requires_grad and ("_B" in name or name.endswith(".B")):
                 parameter.normal_(std=std)
 
 
