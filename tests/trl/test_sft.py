@@ -75,8 +75,13 @@ def test_losses_are_those_of_plain_torch_on_one_chat_at_a_time(base: Path, tmp_p
 
 def test_the_pages_example_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "trl.md"
-    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    code, sends = re.findall(
+        r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
     monkeypatch.chdir(tmp_path)
     dataset = Dataset.from_list(ROWS)
     exec(compile(code, "example", "exec"), {"model": load_base(base), "dataset": dataset})
     assert Path("runs/chat/adapter/adapter_model.safetensors").is_file()
+    defined: dict[str, Any] = {"__name__": "example"}
+    exec(compile(sends, "example", "exec"), defined)
+    assert issubclass(defined["Trainer"], defined["AsyncGRPOTrainer"])
