@@ -198,9 +198,8 @@ def shuffle_blocks(model: nn.Module, seed: int) -> None:
         if isinstance(layer, SMoALayer):
             packed = layer.packed("default", layer.base_weight())
             layer.fill("default", replace(packed, partition=shuffled(packed.partition, generator)), "default")
-            layer.reset_adapter("default")
-            layer.smoa["default"].A.requires_grad_(True)
-            layer.smoa["default"].B.requires_grad_(True)
+            layer.smoa["default"].reset()
+            layer.smoa["default"].requires_grad_(True)
 
 
 @torch.no_grad()
