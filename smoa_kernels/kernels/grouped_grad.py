@@ -252,7 +252,7 @@ GROUPED_GRAD_GATHERED = replace(
     GROUPED_GRAD,
     name="grouped_grad_gathered",
     rows=(
-        Row(BLACKWELL, HALF, (_tile(32, 64, 32, 8, 2),), before="3.8"),
+        Row(BLACKWELL, HALF, (_tile(32, 64, 32, 8, 2),), before="3.9"),
         Row((), HALF, (_tile(64, 64, 32, 8, 2),)),
         Row(AMD, (), (_tile(32, 64, 32, 8, 2),)),
         Row((), ("tf32",), (_tile(32, 64, 32, 8, 2),)),
