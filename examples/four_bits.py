@@ -33,7 +33,12 @@ ADAPTERS = {
 
 def base_in(folder: Path, **settings: Any) -> Any:
     """The model in a folder; the folder says how it is quantised, or `settings` do."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **settings)
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # Else bitsandbytes repacks weights in an evaluation, and merging LoRA would misread them afterwards.
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def trained(name: str, base: Any, encoder: Encoder, splits: Splits, steps: int, batch_size: int) -> PeftModel:
