@@ -318,7 +318,8 @@ class Adapter(nn.Module):
             known, self._made_of = bool(self._made_of), ()
             if self.ranks.is_meta:
                 return self
-            # Of labels that to_empty() discarded nothing is left: a state dict brings others.
+            # to_empty() leaves arbitrary numbers. Ranks of zero say that there are no blocks until a state dict brings
+            # some.
             if labels[2].is_meta or not all(map(torch.equal, map(Tensor.cpu, now), map(Tensor.cpu, labels))):
                 self.ranks.zero_()
             elif known:

@@ -35,19 +35,23 @@ from .definition.ranks import resolve_ranks
 
 @dataclass(frozen=True)
 class Settings:
-    """An adapter's settings, as `FusedSMoALinear` takes them."""
+    """An adapter's settings, as layers take them, with the defaults of :class:`smoa_kernels.FusedSMoALinear`."""
 
-    r: int
-    rule: BlockRule
-    alpha: float | None
-    dropout: float
-    block_ranks: Sequence[int] | None
-    algorithm: str
-    backend: str
-    strict_base: bool
+    r: int = 8
+    num_blocks: int = 2
+    alpha: float | None = None
+    dropout: float = 0.0
+    block_ranks: Sequence[int] | None = None
+    block_order: str = "spectral"
+    granule: int = 1
+    block_seed: int = 0
+    group_size: int = 1
+    algorithm: str = "auto"
+    backend: str = "auto"
+    strict_base: bool = False
 
     def __post_init__(self) -> None:
-        resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
+        resolve_ranks(self.r, self.num_blocks, self.block_ranks)
         self.rule.check()
         if self.alpha is not None:
             check_finite("alpha", self.alpha)
@@ -56,30 +60,15 @@ class Settings:
         check_choice("backend", self.backend, BACKEND_CHOICES)
         check_kind("strict_base", self.strict_base, bool)
 
-    @classmethod
-    def of(
-        cls,
-        r: int = 8,
-        num_blocks: int = 2,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        block_ranks: Sequence[int] | None = None,
-        block_order: str = "spectral",
-        granule: int = 1,
-        block_seed: int = 0,
-        group_size: int = 1,
-        algorithm: str = "auto",
-        backend: str = "auto",
-        strict_base: bool = False,
-    ) -> Settings:
-        """Make them of a layer's arguments; the defaults are those of `FusedSMoALinear`."""
-        rule = BlockRule(num_blocks, block_order, granule, block_seed, group_size)
-        return cls(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
+    @property
+    def rule(self) -> BlockRule:
+        """How blocks are made."""
+        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed, self.group_size)
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of each block."""
-        return resolve_ranks(self.r, self.rule.num_blocks, self.block_ranks)
+        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
 
     @property
     def scaling(self) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .backends import resolve_backend
 from .definition import reference
-from .definition.block_rule import BlockRule
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
@@ -96,9 +95,11 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_linear(in_features, out_features, bias, device, dtype)
-        rule = BlockRule(num_blocks, block_order, granule, block_seed, group_size)
-        settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
-        rule.check((out_features, in_features))
+        settings = Settings(
+            r, num_blocks, alpha, dropout, block_ranks, block_order, granule, block_seed, group_size, algorithm,
+            backend, strict_base,
+        )  # fmt: skip
+        settings.rule.check((out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._adapt(settings)
 
@@ -137,8 +138,10 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
             TypeError, ValueError: an argument is wrong; the message says which. `linear` is as it was before.
         """
         weight, bias = linear_parameters(linear)
-        rule = BlockRule(num_blocks, block_order, granule, block_seed, group_size)
-        settings = Settings(r, rule, alpha, dropout, block_ranks, algorithm, backend, strict_base)
+        settings = Settings(
+            r, num_blocks, alpha, dropout, block_ranks, block_order, granule, block_seed, group_size, algorithm,
+            backend, strict_base,
+        )  # fmt: skip
         return cast(FusedSMoALinear, cls._over(linear, weight, bias, settings, partition, use_lora_rate))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,7 +195,7 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
 
 
 # Layers that are not linear. They compute what the plain layer does, with W_eff in place of W0.
-_OPTIONS = inspect.signature(Settings.of).parameters.keys()
+_OPTIONS = {field.name for field in fields(Settings)}
 
 
 class _Modulated(AdaptedWeight):
@@ -201,7 +204,7 @@ class _Modulated(AdaptedWeight):
     _kind: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        settings = Settings.of(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
+        settings = Settings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
         super().__init__(*args, **kwargs)
         settings.rule.check(matrix_shape(self))
         self._adapt(settings)
@@ -217,7 +220,7 @@ class _Modulated(AdaptedWeight):
         **settings: Any,
     ) -> Any:
         weight, bias = plain_parameters(name, plain, cls._kind)
-        return cls._over(plain, weight, bias, Settings.of(**settings), partition, use_lora_rate)
+        return cls._over(plain, weight, bias, Settings(**settings), partition, use_lora_rate)
 
 
 class _Convolution(_Modulated):

@@ -111,8 +111,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             injected = layers_with(model, adapter_name, every_name=False)
-            # Else weights will be loaded. TRL gives the frozen reference of an adapter that adapter's configuration and
-            # copies the factors.
+            # A new adapter computes its blocks and draws its factors now; one that comes from a file or for inference
+            # waits for them. TRL adds a frozen copy ("ref") under the configuration of the adapter that it copies: it
+            # takes the blocks of that adapter now, and TRL copies the factors.
             is_copy = any(held is config for name, held in self.peft_config.items() if name != adapter_name)
             if is_copy or not (config.is_from_file or config.inference_mode):
                 adapters = {name: layer.smoa[adapter_name] for name, layer in injected.items()}

@@ -322,8 +322,8 @@ class AdaptedLayer(SMoALayer, nn.Module):
         return cast(Tensor, self.base_layer(x, *args, **kwargs))
 
     def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the layer with these adapters, of which it may lack some."""
-        raise NotImplementedError
+        """Compute the layer with these adapters, of which it may lack some. Each kind of layer has its own."""
+        raise NotImplementedError(type(self).__name__)
 
     def _mixed_batch_forward(
         self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any
@@ -365,8 +365,8 @@ class AdaptedLayer(SMoALayer, nn.Module):
         return self._product(F.dropout(x, self._dropout_p(name), training=True), delta.to(x.dtype))
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """What the layer computes with another weight, without its bias."""
-        raise NotImplementedError
+        """What the layer computes with another weight, without its bias. Each kind of layer has its own."""
+        raise NotImplementedError(type(self).__name__)
 
 
 def layers_with(model: nn.Module, adapter_name: str, *, every_name: bool = True) -> dict[str, SMoALayer]:

@@ -87,7 +87,9 @@ class _DequantizedLinear(torch.autograd.Function):
 
 
 def rescale(layer: Any, adapters: Sequence[Adapter]) -> nn.Module | None:
-    """Merge adapters into a weight of bitsandbytes of four bits by its scales, exactly, where their groups allow it.
+    """Merge adapters into a 4-bit weight of bitsandbytes without quantising anew: multiply its scales.
+
+    That is exact if an adapter's multiplier is one number for all columns that share a scale.
 
     Returns:
         A layer over the old scales; None where the weight is another, or its scales are not those of the groups.

@@ -12,8 +12,8 @@ from ..experts.experts import Experts
 from ..layer import SMoALayer
 from ..modulated import AdaptedModule
 
-# What stands before an adapter's name in the names of its parameters, without a dot: transformers puts that name after
-# the part of a key that begins so.
+# PEFT and transformers recognise our adapters' parameters by this prefix: they are named `<layer>.smoa.<adapter>.A`. When transformers loads a key of a file, `<layer>.smoa.A`, it puts the adapter's name behind the part of the key that
+# begins with the prefix; a prefix with a dot would let it put the name at the key's end.
 PARAMETER_PREFIX = "smoa"
 
 # Classes of the modules by which an injection replaces others.
