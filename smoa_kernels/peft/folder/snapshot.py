@@ -12,8 +12,9 @@ from ..experts.experts import Experts
 from ..layer import SMoALayer
 from ..modulated import AdaptedModule
 
-# PEFT and transformers recognise our adapters' parameters by this prefix: they are named `<layer>.smoa.<adapter>.A`. When transformers loads a key of a file, `<layer>.smoa.A`, it puts the adapter's name behind the part of the key that
-# begins with the prefix; a prefix with a dot would let it put the name at the key's end.
+# PEFT and transformers recognise our adapters' parameters by this prefix: they are named `<layer>.smoa.<adapter>.A`.
+# When transformers loads `<layer>.smoa.A` from a file, it puts the adapter's name behind the part of the key that begins
+# with the prefix. With a dot in the prefix it would put the name at the key's end.
 PARAMETER_PREFIX = "smoa"
 
 # Classes of the modules by which an injection replaces others.
