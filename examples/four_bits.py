@@ -22,6 +22,7 @@ from training import StopRequest, answer, score, shuffled_batches, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from smoa_kernels.peft import SMoAConfig, merge_to_folder
+from smoa_kernels.peft.replaced import keep_packing
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
 CPU = torch.device("cpu")
@@ -35,9 +36,9 @@ def base_in(folder: Path, **settings: Any) -> Any:
     """The model in a folder; the folder says how it is quantised, or `settings` do."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", **settings)
     for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # Else bitsandbytes repacks weights in an evaluation, and merging LoRA would misread them afterwards.
-            layer.support_avx512bf16_for_cpu = False
+        keep_packing(
+            layer
+        )  # else bitsandbytes repacks weights in an evaluation, and merging LoRA would misread them
     return model
 
 

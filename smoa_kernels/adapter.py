@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .checks import check_dense, check_finite, granules
 from .definition.experts import ExpertBlocks
-from .definition.labels import check_range, label_dtype
+from .definition.labels import check_groups, check_range, label_dtype
 from .definition.packed import PackedAdapter, draw_A, of_columns, padding_masks, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
@@ -289,7 +289,7 @@ class Adapter(nn.Module):
                 f"{name} is on the meta device: load with assign=True, or call to_empty() first"
             )
         if not given["ranks"].is_meta:
-            check_values(name, given, self.r)
+            check_values(name, given, self.r, self.group_size)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -344,18 +344,20 @@ def check_complete(name: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
 
 
-def check_values(name: str, given: Mapping[str, Tensor], r: int) -> None:
+def check_values(name: str, given: Mapping[str, Tensor], r: int, group_size: int = 1) -> None:
     """Raise unless the labels, ranks and scale in tensors of fitting shapes are in range.
 
     Args:
         name: the layer's, for messages.
         given: tensors by `STATE_KEYS`.
         r: the sum of the ranks.
+        group_size: columns that share one of A, and so are in one block.
     """
     ranks, rho = given["ranks"].tolist(), given["A"].shape[-2]
     if min(ranks) < 0 or max(ranks) != rho or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")
     for key in ("row_block", "col_block"):
         check_range(f"{name}.{key}", given[key], len(ranks))
+    check_groups(f"{name}.col_block", given["col_block"], group_size)
     if not given["scaling"].is_meta:
         check_finite(f"{name}.scaling", float(given["scaling"]))

@@ -227,7 +227,7 @@ def embedded_rows(x: Tensor, embedding: Any, rows: Tensor, adapter: PackedAdapte
     at, sparse = x.flatten(), embedding.sparse and adapter.B.is_leaf
     by_freq = embedding.scale_grad_by_freq
     B = F.embedding(at, adapter.B, embedding.padding_idx, scale_grad_by_freq=by_freq, sparse=sparse)
-    given = cast_factors(replace(adapter, weight=rows.flatten(0, -2), B=B), rows.dtype)
+    given = cast_factors(replace(adapter, weight=rows.reshape(-1, rows.shape[-1]), B=B), rows.dtype)
     return modulate(given, rows=at).view_as(rows)
 
 

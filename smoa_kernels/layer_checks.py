@@ -28,6 +28,7 @@ from .checks import (
 )
 from .definition.block_rule import BlockRule
 from .definition.dropout import WIDEST
+from .definition.labels import check_groups
 from .definition.partition import BlockPartition
 from .definition.precision import DTYPES
 from .definition.ranks import resolve_ranks
@@ -89,13 +90,16 @@ def check_linear(
         check_device(device)
 
 
-def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int) -> None:
-    """Check that a partition was made for a weight of this shape and for `num_blocks` blocks."""
+def check_fit(
+    partition: BlockPartition, shape: tuple[int, ...], num_blocks: int, group_size: int = 1
+) -> None:
+    """Check that a partition was made for a weight of this shape, and for so many blocks, which end at groups."""
     check_kind("partition", partition, BlockPartition)
     if (partition.shape, partition.num_blocks) != (shape, num_blocks):
         raise ValueError(
             f"partition must be made for a weight of shape {tuple(shape)} and {num_blocks} blocks, got {partition!r}"
         )
+    check_groups("partition", partition.col_block, group_size)
 
 
 def matrix_shape(layer: Any) -> tuple[int, int]:
@@ -159,6 +163,14 @@ def plain_parameters(name: str, layer: nn.Module, kind: Any) -> tuple[nn.Paramet
     if weight is None or isinstance(weight, UninitializedParameter) or weight.dtype not in DTYPES:
         raise TypeError(f"{name} must hold its weight as an initialised parameter of 16 bits or more")
     return weight, bias
+
+
+def check_embedding(name: str, embedding: nn.Module) -> None:
+    """Refuse an embedding that rewrites its weight while it looks rows up."""
+    if getattr(embedding, "max_norm", None) is not None:
+        raise ValueError(
+            f"{name} must have max_norm=None, got {embedding.max_norm}: each lookup would rewrite the frozen weight"
+        )
 
 
 # Checks of a state dict: `name` is the layer's in messages, `own` holds its tensors by key, `given` the state dict's.

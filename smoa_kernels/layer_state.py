@@ -52,7 +52,7 @@ class AdaptedWeight(nn.Module):
             sketch, blocks = sketch_weight(as_matrix(weight)), settings.rule.num_blocks
             settings = replace(settings, alpha=alpha_for_lora_rate(alpha, blocks, sketch, weight.numel()))
         if partition is not None:
-            check_fit(partition, tuple(as_matrix(weight).shape), settings.rule.num_blocks)
+            check_fit(partition, tuple(as_matrix(weight).shape), settings.num_blocks, settings.group_size)
         elif not weight.is_meta:
             partition = settings.rule.build(as_matrix(weight))  # a weight may have no spectrum
         layer: Any = cls.__new__(cls)
@@ -70,7 +70,7 @@ class AdaptedWeight(nn.Module):
 
     def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
         self.weight.requires_grad_(False)
-        if self.bias is not None:
+        if getattr(self, "bias", None) is not None:  # an embedding has none
             self.bias.requires_grad_(False)
         self.r = settings.r
         rule = settings.rule
@@ -120,7 +120,7 @@ class AdaptedWeight(nn.Module):
 
     @partition.setter
     def partition(self, partition: BlockPartition) -> None:
-        check_fit(partition, matrix_shape(self), self.num_blocks)
+        check_fit(partition, matrix_shape(self), self.num_blocks, self.group_size)
         self.smoa.set_blocks(partition.to(self.weight.device))
 
     @property

@@ -18,6 +18,7 @@ from .definition.partition import BlockPartition
 from .functional import adapted_linear, dense_update, embedded_rows, modulate
 from .layer_checks import (
     Settings,
+    check_embedding,
     check_linear,
     linear_parameters,
     matrix_shape,
@@ -206,6 +207,7 @@ class _Modulated(AdaptedWeight):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = Settings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
         super().__init__(*args, **kwargs)
+        check_embedding(type(self).__name__, self)
         settings.rule.check(matrix_shape(self))
         self._adapt(settings)
 
@@ -220,6 +222,7 @@ class _Modulated(AdaptedWeight):
         **settings: Any,
     ) -> Any:
         weight, bias = plain_parameters(name, plain, cls._kind)
+        check_embedding(name, plain)
         return cls._over(plain, weight, bias, Settings(**settings), partition, use_lora_rate)
 
 
@@ -334,4 +337,4 @@ class FusedSMoAEmbedding(_Modulated, nn.Embedding):
         rows = super().forward(x)
         if self.merged:
             return rows
-        return embedded_rows(x, self, rows, self.smoa.packed(rows.flatten(0, -2)))
+        return embedded_rows(x, self, rows, self.smoa.packed(rows.reshape(-1, rows.shape[-1])))

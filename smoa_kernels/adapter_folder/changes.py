@@ -54,7 +54,7 @@ class Merge:
         removed: stored tensors that the merged model lacks.
         touched: files that differ from the base's.
         keeps_sizes: whether no tensor gets another size.
-        rescaled: new scales of the layers so far, if the base is quantised.
+        rescaled: the new scales of each quantised layer that :meth:`tensors` has made so far.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 The tensors of a layer are those of an :class:`smoa_kernels.adapter.Adapter`, under `<layer's path>.smoa.<tensor>`:
 
-    A (ρ, C), B (N, ρ)      the factors; ρ is the largest rank of a block. With a `group_size` g, A is (ρ, ⌈C / g⌉)
+    A (ρ, C), B (N, ρ)      the factors; ρ is the largest rank of a block. With a `group_size` g it has ⌈C / g⌉ columns
     row_block, col_block    the block of each row (N,) and column (C,), uint8, or int32 above 256 blocks
     ranks (K,)              the rank of each block, int32
     sketch (33,)            of the W0 that the adapter was trained on, float32
@@ -139,5 +139,5 @@ def read_layer(name: str, given: Mapping[str, Any], r: int, group_size: int = 1)
             raise ValueError(
                 f"{name}.{key} must have shape {shape} to fit B {tuple(B.shape)}, got {tuple(given[key].shape)}"
             )
-    check_values(name, given, r)
+    check_values(name, given, r, group_size)
     return StoredAdapter(**{key: given[key] for key in STATE_KEYS}, group_size=group_size)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_path
+from ..checks import check_path, naming
 from ..definition.ranks import trainable_parameters
 from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
 from .format import PREFIX, StoredAdapter
-from .reading import read_adapter
+from .quantized_formats import QuantizedBase
+from .reading import read_adapter, read_json
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,14 @@ def inspect_adapter(
     if base is not None:
         check_path("base", base)
     adapter = read_adapter(Path(folder))
-    bases = None if base is None else BaseModel(Path(base))
+    bases = quantized = None
+    if base is not None:
+        bases, config = BaseModel(Path(base)), Path(base, "config.json")
+        settings = read_json(config).get("quantization_config") if config.is_file() else None
+        quantized = None if settings is None else QuantizedBase(bases, settings)
     layers = []
     for name, blocks in adapter.layers.items():
-        layers.append(_layer(name, blocks, bases))
+        layers.append(_layer(name, blocks, bases, quantized))
         progress(len(layers), len(adapter.layers))
     return AdapterReport(
         adapter.config,
@@ -114,10 +119,17 @@ def inspect_adapter(
     )
 
 
-def _layer(name: str, adapter: StoredAdapter, bases: BaseModel | None) -> LayerReport:
+def _layer(
+    name: str, adapter: StoredAdapter, bases: BaseModel | None, quantized: QuantizedBase | None
+) -> LayerReport:
     experts = adapter.matrices()
     ranks = experts[0].ranks.tolist()
-    distances = None if bases is None else _distances(name, experts, bases, fused=adapter.of_experts)
+    distances = None
+    if quantized is not None and (layer := quantized.layer(name)) is not None:
+        with naming(name):
+            distances = [adapter.orient(layer.read().dequantize())[1]]
+    elif bases is not None:
+        distances = _distances(name, experts, bases, fused=adapter.of_experts)
     worst = (
         None
         if not adapter.of_experts or distances is None

@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import check_path
+from ..checks import check_path, naming
 from .base_model import INDEX
 from .changes import Merge, check_keeps_dtype
 from .quantized import Rescaled, Rescaling
@@ -167,7 +167,11 @@ def _gguf_to_folder(
         raise ValueError(f"the adapter changes {min(given.whole)}, and in a GGUF file only scales can change")
 
     def changes(file: GgufFile) -> list[Rescaling]:
-        return [Rescaling(f"{name}.weight", file.layer(name), layer) for name, layer in given.layers.items()]
+        found = []
+        for name, layer in given.layers.items():
+            with naming(name):
+                found.append(Rescaling(f"{name}.weight", file.layer(name), layer))
+        return found
 
     for change in changes(GgufFile(base)):
         change.read()
@@ -243,7 +247,12 @@ def _overwrite(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[No
         start = 8 + int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(start - 8))
         for name, tensor in tensors:
-            stream.seek(start + header[name]["data_offsets"][0])
+            first, end = header[name]["data_offsets"]
+            if tensor.nbytes != end - first:
+                raise ValueError(
+                    f"{name} has {end - first} bytes in {path.name}, its merged tensor {tensor.nbytes}"
+                )
+            stream.seek(start + first)
             stream.write(tensor.flatten().view(torch.uint8).numpy().data)
             yield
 

@@ -37,7 +37,8 @@ class QuantizedWeight(NamedTuple):
         scales: (N, G) in the stored dtype; in float32 where that was quantised too.
         groups: int64 (C,), the group of each column.
         store: gives what a file holds for new scales (N, G), by the ends of its names; None for what it leaves out.
-        orders: of these, one says where each of the model's rows is; the sketch shows which.
+        orders: possible orders of rows: entry i of an order is the file's row of the model's row i. The order whose
+            sketch is nearest to the adapter's is used.
     """
 
     codes: Callable[[], Tensor]
@@ -127,11 +128,13 @@ def rescale(weight: QuantizedWeight, multiplier: Tensor, groups: Tensor) -> Resc
         groups: int64 (C,), the adapter's group of each column.
 
     Raises:
-        ValueError: a group of the base has columns of several groups of the adapter.
+        ValueError: a group of the base has columns of several groups of the adapter, or a new scale is not finite.
     """
     limits, scales = torch.finfo(weight.scales.dtype), weight.scales.float()
     multiplier = multiplier.index_select(1, matched_groups(weight, groups))
     exact = scales * multiplier
+    if not bool(torch.isfinite(exact).all()):
+        raise ValueError("the merged scales hold NaN or Inf")
     # A number below the smallest normal one has fewer bits.
     outside = (exact.abs() > limits.max) | ((exact.abs() < limits.tiny) & (scales.abs() >= limits.tiny))
     flipped = (multiplier < 0) & (scales != 0)

@@ -75,6 +75,7 @@ class AdapterSettings:
     algorithm: str = "auto"
     backend: str = "auto"
     strict_base: bool = False
+    not_linear: list[str] | None = None
     format_version: int | None = None
     weights_sha256: str | None = None
     inference_mode: bool = False
@@ -185,7 +186,7 @@ class AdapterSettings:
 
     def _check_targets(self) -> None:
         """Check which modules are adapted or saved, and give their lists the types that PEFT and JSON need."""
-        lists = ("modules_to_save", "target_parameters")
+        lists = ("modules_to_save", "target_parameters", "not_linear")
         for name in ("target_modules", "exclude_modules", "layers_pattern", *lists):
             # If PEFT expects a list and gets a str, it takes its letters as items.
             _check_items(name, getattr(self, name), str, alone=name not in lists)

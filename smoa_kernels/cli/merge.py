@@ -24,7 +24,7 @@ def merge(
         str | None, typer.Option(help=f"One of {', '.join(_DTYPES)}; each tensor keeps its own if absent.")
     ] = None,
 ) -> None:
-    """Merge an adapter into its base model, a file of weights at a time: a model of its own that any program serves.
+    """Merge an adapter into its base model: a model of its own that any program serves.
 
     Of a quantised base (compressed-tensors, GPTQ, AWQ, NF4, Q4_0, Q8_0) only the scales change; the adapter's groups of
     columns must be the base's.

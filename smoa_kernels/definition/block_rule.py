@@ -9,7 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import MOST_COORDINATES, Granule, check_blocks, check_choice, check_count, check_granule
+from ..checks import (
+    MOST_COORDINATES,
+    Granule,
+    check_blocks,
+    check_choice,
+    check_count,
+    check_granule,
+    granules,
+    on_sides,
+)
 from .partition import BlockPartition
 
 BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
@@ -50,7 +59,12 @@ class BlockRule(NamedTuple):
         check_blocks(self.num_blocks, shape, name)
         check_choice("block_order", self.block_order, BLOCK_ORDERS)
         check_count("group_size", self.group_size, most=MOST_COORDINATES)
-        check_granule(self.granules, self.num_blocks, shape, name)
+        check_granule(self.granule, self.num_blocks, shape, name)
+        if shape is not None and granules(shape[1], on_sides(self.granules, shape)[1]) < self.num_blocks:
+            raise ValueError(
+                f"group_size must leave at least num_blocks={self.num_blocks} groups of the {shape[1]} columns of "
+                f"{name}, got group_size={self.group_size}; num_blocks=1 takes any"
+            )
         check_count("block_seed", self.block_seed, 0, 2**63 - 1)
 
     def build(self, weight: Tensor) -> BlockPartition:

@@ -193,7 +193,10 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     def unmerge(self) -> None:
         """Put W0 back, bit for bit."""
         if self._stored_layer:
-            self.base_layer = self._stored_layer[0]
+            holder: Any = self  # of the innermost layer; another tuner's may lie between
+            while "base_layer" in holder.base_layer._modules:
+                holder = holder.base_layer
+            holder.base_layer = self._stored_layer[0]
         elif self._stored_base is not None:
             self._stored_weight().data.copy_(self._stored_base)
         else:

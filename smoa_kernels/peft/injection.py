@@ -122,6 +122,12 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     n for n, a in adapters.items() if not (a.A.is_meta or a.ranks.is_meta or a.has_blocks)
                 ]
                 initialize_all({name: injected[name] for name in fresh}, adapter_name)
+            others = (
+                sorted(n for n, a in injected.items() if not isinstance(a, (Linear, ExpertsWeight))) or None
+            )
+            if not config.is_from_file and others != config.not_linear:
+                self.peft_config[adapter_name] = config = copy(config)
+                config.not_linear = others
             if config.use_lora_rate:
                 settings = {name: layer.settings[adapter_name] for name, layer in injected.items()}
                 self.peft_config[adapter_name] = config.with_alphas_of(settings)
@@ -315,18 +321,40 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             layer.fill(adapter_name, adapter, next(a for a in adapters if a in layer.smoa))
         self.peft_config[adapter_name].format_version = None
 
+    def _shared_weights(self) -> list[tuple[str, SMoALayer, nn.Parameter]]:
+        """Adapted weights that other modules hold too, by the layer's name; not those that are merged or offloaded."""
+        held = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        return [
+            (name, layer, weight)
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, SMoALayer) and not layer.merged and layer.quantization_backend is None
+            if (weight := layer.parameter) is not None and held[id(weight)] > 1 and not weight.is_meta
+        ]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's: merge adapters into the base weights.
+
+        Raises:
+            ValueError: an adapted weight is tied to another module's, which would compute with W_eff too. Nothing is
+                merged.
+        """
+        chosen = self.active_adapters if adapter_names is None else adapter_names
+        for name, layer, _ in self._shared_weights():
+            if any(adapter in layer.smoa for adapter in chosen):
+                raise ValueError(
+                    f"{name}: the adapted weight is tied to another module's, which would compute with the merged one: "
+                    "merge_and_unload() unties them"
+                )
+        super().merge_adapter(adapter_names, *args, **kwargs)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """Give adapted weights that other modules share, as a head that is tied to the embedding, memory of their own.
 
         PEFT then sets `tie_word_embeddings` to False; alone it would write W_eff into the embedding too.
         """
-        held = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
-        for layer in self.model.modules() if merge else ():
-            if isinstance(layer, SMoALayer) and not layer.merged and layer.quantization_backend is None:
-                weight = layer.parameter
-                if weight is not None and held[id(weight)] > 1 and not weight.is_meta:
-                    own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-                    setattr(layer.get_base_layer(), layer.parameter_name, own)
+        for _, layer, weight in self._shared_weights() if merge else ():
+            own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            setattr(layer.get_base_layer(), layer.parameter_name, own)
         return cast(nn.Module, super()._unload_and_optionally_merge(merge, *args, **kwargs))
 
     @classmethod

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter_folder.settings import AdapterSettings
-from ..functional import embedded_rows
+from ..functional import dense_update, embedded_rows
+from ..layer_checks import check_embedding
 from .layer import AdaptedLayer, SMoALayer
 from .offload import present
 
@@ -84,17 +86,28 @@ class Convolution(AdaptedLayer):
                     y = self._called(x, weight, *args, **kwargs)
         return self._add_outputs(y, x, [name for name in names if name not in merged])
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        base = self.get_base_layer()
+    def _adapter_output(self, x: Tensor, name: str) -> Tensor:
         if self._plain:
-            return cast(Tensor, base._conv_forward(x, weight, None))
+            return super()._adapter_output(x, name)
+        # What the module computes with W0 + ΔW beyond what it computes with W0; in half types a small ΔW would be lost.
+        wide = torch.promote_types(x.dtype, torch.float32)
         with present(self):
-            W0 = self._unflattened(self.base_weight())
-            return self._called(x, W0 + weight) - self._called(x, W0)
+            W0 = self.base_weight()
+            delta, x_wide = dense_update(self.packed(name, W0)), x.to(wide)
+            weights = (self._unflattened(each) for each in (W0.to(wide) + delta, W0.to(wide)))
+            x_wide = F.dropout(x_wide, self._dropout_p(name), training=True)
+            adapted, plain = (self._called(x_wide, weight) for weight in weights)
+        return (adapted - plain).to(x.dtype)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return cast(Tensor, self.get_base_layer()._conv_forward(x, weight, None))
 
     def _called(self, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.get_base_layer()
-        with replaced({(base, "weight"): weight}):
+        weights = {(base, "weight"): weight}
+        if base.bias is not None and base.bias.dtype != weight.dtype:
+            weights[base, "bias"] = base.bias.to(weight.dtype)
+        with replaced(weights):
             return cast(Tensor, base(x, *args, **kwargs))
 
 
@@ -121,6 +134,7 @@ class Embedding(AdaptedLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, settings: AdapterSettings) -> None:
         super().__init__(base_layer)
         base = self.get_base_layer()
+        check_embedding("the layer", base)
         # Other classes may compute x, as those of positions do; those that scale rows look them up by x.
         self._by_rows = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
         self._active_adapter = adapter_name
@@ -133,7 +147,9 @@ class Embedding(AdaptedLayer):
         if self._by_rows:
             rows = base(x, *args, **kwargs)
             with present(self):
-                y: Tensor = embedded_rows(x, base, rows, self._summed(rows.flatten(0, -2), names))
+                y: Tensor = embedded_rows(
+                    x, base, rows, self._summed(rows.reshape(-1, rows.shape[-1]), names)
+                )
         else:
             with present(self), replaced({(base, "weight"): self.effective_weight(names)}):
                 y = base(x, *args, **kwargs)
@@ -153,8 +169,6 @@ class ParameterLayer(SMoALayer, nn.Module):
         parameter_name: the parameter's name in it.
     """
 
-    bias = None  # the owner's; `bias="smoa_only"` would train it, and PEFT would not find it to save it
-
     def __init__(self, owner: nn.Module, parameter_name: str) -> None:
         nn.Module.__init__(self)
         SMoALayer.__init__(self)
@@ -163,6 +177,12 @@ class ParameterLayer(SMoALayer, nn.Module):
         self._active_adapter: list[str] = []
         shape = self._stored_weight().shape
         self.out_features, self.in_features = shape[-2:]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The owner's, detached: torch's encoder reads it; `bias="smoa_only"` would train what PEFT would not save."""
+        bias: Tensor | None = getattr(self._owner[0], "bias", None)
+        return None if bias is None else bias.detach()
 
     def get_base_layer(self) -> nn.Module:
         """The module that owns the parameter."""

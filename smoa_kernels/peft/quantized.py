@@ -113,9 +113,13 @@ def rescale(layer: Any, adapters: Sequence[Adapter]) -> nn.Module | None:
     new = copy.copy(state)
     new.absmax, new.nested, new.state2, new.offset = scales.float() * multiplier.flatten(), False, None, None
     held = dict(vars(weight), quant_state=new, compress_statistics=False)
-    base.weight = torch.Tensor._make_subclass(type(weight), weight.data, False)
-    vars(base.weight).update(held)
-    base.quant_state = new
+    scaled: Any = torch.Tensor._make_subclass(type(weight), weight.data, False)
+    vars(scaled).update(held)
+    try:
+        base.weight, base.quant_state = scaled, new
+    except BaseException:  # Ctrl-C too
+        _replace(vars(base), vars(before))
+        raise
     return before
 
 

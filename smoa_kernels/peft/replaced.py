@@ -1,4 +1,4 @@
-"""What is replaced in PEFT, transformers and bitsandbytes, because they have no hook, and what there would end it."""
+"""Patches of PEFT, transformers and bitsandbytes, which lack hooks. Each says which upstream change would end it."""
 
 from __future__ import annotations
 

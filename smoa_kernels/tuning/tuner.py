@@ -287,7 +287,8 @@ def tune(
     for job in planned:
         entry: Any = entries.get(str(job.key))
         entry = entry if isinstance(entry, dict) else {}
-        if entry.get("choice") not in map(str, job.candidates):
+        complete = {"seconds", "seconds_without_table", "refused"} <= entry.keys()
+        if not complete or entry.get("choice") not in map(str, job.candidates):
             try:
                 with on_device(device):
                     entry = _tune(job, device, timer or gpu_timer, entry.get("refused"))

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from adapted import adapt, close, config, layer_list, loaded, logits
-from peft import PeftModel
+from adapted import adapt, close, config, edit_weights, layer_list, loaded, logits
+from peft import LoraConfig, PeftModel, get_peft_model
 from quantized_bases import load
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.peft import SMoAConfig, dequantize, hotswap, merge_to_folder
 
@@ -98,3 +99,81 @@ def test_merging_in_memory_multiplies_the_scales(quantizable, nested):
             assert torch.equal(layer.base_layer.weight.data, codes)
         layer.unmerge()
         assert torch.equal(dequantize.read_weight(layer.quantization_backend, layer.base_layer), W0)
+
+
+def test_blocks_that_cut_a_group_are_refused_at_every_door(tmp_path):
+    linear = torch.nn.Linear(64, 32)
+    cut = BlockPartition.from_weight(linear.weight, 2)
+    with pytest.raises(
+        ValueError, match="partition must have blocks of columns that end at groups of group_size=16"
+    ):
+        FusedSMoALinear.from_linear(linear, r=4, group_size=16, partition=cut)
+    layer = FusedSMoALinear.from_linear(linear, r=4, group_size=16)
+    state = layer.state_dict()
+    state["smoa.col_block"] = cut.col_block
+    with pytest.raises(ValueError, match="col_block must have blocks of columns that end at groups"):
+        layer.load_state_dict(state)
+    model = adapt(tiny_llama(), **GROUPED)
+    model.save_pretrained(tmp_path)
+
+    def edit(state):
+        labels = next(tensor for key, tensor in state.items() if key.endswith("col_block"))
+        labels[0] = 1 - labels[0]
+
+    edit_weights(tmp_path, edit)
+    with pytest.raises(ValueError, match="col_block must have blocks of columns that end at groups"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+def test_too_few_groups_are_named():
+    with pytest.raises(
+        ValueError, match="group_size must leave at least num_blocks=2 groups of the 64 columns"
+    ):
+        FusedSMoALinear(64, 8, group_size=64)
+
+
+def test_hotswap_refuses_another_group_size_of_the_same_shapes(tmp_path):
+    def model(group_size):
+        base = torch.nn.Sequential(torch.nn.Linear(96, 8))
+        return adapt(base, group_size=group_size, num_blocks=1, target_modules=["0"])
+
+    torch.manual_seed(0)
+    model(48).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    with pytest.raises(
+        ValueError, match="group_size must be the same, got 48 in the folder and 64 in the model"
+    ):
+        hotswap(model(64), tmp_path)
+
+
+@torch.no_grad()
+def test_an_interrupted_rescaling_leaves_the_old_scales(quantizable, monkeypatch):
+    layer = layer_list(adapt(load(quantizable, "nf4"), group_size="base", num_blocks=1))[0]
+    base, W0, x = layer.base_layer, layer.base_weight(), torch.randn(3, layer.in_features)
+    expected, put = layer(x), type(base).__setattr__
+
+    def interrupted(self, name, value):
+        if name == "quant_state":
+            raise KeyboardInterrupt
+        put(self, name, value)
+
+    with monkeypatch.context() as during:
+        during.setattr(type(base), "__setattr__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer.base_weight(), W0)
+    assert torch.equal(layer(x), expected)
+
+
+@torch.no_grad()
+def test_unmerging_leaves_another_tuners_layer_in_its_place(quantizable):
+    base = get_peft_model(load(quantizable, "nf4"), LoraConfig(r=2, target_modules=["q_proj"]))
+    base.merge_adapter()
+    model = adapt(base.base_model.model, group_size="base", num_blocks=1, target_modules=["q_proj"])
+    layer = layer_list(model)[0]
+    lora = layer.base_layer
+    layer.merge()
+    layer.unmerge()
+    assert layer.base_layer is lora
+    assert lora.merged

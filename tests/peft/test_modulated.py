@@ -1,6 +1,8 @@
 """Convolutions, embeddings and `nn.MultiheadAttention` with adapters, beside PEFT's HiRA and merged weights."""
 
 import copy
+from collections import OrderedDict
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from safetensors.torch import save_file
 from tiny_models import tiny_llama
 from torch import nn
 
+from smoa_kernels import FusedSMoAEmbedding
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
-from smoa_kernels.peft import SMoAConfig, hotswap, merge_to_folder, merged_weights
+from smoa_kernels.peft import SMoAConfig, convert_adapter, hotswap, merge_to_folder, merged_weights
 
 
 class Same(nn.Conv2d):
@@ -196,7 +199,7 @@ def test_dropout_is_of_the_adapters_input_alone(kind):
 def test_an_embedding_reads_no_padding_of_the_factors_and_keeps_its_options():
     """Ranks differ, so A and B have rows that belong to no block's rank."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Embedding(12, 8, padding_idx=1, sparse=True, max_norm=1.5))
+    base = nn.Sequential(nn.Embedding(12, 8, padding_idx=1, sparse=True))
     model = adapt(copy.deepcopy(base), num_blocks=3, block_ranks=[4, 0, 1])
     adapter, x = layer_list(model)[0].smoa["default"], torch.tensor([[1, 3, 3, 7], [0, 1, 11, 4]])
     y = model(x)
@@ -210,8 +213,6 @@ def test_an_embedding_reads_no_padding_of_the_factors_and_keeps_its_options():
     assert grad.is_sparse
     assert grad.to_dense()[1].abs().sum() == 0  # padding_idx
     assert torch.isfinite(adapter.A.grad).all()
-    weight = layer_list(model)[0].base_layer.weight
-    assert weight[x.unique()].norm(dim=1).max() <= 1.5 + 1e-5  # max_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -369,3 +370,69 @@ def test_diffusers_models(make, tmp_path):
     model, targets, call = make(diffusers)
     config = SMoAConfig(r=4, num_blocks=2, target_modules=targets)
     trains_saves_loads_merges(model, config, call, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["emb", "head"], ["emb"]])
+def test_a_tied_weight_is_not_merged_in_place(targets):
+    """The other module would compute with W_eff too, and unmerging could not give both back."""
+    base = nn.Sequential(OrderedDict(emb=nn.Embedding(20, 8), head=nn.Linear(8, 20, bias=False)))
+    base.head.weight = base.emb.weight
+    model = adapt(base, target_modules=targets)
+    before, x = base.head.weight.clone(), torch.arange(5)
+    expected = model(x)
+    with pytest.raises(
+        ValueError, match=r"emb: the adapted weight is tied.*merge_and_unload\(\) unties them"
+    ):
+        model.merge_adapter()
+    assert torch.equal(model(x), expected)
+    assert torch.equal(base.head.weight, before)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+@pytest.mark.parametrize("state", ["merged", "disabled", "frozen"])
+def test_torchs_encoder_with_a_padding_mask_where_nothing_trains(state):
+    base = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    config = SMoAConfig(r=4, target_modules=["self_attn"], init_weights=False)
+    model = get_peft_model(base, config).eval().requires_grad_(False)
+    x, padding = torch.randn(2, 4, 8), torch.tensor([[False] * 4, [False] * 3 + [True]])
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=padding)
+        if state == "disabled":
+            with model.disable_adapter():
+                expected = model(x, src_key_padding_mask=padding)
+    if state == "merged":
+        model.merge_adapter()
+    with model.disable_adapter() if state == "disabled" else nullcontext():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
+
+
+def test_a_small_update_survives_dropout_in_a_convolution_with_its_own_forward():
+    torch.manual_seed(0)
+    layer = layer_list(
+        adapt(nn.Sequential(Same(4, 6, 2).bfloat16()), target_modules=["0"], smoa_dropout=0.2)
+    )[0]
+    layer.scaling["default"] = 1e-3
+    y = layer.train()._adapter_output(torch.ones(1, 4, 9, 9, dtype=torch.bfloat16), "default")
+    assert y.norm() > 0
+
+
+def test_an_embedding_that_renorms_its_weight_is_refused_and_one_index_is_taken():
+    with pytest.raises(ValueError, match=r"must have max_norm=None, got 0\.5"):
+        adapt(nn.Sequential(nn.Embedding(9, 6, max_norm=0.5)), target_modules=["0"])
+    for build in (FusedSMoAEmbedding.from_embedding, lambda plain: FusedSMoAEmbedding(9, 6, max_norm=0.5)):
+        with pytest.raises(ValueError, match=r"must have max_norm=None, got 0\.5"):
+            build(nn.Embedding(9, 6, max_norm=0.5))
+    assert FusedSMoAEmbedding(9, 6)(torch.tensor(3)).shape == (6,)
+    assert adapt(nn.Sequential(nn.Embedding(9, 6)), target_modules=["0"])(torch.tensor(3)).shape == (6,)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "embedding"])
+def test_no_hira_adapter_is_written_of_what_is_not_linear(kind, tmp_path):
+    adapt(nn.Sequential(LAYERS[kind][0]()), target_modules=["0"], num_blocks=1).save_pretrained(
+        tmp_path / "a"
+    )
+    with pytest.raises(
+        ValueError, match="0 is not linear, and only adapters of linear layers are written as HiRA"
+    ):
+        convert_adapter(tmp_path / "a", tmp_path / "hira")
+    assert not (tmp_path / "hira").exists()

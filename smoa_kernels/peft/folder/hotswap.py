@@ -95,6 +95,7 @@ def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapte
     old, new = layer.smoa[adapter_name], adapter.layers[path]
     for what, held, found in (
         ("block_ranks", list(old.block_ranks), new.ranks.tolist()),
+        ("group_size", old.group_size, new.group_size),
         ("dtype", (old.A.dtype, old.B.dtype), (new.A.dtype, new.B.dtype)),
         (
             "block sizes, granularity and contiguity",

@@ -34,12 +34,15 @@ class SMoATrainerMixin:
         try:
             with patch("trl.experimental.async_grpo.async_grpo_trainer.save_lora_adapter", save_adapter):
                 return super()._sync_weight_lora(t0)  # type: ignore[misc]
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too
             if self.accelerator.is_main_process:
                 with contextlib.suppress(Exception):  # of a server that is gone
                     self.vllm_client.resume()
-            served = f"{self._lora_name}-v{self.model_version}" if self.model_version else "no adapter"
-            message = f"the trained adapter did not reach vLLM, which goes on with {served}: {error}"
+            if not isinstance(error, Exception):
+                raise
+            message = (
+                f"the trained adapter did not reach vLLM, which goes on with the last that it loaded: {error}"
+            )
             raise RuntimeError(message) from error
 
 

@@ -13,8 +13,8 @@ from ..layer import SMoALayer
 from ..modulated import AdaptedModule
 
 # PEFT and transformers recognise our adapters' parameters by this prefix: they are named `<layer>.smoa.<adapter>.A`.
-# When transformers loads `<layer>.smoa.A` from a file, it puts the adapter's name behind the part of the key that starts
-# with the prefix. With a dot in the prefix it would put the name at the key's end.
+# When transformers loads `<layer>.smoa.A` from a file, it puts the adapter's name behind the part of the key that
+# starts with the prefix. With a dot in the prefix it would put the name at the key's end.
 PARAMETER_PREFIX = "smoa"
 
 # Classes of the modules by which an injection replaces others.

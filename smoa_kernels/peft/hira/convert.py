@@ -56,8 +56,8 @@ def convert_adapter(
     Raises:
         TypeError: an argument is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, the base lacks a layer, or there is no
-            counterpart: of embeddings and convolutions in SMoA; of more than one block, ranks that differ, experts and
-            biases in HiRA. Nothing was written.
+            counterpart, such as more than one block, ranks that differ, experts and biases; or of layers that are not
+            linear, in either. Nothing was written.
 
     Example:
         >>> from peft import HiraConfig, get_peft_model
@@ -127,6 +127,8 @@ def _to_hira(adapter: Adapter, settings: dict[str, Any]) -> tuple[HiraConfig, di
     config, state = adapter.settings, adapter.whole
     if config.bias != "none":
         raise ValueError(f"bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
+    for name in config.not_linear or ():
+        raise ValueError(f"{name} is not linear, and only adapters of linear layers are written as HiRA's")
     for name, layer in adapter.layers.items():
         if layer.of_experts:
             raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
