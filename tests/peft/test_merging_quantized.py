@@ -176,6 +176,13 @@ def cut(base, adapter):
     path.write_bytes(path.read_bytes()[:-1])
 
 
+def factor_of_nan(base, adapter):
+    path = adapter / "adapter_model.safetensors"
+    state = load_file(path)
+    state[f"base_model.model.{LAYERS[0]}.smoa.B"][1, 0] = torch.nan
+    save_file(state, path)
+
+
 def other_groups(base, adapter):
     shutil.rmtree(adapter)
     write_adapter(adapter, {name: small_llama().get_submodule(name).weight.data for name in LAYERS}, size=16)
@@ -216,6 +223,7 @@ def other_base(base, adapter):
         (changed(weight_scale=torch.zeros(64, 2).int()), "scales are torch.int32 (64, 2)"),
         (changed(weight_scale=None), "q_proj.weight, which the adapter changes"),
         (cut, "b.safetensors is truncated or corrupt"),
+        (factor_of_nan, "the merged scales hold NaN or Inf"),
     ],
 )
 def test_refused_and_nothing_is_left(prepare, message, folders, tmp_path, capsys):
@@ -227,6 +235,15 @@ def test_refused_and_nothing_is_left(prepare, message, folders, tmp_path, capsys
 
 def merge_command(*given):
     return main(["merge", *map(str, given)])
+
+
+def test_inspecting_over_a_quantised_base(folders, capsys):
+    base, adapter = map(str, folders)
+    assert main(["inspect", adapter, "--base", base]) == 0
+    assert "✓ every layer fits" in capsys.readouterr().out
+    other_base(*folders)
+    assert main(["inspect", adapter, "--base", base]) == 1
+    assert f"✗ {len(LAYERS)} of {len(LAYERS)} layers do not fit" in capsys.readouterr().out
 
 
 def test_refused_dtype(folders, tmp_path):
