@@ -74,7 +74,7 @@ def test_a_group_of_all_columns_is_a_number_for_each_row() -> None:
     assert layer.smoa.A.shape == (5, 1)
     ratio = layer.delta_weight() / layer.weight
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="granule must leave at least num_blocks=2"):
+    with pytest.raises(ValueError, match="group_size must leave at least num_blocks=2 groups"):
         grouped("spectral", 2, 52)
 
 
