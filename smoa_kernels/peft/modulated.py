@@ -180,9 +180,9 @@ class ParameterLayer(SMoALayer, nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The owner's, detached: torch's encoder reads it; `bias="smoa_only"` would train what PEFT would not save."""
+        """A copy of the owner's, for torch's encoder; `bias="smoa_only"` would train what PEFT would not save."""
         bias: Tensor | None = getattr(self._owner[0], "bias", None)
-        return None if bias is None else bias.detach()
+        return None if bias is None else bias.detach().clone()
 
     def get_base_layer(self) -> nn.Module:
         """The module that owns the parameter."""

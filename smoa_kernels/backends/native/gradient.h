@@ -8,7 +8,7 @@
 
 enum {
     SLAB = 512, /* most rows of G that are held at a time */
-    COPIED_TOKENS = 1024, /* of float32 tokens that are copied in block order, or masked, at a time */
+    COPIED_TOKENS = 256, /* of float32 tokens that are copied in block order, or masked, at a time */
 };
 
 /* Tokens that are packed in tiles at a time. */
