@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import shutil
@@ -48,11 +49,20 @@ class Emulator:
     def __init__(self, library: str) -> None:
         asked = [CC, "-print-file-name=libc.so.6"]
         libc = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
-        command = [str(qemu()), "-cpu", PROCESSOR, "-L", libc.resolve().parent.parent, Path(library).with_name("arm"), library]
+        command = [
+            str(qemu()),
+            "-cpu",
+            PROCESSOR,
+            "-L",
+            libc.resolve().parent.parent,
+            Path(library).with_name("arm"),
+            library,
+        ]
         # Emulated threads that wait by spinning would take the time of those that compute.
         environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=environment, **pipes)
+        atexit.register(self._process.communicate)  # it ends when no more is to be read
         self._lock, self._floats = threading.Lock(), dict[int, int]()
 
     def __getattr__(self, name: str) -> Any:
@@ -134,8 +144,17 @@ def _regions(name: str, call: Call, floats: dict[int, int]) -> Iterator[tuple[in
         "row_index": call.row_bytes * ((experts - 1) * call.row_step + rows),
         "col_index": call.col_bytes * ((experts - 1) * call.col_step + cols),
     }
-    written = {"smoa_forward": ("y",), "smoa_input": ("y",), "smoa_mask": ("y",), "smoa_gradient": ("dA", "dB")}
-    read = {"smoa_forward": ("x", "keep", "bias"), "smoa_input": ("dy", "keep"), "smoa_gradient": ("x", "dy", "keep")}
+    written = {
+        "smoa_forward": ("y",),
+        "smoa_input": ("y",),
+        "smoa_mask": ("y",),
+        "smoa_gradient": ("dA", "dB"),
+    }
+    read = {
+        "smoa_forward": ("x", "keep", "bias"),
+        "smoa_input": ("dy", "keep"),
+        "smoa_gradient": ("x", "dy", "keep"),
+    }
     used = (*written.get(name, ()), *read.get(name, ()), "workspace", "ends", "row_index", "col_index")
     if name in read and not call.workspace:  # it only asks for the size of one
         used = ("ends",)

@@ -239,7 +239,7 @@ def has(feature: str) -> bool:
 
 
 def instruction_set() -> str:
-    """The variant of the library for this processor: "NEON", which every 64-bit ARM has, or torch's name of an x86's."""
+    """The variant of the library for this processor: "NEON" on 64-bit ARM under Linux, else torch's name."""
     return "NEON" if platform.machine() == "aarch64" else torch.backends.cpu.get_cpu_capability()
 
 
