@@ -1,4 +1,5 @@
-/* Runs functions of a library for ARM on the operands that arm.py sends, in qemu: `arm library.so`.
+/* Runs functions of a library for ARM on the operands that arm.py sends, in qemu: `arm library.so mode`. The mode is that in
+ * which the OpenMP runtime is opened again after it was loaded for itself alone, as torch's CUDA build for ARM does.
  *
  * A request is a head, the function's struct, `regions` of memory, and their contents. The answer is the function's
  * result, the struct, and the contents of the regions that it writes. Each region ends where a page begins that may not
@@ -30,8 +31,11 @@ static void receive(void *to, int64_t bytes) { must(!bytes || fread(to, (size_t)
 static void answer(const void *from, int64_t bytes) { must(!bytes || fwrite(from, (size_t)bytes, 1, stdout) == 1, "no reader"); }
 
 int main(int count, char **arguments) {
-    void *library = count == 2 ? dlopen(arguments[1], RTLD_NOW) : NULL;
-    must(library != NULL, count == 2 ? dlerror() : "usage: arm library.so");
+    must(count == 3, "usage: arm library.so mode");
+    must(dlopen("libgomp.so.1", RTLD_NOW | RTLD_LOCAL) != NULL, "no libgomp.so.1");
+    if (atoi(arguments[2])) dlopen("libgomp.so.1", RTLD_NOW | atoi(arguments[2]));
+    void *library = dlopen(arguments[1], RTLD_NOW);
+    must(library != NULL, "the library cannot be loaded");
     const int64_t page = sysconf(_SC_PAGESIZE);
     for (head h; fread(&h, sizeof h, 1, stdin) == 1; fflush(stdout)) {
         _Alignas(64) char call[STRUCT];
@@ -53,7 +57,7 @@ int main(int count, char **arguments) {
             memcpy(call + r[i].field, &at[i], sizeof at[i]);
         }
         int64_t (*function)(void *) = (int64_t (*)(void *))dlsym(library, h.function);
-        must(function != NULL, dlerror());
+        must(function != NULL, "no such function");
         int64_t result = function(call);
         answer(&result, sizeof result);
         answer(call, h.bytes);

@@ -33,18 +33,23 @@ def obstacle() -> str | None:
 
 
 def compile_program(into: Path) -> None:
-    """Compiles arm.c. It has GCC's OpenMP runtime, in place of the one that torch has."""
-    source = Path(__file__).with_name("arm.c")
-    subprocess.run([CC, "-O1", source, "-Wl,--no-as-needed", "-lgomp", "-o", into / "arm"], check=True)
+    """Compiles arm.c."""
+    subprocess.run([CC, "-O1", Path(__file__).with_name("arm.c"), "-o", into / "arm"], check=True)
 
 
 def load(name: str, **options: Any) -> Any:
-    """`ctypes.CDLL`, or an emulator for the library for ARM."""
-    return Emulator(name) if name.endswith("linear_neon.so") else ctypes.CDLL(name, **options)
+    """In place of `ctypes.CDLL`; the OpenMP runtime is opened by the next emulator."""
+    if name.endswith("linear_neon.so"):
+        return Emulator(name)
+    Emulator.mode = options["mode"]
+    return None
 
 
 class Emulator:
-    """In place of `ctypes.CDLL`: a function's struct and all memory that it points to are copied there and back."""
+    """A library in qemu: a function's struct and all memory that it points to are copied there and back."""
+
+    mode = 0
+    """In which the OpenMP runtime is opened."""
 
     def __init__(self, library: str) -> None:
         asked = [CC, "-print-file-name=libc.so.6"]
@@ -57,6 +62,7 @@ class Emulator:
             libc.resolve().parent.parent,
             Path(library).with_name("arm"),
             library,
+            str(self.mode),
         ]
         # Emulated threads that wait by spinning would take the time of those that compute.
         environment = os.environ | {"OMP_WAIT_POLICY": "passive"}

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch_calls import on_threads
 
 from smoa_kernels.backends.native import library
 
@@ -33,7 +34,8 @@ if (REASON := obstacle(PROCESSOR)) is None:
         library.instruction_set = lambda: "NEON"
         library.ctypes = SimpleNamespace(**vars(ctypes) | {"CDLL": load})
     library.allowed = lambda: PROCESSORS[PROCESSOR]
-    assert library.unsupported_reason() is None, library.unsupported_reason()
+    with on_threads(2):
+        assert library.unsupported_reason() is None, library.unsupported_reason()
     assert (library.has("bf16"), library.has("amx")) == PROCESSORS[PROCESSOR], (
         "the compiler leaves features out"
     )
