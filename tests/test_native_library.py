@@ -289,6 +289,7 @@ def test_another_machines_wheel_has_no_library(monkeypatch: pytest.MonkeyPatch) 
     assert hatch_build.compiler() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(CC), reason=f"needs {CC}: make arm-tools")
 def test_arms_library_has_each_function_that_python_calls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -98,7 +98,7 @@ def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> Non
         ("pyproject.toml", "example.org/", "smoa-kernels.invalid/", "Repository is a placeholder"),
         ("CITATION.cff", "title:", "version: 3.0.0\ntitle:", "CITATION.cff cites ('3.0.0', None)"),
         ("Makefile", "touch", "false", "make dist failed"),
-        ("Makefile", "-py3-none-any.whl", "", "make dist, with a C compiler"),
+        ("Makefile", "-py3-none-any.whl", "", "make dist, with cc and aarch64-linux-gnu-gcc"),
     ],
 )
 def test_a_release_that_is_not_ready(
