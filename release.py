@@ -20,7 +20,10 @@ CITATION = ROOT / "CITATION.cff"
 CHANGELOG = ROOT / "CHANGELOG.md"
 DIST = ROOT / "dist"
 UNRELEASED = "## Unreleased\n"
-ARCHIVES = ("py3-none-any.whl", "py3-none-manylinux2014_x86_64.manylinux_2_17_x86_64.whl")
+ARCHIVES = (
+    "py3-none-any.whl",
+    *(f"py3-none-manylinux2014_{name}.manylinux_2_17_{name}.whl" for name in ("x86_64", "aarch64")),
+)
 
 
 class Refused(Exception):
@@ -69,7 +72,9 @@ def check() -> None:
     expected = {f"{prefix}.tar.gz", *(f"{prefix}-{name}" for name in ARCHIVES)}
     found = {path.name for path in DIST.glob("*")}
     if found != expected:
-        raise Refused(f"dist/ has {sorted(found)}, not {sorted(expected)}: make dist, with a C compiler")
+        raise Refused(
+            f"dist/ has {sorted(found)}, not {sorted(expected)}: make dist, with cc and aarch64-linux-gnu-gcc"
+        )
 
 
 def check_address() -> None:

@@ -84,7 +84,7 @@ def smoa_linear(
             "expanded" (eager and native) and "fused" (triton, one kernel): W0 is read once, for few tokens.
             "auto": the form for few tokens if there are few, otherwise merged. Split while dropout is active, and in
             TF32 by torch's operators, which would round a small update away.
-        backend: what computes it: "eager" (torch's operators), "native" (compiled, x86 CPUs), "triton" (GPUs),
+        backend: what computes it: "eager" (torch's operators), "native" (compiled, x86 and ARM CPUs), "triton" (GPUs),
             "reference" (the definition, slow) or "auto" (the fastest that can).
 
     Returns:

@@ -5,7 +5,8 @@
 The environment holds the archive, its requirements and those of its command, so no numpy. Requirements are links
 into the running environment, because torch takes gigabytes to download and is not under test.
 
-A wheel runs with a PATH without a compiler. A wheel for x86-64 must then compute with its own compiled code.
+A wheel runs with a PATH without a compiler. A wheel for one kind of processor must then compute with its own compiled
+code; if this machine has another, the wheel is not installed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from importlib.metadata import Distribution, PackagePath, distribution, distribu
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.tags import sys_tags
+from packaging.utils import parse_wheel_filename
 
 FROM_ARCHIVE = """
 import shutil
@@ -34,7 +37,7 @@ assert smoa_kernels.__file__.startswith(sys.prefix), smoa_kernels.__file__
 assert find_spec("numpy") is None
 assert not archive.endswith(".whl") or not any(map(shutil.which, ("cc", "gcc", "clang")))
 obstacle = native_unsupported_reason(torch.device("cpu"))
-assert not archive.endswith("x86_64.whl") or obstacle is None, obstacle
+assert not archive.endswith(("x86_64.whl", "aarch64.whl")) or obstacle is None, obstacle
 print(f"smoa_kernels {smoa_kernels.__version__}, torch {torch.__version__}; compiled code: {obstacle or 'used'}")
 """
 CORE = """
@@ -142,6 +145,11 @@ def run(folder: Path, variables: dict[str, str], *command: str | Path) -> str:
     return done.stdout
 
 
+def for_this_machine(archive: Path) -> bool:
+    """Whether pip would install it here: a wheel may be for another processor."""
+    return archive.suffix != ".whl" or not parse_wheel_filename(archive.name)[3].isdisjoint(sys_tags())
+
+
 if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        print(f"{argument}:\n{use(Path(argument))}")
+    for path in map(Path, sys.argv[1:]):
+        print(f"{path}:\n{use(path) if for_this_machine(path) else 'for another processor: not installed'}")

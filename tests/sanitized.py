@@ -6,22 +6,23 @@ A fault ends the process with a report. Gaps between the pieces of a workspace a
 import atexit
 import os
 import shutil
+import sysconfig
 import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
 import hatch_build
 from smoa_kernels.backends.native import library
 
-HERE = torch.backends.cpu.get_cpu_capability()
+HERE = library.instruction_set()
 OPTIONS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 if HERE == "AVX512":  # gcc 12 aligns the stack to 32 bytes only when it guards that
     OPTIONS += ["--param", "asan-stack=0"]
 
 os.environ.pop("LD_PRELOAD")  # for this process, not for the compiler
-hatch_build.VARIANTS = {HERE: hatch_build.VARIANTS[HERE]}
+PLATFORM = sysconfig.get_platform()
+hatch_build.VARIANTS = {PLATFORM: {HERE: hatch_build.VARIANTS[PLATFORM][HERE]}}
 library._FOLDER = Path(tempfile.mkdtemp(prefix="sanitized-"))
 atexit.register(shutil.rmtree, library._FOLDER)
 for source in sorted(hatch_build.FOLDER.glob("*.[ch]")):

@@ -59,6 +59,11 @@ def test_info_says_what_torch_is_built_for(cuda, hip, words, monkeypatch):
     assert info._runtime() == words
 
 
+def test_info_names_the_instructions_of_arm(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert "instructions: NEON" in info._devices()["cpu"]
+
+
 def test_info_shows_another_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)

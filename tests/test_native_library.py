@@ -3,8 +3,10 @@
 import contextlib
 import ctypes
 import os
+import re
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,8 @@ from typing import ClassVar
 import pytest
 import torch
 from compiled import CPU, needs_library, on_cpu
+from cpu_emulator.arm import CC
+from cpu_emulator.build import FOR_ARM
 from problems import Case, assert_within_budget
 from torch_calls import on_threads
 
@@ -215,13 +219,12 @@ def test_a_library_that_is_broken_or_of_something_else(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
+@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs Linux and a C compiler")
 def test_it_compiles_without_warnings(tmp_path: Path) -> None:
-    assert [path.name for path in hatch_build.compile_library(tmp_path)] == [
-        "linear_avx2.so",
-        "linear_avx512.so",
-    ]
-    for flags in hatch_build.VARIANTS.values():
+    variants = hatch_build.VARIANTS[sysconfig.get_platform()]
+    names = [path.name for path in hatch_build.compile_library(tmp_path)]
+    assert names == [f"linear_{name.lower()}.so" for name in variants]
+    for flags in variants.values():
         command = [
             *(hatch_build.compiler() or []),
             "-fsyntax-only",
@@ -245,7 +248,7 @@ def test_without_a_compiler_nothing_is_made(tmp_path: Path, monkeypatch: pytest.
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
+@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs Linux and a C compiler")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_an_interrupted_compiler_leaves_nothing(
     error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -263,11 +266,13 @@ def test_an_interrupted_compiler_leaves_nothing(
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
             assert hatch_build.compile_library(tmp_path) == []
-    assert len(outputs) == (2 if error is KeyboardInterrupt else 2 * len(hatch_build.VARIANTS))
+    assert len(outputs) == (
+        2 if error is KeyboardInterrupt else 2 * len(hatch_build.VARIANTS[sysconfig.get_platform()])
+    )
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs a C compiler, on an x86 processor")
+@pytest.mark.skipif(hatch_build.compiler() is None, reason="needs Linux and a C compiler")
 def test_a_compiler_that_takes_options_or_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cc,) = hatch_build.compiler() or []
     monkeypatch.setenv("CC", f"{cc} -DOTHER")
@@ -280,8 +285,48 @@ def test_a_compiler_that_takes_options_or_fails(tmp_path: Path, monkeypatch: pyt
 
 
 def test_another_machines_wheel_has_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "macosx-14.0-arm64")
     assert hatch_build.compiler() is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(CC), reason=f"needs {CC}: make arm-tools")
+def test_arms_library_has_each_function_that_python_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in FOR_ARM.items():
+        monkeypatch.setenv(name, value)
+    (made,) = hatch_build.compile_library(tmp_path, "-O0", "-Wall", "-Wextra", "-Werror")
+    assert made.name == "linear_neon.so"
+    listed = subprocess.run(
+        [CC.replace("gcc", "nm"), "-D", "--defined-only", made], capture_output=True, text=True
+    )
+    sources = "".join(path.read_text() for path in hatch_build.FOLDER.glob("*.py"))
+    called = set(re.findall(r"\bsmoa_(?!kernels)\w+", sources))
+    assert called > set(library.FUNCTIONS)
+    assert called == {line.split()[-1] for line in listed.stdout.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("machine", "torchs", "found"),
+    [
+        ("aarch64", "SVE256", "NEON"),  # Linux
+        ("arm64", "DEFAULT", "DEFAULT"),  # macOS: there is no library of that name
+        ("x86_64", "AVX2", "AVX2"),
+    ],
+)
+def test_which_library_is_for_a_processor(
+    machine: str, torchs: str, found: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in folder.glob("*.so"):
+        path.unlink()
+    (folder / "linear_other.so").touch()
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: torchs)
+    assert said() == f"it was compiled for OTHER, this processor is {found}"
+    (folder / f"linear_{found.lower()}.so").touch()
+    assert "cannot be loaded" in said()
+    assert not library.has("avx512")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import ast
 import email
+import platform
 import re
 import sys
 import tarfile
@@ -76,18 +77,24 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_a_wheel_with_compiled_code_is_for_its_machine(wheel: Path) -> None:
     if hatch_build.compiler() is None:
         pytest.skip("needs a C compiler")
-    assert wheel.stem.endswith("-py3-none-linux_x86_64")  # `make dist` turns it into manylinux
+    assert wheel.stem.endswith(f"-py3-none-linux_{platform.machine()}")  # `make dist` turns it into manylinux
     assert "Root-Is-Purelib: false" in dist_info(wheel, "WHEEL")
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is in the sdist."""
+    folder = tmp_path_factory.mktemp("sdist")
+    archive = build("sdist", ROOT, folder)
+    with tarfile.open(archive) as files:
+        files.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
 def test_the_sdist_builds_the_same_wheel_for_any_machine_where_nothing_compiles(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The archive suffices for the build, and holds the tests and the Makefile."""
-    archive = build("sdist", ROOT, tmp_path)
-    with tarfile.open(archive) as files:
-        files.extractall(tmp_path, filter="data")
-    source = tmp_path / archive.name.removesuffix(".tar.gz")
     beside = {path.name for path in source.iterdir()}
     assert {"Makefile", "README.md", "CITATION.cff", "LICENSE", "tests", "csrc_ref"} <= beside
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -95,6 +102,21 @@ def test_the_sdist_builds_the_same_wheel_for_any_machine_where_nothing_compiles(
     pure = build("wheel", source, tmp_path)
     assert pure.stem.endswith("-py3-none-any")
     assert contents(pure) == {n: data for n, data in contents(wheel).items() if not n.endswith(".so")}
+
+
+def test_a_cross_compiler_makes_arms_wheel(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cc = tmp_path / "cc"
+    cc.write_text('#!/bin/sh\nfor output; do :; done\necho "$@" > "$output"\n')
+    cc.chmod(0o755)
+    monkeypatch.setenv("CC", str(cc))
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+    made = build("wheel", source, tmp_path)
+    assert made.stem.endswith("-py3-none-linux_aarch64")
+    (library,) = (name for name in contents(made) if name.endswith(".so"))
+    assert library.endswith("/linear_neon.so")
+    assert b"-DVECTOR_BYTES=16 " in contents(made)[library]
 
 
 def test_metadata(wheel: Path, metadata: Message) -> None:

@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = ("smoa_kernels/_version.py", "CITATION.cff", "CHANGELOG.md", "pyproject.toml", "release.py")
 # Archives named as by `make dist`. Their contents are checked by test_packaging.py and `make dist`.
 DIST = """dist:
-\tmkdir -p dist && for name in .tar.gz -py3-none-any.whl -py3-none-manylinux2014_x86_64.manylinux_2_17_x86_64.whl; do \\
+\tmkdir -p dist && for name in .tar.gz -py3-none-any.whl \\
+\t$(foreach m,x86_64 aarch64,-py3-none-manylinux2014_$m.manylinux_2_17_$m.whl); do \\
 \ttouch dist/smoa_kernels-$$(sed -n 's/^__version__ = "\\(.*\\)"/\\1/p' smoa_kernels/_version.py)$$name; done
 """
 
@@ -97,7 +98,7 @@ def test_a_release(checkout: Checkout, capfd: pytest.CaptureFixture[str]) -> Non
         ("pyproject.toml", "example.org/", "smoa-kernels.invalid/", "Repository is a placeholder"),
         ("CITATION.cff", "title:", "version: 3.0.0\ntitle:", "CITATION.cff cites ('3.0.0', None)"),
         ("Makefile", "touch", "false", "make dist failed"),
-        ("Makefile", "-py3-none-any.whl", "", "make dist, with a C compiler"),
+        ("Makefile", "-py3-none-any.whl", "", "make dist, with cc and aarch64-linux-gnu-gcc"),
     ],
 )
 def test_a_release_that_is_not_ready(

@@ -22,7 +22,7 @@ from rich.table import Table as Rows
 from .._version import __version__
 from ..backends import miscompiled_on, native_unsupported_reason, triton_unsupported_reason
 from ..backends.algorithms import FUSED_MAX_RANK, FUSED_MAX_RANK_IEEE, fused_tokens
-from ..backends.native.library import has
+from ..backends.native.library import has, instruction_set
 from ..definition.precision import KERNEL_PRECISIONS, dtype_names, has_gemm
 from ..files import cache_folder
 from ..kernels.architectures import architecture, assembler, gpu_name, identity
@@ -194,7 +194,7 @@ def _version(package: str) -> str:
 
 
 def _devices() -> dict[str, str]:
-    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions = instruction_set()
     instructions += ", AMX" if has("amx") else ", BF16" if has("bf16") else ""
     slow = [dtype for dtype in (torch.bfloat16, torch.float16) if not has_gemm(dtype)]
     if slow:

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch_calls import on_threads
 
 from smoa_kernels.backends.native import library
 
+from .arm import load
 from .build import HERE, PROCESSORS, compile_library, obstacle
 
 PROCESSOR = os.environ["CPU_EMULATOR"]
 if PROCESSOR not in PROCESSORS:
     raise pytest.UsageError(f"CPU_EMULATOR must be one of {', '.join(PROCESSORS)}, got {PROCESSOR}")
 
-if (REASON := obstacle()) is None:
+if (REASON := obstacle(PROCESSOR)) is None:
     # The session's first process compiles for the others.
     if "CPU_EMULATOR_FOLDER" not in os.environ:
         folder = os.environ["CPU_EMULATOR_FOLDER"] = tempfile.mkdtemp(prefix="cpu-emulator-")
         atexit.register(shutil.rmtree, folder)
-        compile_library(Path(folder))
+        compile_library(PROCESSOR, Path(folder))
     library._FOLDER = Path(os.environ["CPU_EMULATOR_FOLDER"])
+    if PROCESSOR == "neon":
+        library.instruction_set = lambda: "NEON"
+        library.ctypes = SimpleNamespace(**vars(ctypes) | {"CDLL": load})
     library.allowed = lambda: PROCESSORS[PROCESSOR]
+    with on_threads(2):
+        assert library.unsupported_reason() is None, library.unsupported_reason()
     assert (library.has("bf16"), library.has("amx")) == PROCESSORS[PROCESSOR], (
         "the compiler leaves features out"
     )

@@ -31,7 +31,7 @@ static __attribute__((noinline)) void finish_rows(const float *sums, i64 stride,
 
 enum {
     GROUP = 16, /* rows of H that are contracted together */
-    DOTS = VECTOR_BYTES == 64 ? 16 : 8, /* sums that registers hold */
+    DOTS = REGISTERS / 2, /* sums that registers hold */
     RANKS = 4,
 };
 

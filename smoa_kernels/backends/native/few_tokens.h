@@ -75,7 +75,7 @@ INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, i64 row,
 #pragma GCC unroll 4
         for (int i = 0; i < rows; i++) __builtin_prefetch(element(weight[i], c + rows * l->row_stride, dtype), 0, 2);
         /* With AVX2's 16 registers a third case slows the others. */
-        if (VECTOR_BYTES == 64 && c >= first && c + LANES <= whole)
+        if (REGISTERS == 32 && c >= first && c + LANES <= whole)
             few_columns(dtype, tokens, rows, ALL, j, row, B, A, weight, c, LANES, x, y, sums);
         else if (c < end && c + LANES > first)
             few_columns(dtype, tokens, rows, SOME, j, row, B, A, weight, c, LANES, x, y, sums);
@@ -90,7 +90,7 @@ INLINE void few_rows(int dtype, int tokens, int rows, const few_job *j, i64 row,
 /* The same for the rows from `row` to `end`, so many side by side that their sums fit into registers. */
 INLINE void few_of_rows(int dtype, int tokens, const few_job *j, i64 row, i64 end, i64 col, i64 to, const float *x,
                         float *y) {
-    const int rows = tokens * 4 <= LANES ? 4 : tokens <= 6 || tokens * 2 <= LANES ? 2 : 1;
+    const int rows = tokens * 4 <= REGISTERS / 2 ? 4 : tokens <= 6 || tokens * 2 <= REGISTERS / 2 ? 2 : 1;
     for (; row + rows <= end; row += rows) few_rows(dtype, tokens, rows, j, row, col, to, x, y);
     for (; row < end; row++) few_rows(dtype, tokens, 1, j, row, col, to, x, y);
 }

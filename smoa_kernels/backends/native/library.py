@@ -10,7 +10,9 @@ import functools
 import hashlib
 import os
 import pathlib
+import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -232,8 +234,13 @@ def has(feature: str) -> bool:
     if unsupported_reason() is not None or isinstance(found, str):
         return False
     if feature == "avx512":
-        return torch.backends.cpu.get_cpu_capability() == "AVX512"
+        return instruction_set() == "AVX512"
     return bool(getattr(found[1], feature))
+
+
+def instruction_set() -> str:
+    """The variant of the library for this processor: "NEON" on 64-bit ARM under Linux, else torch's name."""
+    return "NEON" if platform.machine() == "aarch64" else torch.backends.cpu.get_cpu_capability()
 
 
 def allowed() -> tuple[bool, bool]:
@@ -262,7 +269,7 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
     """The library and what it says of itself, or why there is none. `SMOA_NATIVE` is read once, not in each call."""
     if os.environ.get("SMOA_NATIVE", "1") == "0":
         return "SMOA_NATIVE=0 forbids it"
-    capability = torch.backends.cpu.get_cpu_capability()
+    capability = instruction_set()
     path = _FOLDER / f"linear_{capability.lower()}.so"
     if not path.is_file():
         built = sorted(path.stem.removeprefix("linear_").upper() for path in _FOLDER.glob("linear_*.so"))
@@ -274,11 +281,13 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
         sources = sorted(_FOLDER.glob("*.[ch]"))
         source = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
         bf16, amx = allowed() if capability == "AVX512" else (False, False)
+        with suppress(OSError):  # torch's CUDA build for ARM loads its OpenMP runtime for itself alone
+            ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | ctypes.RTLD_GLOBAL)
         found, about = ctypes.CDLL(str(path)), _About(bf16=bf16, amx=amx)
         found.smoa_about(ctypes.byref(about))
         if about.source != source.encode():
             return f"{path} was compiled from other sources: install the package again"
-        numbers = [64 if capability == "AVX512" else 32, *KINDS.values(), *Path, *Algorithm]
+        numbers = [{"AVX512": 64, "AVX2": 32, "NEON": 16}[capability], *KINDS.values(), *Path, *Algorithm]
         offsets = [getattr(Call, field).offset for field in ("path", "workspace", "ends")]
         if [*about.format] != [*numbers, *offsets, ctypes.sizeof(Call)]:
             return f"{path} has other numbers or structs than {pathlib.Path(__file__).name}"

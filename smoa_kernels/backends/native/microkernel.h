@@ -1,7 +1,7 @@
 /* Micro-kernels: C (+)= left rightᵀ of packed panels, one for each instruction set.
  *
  *   format   left panel        right panel       instructions                      for
- *   FLOATS   MR rows           NR rows           FMA of AVX2 or AVX-512            every dtype, widened
+ *   FLOATS   MR rows           NR rows           FMA of AVX2, AVX-512 or NEON      every dtype, widened
  *   PAIRS    32 rows of tiles  32 rows of tiles  AMX, or vdpbf16ps of AVX512-BF16  bfloat16
  *   SPLIT3   the same, thrice  the same, thrice  AMX                               float32, as a sum of three bfloat16
  *
@@ -18,8 +18,9 @@ enum { FLOATS, PAIRS, SPLIT3 };
 
 enum {
     /* A tile of C fills 14 × 2 of 32 vector registers, or 6 × 2 of 16; operands take the others. */
-    MR = VECTOR_BYTES == 64 ? 14 : 6,
+    MR = REGISTERS == 32 ? 14 : 6,
     NR = 2 * LANES,
+    HIGH = MR > NR ? MR : NR, /* most rows of a panel of floats */
     KC = 512, /* terms that are packed and summed in registers at a time */
     SIDE = 16, /* rows of a tile */
     TERMS = 32,
@@ -196,5 +197,5 @@ TARGET_BF16 static void release_tiles(void) { _tile_release(); }
 #define tile_panel(format, depth, left, right, rows, sums) ((void)0)
 #endif
 
-_Static_assert(NR == 2 * LANES && MR <= NR && NR <= PANEL, "buffers have NR rows, and PANEL spare ones");
+_Static_assert(NR == 2 * LANES && HIGH <= PANEL && PANEL % NR == 0, "buffers have PANEL spare rows");
 _Static_assert(!HAS_TILES || NR == PANEL, "tiles are packed from panels of floats");

@@ -4,7 +4,11 @@
  */
 #pragma once
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -20,7 +24,7 @@ typedef uint32_t vu __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint64_t vl __attribute__((vector_size(VECTOR_BYTES)));
 typedef half vh __attribute__((vector_size(VECTOR_BYTES / 2)));
 
-enum { LANES = VECTOR_BYTES / 4, FLOAT32 = 0, BFLOAT16, FLOAT16 };
+enum { LANES = VECTOR_BYTES / 4, REGISTERS = VECTOR_BYTES == 32 ? 16 : 32, FLOAT32 = 0, BFLOAT16, FLOAT16 };
 
 static inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 static inline i64 greatest(i64 a, i64 b) { return a > b ? a : b; }
@@ -165,26 +169,32 @@ static inline const void *element_of(const operand *o, i64 line, i64 at) {
     return element(o->data, line * o->stride + at, o->dtype);
 }
 
+#ifdef __aarch64__
+INLINE float float16_value(half bits) { return vgetq_lane_f32(vcvt_f32_f16((float16x4_t)vdup_n_u16(bits)), 0); }
+#else
+INLINE float float16_value(half bits) { return _cvtsh_ss(bits); }
+#endif
+
 /* Element `at` as float32. */
 INLINE float value_at(const void *data, i64 at, int dtype) {
     if (dtype == FLOAT32) return ((const float *)data)[at];
     half bits = ((const half *)data)[at];
-    if (dtype == FLOAT16) return _cvtsh_ss(bits);
+    if (dtype == FLOAT16) return float16_value(bits);
     uint32_t wide = (uint32_t)bits << 16;
     float value;
     memcpy(&value, &wide, sizeof value);
     return value;
 }
 
-/* What differs between vectors of 512 and of 256 bits: half types to float32; float32 to float16, to nearest; the
- * product of each 64-bit lane's lower half and a number; the sum of all numbers. */
+/* What differs between AVX-512, AVX2 and NEON: half types to float32; float32 to float16, to nearest; the product of
+ * each 64-bit lane's lower half and a number; the sum of all numbers. */
 #if VECTOR_BYTES == 64
 INLINE vf from_float16(vh v) { return (vf)_mm512_cvtph_ps((__m256i)v); }
 INLINE vf from_bfloat16(vh v) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)v), 16); }
 INLINE vh to_float16(vf v) { return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
 INLINE vl product_of_lower(vl v, uint32_t by) { return (vl)_mm512_mul_epu32((__m512i)v, _mm512_set1_epi64(by)); }
 INLINE float total(vf v) { return _mm512_reduce_add_ps((__m512)v); }
-#else
+#elif VECTOR_BYTES == 32
 INLINE vf from_float16(vh v) { return (vf)_mm256_cvtph_ps((__m128i)v); }
 INLINE vf from_bfloat16(vh v) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)v), 16); }
 INLINE vh to_float16(vf v) { return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
@@ -194,6 +204,12 @@ INLINE float total(vf v) {
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+#else
+INLINE vf from_float16(vh v) { return (vf)vcvt_f32_f16((float16x4_t)v); }
+INLINE vf from_bfloat16(vh v) { return (vf)(vmovl_u16((uint16x4_t)v) << 16); }
+INLINE vh to_float16(vf v) { return (vh)vcvt_f16_f32((float32x4_t)v); }
+INLINE vl product_of_lower(vl v, uint32_t by) { return (vl)vmull_n_u32(vmovn_u64((uint64x2_t)v), by); }
+INLINE float total(vf v) { return vaddvq_f32((float32x4_t)v); }
 #endif
 
 /* `yes` where a label is k, else `no`. */

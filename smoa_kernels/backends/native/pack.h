@@ -10,7 +10,7 @@
 enum {
     NC = NR * 4, /* right rows that are packed together */
     MC = MR *
-        147, /* left rows: 2058 with AVX-512, 882 with AVX2. For more of them the right operand is packed again. */
+        147, /* left rows: 2058, or 882 with AVX2. For more of them the right operand is packed again. */
     SPILL = 8, /* floats beyond the last panel that packing may write */
     /* Packing reads short runs that are far apart, so it prefetches: so many floats of a row ahead, or columns. */
     AHEAD = 64,
@@ -77,7 +77,24 @@ static adapter adapter_of_block(const layer *l, const factors *f, i64 k) {
                      .B = f->B + padded_before(l->row_offsets, k)};
 }
 
-/* to (8, 8) = the transpose of 8 floats at each of `rows`; rows of `to` are `stride` apart and written in order. */
+/* to (8, 8) = the transpose of 8 floats at each of `rows`; rows of `to` are `stride` apart and written in order, which
+ * matters if they overlap: where MR < 8. */
+#ifdef __aarch64__
+INLINE void transpose_4(const float *const *rows, i64 at, float *to, i64 stride) {
+    float32x4_t r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) r[i] = vld1q_f32(rows[i] + at);
+    float32x4_t even = vzip1q_f32(r[0], r[2]), odd = vzip1q_f32(r[1], r[3]);
+    vst1q_f32(to, vzip1q_f32(even, odd)), vst1q_f32(to + stride, vzip2q_f32(even, odd));
+    even = vzip2q_f32(r[0], r[2]), odd = vzip2q_f32(r[1], r[3]);
+    vst1q_f32(to + 2 * stride, vzip1q_f32(even, odd)), vst1q_f32(to + 3 * stride, vzip2q_f32(even, odd));
+}
+
+static inline void transpose(const float *const *rows, i64 at, float *to, i64 stride) {
+    for (int j = 0; j < 8; j += 4)
+        for (int i = 0; i < 8; i += 4) transpose_4(rows + i, at + j, to + j * stride + i, stride);
+}
+#else
 static inline void transpose(const float *const *rows, i64 at, float *to, i64 stride) {
     __m256 r[8], t[8];
 #pragma GCC unroll 8
@@ -99,6 +116,7 @@ static inline void transpose(const float *const *rows, i64 at, float *to, i64 st
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) _mm256_storeu_ps(to + (i + 4) * stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
 }
+#endif
 
 /* row = where terms k to k + depth of some rows lie, in a row-major operand: in place, or widened in `wide` (rows, KC).
  */
@@ -111,14 +129,14 @@ static void read_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, 
 
 /* Panels of a row-major operand: transposes them, KC terms at a time. */
 static void pack_rows(const operand *o, i64 first, i64 count, i64 k, i64 depth, int height, float *to) {
-    float wide[NR * KC];
+    float wide[HIGH * KC];
     for (i64 top = 0, terms; top < count; top += height)
         for (i64 start = 0; start < depth; start += terms, to += terms * height) {
             i64 valid = least(height, count - top), p = 0;
-            const float *row[NR + 8];
+            const float *row[HIGH + 8];
             terms = least(KC, depth - start);
             read_rows(o, first + top, valid, k + start, terms, wide, row);
-            for (i64 i = valid; i < NR + 8; i++) row[i] = row[valid - 1];
+            for (i64 i = valid; i < HIGH + 8; i++) row[i] = row[valid - 1];
             /* Eight rows at a time; the last eight overlap others if 8 does not divide the height. In a panel lower
              * than eight a transpose also writes to the next column, which is overwritten later, or beyond the panel
              * (SPILL). */
