@@ -426,13 +426,31 @@ def test_an_embedding_that_renorms_its_weight_is_refused_and_one_index_is_taken(
     assert adapt(nn.Sequential(nn.Embedding(9, 6)), target_modules=["0"])(torch.tensor(3)).shape == (6,)
 
 
-@pytest.mark.parametrize("kind", ["conv2d", "embedding"])
-def test_no_hira_adapter_is_written_of_what_is_not_linear(kind, tmp_path):
-    adapt(nn.Sequential(LAYERS[kind][0]()), target_modules=["0"], num_blocks=1).save_pretrained(
-        tmp_path / "a"
-    )
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "pointwise", "conv3d", "embedding"])
+def test_one_block_is_written_as_pefts_hira(kind, tmp_path):
+    base, x = made(kind)
+    ours = adapt(copy.deepcopy(base), num_blocks=1, smoa_alpha=10)
+    ours.save_pretrained(tmp_path / "smoa")
     with pytest.raises(
-        ValueError, match="0 is not linear, and only adapters of linear layers are written as HiRA"
+        ValueError, match=r"base must be given: .* 0 is not linear: HiRA's factors have shapes"
     ):
-        convert_adapter(tmp_path / "a", tmp_path / "hira")
+        convert_adapter(tmp_path / "smoa", tmp_path / "hira")
+    assert not (tmp_path / "hira").exists()
+    (tmp_path / "base").mkdir()
+    save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")
+    assert convert_adapter(tmp_path / "smoa", tmp_path / "hira", tmp_path / "base") == "HiRA"
+    hira = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "hira")
+    close(hira(x), ours(x), 1e-9)
+    assert not torch.equal(hira(x), base(x))
+
+
+def test_an_attention_is_not_written_as_hira(tmp_path):
+    base, _ = made("attention")
+    adapt(copy.deepcopy(base), num_blocks=1).save_pretrained(tmp_path / "smoa")
+    (tmp_path / "base").mkdir()
+    save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"lacks 0\.attention\.in_proj\.weight of .* HiRA adapts convolutions and embeddings"
+    ):
+        convert_adapter(tmp_path / "smoa", tmp_path / "hira", tmp_path / "base")
     assert not (tmp_path / "hira").exists()
