@@ -335,41 +335,15 @@ def test_a_merged_folder_of_an_attention(tmp_path):
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
-def unet(diffusers):
-    blocks = {
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    model = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        attention_head_dim=4,
-        **blocks,
-    )
-    noisy = torch.randn(2, 3, 8, 8)
-    return model, ["conv1", "conv_shortcut", "to_q", "conv_in"], lambda model: model(noisy, 3).sample
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_the_diffusion_example(kind, tmp_path):
+    pytest.importorskip("diffusers", reason="the example needs it: pip install diffusers")
+    import diffusion
 
-
-def dit(diffusers):
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4,
-        num_embeds_ada_norm=10,
-    )  # fmt: skip
-    given = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([1, 7])}
-    given["class_labels"] = torch.tensor([3, 4])
-    targets = ["pos_embed.proj", "to_q", "class_embedder.embedding_table"]
-    return model, targets, lambda model: model(**given).sample
-
-
-@pytest.mark.parametrize("make", [unet, dit])
-def test_diffusers_models(make, tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="an extra of the tests")
-    torch.manual_seed(0)
-    model, targets, call = make(diffusers)
-    config = SMoAConfig(r=4, num_blocks=2, target_modules=targets)
-    trains_saves_loads_merges(model, config, call, tmp_path)
+    losses, error = diffusion.main(kind, tmp_path, steps=12)
+    assert losses[-1] < 0.9 * losses[0]
+    assert error < 1e-5
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("targets", [["emb", "head"], ["emb"]])
