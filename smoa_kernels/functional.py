@@ -11,15 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from .backends import (
-    ALGORITHM_CHOICES,
-    BACKEND_CHOICES,
-    algorithms_of,
-    convolution,
-    eager,
-    load_backend,
-    resolve_backend,
-)
+from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES, algorithms_of, eager, load_backend, resolve_backend
+from .backends.convolution import factor_gradients
 from .checks import check_choice
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter, scaling_tensor
@@ -329,7 +322,7 @@ class _Convolve(torch.autograd.Function):
             dx, *factors = torch.func.vjp(plain, x, A, B)[1](dy)
         else:
             with without_autocast(dy):
-                factors = convolution.factor_gradients(dy, x, adapter, conv)
+                factors = factor_gradients(dy, x, adapter, conv)
                 if ctx.needs_input_grad[0]:
                     W_eff = load_backend(ctx.backend).modulated_weight(adapter)
                     W_eff = W_eff.unflatten(1, (-1, *conv.kernel_size))

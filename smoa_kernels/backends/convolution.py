@@ -36,9 +36,8 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter, conv: Any) -
         places = (places[:, None] + torch.arange(0, size * step * apart, step * apart)).flatten()
     batch, _, *pixels = dy.shape
     between = [step * stride for step, stride in zip(steps[1:], conv.stride, strict=True)]
-    windows = x.as_strided(
-        (int(places[-1]) + 1, batch, *pixels), (1, image, *between)
-    )  # by the place of their start
+    # Every window by its first place; they overlap.
+    windows = x.as_strided((int(places[-1]) + 1, batch, *pixels), (1, image, *between))
     places = places if gradient.cols is None else places[gradient.cols.places]
     line, dy, memory = math.prod(pixels[1:]), dy.movedim(1, 0), x.new_empty(0)
     images, lines = max(1, PIXEL_PANEL // (line * pixels[0])), max(1, PIXEL_PANEL // line)
@@ -49,10 +48,10 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter, conv: Any) -
     ):
         if gradient.rows is not None:
             left = left.index_select(0, gradient.rows.places)
-        shape = len(places), *right.shape[1:]
-        if memory.numel() < math.prod(shape):  # the first panel is the largest
-            memory = in_large_pages(x.new_empty(math.prod(shape)))
-        gathered = memory[: math.prod(shape)].view(shape)
+        size = len(places) * right[0].numel()
+        if memory.numel() < size:  # the first panel is the largest
+            memory = in_large_pages(x.new_empty(size))
+        gathered = memory[:size].view(-1, *right.shape[1:])
         torch.index_select(right, 0, places, out=gathered)
         gradient.add(left.flatten(1).T, gathered.flatten(1).T)
     return gradient.contract()

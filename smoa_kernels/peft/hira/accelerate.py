@@ -36,13 +36,9 @@ from ..quantized import dequantized_linear
 from ..replaced import keep_packing
 
 # PEFT's classes, by the classes whose forward their base layers must have.
-_KINDS = {
-    hira.Linear: (nn.Linear, Conv1D),
-    hira_layers.Conv1d: (nn.Conv1d,),
-    hira_layers.Conv2d: (nn.Conv2d,),
-    hira_layers.Conv3d: (nn.Conv3d,),
-    hira_layers.Embedding: (nn.Embedding,),
-}
+_NOT_LINEAR = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding
+_KINDS: dict[type, tuple[type, ...]] = {getattr(hira_layers, kind.__name__): (kind,) for kind in _NOT_LINEAR}
+_KINDS[hira.Linear] = nn.Linear, Conv1D
 # PEFT looks up what HiRA adds without the base layer's options.
 _NO_OPTIONS = SimpleNamespace(padding_idx=None, scale_grad_by_freq=False, sparse=False)
 
@@ -132,9 +128,7 @@ def _obstacle(layer: Any, kind: type[nn.Module]) -> str | None:
     """Why a layer of one of PEFT's classes cannot be accelerated; None if it can."""
     is_quantized, base = kind.__module__ == "peft.tuners.hira.bnb", layer.base_layer
     if kind not in _KINDS and not is_quantized:
-        return (
-            f"its class is {kind.__qualname__}, which is not one of {', '.join(k.__name__ for k in _KINDS)}"
-        )
+        return f"its class is {kind.__qualname__}, which is none of {', '.join(each.__name__ for each in _KINDS)}"
     if "forward" in vars(layer):
         return "its forward was replaced, as accelerate's hooks do"
     if is_quantized:
@@ -224,11 +218,9 @@ class Accelerated(_Layer):  # type: ignore[misc]
         (partition, scaling, ranks), weight = self._prepared, base.weight
         kind, is_embedding = self.pefts_class, self.pefts_class is hira_layers.Embedding
         if is_embedding:
-            As, Bs = (
-                [held[name].T for name in names] for held in (self.hira_embedding_B, self.hira_embedding_A)
-            )
+            As, Bs = [self.hira_embedding_B[n].T for n in names], [self.hira_embedding_A[n].T for n in names]
         else:
-            As, Bs = ([held[name].flatten(1) for name in names] for held in (self.hira_A, self.hira_B))
+            As, Bs = [self.hira_A[n].flatten(1) for n in names], [self.hira_B[n].flatten(1) for n in names]
         dropouts, dtypes = [self.hira_dropout[name] for name in names], {each.dtype for each in (*As, *Bs)}
         p = float(sum(each.p for each in dropouts if type(each) is nn.Dropout and each.training))
         dtype = weight.dtype if is_embedding else x.dtype  # x is an index

@@ -94,10 +94,8 @@ def _to_smoa(
             name: adapter.config[name] for name in ("hira_dropout", "init_weights") if name in adapter.config
         }
         given = HiraConfig(**settings, **own)
-    bases, state = (
-        _base_model(adapter, base, "an SMoA adapter holds a sketch of its base weights"),
-        adapter.whole,
-    )
+    state = adapter.whole
+    bases = _base_model(adapter, base, "an SMoA adapter holds a sketch of its base weights")
     for done, (name, layer) in enumerate(adapter.layers.items()):
         progress(done, len(adapter.layers))
         stored, shape = bases.get(f"{name}.weight"), layer.shape
