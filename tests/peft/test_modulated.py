@@ -428,3 +428,14 @@ def test_an_attention_is_not_written_as_hira(tmp_path):
     ):
         convert_adapter(tmp_path / "smoa", tmp_path / "hira", tmp_path / "base")
     assert not (tmp_path / "hira").exists()
+
+
+def test_a_configuration_that_is_handed_over_in_loading_stays_that_object(tmp_path):
+    base, x = made("conv2d")
+    model = adapt(copy.deepcopy(base))
+    model.save_pretrained(tmp_path)
+    config = SMoAConfig(r=5, target_modules=["0"])
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    assert config.not_linear == ["0"]
+    assert torch.equal(loaded(x), model(x))

@@ -119,13 +119,15 @@ def _to_smoa(
 
 
 def _base_model(adapter: Adapter, base: str | os.PathLike[str] | None, why: str) -> BaseModel:
-    named = adapter.config.get("base_model_name_or_path")
-    if base is None and (named is None or not Path(named).is_dir()):
-        raise ValueError(
-            f"base must be given: the adapter names {named!r}, which is no folder, as its base model, and {why}"
-        )
-    check_path("base", base or named)
-    return BaseModel(Path(base or named))
+    if base is None:
+        named = adapter.config.get("base_model_name_or_path")
+        if named is None or not Path(named).is_dir():
+            raise ValueError(
+                f"base must be given: the adapter names {named!r}, which is no folder, as its base model, and {why}"
+            )
+        return BaseModel(Path(named))
+    check_path("base", base)
+    return BaseModel(Path(base))
 
 
 def _to_hira(
