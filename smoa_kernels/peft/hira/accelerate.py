@@ -37,7 +37,7 @@ from ..replaced import keep_packing
 
 # PEFT's classes, by the classes whose forward their base layers must have.
 _NOT_LINEAR = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding
-_KINDS: dict[type, tuple[type, ...]] = {getattr(hira_layers, kind.__name__): (kind,) for kind in _NOT_LINEAR}
+_KINDS: dict[type, tuple[Any, ...]] = {getattr(hira_layers, kind.__name__): (kind,) for kind in _NOT_LINEAR}
 _KINDS[hira.Linear] = nn.Linear, Conv1D
 # PEFT looks up what HiRA adds without the base layer's options.
 _NO_OPTIONS = SimpleNamespace(padding_idx=None, scale_grad_by_freq=False, sparse=False)
