@@ -35,7 +35,7 @@ from ..dequantize import read_weight
 from ..quantized import dequantized_linear
 from ..replaced import keep_packing
 
-# PEFT's classes, by the classes whose forward their base layers must have.
+# PEFT's classes, each with the classes whose forward its base layer must have.
 _NOT_LINEAR = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding
 _KINDS: dict[type, tuple[Any, ...]] = {getattr(hira_layers, kind.__name__): (kind,) for kind in _NOT_LINEAR}
 _KINDS[hira.Linear] = nn.Linear, Conv1D
