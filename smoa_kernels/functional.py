@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES, algorithms_of, eager, load_backend, resolve_backend
+from .backends.convolution import factor_gradients
 from .checks import check_choice
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter, scaling_tensor
@@ -215,6 +216,31 @@ def modulate(adapter: PackedAdapter, backend: str = "eager", rows: Tensor | None
         return _modulate(A, B, adapter, backend)
 
 
+def modulated_convolution(x: Tensor, conv: Any, adapter: PackedAdapter, backend: str) -> Tensor:
+    """Compute one of torch's convolutions with W_eff, differentiable in x, A, B and the bias.
+
+    Args:
+        x: as the module takes it.
+        conv: the module.
+        adapter: of its weight as a matrix.
+        backend: the name of a resolved backend, which computes W_eff.
+    """
+    A, B, weight = adapter.A, adapter.B, adapter.weight
+    if (
+        adapter.partition.num_blocks == 1
+        or conv.groups > 1
+        or conv.padding_mode != "zeros"
+        or isinstance(conv.padding, str)
+        or x.device.type != "cpu"
+        or (x.ndim, x.dtype) != (2 + len(conv.kernel_size), weight.dtype)
+        or autocast_enabled(x)
+        or is_observed(x, A, B, weight)
+    ):
+        W_eff = modulate(adapter, backend).unflatten(1, (-1, *conv.kernel_size))
+        return cast(Tensor, conv._conv_forward(x, W_eff, conv.bias))
+    return _convolve(x, A, B, conv.bias, adapter, conv, backend)
+
+
 def embedded_rows(x: Tensor, embedding: Any, rows: Tensor, adapter: PackedAdapter) -> Tensor:
     """Modulate rows of W0 that an `nn.Embedding` looked up; differentiable in the factors, and in the rows.
 
@@ -272,5 +298,40 @@ class _Modulate(torch.autograd.Function):
             return *eager.BlockGradient(adapter, dW).contract(), None, None
 
 
+class _Convolve(torch.autograd.Function):
+    """A convolution with W_eff, whose own gradient is computed in the blocks alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Any, adapter: PackedAdapter, conv: Any, backend: str
+    ) -> Any:
+        ctx.adapter, ctx.conv, ctx.backend = replace(adapter, scaling=adapter.scaling.clone()), conv, backend
+        ctx.save_for_backward(x, A, B, adapter.weight)
+        W_eff = load_backend(backend).modulated_weight(adapter)
+        return conv._conv_forward(x, W_eff.unflatten(1, (-1, *conv.kernel_size)), bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (x, A, B, weight), conv, dx = ctx.saved_tensors, ctx.conv, None
+        adapter = replace(ctx.adapter, weight=weight, A=A, B=B)
+        if torch.is_grad_enabled() or is_observed(dy):  # a derivative of the gradients may be asked for
+
+            def plain(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+                return modulated_convolution(x, conv, replace(adapter, A=A, B=B), ctx.backend)
+
+            dx, *factors = torch.func.vjp(plain, x, A, B)[1](dy)
+        else:
+            with without_autocast(dy):
+                factors = factor_gradients(dy, x, adapter, conv)
+                if ctx.needs_input_grad[0]:
+                    W_eff = load_backend(ctx.backend).modulated_weight(adapter)
+                    W_eff = W_eff.unflatten(1, (-1, *conv.kernel_size))
+                    given = dy, x, W_eff, None, conv.stride, conv.padding, conv.dilation, False, [0], 1
+                    dx = torch.ops.aten.convolution_backward(*given, [True, False, False])[0]
+        dbias = dy.sum((0, *range(2, dy.ndim))) if ctx.needs_input_grad[3] else None
+        return dx, *factors, dbias, None, None, None
+
+
 _round: Callable[..., Tensor] = _Round.apply
 _modulate: Callable[..., Tensor] = _Modulate.apply
+_convolve: Callable[..., Tensor] = _Convolve.apply

@@ -15,7 +15,7 @@ from .definition import reference
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
-from .functional import adapted_linear, dense_update, embedded_rows, modulate
+from .functional import adapted_linear, dense_update, embedded_rows, modulated_convolution
 from .layer_checks import (
     Settings,
     check_embedding,
@@ -251,8 +251,7 @@ class _Convolution(_Modulated):
             y = conv._conv_forward(x, self.weight, self.bias)
             return cast(Tensor, y + conv._conv_forward(F.dropout(x, p), delta, None))
         backend = resolve_backend(self.backend, x.device, self.weight.dtype, adapter.A.shape[0])
-        weight = self._like_weight(modulate(adapter, backend))
-        return cast(Tensor, conv._conv_forward(x, weight, self.bias))
+        return modulated_convolution(x, self, adapter, backend)
 
 
 class FusedSMoAConv1d(_Convolution, nn.Conv1d):

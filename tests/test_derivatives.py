@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-from smoa_kernels import FusedSMoALinear
-from smoa_kernels.backends import load_backend
+from smoa_kernels import FusedSMoAConv1d, FusedSMoAConv2d, FusedSMoAConv3d, FusedSMoALinear
+from smoa_kernels.backends import convolution, load_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.reference import delta_weight
 from smoa_kernels.functional import modulate
@@ -343,3 +343,51 @@ def test_a_layer_keeps_no_tensor_of_a_transform() -> None:
     assert torch.equal(copy.deepcopy(layer)(x), expected)
     assert layer.smoa._kept is not None
     assert layer.smoa._kept.A is layer.smoa.A
+
+
+CONVOLUTIONS = {
+    "1d": (FusedSMoAConv1d, (4, 7, 3), {"stride": 2, "padding": 2}, (3, 4, 11)),
+    "2d": (FusedSMoAConv2d, (4, 7, (3, 2)), {"stride": (1, 2), "padding": (2, 0), "dilation": (1, 3)}, (2, 4, 7, 8)),
+    "pointwise": (FusedSMoAConv2d, (5, 4, 1), {}, (2, 5, 3, 4)),
+    "3d": (FusedSMoAConv3d, (3, 5, 2), {"padding": 1, "bias": False}, (2, 3, 3, 4, 2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pixels", [512, 20, 1])
+@pytest.mark.parametrize("order", ["spectral", "contiguous"])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_of_a_convolution_only_the_blocks_gradient_is_computed(
+    kind: str, order: str, pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over gathered windows of x, a panel of pixels at a time; the same as by torch's operators."""
+    monkeypatch.setattr(convolution, "PIXEL_PANEL", pixels)
+    torch.manual_seed(0)
+    make, sizes, options, shape = CONVOLUTIONS[kind]
+    layer = make(*sizes, **options, r=5, num_blocks=3, block_order=order, dtype=torch.float64)
+    nn.init.normal_(layer.smoa.B)
+    leaves = {"smoa.A": layer.smoa.A, "smoa.B": layer.smoa.B}
+    if layer.bias is not None:
+        leaves["bias"] = layer.bias.requires_grad_()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    assert type(y.grad_fn).__name__ == "_ConvolveBackward"
+    expected, pull = vjp(lambda given, x: functional_call(layer, given, (x,)), leaves, x)
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(y, expected, **close)
+    dy = torch.randn_like(y)
+    given, dx = pull(dy)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (*leaves.values(), x), dy), (*given.values(), dx), **close
+    )
+    half = torch.autograd.grad(layer(x.detach()), layer.smoa.B, dy)[0]  # without dX
+    torch.testing.assert_close(half, given["smoa.B"], **close)
+
+
+def test_second_derivatives_of_a_convolution() -> None:
+    torch.manual_seed(0)
+    layer = FusedSMoAConv2d(2, 4, (3, 2), stride=2, padding=1, r=3, num_blocks=2, dtype=torch.float64)
+    nn.init.normal_(layer.smoa.B)
+    x = torch.randn(1, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(
+        lambda x, *_: layer(x), (x, layer.smoa.A, layer.smoa.B, layer.bias.requires_grad_())
+    )

@@ -36,7 +36,10 @@ PAGES = {
     "examples/README.md": "examples.md",
 }
 # Where members of public classes are defined that no public class has.
-_BASES = ("smoa_kernels.layer_state.", "smoa_kernels.layers._", "smoa_kernels.peft.layer.AdaptedLayer.")
+_BASES = (
+    *("smoa_kernels.layer_state.", "smoa_kernels.layers._"),
+    *("smoa_kernels.peft.layer.AdaptedLayer.", "smoa_kernels.peft.modulated.AdaptedModule."),
+)
 PICTURES = (".svg", ".png")
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c"}
 LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")

@@ -16,7 +16,8 @@ def convert(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the base model, to sketch its weights; if absent, the model that HiRA's folder names."
+            help="Folder of the base model, for sketches of its weights and shapes of convolutions and embeddings; if "
+            "absent, the one that the adapter names."
         ),
     ] = None,
 ) -> None:

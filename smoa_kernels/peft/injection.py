@@ -125,7 +125,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             others = (
                 sorted(n for n, a in injected.items() if not isinstance(a, (Linear, ExpertsWeight))) or None
             )
-            if not config.is_from_file:
+            if not config.is_from_file and others != config.not_linear:
+                if not config.inference_mode:  # one that is handed over in loading stays that object
+                    self.peft_config[adapter_name] = config = copy(config)
                 config.not_linear = others
             if config.use_lora_rate:
                 settings = {name: layer.settings[adapter_name] for name, layer in injected.items()}

@@ -217,11 +217,14 @@ class SMoALayer(BaseWeight):
         Args:
             adapter_names: at least one.
         """
+        return self._unflattened(modulate(*self._modulation(adapter_names)))
+
+    def _modulation(self, adapter_names: Sequence[str]) -> tuple[PackedAdapter, str]:
+        """The sum of adapters, over W0, and the backend that computes W_eff."""
         weight = self.base_weight()
         adapter = cast_factors(self._summed(weight, adapter_names), weight.dtype)
         wanted = self.settings[adapter_names[0]].backend
-        backend = resolve_backend(wanted, weight.device, weight.dtype, adapter.A.shape[0])
-        return self._unflattened(modulate(adapter, backend))
+        return adapter, resolve_backend(wanted, weight.device, weight.dtype, adapter.A.shape[0])
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> list[PackedAdapter]:
         packed = self.packed(adapter_name, weight)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter_folder.settings import AdapterSettings
-from ..functional import dense_update, embedded_rows
+from ..functional import dense_update, embedded_rows, modulated_convolution
 from ..layer_checks import check_embedding
 from .layer import AdaptedLayer, SMoALayer
 from .offload import present
@@ -79,11 +79,10 @@ class Convolution(AdaptedLayer):
             y = self._base_output(x, *args, **kwargs)
         else:
             with present(self):
-                weight = self.effective_weight(merged)
                 if self._plain:
-                    y = base._conv_forward(x, weight, base.bias)
+                    y = modulated_convolution(x, base, *self._modulation(merged))
                 else:
-                    y = self._called(x, weight, *args, **kwargs)
+                    y = self._called(x, self.effective_weight(merged), *args, **kwargs)
         return self._add_outputs(y, x, [name for name in names if name not in merged])
 
     def _adapter_output(self, x: Tensor, name: str) -> Tensor:

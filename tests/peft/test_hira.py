@@ -213,8 +213,9 @@ def test_layers_that_are_left_are_named_with_the_reason(monkeypatch):
             return 2 * super().forward(x)
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 5), Scaled(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
-    model.add_module("conv", nn.Conv1d(3, 3, 1))
+    renormed = nn.Embedding(9, 6, max_norm=9.0)
+    model = nn.Sequential(renormed, nn.Linear(6, 5), Scaled(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))
+    model.add_module("conv", nn.Conv1d(3, 3, 3, padding=1, padding_mode="circular"))
     targets = ["0", "1", "2", "3", "conv"]
     model = get_peft_model(model, HiraConfig(r=2, target_modules=targets, init_weights=False))
     layers = model.base_model.model
@@ -224,13 +225,71 @@ def test_layers_that_are_left_are_named_with_the_reason(monkeypatch):
     assert report.taken == ("base_model.model.1",)
     left = {name.rpartition(".")[2]: reason for name, reason in report.left.items()}
     assert left.keys() == {"0", "2", "3", "conv"}
-    assert left["0"] == "its class is Embedding, not Linear"
+    assert left["0"] == "its base layer renormalises its weight (max_norm=9.0)"
     assert "Scaled" in left["2"]
     assert "replaced" in left["3"]
-    assert left["conv"] == "its class is Conv1d, not Linear"
+    assert left["conv"] == "PEFT pads what HiRA adds with zeros, its base layer by padding_mode='circular'"
     with counted(monkeypatch) as calls:
         close(model(torch.tensor([[1, 2, 3]])), expected, 1e-5)
     assert len(calls) == 1
+
+
+NOT_LINEAR = {
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding="same", dilation=2), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=2, padding=1, bias=False), (2, 4, 9, 8)),
+    "pointwise": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2), (1, 4, 5, 5, 5)),
+    "embedding": (lambda: nn.Embedding(9, 6, padding_idx=1, scale_grad_by_freq=True), None),
+    "sparse embedding": (lambda: nn.Embedding(9, 6, sparse=True), None),
+}
+
+
+@pytest.mark.parametrize("active", [["default"], ["default", "second"]])
+@pytest.mark.parametrize("kind", NOT_LINEAR)
+def test_convolutions_and_embeddings_are_pefts(kind, active, monkeypatch):
+    torch.manual_seed(0)
+    make, shape = NOT_LINEAR[kind]
+    model = single(make(), init_weights=False).double()
+    model.add_adapter("second", HiraConfig(r=2, target_modules=["0"], init_weights=False))
+    model.double().base_model.set_adapter(active)
+    shrink(model)
+    layer = hira_layers(model)[0]
+    x = torch.tensor([[1, 2, 2], [0, 8, 1]]) if shape is None else torch.randn(shape, dtype=torch.float64)
+    x.requires_grad_(shape is not None)
+    factors = [p for p in model.parameters() if p.requires_grad]
+
+    def results():
+        y = model(x)
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        return y, *torch.autograd.grad(y, [x] * x.requires_grad + factors, dy)
+
+    expected, pefts = results(), type(layer)
+    assert accelerate_hira(model).taken == ("base_model.model.0",)
+    with monkeypatch.context() as patch:
+        patch.setattr(pefts, "forward", None)
+        assert len(factors) == 2 * len(active)
+        for found, wanted in zip(results(), expected, strict=True):
+            close(found, wanted, 1e-9)
+        copied = pickle.loads(pickle.dumps(model))
+        close(copied(x), expected[0], 1e-9)
+    with model.disable_adapter():
+        close(model(x), layer.base_layer(x), 0)
+    model.merge_adapter()
+    close(model(x), expected[0], 1e-9)
+    model.unmerge_adapter()
+    decelerate_hira(model)
+    assert type(layer) is pefts
+    assert all(map(torch.equal, results(), expected))
+
+
+def test_pefts_layer_computes_a_convolution_under_dropout():
+    model = single(nn.Conv2d(3, 4, 3), init_weights=False, hira_dropout=0.5)
+    x, found = torch.randn(1, 3, 5, 5), []
+    for change in (decelerate_hira, accelerate_hira):
+        change(model)
+        torch.manual_seed(1)
+        found.append(model(x))
+    assert torch.equal(*found)
 
 
 def test_copies_and_pickles_stay_accelerated(make_model, tokens, monkeypatch):

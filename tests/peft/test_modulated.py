@@ -335,41 +335,15 @@ def test_a_merged_folder_of_an_attention(tmp_path):
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
-def unet(diffusers):
-    blocks = {
-        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    }
-    model = diffusers.UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        attention_head_dim=4,
-        **blocks,
-    )
-    noisy = torch.randn(2, 3, 8, 8)
-    return model, ["conv1", "conv_shortcut", "to_q", "conv_in"], lambda model: model(noisy, 3).sample
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_the_diffusion_example(kind, tmp_path):
+    pytest.importorskip("diffusers", reason="the example needs it: pip install diffusers")
+    import diffusion
 
-
-def dit(diffusers):
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, norm_num_groups=4,
-        num_embeds_ada_norm=10,
-    )  # fmt: skip
-    given = {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([1, 7])}
-    given["class_labels"] = torch.tensor([3, 4])
-    targets = ["pos_embed.proj", "to_q", "class_embedder.embedding_table"]
-    return model, targets, lambda model: model(**given).sample
-
-
-@pytest.mark.parametrize("make", [unet, dit])
-def test_diffusers_models(make, tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="an extra of the tests")
-    torch.manual_seed(0)
-    model, targets, call = make(diffusers)
-    config = SMoAConfig(r=4, num_blocks=2, target_modules=targets)
-    trains_saves_loads_merges(model, config, call, tmp_path)
+    losses, error = diffusion.main(kind, tmp_path, steps=12)
+    assert losses[-1] < 0.9 * losses[0]
+    assert error < 1e-5
+    assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("targets", [["emb", "head"], ["emb"]])
@@ -426,13 +400,42 @@ def test_an_embedding_that_renorms_its_weight_is_refused_and_one_index_is_taken(
     assert adapt(nn.Sequential(nn.Embedding(9, 6)), target_modules=["0"])(torch.tensor(3)).shape == (6,)
 
 
-@pytest.mark.parametrize("kind", ["conv2d", "embedding"])
-def test_no_hira_adapter_is_written_of_what_is_not_linear(kind, tmp_path):
-    adapt(nn.Sequential(LAYERS[kind][0]()), target_modules=["0"], num_blocks=1).save_pretrained(
-        tmp_path / "a"
-    )
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "pointwise", "conv3d", "embedding"])
+def test_one_block_is_written_as_pefts_hira(kind, tmp_path):
+    base, x = made(kind)
+    ours = adapt(copy.deepcopy(base), num_blocks=1, smoa_alpha=10)
+    ours.save_pretrained(tmp_path / "smoa")
     with pytest.raises(
-        ValueError, match="0 is not linear, and only adapters of linear layers are written as HiRA"
+        ValueError, match=r"base must be given: .* 0 is not linear: HiRA's factors have shapes"
     ):
-        convert_adapter(tmp_path / "a", tmp_path / "hira")
+        convert_adapter(tmp_path / "smoa", tmp_path / "hira")
     assert not (tmp_path / "hira").exists()
+    (tmp_path / "base").mkdir()
+    save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")
+    assert convert_adapter(tmp_path / "smoa", tmp_path / "hira", tmp_path / "base") == "HiRA"
+    hira = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "hira")
+    close(hira(x), ours(x), 1e-9)
+    assert not torch.equal(hira(x), base(x))
+
+
+def test_an_attention_is_not_written_as_hira(tmp_path):
+    base, _ = made("attention")
+    adapt(copy.deepcopy(base), num_blocks=1).save_pretrained(tmp_path / "smoa")
+    (tmp_path / "base").mkdir()
+    save_file(base.state_dict(), tmp_path / "base" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"lacks 0\.attention\.in_proj\.weight of .* HiRA adapts convolutions and embeddings"
+    ):
+        convert_adapter(tmp_path / "smoa", tmp_path / "hira", tmp_path / "base")
+    assert not (tmp_path / "hira").exists()
+
+
+def test_a_configuration_that_is_handed_over_in_loading_stays_that_object(tmp_path):
+    base, x = made("conv2d")
+    model = adapt(copy.deepcopy(base))
+    model.save_pretrained(tmp_path)
+    config = SMoAConfig(r=5, target_modules=["0"])
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, config=config)
+    assert loaded.peft_config["default"] is config
+    assert config.not_linear == ["0"]
+    assert torch.equal(loaded(x), model(x))

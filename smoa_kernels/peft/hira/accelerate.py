@@ -2,6 +2,8 @@
 
     W_eff = W0 ∘ (1 + B A)     hira_B is B (N, r), hira_A is A (r, C)
 
+Of a convolution they are these in the shapes of convolutions; of an embedding hira_embedding_A is Bᵀ, and the other Aᵀ.
+
 An accelerated layer is PEFT's layer with its class replaced by a subclass with another `forward`. It adds no parameter
 or buffer, so state dict and files stay PEFT's. Where the operator cannot compute a call, `forward` calls PEFT's.
 """
@@ -10,24 +12,35 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from peft.tuners import hira
+from peft.tuners.hira import layer as hira_layers
 from peft.tuners.hira.layer import HiraLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
+from ...backends import resolve_backend
 from ...checks import check_kind
 from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
 from ...definition.precision import autocast_enabled
-from ...functional import adapted_linear
+from ...functional import adapted_linear, embedded_rows, modulated_convolution
+from ...layer_checks import matrix_shape
 from ..dequantize import read_weight
 from ..quantized import dequantized_linear
 from ..replaced import keep_packing
+
+# PEFT's classes, each with the classes whose forward its base layer must have.
+_NOT_LINEAR = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding
+_KINDS: dict[type, tuple[Any, ...]] = {getattr(hira_layers, kind.__name__): (kind,) for kind in _NOT_LINEAR}
+_KINDS[hira.Linear] = nn.Linear, Conv1D
+# PEFT looks up what HiRA adds without the base layer's options.
+_NO_OPTIONS = SimpleNamespace(padding_idx=None, scale_grad_by_freq=False, sparse=False)
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,9 @@ def accelerate_hira(model: nn.Module) -> HiraReport:
         >>> model = get_peft_model(model, HiraConfig(r=2, target_modules=["0", "1"]))
         >>> report = accelerate_hira(model)
         >>> report.taken
-        ('base_model.model.1',)
+        ('base_model.model.0', 'base_model.model.1')
         >>> report.left
-        {'base_model.model.0': 'its class is Embedding, not Linear'}
+        {}
         >>> decelerate_hira(model)
     """
     taken, left = [], {}
@@ -114,14 +127,18 @@ def _is_accelerated(layer: nn.Module) -> bool:
 def _obstacle(layer: Any, kind: type[nn.Module]) -> str | None:
     """Why a layer of one of PEFT's classes cannot be accelerated; None if it can."""
     is_quantized, base = kind.__module__ == "peft.tuners.hira.bnb", layer.base_layer
-    if kind is not hira.Linear and not is_quantized:
-        return f"its class is {kind.__qualname__}, not Linear"
+    if kind not in _KINDS and not is_quantized:
+        return f"its class is {kind.__qualname__}, which is none of {', '.join(each.__name__ for each in _KINDS)}"
     if "forward" in vars(layer):
         return "its forward was replaced, as accelerate's hooks do"
     if is_quantized:
         return None
-    if type(base) is not Conv1D and getattr(type(base), "forward", None) is not nn.Linear.forward:
-        return f"its base layer {type(base).__qualname__} may compute something else than a product"
+    if getattr(type(base), "forward", None) not in [plain.forward for plain in _KINDS[kind]]:
+        return f"its base layer {type(base).__qualname__} has a forward of its own"
+    if getattr(base, "padding_mode", "zeros") != "zeros":
+        return f"PEFT pads what HiRA adds with zeros, its base layer by padding_mode={base.padding_mode!r}"
+    if getattr(base, "max_norm", None) is not None:
+        return f"its base layer renormalises its weight (max_norm={base.max_norm})"
     if type(base.weight) not in (Tensor, nn.Parameter):
         return f"its base weight is a {type(base.weight).__qualname__}, not a plain tensor"
     return None
@@ -163,7 +180,7 @@ class Accelerated(_Layer):  # type: ignore[misc]
             return
         # Kept for later calls, so they must be ordinary tensors even if this call is in inference mode.
         with torch.inference_mode(False), _disable_current_modes():
-            block = _one_block(self.out_features, self.in_features, device)
+            block = _one_block(*matrix_shape(base), device)
             self._prepared = *block, {r: _rank(r, device) for r in self.r.values()}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,10 +189,10 @@ class Accelerated(_Layer):  # type: ignore[misc]
         return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute (..., C) -> (..., N), in x's dtype.
+        """Compute what PEFT's layer does; of a linear one (..., C) -> (..., N), in x's dtype.
 
         Args:
-            x: floating point, any leading dimensions.
+            x: as PEFT's layer takes it.
             args, kwargs: passed to the base layer; PEFT's forward computes a call that has any.
         """
         found = None if args or kwargs else self._active(x)
@@ -185,25 +202,37 @@ class Accelerated(_Layer):  # type: ignore[misc]
         base = self.base_layer
         if self.pefts_class is hira.Linear:
             return adapted_linear(x, base.bias, adapter, dropout_p=dropout_p)
+        if self.pefts_class is hira_layers.Embedding:
+            return embedded_rows(x, _NO_OPTIONS, base(x), adapter)
+        if self.pefts_class in _KINDS:
+            backend = resolve_backend("auto", x.device, base.weight.dtype, adapter.A.shape[0])
+            return modulated_convolution(x, base, adapter, backend)
         read = functools.partial(read_weight, resolve_quantization_backend(base), base)
         return dequantized_linear(x, base, read, adapter, dropout_p=dropout_p)
 
     def _active(self, x: Tensor) -> tuple[PackedAdapter, float] | None:
         """The sum of the active adapters and its dropout probability; None if PEFT's forward has to compute x."""
-        base, names = self.base_layer, [name for name in self.active_adapters if name in self.hira_A]
+        base, names = self.base_layer, [name for name in self.active_adapters if name in self.hira_dropout]
         if self._prepared is None or self.disable_adapters or self.merged or not names:
             return None
         (partition, scaling, ranks), weight = self._prepared, base.weight
-        As, Bs = [self.hira_A[name] for name in names], [self.hira_B[name] for name in names]
+        kind, is_embedding = self.pefts_class, self.pefts_class is hira_layers.Embedding
+        if is_embedding:
+            As, Bs = [self.hira_embedding_B[n].T for n in names], [self.hira_embedding_A[n].T for n in names]
+        else:
+            As, Bs = [self.hira_A[n].flatten(1) for n in names], [self.hira_B[n].flatten(1) for n in names]
         dropouts, dtypes = [self.hira_dropout[name] for name in names], {each.dtype for each in (*As, *Bs)}
         p = float(sum(each.p for each in dropouts if type(each) is nn.Dropout and each.training))
-        frozen = not weight.requires_grad and (weight.dtype == x.dtype or autocast_enabled(x))
+        dtype = weight.dtype if is_embedding else x.dtype  # x is an index
+        frozen = not weight.requires_grad and (weight.dtype == dtype or autocast_enabled(x))
+        most = len(names) if kind not in _KINDS or kind is hira.Linear else 0
         possible = (
             all(type(each) in (nn.Dropout, nn.Identity) for each in dropouts)
-            and (p == 0 or (p < 1 and len(names) == 1))  # of several, each draws a mask
-            and (len(dtypes) == 1 and dtypes <= {x.dtype, torch.float32})
+            # Of several, each draws a mask. PEFT computes convolutions under dropout, and ignores it in embeddings.
+            and (p == 0 or is_embedding or (p < 1 and most == 1))
+            and (len(dtypes) == 1 and dtypes <= {dtype, torch.float32})
             and weight.device == scaling.device == x.device
-            and (frozen or self.pefts_class is not hira.Linear)
+            and (frozen or kind not in _KINDS)
             # Hooks on the base layer run only if it is called.
             and not (base._forward_hooks or base._forward_pre_hooks)
             and not (base._backward_hooks or base._backward_pre_hooks)
@@ -211,14 +240,15 @@ class Accelerated(_Layer):  # type: ignore[misc]
         if not possible:
             return None
         A, B = (As[0], Bs[0]) if len(names) == 1 else (torch.cat(As), torch.cat(Bs, 1))
-        r, W0 = A.shape[0], weight.T if self.fan_in_fan_out else weight
+        r, W0 = A.shape[0], weight.T if getattr(self, "fan_in_fan_out", False) else weight
+        W0 = W0.flatten(1) if kind in _KINDS else W0
         rank = ranks[r] if r in ranks else _rank(r, A.device)  # newly made for a sum of several
         return PackedAdapter(W0, A, B, partition, rank, scaling, [r]), p
 
 
 @functools.cache
 def accelerated_class(kind: type[nn.Module]) -> type[Accelerated]:
-    """The class for layers of one of PEFT's HiRA classes: `hira.Linear`, or one over bitsandbytes' layers.
+    """The class for layers of one of PEFT's HiRA classes: of `peft.tuners.hira.layer`, or over bitsandbytes' layers.
 
     :func:`accelerate_hira` sets it on an existing layer; it is never constructed.
     """
@@ -229,6 +259,8 @@ def accelerated_class(kind: type[nn.Module]) -> type[Accelerated]:
 
 def __getattr__(name: str) -> Any:
     """Find these classes by name, for pickle."""
-    if name in ("AcceleratedLinear", "AcceleratedLinear8bitLt", "AcceleratedLinear4bit"):
-        return accelerated_class(getattr(hira, name.removeprefix("Accelerated")))
-    raise AttributeError(name)
+    plain = name.removeprefix("Accelerated")
+    kind = {each.__name__: each for each in _KINDS}.get(plain) or getattr(hira, plain, None)
+    if plain == name or not (isinstance(kind, type) and issubclass(kind, HiraLayer)):
+        raise AttributeError(name)
+    return accelerated_class(kind)

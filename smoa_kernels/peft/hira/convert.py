@@ -47,7 +47,8 @@ def convert_adapter(
     Args:
         folder: the adapter, as `save_pretrained` wrote it.
         out: another folder, made where there is none.
-        base: folder of HiRA's base model, whose weights are sketched; the one that the adapter names when None.
+        base: folder of the base model; the one that the adapter names when None. It is read to sketch its weights for
+            SMoA, and for the shapes of convolutions and embeddings, to HiRA.
         progress: called with the number of sketched layers, and of all layers.
 
     Returns:
@@ -56,8 +57,8 @@ def convert_adapter(
     Raises:
         TypeError: an argument is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, the base lacks a layer, or there is no
-            counterpart, such as more than one block, ranks that differ, experts and biases; or of layers that are not
-            linear, in either. Nothing was written.
+            counterpart, such as more than one block, ranks that differ, experts and biases; or a HiRA adapter of
+            layers that are not linear. Nothing was written.
 
     Example:
         >>> from peft import HiraConfig, get_peft_model
@@ -75,7 +76,7 @@ def convert_adapter(
     adapter = read_adapter(source, (HIRA, METHOD))
     settings = {name: adapter.config[name] for name in _SHARED if name in adapter.config}
     config, state = (
-        _to_smoa(adapter, settings, base, progress) if adapter.is_hira else _to_hira(adapter, settings)
+        _to_smoa(adapter, settings, base, progress) if adapter.is_hira else _to_hira(adapter, settings, base)
     )
     with replacing(target) as scratch:
         tensors = {PREFIX + key: tensor.contiguous() for key, tensor in state.items()}
@@ -93,14 +94,8 @@ def _to_smoa(
             name: adapter.config[name] for name in ("hira_dropout", "init_weights") if name in adapter.config
         }
         given = HiraConfig(**settings, **own)
-    named = given.base_model_name_or_path
-    if base is None and (named is None or not Path(named).is_dir()):
-        raise ValueError(
-            f"base must be given: the adapter names {named!r}, which is no folder, as its base model, and an SMoA "
-            "adapter holds a sketch of its base weights"
-        )
-    check_path("base", base or named)
-    bases, state = BaseModel(Path(base or named)), adapter.whole
+    state = adapter.whole
+    bases = _base_model(adapter, base, "an SMoA adapter holds a sketch of its base weights")
     for done, (name, layer) in enumerate(adapter.layers.items()):
         progress(done, len(adapter.layers))
         stored, shape = bases.get(f"{name}.weight"), layer.shape
@@ -123,12 +118,25 @@ def _to_smoa(
     return config, state
 
 
-def _to_hira(adapter: Adapter, settings: dict[str, Any]) -> tuple[HiraConfig, dict[str, Tensor]]:
-    config, state = adapter.settings, adapter.whole
+def _base_model(adapter: Adapter, base: str | os.PathLike[str] | None, why: str) -> BaseModel:
+    if base is None:
+        named = adapter.config.get("base_model_name_or_path")
+        if named is None or not Path(named).is_dir():
+            raise ValueError(
+                f"base must be given: the adapter names {named!r}, which is no folder, as its base model, and {why}"
+            )
+        return BaseModel(Path(named))
+    check_path("base", base)
+    return BaseModel(Path(base))
+
+
+def _to_hira(
+    adapter: Adapter, settings: dict[str, Any], base: str | os.PathLike[str] | None
+) -> tuple[HiraConfig, dict[str, Tensor]]:
+    config, state, not_linear = adapter.settings, adapter.whole, adapter.settings.not_linear or ()
+    bases: BaseModel | None = None
     if config.bias != "none":
         raise ValueError(f"bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
-    for name in config.not_linear or ():
-        raise ValueError(f"{name} is not linear, and only adapters of linear layers are written as HiRA's")
     for name, layer in adapter.layers.items():
         if layer.of_experts:
             raise ValueError(f"{name}: experts have no counterpart in HiRA, which adapts linear layers")
@@ -141,8 +149,22 @@ def _to_hira(adapter: Adapter, settings: dict[str, Any]) -> tuple[HiraConfig, di
                 f"{name}: the rank {rank} beside r={config.r} has no counterpart in HiRA: PEFT gives every plain layer "
                 "the same rank, whatever rank_pattern says"
             )
-        state[f"{name}.hira_A"] = of_columns(layer.A, layer.group_size, layer.shape[-1])
-        state[f"{name}.hira_B"] = layer.B * float(layer.scaling)
+        A, B = of_columns(layer.A, layer.group_size, layer.shape[-1]), layer.B * float(layer.scaling)
+        infix = ""
+        if name in not_linear:
+            why = f"{name} is not linear: HiRA's factors have shapes of the base weight"
+            bases = bases or _base_model(adapter, base, why)
+            W0 = bases.get(f"{name}.weight")
+            if W0 is None or tuple(W0.flatten(1).shape) != layer.shape:
+                raise ValueError(
+                    f"the base model in {bases.folder} lacks {name}.weight of {layer.shape}: of layers that are not "
+                    "linear HiRA adapts convolutions and embeddings"
+                )
+            if W0.ndim == 2:
+                infix, A, B = "embedding_", B.T, A.T
+            else:
+                A, B = A.view(-1, *W0.shape[1:]), B.view(*B.shape, *[1] * (W0.ndim - 2))
+        state |= {f"{name}.hira_{infix}A": A, f"{name}.hira_{infix}B": B}
     settings |= {"r": config.r, "hira_dropout": config.smoa_dropout, "init_weights": config.init_weights}
     with naming(adapter.path.with_name(CONFIG_NAME)):
         return HiraConfig(**settings), state
