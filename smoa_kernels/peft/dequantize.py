@@ -121,23 +121,31 @@ def group_size_of(model: nn.Module) -> int:
     """How many adjacent columns share a scale in a quantised model, by its configuration.
 
     Raises:
-        ValueError: the model is not quantised so.
+        ValueError: the model is not quantised so, or its groups are not of adjacent columns.
     """
     given: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     settings = given.to_dict() if hasattr(given, "to_dict") else dict(given or {})
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
     sizes: set[int | None] = set()
+    permuted: Any = False
     if method == "bitsandbytes" and settings.get("load_in_4bit"):
         sizes = {64}
     elif method in ("gptq", "awq"):
         sizes = {settings.get("group_size")}
+        permuted = settings.get("desc_act") and not settings.get("static_groups")
     elif method == "compressed-tensors":
         weights = [group["weights"] for group in settings.get("config_groups", {}).values()]
         sizes = {each.get("group_size") for each in weights if each.get("strategy") in ("group", "channel")}
+        permuted = any(each.get("actorder") in ("group", "dynamic") for each in weights)
     if len(sizes) != 1:
         raise ValueError(
             'group_size="base" takes a model whose weights share scales by groups of columns: bitsandbytes (4 bits), '
             f"GPTQ, AWQ or compressed-tensors, got {method} with groups of {sorted(map(str, sizes))}"
         )
     (size,) = sizes
+    if permuted and size is not None and size > 0:
+        raise ValueError(
+            'group_size="base" takes groups of adjacent columns, and in act-order each layer of the base has groups of '
+            'its own (g_idx): quantise without desc_act, or compressed-tensors with actorder="weight"'
+        )
     return MOST_COORDINATES if size is None or size < 1 else size  # a scale for each row
