@@ -36,7 +36,7 @@ def quantize(weight: Tensor, bits: str) -> QuantizedWeight:
 
 def quantize_layers(model: nn.Module, pattern: str, bits: str) -> dict[nn.Module, QuantizedWeight]:
     """Give the linear layers whose names match the values of their quantised weights, which are returned."""
-    found = {}
+    found: dict[nn.Module, QuantizedWeight] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and re.fullmatch(pattern, name):
             found[layer] = quantize(layer.weight, bits)
@@ -85,5 +85,6 @@ def merge(model: nn.Module, layers: Mapping[nn.Module, QuantizedWeight], bits: s
         else:
             new = old._replace(scales=rescale(old, multiplier, old.groups).scales)
         layer.weight.data = new.dequantize()
-    if hasattr(model, "base_model"):  # PEFT's
-        model.base_model.disable_adapter_layers()
+    tuner: Any = getattr(model, "base_model", None)
+    if tuner is not None:  # PEFT's
+        tuner.disable_adapter_layers()
