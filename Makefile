@@ -49,7 +49,7 @@ sanitized = for limit in SANITIZED=1 ATEN_CPU_CAPABILITY=avx2; do env SANITIZED=
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe four-bits main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-tritons test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe \
+.PHONY: help finetune finetune-moe four-bits main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-tritons test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe quality-four-bits \
         quality-smoke gpu gpu-smoke gpu-dry-run audit audit-newest $(addprefix audit-,$(TRITONS)) emulate emulate-smoke emulate-amd emulate-cpu emulate-cpu-smoke arm-tools emulate-arm emulate-arm-smoke sanitize sanitize-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -243,6 +243,11 @@ quality: $(BIN)/.dev ## run one task of the quality study: make quality TASK=tre
 
 quality-moe: ## the same for LoRA and SMoA on the experts of a tiny model with random weights
 	$(MAKE) quality TASK=experts ARGS='--method none --method LoRA --method "SMoA K=4, r=32" --method "contiguous K=4, r=32"'
+
+quality-four-bits: $(BIN)/.dev ## the same over models in four bits, before and after merging: make quality-four-bits TASK=trec6
+	for bits in int4 NF4; do $(BIN)/python -m benchmarks.quality run --task $(or $(TASK),trec50) --sweep $$bits --rate 0.002 --rate 0.005 --rate 0.01 \
+		$(ARGS) || exit 1; done
+	$(BIN)/python -m benchmarks.quality report
 
 # Newer versions of pip refuse bigbench because of a dependency that is not needed here.
 quality-data: $(BIN)/.dev ## install the data of the multiple-choice tasks (86 MB, and 358 MB for siqa)

@@ -80,7 +80,7 @@ def section(runs: list[Run]) -> str:
     summaries = {name: job["summary"] for name, job in jobs.items()}
     rows = _job_rows(own, summaries)
     rows += [row for run in runs if not run.on_gpu for row in _rows(run)]
-    rows.append(_serving_row())
+    rows += [_serving_row(), _four_bits_row()]
     processors = [row[0].partition(",")[0] for row in rows]  # those of one processor together
     rows.sort(key=lambda row: processors.index(row[0].partition(",")[0]))
     return paragraphs(
@@ -121,6 +121,19 @@ def _serving_row() -> tuple[str, ...]:
     return (where, "a token from vLLM, over merged", *figures)
 
 
+def _four_bits_row() -> tuple[str, ...]:
+    """From the quality study: SMoA's adapter and LoRA's, after merging into a model in four bits."""
+    from .quality.analysis import Study
+    from .quality.report import FOUR_BITS_IN_README, MERGED, percent
+    from .quality.store import read
+
+    study, (task, *methods) = Study(read(RESULTS / "quality.jsonl")), FOUR_BITS_IN_README
+    machine = study.finals(task, methods[0])[0]["machine"]
+    where = f"{_processor(machine['device'])}, {machine['threads']} thread"
+    cells = (percent(study.mean(task, method, MERGED)) for method in methods)
+    return (where, "accuracy merged into int4, %", *cells, "–")
+
+
 def _processor(device: str) -> str:
     return PROCESSORS.get(device, device)
 
@@ -142,7 +155,8 @@ def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
         f"questions, untrained {_percent(before)}; ± is one standard error. Layers (2048 tokens, 2048×2048, r=16) and "
         "steps (512 tokens): spectral, K=4; slower at K=2, faster with contiguous blocks. LoRA and HiRA are PEFT's, "
         "in vLLM's row "
-        "[vLLM's and ours](docs/serving.md#what-it-costs). "
+        "[vLLM's and ours](docs/serving.md#what-it-costs). Int4: TREC-50, MiniLM, K=1, "
+        "[few seeds](benchmarks/results/quality.md#four-bits). "
         f"All tables: {pages}."
     )
 

@@ -87,6 +87,7 @@ MOST_WORDS = {
     "docs/choosing.md": 1_200,
     "docs/cpu.md": 1_000,
     "docs/experts.md": 1_000,
+    "docs/four_bits.md": 500,
     "docs/gpu.md": 1_500,
     "docs/numerics.md": 1_300,
     "docs/peft.md": 1_000,

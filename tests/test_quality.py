@@ -9,11 +9,13 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from questions import same_text
 
 from benchmarks.quality import data, store
 from benchmarks.quality.__main__ import RECORDS
 from benchmarks.quality.analysis import Study, differences, mean_of, t_quantile
+from benchmarks.quality.four_bits import INT4, NF4, merge, quantize, quantize_layers
 from benchmarks.quality.methods import BY_NAME, LADDER
 from benchmarks.quality.report import EQUALS, LORA, page
 from benchmarks.quality.study import best_rate, rate_beyond
@@ -90,3 +92,28 @@ def test_splits_are_disjoint(name: str) -> None:
     assert all(map(len, prompts))
     assert sum(map(len, prompts)) == len(set.union(*prompts))
     assert {q.answer for q in splits.test} <= {q.answer for q in splits.train}
+
+
+def test_nf4_is_that_of_bitsandbytes() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional", reason="not installed")
+    weight = torch.randn(32, 128)
+    theirs = functional.dequantize_4bit(*functional.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
+    assert torch.equal(quantize(weight, NF4).dequantize(), theirs)
+
+
+@pytest.mark.parametrize("name", ["SMoA K=2 over int4", "scales over int4", "LoRA over int4"])
+def test_merging_into_four_bits(name: str) -> None:
+    """What multiplies scales loses their rounding alone; what is added loses a part."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(128, 64)), torch.randn(16, 128)
+    layers = quantize_layers(model, "0", INT4)
+    (layer, old), method = *layers.items(), BY_NAME[name]
+    adapted = method.adapt(model, {"target_modules": "0"}, seed=0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.01 * torch.randn_like(parameter)
+        y0, y = torch.nn.functional.linear(x, old.dequantize(), layer.bias), adapted(x)
+        merge(adapted, layers, INT4)
+        lost = float((adapted(x) - y).norm() / (y - y0).norm())
+    assert lost > 0.2 if method.kind == "lora" else lost < 0.05

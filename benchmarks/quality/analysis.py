@@ -86,19 +86,23 @@ class Study:
         runs = [r for r in self.records if (r["task"], r["method"], r["stage"]) == (task, method, "final")]
         return [run for run in runs if rate is None or run["lr"] == rate]
 
-    def accuracies(self, task: str, method: str) -> dict[int, float]:
-        """Test accuracy by seed."""
-        return {run["seed"]: run["accuracy"] for run in self.finals(task, method)}
+    def accuracies(self, task: str, method: str, field: str = "accuracy") -> dict[int, float]:
+        """Test accuracy by seed, or another field."""
+        return {run["seed"]: run[field] for run in self.finals(task, method)}
 
-    def mean(self, task: str, method: str) -> Mean | None:
-        """Mean test accuracy over the seeds."""
-        found = self.accuracies(task, method)
+    def mean(self, task: str, method: str, field: str = "accuracy") -> Mean | None:
+        """Mean test accuracy over the seeds, or of another field."""
+        found = self.accuracies(task, method, field)
         return mean_of(list(found.values())) if found else None
 
-    def difference(self, ours: str, theirs: str, tasks: Sequence[Task]) -> Mean | None:
+    def difference(
+        self, ours: str, theirs: str, tasks: Sequence[Task], fields: Sequence[str] = ("accuracy", "accuracy")
+    ) -> Mean | None:
         """Mean over tasks of their mean differences, seed by seed; None unless both were run on each of the tasks."""
         groups = [
-            differences(self.accuracies(task.name, ours), self.accuracies(task.name, theirs))
+            differences(
+                *(self.accuracies(task.name, *each) for each in zip((ours, theirs), fields, strict=True))
+            )
             for task in tasks
         ]
         return mean_of(*groups) if groups and all(groups) else None

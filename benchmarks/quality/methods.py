@@ -17,7 +17,9 @@ from smoa_kernels import BlockPartition
 from smoa_kernels.peft import SMoAConfig
 from smoa_kernels.peft.layer import SMoALayer
 
-Kind = Literal["none", "lora", "hira", "smoa"]
+from .four_bits import GROUP, INT4, NF4, free_scales
+
+Kind = Literal["none", "lora", "hira", "smoa", "scales"]
 RANK = 8
 # Every method tries these; if the best is at an end, the search goes on along the ladder (`study.Slice.search`).
 LEARNING_RATES = (2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1)
@@ -43,6 +45,8 @@ class Method:
         as_large: whether to raise r until these modules have as many parameters as ``r`` gives all modules.
         rate_of: the method whose learning rate is taken; None to search for its own.
         times: factor of that rate.
+        bits: the adapted layers are quantised so, see `four_bits.quantize`; "" for float32.
+        group_size: as in SMoAConfig.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Method:
     as_large: bool = False
     rate_of: str | None = None
     times: float = 1.0
+    bits: str = ""
+    group_size: int = 1
 
     @property
     def base(self) -> str:
@@ -85,11 +91,14 @@ class Method:
             adapted: nn.Module = get_peft_model(model, LoraConfig(**shared, lora_alpha=alpha))
         elif self.kind == "hira":
             adapted = get_peft_model(model, HiraConfig(**shared))
+        elif self.kind == "scales":
+            adapted = free_scales(model, targets["target_modules"])
         else:
             blocks: dict[str, Any] = {
                 "num_blocks": self.num_blocks,
                 "block_order": self.block_order,
                 "granule": self.granule,
+                "group_size": self.group_size,
             }
             if self.kappa:
                 blocks["use_lora_rate"] = True
@@ -163,11 +172,26 @@ MODULES = tuple(
     replace(base, name=f"{base.name}, {modules}{', as large' * large}", modules=modules, as_large=large)
     for base in (_LORA, _SMOA) for large in (False, True) for modules in ("query and value", "attention", "MLP")
 )  # fmt: skip
+# Over a model in four bits, and merged into it. The first method's rate is LoRA's.
+FOUR_BITS = {
+    bits: (
+        Method(f"LoRA over {bits}", "lora", bits=bits),
+        *(
+            Method(f"SMoA K={k} over {bits}{rate}", "smoa", num_blocks=k, kappa=3 * k, bits=bits, group_size=GROUP,
+                   rate_of=f"LoRA over {bits}" if rate else None)
+            for rate in ("", ", LoRA's rate") for k in (1, 2)
+        ),
+        Method(f"LoRA over {bits}, r=4", "lora", r=4, bits=bits),
+        Method(f"scales over {bits}", "scales", r=0, bits=bits, group_size=GROUP),
+    )
+    for bits in (INT4, NF4)
+}  # fmt: skip
 # K=4 and 8 at LoRA's size are a sweep of their own: without them a task's slice stays below 30 minutes of two cores.
 _LARGE = tuple(method for method in METHODS if method.r > 2 * RANK)
 _COMPARED = tuple(method for method in METHODS if method not in _LARGE)
 SWEEPS = {"methods": _COMPARED, "larger": _LARGE, "alpha": SCALINGS, "rank": RANKS, "modules": MODULES}
 SWEEPS |= {"lora-rate": AT_LORAS, "steady": STEADY}
+SWEEPS |= FOUR_BITS
 BY_NAME = {method.name: method for sweep in SWEEPS.values() for method in sweep}
 # The spectral method of each random one, its ablation.
 ABLATIONS = {"random K=2": "SMoA K=2", "random K=4, r=32": "SMoA K=4, r=32"}

@@ -11,9 +11,9 @@ from ..results import write
 from ..tables import paragraphs, table
 from . import plots, store
 from .analysis import Mean, Study
-from .methods import ABLATIONS, BY_NAME, LEADING, LEARNING_RATES, ORDERS, SWEEPS
+from .methods import ABLATIONS, BY_NAME, FOUR_BITS, LEADING, LEARNING_RATES, ORDERS, SWEEPS
 from .study import best_rate
-from .tasks import EXPERTS, MINILM, SMOLLM2, Task
+from .tasks import EXPERTS, MINILM, SMOLLM2, TASKS, Task
 
 TEMPLATE = Path(__file__).with_name("page.md")
 LORA, LORA_HALF, HALF = "LoRA", "LoRA, r=4", "SMoA K=2"
@@ -40,6 +40,9 @@ AT_LORAS = [
     if other in BY_NAME
 ]
 SPIKE = 1.5  # a spike is a loss above this multiple of the mean of the first ten
+FOUR_BITS_TASKS = ("trec50", "films", "opinions", "trec6")
+MERGED = "merged_accuracy"
+FOUR_BITS_IN_README = ("trec50", "SMoA K=1 over int4, LoRA's rate", "LoRA over int4")
 ENOUGH = 3  # tasks of five; the goal was set before there was a sixth
 
 
@@ -94,6 +97,9 @@ def page(study: Study) -> str:
         "rates": ", ".join(f"{rate:g}" for rate in LEARNING_RATES),
         "chosen": chosen(study),
         **{name: variations(study, study.tasks, variants(name)) for name in ("alpha", "rank", "modules")},
+        "four_bits_done": four_bits_done(study),
+        "four_bits_goals": four_bits_goals(study),
+        "four_bits": four_bits(study),
         "costs": paragraphs(*(costs(study, task) for task in study.tasks)),
     }
     sections = TEMPLATE.read_text(encoding="utf-8").split("\n## ")
@@ -314,6 +320,66 @@ def steady(study: Study) -> str:
         accuracy = sum(run["accuracy"] for run in (*short, *long)) / max(1, len(short) + len(long))
         rows += [(method.name, *shares, f"{100 * accuracy:.1f}")] if short or long else []
     return table(("method", "spiked in 60 steps", "in 180", "accuracy of all, %"), rows)
+
+
+def four_bits_done(study: Study) -> str:
+    """One row a format, one column a task: how many of the methods and seeds have been run."""
+    rows = []
+    for bits, methods in FOUR_BITS.items():
+        cells = []
+        for task in FOUR_BITS_TASKS:
+            seeds = [len(study.finals(task, method.name)) for method in methods]
+            run = [count for count in seeds if count]
+            some = " to ".join(map(str, sorted({min(run), max(run)}))) if run else ""
+            cells.append(f"{len(run)} of {len(seeds)} methods, {some} seeds" if run else "not run")
+        rows.append((bits, *cells))
+    return table(("base", *(TASKS[task].title for task in FOUR_BITS_TASKS)), rows) if four_bits(study) else ""
+
+
+def four_bits_goals(study: Study) -> str:
+    """SMoA, merged, against LoRA merged and beside the base, over the tasks that were run."""
+    lines = []
+    for lora, *others in FOUR_BITS.values():
+        for ours in (method.name for method in others if method.kind == "smoa"):
+            tasks = [t for t in study.tasks if study.difference(ours, lora.name, [t])]
+            pairs = (("LoRA merged", MERGED, 1.5), ("LoRA beside the base", "accuracy", -1.0))
+            for theirs, field, goal in pairs if tasks else ():
+                mean = study.difference(ours, lora.name, tasks, (MERGED, field))
+                assert mean is not None  # both were run on these
+                verdict = "met" if 100 * mean.value >= goal else "missed"
+                if len(tasks) < len(FOUR_BITS_TASKS):
+                    verdict = f"one for {len(FOUR_BITS_TASKS)} tasks and stays open"
+                where = ", ".join(task.title for task in tasks)
+                lines.append(
+                    f"- {ours}, merged, minus {theirs}: {points(mean)} points on {where}. The goal of {goal:+.1f} or "
+                    f"more is {verdict}."
+                )
+    return "\n".join(lines)
+
+
+def four_bits(study: Study) -> str:
+    """One row a task and method over a base in four bits: beside it and merged, and differences seed by seed."""
+    rows = []
+    for (lora, *_), task in ((methods, task) for methods in FOUR_BITS.values() for task in study.tasks):
+        for name in (method.name for method in FOUR_BITS[lora.bits]):
+            if before := study.mean(task.name, name):
+                lost = study.difference(name, name, [task], (MERGED, "accuracy"))
+                pairs = [study.difference(name, lora.name, [task], (MERGED, f)) for f in (MERGED, "accuracy")]
+                rows.append(
+                    (
+                        *(task.title, name, f"{study.average(task.name, name, 'parameters'):,.0f}"),
+                        *(
+                            f"{best_rate(study.records, task.name, name):g}",
+                            f"{before.seeds}",
+                            percent(before),
+                        ),
+                        *(percent(study.mean(task.name, name, MERGED)), points(lost)),
+                        *("–" if name == lora.name else points(pair) for pair in pairs),
+                    )
+                )
+    against = ("merged − LoRA merged", "merged − LoRA beside")
+    run = ("parameters", "learning rate", "seeds", "beside the base", "merged", "merged − beside", *against)
+    return table(("task", "method", *run), rows)
 
 
 def costs(study: Study, task: Task) -> str:

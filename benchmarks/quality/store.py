@@ -15,10 +15,14 @@ from ..machine import commit, describe
 # so that a run is repeated if they change. The first fields are the same in all runs of a task, the second in all runs
 # of a method on a task.
 OF_A_TASK = ("steps", "batch_size", "layers", "dtype", "data", "head_lr")
-OF_A_METHOD = ("r", "num_blocks", "random", "scaling", "kappa", "modules", "block_order", "granule")
+OF_A_METHOD = (
+    *("r", "num_blocks", "random", "scaling", "kappa", "modules", "block_order", "granule"),
+    *("bits", "group_size"),
+)
 KEY = ("task", "method", "stage", "lr", "seed", *OF_A_TASK, *OF_A_METHOD)
 # Values for records from before these fields existed.
 BEFORE = {"scaling": 1.0, "kappa": 0.0, "modules": "all", "block_order": "spectral", "granule": 1}
+BEFORE |= {"bits": "", "group_size": 1}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from training import schedule, shuffled
 
 from . import data, store
+from .four_bits import merge, quantize_layers
 from .methods import BY_NAME, LADDER, Method, update_spectrum
 from .models import CutModel
 from .tasks import TASKS, Task
@@ -131,11 +132,13 @@ def train_and_judge(
     train: Sequence[Question],
     judged_on: Sequence[Question],
 ) -> dict[str, Any]:
-    """Adapt, train and judge; a loss that is not finite ends the training, and the model is judged as it is."""
+    """Adapt, train and judge, in four bits again after merging; a loss that is not finite ends the training, and the
+    model is judged as it is."""
     begin = time.process_time()
     base = cut.fresh(seed)
     head = list(base.head.parameters()) if cut.new_head else []
     method = method.sized(base, cut.targets)
+    layers = quantize_layers(base, cut.targets[method.modules], method.bits) if method.bits else {}
     model = cut.adapt(method, base, seed)
     adapter = [p for p in model.parameters() if p.requires_grad]
     for parameter in head:
@@ -164,7 +167,7 @@ def train_and_judge(
             if not torch.isfinite(loss):
                 break
     right, evaluation_loss = judge(cut, model, judged_on)
-    return {
+    result = {
         "right": right,
         "questions": len(judged_on),
         "accuracy": right / len(judged_on),
@@ -178,6 +181,11 @@ def train_and_judge(
         "seconds": time.process_time() - begin,
         **update_spectrum(model),
     }
+    if layers:
+        merge(model, layers, method.bits)
+        right, result["merged_loss"] = judge(cut, model, judged_on)
+        result |= {"merged_right": right, "merged_accuracy": right / len(judged_on)}
+    return result
 
 
 @torch.no_grad()

@@ -52,9 +52,7 @@ class GgufFile:
             kind = values["general.architecture"]
             architecture = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
             self._names: Any = gguf.get_tensor_name_map(architecture, int(values[f"{kind}.block_count"]))
-        except FileNotFoundError:
-            raise
-        except (KeyError, IndexError, OSError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is truncated or no GGUF file of a known model: {error!r}") from error
         if values.get("split.count", 0) > 1 or reader.byte_order != "I":
             raise ValueError(

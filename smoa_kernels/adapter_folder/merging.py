@@ -166,12 +166,10 @@ def _gguf_to_folder(
     if given.whole:
         raise ValueError(f"the adapter changes {min(given.whole)}, and in a GGUF file only scales can change")
 
-    def changes(file: GgufFile) -> list[Rescaling]:
-        found = []
+    def changes(file: GgufFile) -> Iterator[Rescaling]:
         for name, layer in given.layers.items():
             with naming(name):
-                found.append(Rescaling(f"{name}.weight", file.layer(name), layer))
-        return found
+                yield Rescaling(f"{name}.weight", file.layer(name), layer)
 
     for change in changes(GgufFile(base)):
         change.read()

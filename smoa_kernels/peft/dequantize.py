@@ -45,16 +45,17 @@ def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | Non
     A ValueError says that nothing here knows how to read a weight of 8 bits or fewer. `kwargs` are those of PEFT's
     `resolve_quantization_backend`.
     """
-    backend = resolve_quantization_backend(base, **kwargs)
+    packed = next((name for name in ("weight_packed", "qweight") if hasattr(base, name)), None)
+    backend = None if packed else resolve_quantization_backend(base, **kwargs)
     if backend is not None:
         return backend
     weight = base._parameters.get("weight")
     if type(base) is FP8Linear and weight is not None and weight.dtype == torch.float8_e4m3fn:
         return Float8Backend("FP8Linear")
-    if weight is not None and weight.itemsize < 2:
+    if held := packed or (weight is not None and weight.itemsize < 2 and weight.dtype):
         raise ValueError(
-            f"the weight of {type(base).__name__} is {weight.dtype}, which SMoA reads in FP8Linear of transformers "
-            "and in layers of bitsandbytes and torchao: load the model with dequantize=True"
+            f"the weight of {type(base).__name__} is {held}, which SMoA reads in FP8Linear of transformers and in "
+            "layers of bitsandbytes and torchao: load with dequantize=True, or the model that was quantised"
         )
     return None
 
@@ -121,23 +122,27 @@ def group_size_of(model: nn.Module) -> int:
     """How many adjacent columns share a scale in a quantised model, by its configuration.
 
     Raises:
-        ValueError: the model is not quantised so.
+        ValueError: the model is not quantised so, or its groups are not of adjacent columns.
     """
     given: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     settings = given.to_dict() if hasattr(given, "to_dict") else dict(given or {})
     method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
-    sizes: set[int | None] = set()
+    weights: list[dict[str, Any]] = []
     if method == "bitsandbytes" and settings.get("load_in_4bit"):
-        sizes = {64}
+        weights = [{"group_size": 64}]
     elif method in ("gptq", "awq"):
-        sizes = {settings.get("group_size")}
+        order = settings.get("desc_act") and not settings.get("static_groups")
+        weights = [{"group_size": settings.get("group_size"), "actorder": "group" if order else None}]
     elif method == "compressed-tensors":
         weights = [group["weights"] for group in settings.get("config_groups", {}).values()]
-        sizes = {each.get("group_size") for each in weights if each.get("strategy") in ("group", "channel")}
-    if len(sizes) != 1:
+        weights = [each for each in weights if each.get("strategy") in ("group", "channel")]
+    sizes = {each.get("group_size") or -1 for each in weights}  # without one there is a scale for each row
+    ordered = sizes != {-1} and any(each.get("actorder") in ("group", "dynamic") for each in weights)
+    if len(sizes) != 1 or ordered:
+        found = f"{sorted(sizes)} columns{' in act-order' * ordered}"
         raise ValueError(
-            'group_size="base" takes a model whose weights share scales by groups of columns: bitsandbytes (4 bits), '
-            f"GPTQ, AWQ or compressed-tensors, got {method} with groups of {sorted(map(str, sizes))}"
+            'group_size="base" takes a model whose weights share scales by groups of adjacent columns: bitsandbytes '
+            f"(4 bits), GPTQ, AWQ or compressed-tensors, got {method} with groups of {found}"
         )
     (size,) = sizes
-    return MOST_COORDINATES if size is None or size < 1 else size  # a scale for each row
+    return MOST_COORDINATES if size < 1 else size

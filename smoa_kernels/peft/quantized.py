@@ -98,10 +98,8 @@ def rescale(layer: Any, adapters: Sequence[Adapter]) -> nn.Module | None:
     weight: Any = getattr(layer._stored_layer[0] if layer._stored_layer else base, "weight", None)
     state: Any = getattr(weight, "quant_state", None)
     size, columns = getattr(state, "blocksize", 0), layer.in_features
-    exact = (
-        all(one.group_size % size == 0 or one.group_size >= columns for one in adapters) if size else False
-    )
-    if not exact or columns % size:
+    groups = [one.group_size for one in adapters]
+    if not size or columns % size or any(each % size and each < columns for each in groups):
         return None
     functional, before = importlib.import_module("bitsandbytes.functional"), _twin(base)
     multiplier = torch.ones(layer.out_features, columns // size, device=state.absmax.device)

@@ -249,5 +249,6 @@ def write_adapter(folder, weights, size=GROUP, scale=0.05):
         "smoa_alpha": 2 * blocks * scale,
     }
     config |= {"num_blocks": blocks, "block_order": "contiguous", "group_size": size}
+    config["target_modules"] = sorted({name.rpartition(".")[2] for name in weights})
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return multipliers

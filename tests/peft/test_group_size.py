@@ -13,6 +13,12 @@ from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.peft import SMoAConfig, dequantize, hotswap, merge_to_folder
 
+
+def packed(**settings):
+    weights = {"num_bits": 4, "strategy": "group", "group_size": 8, **settings}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+
+
 GROUPED = {"group_size": 8, "num_blocks": 2}
 
 
@@ -63,6 +69,32 @@ def test_the_groups_of_the_base(quantizable, tmp_path):
         assert layer.smoa["grouped"].A.shape[1] == -(-layer.in_features // 64)
     with pytest.raises(ValueError, match='group_size="base" takes a model whose weights share scales'):
         adapt(tiny_llama(), group_size="base", num_blocks=1)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({**GPTQ, "group_size": 8}, 8),
+        ({**GPTQ, "group_size": 8, "desc_act": True}, None),
+        ({**GPTQ, "group_size": 8, "desc_act": True, "static_groups": True}, 8),
+        ({**GPTQ, "group_size": -1, "desc_act": True}, 2**31 - 1),
+        (packed(actorder="group"), None),
+        (packed(actorder="weight"), 8),
+    ],
+)
+def test_groups_that_are_not_of_adjacent_columns_are_refused_before_training(settings, expected):
+    base = tiny_llama()
+    base.config.quantization_config = settings
+    if expected is None:
+        with pytest.raises(
+            ValueError, match=r"of adjacent columns.* with groups of \[8\] columns in act-order"
+        ):
+            adapt(base, group_size="base", num_blocks=1)
+    else:
+        assert adapt(base, group_size="base", num_blocks=1).peft_config["default"].group_size == expected
 
 
 @torch.no_grad()

@@ -10,12 +10,16 @@ from adapted import assert_refused, close, logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_bases import FORMATS, LAYERS, edit_json, small_llama, write_adapter, write_base, write_gguf
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
+from smoa_kernels.adapter import Adapter
 from smoa_kernels.adapter_folder import quantized, quantized_formats
+from smoa_kernels.backends import eager
 from smoa_kernels.cli import main
+from smoa_kernels.definition.block_rule import BLOCK_ORDERS, BlockRule
 from smoa_kernels.peft import merge_to_folder, merged_weights
 
 every_format = pytest.mark.parametrize("kind", FORMATS)
@@ -90,7 +94,7 @@ def equal(first, second):
 @settings(max_examples=15)
 @given(data=st.data())
 def test_a_weight_times_its_multiplier(kind, data):
-    """Over shapes, groups, and adapters whose groups are several of the base's."""
+    """Over shapes, groups, blocks, ranks, and adapters whose groups are several of the base's."""
     size = data.draw(st.sampled_from([8, 16, 64]))
     each = data.draw(st.integers(1, 2))  # groups of the base in one of the adapter
     rows, cols = 8 * data.draw(st.integers(1, 5)), size * each * data.draw(st.integers(1, 4))
@@ -99,8 +103,14 @@ def test_a_weight_times_its_multiplier(kind, data):
     weight = read(kind, packed.tensors)
     assert torch.equal(weight.dequantize(), packed.weight)
     groups = packed.groups // each
-    multiplier = 1 + 0.1 * torch.randn(rows, int(groups.max()) + 1)
-    multiplier[0] = 1
+    blocks = data.draw(st.integers(1, min(3, int(groups.max()) + 1)))
+    ranks = data.draw(st.lists(st.integers(0, 3), min_size=blocks, max_size=blocks).filter(any))
+    adapter = Adapter((rows, cols), ranks, 0.1, group_size=size * each)
+    rule = BlockRule(blocks, data.draw(st.sampled_from(BLOCK_ORDERS)), group_size=size * each)
+    adapter.set_blocks(rule.build(packed.weight))
+    adapter.reset(zero=False)
+    adapter.requires_grad_(False).B[0] = 0
+    multiplier = quantized.group_multiplier(adapter)
     found = quantized.rescale(weight, multiplier, groups)
     assert (found.flipped, found.outside) == (0, 0)
     tensors = packed.tensors | weight.store(found.scales)
@@ -109,6 +119,11 @@ def test_a_weight_times_its_multiplier(kind, data):
     of_scales = multiplier[:, torch.arange(found.scales.shape[1]) // each]
     assert_rounded_once(again.scales, packed.scales, of_scales)
     assert torch.equal(again.scales[0], packed.scales[0])
+    if torch.equal(packed.groups, packed.groups.sort()[0]):  # in act-order adapters have no groups
+        wanted = eager.modulated_weight(adapter.packed(packed.weight)).double()
+        error = (again.dequantize() - wanted).abs()
+        eps = torch.finfo(found.scales.dtype).eps
+        assert (error <= eps * wanted.abs() + 2**-20 * packed.weight.abs()).all()
     with pytest.raises(ValueError, match="the adapter's groups are not the base's, which has"):
         quantized.rescale(weight, multiplier, torch.arange(cols) % (groups.max() + 2))
 
@@ -270,7 +285,7 @@ def test_gguf(kind, tmp_path, tokens):
     assert changed.any()
     assert not (changed & ~scales).any()
     merged = AutoModelForCausalLM.from_pretrained(out, gguf_file="base.gguf").eval()
-    assert_is_modulated(merged, weights, multipliers, tokens, torch.finfo(torch.float16).eps)
+    assert_is_modulated(merged, weights, multipliers, adapter, tokens, torch.finfo(torch.float16).eps)
 
 
 @pytest.mark.parametrize(
@@ -305,16 +320,18 @@ def test_refused_gguf(kind, edit, message, tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def assert_is_modulated(merged, weights, multipliers, tokens, eps):
-    """Weights and logits of a merged model that transformers has dequantised, against W0 ∘ m."""
+def assert_is_modulated(merged, weights, multipliers, adapter, tokens, eps):
+    """A merged model that transformers has dequantised: its weights against W0 ∘ m, its logits against the adapter's
+    beside the base."""
     model, found = small_llama(), merged.state_dict()
     with torch.no_grad():
         for layer, W0 in weights.items():
             size = W0.shape[1] // multipliers[layer].shape[1]
             wanted = W0 * multipliers[layer].repeat_interleave(size, 1)
             assert ((found[f"{layer}.weight"] - wanted).abs() <= eps * wanted.abs() + 2**-21 * W0.abs()).all()
-            model.get_submodule(layer).weight.copy_(wanted)
-        close(logits(merged, tokens), logits(model, tokens), 8 * eps + 1e-5)
+            model.get_submodule(layer).weight.copy_(W0)
+        unmerged = PeftModel.from_pretrained(model, adapter).eval()
+        close(logits(merged, tokens), logits(unmerged, tokens), 8 * eps + 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4, double", "fp4"])
@@ -334,7 +351,8 @@ def test_bitsandbytes(kind, tmp_path, tokens):
     merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     assert isinstance(merged.get_submodule(LAYERS[0]), bnb.nn.Linear4bit)
-    assert_is_modulated(merged.dequantize(), weights, multipliers, tokens, torch.finfo(torch.float32).eps)
+    eps = torch.finfo(torch.float32).eps
+    assert_is_modulated(merged.dequantize(), weights, multipliers, tmp_path / "adapter", tokens, eps)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind.startswith("compressed")])
@@ -359,4 +377,5 @@ def test_compressed_tensors(kind, tmp_path, tokens):
         tmp_path / "out", dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     weights = {name: each.weight for name, each in packed.items()}
-    assert_is_modulated(merged.eval(), weights, multipliers, tokens, 2 * torch.finfo(torch.bfloat16).eps)
+    eps = 2 * torch.finfo(torch.bfloat16).eps
+    assert_is_modulated(merged.eval(), weights, multipliers, tmp_path / "adapter", tokens, eps)

@@ -148,6 +148,18 @@ def test_other_weights_of_eight_bits_are_refused():
             adapt(nn.Sequential(kind), target_modules=["0"])
 
 
+def test_packed_weights_are_refused_by_name():
+    """As compressed-tensors and GPTQ hold them."""
+    for name in ("weight_packed", "qweight"):
+        layer = nn.Linear(64, 32)
+        del layer.weight
+        layer.register_buffer(name, torch.zeros(32, 8, dtype=torch.int32))
+        with pytest.raises(
+            ValueError, match=f"weight of Linear is {name}, which.*dequantize=True, or the model"
+        ):
+            adapt(nn.Sequential(layer), target_modules=["0"])
+
+
 def test_an_adapter_fits_the_base_without_quantisation(quantizable, nf4, tokens, tmp_path):
     expected = nf4.eval()(tokens).logits
     nf4.save_pretrained(tmp_path)
