@@ -128,7 +128,8 @@ def _compute(
 ) -> Tensor:
     if adapter.layout is None:  # no backend has taken it yet
         check_ranks(adapter.ranks, adapter.block_ranks, adapter.A.shape[0])
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    if bias is not None:
+        bias = (bias if bias.dtype == x.dtype else bias.to(x.dtype)).contiguous()
     # Under autocast each pass casts W0, so that no copy is saved for backward.
     if adapter.weight.dtype != x.dtype:
         adapter = replace(adapter, weight=adapter.weight.to(x.dtype))
@@ -154,7 +155,9 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-class _Direct(torch.autograd.Function):
+# `Function.apply` looks for transforms, and for tensors left over from one, which `is_observed` has done: of a forward
+# of 50 µs that took 3.
+class _Direct(torch.autograd.function._SingleLevelFunction):
     """:func:`linear` where nothing has to see the operator."""
 
     @staticmethod
@@ -167,7 +170,7 @@ class _Direct(torch.autograd.Function):
         call: tuple[str, PackedAdapter, Dropout | None, str],
     ) -> Tensor:
         """Save x if the factors' gradients need it, the factors, the seed, and references to frozen tensors."""
-        _, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         _, adapter, dropout, _ = call
         seed = None if dropout is None else dropout.seed
         ctx.save_for_backward(x if needs_A or needs_B else None, adapter.weight, A, B, adapter.ranks, seed)
@@ -180,7 +183,7 @@ class _Direct(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in x, bias, A and B."""
         x, weight, A, B, ranks, seed = ctx.saved_tensors
-        needs_x, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        needs_x, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
         _, adapter, dropout, backend = ctx.call
         same = weight is adapter.weight and A is adapter.A and B is adapter.B and ranks is adapter.ranks
         if not same or ctx.version is None or ctx.version != _version(adapter.scaling):
