@@ -174,15 +174,10 @@ class Adapter(nn.Module):
             ranks: rank of each block; `block_ranks` where None.
         """
         parts = partition.partitions(range(*self.stack)) if self.stack else [partition]
-        rows, cols = (
-            torch.stack([getattr(part, side) for part in parts]) for side in ("row_block", "col_block")
-        )
+        sides = "row_block", "col_block"
+        values = {side: torch.stack([getattr(part, side) for part in parts]) for side in sides}
         self.block_ranks = tuple(self.block_ranks if ranks is None else ranks)
-        values = {
-            "row_block": rows,
-            "col_block": cols,
-            "ranks": torch.tensor(self.block_ranks, dtype=torch.int32),
-        }
+        values["ranks"] = torch.tensor(self.block_ranks, dtype=torch.int32)
         if sketch is not None:
             values["sketch"] = sketch
         with torch.inference_mode(self.ranks.is_inference()):

@@ -184,7 +184,9 @@ class Call(ctypes.Structure):
             self.y, self.y_stride = y.data_ptr(), y.stride(0)
         if bias is not None:
             bias = present("bias", bias).contiguous()
-        self.bias, self.dA, self.dB = _address(bias), _address(dA), _address(dB)
+        self.bias = _address(bias)
+        if dA is not None and dB is not None:
+            self.dA, self.dB = dA.data_ptr(), dB.data_ptr()
         tokens = x if dy is None else dy
         assert tokens is not None
         self.tokens, self.dtype, self.threads = tokens.shape[0], KINDS[tokens.dtype], torch.get_num_threads()
