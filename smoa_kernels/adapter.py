@@ -20,7 +20,7 @@ from .definition.ranks import trainable_parameters
 from .definition.shard import LayerShard
 from .definition.sketch import SKETCH_SIZE
 from .definition.thresholds import WHOLE
-from .operators.dispatch import is_observed, is_traced
+from .operators.dispatch import is_observed, parameter
 
 # An adapter's tensors, as state dicts and safetensors files name them, and those of them that say where its blocks are.
 STATE_KEYS = ("A", "B", "row_block", "col_block", "ranks", "sketch", "scaling")
@@ -102,14 +102,9 @@ class Adapter(nn.Module):
         return sum(self.block_ranks)
 
     @property
-    def is_made(self) -> bool:
-        """Whether a partition was made of labels, maybe of earlier ones."""
-        return bool(self._made_of)
-
-    @property
     def has_blocks(self) -> bool:
         """Whether there are labels: computed, assigned or loaded."""
-        return self.is_made or (not self.ranks.is_meta and bool(self.ranks.any()))
+        return bool(self._made_of) or (not self.ranks.is_meta and bool(self.ranks.any()))
 
     @property
     def partition(self) -> Any:
@@ -179,15 +174,10 @@ class Adapter(nn.Module):
             ranks: rank of each block; `block_ranks` where None.
         """
         parts = partition.partitions(range(*self.stack)) if self.stack else [partition]
-        rows, cols = (
-            torch.stack([getattr(part, side) for part in parts]) for side in ("row_block", "col_block")
-        )
+        sides = "row_block", "col_block"
+        values = {side: torch.stack([getattr(part, side) for part in parts]) for side in sides}
         self.block_ranks = tuple(self.block_ranks if ranks is None else ranks)
-        values = {
-            "row_block": rows,
-            "col_block": cols,
-            "ranks": torch.tensor(self.block_ranks, dtype=torch.int32),
-        }
+        values["ranks"] = torch.tensor(self.block_ranks, dtype=torch.int32)
         if sketch is not None:
             values["sketch"] = sketch
         with torch.inference_mode(self.ranks.is_inference()):
@@ -233,14 +223,15 @@ class Adapter(nn.Module):
                 of its tensors is another object.
         """
         buffers: Any = self._buffers
-        A, B, place = self.A, self.B, WHOLE
+        A, B, place = parameter(self, "A"), parameter(self, "B"), WHOLE
         if self.shard is not None:
             A, B, place = self.shard.local(A), self.shard.local(B), self.shard.place
         partition = self._partition if self.is_current() else self.read_labels()
         if self.group_size > 1:
             A = of_columns(A, self.group_size, partition.shape[1])
         ranks, s = buffers["ranks"], buffers["scaling"]
-        kept = None if is_traced() else self._kept  # a graph would depend on what is kept
+        # A graph would depend on what is kept.
+        kept = None if torch.compiler.is_dynamo_compiling() else self._kept
         if kept is None or not kept.is_of(weight, A, B, ranks, s):
             kept = PackedAdapter(weight, A, B, partition, ranks.contiguous(), s, self.block_ranks, place)
             # A kept adapter keeps its tensors alive: none that is computed for this call alone.

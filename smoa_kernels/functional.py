@@ -150,7 +150,8 @@ def adapted_linear(
     if autocast and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     backend = resolve_backend(backend, x.device, x.dtype, adapter.A.shape[0])
-    _check_algorithm(algorithm, backend, dropout_p)
+    if algorithm != "auto":
+        _check_algorithm(algorithm, backend, dropout_p)
     dropout = None
     if dropout_p > 0:
         seed = draw_seed(x.device) if dropout_seed is None else dropout_seed
@@ -166,22 +167,25 @@ def cast_factors(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
 
 def _fits(x: Tensor, bias: Tensor | None, adapter: PackedAdapter) -> bool:
     """Whether nothing that :func:`check_tensors` would check can be wrong; it takes ten times as long."""
-    weight, A, B, dtype = adapter.weight, adapter.A, adapter.B, x.dtype
+    weight, A, B, dtype, device = adapter.weight, adapter.A, adapter.B, x.dtype, x.device
+    (rows, cols), of_factors = weight.shape, A.dtype
     return (
         type(x) in (Tensor, Parameter)
         and x.layout == torch.strided
         and x.ndim > 0
-        and (x.shape[-1], dtype, x.device) == (weight.shape[-1], weight.dtype, weight.device)
-        and A.dtype in (dtype, torch.float32)
-        and (A.dtype, A.shape[-1], A.shape[:1]) == (B.dtype, weight.shape[-1], B.shape[1:])
+        and x.shape[-1] == cols
+        and dtype == weight.dtype
+        and device == weight.device
+        and of_factors in (dtype, torch.float32)
+        and of_factors == B.dtype
+        and B.shape == (rows, A.shape[0])
+        and A.shape[1] == cols
         and not weight.requires_grad
-        and (bias is None or (bias.dtype, bias.shape, bias.device) == (dtype, weight.shape[:1], x.device))
+        and (bias is None or (bias.dtype == dtype and bias.shape == (rows,) and bias.device == device))
     )
 
 
 def _check_algorithm(algorithm: str, backend: str, dropout_p: float) -> None:
-    if algorithm == "auto":
-        return
     allowed = algorithms_of(backend)
     if algorithm not in allowed:
         raise ValueError(

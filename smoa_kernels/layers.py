@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapter import Adapter
 from .backends import resolve_backend
 from .definition import reference
 from .definition.dropout import Dropout, draw_seed
@@ -27,6 +28,7 @@ from .layer_checks import (
 )
 from .layer_state import AdaptedWeight, as_matrix
 from .operators.arguments import check_input
+from .operators.dispatch import parameter
 
 
 class FusedSMoALinear(AdaptedWeight, nn.Linear):
@@ -156,9 +158,8 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         """
         if getattr(x, "is_nested", False):
             return over_rows(self.forward, x)
-        adapter = self.smoa
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
+        adapter: Adapter = self._modules["smoa"]  # type: ignore[assignment]
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
         shard = adapter.shard
         if shard is not None:
             x, weight = shard.local(x), shard.weight(weight)
@@ -173,7 +174,7 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
                 x,
                 bias,
                 # accelerate's hooks load W0, and A and B, for each call of their modules.
-                adapter(weight) if hasattr(self, "_hf_hook") else adapter.packed(weight, keep=True),
+                adapter(weight) if "_hf_hook" in self.__dict__ else adapter.packed(weight, keep=True),
                 dropout_p=self.dropout if self.training else 0.0,
                 column_offset=0 if shard is None else shard.column_offset,
                 algorithm=self.algorithm,

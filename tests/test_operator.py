@@ -52,6 +52,15 @@ def test_schema_and_bundle_agree() -> None:
     assert all(a is b or a == b for a, b in zip(again, flat, strict=True))
 
 
+def test_a_tensor_left_over_from_a_transform() -> None:
+    p, left = make_problem(), []
+    torch.func.grad(lambda x: (left.append(2 * x), left[0].sum())[1])(p.x)
+    expected = replace(p, x=2 * p.x).forward()
+    for factors in (False, True):
+        A, B = (factor.clone().requires_grad_(factors) for factor in (p.A, p.B))
+        torch.testing.assert_close(replace(p, x=left[0], A=A, B=B).forward(), expected)
+
+
 def test_a_gradient_of_zeros_that_are_nowhere() -> None:
     p = make_problem(dtype=torch.float32, tokens=40)
     x = p.x.clone().requires_grad_()

@@ -106,6 +106,15 @@ class ExpertsBackend(Protocol):
 _MODULES = {"eager": ".eager", "native": ".native.backend", "triton": ".verified", "reference": ".reference"}
 
 
+def _constant(function: F) -> F:
+    """Make a function's result a constant in compiled graphs, because compilers cannot trace imports.
+
+    Sets the mark of `torch.compiler.assume_constant_result`, which itself would import the compiler and Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 @functools.cache
 def load_backend(name: str) -> Backend:
     """Import the module of a resolved backend; the kernels, and with them Triton, are imported only when asked for.
@@ -159,6 +168,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
     raise ValueError(f"backend={name!r} cannot run here: {reason}; backend='eager' works everywhere")
 
 
+@_constant
 def native_unsupported_reason(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Say why the compiled CPU code cannot take a problem; None where it can.
 
@@ -170,7 +180,9 @@ def native_unsupported_reason(device: torch.device, dtype: torch.dtype = torch.f
         return f"the compiled code takes {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if device.type != "cpu":
         return f"x is on {device.type}, the compiled code runs on CPUs"
-    return _library_unsupported_reason(dtype)
+    if dtype == torch.float32 and not gemm_is_ieee(dtype, "cpu"):
+        return "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
+    return library_unsupported_reason()
 
 
 def triton_unsupported_reason(
@@ -204,15 +216,6 @@ def miscompiled(capability: int, precision: str, version: str) -> str | None:
     return None
 
 
-def _constant(function: F) -> F:
-    """Make a function's result a constant in compiled graphs, because compilers cannot trace imports.
-
-    Sets the mark of `torch.compiler.assume_constant_result`, which itself would import the compiler and Triton.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
 @_constant
 def algorithms_of(backend: str) -> tuple[str, ...]:
     """Name the algorithms that a resolved backend has beside "auto".
@@ -231,13 +234,6 @@ def _warn_once(device: torch.device, reason: str) -> None:
         warnings.warn(
             f"torch's operators, which are slower, replace the kernels on {device}: {reason}", stacklevel=2
         )
-
-
-@_constant
-def _library_unsupported_reason(dtype: torch.dtype) -> str | None:
-    if dtype == torch.float32 and not gemm_is_ieee(dtype, "cpu"):
-        return "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
-    return library_unsupported_reason()
 
 
 @_constant

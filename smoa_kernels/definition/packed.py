@@ -9,7 +9,7 @@ their gradient is zero, and they are never counted as parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 import torch
@@ -52,16 +52,8 @@ class PackedAdapter:
 
         So code that computes `x W_effᵀ` also computes `dX = dY W_eff`.
         """
-        return PackedAdapter(
-            self.weight.T,
-            self.B.T,
-            self.A.T,
-            self.partition.T,
-            self.ranks,
-            self.scaling,
-            self.block_ranks,
-            self.place.T,
-        )
+        rest = self.partition.T, self.ranks, self.scaling, self.block_ranks, self.place.T
+        return PackedAdapter(self.weight.T, self.B.T, self.A.T, *rest)
 
     def is_of(self, weight: Tensor, A: Tensor, B: Tensor, ranks: Tensor, scaling: Tensor) -> bool:
         """Whether these very tensors are the adapter's."""
@@ -69,17 +61,7 @@ class PackedAdapter:
         return factors and weight is self.weight and ranks is self.ranks and scaling is self.scaling
 
     def __reduce__(self) -> tuple[Any, ...]:  # a backend's form is of this object and process
-        given = (
-            self.weight,
-            self.A,
-            self.B,
-            self.partition,
-            self.ranks,
-            self.scaling,
-            self.block_ranks,
-            self.place,
-        )
-        return PackedAdapter, given
+        return PackedAdapter, tuple(getattr(self, part.name) for part in fields(self) if part.init)
 
     def host_ranks(self) -> Sequence[int]:
         """The ranks as numbers, clamped to 0 and ρ. Waits for the GPU if only the GPU has them."""

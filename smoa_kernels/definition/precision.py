@@ -73,6 +73,8 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
 
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on where x is."""
+    if not torch._C._is_any_autocast_enabled():  # a quarter of the time that a question for x's device takes
+        return False
     # Meta tensors have no autocast, and asking whether a device has it breaks the graph in torch 2.11.
     return isinstance(x, Tensor) and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 

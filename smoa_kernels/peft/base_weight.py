@@ -23,6 +23,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.shard import LayerShard
 from ..definition.sketch import sketch_distance, sketch_weight
+from ..operators.dispatch import parameter
 from .combine import sum_adapters
 from .dequantize import read_weight
 from .offload import check_present, present
@@ -123,7 +124,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     def _stored_weight(self) -> Tensor:
         """The innermost layer's weight as it is stored; of a sharded one this process's part."""
-        weight: Tensor = getattr(self.get_base_layer(), self.parameter_name)
+        weight: Tensor = parameter(self.get_base_layer(), self.parameter_name)
         return weight if self._shard is None else self._shard.weight(weight)
 
     def _dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adapter_folder.settings import AdapterSettings
 from ..functional import adapted_linear, cast_factors
 from ..layer_checks import over_rows
+from ..operators.dispatch import parameter
 from .layer import AdaptedLayer
 from .offload import present
 from .quantized import dequantized_linear
@@ -85,7 +86,7 @@ class Linear(AdaptedLayer):
             else:  # offloaded by accelerate
                 with present(self):
                     y = self._linear(x, base, names, p, keep=False)
-        return self._add_outputs(y, x, rest)
+        return self._add_outputs(y, x, rest) if rest else y
 
     def _linear(self, x: Tensor, base: Any, names: Sequence[str], dropout_p: float, *, keep: bool) -> Tensor:
         if x.is_nested:
@@ -95,7 +96,10 @@ class Linear(AdaptedLayer):
         if self.quantization_backend is not None:
             adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
             return dequantized_linear(x, base, self._dequantize, adapter, **settings)
-        bias, adapter = base.bias, cast_factors(self._summed(self.base_weight(), names, keep), x.dtype)
+        bias, adapter = (
+            parameter(base, "bias"),
+            cast_factors(self._summed(self.base_weight(), names, keep), x.dtype),
+        )
         if shard is None:
             return adapted_linear(x, bias, adapter, **settings)
         bias, settings["column_offset"] = None if bias is None else shard.bias(bias), shard.column_offset

@@ -128,7 +128,7 @@ def _take(adapter: PackedAdapter, mask: Mask | None) -> Call:
 def _put(adapter: PackedAdapter, call: Call | None) -> None:
     """Keep a call without its mask, unless it reads a copy of W0, which may change."""
     if call is not None and call.lasts:
-        adapter.layout = call.scaled(0.0, None)
+        adapter.layout, call.keep, call.mask = call, None, None
 
 
 def _route(call: Call, tokens: Tensor, adapter: PackedAdapter, algorithm: str) -> Path:
@@ -174,17 +174,17 @@ def _fits(adapter: PackedAdapter, x: Tensor | None, dy: Tensor | None, bias: Ten
 
     It does not run if shapes disagree, because it would read beyond an operand's end; torch's operators raise then.
     """
-    rank, (rows, cols) = adapter.A.shape[0], adapter.weight.shape
-    fits = adapter.A.shape == (rank, cols) and adapter.B.shape == (rows, rank)
-    for given, width in ((x, cols), (dy, rows)):
-        if given is not None:
-            fits = fits and given.dtype == adapter.weight.dtype and given.is_cpu and given.shape[1] == width
-    fits = fits and (x is None or dy is None or x.shape[0] == dy.shape[0])
-    if bias is not None:
-        fits = fits and bias.dtype == adapter.weight.dtype and bias.is_cpu and bias.shape == (rows,)
-    fits = fits and adapter.weight.dtype in KINDS and adapter.A.dtype in KINDS
+    A, B, dtype, (rows, cols) = adapter.A, adapter.B, adapter.weight.dtype, adapter.weight.shape
     return (
-        fits
-        and adapter.A.dtype == adapter.B.dtype
-        and (type(adapter.layout) is Call or unsupported_reason() is None)
+        (x is None or (x.shape[1] == cols and x.dtype == dtype and x.is_cpu))
+        and (dy is None or (dy.shape[1] == rows and dy.dtype == dtype and dy.is_cpu))
+        and (x is None or dy is None or x.shape[0] == dy.shape[0])
+        and (bias is None or (bias.shape == (rows,) and bias.dtype == dtype and bias.is_cpu))
+        and A.shape[1] == cols
+        and B.shape == (rows, A.shape[0])
+        and A.dtype == B.dtype
+        and (
+            type(adapter.layout) is Call
+            or (dtype in KINDS and A.dtype in KINDS and unsupported_reason() is None)
+        )
     )

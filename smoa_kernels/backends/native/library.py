@@ -44,6 +44,11 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _rows(name: str, tokens: Tensor) -> Tensor:
+    present(name, tokens)
+    return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+
+
 def _pointers(names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_void_p) for name in names.split()]
 
@@ -97,6 +102,8 @@ class Call(ctypes.Structure):
         *_integers("weight_step A_step B_step"),
     ]
 
+    mask: Mask | None
+    """Whose memory `keep` points to."""
     read: object
     """The addresses, dtypes and strides that the struct was filled with; a call is kept while they hold."""
     lasts: bool
@@ -149,7 +156,7 @@ class Call(ctypes.Structure):
     def scaled(self, s: float, mask: Mask | None) -> Call:
         """Set the scaling, s times the mask's, and the mask; returns itself."""
         self.layer.scaling = s if mask is None else s * mask.scale
-        self.keep, self._mask = None if mask is None else mask.kept.data_ptr(), mask
+        self.keep, self.mask = None if mask is None else mask.kept.data_ptr(), mask
         return self
 
     def run(
@@ -159,26 +166,32 @@ class Call(ctypes.Structure):
         x: Tensor | None = None,
         dy: Tensor | None = None,
         bias: Tensor | None = None,
-        **results: Tensor,
+        y: Tensor | None = None,
+        dA: Tensor | None = None,
+        dB: Tensor | None = None,
     ) -> int:
         """Call one of `FUNCTIONS`, under its name in a profile, with the workspace that it asks for.
 
-        Rows of x, dY and y need not be adjacent. `results`, each by the name of its field, are contiguous but for y.
-        For experts it returns -1 if their pairs or the indices of their blocks do not fit; `results` are invalid then.
+        Rows of x, dY and y need not be adjacent; dA and dB are contiguous.
+        For experts it returns -1 if their pairs or the indices of their blocks do not fit; results are invalid then.
         Else it returns how many experts a forward has skipped, because their ΔW is zero.
         """
-        kept = [bias if bias is None else present("bias", bias).contiguous()]
-        for field, given in (("x", x), ("dy", dy)):
-            if given is not None:
-                present(field, given)
-                kept.append(tokens := given if given.stride(1) == 1 else given.contiguous())
-                setattr(self, field, tokens.data_ptr())
-                setattr(self, f"{field}_stride", tokens.stride(0))
+        if x is not None:
+            x = _rows("x", x)
+            self.x, self.x_stride = x.data_ptr(), x.stride(0)
+        if dy is not None:
+            dy = _rows("dy", dy)
+            self.dy, self.dy_stride = dy.data_ptr(), dy.stride(0)
+        if y is not None:
+            self.y, self.y_stride = y.data_ptr(), y.stride(0)
+        if bias is not None:
+            bias = present("bias", bias).contiguous()
+        self.bias = _address(bias)
+        if dA is not None and dB is not None:
+            self.dA, self.dB = dA.data_ptr(), dB.data_ptr()
+        tokens = x if dy is None else dy
+        assert tokens is not None
         self.tokens, self.dtype, self.threads = tokens.shape[0], KINDS[tokens.dtype], torch.get_num_threads()
-        self.bias = _address(kept[0])
-        for field, result in results.items():
-            setattr(self, field, result.data_ptr())
-        self.y_stride = results["y"].stride(0) if "y" in results else 0
         self.workspace = 0
         function = getattr(library(), name)
         floats: int = function(ctypes.byref(self))
