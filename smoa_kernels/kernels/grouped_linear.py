@@ -322,6 +322,7 @@ GROUPED_LINEAR_GATHERED = replace(
         Row((), ("tf32",), (_TF32_SHORT,)),
         Row(ADA, ("fp32",), (_tile(16, 16, 16, 16, 4, 2),), before="3.7"),
         Row((), ("fp32",), (_tile(16, 32, 16, 16, 4, 2),)),
+        Row(BLACKWELL, HALF, (_tile(16, 64, 64, 16, 8, 2),), before="3.9"),
         Row(BLACKWELL, HALF, (_tile(16, 64, 64, 16, 8, 3),)),
         Row(HOPPER, HALF, (_tile(16, 64, 64, 16, 4, 3),)),
         Row((), HALF, (_tile(16, 32, 64, 32, 4, 3),), before="3.9"),
