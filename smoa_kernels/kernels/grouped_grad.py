@@ -40,7 +40,7 @@ from .spec import HALF, Config, Kernel, Row, bucket
 from .table import cached
 
 RANKS = 16
-"""Ranks of a program; further ranks take further programs, which compute G again. With more, registers spill."""
+"""Ranks of a program; further ranks take further programs, which compute G anew. With more, registers spill."""
 
 
 @triton.jit(do_not_specialize=["first_expert", "tiles_n", "parts", "num_blocks", "rank"])

@@ -30,10 +30,9 @@ from triton.runtime.jit import JITFunction, compute_cache_key
 from benchmarks.fake_gpu import FakeDriver, FakeGpu
 from smoa_kernels.backends import experts, verified
 from smoa_kernels.backends.probes import ALLOWED, _like, distance
-from smoa_kernels.definition.precision import PRECISIONS, precision_of
+from smoa_kernels.definition.precision import PRECISIONS, multiplied_in, precision_of
 from smoa_kernels.kernels import fused_linear, modulate, spec, table
 from smoa_kernels.kernels.architectures import identity
-from smoa_kernels.tuning.tuner import multiplied_in
 
 pytestmark = [
     pytest.mark.numerical,
