@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -320,7 +321,7 @@ def test_the_command_prints_each_winner_and_a_rerun_knows_it(
     gpu: list[Choice], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(tuner.Trial, "seconds", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(tuner.Trial, "seconds", Mock(side_effect=KeyboardInterrupt))
         assert main(SMALL) == 130
     assert f"Kept in {user_table('cpu')}" in capsys.readouterr().out
     assert main(SMALL) == 0
