@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from smoa_kernels.kernels.architectures import architecture, identity, multiprocessors
 from smoa_kernels.kernels.launch import Launch, launch_hook
-from smoa_kernels.kernels.table import SCHEMA, Choice, keep
+from smoa_kernels.kernels.table import Choice, keep
 from smoa_kernels.tuning.tuner import gpu_timer, jobs, tune
 
 from ..cases import CHECKED_CASES, GATE_TOKENS, ORDERS, headline_cases, operator_cases, tuned_layers
@@ -290,7 +290,7 @@ def tune_shapes(job: Job) -> None:
     finally:  # also when the GPU is lost
         known, keys = keep(DEVICE, "choices", {}), [str(one.key) for one in planned]
         choices = {key: known[key] for key in keys if key in known}
-        table = {"schema": SCHEMA, "machines": {identity(DEVICE): {"choices": choices}}}
+        table = {identity(DEVICE): {"choices": choices}}
         finding = {"keys": len(choices), "table": table, "problems": problems}
         job.save(job.run.with_finding("tune", finding))
     if problems:

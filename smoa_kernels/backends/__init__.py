@@ -1,6 +1,6 @@
 """Which backend runs where: "eager" anywhere, "native" on x86 and ARM CPUs, "triton" on GPUs, "reference" for tests.
 
-A backend is a module that obeys :class:`Backend`. In each of them the function that computes dA and dB is called
+A backend is a module that obeys :class:`Backend`. In every backend the function that computes dA and dB is called
 `factor_gradients`, and the function that computes dX `input_gradient`.
 """
 

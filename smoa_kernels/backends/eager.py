@@ -105,7 +105,7 @@ def backward(
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
     if dropout is not None:
         return _dropout_backward(dy, x, adapter, dropout, needs_x)
-    # dA and dB come first, so that their memory is free again when dX is computed.
+    # dA and dB come first, so that their memory is free when dX is computed.
     dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter)
     return input_gradient(dy, adapter) if needs_x else None, dA, dB
 
@@ -239,8 +239,8 @@ def adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = 
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     draw = None if dropout is None else dropout.stream(x.shape[1])
     mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
-    whole = draw is None and product.cols is None  # all tokens at once where nothing is copied
-    for x_part, y_part in [(x, y)] if whole else _panels(x, y):
+    at_once = draw is None and product.cols is None  # where nothing is copied
+    for x_part, y_part in [(x, y)] if at_once else _panels(x, y):
         dropped = x_part if draw is None else draw(mask.like(x_part)).mul_(x_part)
         product(gathered.columns(dropped, product.cols), scratch, out=y_part)
     return y

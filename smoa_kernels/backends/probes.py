@@ -25,7 +25,7 @@ def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
     """The result of a call with `rows` tokens, or pairs, whose numbers are random and always the same.
 
     W0 is the call's, unless it has only zeros, or numbers that are not finite. Every second block has half the rank,
-    and of experts the first has nearly all pairs, the others no pair and one pair in turn.
+    and of experts the first has nearly all pairs, the others none and one pair in turn.
     """
     adapter = next(value for value in args if isinstance(value, (PackedAdapter, ExpertsAdapter)))
     weight, rho = adapter.weight, adapter.A.shape[-2]
@@ -91,7 +91,7 @@ def distance(results: Any, expected: Any, allowed: float) -> float:
     for result, reference in zip(_matrices(results), _matrices(expected), strict=True):
         if not _says_something(reference):
             raise ArithmeticError("torch's operators give zeros, or numbers that are not finite")
-        # Subnormal numbers have the spacing of the smallest normal one.
+        # Subnormal numbers have the spacing of the smallest normal number.
         floor = torch.finfo(reference.dtype).smallest_normal * torch.finfo(reference.dtype).eps
         rows = max(32, _PANEL // reference.shape[1])
         for part, right_part in zip(result.split(rows), reference.split(rows), strict=True):

@@ -172,5 +172,5 @@ def _choose(stage: str, layout: Layout, tokens: int, in_place: bool) -> str:
     """Choose by the tuning table for `tokens`, a power of two, else by the rule of `algorithms.py`."""
     name, sizes = layout.precision, (layout.rank, layout.num_blocks, *layout.features, tokens)
     key = Key(stage, name, *sizes, granule=GRANULE if in_place else 1, factors=layout.factors)
-    measured = table.fastest(key, layout.device)
-    return measured or choose_algorithm(tokens, layout.rank, name, architecture(layout.device))
+    measured = table.measured(key, lambda: ALGORITHMS, layout.device)
+    return str(measured or choose_algorithm(tokens, layout.rank, name, architecture(layout.device)))

@@ -2,10 +2,10 @@
 
 Triton has compiled correct kernels wrongly before, so a compiled kernel runs only after it was compared. It is known by
 Triton's hash: of its source, constants and options, of the compiler, and of what Triton specialises by itself (sizes
-and strides that are 1 or that 16 divides, aligned pointers). A call that is about to launch a new one first computes a
-probe, by the kernels and by torch's operators: two of the largest tiles of tokens and a tail, in the call's layout.
-Launch parameters are chosen as for the call (`table.chosen_for`), and no kernel's control flow depends on the random
-numbers, so the probe launches what the call launches. If not, one of all tokens follows.
+and strides that are 1 or that 16 divides, aligned pointers). Before a call launches a new kernel, it computes a probe
+by the kernels and by torch's operators: two of the largest tiles of tokens and a tail, in the call's layout. Launch
+parameters are chosen as for the call (`table.chosen_for`), and no kernel's control flow depends on the random numbers,
+so the probe launches what the call launches. If not, a probe of all tokens follows.
 
 A finished comparison is kept in the tuning table's file, by the first process of a job. Another failure, such as a
 missing C compiler, holds for the process; a lack of memory for the call. While a CUDA graph is captured nothing can be

@@ -27,7 +27,7 @@ from ..definition.precision import KERNEL_PRECISIONS, dtype_names, has_gemm
 from ..files import cache_folder
 from ..kernels.architectures import architecture, assembler, gpu_name, identity
 from ..kernels.spec import ALGORITHM_KEYS
-from ..kernels.table import SHIPPED, Table, read, user_table
+from ..kernels.table import Table, read, user_table
 from .output import console, write_json
 
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
@@ -128,17 +128,16 @@ def _driver() -> str:
 
 
 def _tables() -> dict[str, str]:
-    """Every tuning table on disk, the user's before the shipped ones."""
+    """Every tuning table on disk."""
     # GPUs of the same name may differ if one is cut into slices, so each identity is judged.
     here = {identity(gpu): user_table(gpu_name(gpu)).name for gpu in _gpus()}
     rows: dict[str, str] = {}
-    for owner, folder in (("yours", user_table("").parent), ("shipped", SHIPPED)):
-        for path in sorted(folder.glob("*.json")):
-            judged = [_in_force(read(path), machine) for machine, name in here.items() if name == path.name]
-            written = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
-            rows[str(path)] = f"{owner}, {written}; {'; '.join(judged) or 'for a GPU that is not here'}"
-        for path in sorted(folder.glob("*.broken-*")):
-            rows[str(path)] = f"{owner}; set aside, not used"
+    for path in sorted(user_table("").parent.glob("*.json")):
+        judged = [_in_force(read(path), machine) for machine, name in here.items() if name == path.name]
+        written = time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime))
+        rows[str(path)] = f"{written}; {'; '.join(judged) or 'for a GPU that is not here'}"
+    for path in sorted(user_table("").parent.glob("*.broken")):
+        rows[str(path)] = "set aside, not used"
     for gpu in sorted({gpu_name(gpu) for gpu in _gpus()}):
         if user_table(gpu).name not in {Path(path).name for path in rows}:
             rows[gpu] = "no table: the heuristic chooses; smoa-kernels tune measures"
@@ -167,7 +166,7 @@ def _kernels() -> dict[str, str]:
         measured = (
             f"{key}: {entry['choice']}"
             for key, entry in table.items()
-            if key.startswith(tuple(ALGORITHM_KEYS)) and isinstance(entry, dict) and entry.get("choice")
+            if key.startswith(ALGORITHM_KEYS) and isinstance(entry, dict) and entry.get("choice")
         )
         words = {
             "identity": known.identity,

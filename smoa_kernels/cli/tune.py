@@ -71,29 +71,23 @@ def tune(
         raise ValueError(f"the kernels cannot run here: {reason}; smoa-kernels info shows what can")
     arch = next(iter(ARCHITECTURES)) if device is None else architecture(device)
     planned = tuner.jobs(layers, arch, 1 if device is None else multiprocessors(device))
-    if dry_run:
+    if dry_run or device is None:
         for job in planned:
             typer.echo(f"{job.key}: {len(job.candidates)} candidates")
         compiled = tuner.compile_ahead(planned) if torch.cuda.is_available() else 0
         typer.echo(f"{len(planned)} keys, {compiled} kernels compiled.")
-    if dry_run or device is None:
         return
     try:
         for job, entry in tuner.tune(planned, device):
             if isinstance(entry, str):
                 typer.echo(f"{job.key}: not tuned, {entry}")
                 continue
-            times = (
-                f"{1e6 * entry['seconds']:.1f} µs, {1e6 * entry['seconds_without_table']:.1f} without a table"
-            )
+            times = f"{1e6 * entry['seconds']:.1f} µs, {1e6 * entry['default_seconds']:.1f} without a table"
             typer.echo(f"{job.key}: {entry['choice']}, {times}")
             for choice, why in entry["refused"].items():
                 typer.echo(f"    refused: {choice}: {why}")
-    except KeyboardInterrupt:
-        typer.echo("Interrupted: what was measured is kept, the same command goes on from here.")
-        raise typer.Exit(130) from None
-    finally:
-        typer.echo(f"Kept in {user_table(gpu_name(device))}")
+    finally:  # also when the user interrupts
+        typer.echo(f"Kept in {user_table(gpu_name(device))}; the same command measures what is not there.")
 
 
 def device_here() -> torch.device | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -98,6 +98,18 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
     backend = {"cuda": "cuda", "cpu": "mkldnn"}.get(device_type)
     # This is `torch.backends.cuda.matmul.fp32_precision` in a third of its time; each pass of a layer asks for it.
     return backend is None or torch._C._get_fp32_precision_getter(backend, "matmul") in ("ieee", "none")
+
+
+@contextmanager
+def multiplied_in(precision: str) -> Iterator[None]:
+    """Let PyTorch multiply float32 as one of `KERNEL_PRECISIONS` says: in TF32 or in IEEE."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 @functools.cache

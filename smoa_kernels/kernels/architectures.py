@@ -30,9 +30,7 @@ class Architecture:
     tensor_core: str  # mnemonic of the full-rate tensor-core instruction
     shared_per_block: int  # bytes of shared memory that a block may take
     warp_size: int = 32  # threads per warp
-    fused_tokens: int = (
-        64  # the most tokens of a half type for which `fused_linear` runs (`backends/algorithms.py`)
-    )
+    fused_tokens: int = 64  # most tokens of a half type that "auto" gives to `fused_linear`
     same: tuple[str, ...] = ()  # architectures that are not audited and have at least these limits
 
     @property

@@ -130,7 +130,7 @@ def block_slots(index_ptr, offsets_ptr, block, slots, GRANULE: tl.constexpr):
     """Coordinates (int64) that `slots` of `block` hold, and which of the slots are not padding.
 
     GRANULE is a power of two. Every GRANULE slots hold adjacent coordinates, the first of them a multiple of GRANULE,
-    and a block has whole granules. The compiler is told this, so that it loads and stores vectors.
+    and a block consists of granules. Hints say so to the compiler, which then loads and stores vectors.
     """
     start = tl.load(offsets_ptr + block)
     size = tl.load(offsets_ptr + block + 1) - start
@@ -144,7 +144,7 @@ def slot_coordinates(index_ptr, start, size, slots, GRANULE: tl.constexpr):
         valid = slots < size
         coordinates = tl.load(index_ptr + start + slots, mask=valid, other=0)
     else:
-        valid = slots // GRANULE < size // GRANULE  # the compiler sees that a whole granule has one value
+        valid = slots // GRANULE < size // GRANULE  # the compiler sees that a granule has one value
         coordinates = tl.load(index_ptr + tl.multiple_of(start, GRANULE) + slots, mask=valid, other=0)
         coordinates = tl.max_contiguous(tl.multiple_of(coordinates, GRANULE), GRANULE)
     return coordinates, valid
@@ -256,9 +256,9 @@ def coordinates(index_ptr, first, end, GRANULE: tl.constexpr, INDEXED: tl.conste
     """The coordinates (int64) that BLOCK slots from `first` on hold, and which of them lie before `end`.
 
     GRANULE is a power of two that divides `first` and `end`. Every GRANULE slots hold adjacent coordinates, the first
-    of them a multiple of GRANULE. The compiler is told this, so that it loads and stores vectors.
+    of them a multiple of GRANULE. Hints say so to the compiler, which then loads and stores vectors.
     """
-    # This keeps the value, and shows the compiler that GRANULE divides it. The compiler forgets `tl.multiple_of` on the
+    # This keeps the value, and shows the compiler that GRANULE divides it. The compiler drops `tl.multiple_of` on the
     # result of a reduction or a loop: grouped_grad in bf16 then loads 2 bytes at a time and spills 248 (Triton 3.9,
     # sm_90).
     first = first // GRANULE * GRANULE
@@ -266,7 +266,7 @@ def coordinates(index_ptr, first, end, GRANULE: tl.constexpr, INDEXED: tl.conste
     if GRANULE == 1:
         valid = slots < end
     else:
-        valid = slots // GRANULE < end // GRANULE  # the compiler sees that a whole granule has one value
+        valid = slots // GRANULE < end // GRANULE  # the compiler sees that a granule has one value
     if INDEXED:
         found = tl.load(index_ptr + slots, mask=valid, other=0).to(tl.int64)
         found = tl.max_contiguous(tl.multiple_of(found, GRANULE), GRANULE)

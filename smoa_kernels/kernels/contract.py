@@ -10,7 +10,7 @@ for bit. H stays float32: it is summed once more, over the width of the block.
 Layout of the pointers: g (K, P_n, P_c) float32, contiguous; weight (N, C), a (ρ, C), b (N, ρ) in the layer's own
 coordinates, any strides, read through row_index (N), col_index (C) int64 and row_offsets, col_offsets (K + 1) int32;
 ranks (K) int32; scaling one element; partial_b (column tiles, N, R) and partial_a (row tiles, C, R) float32,
-contiguous. R is ρ rounded up to a whole group of ranks: a row of partials is a multiple of 128 bits, one store.
+contiguous. R is ρ rounded up to a group of ranks: a row of partials is a multiple of 128 bits, one store.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .table import cached
 
 # Ranks of a group: 128 bits of float32. The kernel gets the number of groups, so the compiler knows the alignment.
 GROUP = tl.constexpr(PARTIAL_RANKS)
-MOST_RANKS = 32  # of a program; with more, other programs read G and W0 again
+MOST_RANKS = 32  # of a program; further ranks take further programs, which read G and W0 anew
 
 
 @triton.jit(do_not_specialize=["rank", "rank_groups"])

@@ -40,7 +40,7 @@ from .spec import HALF, Config, Kernel, Row, bucket
 from .table import cached
 
 RANKS = 16
-"""Ranks of a program; further ranks take further programs, which compute G again. With more, registers spill."""
+"""Ranks of a program; further ranks take further programs, which compute G anew. With more, registers spill."""
 
 
 @triton.jit(do_not_specialize=["first_expert", "tiles_n", "parts", "num_blocks", "rank"])
@@ -220,13 +220,14 @@ def _tile(n: int, c: int, t: int, warps: int, stages: int) -> Config:
 
 
 # The largest spills on other architectures, and before Triton 3.9 on sm_80 and sm_100. IEEE float32: NVIDIA has no
-# tensor cores for it; with two stages it spills on some architectures.
+# tensor cores for it; with two stages it spills on some architectures, with three on sm_100 by Triton 3.8.
 GROUPED_GRAD = Kernel(
     "grouped_grad",
     grouped_grad_kernel,
     rows=(
         Row(AMD, HALF, (_tile(64, 64, 64, 4, 2),)),
         Row(AMD, (), (_tile(64, 64, 32, 4, 2),)),
+        Row(BLACKWELL, ("fp32",), (_tile(16, 32, 32, 4, 2),), before="3.9"),
         Row((), ("fp32",), (_tile(16, 32, 32, 4, 3),)),
         Row((), ("tf32",), (_tile(64, 64, 32, 8, 3),)),
         Row((), HALF, (_tile(64, 64, 64, 8, 3),), before="3.9"),

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-calls
-"""`Launch`: what a kernel is launched with, bound once, so that launching it again is cheap.
+"""`Launch`: what a kernel is launched with, bound once, so that later launches are cheap.
 
 A kernel's arguments are named once, in its signature: pointers (`*_ptr`), then the sizes that change from call to call
 (the number of tokens, or of tiles of them), then other numbers, then constants in capitals. A :class:`Launch` binds by
@@ -83,9 +83,7 @@ class Layout(NamedTuple):
     granule: int  # adjacent coordinates that kernels may take as one, from `spec.granule_of`
     indexed: bool  # whether blocks are read through an index, because they are not slices
     factors: str  # dtype of A and B, by its name in `Key`
-    strides: tuple[
-        int, ...
-    ]  # of W0, A and B; then of the experts' block indices and offsets, from expert to expert
+    strides: tuple[int, ...]  # of W0, A, B; then from expert to expert those of block indices and offsets
 
     @property
     def transposed(self) -> bool:

@@ -52,7 +52,7 @@ def permute_kernel(
     BLOCK_P: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    # Neighbouring programs share their tokens, so that they use whole rows of x while these are in cache.
+    # Neighbouring programs share their tokens, so that they use x's rows while these are in cache.
     tiles_p = tl.cdiv(padded, BLOCK_P)
     tiles_per_row = num_blocks * tiles_p
     block = tile % tiles_per_row // tiles_p

@@ -16,11 +16,8 @@ from typing import Any, NamedTuple
 from ..definition.precision import PRECISIONS, Precision
 from .architectures import Architecture, limits
 
-ALGORITHM_KEYS: Mapping[str, tuple[str, ...]] = {
-    "forward": ("merged", "split", "fused"),
-    "input_gradient": ("merged", "split", "fused"),
-}
-"""Keys whose choice is an algorithm, with the algorithms."""
+ALGORITHM_KEYS = ("forward", "input_gradient")
+"""Keys whose choice is an algorithm, one of `backends.triton.ALGORITHMS`."""
 
 GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
@@ -71,7 +68,7 @@ def block_width(sizes: tuple[int, ...]) -> int:
 
 
 def partial_width(rank: int) -> int:
-    """R, the width of contract's partials: the rank ρ rounded up to whole stores of 128 bits."""
+    """R, the width of contract's partials: the rank ρ rounded up to stores of 128 bits."""
     return math.ceil(rank / PARTIAL_RANKS) * PARTIAL_RANKS
 
 

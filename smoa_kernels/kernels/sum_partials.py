@@ -3,7 +3,7 @@
 
     out[m, n] = Σ_p partials[p, m, n] + bias[n]        for n < N
 
-No atomics, and two runs agree bit for bit. A row of partials may be wider than N: those of dA and dB are whole
+No atomics, and two runs agree bit for bit. A row of partials may be wider than N: those of dA and dB are
 stores of 128 bits. dA is written transposed, (N, M).
 
 Layout of the pointers, all contiguous: partials (P, M, W) float32; bias (N); out (M, N) or (N, M).

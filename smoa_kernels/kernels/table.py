@@ -1,15 +1,15 @@
 """The tuning table: the launch parameters and algorithms that were measured fastest, on disk and in force.
 
-There is a JSON file for each GPU: the user's in the cache folder, which comes first, and a table that may ship
-with the package. It holds by `architectures.identity`, which names the GPU and the software, what was measured there:
+A GPU has one JSON file in the user's cache folder. It holds what was measured there by `architectures.identity`, which
+names the GPU, the software and the source of the kernels; what is of another identity stays in the file, unused:
 
-    {"schema": 3, "machines": {"NVIDIA H100, sm_90, …": {
+    {"NVIDIA H100, sm_90, …": {
         "choices": {"permute bf16 blocks=2 …": {"choice": "t=64 p=128 …", "seconds": 1e-05, "refused": {}}},
-        "verdicts": {"permute_kernel 5f3a…": ""}}}}
+        "verdicts": {"permute_kernel 5f3a…": ""}}}
 
-A choice is the name of a candidate. The verdicts on compiled kernels are those of `backends/verified.py`. What other
-machines measured stays in the file. A table never stops a run: what cannot be used is named in a warning, and the
-heuristic chooses. A file that is not a table is set aside by the next writer.
+A choice is the name of a candidate; it is null while the key is being tuned. The verdicts on compiled kernels are those
+of `backends/verified.py`. A table never stops a run: what cannot be used is named in a warning, and the heuristic
+chooses. A file that is not a table is set aside by the next writer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -30,10 +30,7 @@ from filelock import FileLock
 from ..checks import shown
 from ..files import cache_folder, replace_file
 from .architectures import architecture, gpu_name, identity, multiprocessors
-from .spec import ALGORITHM_KEYS, STAND_INS, Config, Kernel, Key
-
-SCHEMA = 3
-SHIPPED = Path(__file__).resolve().parent / "tables"
+from .spec import STAND_INS, Config, Kernel, Key
 
 Choice: TypeAlias = Config | str
 """Launch parameters of a kernel, or the name of an algorithm; a table holds its `str`."""
@@ -47,8 +44,8 @@ _override: Callable[[Key], Choice | None] = lambda key: None  # noqa: E731  # re
 
 
 def clear_cache() -> None:
-    """Read the tables anew, and choose anew."""
-    for function in (_tables, *_caches):
+    """Read the table anew, and choose anew."""
+    for function in _caches:
         function.cache_clear()
 
 
@@ -63,7 +60,7 @@ def cached(function: F) -> F:
 
 @contextmanager
 def override(choose: Callable[[Key], Choice | None]) -> Iterator[None]:
-    """Ask `choose` first for each choice meanwhile, in all threads; None leaves it to tables and heuristics."""
+    """Ask `choose` first for each choice meanwhile, in all threads; None leaves it to the table and the heuristic."""
     global _override
     before, _override = _override, choose
     clear_cache()
@@ -88,40 +85,34 @@ def chosen_for(tokens: Mapping[int, int]) -> Iterator[None]:
 
 def select(kernel: Kernel, key: Key, device: torch.device) -> Config:
     """A kernel's launch parameters: the candidate that was measured fastest, else the heuristic's."""
-    choice = _override(key) or _measured(key, kernel.candidates(key, architecture(device)), device)
+    choice = measured(key, lambda: kernel.candidates(key, architecture(device)), device)
     if isinstance(choice, Config):
         return choice
     return kernel.default(key, architecture(device), multiprocessors(device))
 
 
-def fastest(key: Key, device: torch.device) -> str | None:
-    """The algorithm that was measured fastest; None if none was. The result is not cached."""
-    choice = _override(key) or _measured(key, ALGORITHM_KEYS[key.kernel], device)
-    return choice if isinstance(choice, str) else None
+def measured(key: Key, candidates: Callable[[], Sequence[Choice]], device: torch.device) -> Choice | None:
+    """The candidate that was measured fastest, or what `override` says; None if there is neither. Not cached."""
+    if choice := _override(key):
+        return choice
+    entry = _choices(device).get(str(key))
+    name = entry.get("choice") if isinstance(entry, dict) else entry
+    if name is None:
+        return None
+    choice = next((candidate for candidate in candidates() if str(candidate) == name), None)
+    if choice is None:
+        path = user_table(gpu_name(device))
+        warnings.warn(f"tuning table {path}: {key} has no choice {shown(name)}; it is not used", stacklevel=2)
+    return choice
 
 
-def _measured(key: Key, candidates: Sequence[Choice], device: torch.device) -> Choice | None:
-    by_name = {str(candidate): candidate for candidate in candidates}
-    for path, choices in _tables(device):
-        entry = choices.get(str(key))
-        name = entry.get("choice") if isinstance(entry, dict) else entry
-        if isinstance(name, str) and name in by_name:
-            return by_name[name]
-        if name is not None:  # it is None while the key is being tuned
-            warnings.warn(
-                f"tuning table {path}: {key} has no choice {shown(name)}; it is not used", stacklevel=2
-            )
-    return None
-
-
-@cache
-def _tables(device: torch.device) -> tuple[tuple[Path, dict[str, Any]], ...]:
-    paths = user_table(gpu_name(device)), SHIPPED / user_table(gpu_name(device)).name
-    tables = {path: read(path) for path in paths}
-    for path, table in tables.items():
-        if problem := table.problem(identity(device)):
-            warnings.warn(f"tuning table {path} {problem}", stacklevel=2)
-    return tuple((path, table.part(identity(device), "choices")) for path, table in tables.items())
+@cached
+def _choices(device: torch.device) -> dict[str, Any]:
+    path, machine = user_table(gpu_name(device)), identity(device)
+    table = read(path)
+    if problem := table.problem(machine):
+        warnings.warn(f"tuning table {path} {problem}", stacklevel=2)
+    return table.part(machine, "choices")
 
 
 class Table(NamedTuple):
@@ -146,15 +137,13 @@ class Table(NamedTuple):
 
 
 def user_table(gpu: str) -> Path:
-    """Return the path of the user's table for a GPU with this driver's name."""
+    """Return the path of the table for a GPU with this driver's name."""
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     return cache_folder() / "tuning" / f"{name}.json"
 
 
 def read(path: Path) -> Table:
     """Read a table; an empty table if there is no file."""
-    if path.is_fifo():  # reading it would wait for a writer
-        return Table({}, "cannot be read: it is a pipe")
     try:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -163,38 +152,31 @@ def read(path: Path) -> Table:
         return Table({}, f"cannot be read: {error}")
     except (ValueError, RecursionError):
         return Table({}, "is not JSON")
-    if isinstance(data, dict) and "schema" in data and data["schema"] != SCHEMA:
-        return Table({}, f"has schema {shown(data['schema'])}, this version knows {SCHEMA}")
-    if not isinstance(data, dict) or not isinstance(data.get("machines"), dict):
-        return Table({}, "is not a table of smoa-kernels")
-    return Table(data["machines"])
+    return Table(data) if isinstance(data, dict) else Table({}, "is not a table of smoa-kernels")
 
 
 def keep(device: torch.device, name: str, new: Mapping[str, Any]) -> dict[str, Any]:
-    """Add to the "choices" or "verdicts" of a device in the user's table; return all of them.
+    """Add to the "choices" or "verdicts" of a device in its table; return all of them.
 
     Writers hold a lock, read the file again, add their results and replace it in one step: two of them lose nothing,
-    and a reader never sees half a file. A file that is no table is renamed to `NAME.broken-1` (or -2, …).
+    and a reader never sees half a file. A file that is no table is renamed to `NAME.broken`.
 
     Raises:
-        OSError: the folder cannot be written to, another process holds the lock for a minute, or there are verdicts to
-            add and the file has another schema: a training step moves no such file.
+        OSError: the folder or the file cannot be read or written, or another process holds the lock for a minute.
     """
-    path = user_table(gpu_name(device))
+    path, machine = user_table(gpu_name(device)), identity(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock"), timeout=60):  # a process that dies releases it
         machines, broken = table = read(path)
-        if broken.startswith("cannot be read" if name == "choices" else ("cannot be read", "has schema")):
+        if broken.startswith("cannot be read"):
             raise OSError(broken)
         if broken:
-            number = 1
-            while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
-                number += 1
+            aside = path.with_suffix(".broken")
             os.replace(path, aside)
             warnings.warn(f"tuning table {path} {broken}; set aside as {aside.name}", stacklevel=2)
-        machine, part = machines.get(identity(device)), table.part(identity(device), name) | dict(new)
-        machines[identity(device)] = (machine if isinstance(machine, dict) else {}) | {name: part}
-        replace_file(path, f"{json.dumps({'schema': SCHEMA, 'machines': machines}, indent=1)}\n".encode())
+        part, parts = table.part(machine, name) | dict(new), machines.get(machine)
+        machines[machine] = (parts if isinstance(parts, dict) else {}) | {name: part}
+        replace_file(path, f"{json.dumps(machines, indent=1)}\n".encode())
     if name == "choices":
         clear_cache()
     return part

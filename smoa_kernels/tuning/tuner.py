@@ -4,9 +4,9 @@ For each key that a training step looks up, a kernel's candidates are compiled. 
 much shared memory drop out; the others are ranked by the bytes that they move and by how evenly their programs fill the
 multiprocessors. The best :data:`TIMED` are compared with torch's operators once and timed in a CUDA graph.
 
-The table on disk is written after each key, so Ctrl-C keeps what was measured. That a key's
-candidates are compiled, or that one of them runs, is noted there before: if it ends the process, the next run names and
-skips it. Nothing is tuned while a model is trained, because ranks of a job would disagree.
+The table on disk is written after each key, so Ctrl-C keeps what was measured. Before a key's candidates are compiled,
+and before a candidate runs, that is noted there: if it ends the process, the next run names and skips it. Nothing is
+tuned while a model is trained, because ranks of a job would disagree.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -35,7 +35,7 @@ from ..definition.dropout import Dropout
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import PRECISIONS
+from ..definition.precision import PRECISIONS, multiplied_in
 from ..kernels.architectures import architecture, limits, multiprocessors
 from ..kernels.launch import Grid, Launch, launch_hook, on_device
 from ..kernels.registry import KERNELS
@@ -78,30 +78,28 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
         device: of the operands; on "meta" they have no data.
     """
     N, C, K, E = layer.out_features, layer.in_features, layer.blocks, layer.experts
-    rho, of_all = -(-layer.rank // K), [E] if E else []
-    dtype, factors = PRECISIONS[layer.dtype].dtype, PRECISIONS[layer.factors].dtype
-    draw = None if device == META else torch.Generator(device).manual_seed(0)
-    order = torch.Generator().manual_seed(0)
+    rho, stack = -(-layer.rank // K), [E] if E else []
+    tokens = bucket(-(-layer.tokens // max(E, 1))) * max(E, 1)
+    numbers = None if device == META else torch.Generator(device).manual_seed(0)
+    places = torch.Generator().manual_seed(0)
 
-    def random(*shape: int, of: torch.dtype = dtype, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=draw, device=device) * scale).to(of)
+    def random(*shape: int, dtype: str = layer.dtype) -> Tensor:
+        return torch.randn(shape, generator=numbers, device=device).to(PRECISIONS[dtype].dtype)
 
     def labels(features: int) -> Tensor:
         even = torch.arange(features) * K // features
-        return even if layer.contiguous else even[torch.randperm(features, generator=order)]
+        return even if layer.contiguous else even[torch.randperm(features, generator=places)]
 
+    x, dy = random(tokens, C), random(tokens, N)
     operands: dict[str, Any] = {
-        "weight": random(*of_all, N, C, scale=C**-0.5),
-        "A": random(*of_all, rho, C, of=factors),
-        "B": random(*of_all, N, rho, of=factors, scale=rho**-0.5),
+        "weight": random(*stack, N, C) * C**-0.5,
+        "A": random(*stack, rho, C, dtype=layer.factors),
+        "B": random(*stack, N, rho, dtype=layer.factors),
         "ranks": torch.full((K,), rho, dtype=torch.int32, device=device),
-        "scaling": torch.ones((), device=device),
+        "scaling": torch.full((), rho**-0.5, device=device),
     }
     if E:
-        average = bucket(-(-layer.tokens // E))  # pairs of an expert; the first experts have more
-        left = (average * (E - 1 - e) ** 2 // E for e in range(E))
-        ends = torch.tensor([E * average - pairs for pairs in left]).int().to(device)
-        x, dy = random(E * average, C), random(E * average, N)
+        ends = torch.randint(E, (tokens,), generator=places).bincount(minlength=E).cumsum(0).int().to(device)
         row_block, col_block = (torch.stack([labels(n) for _ in range(E)]) for n in (N, C))
         blocks = ExpertBlocks.from_labels(row_block, col_block, K)
         moved: Any = {name: t.to(device) for name, t in vars(blocks).items() if isinstance(t, Tensor)}
@@ -112,7 +110,6 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
             backend.experts_forward(x, ends, of_experts),
             *backend.experts_backward(dy, x, ends, of_experts, needs_x=True),
         ]
-    x, dy = random(bucket(layer.tokens), C), random(bucket(layer.tokens), N)
     partition = BlockPartition.from_labels(labels(N), labels(C), K).to(device)
     adapter = PackedAdapter(**operands, partition=partition, block_ranks=[rho] * K)
     dropout = Dropout(torch.zeros(1, dtype=torch.int64, device=device), 0.1) if variant else None
@@ -122,29 +119,15 @@ def training_step(layer: Layer, variant: bool, device: torch.device) -> Callable
     ]
 
 
-@contextmanager
-def multiplied_in(precision: str) -> Iterator[None]:
-    """Let PyTorch multiply float32 as one of `precision.KERNEL_PRECISIONS` says: in TF32 or in IEEE."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 @dataclass(frozen=True)
 class Job:
-    """A key to tune."""
+    """A key to tune, and the first training step that looks it up."""
 
     key: Key
     candidates: tuple[Choice, ...]  # what runs without a table, then the others
     layer: Layer
-    variant: bool  # with the layer, the first training step that looks the key up
-    answers: Mapping[
-        Key, Choice
-    ]  # its choices for other keys; none for an algorithm, which uses what is tuned
+    variant: bool
+    others: Mapping[Key, Choice]  # the step's choices for other keys; none where tuned choices are used
 
 
 def jobs(layers: Sequence[Layer], arch: str, processors: int) -> list[Job]:
@@ -152,28 +135,28 @@ def jobs(layers: Sequence[Layer], arch: str, processors: int) -> list[Job]:
     planned: dict[Key, Job] = {}
 
     def plan(layer: Layer, variant: bool, algorithm: str) -> None:
-        answers: dict[Key, Choice] = {}
+        choices: dict[Key, Choice] = {}
 
         def choose(key: Key) -> Choice:
-            every: tuple[Choice, ...]
             if key.kernel in ALGORITHM_KEYS:
-                every = choose_algorithm(key.tokens, key.rank, key.dtype, arch), *ALGORITHM_KEYS[key.kernel]
-                answers[key] = algorithm
+                rule = choose_algorithm(key.tokens, key.rank, key.dtype, arch)
+                job = Job(key, (rule, *triton.ALGORITHMS), layer, variant, {})
+                choices[key] = algorithm
             else:
                 kernel = KERNELS[key.kernel]
-                every = configs = (kernel.default(key, arch, processors), *kernel.candidates(key, arch))
+                configs = kernel.default(key, arch, processors), *kernel.candidates(key, arch)
+                job = Job(key, configs, layer, variant, choices)
                 # With the most parts of a sum, because the kernel that adds them asks for its own key.
-                answers[key] = max(configs, key=lambda config: config.split)
-            others = {} if key.kernel in ALGORITHM_KEYS else answers
-            planned.setdefault(key, Job(key, tuple(dict.fromkeys(every)), layer, variant, others))
-            return answers[key]
+                choices[key] = max(configs, key=lambda config: config.split)
+            planned.setdefault(key, replace(job, candidates=tuple(dict.fromkeys(job.candidates))))
+            return choices[key]
 
         with multiplied_in(layer.dtype), override(choose), launch_hook(lambda *_: True):
             training_step(layer, variant, META)(triton)
 
     for layer in layers:
         for variant in (False, True):
-            for algorithm in ALGORITHM_KEYS["forward"][: 1 if layer.experts or variant else None]:
+            for algorithm in triton.ALGORITHMS[: 1 if layer.experts or variant else None]:
                 if algorithm != "fused" or layer.tokens <= MOST_FUSED_TOKENS:
                     plan(layer, variant, algorithm)
     return sorted(planned.values(), key=lambda job: job.key.kernel in ALGORITHM_KEYS)
@@ -188,8 +171,8 @@ class Trial:
 
     def run(self, choice: Choice, hook: Callable[..., object] = lambda *_: None) -> list[Tensor]:
         """The step's results with a choice; `hook` sees its launches."""
-        answers = {**self.job.answers, self.job.key: choice}
-        with multiplied_in(self.job.layer.dtype), override(answers.get), launch_hook(hook):
+        choices = {**self.job.others, self.job.key: choice}
+        with multiplied_in(self.job.layer.dtype), override(choices.get), launch_hook(hook):
             return self._step(triton)
 
     def compiled(self, config: Choice) -> tuple[Any, int]:
@@ -262,7 +245,7 @@ class Trial:
 
 
 def compile_ahead(planned: Sequence[Job]) -> int:
-    """Compile the candidates of jobs for this GPU, in parallel; returns how many. The search meets errors again."""
+    """Compile the candidates of jobs for this GPU, in parallel; returns how many. Errors are left to the search."""
     kernels = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for job in planned:
@@ -287,17 +270,15 @@ def tune(
     for job in planned:
         entry: Any = entries.get(str(job.key))
         entry = entry if isinstance(entry, dict) else {}
-        complete = {"seconds", "seconds_without_table", "refused"} <= entry.keys()
+        complete = {"seconds", "default_seconds", "refused"} <= entry.keys()
         if not complete or entry.get("choice") not in map(str, job.candidates):
             try:
                 with on_device(device):
                     entry = _tune(job, device, timer or gpu_timer, entry.get("refused"))
-            except (
-                Exception
-            ) as error:  # for example too little memory for the operands: go on with other jobs
+            except Exception as error:
                 if isinstance(error, OSError) or is_lost():
                     raise
-                entry = reason(error)
+                entry = reason(error)  # for example too little memory for the operands: go on with other jobs
         yield job, entry
 
 
@@ -334,7 +315,7 @@ def _tune(job: Job, device: torch.device, timer: Timer, refused: Any) -> dict[st
         finally:
             faulthandler.cancel_dump_traceback_later()
     best = min(timed, key=timed.__getitem__)
-    return note(choice=str(best), seconds=timed[best], seconds_without_table=next(iter(timed.values())))
+    return note(choice=str(best), seconds=timed[best], default_seconds=next(iter(timed.values())))
 
 
 def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:

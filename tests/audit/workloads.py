@@ -13,7 +13,7 @@ from torch import Tensor
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import reference_experts_linear
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.precision import bmm_in_float32
+from smoa_kernels.definition.precision import bmm_in_float32, multiplied_in
 from smoa_kernels.definition.reference import delta_weight as defined_delta
 from smoa_kernels.definition.reference import factor_gradients
 from smoa_kernels.definition.reference import forward as reference_forward
@@ -26,7 +26,6 @@ from smoa_kernels.kernels.permute import gather_columns, scatter_columns
 from smoa_kernels.kernels.spec import Config, partial_width
 from smoa_kernels.kernels.sum_partials import sum_partials
 from smoa_kernels.kernels.table import override
-from smoa_kernels.tuning.tuner import multiplied_in
 
 from . import operands
 

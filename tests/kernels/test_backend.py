@@ -27,10 +27,9 @@ from problems import (
 from smoa_kernels.backends import eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.precision import bmm_in_float32
+from smoa_kernels.definition.precision import bmm_in_float32, multiplied_in
 from smoa_kernels.kernels.launch import launch_arguments
 from smoa_kernels.operators import linear as operator
-from smoa_kernels.tuning.tuner import multiplied_in
 
 pytestmark = pytest.mark.numerical
 

@@ -21,7 +21,7 @@ from vectors import Vector, all_vectors
 
 from smoa_kernels.definition.block_rule import BlockRule
 from smoa_kernels.definition.packed import PackedAdapter
-from smoa_kernels.definition.precision import PRECISIONS, Precision
+from smoa_kernels.definition.precision import PRECISIONS, Precision, multiplied_in
 from smoa_kernels.definition.thresholds import round_weight
 from smoa_kernels.kernels.architectures import ARCHITECTURES
 from smoa_kernels.kernels.fused_linear import fused_linear
@@ -29,7 +29,6 @@ from smoa_kernels.kernels.modulate import modulated_weight
 from smoa_kernels.kernels.permute import scatter_columns
 from smoa_kernels.kernels.registry import KERNELS
 from smoa_kernels.kernels.spec import GRANULE, Config, Key
-from smoa_kernels.tuning.tuner import multiplied_in
 
 pytestmark = pytest.mark.numerical
 

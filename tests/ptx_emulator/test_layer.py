@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import NAMES, Case, assert_within_budget, make_problem, relative_error
 
-from smoa_kernels.tuning.tuner import multiplied_in
+from smoa_kernels.definition.precision import multiplied_in
 
 from .findings import OVERWRITES_OPERANDS
 

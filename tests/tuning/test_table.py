@@ -1,4 +1,4 @@
-"""The table of measured choices: the entries in force, skipped entries, broken files, and concurrent writers."""
+"""The table of measured choices: the entries in force, stale and damaged ones, and concurrent writers."""
 
 import json
 import subprocess
@@ -16,14 +16,13 @@ from problems import make_problem
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.cli import info
 from smoa_kernels.definition.partition import BlockPartition
-from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS
+from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS, multiplied_in
 from smoa_kernels.kernels import architectures, table
 from smoa_kernels.kernels.architectures import identity
 from smoa_kernels.kernels.launch import Launch
 from smoa_kernels.kernels.permute import PERMUTE, gather_columns
 from smoa_kernels.kernels.spec import Config, Key, bucket
-from smoa_kernels.kernels.table import SCHEMA, Choice, fastest, keep, read, select, user_table
-from smoa_kernels.tuning.tuner import multiplied_in
+from smoa_kernels.kernels.table import Choice, keep, read, select, user_table
 
 CPU, TODAY = torch.device("cpu"), time.strftime("%Y-%m-%d")
 KEY = Key("permute", "fp32", blocks=2, in_features=12, tokens=8, padded_in=64)
@@ -46,9 +45,9 @@ def ask() -> Config:
 @pytest.fixture
 def path() -> Path:
     """The path of this machine's table; its folder exists."""
-    found = user_table("cpu")
-    found.parent.mkdir(parents=True)
-    return found
+    path = user_table("cpu")
+    path.parent.mkdir(parents=True)
+    return path
 
 
 @pytest.fixture
@@ -58,37 +57,17 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
     return lambda path: info._tables()[str(path)]
 
 
-def test_bucket_edges() -> None:
-    edges = {0: 1, 1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 2**13: 2**13, 2**13 + 1: 2**14}
-    assert {tokens: bucket(tokens) for tokens in edges} == edges
-
-
 # The choice in force
 
 
-def test_the_users_table_comes_before_the_shipped_one_and_that_before_the_heuristic(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_comes_before_the_heuristic_for_its_problem_alone(cache: Path) -> None:
     assert ask() == FIRST
-    assert fastest(FORWARD, CPU) is None
     assert not cache.exists()
-    put(THIRD)
-    put("split", FORWARD)
-    monkeypatch.setattr(table, "SHIPPED", tmp_path)
-    user_table("cpu").rename(tmp_path / "cpu.json")
-    table.clear_cache()
-    assert ask() == THIRD
-    put(LAST)
-    put(None, FORWARD)
-    assert ask() == LAST
-    assert fastest(FORWARD, CPU) == "split"  # the user's key is being tuned
-    assert user_table("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.json"
-
-
-def test_another_problem_does_not_borrow_an_entry() -> None:
     put(key=KEY._replace(tokens=16))
-    put(key=KEY._replace(blocks=3))
+    put(None)  # the key is being tuned
     assert ask() == FIRST
+    put(LAST)
+    assert ask() == LAST
 
 
 def test_each_problem_and_candidate_has_its_own_name() -> None:
@@ -98,6 +77,9 @@ def test_each_problem_and_candidate_has_its_own_name() -> None:
     assert len(set(map(str, candidates))) == len(candidates)
     assert str(KEY) == "permute fp32 blocks=2 in_features=12 tokens=8 padded_in=64"
     assert str(FIRST) == "t=64 p=128 warps=2 stages=1"
+    assert user_table("NVIDIA H100 80GB HBM3").name == "nvidia-h100-80gb-hbm3.json"
+    edges = {0: 1, 1: 1, 2: 2, 3: 4, 4: 4, 5: 8, 2**13: 2**13, 2**13 + 1: 2**14}
+    assert {tokens: bucket(tokens) for tokens in edges} == edges
 
 
 def test_a_stale_entry_is_ignored_with_a_sentence_and_stays(
@@ -105,31 +87,26 @@ def test_a_stale_entry_is_ignored_with_a_sentence_and_stays(
 ) -> None:
     """Of another GPU, architecture, slice of a GPU, Triton, assembler, source of the kernels."""
     answers: dict[str, object] = {"gpu_name": "another", "architecture": "sm_90", "multiprocessors": 66}
+    answers |= {"assembler": "ptxas 13", "source_hash": "edited"}
     machines = {}
-    for name, answer in {
-        **answers,
-        "assembler": "ptxas 13",
-        "source_hash": "edited",
-        "triton": "2.0",
-    }.items():
+    for name, answer in (*answers.items(), ("triton", "2.0")):
         with monkeypatch.context() as elsewhere:
             if name == "triton":
                 elsewhere.setattr("triton.__version__", answer)
             else:
                 elsewhere.setattr(architectures, name, lambda *_, answer=answer: answer)
             machines[identity.__wrapped__(CPU)] = {"choices": {str(KEY): {"choice": str(THIRD)}}}
-    path.write_text(json.dumps({"schema": SCHEMA, "machines": machines}))
+    path.write_text(json.dumps(machines))
     words = "measured with another GPU, Triton or version of the kernels"
     with pytest.warns(UserWarning, match=words) as caught:
         assert (ask(), ask()) == (FIRST, FIRST)
     assert len(caught) == 1
-    counts = "0 keys in force, 6 measured with other versions"
-    assert said(path).startswith(f"yours, {TODAY}; {counts}; was {words}")
+    assert said(path).startswith(f"{TODAY}; 0 keys in force, 6 measured with other versions; was {words}")
     put(LAST)  # two environments may share a table
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ask() == LAST
-    assert json.loads(path.read_text())["machines"].items() >= machines.items()
+    assert json.loads(path.read_text()).items() >= machines.items()
 
 
 def test_an_edit_of_any_source_makes_entries_stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,33 +154,26 @@ def test_a_table_chooses_any_algorithm(precision: str) -> None:
 # Damaged tables
 
 
-@pytest.mark.parametrize(
-    "entry", [3, [1], "t=64", {"choice": "t=1"}, {"choice": [1]}, {"choice": 10**400}], ids=str
-)
-def test_a_bad_entry_is_named_when_it_is_asked_for_and_stays(
-    entry: object, path: Path, said: Callable[[Path], str]
-) -> None:
-    put("merged", FORWARD)
+@pytest.mark.parametrize("entry", [3, [1], "t=64", {"choice": "t=1"}, {"choice": 10**400}], ids=str)
+def test_a_bad_entry_is_named_when_it_is_asked_for_and_stays(entry: object, path: Path) -> None:
+    put(LAST, KEY._replace(tokens=16))
     keep(CPU, "choices", {str(KEY): entry})
-    with pytest.warns(
-        UserWarning, match=f"{path}: permute fp32 .* has no choice .*; it is not used"
-    ) as caught:
+    words = f"{path}: permute fp32 .* has no choice .*; it is not used"
+    with pytest.warns(UserWarning, match=words) as caught:
         assert ask() == FIRST
     assert len(caught) == 1
     assert len(str(caught[0].message)) < 500 + len(str(path))
-    assert fastest(FORWARD, CPU) == "merged"
-    assert said(path).startswith(f"yours, {TODAY}; 2 keys in force")
-    put(THIRD, KEY._replace(tokens=16))  # another version may understand the entry
+    put(THIRD, KEY._replace(tokens=32))  # another version may understand the entry
     assert kept()[str(KEY)] == entry
 
 
 @pytest.mark.parametrize("machine", [3, [], {"choices": 3}, {"choices": [], "verdicts": {}}], ids=str)
 def test_what_a_machine_measured_may_be_damaged(machine: object, path: Path) -> None:
-    path.write_text(json.dumps({"schema": SCHEMA, "machines": {identity(CPU): machine, "other": machine}}))
+    path.write_text(json.dumps({identity(CPU): machine, "other": machine}))
     assert ask() == FIRST
     put()
     assert ask() == SECOND
-    assert json.loads(path.read_text())["machines"]["other"] == machine
+    assert json.loads(path.read_text())["other"] == machine
 
 
 @pytest.mark.parametrize(
@@ -211,10 +181,8 @@ def test_what_a_machine_measured_may_be_damaged(machine: object, path: Path) -> 
     [
         (b"{", "is not JSON"),
         (b"\xff\xfe\x00", "is not JSON"),
-        (b'{"schema": 3, "machines": ' + b"[" * 100_000, "is not JSON"),
+        (b'{"schema": ' + b"[" * 100_000, "is not JSON"),
         (b"[1, 2]", "is not a table of smoa-kernels"),
-        (b'{"schema": 3}', "is not a table of smoa-kernels"),
-        (b'{"schema": 2, "entries": []}', "has schema 2, this version knows 3"),
     ],
     ids=str,
 )
@@ -222,20 +190,16 @@ def test_a_file_that_is_no_table_is_named_and_set_aside_by_the_next_writer(
     text: bytes, words: str, path: Path, said: Callable[[Path], str]
 ) -> None:
     path.write_bytes(text)
-    with pytest.warns(UserWarning, match=f"{path} .*{words}.*; it is not used") as caught:
+    with pytest.warns(UserWarning, match=f"{path} .*{words}; it is not used") as caught:
         assert ask() == FIRST
     assert len(caught) == 1
     assert words in said(path)
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # reading moves no file
-    with pytest.warns(UserWarning, match=f"{words}.*; set aside as cpu.json.broken-1"):
+    with pytest.warns(UserWarning, match=f"{words}; set aside as cpu.broken"):
         put()
     assert ask() == SECOND
-    aside = path.with_name("cpu.json.broken-1")
-    assert aside.read_bytes() == text
-    assert said(aside) == "yours; set aside, not used"
-    path.write_text("{")
-    with pytest.warns(UserWarning, match="broken-2"):
-        put()
+    assert path.with_suffix(".broken").read_bytes() == text
+    assert said(path.with_suffix(".broken")) == "set aside, not used"
 
 
 def test_a_folder_in_the_tables_place(path: Path) -> None:
@@ -254,8 +218,9 @@ def test_info_says_what_runs_on_a_gpu_and_why(path: Path, said: Callable[[Path],
     assert rows["cpu, algorithm by rule"].startswith(words)
     assert rows["cpu, algorithm by its table"] == f"{FORWARD}: split"
     assert rows["cpu, identity"] == identity(CPU)
+    assert said(path) == f"{TODAY}; 2 keys in force, 0 measured with other versions"
     other = path.rename(user_table("NVIDIA H100"))
-    assert said(other) == f"yours, {TODAY}; for a GPU that is not here"
+    assert said(other) == f"{TODAY}; for a GPU that is not here"
     assert info._tables()["cpu"] == "no table: the heuristic chooses; smoa-kernels tune measures"
 
 

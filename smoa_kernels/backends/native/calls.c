@@ -48,13 +48,13 @@ static i64 for_each(const call *c, i64 (*function)(const call *), int skip_zeros
     i64 most = 0, first = 0, skipped = 0;
     uint8_t *seen = take(&a, greatest(c->layer.rows, c->layer.cols));
     for (i64 e = 0; e < c->experts; first = c->ends[e++]) {
-        call one = *c;
-        layer *l = &one.layer;
-        one.tokens = c->ends[e] - first;
-        if (one.tokens < 0 || c->ends[e] > c->tokens) return -1;
-        if (!one.tokens) continue;
-        if (one.tokens <= c->few) one.path = FEW_TOKENS;
-        one.workspace = a.base ? (float *)(a.base + a.bytes) : NULL;
+        call part = *c;
+        layer *l = &part.layer;
+        part.tokens = c->ends[e] - first;
+        if (part.tokens < 0 || c->ends[e] > c->tokens) return -1;
+        if (!part.tokens) continue;
+        if (part.tokens <= c->few) part.path = FEW_TOKENS;
+        part.workspace = a.base ? (float *)(a.base + a.bytes) : NULL;
         l->row_index = index_of(c->row_index, c->row_bytes, e * c->row_step, l->rows, row_index);
         l->col_index = index_of(c->col_index, c->col_bytes, e * c->col_step, l->cols, col_index);
         l->row_offsets += e * c->row_offsets_step, l->col_offsets += e * c->col_offsets_step;
@@ -65,11 +65,11 @@ static i64 for_each(const call *c, i64 (*function)(const call *), int skip_zeros
             skipped++;
             continue;
         }
-        one.x = element(c->x, first * c->x_stride, c->dtype), one.dy = element(c->dy, first * c->dy_stride, c->dtype);
-        one.y = (char *)c->y + first * c->y_stride * bytes_of(c->dtype);
-        one.dA = (char *)c->dA + e * l->rank * l->cols * bytes_of(l->factor_dtype);
-        one.dB = (char *)c->dB + e * l->rank * l->rows * bytes_of(l->factor_dtype);
-        most = greatest(most, function(&one));
+        part.x = element(c->x, first * c->x_stride, c->dtype), part.dy = element(c->dy, first * c->dy_stride, c->dtype);
+        part.y = (char *)c->y + first * c->y_stride * bytes_of(c->dtype);
+        part.dA = (char *)c->dA + e * l->rank * l->cols * bytes_of(l->factor_dtype);
+        part.dB = (char *)c->dB + e * l->rank * l->rows * bytes_of(l->factor_dtype);
+        most = greatest(most, function(&part));
     }
     return first != c->tokens ? -1 : c->workspace ? skipped : most + floats_of(&a);
 }

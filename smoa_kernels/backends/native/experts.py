@@ -1,4 +1,4 @@
-"""Experts in compiled code: a loop in C over experts, each of which is a layer whose tokens are its pairs."""
+"""Experts in compiled code: a loop in C over experts; an expert is a layer whose tokens are its pairs."""
 
 from __future__ import annotations
 
@@ -84,14 +84,15 @@ class _EveryExpert(Call):
         return skipped
 
 
-def _index(one: Tensor | None) -> Tensor | None:
-    width = torch.int16 if one is not None and one.dtype == torch.int16 else torch.int32
-    return one if one is None else dense("index", one, width)
+def _index(index: Tensor | None) -> Tensor | None:
+    if index is None:
+        return None
+    return dense("index", index, torch.int16 if index.dtype == torch.int16 else torch.int32)
 
 
-def _step(one: Tensor) -> int:
-    """Elements from one expert's part to the next one's; 0 if all share one."""
-    return one.stride(0) if one.shape[0] > 1 else 0
+def _step(tensor: Tensor) -> int:
+    """Elements from an expert's part to the next expert's; 0 if all experts share it."""
+    return tensor.stride(0) if tensor.shape[0] > 1 else 0
 
 
 def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:

@@ -4,7 +4,7 @@
  * Every product of a layer and its gradients is a call of `gemm`. What differs:
  *
  *   operand.h      the matrices that are read: three dtypes, two memory orders;
- *   pack.h         packs a piece of one in panels of floats and modulates a weight meanwhile (to W_eff, or ΔW);
+ *   pack.h         packs a piece of a matrix in panels of floats and modulates a weight meanwhile (to W_eff, or ΔW);
  *   pack_tiles.h   packs and modulates in tiles of bfloat16;
  *   microkernel.h  multiplies panels by FMA, vdpbf16ps or AMX;
  *   epilogue.h     finishes rows of C: adds a bias or what was there and rounds once, or contracts them with A and B.
@@ -111,7 +111,7 @@ typedef struct {
 /* Terms that are packed at a time: all if C is a half type, so that it is rounded once. */
 static i64 packed_terms(const gemm_job *g) { return least(g->depth, g->dtype == FLOAT32 ? g->terms : g->depth); }
 
-/* Multiplies packed operands. The one with fewer rows is in the inner loop and stays in the L2 cache. */
+/* Multiplies packed operands. The operand with fewer rows is in the inner loop and stays in the L2 cache. */
 static void multiply(const gemm_job *g, const float *left, const float *right, i64 depth, i64 i_count, i64 j_count) {
     _Alignas(64) float sums[PANEL * PANEL];
     int f = g->format, tall = f == FLOATS || i_count > j_count;
@@ -141,7 +141,7 @@ static i64 right_rows_of(int format, i64 terms) {
     return greatest(PANEL, least(2 * NC, fit / PANEL * PANEL));
 }
 
-/* The same of left rows; each further group of them packs the right operand again. */
+/* The same of left rows; for each further group of rows the right operand is packed anew. */
 static i64 left_rows_of(int format, i64 terms) {
     enum { FLOATS_AT_MOST = 1 << 21, ROWS_AT_LEAST = MR * 36 };
     i64 fit = FLOATS_AT_MOST / greatest(1, terms);
@@ -161,7 +161,7 @@ static packing_room packing_room_of(arena *a, const gemm_job *g, i64 left_count)
                           take(a, g->format == SPLIT3 ? (NC * KC + SPILL) * 4 : 0)};
 }
 
-/* Multiplies some rows of the left operand by some rows of the right one; C points to the product of the first two. */
+/* Multiplies some rows of the left operand by some of the right operand; C points to the product of the first two. */
 static void gemm(const gemm_job *g, i64 i_first, i64 i_count, i64 j_first, i64 j_count, arena workspace) {
     int f = g->format;
     i64 kc = greatest(1, packed_terms(g)), left_rows = left_rows_of(f, kc), right_rows = right_rows_of(f, kc);
