@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
-from .architectures import AMD, AMPERE, GEFORCE_BLACKWELL, HOPPER
+from .architectures import ADA, AMD, AMPERE, GEFORCE_BLACKWELL, HOPPER
 from .common import block_slots, dot, load_block, power_of_two, to_tf32
 from .launch import Grid, Launch, Layout, launch_arguments
 from .spec import PARTIAL_RANKS, Config, Kernel, Row, partial_width
@@ -163,14 +163,15 @@ def _tile(n: int, c: int, warps: int = 4) -> Config:
 
 
 # 64 × 128 spills 12 bytes on sm_80 (32 ranks of float32 factors) and 8 on sm_120 in TF32, 32 × 128 4 elsewhere. IEEE
-# float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers. On sm_90
-# Triton 3.8 allots 96 of these for 32 rows and spills 4 bytes.
+# float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers. For 32 rows
+# Triton 3.8 allots too few of them on sm_86 and sm_90, and spills 4 bytes.
 CONTRACT = Kernel(
     "contract",
     contract_kernel,
     rows=(
         Row(AMD, (), (_tile(64, 128, 2), _tile(32, 128, 2))),
-        Row(HOPPER, ("fp32",), (_tile(64, 128),), before="3.9"),
+        Row(ADA, ("fp32",), (_tile(32, 128), _tile(32, 64)), before="3.8"),
+        Row((*HOPPER, *ADA), ("fp32",), (_tile(64, 128),), before="3.9"),
         Row((), ("fp32",), (_tile(32, 128), _tile(32, 64))),
         Row(AMPERE, (), (_tile(32, 128),)),
         Row(GEFORCE_BLACKWELL, ("tf32",), (_tile(32, 128),)),

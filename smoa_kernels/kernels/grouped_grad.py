@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..definition.experts import ExpertsAdapter
-from .architectures import AMD, AMPERE, BLACKWELL, HOPPER
+from .architectures import AMD, AMPERE, BLACKWELL, GEFORCE_BLACKWELL, HOPPER
 from .common import (
     coordinates,
     dot,
@@ -220,14 +220,15 @@ def _tile(n: int, c: int, t: int, warps: int, stages: int) -> Config:
 
 
 # The largest spills on other architectures, and before Triton 3.9 on sm_80 and sm_100. IEEE float32: NVIDIA has no
-# tensor cores for it; with two stages it spills on some architectures, with three on sm_100 by Triton 3.8.
+# tensor cores for it; with two stages it spills on some architectures, with three on sm_100 and sm_120 by Triton 3.8.
 GROUPED_GRAD = Kernel(
     "grouped_grad",
     grouped_grad_kernel,
     rows=(
         Row(AMD, HALF, (_tile(64, 64, 64, 4, 2),)),
         Row(AMD, (), (_tile(64, 64, 32, 4, 2),)),
-        Row(BLACKWELL, ("fp32",), (_tile(16, 32, 32, 4, 2),), before="3.9"),
+        Row(GEFORCE_BLACKWELL, ("fp32",), (_tile(16, 32, 32, 4, 3),), before="3.8"),
+        Row((*BLACKWELL, *GEFORCE_BLACKWELL), ("fp32",), (_tile(16, 32, 32, 4, 2),), before="3.9"),
         Row((), ("fp32",), (_tile(16, 32, 32, 4, 3),)),
         Row((), ("tf32",), (_tile(64, 64, 32, 8, 3),)),
         Row((), HALF, (_tile(64, 64, 64, 8, 3),), before="3.9"),
