@@ -163,8 +163,8 @@ def _tile(n: int, c: int, warps: int = 4) -> Config:
 
 
 # 64 × 128 spills 12 bytes on sm_80 (32 ranks of float32 factors) and 8 on sm_120 in TF32, 32 × 128 4 elsewhere. IEEE
-# float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers. For 32 rows
-# Triton 3.8 allots too few of them on sm_86 and sm_90, and spills 4 bytes.
+# float32: NVIDIA has no tensor cores for it, and a thread holds the whole depth of its operands in registers. For 32
+# rows Triton 3.8 allots too few of them on sm_86 and sm_90, and spills 4 bytes.
 CONTRACT = Kernel(
     "contract",
     contract_kernel,
