@@ -13,7 +13,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from problems import relative_error
 from torch import nn
 
-from smoa_kernels.backends.native.library import has
+from smoa_kernels.backends.native.library import has, unsupported_reason
 from smoa_kernels.peft import accelerate_hira, decelerate_hira
 from smoa_kernels.peft.hira import accelerate as module
 from smoa_kernels.peft.hira.accelerate import AcceleratedLinear
@@ -182,14 +182,15 @@ def test_half_precision_against_float64(dtype, bias):
     accelerate_hira(model)
     assert layer.hira_A["default"].dtype == torch.float32
     found = errors(model)
-    compiled = dtype == torch.bfloat16 and has("bf16")
-    more = 1.25 if compiled else 1.0  # of y and dX, where W_eff is rounded
-    assert found[0] < (more if compiled else 1.1 if bias else 0.8) * default[0]
+    compiled, widened = dtype == torch.bfloat16 and has("bf16"), unsupported_reason() is None
+    more = 1.0 if widened and not compiled else 1.25  # of y and dX, where W_eff is rounded
+    of_y = more if widened else 1.45  # torch's operators round before they add a bias
+    assert found[0] < (of_y if compiled or not widened else 1.1 if bias else 0.8) * default[0]
     assert found[1] < max(more, 1.05) * default[1]
     for mine, theirs_ in zip(found[2:], default[2:], strict=True):
         assert mine < (theirs_ if compiled else torch.finfo(dtype).eps / 4)
     for ours in (found, errors(model.to(dtype))):
-        for mine, theirs_, times in zip(ours, peft, [more, more, *[1] * (len(peft) - 2)], strict=True):
+        for mine, theirs_, times in zip(ours, peft, [of_y, more, *[1] * (len(peft) - 2)], strict=True):
             assert mine < times * theirs_
 
 
