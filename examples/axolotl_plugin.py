@@ -7,9 +7,9 @@
     lora_target_linear: true
     smoa: {num_blocks: 2}                   # further arguments of SMoAConfig
 
-Tested with the hooks of Axolotl 0.19 and tiny models on a CPU; no whole Axolotl has run it. Axolotl 0.19 pins PEFT 0.20,
-this library needs 0.21 or newer. Axolotl quantises a base on loading for `adapter: qlora` alone: name a base whose files
-are quantised.
+Tested with the hooks of Axolotl 0.19 and tiny models on a CPU; no whole Axolotl has run it. It pins PEFT 0.20, and this
+library needs 0.21 or newer. It quantises a base on loading for `adapter: qlora` alone: name a base whose files are
+quantised.
 """
 
 from __future__ import annotations

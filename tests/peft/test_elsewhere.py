@@ -1,4 +1,4 @@
-"""The plugin for Axolotl: its hooks take what Axolotl 0.19 gives, and adapt a tiny model. Axolotl is not installed."""
+"""SMoA in others' programs: Axolotl's hooks (0.19; it is not installed), and PEFT's method comparison."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import peft
 import pytest
 import torch
-
-pytest.importorskip("peft", reason="the plugin needs the peft extra")
 from tiny_models import tiny_llama
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -85,3 +84,47 @@ def test_it_adapts_and_goes_on(plugin: Any, tmp_path: Path) -> None:
             tiny_llama(), Cfg(YAML, lora_model_dir=str(tmp_path)), inference=inference
         )
         assert any(p.requires_grad for p in loaded.parameters()) is not inference
+
+
+COMPARISON = EXAMPLES.parent / "benchmarks" / "method_comparison"
+# What PEFT's `utils.py` and `run.py` do with an experiment, on a tiny model.
+UTILS = """
+from peft import get_peft_model
+from tiny_models import tiny_llama
+
+def get_model(*, peft_config):
+    return get_peft_model(tiny_llama(), peft_config)
+"""
+RUN = """
+import sys
+from peft import PeftConfig
+from utils import get_model
+
+for module in get_model(peft_config=PeftConfig.from_pretrained(sys.argv[-1])).modules():
+    if type(module).__module__.startswith("smoa_kernels"):
+        print(type(module).__name__)
+"""
+
+
+@pytest.mark.parametrize(("method", "layer"), [("smoa", "Linear"), ("hira", "AcceleratedLinear")])
+def test_the_method_comparison_runs_ours(
+    method: str,
+    layer: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from benchmarks.method_comparison import run
+
+    (tmp_path / "utils.py").write_text(UTILS)
+    (tmp_path / "run.py").write_text(RUN)
+    peft.HiraConfig(r=4, target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / "hira")
+    experiment = {"smoa": COMPARISON / "experiments/smoa/llama-3.2-3B-rank32", "hira": tmp_path / "hira"}[
+        method
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [])
+    run.main([*(["--accelerate"] if method == "hira" else []), "-v", str(experiment)])
+    sys.modules.pop("utils")
+    assert layer in capsys.readouterr().out.split()
