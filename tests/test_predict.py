@@ -66,6 +66,21 @@ def test_the_page_shows_the_predictions() -> None:
         assert cells.strip().split(" | ") == [f"{over_frozen(problem, way):.2f}" for way in ways]
 
 
+def test_pages_about_hardware_show_the_predictions() -> None:
+    """Over PEFT's LoRA. The README has some of the rows."""
+    page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/hardware.md", "README.md"))
+    rows = dict(re.findall(r"^\| (\w+) \| (.+(?: \| .+){3}) \|$", page, re.MULTILINE))
+    for gpu in set(GPUS) - {"a40"}:
+        cases = (SQUARE._replace(num_blocks=k, rank=8, granule=g) for k, g in ((2, 1), (2, 2048), (4, 1024)))
+        seconds = [Estimate(case, GPUS[gpu], "merged").seconds() for case in cases]
+        lora, hira = (Estimate(SQUARE._replace(rank=8), GPUS[gpu], way).seconds() for way in ("lora", "hira"))
+        spectral, _, contiguous, _ = shown = [f"{time / lora:.2f}" for time in (*seconds, hira)]
+        assert rows[gpu.upper()] == " | ".join(shown)
+        name = gpu.upper().replace("RTX", "RTX ")
+        if name in readme:
+            assert re.search(rf"\| {name} \| .* \| {spectral}, predicted \| {contiguous}, predicted \|", readme)
+
+
 @pytest.mark.parametrize("arch", [*ARCHITECTURES, "sm_999"])
 @pytest.mark.parametrize("dtype", KERNEL_PRECISIONS)
 def test_many_tokens_are_merged(arch, dtype):
