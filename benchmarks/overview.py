@@ -111,7 +111,8 @@ def cost(runs: Sequence[Run]) -> Figure:
         for dtype in ("float32", "bfloat16"):
             if found := [step for step in run.select("step", dtype=dtype) if "factors" not in step.params]:
                 ratios = [found[0].comparison("step").ratio(name, LORA) for name in names]
-                vendor, _, instructions = PROCESSORS[run.machine["device"]].partition(" ")
+                device = str(run.machine["device"])
+                vendor, _, instructions = PROCESSORS.get(device, device).partition(" ")
                 label = f"{vendor}\n{instructions}\n{dtype}"
                 groups.append((label, [ratio.median if ratio else 0.0 for ratio in ratios]))
     figure = Figure(figsize=(7.4, 2.8), layout="constrained")

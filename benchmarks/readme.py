@@ -79,7 +79,10 @@ def section(runs: list[Run]) -> str:
     own, threads = _processor(str(jobs["smoa"]["processor"])), summaries["smoa"]["machine"]["threads"]
     return paragraphs(
         table((f"`make main-job`, {own}, {threads} threads", "SMoA", "LoRA", "HiRA"), _job_rows(summaries)),
-        table(("SMoA / LoRA / HiRA, one thread", *COLUMNS), [_row(run) for run in runs if not run.on_gpu]),
+        table(
+            ("SMoA / LoRA / HiRA, one thread", *COLUMNS),
+            [row(run, "benchmarks/results/README.md") for run in runs if not run.on_gpu],
+        ),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
         f"{_explained(summaries['smoa'])} Layers: 2048 tokens, 2048×2048, r=16 (bfloat16, K=2: r=8). Steps: 512 "
         "tokens, r=8. LoRA and HiRA are PEFT's. Below 1 × frozen, the layer is faster than torch's without an adapter: "
@@ -97,12 +100,12 @@ def _job_rows(summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     return [(words, *map(cell, summaries.values())) for words, cell in cells.items()]
 
 
-def _row(run: Run) -> tuple[str, ...]:
-    """A processor's cells; a dash for what was noisy or not measured."""
+def row(run: Run, page: str = "") -> tuple[str, ...]:
+    """A device's cells, with a link to its tables on the page; a dash for what was noisy or not measured."""
     device = str(run.machine["device"])
     return (
-        f"[{_processor(device)}](benchmarks/results/README.md#{anchor(device)})",
-        *(_cell(run, c) for c in COLUMNS.values()),
+        f"[{_processor(device)}]({page}#{anchor(device)})",
+        *(_cell(run, cases) for cases in COLUMNS.values()),
     )
 
 

@@ -20,7 +20,7 @@ from benchmarks.memory import allocated, footprint
 from benchmarks.protocol import DEVICE, Comparison, Figure
 from benchmarks.providers import CONTIGUOUS, FROZEN, LORA, SMOA, Case, frozen, lora, smoa
 from benchmarks.readme import README, section, with_section
-from benchmarks.report import main, page
+from benchmarks.report import goals, main, page
 from benchmarks.results import RESULTS, compact, read_all
 
 pytestmark = pytest.mark.slow
@@ -80,7 +80,8 @@ def test_readme_and_results_agree_with_the_kept_runs() -> None:
     runs = read_all(RESULTS)
     text = README.read_text(encoding="utf-8")
     assert text == with_section(text, section(runs)), "run `python -m benchmarks.report`"
-    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(runs), "the same"
+    for name, written in (("README.md", page(runs)), ("goals.md", goals(runs))):
+        assert (RESULTS / name).read_text(encoding="utf-8") == written, "the same"
     assert not [goal.text for goal in GOALS if not any(goal.measure(run) for run in runs)]
 
 

@@ -24,8 +24,9 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = Path(__file__).resolve().parents[2]
 # Pages of the repository that lie outside docs/, and where they stand on the site.
 PAGES = {
-    "README.md": "overview.md",
+    "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "RELEASING.md": "releasing.md",
     "CHANGELOG.md": "changes.md",
     "benchmarks/results/README.md": "results/benchmarks.md",
     "benchmarks/results/quality.md": "results/quality.md",
