@@ -101,9 +101,9 @@ def _run_page(run: Run) -> str:
 
 def goals(runs: list[Run]) -> str:
     """The text of results/goals.md, for those who work on the code."""
-    head = "# Goals of the layer on one CPU thread\n\nWritten by `python -m benchmarks.report` from `benchmarks/goals.csv`."
+    words = "Written by `python -m benchmarks.report` from `benchmarks/goals.csv`."
     parts = (f"## {run.machine['device']}\n\n{tables.goals(run)}" for run in runs if not run.on_gpu)
-    return tables.paragraphs(head, *parts)
+    return tables.paragraphs("# Goals of the layer on one CPU thread", words, *parts)
 
 
 if __name__ == "__main__":

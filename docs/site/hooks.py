@@ -107,7 +107,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Make a picture a link to its file, where it is as large as the window."""
+    """Make a picture a link to its file, where it is as large as the window; mark inline code that fits on a line."""
+    html = re.sub(r"<code>([^<]{1,32})</code>", r'<code class="short">\1</code>', html)
     return re.sub(r'<img [^>]*?src="((?!data:)[^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
 
 
