@@ -100,7 +100,7 @@ def robustness(study: Study) -> Figure:
 def accuracy(study: Study, name: str) -> float:
     """Mean accuracy of all of a method's runs, in percent."""
     runs = [run for task in (*study.tasks, *study.controls) for run in study.finals(task.name, name)]
-    return 100 * sum(run["accuracy"] for run in runs) / len(runs)
+    return 100 * float(sum(run["accuracy"] for run in runs)) / len(runs)
 
 
 def cost(runs: Sequence[Run]) -> Figure:
