@@ -122,9 +122,7 @@ def make(new: str) -> None:
         raise
     git("commit", "--quiet", "--message", f"Release {new}", *map(str, before))
     git("tag", "--annotate", f"v{new}", "--message", f"smoa-kernels {new}")
-    print(
-        f"v{new} is committed and tagged; nothing was pushed. Next: git push --follow-tags (RELEASING.md)"
-    )
+    print(f"v{new} is committed and tagged; nothing was pushed. Next: git push --follow-tags (RELEASING.md)")
 
 
 def git(*arguments: str) -> str:
