@@ -197,7 +197,7 @@ dist: $(BIN)/.dev ## build wheels (ARM's with aarch64-linux-gnu-gcc) and sdist, 
 dist-oldest: $(OLDEST)/.installed ## install what `make dist` built beside the oldest supported torch and train a step
 	$(OLDEST)/bin/python tests/installed.py dist/*.whl
 
-release: $(BIN)/.dev ## write VERSION=X.Y.Z into its places, make dist, commit and tag; pushes nothing (docs/release.md)
+release: $(BIN)/.dev ## write VERSION=X.Y.Z into its places, make dist, commit and tag; pushes nothing (RELEASING.md)
 	$(BIN)/python release.py make "$(VERSION)"
 
 schema = $(BIN)/check-jsonschema --quiet --builtin-schema vendor.$(1)

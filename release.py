@@ -3,7 +3,7 @@
     python release.py make 0.2.0    # what `make release VERSION=0.2.0` runs
     python release.py check         # whether the checkout and the archives in dist/ may be published
 
-docs/release.md is the checklist around it.
+RELEASING.md is the checklist around it.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ def make(new: str) -> None:
         raise
     git("commit", "--quiet", "--message", f"Release {new}", *map(str, before))
     git("tag", "--annotate", f"v{new}", "--message", f"smoa-kernels {new}")
-    print(
-        f"v{new} is committed and tagged; nothing was pushed. Next: git push --follow-tags (docs/release.md)"
-    )
+    print(f"v{new} is committed and tagged; nothing was pushed. Next: git push --follow-tags (RELEASING.md)")
 
 
 def git(*arguments: str) -> str:

@@ -26,19 +26,18 @@ PROCESSORS = {
     "Intel(R) Xeon(R) Processor, family 6, model 167": "Intel (AMX)",
     "Intel(R) Xeon(R) Processor, family 6, model 207": "Intel (AVX-512)",
 }
-# Rows: words, the kind of benchmark, its phase, and the parameters that select the case.
-SQUARE = {"tokens": 2048, "out_features": 2048, "num_blocks": 4, "rank": 16, "dropout": 0.0}
-ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
-    ("one layer, float32, over frozen", "layer", "both", {**SQUARE, "dtype": "float32"}),
-    ("one layer, bfloat16, over frozen", "layer", "both", {**SQUARE, "dtype": "bfloat16"}),
-    (
-        "the recommended setting (K=2, r=8), bfloat16, over frozen",
-        "layer",
-        "both",
-        {**SQUARE, "num_blocks": 2, "rank": 8, "dtype": "bfloat16"},
+# Columns: words, then the kind of benchmark, its phase, and the parameters that select the case. The first case that
+# was measured counts; its blocks are named where they are not the heading's.
+LAYER = {"tokens": 2048, "out_features": 2048, "dropout": 0.0}
+COLUMNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
+    "a layer, float32, K=2, × frozen": (("layer", "both", LAYER | {"num_blocks": 2, "dtype": "float32"}),),
+    "a layer, bfloat16, K=2, × frozen": (
+        ("layer", "both", LAYER | {"num_blocks": 2, "rank": 8, "dtype": "bfloat16"}),
+        ("layer", "both", LAYER | {"num_blocks": 4, "rank": 16, "dtype": "bfloat16"}),
     ),
-    ("a training step, float32, over LoRA's", "step", "step", {"dtype": "float32", "num_blocks": 4}),
-)
+    "a step, float32, K=4, × LoRA's": (("step", "step", {"dtype": "float32", "num_blocks": 4}),),
+    "a step, bfloat16, K=4, × LoRA's": (("step", "step", {"dtype": "bfloat16", "num_blocks": 4}),),
+}
 
 
 def with_section(text: str, content: str) -> str:
@@ -70,68 +69,70 @@ def keep_job(summary: dict[str, Any]) -> None:
 
 
 def section(runs: list[Run]) -> str:
-    """One table of the main job and of the layer, the rows of one CPU together; a table for each GPU; explanations.
+    """A table of the main job, one of layers and steps by processor, one for each GPU; explanations.
 
     A processor that was used only in part is only on the results page.
     """
     runs = [run for run in runs if LIMIT not in run.machine["device"]]
     jobs = {name: json.loads((MAIN_JOB / f"{name}.json").read_text(encoding="utf-8")) for name in METHODS}
-    own = str(jobs["smoa"]["processor"])
     summaries = {name: job["summary"] for name, job in jobs.items()}
-    rows = _job_rows(own, summaries)
-    rows += [row for run in runs if not run.on_gpu for row in _rows(run)]
-    rows += [_serving_row(), _four_bits_row()]
-    processors = [row[0].partition(",")[0] for row in rows]  # those of one processor together
-    rows.sort(key=lambda row: processors.index(row[0].partition(",")[0]))
+    own, threads = _processor(str(jobs["smoa"]["processor"])), summaries["smoa"]["machine"]["threads"]
     return paragraphs(
-        table(("Measured on CPU", "", "SMoA", "LoRA", "HiRA"), rows),
+        table((f"`make main-job`, {own}, {threads} threads", "SMoA", "LoRA", "HiRA"), _job_rows(summaries)),
+        table(
+            ("SMoA / LoRA / HiRA, one thread", *COLUMNS),
+            [row(run, "benchmarks/results/README.md") for run in runs if not run.on_gpu],
+        ),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
-        _explained(summaries["smoa"], runs),
+        f"{_explained(summaries['smoa'])} Layers: 2048 tokens, 2048×2048, r=16 (bfloat16, K=2: r=8). Steps: 512 "
+        "tokens, r=8. LoRA and HiRA are PEFT's. Below 1 × frozen, the layer is faster than torch's without an adapter: "
+        f"[why](docs/cpu.md#how-fast-it-is). {_served()} {_merged_into_four_bits()} [All tables](benchmarks/results/README.md).",
     )
 
 
-def _job_rows(device: str, summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
-    where = f"{_processor(device)}, {summaries['smoa']['machine']['threads']} threads"
+def _job_rows(summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     cells = {
         "trained parameters": lambda s: f"{s['trainable_parameters']:,}",
         "accuracy, %": lambda s: _percent(s["accuracy_after"]),
         "seconds a step": lambda s: f"{s['median_step_seconds']:.2f}",
         "peak memory, GiB": lambda s: f"{s['peak_memory_bytes'] / 2**30:.2f}",
     }
-    return [(where, words, *map(cell, summaries.values())) for words, cell in cells.items()]
+    return [(words, *map(cell, summaries.values())) for words, cell in cells.items()]
 
 
-def _rows(run: Run) -> list[tuple[str, ...]]:
-    """Rows of the cases that the run has, without those that were noisy."""
-    where = f"{_processor(run.machine['device'])}, {run.machine['threads']} thread"
-    rows = []
-    for words, kind, phase, params in ROWS:
-        if (result := run.find(kind, **params)) is not None:
+def row(run: Run, page: str = "") -> tuple[str, ...]:
+    """A device's cells, with a link to its tables on the page; a dash for what was noisy or not measured."""
+    device = str(run.machine["device"])
+    return (
+        f"[{_processor(device)}]({page}#{anchor(device)})",
+        *(_cell(run, cases) for cases in COLUMNS.values()),
+    )
+
+
+def _cell(run: Run, cases: tuple[tuple[str, str, dict[str, Any]], ...]) -> str:
+    for place, (kind, phase, params) in enumerate(cases):
+        for result in run.select(kind, **params):
             figures = [result.comparison(phase).ratio(method) for method in METHODS.values()]
-            if any(figure is not None and figure.doubt for figure in figures):
-                continue
-            rows.append((where, words, *("–" if figure is None else figure.short() for figure in figures)))
-    return rows
+            if "factors" not in result.params and not any(
+                figure is None or figure.doubt for figure in figures
+            ):
+                note = f"K={params['num_blocks']}: " if place else ""
+                return note + " / ".join(figure.short() for figure in figures if figure)
+    return "–"
 
 
-def _serving_row() -> tuple[str, ...]:
-    served = json.loads(SERVING.read_text(encoding="utf-8"))
-    where = f"{_processor(served['device'])}, {served['threads']} thread"
-    figures = (f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
-    return (where, "a token from vLLM, over merged", *figures)
-
-
-def _four_bits_row() -> tuple[str, ...]:
+def _merged_into_four_bits() -> str:
     """From the quality study: SMoA's adapter and LoRA's, after merging into a model in four bits."""
     from .quality.analysis import Study
     from .quality.report import FOUR_BITS_IN_README, MERGED, percent
     from .quality.store import read
 
     study, (task, *methods) = Study(read(RESULTS / "quality.jsonl")), FOUR_BITS_IN_README
-    machine = study.finals(task, methods[0])[0]["machine"]
-    where = f"{_processor(machine['device'])}, {machine['threads']} thread"
-    cells = (percent(study.mean(task, method, MERGED)) for method in methods)
-    return (where, "accuracy merged into int4, %", *cells, "–")
+    smoa, lora = (percent(study.mean(task, method, MERGED)) for method in methods)
+    return (
+        f"Merged into int4, SMoA scores {smoa} %, LoRA {lora} "
+        "([TREC-50, few seeds](benchmarks/results/quality.md#four-bits))."
+    )
 
 
 def _processor(device: str) -> str:
@@ -142,22 +143,21 @@ def _percent(found: Mapping[str, float]) -> str:
     return f"{100 * found['accuracy']:.1f} ± {100 * found['standard_error']:.1f}"
 
 
-def _explained(smoa: Mapping[str, Any], runs: list[Run]) -> str:
-    """Explains each row's run and links to the full tables."""
+def _explained(smoa: Mapping[str, Any]) -> str:
     before, options = smoa["accuracy_before"], smoa["options"]
-    pages = ", ".join(
-        f"[{_processor(device)}](benchmarks/results/README.md#{anchor(device)})"
-        for device in (str(run.machine["device"]) for run in runs)
-    )
     return (
-        "First four rows (`make main-job`): SmolLM2-135M, five linears a block, TREC-6, "
-        f"{options['steps']} steps, r={options['r']}, K=2, {options['dtype']}, one seed; {before['questions']} "
-        f"questions, untrained {_percent(before)}; ± is one standard error. Layers (2048 tokens, 2048×2048, r=16) and "
-        "steps (512 tokens): spectral, K=4; slower at K=2, faster with contiguous blocks. LoRA and HiRA are PEFT's, "
-        "in vLLM's row "
-        "[vLLM's and ours](docs/serving.md#what-it-costs). Int4: TREC-50, MiniLM, K=1, "
-        "[few seeds](benchmarks/results/quality.md#four-bits). "
-        f"All tables: {pages}."
+        f"First table: SmolLM2-135M, five linear layers of each decoder layer, TREC-6, {options['steps']} steps, "
+        f"r={options['r']}, K=2, {options['dtype']}, one seed; {before['questions']} questions, untrained "
+        f"{_percent(before)}; ± one standard error."
+    )
+
+
+def _served() -> str:
+    served = json.loads(SERVING.read_text(encoding="utf-8"))
+    figures = " / ".join(f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
+    return (
+        f"A token of an unmerged adapter in vLLM takes {figures} times the merged model's "
+        f"({_processor(served['device'])})."
     )
 
 

@@ -1,4 +1,4 @@
-"""Write the report of one or more runs: tables in benchmarks/results, and the README's section.
+"""Write the report of one or more runs: tables and goals in benchmarks/results, and the README's section.
 
     python -m benchmarks.report RUN.json …     # adds runs, then writes everything
     python -m benchmarks.report                # writes everything from the runs that are kept
@@ -18,7 +18,7 @@ import typer
 
 from . import protocol, tables
 from .providers import LORA
-from .readme import README, keep_job, section, with_section
+from .readme import COLUMNS, README, keep_job, row, section, with_section
 from .results import RESULTS, Run, compact, read, read_all, write
 
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -40,6 +40,9 @@ def page(runs: list[Run]) -> str:
     words = Path(__file__).with_name("page.md").read_text(encoding="utf-8")
     text = words.format(
         protocol=inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2],
+        summary=tables.table(
+            ("SMoA / LoRA / HiRA", *COLUMNS), [row(run) for run in runs if not run.machine["smoke"]]
+        ),
         runs=tables.paragraphs(*map(_run_page, runs)) if runs else NONE_YET,
     )
     return tables.paragraphs(*text.split("\n\n"))
@@ -61,7 +64,7 @@ def main(
             raise typer.BadParameter("a --smoke run measures nothing: give another --out", param_hint="RUNS")
         write(out / f"{run.slug}.json", compact(run))
     kept = read_all(out)
-    files = {out / "README.md": page(kept)}
+    files = {out / "README.md": page(kept), out / "goals.md": goals(kept)}
     if ours:
         files[README] = with_section(README.read_text(encoding="utf-8"), section(kept))
     for path, text in files.items():
@@ -83,9 +86,9 @@ def _run_page(run: Run) -> str:
         steady += f". The suite took {run.machine['suite_seconds']} s"
     blocks = [
         f"## {run.machine['device']}",
-        f"{tables.machine_line(run)}. {steady}.",
         "**A smoke run: tiny sizes, its figures mean nothing.**" if run.machine["smoke"] else "",
-        *([] if run.on_gpu else ["### Goals", tables.goals(run)]),
+        '<details markdown="1"><summary>machine and tables</summary>',
+        f"{tables.machine_line(run)}. {steady}.",
     ]
     for heading, kind, shown in SECTIONS:
         results = run.select(kind)
@@ -93,7 +96,14 @@ def _run_page(run: Run) -> str:
         if kind == "experts" and results:
             blocks.append(tables.ratios(run, results, "both", over=LORA))
         blocks.append(tables.counted(run, results) if results else "Not measured in this run.")
-    return tables.paragraphs(*blocks)
+    return tables.paragraphs(*blocks, "</details>")
+
+
+def goals(runs: list[Run]) -> str:
+    """The text of results/goals.md, for those who work on the code."""
+    words = "Written by `python -m benchmarks.report` from `benchmarks/goals.csv`."
+    parts = (f"## {run.machine['device']}\n\n{tables.goals(run)}" for run in runs if not run.on_gpu)
+    return tables.paragraphs("# Goals of the layer on one CPU thread", words, *parts)
 
 
 if __name__ == "__main__":

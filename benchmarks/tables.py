@@ -71,7 +71,7 @@ def ratios(
         base = f"{Figure.of(c.seconds[c.baseline]).median * 1e3:.3g} ms, {c.spread:.0%}"
         rows.append((case_name(result), base, *(shown(c.ratio(name, over)) for name in names)))
     words, baseline = "forward + backward" if phase == "both" else phase, results[0].baseline
-    heading = f"{words} over {over or baseline}, {run.label}"
+    heading = f"{words}, × {over or baseline}, {run.label}"
     return table((heading, f"{baseline}, spread", *(NAMES.get(n, n) for n in names)), rows)
 
 

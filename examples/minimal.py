@@ -30,7 +30,9 @@ tokenizer = AutoTokenizer.from_pretrained(**MODEL)
 base = AutoModelForCausalLM.from_pretrained(**MODEL, dtype=torch.float32)
 
 targets = ["q_proj", "k_proj", "v_proj"]
-config = SMoAConfig(r=8, num_blocks=2, use_lora_rate=True, target_modules=targets, task_type="CAUSAL_LM")
+config = SMoAConfig(  # alpha is r, as in a LoRA run with lora_alpha=8
+    r=8, num_blocks=2, use_lora_rate=True, target_modules=targets, task_type="CAUSAL_LM"
+)
 model = get_peft_model(base, config)
 model.print_trainable_parameters()
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import typer
 from benchmarks.gate import RedGateError, check_layers
 from benchmarks.goals import GOALS
 from benchmarks.memory import allocated, footprint
+from benchmarks.overview import drawn
 from benchmarks.protocol import DEVICE, Comparison, Figure
 from benchmarks.providers import CONTIGUOUS, FROZEN, LORA, SMOA, Case, frozen, lora, smoa
 from benchmarks.readme import README, section, with_section
-from benchmarks.report import main, page
-from benchmarks.results import RESULTS, compact, read_all
+from benchmarks.report import goals, main, page
+from benchmarks.results import RESULTS, ROOT, compact, read_all
 
 pytestmark = pytest.mark.slow
 
@@ -80,8 +82,17 @@ def test_readme_and_results_agree_with_the_kept_runs() -> None:
     runs = read_all(RESULTS)
     text = README.read_text(encoding="utf-8")
     assert text == with_section(text, section(runs)), "run `python -m benchmarks.report`"
-    assert (RESULTS / "README.md").read_text(encoding="utf-8") == page(runs), "the same"
+    for name, written in (("README.md", page(runs)), ("goals.md", goals(runs))):
+        assert (RESULTS / name).read_text(encoding="utf-8") == written, "the same"
     assert not [goal.text for goal in GOALS if not any(goal.measure(run) for run in runs)]
+
+
+def test_the_pictures_show_the_kept_runs() -> None:
+    for name, text in drawn().items():
+        words = re.compile(r">([^<>]+)</text>")
+        assert words.findall((ROOT / name).read_text(encoding="utf-8")) == words.findall(text), (
+            "run `python -m benchmarks.overview`"
+        )
 
 
 def test_what_is_no_measurement_is_not_kept(tmp_path: Path) -> None:

@@ -175,11 +175,25 @@ def first_adapter(*codes: str) -> None:
             assert Path("adapter/adapter_model.safetensors").exists()
 
 
-def several_adapters(train: str, several: str, swap: str, four_bit: str, _apply: str) -> None:
+def small_model(code: str) -> None:
+    """The README's model, tiny, with a tokenizer of one word."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    os.renames("path/to/model", folder := "HuggingFaceTB/SmolLM2-135M")
+    words = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    first_adapter(code)
+
+
+def several_adapters(train: str, several: str, swap: str, _apply: str) -> None:
     """The last one is run in tests/peft/test_checkpoints.py."""
     run(swap, **run(several, **run(train)))
+
+
+def four_bit_base(code: str) -> None:
     pytest.importorskip("bitsandbytes", reason="a 4-bit base needs bitsandbytes")
-    assert adapts(run(four_bit)["model"])
+    assert adapts(run(code)["model"])
 
 
 def experts(code: str) -> None:
@@ -247,14 +261,14 @@ def several_devices(spectra: str, ddp: str, sharded: str, tensor: str) -> None:
 
 
 EXAMPLES: dict[str, Callable[..., object]] = {
-    "README.md": first_adapter,
+    "README.md": small_model,
     "docs/distributed.md": several_devices,
     "docs/experts.md": experts,
     "docs/four_bits.md": four_bits,
     "docs/hira.md": hira,
-    "docs/index.md": first_adapter,
     "docs/merging.md": merge,
     "docs/peft.md": several_adapters,
+    "docs/quantised.md": four_bit_base,
     "docs/tour.md": run,
 }
 

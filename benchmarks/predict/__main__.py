@@ -70,29 +70,28 @@ def plan(
     fsdp: Annotated[bool, typer.Option("--fsdp/--no-fsdp", help="FSDP2, else DDP.")] = True,
     gpu: GpuName = "h100",
     tokens: Count = 8192,
-    rank: Count = 16,
-    blocks: Count = 4,
+    rank: Count = 8,
+    blocks: Count = 2,
 ) -> None:
-    """Predict each GPU's memory and communication in a step, of T=TOKENS per replica."""
+    """Predict each GPU's memory and communication in a step, of T=TOKENS per replica. Sizes are in 10⁹ bytes."""
     check_choice("--model", model, WHOLE)
     check_choice("--gpu", gpu, GPUS)
-    rows = []
-    for method, label in METHODS.items():
+    columns = []
+    for method in METHODS:
         sizes = {"tokens": tokens, "rank": rank, "num_blocks": blocks}
         cost = predict(method, WHOLE[model], GPUS[gpu], gpus, fsdp=fsdp, **sizes)
         total = sum(cost.memory.values())
-        cells = {"": label, "trained, M": f"{cost.trained_parameters / 1e6:,.1f}"}
-        cells |= {part: _gigabytes(size) for part, size in cost.memory.items()}
-        cells |= {
-            "GB in all": _gigabytes(total),
-            "fits": "yes" if total <= GPUS[gpu].memory_gb * 1e9 else "no",
-        }
-        cells |= {"sent, GB": _gigabytes(sum(cost.traffic.values()))}
-        cells |= {"compute, s": f"{cost.compute_seconds:.2f}", "sending, s": f"{cost.traffic_seconds:.3f}"}
-        rows.append(cells | {"kind": "predicted"})
+        cells = {"trained parameters, millions": f"{cost.trained_parameters / 1e6:,.1f}"}
+        cells |= {f"{part}, GB": _gigabytes(size) for part, size in cost.memory.items()}
+        fits = total <= GPUS[gpu].memory_gb * 1e9
+        cells |= {"**in all, GB**": f"**{_gigabytes(total)}** ({'fits' if fits else 'too much'})"}
+        cells |= {"sent in a step, GB": _gigabytes(sum(cost.traffic.values()))}
+        cells |= {"computing, s": f"{cost.compute_seconds:.2f}", "sending, s": f"{cost.traffic_seconds:.3f}"}
+        columns.append(cells)
     how = "FSDP2" if fsdp else "DDP"
-    print(f"**{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}**\n")
-    print(table(list(rows[0]), [list(cells.values()) for cells in rows]))
+    print(f"**{model}, {gpus} × {gpu}, {how}, T={tokens}, r={rank}, K={blocks}, predicted**\n")
+    rows = [(name, *(cells[name] for cells in columns)) for name in columns[0]]
+    print(table(("on each GPU", *METHODS.values()), rows))
 
 
 @app.command()

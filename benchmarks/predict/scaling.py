@@ -64,8 +64,8 @@ def predict(
     *,
     fsdp: bool,
     tokens: int = 8192,
-    rank: int = 16,
-    num_blocks: int = 4,
+    rank: int = 8,
+    num_blocks: int = 2,
 ) -> Plan:
     """Predict memory, traffic and time of one GPU of many, by one of :data:`METHODS`; without FSDP2 by DDP."""
     full, shards, layers = method == "full", gpus if fsdp else 1, d.layers

@@ -24,8 +24,9 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 ROOT = Path(__file__).resolve().parents[2]
 # Pages of the repository that lie outside docs/, and where they stand on the site.
 PAGES = {
-    "README.md": "overview.md",
+    "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "RELEASING.md": "releasing.md",
     "CHANGELOG.md": "changes.md",
     "benchmarks/results/README.md": "results/benchmarks.md",
     "benchmarks/results/quality.md": "results/quality.md",
@@ -109,7 +110,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Make a picture a link to its file, where it is as large as the window."""
+    """Make a picture a link to its file, where it is as large as the window; mark inline code that fits on a line."""
+    html = re.sub(r"<code>([^<]{1,32})</code>", r'<code class="short">\1</code>', html)
     return re.sub(r'<img [^>]*?src="((?!data:)[^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
 
 

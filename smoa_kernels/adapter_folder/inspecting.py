@@ -44,7 +44,7 @@ class LayerReport:
 
     @property
     def kind(self) -> str:
-        """Its path with * for numbers: the same for the corresponding layer of every decoder block."""
+        """Its path with * for numbers: the same for the corresponding layer of every decoder layer."""
         return ".".join("*" if part.isdigit() else part for part in self.name.split("."))
 
     @property

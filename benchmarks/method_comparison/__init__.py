@@ -1,0 +1,1 @@
+"""Two files that bring SMoA and accelerated HiRA into PEFT's method comparison."""
