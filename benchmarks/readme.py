@@ -86,7 +86,8 @@ def section(runs: list[Run]) -> str:
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
         f"{_explained(summaries['smoa'])} Layers: 2048 tokens, 2048×2048, r=16 (bfloat16, K=2: r=8). Steps: 512 "
         "tokens, r=8. LoRA and HiRA are PEFT's. Below 1 × frozen, the layer is faster than torch's without an adapter: "
-        f"[why](docs/cpu.md#how-fast-it-is). {_served()} {_merged_into_four_bits()} [All tables](benchmarks/results/README.md).",
+        f"[why](docs/cpu.md#how-fast-it-is). {_served()} {_merged_into_four_bits()} "
+        "[All tables](benchmarks/results/README.md).",
     )
 
 

@@ -191,7 +191,7 @@ class _Direct(torch.autograd.function._SingleLevelFunction):
         return dx if needs_x else None, dbias, dA if needs_A else None, dB if needs_B else None, None, None
 
 
-_direct: Callable[..., Tensor] = _Direct.apply  # type: ignore[attr-defined]
+_direct: Callable[..., Tensor] = _Direct.apply  # type: ignore[attr-defined]  # torch does not declare it
 
 
 # The operators' kernels
