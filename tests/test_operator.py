@@ -53,7 +53,7 @@ def test_schema_and_bundle_agree() -> None:
 
 
 def test_a_tensor_left_over_from_a_transform() -> None:
-    p, left = make_problem(), []
+    p, left = make_problem(dtype=torch.float32, tokens=40), []
     torch.func.grad(lambda x: (left.append(2 * x), left[0].sum())[1])(p.x)
     expected = replace(p, x=2 * p.x).forward()
     for factors in (False, True):

@@ -150,7 +150,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 # `Function.apply` looks for transforms, and for tensors left over from one, which `is_observed` has done: of a forward
-# of 50 µs that took 3.
+# of 50 µs that took 2.
 class _Direct(torch.autograd.function._SingleLevelFunction):
     """:func:`linear` where nothing has to see the operator."""
 
