@@ -134,7 +134,7 @@ def _regions(name: str, call: Call, floats: dict[int, int]) -> Iterator[tuple[in
         "col_offsets": 4 * (blocks + 1 + (experts - 1) * call.col_offsets_step),
     }
     for field, size in sizes.items():
-        if (address := getattr(layer, field)) and (call.workspace or field not in ("weight", "A", "B")):
+        if address := getattr(layer, field):
             yield address, getattr(Layer, field).offset, size, True, False
     check = 4 * (64 + max(rows, cols))  # what Call.of takes
     sizes = {
