@@ -96,10 +96,8 @@ class Linear(AdaptedLayer):
         if self.quantization_backend is not None:
             adapter = self._summed(x.new_empty(()).expand(self.out_features, self.in_features), names)
             return dequantized_linear(x, base, self._dequantize, adapter, **settings)
-        bias, adapter = (
-            parameter(base, "bias"),
-            cast_factors(self._summed(self.base_weight(), names, keep), x.dtype),
-        )
+        bias = parameter(base, "bias")
+        adapter = cast_factors(self._summed(self.base_weight(), names, keep), x.dtype)
         if shard is None:
             return adapted_linear(x, bias, adapter, **settings)
         bias, settings["column_offset"] = None if bias is None else shard.bias(bias), shard.column_offset
