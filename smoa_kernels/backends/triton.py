@@ -31,7 +31,7 @@ from ..kernels.contract import contract
 from ..kernels.fused_linear import fused_linear
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
-from ..kernels.launch import Layout, launch_arguments, on_device
+from ..kernels.launch import Layout, on_device, operands_of
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
 from ..kernels.spec import GRANULE, Key, block_width, bucket
@@ -163,12 +163,12 @@ def _width(partition: BlockPartition) -> int:
 
 def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
     """Choose the algorithm of "auto" without dropout, for one of `spec.ALGORITHM_KEYS`."""
-    layout, _ = launch_arguments(adapter)
-    return _choose(stage, layout, bucket(x.shape[0]), adapter.partition.is_even)
+    chosen: str = operands_of(adapter).get(_choose, stage, bucket(x.shape[0]), adapter.partition.is_even)
+    return chosen
 
 
 @table.cached
-def _choose(stage: str, layout: Layout, tokens: int, in_place: bool) -> str:
+def _choose(layout: Layout, stage: str, tokens: int, in_place: bool) -> str:
     """Choose by the tuning table for `tokens`, a power of two, else by the rule of `algorithms.py`."""
     name, sizes = layout.precision, (layout.rank, layout.num_blocks, *layout.features, tokens)
     key = Key(stage, name, *sizes, granule=GRANULE if in_place else 1, factors=layout.factors)

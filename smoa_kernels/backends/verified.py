@@ -30,7 +30,7 @@ from ..definition.dropout import Dropout
 from ..definition.experts import ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..kernels.architectures import gpu_name, identity
-from ..kernels.launch import Launch, launch_arguments, launch_hook, on_device
+from ..kernels.launch import Launch, launch_hook, on_device, operands_of
 from ..kernels.spec import bucket
 from ..kernels.table import chosen_for, keep, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
@@ -128,27 +128,15 @@ def _verified(
 
     @wraps(run)
     def operation(*args: P.args, **options: P.kwargs) -> R:
-        given = *args, *options.values()
-        adapter: Any = next(value for value in given if isinstance(value, (PackedAdapter, ExpertsAdapter)))
-        device = adapter.weight.device
+        first: Any = args[0]  # activations, or the adapter
+        device = (first if isinstance(first, Tensor) else first.weight).device
         if not _is_verified(device):
             return run(*args, **options)
-        known, (layout, _) = verdicts(device), launch_arguments(adapter)
-        tokens = len(args[0]) if isinstance(args[0], Tensor) else 0
-
-        def compare(rows: int) -> None:
-            result, reference = (partial(probe, of, args, options, rows) for of in (run, by_torch))
-            experts = max(layout.experts, 1)  # parameters are chosen for the average expert
-            with chosen_for({-(-rows // experts): -(-tokens // experts)}):
-                known.compare(result, reference, ALLOWED[layout.precision])
-
-        # Calls that are equal in `call` launch the same kernels.
-        kinds = [value if isinstance(value, (str, bool)) else type(value) for value in given]
-        call, lasts = (run, layout, tokens and bucket(tokens), *kinds), True
-        if (why := known.withheld.get(call)) is None:
+        known, lasts = verdicts(device), True
+        why = known.withheld.get(_call_of(run, args, options)) if known.withheld else None
+        if why is None:
             try:
-                check = partial(known.check, compare, (FEW + layout.experts // 2, tokens or FEW))
-                with launch_hook(check, new=True):
+                with launch_hook(partial(_check, run, by_torch, args, options), new=True):
                     return run(*args, **options)
             except _WithheldError as error:
                 why, lasts = str(error), not isinstance(error.__cause__, torch.OutOfMemoryError)
@@ -158,13 +146,49 @@ def _verified(
         with on_device(device):
             is_captured = _is_captured()
         if lasts and not is_captured:
-            known.withheld[call] = why
+            known.withheld[_call_of(run, args, options)] = why
         if in_graph is None or not is_captured:
             return by_torch(*args, **options)
         warnings.warn(f"in a CUDA graph every expert multiplies all pairs: {why}", stacklevel=2)
         return in_graph(*args, **options)
 
     return operation
+
+
+def _call_of(run: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> object:
+    """Calls that are equal in this launch the same kernels."""
+    given = *args, *options.values()
+    kinds = [value if isinstance(value, (str, bool)) else type(value) for value in given]
+    tokens = _tokens(args)
+    return (run, operands_of(_adapter(given)).layout, tokens and bucket(tokens), *kinds)
+
+
+def _check(
+    run: Callable[..., Any],
+    by_torch: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    *launch: Any,
+) -> None:
+    """Raise a _WithheldError if a kernel that a call of `run` launches for the first time must not run."""
+    layout, tokens = operands_of(_adapter((*args, *options.values()))).layout, _tokens(args)
+    known = verdicts(layout.device)
+
+    def compare(rows: int) -> None:
+        result, reference = (partial(probe, of, args, options, rows) for of in (run, by_torch))
+        experts = max(layout.experts, 1)  # parameters are chosen for the average expert
+        with chosen_for({-(-rows // experts): -(-tokens // experts)}):
+            known.compare(result, reference, ALLOWED[layout.precision])
+
+    known.check(compare, (FEW + layout.experts // 2, tokens or FEW), *launch)
+
+
+def _adapter(given: tuple[Any, ...]) -> Any:
+    return next(value for value in given if isinstance(value, (PackedAdapter, ExpertsAdapter)))
+
+
+def _tokens(args: tuple[Any, ...]) -> int:
+    return len(args[0]) if isinstance(args[0], Tensor) else 0
 
 
 ALGORITHMS = triton.ALGORITHMS

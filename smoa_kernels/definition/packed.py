@@ -32,7 +32,7 @@ class PackedAdapter:
         scaling: 0-d tensor, s.
         block_ranks: the numbers in `ranks`, where the host has them.
         place: of W0 in the whole weight; a half-precision W_eff is rounded by it.
-        layout: a backend's cached form of these tensors for its calls (`kernels.launch.launch_arguments`, `Call`), or
+        layout: a backend's cached form of these tensors for its calls (`kernels.launch.Operands`, `Call`), or
             None. It holds while the tensors keep their memory, dtype and strides, and s its value.
     """
 

@@ -96,8 +96,12 @@ def gemm_is_ieee(dtype: torch.dtype, device_type: str) -> bool:
     if dtype != torch.float32:
         return (dtype, True) in _ROWS and _ROWS[dtype, True].ieee
     backend = {"cuda": "cuda", "cpu": "mkldnn"}.get(device_type)
-    # This is `torch.backends.cuda.matmul.fp32_precision` in a third of its time; each pass of a layer asks for it.
-    return backend is None or torch._C._get_fp32_precision_getter(backend, "matmul") in ("ieee", "none")
+    return backend is None or matmul_precision(backend) in ("ieee", "none")
+
+
+def matmul_precision(backend: str) -> str:
+    """`torch.backends.cuda.matmul.fp32_precision` in a third of its time; each pass of a layer asks for it."""
+    return torch._C._get_fp32_precision_getter(backend, "matmul")
 
 
 @contextmanager

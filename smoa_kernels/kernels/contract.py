@@ -23,7 +23,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from .architectures import ADA, AMD, AMPERE, GEFORCE_BLACKWELL, HOPPER
 from .common import block_slots, dot, load_block, power_of_two, to_tf32
-from .launch import Grid, Launch, Layout, launch_arguments
+from .launch import Grid, Launch, Layout, operands_of
 from .spec import PARTIAL_RANKS, Config, Kernel, Row, partial_width
 from .sum_partials import sum_partials
 from .table import cached
@@ -126,21 +126,23 @@ def contract(G: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
     dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # torch parses numbers faster than a size
     if dA.numel() == 0 or dB.numel() == 0:
         return dA, dB
-    layout, pointers = launch_arguments(adapter)
-    launch, grid, tiles_n, tiles_c = _launch(layout, *G.shape[1:])
-    width, (N, C) = partial_width(layout.rank), layout.features
-    partial_a, partial_b = G.new_empty(tiles_n, C, width), G.new_empty(tiles_c, N, width)
-    launch(grid, {"g_ptr": G, "partial_a_ptr": partial_a, "partial_b_ptr": partial_b, **pointers})
+    _, padded_rows, padded_cols = G.shape
+    launch, grid, of_a, of_b = operands_of(adapter).get(_launch, padded_rows, padded_cols)
+    partial_a, partial_b = G.new_empty(*of_a), G.new_empty(*of_b)
+    launch(grid, {"g_ptr": G, "partial_a_ptr": partial_a, "partial_b_ptr": partial_b})
     sum_partials(partial_a, dA, transposed=True)
     sum_partials(partial_b, dB)
     return dA, dB
 
 
 @cached
-def _launch(layout: Layout, padded_rows: int, padded_cols: int) -> tuple[Launch, Grid, int, int]:
-    """The launch, its grid, and how many partials of dA and of dB it has."""
+def _launch(
+    layout: Layout, padded_rows: int, padded_cols: int
+) -> tuple[Launch, Grid, tuple[int, int, int], tuple[int, int, int]]:
+    """The launch, its grid, and the shapes of its partials of dA and of dB."""
     config = layout.choose(CONTRACT, padded_out=padded_rows, padded_in=padded_cols, granule=layout.granule)
     tiles_n, tiles_c = -(-padded_rows // config.block_n), -(-padded_cols // config.block_c)
+    width, (N, C) = partial_width(layout.rank), layout.features
     ranks = min(MOST_RANKS, power_of_two(layout.rank, 16))  # `tl.dot` takes no fewer than 16
     launch = Launch(
         contract_kernel,
@@ -148,14 +150,14 @@ def _launch(layout: Layout, padded_rows: int, padded_cols: int) -> tuple[Launch,
         layout,
         padded_rows=padded_rows,
         padded_cols=padded_cols,
-        rank_groups=partial_width(layout.rank) // PARTIAL_RANKS,
+        rank_groups=width // PARTIAL_RANKS,
         RANK_BLOCK=ranks,
         # TF32 is no finer than float16. Under a float16 weight, rounding float32 factors to it put single elements of
         # dA and dB over their error budget. Half factors are exact in TF32.
         EXACT=layout.input_precision == "tf32" and layout.dtype != torch.float32 and layout.factors == "fp32",
     )
     grid = layout.num_blocks * tiles_n * tiles_c, -(-layout.rank // ranks), 1
-    return launch, grid, tiles_n, tiles_c
+    return launch, grid, (tiles_n, C, width), (tiles_c, N, width)
 
 
 def _tile(n: int, c: int, warps: int = 4) -> Config:

@@ -32,7 +32,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from .architectures import ADA, AMD, GEFORCE_BLACKWELL, HOPPER
 from .common import dot, hide_origin, keep_in_registers, power_of_two, round_to, to_tf32, wait_for_products
-from .launch import Launch, Layout, launch_arguments
+from .launch import Launch, Layout, operands_of
 from .spec import HALF, Config, Kernel, Key, Row, bucket
 from .sum_partials import sum_partials
 from .table import cached
@@ -154,13 +154,12 @@ def fused_linear(x: Tensor, bias: Tensor | None, adapter: PackedAdapter) -> Tens
     y = x.new_empty(T, N)
     if y.numel() == 0:
         return y
-    layout, pointers = launch_arguments(adapter)
-    launch = _launch(layout, bucket(T), x.stride(), bias is not None)
+    launch = operands_of(adapter).get(_launch, bucket(T), x.stride(), bias is not None)
     config = launch.config
     parts = config.split
     out = y if parts == 1 else x.new_empty((parts, T, N), dtype=torch.float32)
     tiles = -(-T // config.block_t) * -(-N // config.block_n)
-    launch((tiles * parts, 1, 1), {"x_ptr": x, "bias_ptr": bias, "out_ptr": out, **pointers}, (T,))
+    launch((tiles * parts, 1, 1), {"x_ptr": x, "bias_ptr": bias, "out_ptr": out}, (T,))
     if parts > 1:
         sum_partials(out, y, bias=bias)
     return y

@@ -35,7 +35,7 @@ from .common import (
     tiles_of_segments,
     to_tf32,
 )
-from .launch import Grid, Launch, Layout, launch_arguments
+from .launch import Grid, Launch, Layout, operands_of
 from .spec import HALF, Config, Kernel, Row, bucket
 from .table import cached
 
@@ -165,12 +165,13 @@ def grouped_grad(dy: Tensor, x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -
     A, B = adapter.A, adapter.B
     if A.numel() == 0 or B.numel() == 0:
         return torch.zeros_like(A), torch.zeros_like(B)
-    layout, pointers = launch_arguments(adapter)
+    operands = operands_of(adapter)
+    layout = operands.layout
     dA, dB = A.new_empty(A.shape), B.new_empty(B.shape)
     dy = dy if dy.stride(1) == 1 else dy.contiguous()
     x = x if x.stride(1) == 1 else x.contiguous()
     strides = dy.stride(0), x.stride(0)
-    pointers = {"dy_ptr": dy, "x_ptr": x, "ends_ptr": ends, "db_ptr": dB, **pointers}
+    pointers = {"dy_ptr": dy, "x_ptr": x, "ends_ptr": ends, "db_ptr": dB, **operands.pointers}
     for experts, parts, launch, grid in _launches(layout, bucket(-(-len(dy) // layout.experts)), strides):
         some = dA[experts]
         partial_a = dy.new_zeros((len(some), parts, *some.shape[1:]), dtype=torch.float32)

@@ -39,7 +39,7 @@ from .common import (
     tiles_of_segments,
     to_tf32,
 )
-from .launch import Launch, Layout, launch_arguments
+from .launch import Launch, Layout, operands_of
 from .spec import HALF, Config, Kernel, Key, Row, bucket, granule_of
 from .table import cached
 
@@ -200,7 +200,8 @@ def grouped_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
         ends: int32 (E,), where the pairs of each expert end; the last is P.
         adapter: of the experts, on x's device.
     """
-    layout, pointers = launch_arguments(adapter)
+    operands = operands_of(adapter)
+    layout = operands.layout
     y = x.new_empty(x.shape[0], layout.features[0])
     if y.numel() == 0:
         return y
@@ -210,7 +211,7 @@ def grouped_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
     # Two launches if the adapter's part reads one number at a time.
     together = layout.granule > 1 or layout.num_blocks == 1
     pairs, experts = x.shape[0], layout.experts
-    pointers = {"x_ptr": x, "ends_ptr": ends, "out_ptr": y, **pointers}
+    pointers = {"x_ptr": x, "ends_ptr": ends, "out_ptr": y, **operands.pointers}
     for parts in ((True, True),) if together else ((True, False), (False, True)):
         launch, tiles_n = _launch(layout, bucket(-(-pairs // experts)), x.stride(0), *parts)
         tiles_t = tiles_of_segments(pairs, experts, launch.config.block_t)

@@ -13,9 +13,10 @@ compiled kernel and launches it directly, `compiled[grid](*arguments)`, as in Tr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,34 +27,44 @@ from triton.compiler import CompiledKernel
 from ..definition.experts import ExpertBlocks, ExpertsAdapter
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.precision import PRECISIONS, gemm_is_ieee, precision_of
+from ..definition.precision import PRECISIONS, gemm_is_ieee, matmul_precision, precision_of
 from .common import input_precision
 from .spec import Config, Kernel, Key, granule_of
-from .table import select
+from .table import generation, select
 
 Pointers: TypeAlias = Mapping[str, Tensor | None]
 Grid: TypeAlias = tuple[int, int, int]
 
 
-_hooks: ContextVar[tuple[tuple[Callable[..., object], bool], ...]] = ContextVar("launch hooks", default=())
+class _Hooks(NamedTuple):
+    all: tuple[Callable[..., object], ...] = ()  # called before every launch
+    new: tuple[Callable[..., object], ...] = ()  # and before a compiled kernel's first
 
 
-@contextmanager
-def launch_hook(hook: Callable[..., object], *, new: bool = False) -> Iterator[None]:
-    """Call `hook(launch, *arguments)` before each launch of this thread, `launch(*arguments)`.
+_NO_HOOKS = _Hooks()
+_hooks: ContextVar[_Hooks] = ContextVar("launch hooks", default=_NO_HOOKS)
+
+
+class launch_hook:  # used like a function; `contextmanager` takes three times as long
+    """Call `hook(launch, *arguments)` before each launch of this thread, `launch(*arguments)`, within a block.
 
     `launch.compiled(*arguments)` is the compiled kernel. If the hook returns something true or raises an exception, the
     launch does not happen. A hook's own launches call no hooks.
 
     Args:
-        hook: called after those that were added before it.
+        hook: called after those of its kind that were added before it.
         new: call it only for compiled kernels that a `Launch` launches for the first time.
     """
-    token = _hooks.set((*_hooks.get(), (hook, new)))
-    try:
-        yield
-    finally:
-        _hooks.reset(token)
+
+    def __init__(self, hook: Callable[..., object], *, new: bool = False) -> None:
+        hooks = _hooks.get()
+        self._hooks = _Hooks(hooks.all, (*hooks.new, hook)) if new else _Hooks((*hooks.all, hook), hooks.new)
+
+    def __enter__(self) -> None:
+        self._token = _hooks.set(self._hooks)
+
+    def __exit__(self, *error: object) -> None:
+        _hooks.reset(self._token)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -117,32 +128,58 @@ class Layout(NamedTuple):
         return numbers | constants | {f"stride_{name}": stride for name, stride in strides}
 
 
-def launch_arguments(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, Pointers]:
-    """An adapter's layout, and its tensors as kernels name them. A packed adapter keeps both for its other launches.
+class Operands:
+    """An adapter's tensors as kernels take them, with the launches and choices that were made for them.
 
-    It keeps them until torch's setting of TF32 or a stride changes (`weight.data = …`). Kernels over experts read A
-    along C, so the A of a transposed adapter is copied; it is small.
+    Attributes:
+        layout: what launches depend on.
+        pointers: the tensors as kernels name them.
+        memory: what a later call compares to know that nothing has changed.
+    """
+
+    def __init__(self, layout: Layout, pointers: Pointers, memory: object) -> None:
+        self.layout, self.pointers, self.memory = layout, pointers, memory
+        self._made: dict[object, Any] = {}
+
+    def get(self, make: Callable[..., Any], *arguments: Any) -> Any:
+        """`make(layout, *arguments)`, made once; a launch in it is bound to the tensors."""
+        key = make, arguments
+        made = self._made.get(key)
+        if made is None:
+            made = make(self.layout, *arguments)
+            parts = made if isinstance(made, tuple) else (made,)
+            parts = tuple(BoundLaunch(v, self.pointers) if isinstance(v, Launch) else v for v in parts)
+            made = self._made[key] = parts if isinstance(made, tuple) else parts[0]
+        return made
+
+
+def operands_of(adapter: PackedAdapter | ExpertsAdapter) -> Operands:
+    """An adapter's operands. A packed adapter keeps them for its other launches.
+
+    It keeps them until torch's setting of TF32, the tuning table or a tensor's memory changes (`weight.data = …`).
+    Kernels over experts read A along C, so the A of a transposed adapter is copied; it is small.
     """
     w, a, b = adapter.weight, adapter.A, adapter.B
-    precision = precision_of(w.dtype, ieee=gemm_is_ieee(w.dtype, "cuda")).name
-    strides = (*w.stride(), *a.stride(), *b.stride())
     blocks: BlockPartition | ExpertBlocks
     names: tuple[str, ...]
+    strides: tuple[tuple[int, ...], ...] = w.stride(), a.stride(), b.stride()
+    addresses = w.data_ptr(), a.data_ptr(), b.data_ptr()
+    memory = w.dtype, a.dtype, strides, addresses, matmul_precision("cuda"), generation()
     if isinstance(adapter, PackedAdapter):
-        cached = adapter.layout
-        if isinstance(cached, tuple) and (cached[0].precision, cached[0].strides) == (precision, strides):
-            return cached
+        kept = adapter.layout
+        if isinstance(kept, Operands) and kept.memory == memory:
+            return kept
         blocks, granularity, names = adapter.partition, adapter.partition.granularity, (*_BLOCKS, *_LABELS)
     else:
         blocks, granularity, names = adapter.blocks, adapter.blocks.granule, _BLOCKS
         a = a if a.stride(2) == 1 else a.contiguous()
         tensors = [getattr(blocks, name) for name in names]
         apart = (0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors)
-        strides = *w.stride(), *a.stride(), *b.stride(), *apart
+        strides = w.stride(), a.stride(), b.stride(), tuple(apart)
     *experts, N, C = w.shape
     layout = Layout(
         w.device,
-        precision,
+        precision_of(w.dtype, ieee=gemm_is_ieee(w.dtype, "cuda")).name,
         sum(experts),
         (N, C),
         a.shape[-2],
@@ -150,7 +187,7 @@ def launch_arguments(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, P
         granule_of(granularity, (N, C)),
         not blocks.is_contiguous,
         precision_of(a.dtype, ieee=True).name,
-        strides,
+        tuple(chain.from_iterable(strides)),
     )
     pointers = {
         "w_ptr": w,
@@ -159,10 +196,10 @@ def launch_arguments(adapter: PackedAdapter | ExpertsAdapter) -> tuple[Layout, P
         "ranks_ptr": adapter.ranks,
         "scaling_ptr": adapter.scaling,
     }
-    pointers |= {f"{name}_ptr": getattr(blocks, name) for name in names}
+    operands = Operands(layout, pointers | {f"{name}_ptr": getattr(blocks, name) for name in names}, memory)
     if isinstance(adapter, PackedAdapter):
-        adapter.layout = layout, pointers  # in one step, because another thread may read it at once
-    return layout, pointers
+        adapter.layout = operands  # in one step, because another thread may read it at once
+    return operands
 
 
 class Launch:
@@ -182,54 +219,91 @@ class Launch:
     def __init__(self, kernel: Any, config: Config, layout: Layout | None = None, **numbers: Any) -> None:
         values = {name.upper(): value for name, value in vars(config).items()}
         values |= (layout.numbers() if layout else {}) | numbers
-        self._tensors = itemgetter(*(name for name in kernel.arg_names if name.endswith("_ptr")))
+        self.pointers = tuple(name for name in kernel.arg_names if name.endswith("_ptr"))
+        self._tensors = itemgetter(*self.pointers)
         sizes_end = next(i for i, name in enumerate(kernel.arg_names) if name in values)
-        self._numbers = tuple(values[name] for name in kernel.arg_names[sizes_end:])
+        self.numbers = tuple(values[name] for name in kernel.arg_names[sizes_end:])
         self.kernel, self.config = kernel, config
-        self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
+        self._compiled: dict[object, CompiledKernel] = {}
 
-    def __call__(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> None:
+    def __call__(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> CompiledKernel | None:
         """Launch on the current device.
 
         Args:
             grid: numbers of programs.
             pointers: the kernel's tensors by name; others are ignored.
             sizes: the kernel's first numbers, which change from call to call.
+
+        Returns:
+            The compiled kernel, if it was launched; None in the interpreter.
         """
         tensors = self._tensors(pointers)
-        address = 0
-        dtypes: list[torch.dtype | bool | None] = []
-        for tensor in tensors:
-            if tensor is None:
-                dtypes.append(None)
-            else:
-                address |= tensor.data_ptr()
-                dtypes.append(tensor.dtype)
-        if address & 15:
-            dtypes += (tensor is None or not tensor.data_ptr() & 15 for tensor in tensors)
-        form = tuple(dtypes)
+        form = _form(tensors)
         compiled = self._compiled.get(form)
-        if (hooks := _hooks.get()) and self._is_stopped(hooks, compiled is None, grid, pointers, sizes):
-            return
+        hooks = _hooks.get()
+        to_call = hooks.all + hooks.new if compiled is None else hooks.all
+        if to_call and self._is_stopped(to_call, grid, pointers, sizes):
+            return None
         if compiled is not None:
-            compiled[grid](*tensors, *sizes, *self._numbers)
-            return
+            compiled[grid](*tensors, *sizes, *self.numbers)
+            return compiled
         compiled = self.by_triton(grid, pointers, sizes)
-        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-            self._compiled[form] = compiled
+        if not isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            return None
+        self._compiled[form] = compiled
+        return compiled
 
     def by_triton(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
         """Let Triton find or compile the kernel, and launch it; returns what it compiled, a `CompiledKernel`."""
-        return self.kernel[grid](*self._tensors(pointers), *sizes, *self._numbers, **self.config.options)
+        return self.kernel[grid](*self._tensors(pointers), *sizes, *self.numbers, **self.config.options)
 
     def compiled(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
         """Like :meth:`by_triton`, but nothing is launched."""
-        values = *self._tensors(pointers), *sizes, *self._numbers
+        values = *self._tensors(pointers), *sizes, *self.numbers
         return self.kernel.warmup(*values, grid=grid, **self.config.options)
 
-    def _is_stopped(self, hooks: tuple[Any, ...], new: bool, *arguments: Any) -> bool:
-        token = _hooks.set(())
+    def _is_stopped(self, hooks: Sequence[Callable[..., object]], *arguments: Any) -> bool:
+        token = _hooks.set(_NO_HOOKS)
         try:
-            return any(hook(self, *arguments) for hook, only_new in hooks if new or not only_new)
+            return any(hook(self, *arguments) for hook in hooks)
         finally:
             _hooks.reset(token)
+
+
+class BoundLaunch:
+    """A `Launch` with those of its tensors that stay: a later call looks at the others alone."""
+
+    def __init__(self, launch: Launch, stay: Pointers) -> None:
+        self.launch, self.config, self._stay = launch, launch.config, stay
+        self._tensors = [stay.get(name) for name in launch.pointers]
+        self._others = [(at, name) for at, name in enumerate(launch.pointers) if name not in stay]
+        self._compiled: dict[object, CompiledKernel] = {}
+
+    def __call__(self, grid: Grid, others: Pointers, sizes: tuple[int, ...] = ()) -> None:
+        """Like the launch's, with the other tensors by name."""
+        tensors = self._tensors.copy()  # another thread may launch it too
+        for at, name in self._others:
+            tensors[at] = others[name]
+        form = _form([tensors[at] for at, _ in self._others])
+        compiled = self._compiled.get(form)
+        if compiled is None or _hooks.get().all:
+            compiled = self.launch(grid, {**self._stay, **others}, sizes)
+            if compiled is not None:
+                self._compiled[form] = compiled
+        else:
+            compiled[grid](*tensors, *sizes, *self.launch.numbers)
+
+
+def _form(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
+    """What Triton compiles for: dtypes, and which addresses 16 divides."""
+    address = 0
+    form: list[torch.dtype | bool | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            form.append(None)
+        else:
+            address |= tensor.data_ptr()
+            form.append(tensor.dtype)
+    if address & 15:
+        form += (tensor is None or not tensor.data_ptr() & 15 for tensor in tensors)
+    return tuple(form)

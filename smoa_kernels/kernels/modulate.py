@@ -25,7 +25,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from ..definition.thresholds import LACKS, Place
 from .common import block_slots, hide_origin, load_block, power_of_two, rank_product, round_to
-from .launch import Grid, Launch, Layout, launch_arguments
+from .launch import Grid, Launch, Layout, operands_of
 from .spec import Config, Kernel, Row
 from .table import cached
 
@@ -143,15 +143,17 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None, ieee:
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
-    layout, pointers = launch_arguments(adapter)
-    layout = layout._replace(precision="fp32") if ieee and layout.precision == "tf32" else layout
-    launch, grid = _weight_launch(layout, out.stride(), adapter.place)
-    launch(grid, {"out_ptr": out, **pointers})
+    launch, grid = operands_of(adapter).get(_weight_launch, out.stride(), adapter.place, ieee)
+    launch(grid, {"out_ptr": out})
     return out
 
 
 @cached
-def _weight_launch(layout: Layout, out_stride: Sequence[int], place: Place) -> tuple[Launch, Grid]:
+def _weight_launch(
+    layout: Layout, out_stride: Sequence[int], place: Place, ieee: bool
+) -> tuple[Launch, Grid]:
+    if ieee and layout.precision == "tf32":
+        layout = layout._replace(precision="fp32")
     N, C = layout.features
     config = layout.choose(MODULATED_WEIGHT)
     launch = Launch(
@@ -244,11 +246,11 @@ def modulated_blocks(adapter: PackedAdapter, widths: tuple[int, int]) -> Tensor:
         adapter: weight and factors on one device, ranks and scaling too.
         widths: P_n and P_c, from :func:`block_width`.
     """
-    layout, pointers = launch_arguments(adapter)
-    out = adapter.weight.new_empty(layout.num_blocks, *widths)
+    operands = operands_of(adapter)
+    out = adapter.weight.new_empty(operands.layout.num_blocks, *widths)
     if out.numel():
-        launch, grid = _blocks_launch(layout, widths)
-        launch(grid, {"out_ptr": out, **pointers})
+        launch, grid = operands.get(_blocks_launch, widths)
+        launch(grid, {"out_ptr": out})
     return out
 
 

@@ -40,13 +40,21 @@ MOST_CACHED = 4096
 
 F = TypeVar("F", bound=Callable[..., Any])
 _caches: list[Any] = []
+_generation = 0
 _override: Callable[[Key], Choice | None] = lambda key: None  # noqa: E731  # replaced by `override`
 
 
 def clear_cache() -> None:
     """Read the table anew, and choose anew."""
+    global _generation
+    _generation += 1
     for function in _caches:
         function.cache_clear()
+
+
+def generation() -> int:
+    """A number that grows with each :func:`clear_cache`, for results that are kept elsewhere."""
+    return _generation
 
 
 def cached(function: F) -> F:

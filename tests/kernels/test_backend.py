@@ -28,7 +28,8 @@ from smoa_kernels.backends import eager
 from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import bmm_in_float32, multiplied_in
-from smoa_kernels.kernels.launch import launch_arguments
+from smoa_kernels.kernels import table
+from smoa_kernels.kernels.launch import operands_of
 from smoa_kernels.operators import linear as operator
 
 pytestmark = pytest.mark.numerical
@@ -39,9 +40,22 @@ def test_a_cached_layout_follows_torchs_setting_of_tf32(dtype: torch.dtype) -> N
     adapter = make_problem(dtype=dtype).adapter()
     for precision in ("tf32", "fp32", "tf32"):
         with multiplied_in(precision):
-            layout, _ = launch_arguments(adapter)
+            layout = operands_of(adapter).layout
             assert layout.precision == ("bf16" if dtype == torch.bfloat16 else precision)
-            assert launch_arguments(adapter)[0] is layout
+            assert operands_of(adapter).layout is layout
+
+
+def test_operands_are_made_anew_when_memory_or_the_table_changes() -> None:
+    """A launch that is bound to them knows by which numbers their addresses are divisible."""
+    adapter = make_problem(dtype=torch.float32).adapter()
+    kept = operands_of(adapter)
+    assert operands_of(adapter) is kept
+    for tensor in (adapter.weight, adapter.A, adapter.B):
+        tensor.data = tensor.detach().clone()
+        assert operands_of(adapter) is not kept
+        kept = operands_of(adapter)
+    table.clear_cache()
+    assert operands_of(adapter) is not kept
 
 
 def test_the_weight_that_is_merged_is_multiplied_in_ieee() -> None:
