@@ -149,6 +149,12 @@ def test_the_commands_print_the_pages(capsys: pytest.CaptureFixture[str]) -> Non
     (command,) = re.findall(r"^    python -m benchmarks.predict (.*)$", page, flags=re.MULTILINE)
     app(command.split(), standalone_mode=False)
     assert capsys.readouterr().out.strip() in page
+    for size in ("8b", "70b", "405b"):
+        lora, smoa = (
+            predict(way, WHOLE[f"llama-3-{size}"], GPUS["h100"], 8, fsdp=False) for way in ("lora", "smoa")
+        )
+        times = smoa.compute_seconds / lora.compute_seconds
+        assert re.search(rf"{times:.2f} times (?:as long as LoRA's )?\({size.upper()}\)", page)
     app(["roofline", "--rank", "16", "--blocks", "4"], standalone_mode=False)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     (chosen,) = (row for row in rows if row[0] == "| merged*")
