@@ -132,7 +132,7 @@ def test_ddp_sends_the_factors_bytes_twice_around() -> None:
     sizes = (4096 + 4096) * 2 + (4096 + 1024) * 2 + (4096 + 14336) * 3
     assert found["lora"].trained_parameters == 32 * 8 * sizes
     assert found["smoa"].memory["optimizer"] == 2 * found["smoa"].memory["gradients"]
-    assert found["smoa"].memory["labels"] == 32 * 9 * sizes
+    assert found["smoa"].memory["block labels"] == 32 * 9 * sizes
 
 
 def test_fully_sharded_gathers_layers_twice_and_the_rest_once() -> None:
