@@ -35,7 +35,7 @@ def overview(study: Study, runs: Sequence[Run]) -> Figure:
     grid = figure.add_gridspec(2, 2, height_ratios=[1.35, 1])
     points, memory, time = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     _points(points, study)
-    steps = [run.select("step", dtype="bfloat16", num_blocks=4) for run in runs]
+    steps = [run.select("step", dtype="bfloat16", num_blocks=2) for run in runs]
     peaks = next(found[0].bytes for found in steps if found)
     _bars(memory, {name: peaks[name]["peak"] / 2**20 for name in (SMOA, LORA, HIRA)}, "{:.0f}")
     memory.set_title("peak memory of a step\nin bfloat16, MiB")
