@@ -58,7 +58,7 @@ def _points(axis: Axes, study: Study) -> None:
 
 
 def _times(runs: Sequence[Run]) -> Mapping[str, float]:
-    """The median over processors of each adapter's time over LoRA's."""
+    """The median over processors of each adapter's time, LoRA's being 1."""
     steps = [found[0].comparison("step") for run in runs if (found := run.select("step", dtype="float32"))]
     ratios = {name: [step.ratio(name, LORA) for step in steps] for name in (SMOA, LORA, HIRA)}
     return {
@@ -104,7 +104,7 @@ def accuracy(study: Study, name: str) -> float:
 
 
 def cost(runs: Sequence[Run]) -> Figure:
-    """The time of a training step by processor and dtype, over PEFT's LoRA."""
+    """The time of a training step by processor and dtype, PEFT's LoRA being 1."""
     names = (SMOA, ACCELERATED, HIRA)
     groups = []
     for run in runs:

@@ -67,7 +67,7 @@ def test_the_page_shows_the_predictions() -> None:
 
 
 def test_pages_about_hardware_show_the_predictions() -> None:
-    """Over PEFT's LoRA. The README has some of the rows."""
+    """PEFT's LoRA is 1. The README has some of the rows."""
     page, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/hardware.md", "README.md"))
     rows = dict(re.findall(r"^\| (\w+) \| (.+(?: \| .+){3}) \|$", page, re.MULTILINE))
     for gpu in set(GPUS) - {"a40"}:

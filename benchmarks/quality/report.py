@@ -245,7 +245,7 @@ def accuracies(study: Study) -> str:
         )
         size = next((f"{size:.2f}" for size in sizes if not math.isnan(size)), "–")
         rows.append((title(name), size, *map(percent, means), average))
-    return table(("method", "parameters over LoRA's", *(t.title for t in study.tasks), "average"), rows)
+    return table(("method", "parameters (LoRA: 1)", *(t.title for t in study.tasks), "average"), rows)
 
 
 def chosen(study: Study) -> str:
