@@ -35,7 +35,7 @@ def overview(study: Study, runs: Sequence[Run]) -> Figure:
     grid = figure.add_gridspec(2, 2, height_ratios=[1.35, 1])
     points, memory, time = (figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1]))
     _points(points, study)
-    steps = [run.select("step", dtype="bfloat16", num_blocks=4) for run in runs]
+    steps = [run.select("step", dtype="bfloat16", num_blocks=2) for run in runs]
     peaks = next(found[0].bytes for found in steps if found)
     _bars(memory, {name: peaks[name]["peak"] / 2**20 for name in (SMOA, LORA, HIRA)}, "{:.0f}")
     memory.set_title("peak memory of a step\nin bfloat16, MiB")
@@ -58,7 +58,7 @@ def _points(axis: Axes, study: Study) -> None:
 
 
 def _times(runs: Sequence[Run]) -> Mapping[str, float]:
-    """The median over processors of each adapter's time over LoRA's."""
+    """The median over processors of each adapter's time, LoRA's being 1."""
     steps = [found[0].comparison("step") for run in runs if (found := run.select("step", dtype="float32"))]
     ratios = {name: [step.ratio(name, LORA) for step in steps] for name in (SMOA, LORA, HIRA)}
     return {
@@ -104,7 +104,7 @@ def accuracy(study: Study, name: str) -> float:
 
 
 def cost(runs: Sequence[Run]) -> Figure:
-    """The time of a training step by processor and dtype, over PEFT's LoRA."""
+    """The time of a training step by processor and dtype, PEFT's LoRA being 1."""
     names = (SMOA, ACCELERATED, HIRA)
     groups = []
     for run in runs:

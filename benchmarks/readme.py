@@ -88,10 +88,16 @@ def section(runs: list[Run]) -> str:
             [row(run, "benchmarks/results/README.md") for run in runs if not run.on_gpu],
         ),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
-        f"{_explained(summaries['smoa'])} Layers: 2048 tokens, 2048×2048, r=16 (bfloat16, K=2: r=8). Steps: 512 "
-        "tokens, r=8. LoRA and HiRA are PEFT's. "
-        f"[Why some are below 1](docs/cpu.md#how-fast-it-is). {_served()} {_merged_into_four_bits()} "
-        "[All tables](benchmarks/results/README.md).",
+        "\n".join(
+            (
+                f"- **First table.** {_explained(summaries['smoa'])}",
+                "- **Second table.** A layer computes 2048 tokens through 2048×2048 at r=16 (bfloat16 at K=2: r=8), a "
+                "step takes 512 tokens at r=8. LoRA and HiRA are PEFT's. "
+                "[Why some figures are below 1](docs/cpu.md#how-fast-it-is).",
+                f"- **Beside them.** {_served()} {_merged_into_four_bits()} "
+                "[All tables](benchmarks/results/README.md).",
+            )
+        ),
     )
 
 
@@ -135,7 +141,7 @@ def _merged_into_four_bits() -> str:
     study, (task, *methods) = Study(read(RESULTS / "quality.jsonl")), FOUR_BITS_IN_README
     smoa, lora = (percent(study.mean(task, method, MERGED)) for method in methods)
     return (
-        f"Merged into int4, SMoA scores {smoa} %, LoRA {lora} "
+        f"Merged into int4, SMoA scores {smoa} % and LoRA {lora} % "
         "([TREC-50, few seeds](benchmarks/results/quality.md#four-bits))."
     )
 
@@ -151,18 +157,18 @@ def _percent(found: Mapping[str, float]) -> str:
 def _explained(smoa: Mapping[str, Any]) -> str:
     before, options = smoa["accuracy_before"], smoa["options"]
     return (
-        f"First table: SmolLM2-135M, five linear layers of each decoder layer, TREC-6, {options['steps']} steps, "
-        f"r={options['r']}, K=2, {options['dtype']}, one seed; {before['questions']} questions, untrained "
-        f"{_percent(before)}; ± one standard error."
+        f"SmolLM2-135M learned TREC-6 in {options['steps']} steps (five linear layers of each decoder layer, "
+        f"r={options['r']}, K=2, {options['dtype']}, one seed). Accuracy on {before['questions']} questions, ± one "
+        f"standard error, was {_percent(before)} before."
     )
 
 
 def _served() -> str:
     served = json.loads(SERVING.read_text(encoding="utf-8"))
-    figures = " / ".join(f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
+    smoa, lora, hira = (f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
     return (
-        f"A token of an unmerged adapter in vLLM takes {figures} times the merged model's "
-        f"({_processor(served['device'])})."
+        f"In vLLM a token of an unmerged adapter takes {smoa} (SMoA), {lora} (LoRA) and {hira} times (HiRA) as long as "
+        f"the merged model's ({_processor(served['device'])})."
     )
 
 

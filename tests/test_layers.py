@@ -165,7 +165,7 @@ def test_another_base_is_noticed() -> None:
     adapter = {n: v for n, v in trained().state_dict().items() if n.startswith("smoa.")}
     torch.manual_seed(99)
     other = FusedSMoALinear(40, 33, r=7, num_blocks=3)
-    with pytest.warns(UserWarning, match="trained over another base weight"):
+    with pytest.warns(UserWarning, match="trained on another base weight"):
         other.load_state_dict(adapter, strict=False)
     strict = FusedSMoALinear(40, 33, r=7, num_blocks=3, strict_base=True)
     for wrong in (adapter, strict.state_dict() | {"smoa.sketch": torch.full((33,), torch.nan)}):

@@ -83,7 +83,7 @@ def predict(
         "weights": held / shards,
         "gradients": trained / shards,
         "optimizer": (6 if full else 2) * trained / shards,  # two moments, and a float32 copy of the base
-        "labels": layers * _LABELS * sides if method == "smoa" else 0,
+        "block labels": layers * _LABELS * sides if method == "smoa" else 0,
         # Two whole decoder layers, the current and the next one, and embedding and head until backward ends.
         "gathered layers": root + 2 * (_HALF * layer + factors / layers) if shards > 1 else 0,
         "activations": tokens * (_HALF * _activations(d) + (_HALF + _SINGLE) * d.vocabulary),

@@ -1,4 +1,4 @@
-"""Models in four bits: the adapted layers are quantised, adapters are trained over that and merged into four bits."""
+"""Models in four bits: the adapted layers are quantised, adapters are trained on those and merged into four bits."""
 
 from __future__ import annotations
 

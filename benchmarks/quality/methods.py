@@ -131,7 +131,7 @@ _LORA, _SMOA, ORDERED, ORDERED_4 = METHODS[1], METHODS[4], METHODS[12], METHODS[
 SCALINGS = (
     *(replace(_SMOA, name=f"SMoA K=2, alpha={s}r", scaling=s) for s in (4, 16, 64)),
     *(replace(_SMOA, name=f"SMoA K={k}, alpha=16r", num_blocks=k, scaling=16) for k in (4, 8)),
-    replace(_LORA, name="LoRA, alpha=16r", scaling=16),
+    *(replace(_LORA, name=f"LoRA, alpha={s}r", scaling=s) for s in (2, 16)),
 )
 # Whether another rank can keep r=8's learning rate: alpha as large as r, growing as √r (`use_rslora`), and constant.
 RULES = {"alpha=r": 0.0, "alpha=√(8r)": -0.5, "alpha=8": -1.0}
@@ -157,6 +157,8 @@ AT_LORAS = (
     Method("SMoA K=2, r=32, alpha=8, LoRA's rate", "smoa", r=32, scaling=0.25, kappa=6, rate_of=_LORA.name),
     Method("LoRA, r=32, LoRA's rate", "lora", r=32, rate_of=_LORA.name),
     Method("LoRA, r=32, alpha=8, LoRA's rate", "lora", r=32, scaling=0.25, rate_of=_LORA.name),
+    # At twice the alpha, and the rate that is LoRA's best there:
+    Method("SMoA K=2, alpha=2r, LoRA's rate", "smoa", scaling=2, kappa=6, rate_of="LoRA, alpha=2r"),
 )
 # Once the rate as well: the records of the base methods are older than the note of a run's worst loss.
 STEADY = (

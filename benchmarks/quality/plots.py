@@ -20,6 +20,7 @@ BASE = {"none": "#777777", "lora": COLOURS[LORA], "hira": COLOURS[HIRA], "smoa":
 RANDOM, CONTIGUOUS, GRANULES = "#D55E00", "#56B4E9", "#CC79A7"
 DASHES = {
     "LoRA, r=4": "--",
+    "LoRA, alpha=2r": "--",
     "SMoA K=4": "--",
     "SMoA K=8": ":",
     "SMoA K=2, r=16": "-.",

@@ -36,7 +36,7 @@ AT_LORAS = [
     (method.name, other)
     for method in SWEEPS["lora-rate"]
     for own in [method.name.removesuffix(", LoRA's rate")]
-    for other in dict.fromkeys((LORA, own if own in BY_NAME else method.base))
+    for other in dict.fromkeys((method.rate_of or LORA, own if own in BY_NAME else method.base))
     if other in BY_NAME
 ]
 SPIKE = 1.5  # a spike is a loss above this multiple of the mean of the first ten
@@ -245,7 +245,7 @@ def accuracies(study: Study) -> str:
         )
         size = next((f"{size:.2f}" for size in sizes if not math.isnan(size)), "–")
         rows.append((title(name), size, *map(percent, means), average))
-    return table(("method", "parameters over LoRA's", *(t.title for t in study.tasks), "average"), rows)
+    return table(("method", "parameters (LoRA: 1)", *(t.title for t in study.tasks), "average"), rows)
 
 
 def chosen(study: Study) -> str:

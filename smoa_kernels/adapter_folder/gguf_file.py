@@ -2,7 +2,7 @@
 
 Types Q4_0 and Q8_0 hold a row as blocks of 32 numbers: the scale d in float16, then the integers. llama.cpp's converter
 gives tensors names of its own, which `gguf` knows. In Llama's attention it pairs the rows of each head's halves; the
-sketch of the weight that was trained over shows whether a layer's rows are in this order.
+sketch of the weight that was trained on shows whether a layer's rows are in this order.
 """
 
 from __future__ import annotations

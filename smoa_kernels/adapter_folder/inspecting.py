@@ -29,7 +29,7 @@ class LayerReport:
         fingerprint: first digits of the sketch of W0 (the first expert's), the same for the same base in the same
             precision.
         base_distance: estimate of the relative difference between the given base and the one that the adapter was
-            trained over; None without a base, infinity for a layer that the base lacks or has in another shape. Of
+            trained on; None without a base, infinity for a layer that the base lacks or has in another shape. Of
             experts, the largest.
         worst_expert: the expert whose distance that is; None for a single weight, and without a base.
     """
@@ -54,7 +54,7 @@ class LayerReport:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the given base is the one that the adapter was trained over, in any precision."""
+        """Whether the given base is the one that the adapter was trained on, in any precision."""
         return None if self.base_distance is None else self.base_distance <= TOLERANCE
 
 

@@ -73,7 +73,7 @@ def merged_weights(
         TypeError: a folder is not a path.
         ValueError, FileNotFoundError: a file is missing or cannot be read, an argument is not allowed, the base is
             quantised in a format that cannot be merged into or in other groups than the adapter's, lacks a tensor that
-            the adapter changes, or ties it to another. Later, at a tensor: the adapter was trained over another one,
+            the adapter changes, or ties it to another. Later, at a tensor: the adapter was trained on another one,
             or the result is not finite. The message names the tensor.
     """
     merge = Merge(base, adapter, dtype)

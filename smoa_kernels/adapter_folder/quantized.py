@@ -92,7 +92,7 @@ class Rescaling(NamedTuple):
         return weight
 
     def new_scales(self, weight: QuantizedWeight) -> Rescaled:
-        """Those of W_eff; ValueError if the adapter was trained over another weight."""
+        """Those of W_eff; ValueError if the adapter was trained on another weight."""
         with naming(self.name):
             W0, orders = weight.dequantize(), weight.orders
             distances = [sketch_distance(self.adapter.sketch, sketch_weight(W0[order])) for order in orders]
@@ -164,10 +164,10 @@ def column_groups(cols: int, count: int, given: Tensor | None = None) -> Tensor:
 
 
 def check_distance(distance: float) -> None:
-    """Refuse a base weight by its sketch's distance from that of the weight that was trained over."""
+    """Refuse a base weight by its sketch's distance from that of the weight that was trained on."""
     if not distance <= TOLERANCE:
         raise ValueError(
-            f"the adapter was trained over another base weight (it differs by about {distance:.0%}, the same base "
+            f"the adapter was trained on another base weight (it differs by about {distance:.0%}, the same base "
             f"in another precision by at most {TOLERANCE:.0%})"
         )
 

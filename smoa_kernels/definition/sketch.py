@@ -58,7 +58,7 @@ def distance_by_products(products: Tensor, sketch: Tensor) -> float:
 
     Args:
         products: :func:`sign_rows` times W0ᵀ, (32, N).
-        sketch: of the weight that was trained over.
+        sketch: of the weight that was trained on.
     """
     u = _signs(products.shape[1], 0, products.device)
     projections = (products.float() * u.T).sum(1).cpu()
@@ -75,10 +75,10 @@ def check_base(
     strict: bool,
     warn: Callable[[str], None] = _warn,
 ) -> None:
-    """Warn, or raise a ValueError where `strict`, if an adapter was trained over other weights than these layers'.
+    """Warn, or raise a ValueError where `strict`, if an adapter was trained on other weights than these layers'.
 
     Args:
-        distances: by layer, that of its base weight from the one that was trained over. NaN is another weight.
+        distances: by layer, that of its base weight from the one that was trained on. NaN is another weight.
         strict: whether to refuse.
         warn: shows a warning.
     """
@@ -88,8 +88,8 @@ def check_base(
     name = max(others, key=others.__getitem__)
     where = name if len(distances) == 1 else f"{len(others)} layers, for one {name}"
     message = (
-        f"the adapter was trained over another base weight in {where} (it differs by about {others[name]:.0%}, the "
-        f"same base in another precision by at most {TOLERANCE:.0%}); load the base that it was trained over"
+        f"the adapter was trained on another base weight in {where} (it differs by about {others[name]:.0%}, the "
+        f"same base in another precision by at most {TOLERANCE:.0%}); load the base that it was trained on"
     )
     if strict:
         raise ValueError(f"{message}; strict_base=True refuses it")

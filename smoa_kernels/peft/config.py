@@ -65,7 +65,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
             paper's.
         algorithm: how a layer is computed: "auto", or a name of :func:`smoa_kernels.smoa_linear`.
         backend: what computes it: "auto", or a name of :func:`smoa_kernels.smoa_linear`.
-        strict_base: refuse, rather than warn about, an adapter that was trained over another base weight.
+        strict_base: refuse, rather than warn about, an adapter that was trained on another base weight.
         not_linear: paths of adapted layers that are not linear; filled in when the adapter is put into a model.
         format_version: format version of the file that the configuration was read from; None for a new one.
         weights_sha256: SHA-256 of the weights that the file was saved with; None for a new configuration, and where any

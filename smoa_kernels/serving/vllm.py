@@ -146,7 +146,7 @@ def _distances(folder: Path, layers: Mapping[str, LayerFactors], manager: Any) -
         shape = base.output_sizes[at] if count > 1 else base.output_size, base.input_size
         if trained != shape:
             raise ValueError(
-                f"{folder} was trained over another model: its {part} is {trained}, here it is {shape}"
+                f"{folder} was trained on another model: its {part} is {trained}, here it is {shape}"
             )
         # A sketch is of all of W0, and a shard has only a part.
         if factors.sketch is not None and module.tp_size == 1:

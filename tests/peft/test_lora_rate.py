@@ -100,6 +100,34 @@ def test_it_follows_lora_to_a_smaller_weight_and_a_larger_input(smoa):
     assert curve(smoa, 0.125, 4.0) != pytest.approx(first, rel=0.05)
 
 
+def update(smoa: bool, alpha: int, steps: int) -> float:
+    """‖ΔW‖ of a layer after some steps of Adam."""
+    torch.manual_seed(0)
+    base, x, target = nn.Linear(576, 576), torch.randn(64, 576), torch.randn(64, 576)
+    before, shared = base.weight.detach().clone(), {"r": 16, "target_modules": ["0"]}
+    kind = (
+        SMoAConfig(**shared, num_blocks=2, smoa_alpha=alpha, use_lora_rate=True)
+        if smoa
+        else LoraConfig(**shared, lora_alpha=alpha)
+    )
+    model = get_peft_model(nn.Sequential(base), kind)
+    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=2e-4)
+    for _ in range(steps):
+        nn.functional.mse_loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float((model.merge_and_unload()[0].weight - before).norm())
+
+
+@pytest.mark.numerical
+@pytest.mark.parametrize("steps", [1, 20])
+def test_the_update_stays_in_proportion_to_loras_if_alpha_is_twice_r(steps):
+    """The first step's ‖ΔW‖ is 3 √K times LoRA's at either alpha (docs/internals/learning_rate.md)."""
+    times = {alpha: update(True, alpha, steps) / update(False, alpha, steps) for alpha in (16, 32)}
+    assert times[16] == pytest.approx(3 * 2**0.5, rel=0.03)
+    assert times[32] == pytest.approx(times[16], rel=0.03)
+
+
 @pytest.mark.numerical
 def test_the_folder_holds_numbers(make_model, tokens, tmp_path):
     """The numbers are exact, and a later change of W0 does not alter them."""

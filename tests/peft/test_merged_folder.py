@@ -22,7 +22,7 @@ from smoa_kernels.peft import merge_to_folder, merged_weights
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
-        (lambda base, adapter: tiny_llama(seed=1).save_pretrained(base), "trained over another base weight"),
+        (lambda base, adapter: tiny_llama(seed=1).save_pretrained(base), "trained on another base weight"),
         (lambda base, adapter: tiny_llama(intermediate_size=40).save_pretrained(base), "has shape (32, 40)"),
         (lambda base, adapter: edit_weights(adapter, add("score.weight", 2, 32)), "stores no score.weight"),
         (lambda base, adapter: edit_weights(adapter, add("lm_head.weight", 66, 32)), "If tokens were added"),

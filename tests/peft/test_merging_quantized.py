@@ -212,7 +212,7 @@ def other_base(base, adapter):
     ("prepare", "message"),
     [
         (other_groups, "the adapter's groups are not the base's, which has 4 scales for the 128 columns"),
-        (other_base, "the adapter was trained over another base weight"),
+        (other_base, "the adapter was trained on another base weight"),
         (
             edited(quant_method="mxfp4"),
             "is quantised (mxfp4): its scales are powers of two. Merge into the model",
@@ -307,7 +307,7 @@ def test_gguf(kind, tmp_path, tokens):
         (
             "Q8_0",
             lambda data: data[: len(data) // 2] + bytes(-(-len(data) // 2)),
-            "trained over another base weight",
+            "trained on another base weight",
         ),
     ],
 )

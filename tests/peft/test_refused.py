@@ -254,9 +254,9 @@ def test_an_adapter_of_other_experts_is_taken_out_again(tmp_path):
         pytest.raises(ValueError, match=r"size mismatch for .*experts.gate_up_proj.A"),
     ):
         PeftModel.from_pretrained(model, tmp_path / "five")
-    with unchanged(model), pytest.raises(ValueError, match="trained over another base weight in 4 layers"):
+    with unchanged(model), pytest.raises(ValueError, match="trained on another base weight in 4 layers"):
         PeftModel.from_pretrained(model, tmp_path / "seven", strict_base=True)
-    with pytest.warns(UserWarning, match="trained over another base weight in 4 layers"):
+    with pytest.warns(UserWarning, match="trained on another base weight in 4 layers"):
         PeftModel.from_pretrained(model, tmp_path / "seven")
     assert any(isinstance(module, Experts) for module in model.modules())
 

@@ -65,8 +65,8 @@ BAD = {
     "no folder": (lambda *_: None, "bad"),
     "no weights": (spoilt(Path.unlink), "there is no adapter_model.safetensors"),
     "truncated": (spoilt(lambda path: path.write_bytes(path.read_bytes()[:-100])), "truncated or corrupt"),
-    "another model": (trained(hidden_size=192, num_attention_heads=6), "trained over another model"),
-    "another base": (trained(seed=1), "trained over another base weight in 14 layers"),
+    "another model": (trained(hidden_size=192, num_attention_heads=6), "trained on another model"),
+    "another base": (trained(seed=1), "trained on another base weight in 14 layers"),
     "too many ranks": (trained(r=16), "rank 16 is greater than max_lora_rank 8"),
     "the head": (trained(targets=["lm_head"]), "lm_head"),
 }

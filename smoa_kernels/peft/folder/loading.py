@@ -23,7 +23,7 @@ def check_adapter(
     Raises:
         ValueError: naming the layer: a tensor is missing, corrupt or has another shape, labels or ranks are out of
             range, the model has no such layer, or, where `strict_base`, W0 is another weight than the adapter was
-            trained over (else a warning).
+            trained on (else a warning).
     """
     layers = layers_with(model, adapter_name)
     keys = {name: keys_of(name, adapter_name) for name in layers}
