@@ -128,8 +128,8 @@ def test_every_shape(
             assert_within_budget(rounded.run(**case.options), replace(case, dtype=dtype), rounded)
             continue
         exact = rounded.to(torch.float32).run(**FORMS["merged" if form == "split" else form].options)
-        for ours, theirs in zip(rounded.run(**case.options)[:4], exact, strict=False):
-            assert torch.equal(ours, theirs.to(dtype))
+        for ours, reference in zip(rounded.run(**case.options)[:4], exact, strict=False):
+            assert torch.equal(ours, reference.to(dtype))
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -275,5 +275,5 @@ def test_dropped_nan_and_infinity_are_still_seen(value: float, dtype: torch.dtyp
         x = p.x.clone()
         x[tuple(place)] = value
         found, expected = (replace(p, x=x).run(**options | {"backend": name}) for name in ("native", "eager"))
-        for ours, theirs in zip(found, expected, strict=True):
-            assert torch.equal(ours.isfinite(), theirs.isfinite())
+        for ours, reference in zip(found, expected, strict=True):
+            assert torch.equal(ours.isfinite(), reference.isfinite())

@@ -38,7 +38,7 @@ from .labels import (
     sections,
     unpack,
 )
-from .spectral_order import order_source, whole
+from .spectral_order import gather_weight, order_source
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -105,7 +105,7 @@ class BlockPartition:
             ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range, or exceeds the
                 number of granules.
         """
-        weight = whole(weight)
+        weight = gather_weight(weight)
         check_weight(weight)
         return cls._from_spectrum(weight.detach(), num_blocks, granule)
 
@@ -126,7 +126,7 @@ class BlockPartition:
             >>> BlockPartition.from_experts(weights, num_blocks=3).row_block.tolist()
             [2, 1, 0]
         """
-        weights = whole(weights)
+        weights = gather_weight(weights)
         check_weight(weights.flatten(0, 1), "weights")
         return cls._from_spectrum(weights.detach(), num_blocks, granule)
 
@@ -140,9 +140,9 @@ class BlockPartition:
         sides = list(zip(orders, granule, shape, strict=True))
         row_block, col_block = (labels_of(order, num_blocks, g, size) for order, g, size in sides)
         rows, cols = (coordinates(order, g, size) for order, g, size in sides)
-        found = cls.from_labels(row_block, col_block, num_blocks)
-        found.row_order, found.col_order = rows, cols
-        return found
+        partition = cls.from_labels(row_block, col_block, num_blocks)
+        partition.row_order, partition.col_order = rows, cols
+        return partition
 
     @classmethod
     def contiguous(
@@ -254,7 +254,7 @@ class BlockPartition:
         labels = [side.to(label_dtype(num_blocks)) for side in sides]
         index = [torch.argsort(side, stable=True) for side in labels]
         sizes = [torch.bincount(side, minlength=num_blocks).tolist() for side in sides]
-        offsets = [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device="cpu") for one in sizes]
+        offsets = [torch.tensor([0, *accumulate(side)], dtype=torch.int32, device="cpu") for side in sizes]
         is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
         numbers = [*sizes[0], *sizes[1], granularity(sides), is_contiguous]
         plan = pack([*labels, *index, *offsets], numbers).to(row_block.device)
@@ -362,7 +362,7 @@ class BlockPartition:
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
         tensors = self.tensors()
-        swapped = [one for pair in zip(tensors[1::2], tensors[::2], strict=True) for one in pair]
+        swapped = [tensor for pair in zip(tensors[1::2], tensors[::2], strict=True) for tensor in pair]
         sizes = [*self.col_sizes, *self.row_sizes, self.granularity, self.is_contiguous]
         turned = BlockPartition.from_tensors(swapped, sizes)
         turned.row_order, turned.col_order = self.col_order, self.row_order

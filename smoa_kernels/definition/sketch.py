@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .precision import without_autocast
-from .spectral_order import one_thread, whole
+from .spectral_order import gather_weight, one_thread
 
 PROJECTIONS = 32
 SKETCH_SIZE = PROJECTIONS + 1
@@ -32,7 +32,7 @@ _SMALL = 2**22
 
 def sketch_weight(weight: Tensor) -> Tensor:
     """Compute the sketch of a weight: float32 (33,) on its device, 32 projections and log2 of the norm."""
-    weight = whole(weight).detach()
+    weight = gather_weight(weight).detach()
     with one_thread() if weight.numel() < _SMALL else nullcontext(), without_autocast(weight):
         weight = weight.to(torch.float32)
         norm = torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)
@@ -47,7 +47,7 @@ def sign_rows(in_features: int, like: Tensor) -> Tensor:
 
 
 def sketch_distance(first: Tensor, second: Tensor) -> float:
-    """Estimate the relative difference of two weights from their sketches; up to `TOLERANCE` they are one base."""
+    """Estimate the relative difference of two weights from their sketches; up to `TOLERANCE` they are the same base."""
     difference = first.detach().float().cpu() - second.detach().float().cpu()
     projections = difference[:-1].square().mean().sqrt()
     return float(torch.maximum(projections, difference[-1].abs()))
@@ -78,7 +78,7 @@ def check_base(
     """Warn, or raise a ValueError where `strict`, if an adapter was trained over other weights than these layers'.
 
     Args:
-        distances: by layer, that of its base weight from the one that was trained over. NaN is another weight.
+        distances: by layer, of its base weight from the weight that was trained over. NaN is another weight.
         strict: whether to refuse.
         warn: shows a warning.
     """
@@ -86,7 +86,7 @@ def check_base(
     if not others:
         return
     name = max(others, key=others.__getitem__)
-    where = name if len(distances) == 1 else f"{len(others)} layers, for one {name}"
+    where = name if len(distances) == 1 else f"{len(others)} layers, such as {name}"
     message = (
         f"the adapter was trained over another base weight in {where} (it differs by about {others[name]:.0%}, the "
         f"same base in another precision by at most {TOLERANCE:.0%}); load the base that it was trained over"
@@ -106,7 +106,7 @@ def _signs(size: int, side: int, device: torch.device) -> Tensor:
 _SIGNS = [struct.pack("8f", *(1.0 - 2.0 * (byte >> bit & 1) for bit in range(8))) for byte in range(256)]
 
 
-# Cached, because a model has few sizes and each layer asks for two. As bytes, because a tensor made in one of torch's
+# Cached, because a model has few sizes, and a layer asks for two. As bytes, because a tensor made in one of torch's
 # fake or functional modes must not outlive the mode.
 @functools.lru_cache(maxsize=64)
 def _host_signs(size: int, side: int) -> bytearray:
