@@ -9,7 +9,7 @@ import pytest
 from benchmarks.predict.__main__ import app
 from benchmarks.predict.gpus import GPUS
 from benchmarks.predict.roofline import Estimate, Problem
-from benchmarks.predict.scaling import METHODS, MODELS, Plan, predict
+from benchmarks.predict.scaling import METHODS, WHOLE, Plan, predict
 from smoa_kernels.backends.algorithms import choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
@@ -103,7 +103,7 @@ def test_few_tokens_are_fused(dtype, limits, rank):
 
 
 def plans(model: str, gpus: int, parallel: str, **options: int) -> dict:
-    return {m: predict(m, MODELS[model], H100, gpus, fsdp=parallel == "fsdp", **options) for m in METHODS}
+    return {m: predict(m, WHOLE[model], H100, gpus, fsdp=parallel == "fsdp", **options) for m in METHODS}
 
 
 def sent(plan: Plan) -> float:

@@ -140,9 +140,9 @@ class BlockPartition:
         sides = list(zip(orders, granule, shape, strict=True))
         row_block, col_block = (labels_of(order, num_blocks, g, size) for order, g, size in sides)
         rows, cols = (coordinates(order, g, size) for order, g, size in sides)
-        partition = cls.from_labels(row_block, col_block, num_blocks)
-        partition.row_order, partition.col_order = rows, cols
-        return partition
+        found = cls.from_labels(row_block, col_block, num_blocks)
+        found.row_order, found.col_order = rows, cols
+        return found
 
     @classmethod
     def contiguous(
@@ -362,7 +362,7 @@ class BlockPartition:
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
         tensors = self.tensors()
-        swapped = [tensor for pair in zip(tensors[1::2], tensors[::2], strict=True) for tensor in pair]
+        swapped = [one for pair in zip(tensors[1::2], tensors[::2], strict=True) for one in pair]
         sizes = [*self.col_sizes, *self.row_sizes, self.granularity, self.is_contiguous]
         turned = BlockPartition.from_tensors(swapped, sizes)
         turned.row_order, turned.col_order = self.col_order, self.row_order

@@ -78,7 +78,7 @@ def check_base(
     """Warn, or raise a ValueError where `strict`, if an adapter was trained over other weights than these layers'.
 
     Args:
-        distances: by layer, of its base weight from the weight that was trained over. NaN is another weight.
+        distances: by layer, that of its base weight from the one that was trained over. NaN is another weight.
         strict: whether to refuse.
         warn: shows a warning.
     """
@@ -86,7 +86,7 @@ def check_base(
     if not others:
         return
     name = max(others, key=others.__getitem__)
-    where = name if len(distances) == 1 else f"{len(others)} layers, such as {name}"
+    where = name if len(distances) == 1 else f"{len(others)} layers, for one {name}"
     message = (
         f"the adapter was trained over another base weight in {where} (it differs by about {others[name]:.0%}, the "
         f"same base in another precision by at most {TOLERANCE:.0%}); load the base that it was trained over"
