@@ -19,7 +19,7 @@ from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
 from .definition.shard import LayerShard
 from .definition.sketch import SKETCH_SIZE
-from .definition.thresholds import ORIGIN
+from .definition.thresholds import WHOLE
 from .operators.dispatch import is_observed, parameter
 
 # An adapter's tensors, as state dicts and safetensors files name them, and those of them that say where its blocks are.
@@ -223,7 +223,7 @@ class Adapter(nn.Module):
                 of its tensors is another object.
         """
         buffers: Any = self._buffers
-        A, B, place = parameter(self, "A"), parameter(self, "B"), ORIGIN
+        A, B, place = parameter(self, "A"), parameter(self, "B"), WHOLE
         if self.shard is not None:
             A, B, place = self.shard.local(A), self.shard.local(B), self.shard.place
         partition = self._partition if self.is_current() else self.read_labels()

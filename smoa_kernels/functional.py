@@ -18,7 +18,7 @@ from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import autocast_enabled, without_autocast
-from .definition.thresholds import ORIGIN, Place, round_weight
+from .definition.thresholds import WHOLE, Place, round_weight
 from .operators.arguments import (
     check_block_ranks,
     check_dropout,
@@ -109,7 +109,7 @@ def smoa_linear(
     check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     check_dropout(x, dropout_p, dropout_seed)
     check_place(x, row_offset, column_offset, global_in_features)
-    s, place = scaling_tensor(scaling, x.device), ORIGIN.part(row_offset, column_offset)
+    s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
     adapter = checked_adapter(weight, A, B, partition, ranks, s, block_ranks, place)
     mask: Any = {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "column_offset": column_offset}
     return adapted_linear(x, bias, adapter, **mask, algorithm=algorithm, backend=backend)
@@ -123,7 +123,7 @@ def checked_adapter(
     ranks: Tensor,
     scaling: Tensor,
     block_ranks: Sequence[int] | None = None,
-    place: Place = ORIGIN,
+    place: Place = WHOLE,
 ) -> PackedAdapter:
     """Make an adapter after checking that its blocks and ranks fit; its arguments are those of :func:`smoa_linear`."""
     check_partition(partition, weight, ranks)

@@ -19,7 +19,7 @@ from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate
 from .definition.shard import LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
-from .definition.spectral_order import gather_weight
+from .definition.spectral_order import whole
 from .layer_checks import Settings, call_always, check_fit, check_keys, check_tensors, matrix_shape
 
 
@@ -263,7 +263,7 @@ class AdaptedWeight(nn.Module):
                     {name: sketch_distance(sketch, sketch_weight(as_matrix(weight)))}, strict=self.strict_base
                 )
         elif "weight" in given and self._rule.needs_weight:
-            check_weight(as_matrix(gather_weight(weight)))  # before it is copied and sorted
+            check_weight(as_matrix(whole(weight)))  # before it is copied and sorted
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         error_msgs = args[-1]
         if has_labels or "weight" not in given or error_msgs:

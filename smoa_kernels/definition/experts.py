@@ -86,18 +86,18 @@ class ExpertBlocks:
         return ExpertBlocks(self.col_offsets, self.row_offsets, self.col_index, self.row_index, self.granule)
 
     def partitions(self, experts: Sequence[int]) -> list[BlockPartition]:
-        """Make the partitions of some experts' weights; experts with shared blocks share a partition."""
+        """Make the partitions of some experts' weights; experts with shared blocks share one."""
         if not experts:
             return []
         rows = _sides(self.row_offsets, self.row_index, experts)
         cols = _sides(self.col_offsets, self.col_index, experts)
-        partitions = []
+        found = []
         for e in range(max(len(rows), len(cols))):
             (row_tensors, row_sizes), (col_tensors, col_sizes) = rows[e % len(rows)], cols[e % len(cols)]
-            tensors = [tensor for pair in zip(row_tensors, col_tensors, strict=True) for tensor in pair]
+            tensors = [one for pair in zip(row_tensors, col_tensors, strict=True) for one in pair]
             sizes = [*row_sizes, *col_sizes, self.granule, self.is_contiguous]
-            partitions.append(BlockPartition.from_tensors(tensors, sizes))
-        return partitions * len(experts) if len(partitions) == 1 else partitions
+            found.append(BlockPartition.from_tensors(tensors, sizes))
+        return found * len(experts) if len(found) == 1 else found
 
 
 def _offsets(labels: Tensor, num_blocks: int) -> Tensor:
@@ -115,17 +115,17 @@ def _index(labels: Tensor, num_blocks: int) -> Tensor:
 
 
 def _numbers(labels: Tensor, num_blocks: int) -> Tensor:
-    """The labels of all rows as one vector; the numbers of a row's blocks follow those of the row before."""
+    """The labels of all rows as one vector; each row's blocks are numbered on from the last row's."""
     return (labels + num_blocks * torch.arange(len(labels), device="cpu")[:, None]).flatten()
 
 
 def _sides(
     offsets: Tensor, index: Tensor | None, experts: Sequence[int]
 ) -> list[tuple[tuple[Tensor, Tensor, Tensor], list[int]]]:
-    """Labels, index, offsets and block sizes of rows, or columns: a list by expert, of length 1 if all share them."""
+    """Labels, index and offsets of rows, or columns, and the blocks' sizes: of each expert, or one that all share."""
     size = int(offsets[0, -1])
     places = torch.arange(size, device=offsets.device)[None] if index is None else index
-    offsets, places = (side if len(side) == 1 else side[list(experts)] for side in (offsets, places))
+    offsets, places = (each if len(each) == 1 else each[list(experts)] for each in (offsets, places))
     places, sizes = places.long(), offsets.diff()
     known, num_blocks = sizes.tolist(), sizes.shape[1]
     blocks = torch.arange(num_blocks, device=offsets.device).to(label_dtype(num_blocks))
@@ -161,7 +161,7 @@ class ExpertsAdapter:
 
     @property
     def T(self) -> ExpertsAdapter:
-        """The adapter of every expert's W_effᵀ, which computes `dX = dY W_eff` as `self` computes `x W_effᵀ`."""
+        """The adapter of every expert's W_effᵀ, which computes `dX = dY W_eff` as this one computes `x W_effᵀ`."""
         return ExpertsAdapter(
             self.weight.transpose(1, 2),
             self.B.transpose(1, 2),
@@ -190,15 +190,15 @@ def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -
 
     Args:
         x: (P, C), sorted by expert, W0's dtype.
-        ends: int (E,), where the pairs of each expert end; the last is P.
+        ends: int (E,), how many pairs the experts up to each have together; the last is P.
         adapter: of the experts.
 
     Returns:
         y (P, N) in x's dtype.
     """
     y, start = [x.new_empty(0, adapter.weight.shape[1])], 0
-    for expert, end in zip(adapter.experts(range(len(adapter.weight))), ends.tolist(), strict=True):
+    for one, end in zip(adapter.experts(range(len(adapter.weight))), ends.tolist(), strict=True):
         if end > start:
-            y.append(reference.forward(x[start:end], None, expert, "auto", None))
+            y.append(reference.forward(x[start:end], None, one, "auto", None))
         start = end
     return torch.cat(y)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .partition import BlockPartition
-from .thresholds import ORIGIN, Place
+from .thresholds import WHOLE, Place
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes three times as long, twice per call of a layer
@@ -43,7 +43,7 @@ class PackedAdapter:
     ranks: Tensor
     scaling: Tensor
     block_ranks: Sequence[int] | None = None
-    place: Place = ORIGIN
+    place: Place = WHOLE
     layout: Any = field(default=None, init=False, repr=False)
 
     @property

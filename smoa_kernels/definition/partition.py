@@ -38,7 +38,7 @@ from .labels import (
     sections,
     unpack,
 )
-from .spectral_order import gather_weight, order_source
+from .spectral_order import order_source, whole
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -105,7 +105,7 @@ class BlockPartition:
             ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range, or exceeds the
                 number of granules.
         """
-        weight = gather_weight(weight)
+        weight = whole(weight)
         check_weight(weight)
         return cls._from_spectrum(weight.detach(), num_blocks, granule)
 
@@ -126,7 +126,7 @@ class BlockPartition:
             >>> BlockPartition.from_experts(weights, num_blocks=3).row_block.tolist()
             [2, 1, 0]
         """
-        weights = gather_weight(weights)
+        weights = whole(weights)
         check_weight(weights.flatten(0, 1), "weights")
         return cls._from_spectrum(weights.detach(), num_blocks, granule)
 
@@ -254,7 +254,7 @@ class BlockPartition:
         labels = [side.to(label_dtype(num_blocks)) for side in sides]
         index = [torch.argsort(side, stable=True) for side in labels]
         sizes = [torch.bincount(side, minlength=num_blocks).tolist() for side in sides]
-        offsets = [torch.tensor([0, *accumulate(side)], dtype=torch.int32, device="cpu") for side in sizes]
+        offsets = [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device="cpu") for one in sizes]
         is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
         numbers = [*sizes[0], *sizes[1], granularity(sides), is_contiguous]
         plan = pack([*labels, *index, *offsets], numbers).to(row_block.device)

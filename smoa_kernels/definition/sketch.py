@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .precision import without_autocast
-from .spectral_order import gather_weight, one_thread
+from .spectral_order import one_thread, whole
 
 PROJECTIONS = 32
 SKETCH_SIZE = PROJECTIONS + 1
@@ -32,7 +32,7 @@ _SMALL = 2**22
 
 def sketch_weight(weight: Tensor) -> Tensor:
     """Compute the sketch of a weight: float32 (33,) on its device, 32 projections and log2 of the norm."""
-    weight = gather_weight(weight).detach()
+    weight = whole(weight).detach()
     with one_thread() if weight.numel() < _SMALL else nullcontext(), without_autocast(weight):
         weight = weight.to(torch.float32)
         norm = torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)
@@ -47,7 +47,7 @@ def sign_rows(in_features: int, like: Tensor) -> Tensor:
 
 
 def sketch_distance(first: Tensor, second: Tensor) -> float:
-    """Estimate the relative difference of two weights from their sketches; up to `TOLERANCE` they are the same base."""
+    """Estimate the relative difference of two weights from their sketches; up to `TOLERANCE` they are one base."""
     difference = first.detach().float().cpu() - second.detach().float().cpu()
     projections = difference[:-1].square().mean().sqrt()
     return float(torch.maximum(projections, difference[-1].abs()))
@@ -106,7 +106,7 @@ def _signs(size: int, side: int, device: torch.device) -> Tensor:
 _SIGNS = [struct.pack("8f", *(1.0 - 2.0 * (byte >> bit & 1) for bit in range(8))) for byte in range(256)]
 
 
-# Cached, because a model has few sizes, and a layer asks for two. As bytes, because a tensor made in one of torch's
+# Cached, because a model has few sizes and each layer asks for two. As bytes, because a tensor made in one of torch's
 # fake or functional modes must not outlive the mode.
 @functools.lru_cache(maxsize=64)
 def _host_signs(size: int, side: int) -> bytearray:
