@@ -294,11 +294,12 @@ emulate-smoke: $(BIN)/.dev ## some of it
 # ROCM_PYTHON has torch for ROCm, which no package index that pip asks by itself has, and `pip install --editable '.[dev]'`.
 ROCM_PYTHON ?= python3
 ROCJITSU_CONFIG ?= gfx942_cdna3_kmd
+ROCJITSU_BIN = $(ROCJITSU)/build/tools/rocjitsu
 emulate-amd: ## the kernels' tests as compiled for an MI300X, on the CPU, in ROCm's emulator rocjitsu; says what is missing (docs/gpu.md)
 	@test -e "$(ROCJITSU)/configs/$(ROCJITSU_CONFIG).json" || { echo "ROCJITSU must be rocjitsu's folder, with configs/$(ROCJITSU_CONFIG).json in it: build it from ROCm/rocm-systems, emulation/rocjitsu"; exit 1; }
-	@PATH="$(ROCJITSU)/build:$$PATH" command -v rocjitsu > /dev/null || { echo "rocjitsu is neither on PATH nor in $(ROCJITSU)/build: build it there"; exit 1; }
+	@PATH="$(ROCJITSU_BIN):$$PATH" command -v rocjitsu > /dev/null || { echo "rocjitsu is neither on PATH nor in $(ROCJITSU_BIN): build it there"; exit 1; }
 	@$(ROCM_PYTHON) -c 'import torch; raise SystemExit(None if torch.version.hip else "ROCM_PYTHON must be a Python whose torch is built for ROCm, as in the container rocm/pytorch")'
-	PATH="$(ROCJITSU)/build:$$PATH" rocjitsu --daemon --config $(ROCJITSU)/configs/$(ROCJITSU_CONFIG).json -- $(ROCM_PYTHON) -m pytest -n 0 tests/kernels $(ARGS)
+	PATH="$(ROCJITSU_BIN):$$PATH" rocjitsu --daemon --config $(ROCJITSU)/configs/$(ROCJITSU_CONFIG).json -- $(ROCM_PYTHON) -m pytest -n 0 tests/kernels $(ARGS)
 
 emulate-cpu: $(BIN)/.dev ## run compiled code for AVX-512, AVX512-BF16 and AMX on any x86 processor, its instructions emulated; needs a C compiler (5 min)
 	$(call emulated_cpu,$(CPUS),-n 2 $(NATIVE_TESTS))

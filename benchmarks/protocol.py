@@ -91,7 +91,7 @@ class Comparison:
         if not {name, over} <= self.seconds.keys():
             return None
         pairs = zip(self.seconds[name], self.seconds[over], strict=True)
-        return Figure.of([ours / theirs for ours, theirs in pairs], self.doubt)
+        return Figure.of([ours / base for ours, base in pairs], self.doubt)
 
     @property
     def spread(self) -> float:

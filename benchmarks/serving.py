@@ -119,8 +119,8 @@ def measure(base: str, folder: Path, dtype: str, rounds: int, summary: Path | No
     if summary:
         figures = {kind: found["a token"].ratio(f"{kind}, one adapter") for kind in KINDS}
         ratios = {kind: round(figure.median, 3) for kind, figure in figures.items() if figure}
-        told = {"device": cpu_name(), "threads": 1, "token_over_merged": ratios}
-        summary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        report = {"device": cpu_name(), "threads": 1, "token_over_merged": ratios}
+        summary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     backend = resolve_backend("auto", torch.device("cpu"), getattr(torch, dtype), 2)
     print(f"The operator's backend: {backend}. Loading, s: {', '.join(loading)}")
 

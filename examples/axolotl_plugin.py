@@ -61,7 +61,7 @@ class SMoAPlugin(BasePlugin):
         """The model with a new adapter, or with that of `lora_model_dir`; None if YAML asks for another adapter."""
         if cfg.adapter != "smoa":
             return None
-        given = {ours: value for theirs, ours in SAME.items() if (value := cfg.get(theirs)) is not None}
+        given = {ours: value for key, ours in SAME.items() if (value := cfg.get(key)) is not None}
         if cfg.get("lora_target_linear"):
             given["target_modules"] = "all-linear"
         options = {"use_lora_rate": True, "task_type": "CAUSAL_LM"} | given | (cfg.get("smoa") or {})

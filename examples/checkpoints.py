@@ -67,10 +67,10 @@ class Checkpoints:
                 shutil.rmtree(self.folder, ignore_errors=True)
             return
         last = self.last()
-        theirs = json.loads((last / "run.json").read_text(encoding="utf-8"))["options"]
+        recorded = json.loads((last / "run.json").read_text(encoding="utf-8"))["options"]
         for key, value in self.options.items():
-            if theirs.get(key) != value:
-                raise ValueError(f"the run in {last} had {key}={theirs.get(key)!r}, this one has {value!r}")
+            if recorded.get(key) != value:
+                raise ValueError(f"the run in {last} had {key}={recorded.get(key)!r}, this one has {value!r}")
 
     def save(self, model: nn.Module, optimizer: Optimizer, figures: dict[str, list[Any]]) -> None:
         """Write the state after as many steps as ``figures["loss"]`` has."""

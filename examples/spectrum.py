@@ -148,11 +148,11 @@ def model_spectrum(
         label += ", random" if folder is None else f" ({folder})" if label in adapted else ""
         modules = peft_model.get_base_model().named_modules()
         adapted[label] = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
-    ours, theirs = adapted.values()
+    ours, others = adapted.values()
     found = {}
     for name, layer in ours.items():
-        if name in theirs and name.endswith(targets or ""):
-            (weight, first), (_, second) = tensors_of(layer), tensors_of(theirs[name])
+        if name in others and name.endswith(targets or ""):
+            (weight, first), (_, second) = tensors_of(layer), tensors_of(others[name])
             updates = dict(zip(adapted, (first, second), strict=True))
             found[name] = measure(weight, layer.partition("default"), updates)
     if not found:

@@ -36,9 +36,9 @@ archive = sys.argv[1]
 assert smoa_kernels.__file__.startswith(sys.prefix), smoa_kernels.__file__
 assert find_spec("numpy") is None
 assert not archive.endswith(".whl") or not any(map(shutil.which, ("cc", "gcc", "clang")))
-obstacle = native_unsupported_reason(torch.device("cpu"))
-assert not archive.endswith(("x86_64.whl", "aarch64.whl")) or obstacle is None, obstacle
-print(f"smoa_kernels {smoa_kernels.__version__}, torch {torch.__version__}; compiled code: {obstacle or 'used'}")
+reason = native_unsupported_reason(torch.device("cpu"))
+assert not archive.endswith(("x86_64.whl", "aarch64.whl")) or reason is None, reason
+print(f"smoa_kernels {smoa_kernels.__version__}, torch {torch.__version__}; compiled code: {reason or 'used'}")
 """
 CORE = """
 import io

@@ -28,7 +28,7 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.runtime.jit import JITFunction
 
-from benchmarks.bringup.ahead import compile_all, forget
+from benchmarks.bringup.ahead import clear_caches, compile_all
 from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, Form, adapter, install
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
@@ -147,8 +147,8 @@ def forms(gpu: FakeGpu) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
-    """Launches with a new plan each time, and with remembered plans: form, numbers and device."""
+def cached_plans(gpu: FakeGpu) -> dict[str, list[str]]:
+    """Launches with a new plan each time, and with cached plans: form, numbers and device."""
     layers = [
         adapter(out_features, in_features, "cuda:0", factors)
         for out_features, in_features in ((256, 512), (250, 512), (256, 1), (1, 64))
@@ -172,17 +172,17 @@ def remembered(gpu: FakeGpu) -> dict[str, list[str]]:
         for _, call in passes(layer, tokens, offset)
     ]
 
-    def sweep(forget: bool) -> list[str]:
+    def sweep(anew: bool) -> list[str]:
         gpu.launches.clear()
         for call in calls:
-            if forget:
+            if anew:
                 table.clear_cache()
             call()
         return [f"{launch.form} {launch.numbers} {launch.device}" for launch in gpu.launches]
 
-    new = sweep(forget=True)
-    sweep(forget=False)
-    return {"new": new, "remembered": sweep(forget=False)}
+    new = sweep(anew=True)
+    sweep(anew=False)
+    return {"new": new, "cached": sweep(anew=False)}
 
 
 def hooks(gpu: FakeGpu) -> list[list[bool]]:
@@ -208,7 +208,7 @@ def buckets(gpu: FakeGpu) -> dict[str, list[int]]:
 
 
 def new_forms(gpu: FakeGpu) -> list[list[str]]:
-    """Kernels that are heard of as new in two rounds, and kernels that are launched meanwhile.
+    """Kernels that a hook sees as new in two rounds, and kernels that are launched meanwhile.
 
     x and dY are aligned, then begin at an odd address, and then are aligned again with another bias.
     """
@@ -216,18 +216,18 @@ def new_forms(gpu: FakeGpu) -> list[list[str]]:
     for offset in (0, 1, 0):
         calls = [call for _, call in passes(layer, 300, offset)]
         for _ in range(2):
-            heard: list[str] = []
+            hooked: list[str] = []
             gpu.launches.clear()
 
-            def hook(launch: Any, *arguments: Any, heard: list[str] = heard) -> None:
+            def hook(launch: Any, *arguments: Any, hooked: list[str] = hooked) -> None:
                 compiled, before = launch.compiled(*arguments), len(gpu.launches)
-                heard.append(f"{compiled.name} {compiled.form}")
+                hooked.append(f"{compiled.name} {compiled.form}")
                 assert len(gpu.launches) == before
 
             with launch_hook(hook, new=True):
                 for call in calls:
                     call()
-            found.append([heard, [f"{launch.kernel} {launch.form}" for launch in gpu.launches]])
+            found.append([hooked, [f"{launch.kernel} {launch.form}" for launch in gpu.launches]])
     return found
 
 
@@ -247,20 +247,20 @@ def first_step(gpu: FakeGpu) -> dict[str, dict[str, Any]]:
                     call()
         return list(gpu.compiled)
 
-    told: dict[str, dict[str, Any]] = {}
+    report: dict[str, dict[str, Any]] = {}
     for order, granule in (("spectral", 1), ("granules of 8", 8)):
-        forget(gpu)
+        clear_caches(gpu)
         found = step(granule, FIRST_STEP)
         more = [step(granule, tokens) for tokens in OTHERS][-1]
-        told[order] = {"forms": len(found), "more for other lengths": len(more) - len(found)}
-        told[order]["kernels"] = sorted(kernel.__name__ for kernel, _ in found)
+        report[order] = {"forms": len(found), "more for other lengths": len(more) - len(found)}
+        report[order]["kernels"] = sorted(kernel.__name__ for kernel, _ in found)
         if sys.argv[2:]:
             with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
                 os.environ["TRITON_CACHE_DIR"] = folder
                 start = time.perf_counter()
                 each = list(compile_all(found, int(sys.argv[2])))
-                told[order] |= {"seconds": time.perf_counter() - start, "each": each}
-    return told
+                report[order] |= {"seconds": time.perf_counter() - start, "each": each}
+    return report
 
 
 if __name__ == "__main__":
@@ -272,6 +272,6 @@ if __name__ == "__main__":
 
     JITFunction.run = counted
     with FakeTensorMode():
-        functions = (ahead, devices, forms, remembered, hooks, buckets, new_forms, first_step)
+        functions = (ahead, devices, forms, cached_plans, hooks, buckets, new_forms, first_step)
         what = {function.__name__: function for function in functions}[sys.argv[1]]
         print(json.dumps(what(pretended)))

@@ -212,7 +212,7 @@ def cases(backend: str) -> Iterator[Case]:
 
     Each case of the CPU's backends comes in a second order too.
     """
-    dtypes = [dtype for dtype in DTYPES if obstacle(backend, dtype) is None]
+    dtypes = [dtype for dtype in DTYPES if unsupported_reason(backend, dtype) is None]
     if dtypes:
         algorithms = ("auto",) if backend == "reference" else algorithms_of(backend)
         for i, algorithm in enumerate((*algorithms, "dropout")):
@@ -245,7 +245,7 @@ def each(
         found += [
             pytest.param(case, id=str(case), marks=[SLOW] if slow(case) else []) for case in values(backend)
         ]
-        if (reason := obstacle(backend)) is not None:
+        if (reason := unsupported_reason(backend)) is not None:
             found.append(pytest.param(None, id=backend, marks=pytest.mark.skip(reason=reason)))
     return pytest.mark.parametrize("case", found)
 
@@ -310,7 +310,7 @@ def make_problem(
     return problem.to(dtype).on(DEVICE)
 
 
-def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
+def unsupported_reason(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
     """A backend's own reason for refusing a dtype on `DEVICE`; None if it takes it."""
     try:
         resolve_backend(backend, DEVICE, dtype, 1)
@@ -321,7 +321,7 @@ def obstacle(backend: str, dtype: torch.dtype = torch.float32) -> str | None:
 
 def if_it_runs(backend: str, *marks: pytest.MarkDecorator) -> object:
     """A test's parameter, skipped with the reason where the backend does not run."""
-    reason = obstacle(backend)
+    reason = unsupported_reason(backend)
     return pytest.param(backend, marks=[*marks, pytest.mark.skipif(reason is not None, reason=str(reason))])
 
 
@@ -337,7 +337,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 TINY = {torch.float64: 1e-13, torch.float32: 3.5e-7, torch.bfloat16: 1e-4, torch.float16: 1e-5}
 
 
-def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
+def error_over_budget(ours: Tensor, same: Tensor, truth: Tensor) -> float:
     """`err(ours) / (2 · err(same-dtype reference) + tiny)`, both against the float64 truth; above 1 is over budget.
 
     There are two errors, the norm's and the largest element's; the larger quotient counts. A few very large elements
@@ -346,18 +346,18 @@ def error_over_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> float:
     size = truth.abs()
     few = int((size > size.max() / 4).sum() if size.numel() else 0) < 32
     tiny = max(TINY[ours.dtype], torch.finfo(ours.dtype).eps / 2) if few else TINY[ours.dtype]
-    norm = relative_error(ours, truth) / (2 * relative_error(theirs, truth) + tiny)
+    norm = relative_error(ours, truth) / (2 * relative_error(same, truth) + tiny)
     if not truth.numel():
         return norm
-    furthest, allowed = (float((value.double() - truth).abs().max()) for value in (ours, theirs))
+    furthest, allowed = (float((value.double() - truth).abs().max()) for value in (ours, same))
     element = furthest / (2 * allowed + tiny * float(size.max())) if furthest else 0.0
     return norm if norm != norm else max(norm, element)
 
 
 def shares(found: Sequence[Tensor], same: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
     """The share of its error budget that each result of a run uses, by its name."""
-    for ours, theirs, exact in zip(found, same, truth, strict=True):
-        assert (ours.dtype, ours.shape) == (theirs.dtype, exact.shape)
+    for value, rounded, exact in zip(found, same, truth, strict=True):
+        assert (value.dtype, value.shape) == (rounded.dtype, exact.shape)
     return dict(zip(NAMES, map(error_over_budget, found, same, truth), strict=False))
 
 

@@ -66,11 +66,11 @@ class Processes:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
+            connection, other_end = context.Pipe()
+            process = context.Process(target=_serve, args=(other_end, rank, self.size, port), daemon=True)
             process.start()
-            theirs.close()
-            self._connections.append(ours)
+            other_end.close()
+            self._connections.append(connection)
             self._processes.append(process)
 
 

@@ -28,5 +28,5 @@ atexit.register(shutil.rmtree, library._FOLDER)
 for source in sorted(hatch_build.FOLDER.glob("*.[ch]")):
     shutil.copy2(source, library._FOLDER)
 hatch_build.compile_library(library._FOLDER, *OPTIONS)
-if (obstacle := library.unsupported_reason()) is not None:
-    raise pytest.UsageError(f"nothing to sanitize: {obstacle}")
+if (reason := library.unsupported_reason()) is not None:
+    raise pytest.UsageError(f"nothing to sanitize: {reason}")

@@ -64,8 +64,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for name, ours, theirs in zip(NAMES, found, expected, strict=True):
-        assert torch.equal(ours, theirs), name
+    for name, ours, wanted in zip(NAMES, found, expected, strict=True):
+        assert torch.equal(ours, wanted), name
 
 
 # Numbers
@@ -74,12 +74,12 @@ def equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 def test_one_wrong_element_exceeds_the_budget() -> None:
     """One of thirty thousand hardly changes the norm."""
     truth = torch.randn(160, 192, dtype=torch.float64)
-    theirs = truth.bfloat16()
-    assert error_over_budget(theirs.clone(), theirs, truth) <= 1
-    for wrong in (theirs[3, 4] + 0.1, NAN):
-        ours = theirs.clone()
+    rounded = truth.bfloat16()
+    assert error_over_budget(rounded.clone(), rounded, truth) <= 1
+    for wrong in (rounded[3, 4] + 0.1, NAN):
+        ours = rounded.clone()
         ours[3, 4] = wrong
-        assert not error_over_budget(ours, theirs, truth) <= 1
+        assert not error_over_budget(ours, rounded, truth) <= 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -268,14 +268,14 @@ def poisoned(case: Case, name: str, value: float, block: int) -> LinearProblem:
     return p
 
 
-def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
+def assert_nothing_hidden(ours: Tensor, wanted: Tensor, poison: str) -> None:
     """Our result is finite exactly where the definition's result is, and agrees with it there."""
     finite = ours.isfinite()
-    assert not (finite & ~theirs.isfinite()).any()
+    assert not (finite & ~wanted.isfinite()).any()
     # merged and expanded multiply a broken factor with the zeros of other blocks; 0 · NaN is NaN, so it may spread.
-    assert poison in "AB" or torch.equal(finite, theirs.isfinite())
+    assert poison in "AB" or torch.equal(finite, wanted.isfinite())
     rtol, atol = (4e-2, 4e-2) if ours.dtype in HALF else (2e-4, 2e-5)
-    torch.testing.assert_close(ours[finite], theirs[finite], rtol=rtol, atol=atol)
+    torch.testing.assert_close(ours[finite], wanted[finite], rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("block", [0, 1])
@@ -283,8 +283,8 @@ def assert_nothing_hidden(ours: Tensor, theirs: Tensor, poison: str) -> None:
 @each(lambda backend: some(backend, torch.float32, torch.bfloat16), slow=interpreted)
 def test_nan_and_infinity_are_not_hidden(case: Case, poison: tuple[str, float], block: int) -> None:
     p = poisoned(case, *poison, block)
-    for ours, theirs in zip(p.run(**case.options), case.definition(p), strict=True):
-        assert_nothing_hidden(ours, theirs, poison[0])
+    for ours, wanted in zip(p.run(**case.options), case.definition(p), strict=True):
+        assert_nothing_hidden(ours, wanted, poison[0])
 
 
 @pytest.mark.parametrize("bias", [True, pytest.param(False, marks=SLOW)])
@@ -405,8 +405,8 @@ def test_a_shard_draws_its_columns_of_the_whole_mask(case: Case) -> None:
     (y, dx, dA, dB, dbias), others = parts
     dx, dA = (torch.cat([left, right], 1) for left, right in ((dx, others[1]), (dA, others[2])))
     joined = y + others[0], dx, dA, dB + others[3], dbias
-    for name, ours, theirs in zip(NAMES, joined, whole, strict=True):
-        assert relative_error(ours, theirs) < 1e-6, name
+    for name, ours, wanted in zip(NAMES, joined, whole, strict=True):
+        assert relative_error(ours, wanted) < 1e-6, name
 
 
 # Compilers

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import if_it_runs, obstacle, relative_error
+from problems import if_it_runs, relative_error, unsupported_reason
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -200,7 +200,7 @@ def test_dropout_under_transforms() -> None:
 
 
 def test_the_kernels_under_transforms_with_dropout() -> None:
-    if (reason := obstacle("triton", torch.float32)) is not None:
+    if (reason := unsupported_reason("triton", torch.float32)) is not None:
         pytest.skip(reason)
     base = nn.Linear(13, 9)
     layer = FusedSMoALinear.from_linear(base, r=4, num_blocks=2, backend="triton", dropout=0.4)
@@ -309,8 +309,8 @@ def test_a_convolution_by_modulate_is_hira() -> None:
     torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-12)
     factors = flat.smoa.A, flat.smoa.B
     gradients = (torch.autograd.grad(one.sum(), factors) for one in (y, expected))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    for ours, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-9, atol=1e-12)
 
 
 def test_a_parametrization_by_modulate_trains() -> None:

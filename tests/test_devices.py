@@ -212,7 +212,7 @@ def test_amd_numbers_its_gpus_otherwise(here, monkeypatch) -> None:
     assert backends._compiler_unsupported_reason(GPU, torch.float32) is None
 
 
-def test_a_gpu_that_is_not_here_is_an_obstacle() -> None:
+def test_a_gpu_that_is_not_here_is_an_unsupported_reason() -> None:
     """A device index beyond the machine's GPUs, as a fake tensor may have, selects the eager backend."""
     pytest.importorskip("triton", reason="needs triton")
     absent = torch.device("cuda", 99)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from expert_problems import RULES, make_blocks, make_problem
-from problems import DTYPES, HALF, if_it_runs, obstacle
+from problems import DTYPES, HALF, if_it_runs, unsupported_reason
 from torch import Tensor
 from torch_calls import Largest, on_threads, saved_tensors
 
@@ -159,7 +159,8 @@ def test_an_expert_whose_update_is_zero_gives_the_bits_of_its_weight(
     assert torch.equal(experts_linear(p.x, p.ends, off, backend), plain)
 
 
-needs_native = pytest.mark.skipif(obstacle("native") is not None, reason=str(obstacle("native")))
+WITHOUT_NATIVE = unsupported_reason("native")
+needs_native = pytest.mark.skipif(WITHOUT_NATIVE is not None, reason=str(WITHOUT_NATIVE))
 
 
 @on_the_cpu

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import SLOW, obstacle
+from problems import SLOW, unsupported_reason
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,8 +25,8 @@ from smoa_kernels import FusedSMoALinear
 from smoa_kernels.backends import load_backend, triton_unsupported_reason
 from smoa_kernels.operators import linear as operator
 
-OBSTACLE = triton_unsupported_reason(torch.device("cpu"))
-needs_interpreter = pytest.mark.skipif(OBSTACLE is not None, reason=f"on CPU tensors, {OBSTACLE}")
+INTERPRETER_REASON = triton_unsupported_reason(torch.device("cpu"))
+needs_interpreter = pytest.mark.skipif(INTERPRETER_REASON is not None, reason=f"on CPU: {INTERPRETER_REASON}")
 TRITON = pytest.param("triton", marks=needs_interpreter)
 
 
@@ -104,9 +104,9 @@ def check_recovers(model: nn.Sequential, fault: Callable[[], Any], error: type[B
         assert torch.equal(value, before[name]), name
     losses = [step(one, optimizer) for one, optimizer in zip((model, other), optimizers, strict=True)]
     assert torch.equal(*losses)
-    for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-        assert ours.grad is None or torch.equal(ours.grad, theirs.grad), name
+    for (name, ours), reference in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, reference), name
+        assert ours.grad is None or torch.equal(ours.grad, reference.grad), name
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def test_a_kernel_that_raises(name: str, algorithm: str, dropout: float, late: b
 )
 def test_out_of_memory_at_every_call(backend: str, algorithm: str, dropout: float) -> None:
     """Each torch call of a step runs out of memory in turn; in the interpreter only every few calls."""
-    if (reason := obstacle(backend, torch.float32)) is not None:
+    if (reason := unsupported_reason(backend, torch.float32)) is not None:
         pytest.skip(reason)
     model = build(backend, algorithm, dropout)[:1]
     counting = FailingAt(MANY, KeyboardInterrupt)

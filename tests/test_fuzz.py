@@ -14,7 +14,7 @@ import pytest
 import torch
 from draws import example, given, share, st
 from fuzzed import absolute, allowed, compare, compare_blocks, problems, rules
-from problems import DEVICE, DTYPES, LinearProblem, make_problem, obstacle
+from problems import DEVICE, DTYPES, LinearProblem, make_problem, unsupported_reason
 from torch import Tensor
 
 from smoa_kernels.backends import algorithms_of, eager
@@ -84,7 +84,7 @@ def test_eager(case: Case) -> None:
 
 
 def needs(backend: str) -> None:
-    if (reason := obstacle(backend)) is not None:
+    if (reason := unsupported_reason(backend)) is not None:
         pytest.skip(reason)
 
 

@@ -46,7 +46,7 @@ def test_the_update_scales_each_group_of_a_row_by_one_number(
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_equals_a_layer_whose_columns_of_A_are_repeated(order: str, dropout: float) -> None:
-    """The gradient of A is the sum of theirs over a group."""
+    """The gradient of A is the sum of its columns' gradients over a group."""
     ours = grouped(order, 2, 8, dropout=dropout)
     other = FusedSMoALinear.from_linear(
         nn.Linear(52, 33), r=5, num_blocks=2, dropout=dropout, partition=ours.partition

@@ -147,7 +147,7 @@ def test_two_threads_share_no_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_library
-def test_threads_without_a_runtime_are_no_obstacle_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_needs_no_runtime_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     found = library.library()
     monkeypatch.setattr(library, "_load", lambda: (found, SimpleNamespace(has_threads=0, bf16=1)))
     with on_threads(2):

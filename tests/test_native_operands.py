@@ -126,8 +126,8 @@ def test_eager_takes_the_other_operands(change: str, form: str, dtype: torch.dty
     p = CHANGES[change](on_cpu(dtype, tokens=50))
     found, expected = in_backend("native", p, form), in_backend("eager", p, form)
     first = 1 if change.endswith("dy") else 0  # the forward does not take dy
-    for ours, theirs in zip(found[first:], expected[first:], strict=True):
-        assert ours is theirs if isinstance(theirs, type) else all(map(torch.equal, ours, theirs))
+    for ours, reference in zip(found[first:], expected[first:], strict=True):
+        assert ours is reference if isinstance(reference, type) else all(map(torch.equal, ours, reference))
     assert any(isinstance(one, type) for one in found) or change.startswith(("float64", "dtype"))
 
 

@@ -128,8 +128,8 @@ def test_metadata(wheel: Path, metadata: Message) -> None:
     assert requirements(metadata, "", "Darwin") == core
     assert requirements(metadata, "", "Linux") == core  # torch brings its own Triton or needs none
     assert requirements(metadata, "triton", "Linux") == core | {"triton", "numpy"}
-    theirs = {"peft", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm", "numpy"}
-    assert requirements(metadata, "peft", "Darwin") == core | theirs
+    of_peft = {"peft", "transformers", "safetensors", "huggingface_hub", "accelerate", "tqdm", "numpy"}
+    assert requirements(metadata, "peft", "Darwin") == core | of_peft
     assert requirements(metadata, "cli", "Darwin") == core | {"typer", "rich"}
     assert dist_info(wheel, "entry_points.txt").split() == [
         *("[console_scripts]", "smoa-kernels", "=", "smoa_kernels.cli:main"),

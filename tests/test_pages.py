@@ -30,8 +30,8 @@ def flags_at(address: int) -> set[str]:
 @pytest.mark.parametrize("backend", ["eager", "native"])
 @pytest.mark.parametrize("tokens", [16, 1024])
 def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend == "native" and (obstacle := native_unsupported_reason(CPU)):
-        pytest.skip(obstacle)
+    if backend == "native" and (why := native_unsupported_reason(CPU)):
+        pytest.skip(why)
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(pages, "_madvise", lambda start, size, advice: asked.append((start, start + size)))
     monkeypatch.setattr(pages, "_ADVICE", 14)

@@ -285,6 +285,6 @@ def test_a_plan_is_the_partition(num_blocks: int) -> None:
     foreign = partition.plan.clone()
     found = BlockPartition.from_plan(foreign)
     assert found is BlockPartition.from_plan(foreign)
-    for ours, theirs in zip(found.tensors(), partition.tensors(), strict=True):
-        assert torch.equal(ours, theirs)
+    for ours, reference in zip(found.tensors(), partition.tensors(), strict=True):
+        assert torch.equal(ours, reference)
         assert ours.data_ptr() % 16 == 0

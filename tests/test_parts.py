@@ -42,9 +42,9 @@ def test_it_is_as_exact_as_torchs(numbers: str, terms: int) -> None:
         x *= 10 ** torch.linspace(-10, 10, len(x))[:, None]
         weight *= 10 ** torch.linspace(-3, 3, terms)
     truth = x.double() @ weight.double().T
-    ours, theirs = (row_errors(y.double(), truth) for y in (product(x, weight), x @ weight.T))
-    assert ours.square().mean() <= 1.5**2 * theirs.square().mean()
-    assert ours.max() <= 1.5 * theirs.max()
+    ours, reference = (row_errors(y.double(), truth) for y in (product(x, weight), x @ weight.T))
+    assert ours.square().mean() <= 1.5**2 * reference.square().mean()
+    assert ours.max() <= 1.5 * reference.max()
 
 
 @needs_amx

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="needs triton")
 
 from places import ran
-from ptx_emulator.library import obstacle
+from ptx_emulator.library import unsupported_reason
 
 SESSION = """
 import torch
@@ -37,7 +37,7 @@ def session(folder: Path, **environment: str) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+@pytest.mark.skipif(unsupported_reason() is not None, reason=str(unsupported_reason()))
 def test_a_finding_fails_its_test(tmp_path: Path) -> None:
     """Both tests compute right numbers; the unmasked load past the end fails the second test and the session."""
     ran = session(tmp_path)

@@ -55,8 +55,8 @@ def test_an_interval_against_tables_and_a_worked_example() -> None:
     """Differences 1, 2, 3, 4, 5: mean 3, standard error √(2.5 / 5), times 2.7764."""
     for freedom, expected in ((1, 12.7062), (30, 2.0423)):
         assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=5e-5)
-    theirs = {seed: float(10 * seed) for seed in range(5)}
-    mean = mean_of(differences({seed: theirs[seed] + seed + 1 for seed in range(5)} | {9: 0.0}, theirs))
+    baseline = {seed: float(10 * seed) for seed in range(5)}
+    mean = mean_of(differences({seed: baseline[seed] + seed + 1 for seed in range(5)} | {9: 0.0}, baseline))
     assert (mean.seeds, mean.value) == (5, pytest.approx(3.0))
     assert mean.half_width == pytest.approx(2.77645 * math.sqrt(0.5), rel=1e-5)
     # Two groups: pooled variance 2, two means of two values each: √(2 (1/2 + 1/2)) / 2.
@@ -97,8 +97,8 @@ def test_splits_are_disjoint(name: str) -> None:
 def test_nf4_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional", reason="not installed")
     weight = torch.randn(32, 128)
-    theirs = functional.dequantize_4bit(*functional.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
-    assert torch.equal(quantize(weight, NF4).dequantize(), theirs)
+    expected = functional.dequantize_4bit(*functional.quantize_4bit(weight, blocksize=64, quant_type="nf4"))
+    assert torch.equal(quantize(weight, NF4).dequantize(), expected)
 
 
 @pytest.mark.parametrize("name", ["SMoA K=2 over int4", "scales over int4", "LoRA over int4"])

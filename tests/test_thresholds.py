@@ -101,8 +101,8 @@ def test_no_activations_see_a_bias(delta: float, activations: str) -> None:
 
     drawn = torch.randint(0, 2**16, W0.shape, generator=generator, dtype=torch.int32)
     random = (W_eff.view(torch.int32) + drawn).bitwise_and_(-(2**16)).view(torch.float32)
-    ours, theirs = errors(round_weight(W_eff, torch.bfloat16)), errors(random)
-    spread = theirs.square().mean().sqrt()
+    ours, at_random = errors(round_weight(W_eff, torch.bfloat16)), errors(random)
+    spread = at_random.square().mean().sqrt()
     assert ours.square().mean().sqrt() < 1.25 * spread
     assert ours.mean().abs() < 4 * spread / ROWS**0.5
 

@@ -44,8 +44,8 @@ from .stages import NUMERICAL_TESTS
 CORES = 16  # about as many as a machine with a GPU has
 
 
-def forget(gpu: FakeGpu) -> None:
-    """Forget the compiled forms, so that the next launches ask for all of theirs."""
+def clear_caches(gpu: FakeGpu) -> None:
+    """Drop the cached plans and compiled forms, so that the next launches compile again."""
     table.clear_cache()
     for kernel in KERNELS.values():
         kernel.fn.device_caches.clear()
@@ -54,7 +54,7 @@ def forget(gpu: FakeGpu) -> None:
 
 def stage_forms(stage: str, gpu: FakeGpu, processes: int) -> list[Form]:
     """The forms that a stage compiles on the pretended GPU."""
-    forget(gpu)
+    clear_caches(gpu)
     if stage == "tests":
         tested(gpu.properties, ["-n", str(processes), *NUMERICAL_TESTS])
     elif stage == "tune":
@@ -98,11 +98,11 @@ def tested(properties: SimpleNamespace, chosen: Sequence[str]) -> None:
     """
     plugin = ("-p", "benchmarks.bringup.forms", "--assert=plain", "--tb=no")  # its findings mean nothing
     with tempfile.TemporaryDirectory() as folder:
-        told = {"BRINGUP_FORMS": json.dumps({"folder": folder, "gpu": vars(properties)})}
+        variables = {"BRINGUP_FORMS": json.dumps({"folder": folder, "gpu": vars(properties)})}
         subprocess.run(
             [sys.executable, "-m", "pytest", *plugin, *chosen],
             cwd=ROOT,
-            env=os.environ | told | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
+            env=os.environ | variables | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             check=False,

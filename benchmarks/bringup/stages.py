@@ -160,10 +160,10 @@ def headline(job: Job) -> None:
         job.save(run)
         if DEVICE.type == "cuda":
             torch.cuda.empty_cache()
-    if told := [
+    if failures := [
         f"{name} at {at}: {reason}" for at, failed in errors.items() for name, reason in failed.items()
     ]:
-        raise RuntimeError(f"{len(told)} providers failed, the first: {told[0]}")
+        raise RuntimeError(f"{len(failures)} providers failed, the first: {failures[0]}")
 
 
 def _first_line(error: Exception) -> str:

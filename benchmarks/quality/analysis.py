@@ -50,9 +50,9 @@ def mean_of(*groups: Sequence[float]) -> Mean:
     return Mean(value, error, t_quantile((1 + CONFIDENCE) / 2, freedom) * error, count)
 
 
-def differences(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
+def differences(ours: dict[int, float], other: dict[int, float]) -> list[float]:
     """Return one difference for each seed that both have."""
-    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    return [ours[seed] - other[seed] for seed in sorted(ours.keys() & other.keys())]
 
 
 def t_quantile(probability: float, freedom: int) -> float:
@@ -96,12 +96,12 @@ class Study:
         return mean_of(list(found.values())) if found else None
 
     def difference(
-        self, ours: str, theirs: str, tasks: Sequence[Task], fields: Sequence[str] = ("accuracy", "accuracy")
+        self, ours: str, other: str, tasks: Sequence[Task], fields: Sequence[str] = ("accuracy", "accuracy")
     ) -> Mean | None:
         """Mean over tasks of their mean differences, seed by seed; None unless both were run on each of the tasks."""
         groups = [
             differences(
-                *(self.accuracies(task.name, *each) for each in zip((ours, theirs), fields, strict=True))
+                *(self.accuracies(task.name, *each) for each in zip((ours, other), fields, strict=True))
             )
             for task in tasks
         ]

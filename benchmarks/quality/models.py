@@ -101,9 +101,9 @@ class ChoiceUpper(Upper):
     def attention(self, layout: Tensor) -> dict[str, Any]:
         """Return the attention mask and the position of each token."""
         part = layout[..., 0]
-        mine, theirs = part[:, :, None], part[:, None, :]
+        reader, read = part[:, :, None], part[:, None, :]
         longest = part.shape[1]
-        seen = (mine == theirs) | (theirs == PROMPT)
+        seen = (reader == read) | (read == PROMPT)
         seen &= torch.ones(longest, longest, dtype=torch.bool).tril()
         # Causal, so a token's position is the number of tokens that it sees. Padding also sees something, as one part.
         return {"attention_mask": seen[:, None], "position_ids": seen.sum(-1) - 1, "use_cache": False}

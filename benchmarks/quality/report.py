@@ -18,7 +18,7 @@ from .tasks import EXPERTS, MINILM, SMOLLM2, TASKS, Task
 TEMPLATE = Path(__file__).with_name("page.md")
 LORA, LORA_HALF, HALF = "LoRA", "LoRA, r=4", "SMoA K=2"
 EQUALS = ("SMoA K=2, r=16", "SMoA K=4, r=32", "SMoA K=8, r=64")  # as many parameters as LoRA
-RANDOM = [(ours, theirs) for theirs, ours in ABLATIONS.items()]
+RANDOM = [(ours, baseline) for baseline, ours in ABLATIONS.items()]
 # The study's questions, each with the two methods that answer it.
 QUESTIONS = (
     ("Half of the parameters, on average", HALF, LORA),
@@ -172,10 +172,10 @@ def verdicts(study: Study) -> str:
     """The study's questions, as the figures answer them."""
     half = at_half(study)
     lines = [f"- **Goal, half of LoRA's parameters** ({HALF}): {half}"] if half else []
-    for words, ours, theirs in QUESTIONS:
-        mean = study.difference(ours, theirs, study.tasks)
+    for words, ours, baseline in QUESTIONS:
+        mean = study.difference(ours, baseline, study.tasks)
         if mean is not None:
-            lines.append(f"- **{words}** ({ours} minus {theirs}): {points(mean)} points, {word(mean)}.")
+            lines.append(f"- **{words}** ({ours} minus {baseline}): {points(mean)} points, {word(mean)}.")
     return "\n".join(lines)
 
 
@@ -183,9 +183,9 @@ def at_half(study: Study) -> str:
     """On how many tasks SMoA at half of LoRA's parameters is within LoRA's standard error, or above; "" without any."""
     held, learned = {}, []
     for task in study.tasks:
-        ours, theirs = study.mean(task.name, HALF), study.mean(task.name, LORA)
-        if ours and theirs and theirs.seeds > 1:
-            held[task.title] = ours.value >= theirs.value - theirs.standard_error
+        ours, baseline = study.mean(task.name, HALF), study.mean(task.name, LORA)
+        if ours and baseline and baseline.seeds > 1:
+            held[task.title] = ours.value >= baseline.value - baseline.standard_error
             gains = [study.difference(name, "none", [task]) for name in study.methods if name != "none"]
             learned += [task.title] * any(gain is not None and gain.low > 0 for gain in gains)
     good = [name for name, is_within in held.items() if is_within]
@@ -203,10 +203,10 @@ def at_half(study: Study) -> str:
 def differences(study: Study, pairs: Sequence[Sequence[str]], columns: Mapping[str, Sequence[Task]]) -> str:
     """One row a pair of methods that were both run, one column a group of tasks: their difference in points."""
     rows = {}
-    for ours, theirs in pairs:
-        means = [study.difference(ours, theirs, tasks) for tasks in columns.values()]
+    for ours, baseline in pairs:
+        means = [study.difference(ours, baseline, tasks) for tasks in columns.values()]
         if any(means):
-            rows[f"{title(ours)} − {title(theirs)}"] = map(points, means)
+            rows[f"{title(ours)} − {title(baseline)}"] = map(points, means)
     return table(("difference", *columns), [(name, *cells) for name, cells in rows.items()])
 
 
@@ -343,7 +343,7 @@ def four_bits_goals(study: Study) -> str:
         for ours in (method.name for method in others if method.kind == "smoa"):
             tasks = [t for t in study.tasks if study.difference(ours, lora.name, [t])]
             pairs = (("LoRA merged", MERGED, 1.5), ("LoRA beside the base", "accuracy", -1.0))
-            for theirs, field, goal in pairs if tasks else ():
+            for baseline, field, goal in pairs if tasks else ():
                 mean = study.difference(ours, lora.name, tasks, (MERGED, field))
                 assert mean is not None  # both were run on these
                 verdict = "met" if 100 * mean.value >= goal else "missed"
@@ -351,7 +351,7 @@ def four_bits_goals(study: Study) -> str:
                     verdict = f"one for {len(FOUR_BITS_TASKS)} tasks and stays open"
                 where = ", ".join(task.title for task in tasks)
                 lines.append(
-                    f"- {ours}, merged, minus {theirs}: {points(mean)} points on {where}. The goal of {goal:+.1f} or "
+                    f"- {ours}, merged, minus {baseline}: {points(mean)} points on {where}. The goal of {goal:+.1f} or "
                     f"more is {verdict}."
                 )
     return "\n".join(lines)

@@ -67,21 +67,21 @@ def main() -> int:
         for name, width in WIDTHS.items():
             for colour in COLOURS:
                 page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=colour)
-                heard: list[str] = []
+                seen: list[str] = []
                 page.on(
-                    "console", lambda m, heard=heard: m.type == "error" and heard.append(f"console: {m.text}")
+                    "console", lambda m, seen=seen: m.type == "error" and seen.append(f"console: {m.text}")
                 )
-                page.on("pageerror", lambda error, heard=heard: heard.append(f"console: {error}"))
+                page.on("pageerror", lambda error, seen=seen: seen.append(f"console: {error}"))
                 page.on(
                     "request",
-                    lambda r, heard=heard: (
-                        r.url.startswith((address, "data:", "blob:")) or heard.append(f"asks for {r.url}")
+                    lambda r, seen=seen: (
+                        r.url.startswith((address, "data:", "blob:")) or seen.append(f"asks for {r.url}")
                     ),
                 )
                 for path in paths:
-                    heard.clear()
+                    seen.clear()
                     page.goto(address + path, wait_until="networkidle")
-                    for fault in (*heard, *faults(page, address)):
+                    for fault in (*seen, *faults(page, address)):
                         found.setdefault(f"{path}: {fault}", []).append(f"{name} {colour}")
                     place = LOOKS / f"{path.removesuffix('.html').replace('/', '-')}-{name}-{colour}.png"
                     page.screenshot(path=place, full_page=True)

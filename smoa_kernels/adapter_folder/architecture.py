@@ -35,7 +35,7 @@ class Architecture:
         renamed: stored name of each renamed parameter.
         parts: names of the stored tensors of each parameter that is made from several.
         swapped: names of weights that are stored (C, N); None if transformers lacks the class.
-        tied: the stored parameter of each one that is tied to it: in most models the head is the embedding.
+        tied: the stored parameter of each parameter that is tied to it: in most models the head is the embedding.
     """
 
     def __init__(self, folder: Path, stored: Iterable[str]) -> None:
@@ -52,9 +52,9 @@ class Architecture:
         self.swapped = [f"{name}.weight" for name in conv1d]
         self.tied = dict(self._model.all_tied_weights_keys)
         transforms = get_model_conversion_mapping(self._model)
-        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-        converters = [each for each in transforms if isinstance(each, WeightConverter)]
-        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        renamings = [change for change in transforms if isinstance(change, WeightRenaming)]
+        converters = [change for change in transforms if isinstance(change, WeightConverter)]
+        by_pattern = {pattern: change for change in converters for pattern in change.source_patterns}
         prefix, state = self._model.base_model_prefix, self._model.state_dict()
         for part in sorted(stored, key=dot_natural_key):
             name, pattern = rename_source_key(part, renamings, converters, prefix, state)

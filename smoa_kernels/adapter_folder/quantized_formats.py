@@ -68,8 +68,8 @@ class QuantizedBase:
 
         def read() -> QuantizedWeight:
             with fitting():
-                found = model.read_all(names.values())
-                tensors = _Tensors({end: found[name] for end, name in names.items()})
+                by_name = model.read_all(names.values())
+                tensors = _Tensors({end: by_name[name] for end, name in names.items()})
                 weight = format.read(tensors, self._settings)
                 if weight.scales.dtype not in DTYPES or weight.groups.max() >= weight.scales.shape[1]:
                     raise ValueError(f"scales are {weight.scales.dtype} {tuple(weight.scales.shape)}")
@@ -109,13 +109,13 @@ def _read_packed(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     groups = column_groups(cols, scales.shape[1], tensors.get("weight_g_idx"))
     possible = {group["weights"]["num_bits"] for group in settings["config_groups"].values()}
     # Layers may differ in their bits; where none fits, unpacking says so.
-    bits = next((each for each in possible if packed.shape[1] == -(-cols * each // 32)), min(possible))
+    bits = next((b for b in possible if packed.shape[1] == -(-cols * b // 32)), min(possible))
 
     def codes() -> Tensor:
-        found, zeros = _unpack(packed, bits, 1, cols), tensors.get("weight_zero_point")
+        integers, zeros = _unpack(packed, bits, 1, cols), tensors.get("weight_zero_point")
         if zeros is None:
-            return found.sub_(2 ** (bits - 1))
-        return found.sub_(_unpack(zeros, bits, 0, rows)[:, groups])
+            return integers.sub_(2 ** (bits - 1))
+        return integers.sub_(_unpack(zeros, bits, 0, rows)[:, groups])
 
     return QuantizedWeight(codes, scales, groups, lambda new: {"weight_scale": new})
 
@@ -125,10 +125,10 @@ def _read_gptq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Qu
     words, scales, bits, order = tensors["qweight"], tensors["scales"], settings["bits"], tensors.get("g_idx")
     cols, rows = words.shape[0] * 32 // bits if order is None else len(order), words.shape[1]
     groups = column_groups(cols, scales.shape[0], order)
-    one = _layout(settings, "gptq") == "gptq"
+    offset = _layout(settings, "gptq") == "gptq"
 
     def codes() -> Tensor:
-        zeros = _unpack(tensors["qzeros"], bits, 1, rows).add_(one).remainder_(2**bits)
+        zeros = _unpack(tensors["qzeros"], bits, 1, rows).add_(offset).remainder_(2**bits)
         return _unpack(words, bits, 0, cols).sub_(zeros[groups]).T
 
     return QuantizedWeight(codes, scales.T, groups, lambda new: {"scales": new.T})
@@ -141,8 +141,8 @@ def _read_awq(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Qua
     groups = column_groups(cols, scales.shape[0])
 
     def sorted_rows(packed: Tensor) -> Tensor:
-        found = _unpack(packed, 4, 1, rows).view(len(packed), -1, 8)
-        return found[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
+        integers = _unpack(packed, 4, 1, rows).view(len(packed), -1, 8)
+        return integers[..., [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
 
     def codes() -> Tensor:
         return sorted_rows(words).sub_(sorted_rows(tensors["qzeros"])[groups]).T
@@ -187,7 +187,7 @@ def _read_bitsandbytes(tensors: Mapping[str, Tensor], _: Mapping[str, Any]) -> Q
 def _layout(settings: Mapping[str, Any], usual: str) -> str:
     """How tensors are laid out, by the names that tools have given to this setting."""
     given = (settings.get(key) for key in ("version", "checkpoint_format", "format"))
-    return next((str(each).lower() for each in given if each), usual)
+    return next((str(name).lower() for name in given if name), usual)
 
 
 def _unread(layout: object, layouts: Sequence[str], bits: object, sizes: Sequence[int]) -> str | None:

@@ -1,4 +1,4 @@
-"""Writes adapters elsewhere and then moves them, so that an interruption leaves the old files or the new ones."""
+"""Writes adapters elsewhere and then moves them, so that an interruption leaves the old files or the new files."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def replacing(folder: str | os.PathLike[str], *, whole: bool = False) -> Iterato
                 return
             for file in files:
                 (folder / file.relative_to(scratch)).parent.mkdir(parents=True, exist_ok=True)
-        # A full disk's error names no file, or one in the scratch folder; safetensors' errors are not OSErrors.
+        # A full disk's error names no file, or a file in the scratch folder; safetensors' errors are not OSErrors.
         except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", 0) is None:  # of the hub's client, or of a block inside this one
+            if getattr(error, "errno", 0) is None:  # of the hub's client, or of a block within
                 raise
             raise OSError(f"cannot save to {folder}, which is as it was: {error}") from error
         for file in sorted(files, key=lambda file: file.name == CONFIG_NAME):
@@ -86,13 +86,13 @@ def check_seal(folder: Path, expected: str | None) -> None:
         ValueError: a save was killed after it moved the weights and before it moved their configuration.
     """
     weights = folder.resolve() / WEIGHTS_NAME  # of a folder given as "." too, the one above is searched
-    if expected is None or not weights.is_file() or (found := _sha256(weights)) == expected:
+    if expected is None or not weights.is_file() or (digest := _sha256(weights)) == expected:
         return
     message = f"{weights} is not the file that {CONFIG_NAME} beside it was saved with: its SHA-256 is another"
     # An adapter that is not named "default" has a subfolder of its own.
     for place in (weights.parent, weights.parent.parent):
         for path in place.glob(f"{_SCRATCH}*/**/{CONFIG_NAME}"):
-            if found in path.read_text(encoding="utf-8", errors="replace"):
+            if digest in path.read_text(encoding="utf-8", errors="replace"):
                 raise ValueError(f"{message}. A save was killed: move {path} here to complete it")
     warnings.warn(f"{message}. Another tool wrote it, or it is damaged", UserWarning, stacklevel=2)
 

@@ -17,7 +17,7 @@ def convert(
         Path | None,
         typer.Option(
             help="Folder of the base model, for sketches of its weights and shapes of convolutions and embeddings; if "
-            "absent, the one that the adapter names."
+            "absent, the base that the adapter names."
         ),
     ] = None,
 ) -> None:

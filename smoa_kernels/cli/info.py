@@ -105,7 +105,7 @@ def _environment() -> dict[str, str]:
 
 
 def _runtime() -> str:
-    """The GPU runtime that torch was compiled against; the installed one may differ."""
+    """The GPU runtime that torch was compiled against; the installed runtime may differ."""
     if torch.version.hip:
         return f"ROCm {torch.version.hip}"
     return f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
@@ -129,7 +129,7 @@ def _driver() -> str:
 
 def _tables() -> dict[str, str]:
     """Every tuning table on disk."""
-    # GPUs of the same name may differ if one is cut into slices, so each identity is judged.
+    # GPUs of the same name may differ, as slices of a GPU do, so each identity is judged.
     here = {identity(gpu): user_table(gpu_name(gpu)).name for gpu in _gpus()}
     rows: dict[str, str] = {}
     for path in sorted(user_table("").parent.glob("*.json")):

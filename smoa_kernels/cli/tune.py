@@ -31,7 +31,7 @@ def tune(
     ] = None,
     rank: Annotated[int, typer.Option(min=1, help="Rank budget of all blocks together, r.")] = 8,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks, K.")] = 2,
-    contiguous: Annotated[bool, typer.Option(help="Blocks are slices, not spectral ones.")] = False,
+    contiguous: Annotated[bool, typer.Option(help="Blocks are slices of W0, not spectral.")] = False,
     experts: Annotated[
         int, typer.Option(min=0, help="Experts of a layer; --tokens are then pairs of token and expert.")
     ] = 0,

@@ -1,4 +1,4 @@
-"""The ways of multiplying: one table of them, and which one a GEMM uses."""
+"""The ways of multiplying: a table of them, and which way a GEMM uses."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ _REDUCTIONS = {
     torch.bfloat16: "allow_bf16_reduced_precision_reduction",
     torch.float16: "allow_fp16_reduced_precision_reduction",
 }
-# The setting belongs to the process, and backward runs in one thread per device. While one thread has changed it, no
+# The setting belongs to the process, and backward runs in one thread per device. While a thread has changed it, no
 # other may read it.
 _setting = threading.RLock()
 
@@ -162,7 +162,7 @@ def accumulate(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`y += x weightᵀ` in place, y + x weightᵀ rounded once; returns y.
 
     y is the adapter's output, small beside the product. On a GPU, cuBLAS may by default round partial sums of the
-    product to y's half precision and add y to one of them, which would then hide it (docs/numerics.md).
+    product to y's half precision and add y to a single sum, which would then hide it (docs/numerics.md).
     """
     name = _REDUCTIONS.get(y.dtype)
     if name is None or not y.is_cuda:

@@ -50,21 +50,21 @@ def spectral_centroids(weight: Tensor, granule: Granule = 1) -> tuple[Tensor, Te
     """
     with one_thread(), without_autocast(weight):
         weights = weight if weight.ndim == 3 else weight[None]
-        largest = max(float(torch.linalg.vector_norm(one, torch.inf)) for one in weights)
+        largest = max(float(torch.linalg.vector_norm(matrix, torch.inf)) for matrix in weights)
         scale = largest if largest and not 2.0**-30 < largest < 2.0**30 else 1.0
         tall = weight.shape[-2] > weight.shape[-1]
 
         def wide() -> Iterator[Tensor]:
-            for one in weights:
-                one = one.float() if one.dtype.itemsize < 4 else one
+            for matrix in weights:
+                matrix = matrix.float() if matrix.dtype.itemsize < 4 else matrix
                 if scale != 1.0:
-                    one = one / scale  # energies are quadratic in W0 and would overflow or vanish
-                yield one.T if tall else one
+                    matrix = matrix / scale  # energies are quadratic in W0 and would overflow or vanish
+                yield matrix.T if tall else matrix
 
         short_energy, long_energy = _energies(wide)
         row_energy, col_energy = (long_energy, short_energy) if tall else (short_energy, long_energy)
         rows, cols = (
-            torch.stack([torch.linalg.vector_norm(one, torch.inf, side) for one in weights]).amax(0)
+            torch.stack([torch.linalg.vector_norm(matrix, torch.inf, side) for matrix in weights]).amax(0)
             for side in (1, 0)
         )
         of_rows, of_cols = on_sides(granule)
@@ -80,16 +80,16 @@ def _energies(wide: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
         wide: gives the matrices. They are read twice, so that no more than one is held in float32.
     """
     gram: Tensor | None = None
-    for one in wide():
-        gram = _lower_gram(one) if gram is None else gram.add_(_lower_gram(one))
+    for matrix in wide():
+        gram = _lower_gram(matrix) if gram is None else gram.add_(_lower_gram(matrix))
     try:
         squared, u = torch.linalg.eigh(gram)
     except RuntimeError:  # LinAlgError: eigh fails on some matrices that the SVD still takes
         u, sigma, _ = torch.linalg.svd(torch.cat(list(wide()), 1), full_matrices=False)
         squared, u = sigma.square().flip(0), u.flip(1)
     long_energy: Tensor | None = None
-    for one in wide():
-        energy = (one.T @ u).square_()
+    for matrix in wide():
+        energy = (matrix.T @ u).square_()
         long_energy = energy if long_energy is None else long_energy.add_(energy)
     assert long_energy is not None
     return u.square() * squared.clamp_min(0), long_energy
@@ -146,7 +146,7 @@ def one_thread() -> Iterator[None]:
 
 
 def within_one_thread() -> None:
-    """Let this thread, made by one that is within `one_thread`, enter it without waiting for its maker.
+    """Let this thread enter `one_thread` although the thread that made it is within it.
 
     It mostly has one intra-op thread already, but vLLM turns `torch.set_num_threads` into a function without effect.
     """

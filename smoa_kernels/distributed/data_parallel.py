@@ -1,4 +1,4 @@
-"""Processes take labels and ranks from the first one, once, and average the gradients of replicated factors."""
+"""Processes take labels and ranks from the first process, once, and average the gradients of replicated factors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def ignore_buffers(model: nn.Module, process_group: dist.ProcessGroup | None = N
 
     Args:
         model: the module that will be wrapped, not a part of it.
-        process_group: the group that it will be wrapped for; the default one when None.
+        process_group: the group that it will be wrapped for; the default group when None.
 
     Example:
         >>> from smoa_kernels import FusedSMoALinear
@@ -68,7 +68,7 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
 
     Args:
         model: any module with SMoA layers. It gets new buffers.
-        process_group: the default one when None.
+        process_group: the default group when None.
 
     Example:
         >>> from smoa_kernels import FusedSMoALinear
@@ -83,7 +83,7 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         if buffer.is_meta:
             continue
         owner, _, attribute = name.rpartition(".")
-        # A new tensor tells the adapter that what was made of the old one is stale.
+        # A new tensor tells the adapter that what was made of the old tensor is stale.
         shared = buffer.clone()
         dist.broadcast(shared, source, process_group)
         setattr(model.get_submodule(owner), attribute, shared)
@@ -102,7 +102,7 @@ def average_gradients(
 
     Args:
         parameters: the factors, the same ones in the same order on every process.
-        process_group: the default one when None.
+        process_group: the default group when None.
 
     Example:
         >>> from smoa_kernels import FusedSMoALinear

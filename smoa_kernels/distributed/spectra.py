@@ -20,10 +20,10 @@ def shared_spectra(process_group: dist.ProcessGroup | None = None) -> Iterator[N
 
     Inject adapters within it, on every process of the group, into the same layers in the same order. It saves the
     other processes an eigendecomposition per layer, and all labels come from one machine. Blocks of another order
-    than the spectral one need no communication: every process computes the same.
+    than the spectral order need no communication: every process computes the same.
 
     Args:
-        process_group: the default one when None.
+        process_group: the default group when None.
 
     Example:
         >>> from smoa_kernels import FusedSMoALinear

@@ -72,7 +72,7 @@ class ColwiseSMoAParallel(_SMoAParallel, ColwiseParallel):
     Parallelize after adapters are injected or loaded and before the optimiser is made; then use `fully_shard` over
     another dimension of the mesh, if at all.
 
-    With dropout, all processes of the mesh must be seeded alike, since each of them draws the masks.
+    With dropout, all processes of the mesh must be seeded alike, since all draw the masks.
 
     Raises:
         ValueError, TypeError: by `parallelize_module`, before the layer was changed: it is merged or quantised, its
@@ -133,12 +133,13 @@ def _check(layer: Any, mesh: DeviceMesh, dim: int) -> None:
                 "a PEFT layer must be over a plain nn.Linear or Conv1D to be cut, got one over "
                 f"{type(layer.get_base_layer()).__name__}"
             )
-        waiting = [name for name, one in layer.smoa.items() if not (one.ranks.is_meta or one.has_blocks)]
+        adapters = layer.smoa.items()
+        waiting = [name for name, own in adapters if not (own.ranks.is_meta or own.has_blocks)]
         if waiting:
             raise ValueError(
                 f"adapters {waiting} await their block labels: load them before parallelize_module"
             )
-        drops = any(each.smoa_dropout for each in layer.settings.values())
+        drops = any(settings.smoa_dropout for settings in layer.settings.values())
     else:
         drops = layer.dropout > 0
     if drops and not _same_generators(mesh):

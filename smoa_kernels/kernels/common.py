@@ -173,22 +173,11 @@ def load_block(w_ptr, rows, cols, row_inside, col_inside, stride_wn, stride_wc, 
 
 @triton.jit
 def rank_product(
-    a_ptr,
-    b_ptr,
-    rows,
-    cols,
-    row_inside,
-    col_inside,
-    row_rank,
-    col_rank,
-    rank,
-    stride_ar,
-    stride_ac,
-    stride_bn,
-    stride_br,
-    INPUT_PRECISION: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-):
+    a_ptr, b_ptr,
+    rows, cols, row_inside, col_inside, row_rank, col_rank, rank,
+    stride_ar, stride_ac, stride_bn, stride_br,
+    INPUT_PRECISION: tl.constexpr, RANK_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Σ_t B[rows, t] A[t, cols] in float32, over the t < rank ≤ ρ that both the row's and the column's block have.
 
     rows and cols (int64) are the tile's coordinates, `*_inside` says which of them exist, and `*_rank` how many entries

@@ -35,38 +35,13 @@ MOST_RANKS = 32  # of a program; further ranks take further programs, which read
 
 @triton.jit(do_not_specialize=["rank", "rank_groups"])
 def contract_kernel(
-    g_ptr,
-    w_ptr,
-    a_ptr,
-    b_ptr,
-    scaling_ptr,
-    ranks_ptr,
-    row_index_ptr,
-    col_index_ptr,
-    row_offsets_ptr,
-    col_offsets_ptr,
-    partial_a_ptr,
-    partial_b_ptr,
-    N,
-    C,
-    padded_rows,
-    padded_cols,
-    rank,
-    rank_groups,
-    stride_wn,
-    stride_wc,
-    stride_ar,
-    stride_ac,
-    stride_bn,
-    stride_br,
-    GRANULE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    g_ptr, w_ptr, a_ptr, b_ptr, scaling_ptr, ranks_ptr, row_index_ptr, col_index_ptr, row_offsets_ptr,
+    col_offsets_ptr, partial_a_ptr, partial_b_ptr,
+    N, C, padded_rows, padded_cols, rank, rank_groups,
+    stride_wn, stride_wc, stride_ar, stride_ac, stride_bn, stride_br,
+    GRANULE: tl.constexpr, INPUT_PRECISION: tl.constexpr, EXACT: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     tiles_n, tiles_c = tl.cdiv(padded_rows, BLOCK_N), tl.cdiv(padded_cols, BLOCK_C)
     tile_c = tl.program_id(0) % tiles_c
     tile_n = tl.program_id(0) // tiles_c % tiles_n

@@ -40,40 +40,13 @@ from .table import cached
 
 @triton.jit(do_not_specialize=["T", "split"])
 def fused_linear_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    a_ptr,
-    b_ptr,
-    row_block_ptr,
-    col_block_ptr,
-    ranks_ptr,
-    scaling_ptr,
-    out_ptr,
-    T,
-    N,
-    C,
-    rank,
-    split,
-    stride_xt,
-    stride_xc,
-    stride_wn,
-    stride_wc,
-    stride_ar,
-    stride_ac,
-    stride_bn,
-    stride_br,
-    INPUT_PRECISION: tl.constexpr,
-    W_TRANSPOSED: tl.constexpr,
-    WGMMA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SIDE_BY_SIDE: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, row_block_ptr, col_block_ptr, ranks_ptr, scaling_ptr, out_ptr,
+    T, N, C, rank, split,
+    stride_xt, stride_xc, stride_wn, stride_wc, stride_ar, stride_ac, stride_bn, stride_br,
+    INPUT_PRECISION: tl.constexpr, W_TRANSPOSED: tl.constexpr, WGMMA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SIDE_BY_SIDE: tl.constexpr, RANK_BLOCK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     tile = tl.program_id(0)
     tiles_t = tl.cdiv(T, BLOCK_T)
     part = tile % split

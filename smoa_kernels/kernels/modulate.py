@@ -58,34 +58,13 @@ def round_by_place(value, rows, cols, place_first, place_row_step, place_col_ste
 
 @triton.jit(do_not_specialize=["place_first", "place_row_step", "place_col_step"])
 def modulated_weight_kernel(
-    w_ptr,
-    a_ptr,
-    b_ptr,
-    row_block_ptr,
-    col_block_ptr,
-    ranks_ptr,
-    scaling_ptr,
-    out_ptr,
-    N,
-    C,
-    rank,
-    stride_wn,
-    stride_wc,
-    stride_ar,
-    stride_ac,
-    stride_bn,
-    stride_br,
-    stride_on,
-    stride_oc,
-    place_first,
-    place_row_step,
-    place_col_step,
-    INPUT_PRECISION: tl.constexpr,
-    LACKS: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    w_ptr, a_ptr, b_ptr, row_block_ptr, col_block_ptr, ranks_ptr, scaling_ptr, out_ptr,
+    N, C, rank,
+    stride_wn, stride_wc, stride_ar, stride_ac, stride_bn, stride_br, stride_on, stride_oc,
+    place_first, place_row_step, place_col_step,
+    INPUT_PRECISION: tl.constexpr, LACKS: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     tile = tl.program_id(0)
     tiles_c = tl.cdiv(C, BLOCK_C)
     rows = (tile // tiles_c).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -171,31 +150,13 @@ def _weight_launch(
 
 @triton.jit
 def modulated_blocks_kernel(
-    w_ptr,
-    a_ptr,
-    b_ptr,
-    row_index_ptr,
-    col_index_ptr,
-    row_offsets_ptr,
-    col_offsets_ptr,
-    ranks_ptr,
-    scaling_ptr,
-    out_ptr,
-    rank,
-    padded_rows,
-    padded_cols,
-    stride_wn,
-    stride_wc,
-    stride_ar,
-    stride_ac,
-    stride_bn,
-    stride_br,
-    GRANULE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    RANK_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    w_ptr, a_ptr, b_ptr, row_index_ptr, col_index_ptr, row_offsets_ptr, col_offsets_ptr, ranks_ptr,
+    scaling_ptr, out_ptr,
+    rank, padded_rows, padded_cols,
+    stride_wn, stride_wc, stride_ar, stride_ac, stride_bn, stride_br,
+    GRANULE: tl.constexpr, INPUT_PRECISION: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     tile = tl.program_id(0)
     tiles_n = tl.cdiv(padded_rows, BLOCK_N)
     tiles_c = tl.cdiv(padded_cols, BLOCK_C)

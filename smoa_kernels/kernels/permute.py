@@ -32,25 +32,13 @@ from .table import cached, select
 
 @triton.jit(do_not_specialize=["T", "column_offset", "threshold"])
 def permute_kernel(
-    x_ptr,
-    index_ptr,
-    offsets_ptr,
-    seed_ptr,
-    blocked_ptr,
-    T,
-    num_blocks,
-    padded,
-    stride_xt,
-    stride_xc,
-    column_offset,
-    threshold,
-    scale,
-    GRANULE: tl.constexpr,
-    SCATTER: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    x_ptr, index_ptr, offsets_ptr, seed_ptr, blocked_ptr,
+    T, num_blocks, padded,
+    stride_xt, stride_xc,
+    column_offset, threshold, scale,
+    GRANULE: tl.constexpr, SCATTER: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
-):
+):  # fmt: skip
     tile = tl.program_id(0)
     # Neighbouring programs share their tokens, so that they use x's rows while these are in cache.
     tiles_p = tl.cdiv(padded, BLOCK_P)

@@ -28,20 +28,11 @@ from .table import cached, select
 
 @triton.jit(do_not_specialize=["row_groups", "parts", "groups"])
 def sum_partials_kernel(
-    partials_ptr,
-    bias_ptr,
-    out_ptr,
-    row_groups,
-    parts,
-    groups,
-    N,
-    ROW_GROUP: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    partials_ptr, bias_ptr, out_ptr,
+    row_groups, parts, groups, N,
+    ROW_GROUP: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Sizes come in groups, so that the compiler knows the alignment of rows and columns, and that a group is wholly

@@ -24,12 +24,12 @@ from ..definition.partition import BlockPartition
 from .config import SMoAConfig
 
 
-def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = None) -> PackedAdapter:
+def sum_adapters(parts: Sequence[PackedAdapter], single: BlockPartition | None = None) -> PackedAdapter:
     """The adapter whose ΔW is the sum of `parts`'; differentiable in their factors.
 
     Args:
         parts: adapters over one weight. Partitions that agree must be the same object.
-        whole: the partition with a single block, if the caller has it.
+        single: the partition with a single block, if the caller has it.
     """
     first = parts[0]
     dtype = functools.reduce(torch.promote_types, (part.A.dtype for part in parts))
@@ -37,15 +37,15 @@ def sum_adapters(parts: Sequence[PackedAdapter], whole: BlockPartition | None = 
         partition = first.partition
         factors = [_masked(part) for part in parts]
     else:
-        partition = single_block(first.partition) if whole is None else whole
+        partition = single_block(first.partition) if single is None else single
         factors = [part.expanded_factors(torch.promote_types(dtype, torch.float32)) for part in parts]
     A = torch.cat([A.to(dtype) for A, _ in factors])
     B = torch.cat([B.to(dtype) for _, B in factors], 1)
     # Padding became zeros, which add nothing, so every block may have the full rank.
     blocks, rank = partition.num_blocks, A.shape[0]
     ranks = torch.full((blocks,), rank, dtype=torch.int32, device=A.device)
-    one = torch.ones_like(first.scaling)
-    return PackedAdapter(first.weight, A, B, partition, ranks, one, [rank] * blocks, first.place)
+    scaling = torch.ones_like(first.scaling)
+    return PackedAdapter(first.weight, A, B, partition, ranks, scaling, [rank] * blocks, first.place)
 
 
 def single_block(like: BlockPartition) -> BlockPartition:

@@ -100,9 +100,9 @@ def _through_products(weight: Any, dtype: torch.dtype) -> Tensor:
     """torchao's packings for 4-bit kernels, which can multiply only; the product with the identity is exact."""
 
     def columns(first: int, last: int) -> Tensor:
-        one = torch.zeros(last - first, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        one.diagonal(first).fill_(1)
-        return F.linear(one, weight)
+        identity = torch.zeros(last - first, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        identity.diagonal(first).fill_(1)
+        return F.linear(identity, weight)
 
     with without_autocast(weight):
         return _filled(torch.empty(weight.shape[::-1], dtype=dtype, device=weight.device), columns).T
@@ -135,14 +135,14 @@ def group_size_of(model: nn.Module) -> int:
         weights = [{"group_size": settings.get("group_size"), "actorder": "group" if order else None}]
     elif method == "compressed-tensors":
         weights = [group["weights"] for group in settings.get("config_groups", {}).values()]
-        weights = [each for each in weights if each.get("strategy") in ("group", "channel")]
-    sizes = {each.get("group_size") or -1 for each in weights}  # without one there is a scale for each row
-    ordered = sizes != {-1} and any(each.get("actorder") in ("group", "dynamic") for each in weights)
+        weights = [scheme for scheme in weights if scheme.get("strategy") in ("group", "channel")]
+    sizes = {scheme.get("group_size") or -1 for scheme in weights}  # without it a scale for each row
+    ordered = sizes != {-1} and any(scheme.get("actorder") in ("group", "dynamic") for scheme in weights)
     if len(sizes) != 1 or ordered:
-        found = f"{sorted(sizes)} columns{' in act-order' * ordered}"
+        groups = f"{sorted(sizes)} columns{' in act-order' * ordered}"
         raise ValueError(
             'group_size="base" takes a model whose weights share scales by groups of adjacent columns: bitsandbytes '
-            f"(4 bits), GPTQ, AWQ or compressed-tensors, got {method} with groups of {found}"
+            f"(4 bits), GPTQ, AWQ or compressed-tensors, got {method} with groups of {groups}"
         )
     (size,) = sizes
     return MOST_COORDINATES if size < 1 else size

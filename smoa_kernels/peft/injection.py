@@ -83,8 +83,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
         It reads this attribute of the module that it wraps; a `PeftModel` forwards that to this model.
         """
-        theirs = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
-        names = [f"model.{name}" for name in (*theirs, *smoa_buffers(self.model))]
+        ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())
+        names = [f"model.{name}" for name in (*ignored, *smoa_buffers(self.model))]
         return [*names, *(f"base_model.{name}" for name in names)]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +111,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     warnings.filterwarnings("ignore", "You have passed exclude_modules", UserWarning)
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             injected = layers_with(model, adapter_name, every_name=False)
-            # A new adapter computes its blocks and draws its factors now; one that comes from a file or for inference
+            # A new adapter computes its blocks and draws its factors now; an adapter from a file or for inference
             # waits for them. TRL adds a frozen copy ("ref") under the configuration of the adapter that it copies: it
             # takes the blocks of that adapter now, and TRL copies the factors.
             is_copy = any(held is config for name, held in self.peft_config.items() if name != adapter_name)
@@ -126,7 +126,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 sorted(n for n, a in injected.items() if not isinstance(a, (Linear, ExpertsWeight))) or None
             )
             if not config.is_from_file and others != config.not_linear:
-                if not config.inference_mode:  # one that is handed over in loading stays that object
+                if not config.inference_mode:  # what is handed over in loading stays that object
                     self.peft_config[adapter_name] = config = copy(config)
                 config.not_linear = others
             if config.use_lora_rate:
@@ -296,7 +296,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             weights: a factor for each.
             adapter_name: the new adapter's name.
             combination_type: "cat" gives `ΔW = Σ w_i ΔW_i` exactly and adds the ranks up, block by block (a layer whose
-                adapters have different blocks gets a single one). "linear" sums the factors, at their common rank.
+                adapters have different blocks gets a single block). "linear" sums the factors, at their common rank.
 
         Raises:
             ValueError: a name is unknown or taken, the number of weights is another, the combination is unknown, an

@@ -51,7 +51,7 @@ class SMoALayer(BaseWeight):
         self.smoa = nn.ModuleDict()
         self.settings: dict[str, AdapterSettings] = {}
         # The partition with a single block, made when there are several adapters to sum.
-        self._whole: BlockPartition | None = None
+        self._single_block: BlockPartition | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.register_load_state_dict_post_hook(SMoALayer._share_blocks)
@@ -182,13 +182,13 @@ class SMoALayer(BaseWeight):
             if self.stack or not adapter.is_current():  # of a stack at most one adapter is active
                 continue
             own = adapter.partition
-            same = (one for one in known if one is own or (one.device == own.device and one == own))
-            if (found := next(same, None)) is None:
+            equal = (seen for seen in known if seen is own or (seen.device == own.device and seen == own))
+            if (shared := next(equal, None)) is None:
                 known.append(own)
-            elif found is not own:
-                adapter.share(found)
+            elif shared is not own:
+                adapter.share(shared)
         if known:
-            self._whole = single_block(known[0])  # made now, since forward may be compiled
+            self._single_block = single_block(known[0])  # made now, since forward may be compiled
 
     def partition(self, adapter_name: str) -> Any:
         """The `BlockPartition` of an adapter, of experts the `ExpertBlocks`; computed now if none was loaded."""
@@ -209,7 +209,7 @@ class SMoALayer(BaseWeight):
         first: PackedAdapter = self.packed(names[0], weight, keep)
         if len(names) == 1:
             return first
-        return sum_adapters([first, *(self.packed(name, weight) for name in names[1:])], self._whole)
+        return sum_adapters([first, *(self.packed(name, weight) for name in names[1:])], self._single_block)
 
     def effective_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """Compute W_eff of these adapters, in W0's shape and dtype, differentiable in their factors.
@@ -299,10 +299,10 @@ class AdaptedLayer(SMoALayer, nn.Module):
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Tensor:
-        """Compute the layer with its active adapters; of a linear one (..., C) -> (..., N) in x's dtype.
+        """Compute the layer with its active adapters; of a linear layer (..., C) -> (..., N) in x's dtype.
 
         Args:
-            x: as the base layer takes it; for a linear one it may be nested.
+            x: as the base layer takes it; for a linear layer it may be nested.
             adapter_names: in evaluation, an adapter (or "__base__") for each sample.
             args, kwargs: passed to the base layer.
 
@@ -373,7 +373,7 @@ class AdaptedLayer(SMoALayer, nn.Module):
 
 
 def layers_with(model: nn.Module, adapter_name: str, *, every_name: bool = True) -> dict[str, SMoALayer]:
-    """The layers of a model that hold an adapter, by name; one of several names is under `every_name` or the first."""
+    """The layers of a model that hold an adapter, by name: its first name, under `every_name` all its names."""
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=not every_name)

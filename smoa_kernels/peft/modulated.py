@@ -50,7 +50,7 @@ class Convolution(AdaptedLayer):
     (2) of docs/definition.md). Under dropout an adapter's ΔW is applied to `dropout(x)`.
 
     Args:
-        base_layer: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, of any groups, or another tuner's layer around one.
+        base_layer: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`, of any groups, or another tuner's layer around it.
         adapter_name: the first adapter's name.
         settings: the first adapter's settings; `algorithm` does not count.
 
@@ -93,7 +93,7 @@ class Convolution(AdaptedLayer):
         with present(self):
             W0 = self.base_weight()
             delta, x_wide = dense_update(self.packed(name, W0)), x.to(wide)
-            weights = (self._unflattened(each) for each in (W0.to(wide) + delta, W0.to(wide)))
+            weights = (self._unflattened(matrix) for matrix in (W0.to(wide) + delta, W0.to(wide)))
             x_wide = F.dropout(x_wide, self._dropout_p(name), training=True)
             adapted, plain = (self._called(x_wide, weight) for weight in weights)
         return (adapted - plain).to(x.dtype)
@@ -118,7 +118,7 @@ class Embedding(AdaptedLayer):
     layer count for B as they do for a trained weight.
 
     Args:
-        base_layer: `nn.Embedding`, or another tuner's layer around one.
+        base_layer: `nn.Embedding`, or another tuner's layer around it.
         adapter_name: the first adapter's name.
         settings: the first adapter's settings; `algorithm` and `backend` do not count.
 
@@ -193,7 +193,7 @@ class ParameterLayer(SMoALayer, nn.Module):
 
 
 class AdaptedModule(nn.Module):
-    """A module with adapters of its parameters, which stay its own; the adapters of each one are a child.
+    """A module with adapters of its parameters, which stay its own; the adapters of each parameter are a child.
 
     Args:
         base_layer: the module.
@@ -282,7 +282,7 @@ class Attention(AdaptedModule):
     def _adapted(self) -> dict[tuple[nn.Module, str], Tensor]:
         adapted = {}
         for weight in self.weights.values():
-            names = [each for each in weight.active_adapters if each in weight.smoa]
+            names = [name for name in weight.active_adapters if name in weight.smoa]
             if names and not weight.disable_adapters and not weight.merged:
                 place = weight.get_base_layer(), weight.parameter_name
                 adapted[place] = weight.effective_weight(names)

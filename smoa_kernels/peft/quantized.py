@@ -98,13 +98,13 @@ def rescale(layer: Any, adapters: Sequence[Adapter]) -> nn.Module | None:
     weight: Any = getattr(layer._stored_layer[0] if layer._stored_layer else base, "weight", None)
     state: Any = getattr(weight, "quant_state", None)
     size, columns = getattr(state, "blocksize", 0), layer.in_features
-    groups = [one.group_size for one in adapters]
-    if not size or columns % size or any(each % size and each < columns for each in groups):
+    groups = [adapter.group_size for adapter in adapters]
+    if not size or columns % size or any(group % size and group < columns for group in groups):
         return None
     functional, before = importlib.import_module("bitsandbytes.functional"), _twin(base)
     multiplier = torch.ones(layer.out_features, columns // size, device=state.absmax.device)
-    for one in adapters:
-        multiplier += of_columns(group_multiplier(one) - 1, -(-one.group_size // size), columns // size)
+    for adapter, group in zip(adapters, groups, strict=True):
+        multiplier += of_columns(group_multiplier(adapter) - 1, -(-group // size), columns // size)
     scales = state.absmax
     if state.nested:
         scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
@@ -141,9 +141,9 @@ def requantize(layer: Any, weight: Tensor) -> nn.Module:
     return before
 
 
-def _replace(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    found.clear()
-    found.update(wanted)
+def _replace(attributes: dict[str, Any], values: dict[str, Any]) -> None:
+    attributes.clear()
+    attributes.update(values)
 
 
 def _twin(layer: nn.Module) -> nn.Module:

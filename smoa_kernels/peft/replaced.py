@@ -67,19 +67,19 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
                 SMoAConfig.from_pretrained(str(folder))  # checks all that needs no model
         known, had_adapters, before = set(_adapters(self)), self._hf_peft_config_loaded, Snapshot(self)
         try:
-            found = load(self, peft_model_id, *args, **kwargs)
+            loaded = load(self, peft_model_id, *args, **kwargs)
             for name in set(_adapters(self)) - known:
                 state = {key: value for key, value in self.state_dict().items() if f".{name}." in key}
-                for key in found.missing_keys:
+                for key in loaded.missing_keys:
                     state.pop(key, None)
-                state |= dict.fromkeys(found.unexpected_keys)
+                state |= dict.fromkeys(loaded.unexpected_keys)
                 check_adapter(self, name, state, strict_base=self.peft_config[name].strict_base)
         except BaseException:  # Ctrl-C too
             for name in set(_adapters(self)) - known:
                 before.restore(name)
                 self._hf_peft_config_loaded = had_adapters
             raise
-        return found
+        return loaded
 
     return load_adapter
 

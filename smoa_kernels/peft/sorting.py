@@ -16,8 +16,8 @@ from ..definition.partition import BlockPartition
 from ..definition.spectral_order import one_thread, order_source, spectral_orders, within_one_thread
 from .layer import SMoALayer
 
-# Sorting a square weight takes five to seven times its bytes in float32; a wide one takes less. Experts are small, so
-# as many are sorted at once as there are threads.
+# Sorting a square weight takes five to seven times its bytes in float32, a wide weight less. Experts are small, so as
+# many are sorted at once as there are threads.
 MAX_AT_ONCE = 8
 # So many matrices take minutes, and a bar shows them.
 MANY = 64
@@ -33,7 +33,7 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
         TypeError, ValueError: naming the layer, as :meth:`BlockRule.build` does.
     """
     rules = {layer: layer.settings[adapter_name].rule for layer in layers.values()}
-    # The keys are made before any weight is loaded: an offloaded one is a new object each time it is loaded.
+    # The keys are made before any weight is loaded: an offloaded weight is a new object each time it is loaded.
     keys = {layer: _key(layer, rule) for layer, rule in rules.items()}
     # The weights that are to be sorted, each in the first layer that has it.
     wanted: dict[Any, tuple[str, SMoALayer, BlockRule]] = {}
@@ -42,13 +42,14 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
             wanted.setdefault(keys[layer], (name, layer, rules[layer]))
     matrices = sum(layer.stack[0] if layer.stack else 1 for _, layer, _ in wanted.values())
     with tqdm(total=len(wanted), desc=_BAR, disable=matrices < MANY) as bar:
-        found = _sorted_at_once({key: each for key, each in wanted.items() if _is_at_hand(each[1])}, bar)
+        at_hand = {key: entry for key, entry in wanted.items() if _is_at_hand(entry[1])}
+        blocks = _sorted_at_once(at_hand, bar)
         for name, layer in layers.items():
             key = keys[layer]
             with naming(name):
-                layer.initialize(adapter_name, found.get(key))
-            if key not in found:
-                found[key] = layer.partition(adapter_name)
+                layer.initialize(adapter_name, blocks.get(key))
+            if key not in blocks:
+                blocks[key] = layer.partition(adapter_name)
                 bar.update(key in wanted)
 
 
@@ -69,14 +70,14 @@ def _sorted_at_once(
         pool = ThreadPoolExecutor(at_once, "smoa-sorting", initializer=within_one_thread)
         try:
             for key, (_, layer, rule) in weights.items():
-                begun[key] = [pool.submit(each) for each in layer.computations(rule)]
-            found = {}
+                begun[key] = [pool.submit(task) for task in layer.computations(rule)]
+            blocks = {}
             for key, (name, layer, _) in weights.items():
                 with naming(name):
                     # No local name for a future: its error's traceback refers to this frame, which would be a cycle.
-                    found[key] = layer.joined(list(map(Future.result, begun.pop(key))))
+                    blocks[key] = layer.joined(list(map(Future.result, begun.pop(key))))
                 bar.update()
-            return found
+            return blocks
         finally:
             begun.clear()
             pool.shutdown(cancel_futures=True)

@@ -29,7 +29,7 @@ class Labels(NamedTuple):
 class LayerFactors(NamedTuple):
     """One layer's factors: `y += x (W0 ∘ BA)ᵀ`."""
 
-    A: Tensor  # (r, C): the A_k one below the other, zero outside the columns of their blocks
+    A: Tensor  # (r, C): the A_k below each other, zero outside the columns of their blocks
     B: Tensor  # (N, r), float32: the B_k side by side, zero outside the rows of their blocks; s is folded in
     labels: Labels
     sketch: Tensor | None  # of W0, where the folder has one
@@ -74,7 +74,7 @@ def _factors(adapter: Adapter, name: str) -> LayerFactors:
         raise _refusal(adapter.path, f"{name}, a weight of experts,")
     weight = torch.empty(stored.shape, device="meta")  # the factors do not depend on its values
     factors = stored.packed(weight).expanded_factors(torch.float32)
-    rows, cols = stored.row_block.clone(), stored.col_block.clone()  # theirs is the file's memory
+    rows, cols = stored.row_block.clone(), stored.col_block.clone()  # else they would share the file's memory
     labels = Labels(rows[:, None], cols[None], tuple(stored.ranks.tolist()))
     return LayerFactors(*factors, labels, None if adapter.is_hira else stored.sketch)
 

@@ -106,8 +106,8 @@ class DiagonalBlocks:
     def update(self, x: Tensor, slots: Tensor) -> Tensor:
         """`x (W0 ∘ BA)ᵀ` (T, N), float32, with the adapter of each token's slot."""
         own = x.index_select(1, self.cols.flatten()).view(-1, *self.cols.shape)
-        found = update_of(own, slots, self.A, self.B, self._product)
-        return found.flatten(1).index_select(1, self.places)
+        update = update_of(own, slots, self.A, self.B, self._product)
+        return update.flatten(1).index_select(1, self.places)
 
     def _product(self, rows: Tensor) -> Tensor:
         """The product with each block: (rows, K, c) -> (rows, K, n)."""
@@ -148,7 +148,7 @@ class Slice:
             self.packed[slot] = replace(adapter, weight=own), backend
 
     def fill(self, slot: int, labels: Labels | None) -> None:
-        """Record the labels of a slot's adapter, if it has one here. One with B = 0, as before training, is none."""
+        """Record the labels of a slot's adapter; None if it has none here. B = 0, as before training, is none."""
         for held in (self.labels, self.packed, self.blocks):
             held.pop(slot, None)
         if labels is not None and self.B[slot, 0, :, : sum(labels.ranks)].any():
@@ -226,7 +226,7 @@ class LayerSlots:
         A: the factors of all slots of each layer that is packed into this one, (slots, 1, most ranks, C).
         B: (slots, 1, n, most ranks), n the rows of W0 that are the packed layer's.
         product: of this layer.
-        weight: W0 (N, C) if it is at hand, unquantised; one of another shape is not.
+        weight: W0 (N, C) if it is at hand, unquantised; a weight of another shape is not used.
         keep: if it is not, whether to read W0 at the first token of an adapter and keep it.
     """
 
@@ -281,10 +281,10 @@ class LayerSlots:
             finally:
                 if not self.keep:
                     self._hold(None)
-        plain, whole, alone = self.weight is not None, tokens == len(x), len(groups) == 1
-        if plain and alone and whole:
+        plain, complete, alone = self.weight is not None, tokens == len(x), len(groups) == 1
+        if plain and alone and complete:
             return self._modulated(x, bias, *groups)
-        y = x.new_empty(len(x), self.shape[0]) if plain and whole else base()
+        y = x.new_empty(len(x), self.shape[0]) if plain and complete else base()
         few = []
         for slot, own in groups.items():
             if plain and (alone or len(own) >= MANY_TOKENS):

@@ -1,7 +1,7 @@
 """vLLM's plugin: `vllm serve BASE --enable-lora --lora-modules NAME=FOLDER` takes SMoA and HiRA folders beside LoRA's.
 
 vLLM has no hook for another adapter method, so :func:`register`, its entry point, wraps methods of its LoRA classes,
-some of them private (`_METHODS`). It checks them first: if one differs from the known versions', nothing is wrapped.
+some of them private (`_METHODS`). It checks them first: if any differs from the known versions', nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..definition.sketch import check_base, distance_by_products
 from .factors import MERGE, Labels, LayerFactors, read_served
 from .products import LayerSlots, Step
 
-__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "VERSIONS", "obstacle", "register", "reload"]
+__all__ = ["GRAPHS_VARIABLE", "KEEP_VARIABLE", "VERSIONS", "register", "reload", "unsupported_reason"]
 
 VERSIONS = ("0.32.0", "0.33.0")  # the second was compared by its signatures, and not run
 KEEP_VARIABLE = "SMOA_VLLM_KEEP_W0"
@@ -38,7 +38,7 @@ _log = logging.getLogger("vllm.smoa_kernels")  # vLLM shows messages of loggers 
 @functools.cache
 def register() -> None:
     """Let this process's vLLM serve SMoA and HiRA adapters, or say why not. vLLM calls it in each of its processes."""
-    if (reason := obstacle()) is not None:
+    if (reason := unsupported_reason()) is not None:
         known = f"it knows vLLM {' and '.join(VERSIONS)}; {MERGE}"
         _log.warning("smoa-kernels serves LoRA alone here, as vLLM does without it: %s; %s", reason, known)
         return
@@ -62,14 +62,14 @@ def _wrapped(original: Callable[..., Any], replacement: Callable[..., Any]) -> C
     return method
 
 
-def obstacle() -> str | None:
+def unsupported_reason() -> str | None:
     """Name a method of vLLM that differs from the known versions'; None if none does."""
     for path, (parameters, _) in _METHODS.items():
         try:
-            found = getattr(*_find(path))
+            method = getattr(*_find(path))
         except (ImportError, AttributeError):
             return f"this vLLM has no vllm.lora.{path}"
-        given = " ".join(inspect.signature(found).parameters)
+        given = " ".join(inspect.signature(method).parameters)
         if given != parameters:
             return f"this vLLM's vllm.lora.{path} takes ({given}) and not ({parameters})"
     return None
@@ -78,8 +78,8 @@ def obstacle() -> str | None:
 def reload(llm: Any, folder: str | os.PathLike[str], name: str = "policy", number: int = 1) -> Any:
     """Load a folder into a running `vllm.LLM`, in place of the adapter with this number, if there is one.
 
-    Returns the `LoRARequest` for `llm.generate(..., lora_request=...)`. Raises vLLM's error if it refuses the adapter;
-    the one that was loaded still answers then. No request may be under way.
+    Returns the `LoRARequest` for `llm.generate(..., lora_request=...)`. If vLLM refuses the adapter, its error is
+    raised and the adapter that was loaded before stays. No request may be under way.
     """
     request = import_module("vllm.lora.request").LoRARequest
     llm.llm_engine.add_lora(request(name, number, str(folder), load_inplace=True))
@@ -127,11 +127,11 @@ def _distances(folder: Path, layers: Mapping[str, LayerFactors], manager: Any) -
     """The distances of W0 from an adapter's sketches, by layer. Raises unless the model takes every layer."""
     modules = {name: manager.packed_modules.get(name, [name]) for name in manager.modules}
     places = {part: (name, at) for name, parts in modules.items() for at, part in enumerate(parts)}
-    # Under pipeline parallelism another process may have a layer, but not a kind of layers that this one lacks.
+    # Under pipeline parallelism another process may have a layer, but not a kind of layers that is missing here.
     alone = import_module("vllm.distributed").get_pp_group().world_size == 1
     kinds = {part.rpartition(".")[2] for part in places}
     # The slices of a layer share its products. A device may have no memory for those of all layers.
-    products, found = functools.lru_cache(maxsize=4)(LayerSlots.sign_products), {}
+    products, distances = functools.lru_cache(maxsize=4)(LayerSlots.sign_products), {}
     for part, factors in layers.items():
         if part not in places:
             if alone or part.rpartition(".")[2] not in kinds:
@@ -151,8 +151,8 @@ def _distances(folder: Path, layers: Mapping[str, LayerFactors], manager: Any) -
         # A sketch is of all of W0, and a shard has only a part.
         if factors.sketch is not None and module.tp_size == 1:
             own = products(slots)[:, slots.slices[at].rows]
-            found[f"{part} of {folder}"] = distance_by_products(own, factors.sketch)
-    return found
+            distances[f"{part} of {folder}"] = distance_by_products(own, factors.sketch)
+    return distances
 
 
 # Slots:
@@ -171,13 +171,13 @@ def _create_lora_modules(original: Callable[..., Any], self: Any) -> None:
 def _register_module(original: Callable[..., Any], self: Any, module_name: str, module: Any) -> None:
     original(self, module_name, module)
     config = import_module("vllm.config").get_current_vllm_config().compilation_config
-    module._smoa_slots = _hindrance(module, config) or _layer_slots(module)
+    module._smoa_slots = _lora_only_reason(module, config) or _layer_slots(module)
     # vLLM's table of the layers that compiled graphs name is this engine's, and is emptied with it.
     module._smoa_name = f"{module_name}.smoa"
     config.static_forward_context[module._smoa_name] = module
 
 
-def _hindrance(module: Any, config: Any) -> str | None:
+def _lora_only_reason(module: Any, config: Any) -> str | None:
     """Why a layer can compute only LoRA; None if it takes our adapters too."""
     if not isinstance(module, import_module("vllm.lora.layers.base_linear").BaseLinearLayerWithLoRA):
         return f"{type(module).__name__} is no linear layer"
@@ -234,12 +234,14 @@ def _set_adapter_mapping(original: Callable[..., Any], self: Any, mapping: Any) 
     ours = {lora_id: slot for slot, lora_id in slots if hasattr(adapters.get(lora_id), "smoa_labels")}
     wrappers = self.punica_wrapper_mapping.values()
     if not hasattr(self, "_smoa_memory"):  # the same for all steps, because CUDA graphs read it
-        self._smoa_memory = torch.empty_like(max((one._token_lora_indices for one in wrappers), key=len))
-    step = Step.of(torch.tensor([ours.get(one, -1) for one in mapping.index_mapping]), self._smoa_memory)
+        indices = [wrapper._token_lora_indices for wrapper in wrappers]
+        self._smoa_memory = torch.empty_like(max(indices, key=len))
+    of_tokens = torch.tensor([ours.get(lora_id, -1) for lora_id in mapping.index_mapping])
+    step = Step.of(of_tokens, self._smoa_memory)
     for wrapper in wrappers:
         wrapper.smoa_step = step if any(mapping.index_mapping) else None
     both = mapping.index_mapping, mapping.prompt_mapping
-    tokens, prompts = (tuple(0 if one in ours else one for one in ids) for ids in both)
+    tokens, prompts = (tuple(0 if lora_id in ours else lora_id for lora_id in ids) for ids in both)
     original(self, replace(mapping, index_mapping=tokens, prompt_mapping=prompts))
 
 

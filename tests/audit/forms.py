@@ -39,7 +39,7 @@ def narrow_pointers(kernel: str) -> dict[str, str]:
     return {**LOOKED_UP, **AUDITED[kernel].narrow}
 
 
-_WHOLE_GRANULES = (
+_GRANULE_FORMS = (
     "r16 granules contiguous",
     "r16 granules contiguous transposed",
     "r64 fp32 factors granules contiguous",
@@ -71,13 +71,13 @@ AUDITED: dict[str, Audited] = {
     ),
     "grouped_linear": Audited(
         "matmul",
-        _WHOLE_GRANULES,
+        _GRANULE_FORMS,
         {**FACTOR_TILES, "transposed_ptr": "a transposed W0, in registers two steps ahead"},
     ),
     "grouped_linear_gathered": _GATHERED,
     "grouped_grad": Audited(
         "matmul",
-        _WHOLE_GRANULES,
+        _GRANULE_FORMS,
         {**FACTOR_TILES, "w_ptr": "one tile for a whole sum over pairs, in registers"},
     ),
     "grouped_grad_gathered": _GATHERED,

@@ -26,7 +26,7 @@ def qemu() -> str | None:
     return next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
-def obstacle() -> str | None:
+def unsupported_reason() -> str | None:
     missing = [name for name, path in ((CC, shutil.which(CC)), (PROGRAMS[0], qemu())) if path is None]
     packages = "apt-get install qemu-user gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
     return f"needs {' and '.join(missing)}, which are not installed: {packages}" if missing else None

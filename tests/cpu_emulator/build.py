@@ -38,10 +38,10 @@ HERE = torch.backends.cpu.get_cpu_capability()
 FOR_ARM = {"CC": arm.CC, "_PYTHON_HOST_PLATFORM": "linux-aarch64"}
 
 
-def obstacle(processor: str = "amx") -> str | None:
+def unsupported_reason(processor: str = "amx") -> str | None:
     """Why a processor cannot be emulated here, or None if it can."""
     if processor == "neon":
-        return arm.obstacle()
+        return arm.unsupported_reason()
     if compiler() is None or platform.machine() != "x86_64":
         return "needs Linux on an x86 processor, and a C compiler"
     return None if HERE.startswith("AVX") else "needs a processor with AVX2"

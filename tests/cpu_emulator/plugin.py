@@ -17,13 +17,13 @@ from torch_calls import on_threads
 from smoa_kernels.backends.native import library
 
 from .arm import load
-from .build import HERE, PROCESSORS, compile_library, obstacle
+from .build import HERE, PROCESSORS, compile_library, unsupported_reason
 
 PROCESSOR = os.environ["CPU_EMULATOR"]
 if PROCESSOR not in PROCESSORS:
     raise pytest.UsageError(f"CPU_EMULATOR must be one of {', '.join(PROCESSORS)}, got {PROCESSOR}")
 
-if (REASON := obstacle(PROCESSOR)) is None:
+if (REASON := unsupported_reason(PROCESSOR)) is None:
     # The session's first process compiles for the others.
     if "CPU_EMULATOR_FOLDER" not in os.environ:
         folder = os.environ["CPU_EMULATOR_FOLDER"] = tempfile.mkdtemp(prefix="cpu-emulator-")

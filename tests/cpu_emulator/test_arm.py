@@ -20,7 +20,7 @@ i64 smoa_mask(const call *c) { return ((uint16_t *)c->y)[c->seed] += 1; }
 """
 
 
-@pytest.mark.skipif(arm.obstacle() is not None, reason=str(arm.obstacle()))
+@pytest.mark.skipif(arm.unsupported_reason() is not None, reason=str(arm.unsupported_reason()))
 def test_operands_are_copied_and_end_where_they_end(tmp_path: Path) -> None:
     source, library = tmp_path / "source.c", tmp_path / "linear_neon.so"
     source.write_text(PROGRAM)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from .build import compile_program, obstacle
+from .build import compile_program, unsupported_reason
 
-pytestmark = pytest.mark.skipif(obstacle() is not None, reason=str(obstacle()))
+pytestmark = pytest.mark.skipif(unsupported_reason() is not None, reason=str(unsupported_reason()))
 
 
 @pytest.fixture(scope="module")

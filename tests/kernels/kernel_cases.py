@@ -104,16 +104,16 @@ def check(
         for config in tiles(kernel, p):
             with configured(kernel, config):
                 found = run()
-            for ours, theirs, true, allowed in zip(found, same, truth, least, strict=True):
+            for ours, reference, true, allowed in zip(found, same, truth, least, strict=True):
                 if ((ours.double() - true).abs() > allowed).any():
-                    assert_within_budget(ours, theirs, true)
+                    assert_within_budget(ours, reference, true)
 
 
-def assert_within_budget(ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+def assert_within_budget(ours: Tensor, reference: Tensor, truth: Tensor) -> None:
     """`err(ours) ≤ 2 · err(same-dtype reference) + tiny`, both against the float64 truth."""
-    assert ours.dtype == theirs.dtype
+    assert ours.dtype == reference.dtype
     assert ours.shape == truth.shape
-    assert error_over_budget(ours, theirs, truth) <= 1
+    assert error_over_budget(ours, reference, truth) <= 1
 
 
 def shipped_here(kernel: str) -> list[tuple[Config, Precision]]:
@@ -135,12 +135,12 @@ def shipped_here(kernel: str) -> list[tuple[Config, Precision]]:
     return list(dict.fromkeys(pairs))
 
 
-def assert_within_its_rounding(precision: Precision, ours: Tensor, theirs: Tensor, truth: Tensor) -> None:
+def assert_within_its_rounding(precision: Precision, ours: Tensor, reference: Tensor, truth: Tensor) -> None:
     """Asserts the budget. TF32 keeps only 10 bits of each operand, so it gets a limit of its own."""
     if precision.name == "tf32":
         assert relative_error(ours, truth) < 2**-9
     else:
-        assert_within_budget(ours, theirs, truth)
+        assert_within_budget(ours, reference, truth)
 
 
 def need_memory(device: torch.device, gigabytes: float) -> None:

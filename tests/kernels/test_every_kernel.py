@@ -82,8 +82,8 @@ def test_every_shipped_configuration(kernel: str, config: Config, precision: Pre
     run, defined = WORKLOADS[kernel](Operands(key, form, DEVICE))
     with configured(kernel, config, precision.name):
         found = run()
-    for ours, theirs, truth in zip(found, defined(precision.dtype), defined(torch.float64), strict=True):
-        assert_within_its_rounding(precision, ours, theirs, truth)
+    for ours, reference, truth in zip(found, defined(precision.dtype), defined(torch.float64), strict=True):
+        assert_within_its_rounding(precision, ours, reference, truth)
 
 
 @pytest.mark.parametrize(

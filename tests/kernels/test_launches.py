@@ -39,15 +39,15 @@ def test_sizes_compile_no_forms_of_their_own() -> None:
 
 
 @pytest.mark.slow
-def test_remembered_plans_launch_like_new_ones() -> None:
+def test_cached_plans_launch_like_new_plans() -> None:
     """A cached plan launches the same compiled form, grid, sizes and strides, on the same device.
 
     The cases are sizes of 1, odd sizes and strides, pointers not divisible by 16, two factor dtypes, a
     transposed W0, factors that are slices of others, another rank, and another device.
     """
-    found = launches("remembered")
-    assert len(set(found["remembered"])) > 50
-    assert found["remembered"] == found["new"]
+    found = launches("cached_plans")
+    assert len(set(found["cached"])) > 50
+    assert found["cached"] == found["new"]
 
 
 @pytest.mark.slow
@@ -66,14 +66,14 @@ def test_any_number_of_tokens_in_a_bucket_is_launched_directly() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_kernel_is_heard_of_before_it_is_first_launched() -> None:
+def test_a_hook_sees_a_compiled_kernel_before_its_first_launch() -> None:
     """Also where Triton alone specialises it, by the address of x. `backends/verified.py` counts on it."""
-    aligned, same, odd, same_odd, again, _ = launches("new_forms")
-    for heard, launched in (aligned, odd):
-        assert set(launched) - set(aligned[1]) <= set(heard) <= set(launched)
+    aligned, same, odd, same_odd, realigned, _ = launches("new_forms")
+    for hooked, launched in (aligned, odd):
+        assert set(launched) - set(aligned[1]) <= set(hooked) <= set(launched)
     assert set(aligned[0]) == set(aligned[1])
     assert set(odd[1]) - set(aligned[1]) != set()
-    assert [one[0] for one in (same, same_odd, again)] == [[], [], []]
+    assert [hooked for hooked, _ in (same, same_odd, realigned)] == [[], [], []]
 
 
 @pytest.mark.slow

@@ -74,11 +74,11 @@ def test_strides_and_guards(
         turned = layout == "column-major" and tensor.ndim == 2
         return guarded(tensor.T.contiguous().T if turned else tensor, row_padding=8)
 
-    for ours, theirs in zip(list(kernel(p, place)), plain(kernel, granules), strict=True):
+    for ours, reference in zip(list(kernel(p, place)), plain(kernel, granules), strict=True):
         if layout == "column-major":  # a transposed weight is summed in another order
-            assert relative_error(ours, theirs) < 1e-6
+            assert relative_error(ours, reference) < 1e-6
         else:
-            assert torch.equal(ours, theirs)
+            assert torch.equal(ours, reference)
     assert all(both[..., 1].isnan().all() for both in pairs)
 
 
@@ -93,8 +93,8 @@ def test_offsets_beyond_int32(kernel: Callable[..., Iterator[Tensor]]) -> None:
     def place(tensor: Tensor) -> Tensor:
         return far_apart(tensor, 2**31 // 8) if len(tensor) == 12 else tensor
 
-    for ours, theirs in zip(list(kernel(p, place)), list(kernel(p, as_it_is)), strict=True):
-        assert torch.equal(ours, theirs)
+    for ours, reference in zip(list(kernel(p, place)), list(kernel(p, as_it_is)), strict=True):
+        assert torch.equal(ours, reference)
 
 
 @of_tokens

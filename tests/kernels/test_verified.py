@@ -209,9 +209,9 @@ def test_a_planted_fault_is_refused(
     case = replace(MERGED if module is modulate else FUSED, dtype=PRECISIONS[precision].dtype)
     p = case.problem(tokens=16, out_features=16, in_features=140 if module is modulate else 40, ranks=(3, 2))
     with multiplied_in(precision):
-        y, (told,) = warned(lambda: p.forward(**case.options))
+        y, (message,) = warned(lambda: p.forward(**case.options))
     torch.testing.assert_close(y, p.run_reference()[0], rtol=2**-6, atol=2**-6)
-    assert kernel in told and ROUNDING in told and gpu.users == []  # noqa: PT018
+    assert kernel in message and ROUNDING in message and gpu.users == []  # noqa: PT018
     assert all(ROUNDING in reason for reason in kept(file).values())
 
 
@@ -227,10 +227,10 @@ def test_a_refused_kernel_never_runs(kernel: str, case: Case, spoil: Any, file: 
     p = case.problem(**SIZES)
     gpu.name, gpu.spoil = kernel, spoil
     for _ in range(2):  # another process launches no refused kernel either, and warns once more
-        y, (told,) = warned(lambda: p.forward(**case.options))
+        y, (message,) = warned(lambda: p.forward(**case.options))
         torch.testing.assert_close(y, case.definition(p)[0], rtol=2**-6, atol=2**-6)
-        assert told.startswith("torch's operators compute instead of a GPU kernel: ")
-        assert kernel in told and ROUNDING in told and "Triton" in told  # noqa: PT018
+        assert message.startswith("torch's operators compute instead of a GPU kernel: ")
+        assert kernel in message and ROUNDING in message and "Triton" in message  # noqa: PT018
         assert torch.equal(p.forward(**case.options), y)  # without a warning
         probes = len(gpu.probes)
         start_anew()
@@ -240,10 +240,10 @@ def test_a_refused_kernel_never_runs(kernel: str, case: Case, spoil: Any, file: 
 def test_a_wrong_kernel_of_dx_refuses_none_of_the_factors(file: Path, gpu: Gpu) -> None:
     p = MERGED.problem(**SIZES | {"tokens": 66})
     gpu.name, gpu.spoil = "modulated_weight_kernel", one_in_a_thousand
-    _, told = warned(
+    _, messages = warned(
         lambda: verified.backward(p.dy.flatten(0, -2), p.x.flatten(0, -2), p.adapter(), None, needs_x=True)
     )
-    assert [gpu.name in message for message in told] == [True]
+    assert [gpu.name in message for message in messages] == [True]
     assert "contract_kernel" in gpu.names()
     assert {name.partition(" ")[0] for name, reason in kept(file).items() if reason} == {gpu.name}
 
@@ -251,16 +251,16 @@ def test_a_wrong_kernel_of_dx_refuses_none_of_the_factors(file: Path, gpu: Gpu) 
 def test_what_is_compared_was_launched_like_later_calls(gpu: Gpu) -> None:
     """A `Launch` calls a kernel that it knows by itself; the first time Triton launches."""
     gpu.name, gpu.spoil = "modulated_weight_kernel", lambda out: len(gpu.probes) == 2 and out.zero_()
-    _, (told,) = warned(lambda: MERGED.problem(**SIZES).forward(**MERGED.options))
-    assert ROUNDING in told
+    _, (message,) = warned(lambda: MERGED.problem(**SIZES).forward(**MERGED.options))
+    assert ROUNDING in message
 
 
 def test_merging(gpu: Gpu) -> None:
     gpu.name, gpu.spoil = "modulated_weight_kernel", one_in_a_thousand
     p = MERGED.problem(**SIZES)
     layer = replace(p, weight=p.weight.clone()).layer(partition=p.partition, backend="triton")
-    _, (told,) = warned(layer.merge)
-    assert ROUNDING in told
+    _, (message,) = warned(layer.merge)
+    assert ROUNDING in message
     exact = p.to(torch.float64)
     merged = exact.weight + exact.delta_weight()
     torch.testing.assert_close(layer.weight.double(), merged, rtol=2**-8, atol=2**-9)
@@ -299,8 +299,8 @@ def test_dropout_is_compared_by_itself(gpu: Gpu) -> None:
     p = SPLIT.problem(**SIZES)
     p.forward(**SPLIT.options)
     gpu.name, gpu.spoil = "permute_kernel", one_in_a_thousand
-    _, (told,) = warned(lambda: p.forward(**DROPOUT.options))
-    assert ROUNDING in told
+    _, (message,) = warned(lambda: p.forward(**DROPOUT.options))
+    assert ROUNDING in message
     gpu.name = ""
     users = len(gpu.users)
     p.forward(**SPLIT.options)  # without dropout the kernels go on
@@ -357,9 +357,9 @@ FAILURES = [
 def test_a_failure_holds_for_the_process(error: Exception, file: Path, gpu: Gpu) -> None:
     p = MERGED.problem(**SIZES)
     gpu.name, gpu.spoil = "modulated_weight_kernel", error
-    y, (told,) = warned(lambda: p.forward(**MERGED.options))
+    y, (message,) = warned(lambda: p.forward(**MERGED.options))
     torch.testing.assert_close(y, p.run_reference()[0], rtol=2**-6, atol=2**-6)
-    assert str(error)[:20] in told
+    assert str(error)[:20] in message
     gpu.name = ""
     p.forward(**MERGED.options)
     assert (gpu.users, gpu.probes, file.exists()) == ([], [], False)
@@ -382,19 +382,19 @@ def test_a_call_without_tokens_refuses_nothing(gpu: Gpu) -> None:
     for tokens in (0, 1):
         few = replace(p, x=p.x[:tokens], dy=p.dy[:tokens])
         for algorithm in ("merged", "split"):
-            _, told = warned(
+            _, messages = warned(
                 lambda few=few, algorithm=algorithm: few.forward(backend="triton", algorithm=algorithm)
             )
-            assert told == []
+            assert messages == []
 
 
 def test_a_lack_of_memory_holds_for_the_call(file: Path, gpu: Gpu) -> None:
     p = MERGED.problem(**SIZES)
     gpu.name, gpu.spoil = "modulated_weight_kernel", torch.OutOfMemoryError("40 GiB")
     for _ in range(2):
-        y, (told,) = warned(lambda: p.forward(**MERGED.options))
+        y, (message,) = warned(lambda: p.forward(**MERGED.options))
         torch.testing.assert_close(y, p.run_reference()[0], rtol=2**-6, atol=2**-6)
-        assert "OutOfMemoryError: 40 GiB" in told
+        assert "OutOfMemoryError: 40 GiB" in message
     assert not file.exists()
     gpu.name = ""
     p.forward(**MERGED.options)
@@ -421,9 +421,9 @@ def test_a_damaged_file_is_ignored_and_what_it_holds_of_others_stays(file: Path)
     for text, is_table in (("{", False), ("[]", False), (wrong_verdicts, True)):
         file.write_text(text)
         start_anew()
-        _, told = warned(lambda: p.forward(**MERGED.options))
-        assert bool(told) != is_table
-        assert all(f"tuning table {file}" in message for message in told)
+        _, messages = warned(lambda: p.forward(**MERGED.options))
+        assert bool(messages) != is_table
+        assert all(f"tuning table {file}" in message for message in messages)
         assert set(kept(file).values()) - {5} == {""}
     assert json.loads(file.read_bytes()).items() >= others.items()
 
@@ -440,8 +440,8 @@ def test_unverified_kernels_are_not_captured(
     for _ in range(2):  # also if they are verified on disk, and not loaded
         with monkeypatch.context() as patch:
             patch.setattr(owner, state, lambda: True)
-            y, (told,) = warned(lambda: p.forward(**MERGED.options))
-        assert "did not run before the capture" in told
+            y, (message,) = warned(lambda: p.forward(**MERGED.options))
+        assert "did not run before the capture" in message
         torch.testing.assert_close(y, p.run_reference()[0], rtol=2**-6, atol=2**-6)
         assert gpu.users == []
         warm = p.forward(**MERGED.options)
@@ -477,17 +477,17 @@ EXPERTS: dict[str, Any] = {"dtype": torch.float32, "pairs": (0, 3), "rows": 16, 
 def test_refused_experts(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.name, gpu.spoil = "grouped_linear_kernel", lambda out: out[..., 0].neg_()
     e = make_experts(blocks="contiguous", **EXPERTS)
-    found, told = warned(lambda: e.operator("triton"))
-    assert [gpu.name in message for message in told] == [True, True]  # y, and then dX
+    found, messages = warned(lambda: e.operator("triton"))
+    assert [gpu.name in message for message in messages] == [True, True]  # y, and then dX
     e.assert_within_budget(found)
-    told = captured_experts(e, gpu, monkeypatch)
-    assert [ROUNDING in message for message in told] == [True, True]
+    messages = captured_experts(e, gpu, monkeypatch)
+    assert [ROUNDING in message for message in messages] == [True, True]
 
 
 @pytest.mark.parametrize("blocks", ["own", "contiguous"])
 def test_experts_that_were_not_verified(blocks: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = captured_experts(make_experts(blocks=blocks, **EXPERTS), gpu, monkeypatch)
-    assert ["before the capture" in message for message in told] == [True, True]
+    messages = captured_experts(make_experts(blocks=blocks, **EXPERTS), gpu, monkeypatch)
+    assert ["before the capture" in message for message in messages] == [True, True]
 
 
 def captured_experts(e: ExpertsProblem, gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -495,10 +495,10 @@ def captured_experts(e: ExpertsProblem, gpu: Gpu, monkeypatch: pytest.MonkeyPatc
     gpu.users.clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(experts, "spans", lambda ends: pytest.fail("the host waited"))
-    found, told = warned(lambda: e.operator("triton"))
+    found, messages = warned(lambda: e.operator("triton"))
     e.assert_within_budget(found)
     assert gpu.users == []
-    return [message for message in told if "every expert multiplies all pairs" in message]
+    return [message for message in messages if "every expert multiplies all pairs" in message]
 
 
 def test_the_capture_asked_about_is_that_of_the_tensors_device(

@@ -17,8 +17,8 @@ def assert_within_budget(experts, dtype):
     found = computed(experts, experts, *given, dy)
     same, truth = (defined(experts, *given, dy, into) for into in (dtype, torch.float64))
     names = ["y", "dX", "routing", *(f"{w}.{side}" for w in experts.weights for side in "AB")]
-    for name, ours, theirs, exact in zip(names, found, same, truth, strict=True):
+    for name, ours, reference, exact in zip(names, found, same, truth, strict=True):
         assert ours.dtype == (torch.float32 if "." in name else dtype), name
-        assert error_over_budget(ours.to(dtype), theirs, exact) <= 1, name
+        assert error_over_budget(ours.to(dtype), reference, exact) <= 1, name
     for gradient in found[3:]:
         assert not gradient[5].any()

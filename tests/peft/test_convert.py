@@ -34,10 +34,10 @@ def hira(make_model, base, tmp_path):
 
 def test_there_and_back(hira, base, make_model, tokens, tmp_path, capsys):
     folder, model = hira
-    told = []
-    convert_adapter(folder, tmp_path / "smoa", progress=lambda *counts: told.append(counts))
+    counts_seen = []
+    convert_adapter(folder, tmp_path / "smoa", progress=lambda *counts: counts_seen.append(counts))
     report = inspect_adapter(tmp_path / "smoa", base)
-    assert told == [(i, len(report.layers)) for i in range(len(report.layers))]
+    assert counts_seen == [(i, len(report.layers)) for i in range(len(report.layers))]
     assert report.fits
     assert {layer.ranks for layer in report.layers} == {(4,)}
     assert (report.config["num_blocks"], report.config["smoa_dropout"]) == (1, 0.25)

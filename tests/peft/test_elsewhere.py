@@ -61,8 +61,8 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_hooks_have_axolotls_parameters(plugin: Any) -> None:
     for name, parameters in HOOKS.items():
         assert list(inspect.signature(getattr(type(plugin), name)).parameters) == parameters
-        if (theirs := getattr(type(plugin).__mro__[1], name, None)) is not None:
-            assert list(inspect.signature(theirs).parameters) == parameters
+        if (original := getattr(type(plugin).__mro__[1], name, None)) is not None:
+            assert list(inspect.signature(original).parameters) == parameters
     module, _, args = plugin.get_input_args().rpartition(".")
     assert getattr(sys.modules[module], args)(smoa=YAML["smoa"]).smoa == {"num_blocks": 2}
     assert [found.name for found in plugin.get_adapter_capabilities()] == ["smoa"]

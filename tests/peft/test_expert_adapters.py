@@ -138,9 +138,9 @@ def test_patterns_that_match_nothing_are_named():
                 rank_pattern={"experts.dwon_proj": 4, "experts.down_proj": 4}, granule_pattern={"q_proj": 2}
             ),
         )
-    told = [str(w.message) for w in caught if "did not match" in str(w.message)]
-    assert ["rank_pattern" in told[0], "granule_pattern" in told[1], len(told)] == [True, True, 2]
-    assert "ignored: ['experts.dwon_proj']" in told[0]
+    messages = [str(w.message) for w in caught if "did not match" in str(w.message)]
+    assert ["rank_pattern" in messages[0], "granule_pattern" in messages[1], len(messages)] == [True, True, 2]
+    assert "ignored: ['experts.dwon_proj']" in messages[0]
 
 
 # Training

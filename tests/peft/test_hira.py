@@ -8,7 +8,7 @@ import pytest
 import torch
 from adapted import WEIGHTS, close, hira_config
 from peft import HiraConfig, LoraConfig, PeftModel, get_peft_model
-from peft.tuners import hira as theirs
+from peft.tuners import hira as peft_hira
 from peft.utils.quantization_utils import resolve_quantization_backend
 from problems import relative_error
 from torch import nn
@@ -35,7 +35,7 @@ def shrink(model):
 
 
 def hira_layers(model):
-    return [layer for layer in model.modules() if isinstance(layer, theirs.HiraLayer)]
+    return [layer for layer in model.modules() if isinstance(layer, peft_hira.HiraLayer)]
 
 
 def single(base, **settings):
@@ -127,7 +127,7 @@ def test_results_are_pefts_and_it_can_be_undone(case, make_model, tokens, monkey
         close(actual, wanted, 1e-9)
     for _ in range(2):
         decelerate_hira(model)
-    assert all(type(layer) is theirs.Linear for layer in hira_layers(model))
+    assert all(type(layer) is peft_hira.Linear for layer in hira_layers(model))
     assert {name: vars(layer).keys() for name, layer in model.named_modules()} == before
     assert all(map(torch.equal, step(model, tokens), expected))
 
@@ -187,11 +187,11 @@ def test_half_precision_against_float64(dtype, bias):
     of_y = more if widened else 1.45  # torch's operators round before they add a bias
     assert found[0] < (of_y if compiled or not widened else 1.1 if bias else 0.8) * default[0]
     assert found[1] < max(more, 1.05) * default[1]
-    for mine, theirs_ in zip(found[2:], default[2:], strict=True):
-        assert mine < (theirs_ if compiled else torch.finfo(dtype).eps / 4)
+    for mine, allowed in zip(found[2:], default[2:], strict=True):
+        assert mine < (allowed if compiled else torch.finfo(dtype).eps / 4)
     for ours in (found, errors(model.to(dtype))):
-        for mine, theirs_, times in zip(ours, peft, [of_y, more, *[1] * (len(peft) - 2)], strict=True):
-            assert mine < times * theirs_
+        for mine, allowed, times in zip(ours, peft, [of_y, more, *[1] * (len(peft) - 2)], strict=True):
+            assert mine < times * allowed
 
 
 def test_autocast_is_as_with_peft(llama, tokens, monkeypatch):

@@ -60,8 +60,8 @@ def test_a_compiled_model_gives_the_new_adapters_output_and_compiles_nothing(tmp
                 outputs.append(logits(compiled, tokens))
         expected = [logits(loaded(folder, one_layer()), tokens) for folder in (*folders, folders[0])]
     assert counter.frame_count == 1
-    for ours, theirs in zip(outputs, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, reference in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
 
 
@@ -75,16 +75,16 @@ def test_all_that_a_layer_holds_is_exchanged(pair, tmp_path, tokens):
     assert [p.data_ptr() for p in model.parameters()] == factors
     assert operands_of(model) == operands  # a CUDA graph captured before reads these
     assert torch.equal(logits(model, tokens), logits(expected, tokens))
-    for ours, theirs in zip(layer_list(model), layer_list(expected), strict=True):
-        assert ours.scaling == theirs.scaling
-        dropout, wanted = (each.settings["default"].smoa_dropout for each in (ours, theirs))
+    for ours, reference in zip(layer_list(model), layer_list(expected), strict=True):
+        assert ours.scaling == reference.scaling
+        dropout, wanted = (each.settings["default"].smoa_dropout for each in (ours, reference))
         assert dropout == wanted
     model.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
-    ours, theirs = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "again", second))
-    for values in (ours, theirs):
+    ours, reference = (json.loads((folder / CONFIG).read_text()) for folder in (tmp_path / "again", second))
+    for values in (ours, reference):
         values["target_modules"].sort()  # a set
-    assert ours == theirs
+    assert ours == reference
 
 
 @pytest.mark.numerical

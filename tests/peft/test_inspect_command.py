@@ -88,9 +88,9 @@ def test_how_far_the_base_is(adapter, tmp_path, capsys, scale, said):
 
 def test_report_of_a_folder(make_model, folder, tmp_path):
     path, _ = folder
-    told = []
-    report = inspect_adapter(path, progress=lambda *counts: told.append(counts))
-    assert told == [(i + 1, len(report.layers)) for i in range(len(report.layers))]
+    counts_seen = []
+    report = inspect_adapter(path, progress=lambda *counts: counts_seen.append(counts))
+    assert counts_seen == [(i + 1, len(report.layers)) for i in range(len(report.layers))]
     model = adapt(make_model())
     assert [f"base_model.model.{layer.name}" for layer in report.layers] == sorted(layers(model))
     for layer in report.layers:

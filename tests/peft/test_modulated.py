@@ -85,8 +85,8 @@ def adapt(base, name="default", **settings):
 def test_with_one_block_it_is_pefts_hira(kind):
     base, x = made(kind)
     ours = adapt(copy.deepcopy(base), r=2, num_blocks=1)
-    theirs = get_peft_model(copy.deepcopy(base), HiraConfig(r=2, target_modules=["0"]))
-    adapter, hira = ours.base_model.model[0].smoa["default"], theirs.base_model.model[0]
+    peft_model = get_peft_model(copy.deepcopy(base), HiraConfig(r=2, target_modules=["0"]))
+    adapter, hira = ours.base_model.model[0].smoa["default"], peft_model.base_model.model[0]
     if kind == "embedding":  # it counts W0 transposed
         A, B = hira.hira_embedding_B["default"], hira.hira_embedding_A["default"]
     else:
@@ -96,10 +96,10 @@ def test_with_one_block_it_is_pefts_hira(kind):
         A.copy_(like(A, adapter.A))
         B.copy_(like(B, adapter.B))
         base[0].weight[2] = 0  # the row that padding_idx keeps
-        for model in (ours, theirs):
+        for model in (ours, peft_model):
             model.base_model.model[0].base_layer.weight[2] = 0
     found = []
-    for model, factors in ((ours, (adapter.A, adapter.B)), (theirs, (A, B))):
+    for model, factors in ((ours, (adapter.A, adapter.B)), (peft_model, (A, B))):
         given = x.clone().requires_grad_(x.is_floating_point())
         y = model(given)
         y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))

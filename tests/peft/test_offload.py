@@ -42,8 +42,8 @@ def test_injection_reads_the_offloaded_weight(offload, tokens, expected):
     plain = adapt(tiny_llama())
     model(tokens).logits.square().sum().backward()
     plain(tokens).logits.square().sum().backward()
-    for ours, theirs in zip(layer_list(model), layer_list(plain), strict=True):
-        assert torch.equal(ours.smoa["default"].B.grad, theirs.smoa["default"].B.grad)
+    for ours, reference in zip(layer_list(model), layer_list(plain), strict=True):
+        assert torch.equal(ours.smoa["default"].B.grad, reference.smoa["default"].B.grad)
     torch.testing.assert_close(model.merge_and_unload()(tokens).logits, expected)
 
 
@@ -111,9 +111,9 @@ def zero3(monkeypatch):
 @pytest.mark.parametrize("make_base", [tiny_llama, tiny_gpt2])
 def test_injection_gathers_a_partitioned_weight(zero3, make_base, tmp_path):
     plain, partitioned = adapt(make_base()), adapt(zero3(make_base()))
-    for ours, theirs in zip(layer_list(partitioned), layer_list(plain), strict=True):
+    for ours, reference in zip(layer_list(partitioned), layer_list(plain), strict=True):
         assert ours.base_layer.weight.numel() == 0
-        assert torch.equal(ours.smoa["default"].row_block, theirs.smoa["default"].row_block)
+        assert torch.equal(ours.smoa["default"].row_block, reference.smoa["default"].row_block)
     # Loading an adapter gathers the base weight too, to recognise it.
     plain.save_pretrained(tmp_path)
     with warnings.catch_warnings():

@@ -69,8 +69,8 @@ def test_trainer_learns_and_resumes_on_the_same_curve(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for step in (4, 5, 6):
         assert losses(resumed)[step] == pytest.approx(losses(whole)[step], rel=1e-5)
-    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    for ours, reference in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
 
 
 def kept_for_backward(config, x):

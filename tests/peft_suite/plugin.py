@@ -154,11 +154,11 @@ def _replace_tuple(metafunc, module):
     """`test_config` keeps its classes in a tuple that the marks hold, so point the marks to ours."""
     if not hasattr(module, "ALL_CONFIG_CLASSES"):
         return
-    theirs = module.ALL_CONFIG_CLASSES
+    every_config = module.ALL_CONFIG_CLASSES
     for test in vars(metafunc.cls).values():
         marks = getattr(test, "pytestmark", [])
         for i, mark in enumerate(marks):
-            if len(mark.args) == 2 and mark.args[1] is theirs:
+            if len(mark.args) == 2 and mark.args[1] is every_config:
                 marks[i] = pytest.mark.parametrize(mark.args[0], [(SMoAConfig, {})]).mark
 
 

@@ -100,7 +100,7 @@ class Library:
     shared_base: int
 
 
-def obstacle() -> str | None:
+def unsupported_reason() -> str | None:
     """Why the emulator cannot run here, or None if it can."""
     if shutil.which("g++") is None:
         return "there is no g++, which compiles the emulator"
@@ -114,7 +114,7 @@ def library() -> Library:
     Raises:
         RuntimeError: there is no g++.
     """
-    if (reason := obstacle()) is not None:
+    if (reason := unsupported_reason()) is not None:
         raise RuntimeError(reason)
     sources = sorted(CORE.iterdir())
     key = hashlib.sha256(" ".join(FLAGS).encode() + b"".join(path.read_bytes() for path in sources))

@@ -17,9 +17,9 @@ from benchmarks.predict.gpus import GPUS
 
 from . import ARCH, emulator
 from .findings import ALLOWED, Finding
-from .library import obstacle
+from .library import unsupported_reason
 
-if (REASON := obstacle()) is None:
+if (REASON := unsupported_reason()) is None:
     emulator.activate(ARCH)
     pretend_cpu(f"sm_{ARCH}", next(g.multiprocessors for g in GPUS.values() if g.arch == f"sm_{ARCH}"))
 

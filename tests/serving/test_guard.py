@@ -50,7 +50,7 @@ def test_all_are_wrapped_once(made_up):
     assert {path for path in METHODS if wrapped[path] is before[path]} == called
     plugin.register()
     assert now() == wrapped
-    assert plugin.obstacle() is None
+    assert plugin.unsupported_reason() is None
 
 
 @pytest.mark.parametrize("version", plugin.VERSIONS)

@@ -61,9 +61,9 @@ def test_a_used_folder_is_left_alone_and_a_resumed_run_is_the_uninterrupted_one(
     (folder / "checkpoint-30").mkdir()  # an interrupted save, without state
     assert sft.main(["--model", str(base), "--output", str(folder), "--resume", *SMALL]) == 0
     assert curve(folder) == curve(whole)
-    ours, theirs = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, whole))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, reference = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, whole))
+    assert ours.keys() == reference.keys()
+    assert all(torch.equal(ours[key], reference[key]) for key in ours)
 
 
 def test_chats_of_a_file(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,10 +218,10 @@ class _About(ctypes.Structure):
 
 def unsupported_reason() -> str | None:
     """Why the compiled code cannot run here, or None where it can."""
-    found = _load()
-    if isinstance(found, str):
-        return found
-    if torch.get_num_threads() > 1 and not found[1].has_threads:
+    loaded = _load()
+    if isinstance(loaded, str):
+        return loaded
+    if torch.get_num_threads() > 1 and not loaded[1].has_threads:
         return f"no OpenMP runtime of torch's was found for its {torch.get_num_threads()} threads"
     return None
 
@@ -232,10 +232,10 @@ def library() -> ctypes.CDLL:
     Raises:
         RuntimeError: there is an :func:`unsupported_reason`.
     """
-    found = _load()
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found[0]
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded[0]
 
 
 def has(feature: str) -> bool:
@@ -243,12 +243,12 @@ def has(feature: str) -> bool:
 
     For the first two the compiler that built the library must have known them, and :func:`allowed` must say so.
     """
-    found = _load()
-    if unsupported_reason() is not None or isinstance(found, str):
+    loaded = _load()
+    if unsupported_reason() is not None or isinstance(loaded, str):
         return False
     if feature == "avx512":
         return instruction_set() == "AVX512"
-    return bool(getattr(found[1], feature))
+    return bool(getattr(loaded[1], feature))
 
 
 def instruction_set() -> str:
@@ -296,8 +296,8 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
         bf16, amx = allowed() if capability == "AVX512" else (False, False)
         with suppress(OSError):  # torch's CUDA build for ARM loads its OpenMP runtime for itself alone
             ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | ctypes.RTLD_GLOBAL)
-        found, about = ctypes.CDLL(str(path)), _About(bf16=bf16, amx=amx)
-        found.smoa_about(ctypes.byref(about))
+        loaded, about = ctypes.CDLL(str(path)), _About(bf16=bf16, amx=amx)
+        loaded.smoa_about(ctypes.byref(about))
         if about.source != source.encode():
             return f"{path} was compiled from other sources: install the package again"
         numbers = [{"AVX512": 64, "AVX2": 32, "NEON": 16}[capability], *KINDS.values(), *Path, *Algorithm]
@@ -305,10 +305,10 @@ def _load() -> tuple[ctypes.CDLL, _About] | str:
         if [*about.format] != [*numbers, *offsets, ctypes.sizeof(Call)]:
             return f"{path} has other numbers or structs than {pathlib.Path(__file__).name}"
         for name in (*FUNCTIONS, "smoa_check", "smoa_mask"):
-            getattr(found, name).restype = ctypes.c_int64
+            getattr(loaded, name).restype = ctypes.c_int64
     except (AttributeError, OSError) as error:  # another library, or none for this system
         return f"{path} cannot be loaded: {error}"
-    return found, about
+    return loaded, about
 
 
 class Mask(NamedTuple):

@@ -15,8 +15,8 @@ from ..config import SMoAConfig
 from ..offload import execution_device
 from .experts import Experts
 
-# Attributes that transformers' decorator sets on a class.
-FACTS = ("has_gate", "has_bias", "is_transposed")
+# Attributes that transformers' decorator sets on a module of experts.
+DECORATED = ("has_gate", "has_bias", "is_transposed")
 
 
 def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[str], int]:
@@ -30,8 +30,8 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[str], int]:
     wanted = config.target_parameters or []
     if not wanted:
         return [], 0
-    found, named = [], []
-    # Modules inside `Experts`; their parameters are found at the path of `Experts`.
+    paths, named = [], []
+    # Modules inside `Experts`; their parameters are at the path of `Experts`.
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
         if module in inside:
@@ -42,20 +42,20 @@ def find_targets(model: nn.Module, config: SMoAConfig) -> tuple[list[str], int]:
             owner = module.base_layer
         for parameter_name, parameter in owner.named_parameters(recurse=False):
             key = f"{name}.{parameter_name}" if name else parameter_name
-            if any(key == each or key.endswith(f".{each}") for each in wanted):
+            if any(key == target or key.endswith(f".{target}") for target in wanted):
                 named.append(f".{key}")
                 if not (_is_chosen(config, key) and _is_chosen(config, name)):
                     continue
-                obstacle = (
-                    "it is the whole model" if not name else _obstacle(owner, parameter_name, parameter)
+                reason = (
+                    _unsupported_reason(owner, parameter_name, parameter) if name else "it is the whole model"
                 )
-                if obstacle is not None:
-                    raise ValueError(f"{key} of {type(owner).__name__} cannot be adapted: {obstacle}")
-                found.append(key)
-    missed = [each for each in wanted if not any(key.endswith(f".{each}") for key in named)]
+                if reason is not None:
+                    raise ValueError(f"{key} of {type(owner).__name__} cannot be adapted: {reason}")
+                paths.append(key)
+    missed = [target for target in wanted if not any(key.endswith(f".{target}") for key in named)]
     if missed:
         raise ValueError(f"target_parameters={missed} match no parameter of the model{_hint(model)}")
-    return found, len(named) - len(found)
+    return paths, len(named) - len(paths)
 
 
 def _is_chosen(config: SMoAConfig, path: str) -> bool:
@@ -65,7 +65,7 @@ def _is_chosen(config: SMoAConfig, path: str) -> bool:
     return bool(check_target_module_exists(rule, path))
 
 
-def _obstacle(module: Any, parameter_name: str, parameter: Tensor) -> str | None:
+def _unsupported_reason(module: Any, parameter_name: str, parameter: Tensor) -> str | None:
     """Why a parameter cannot be adapted; None where it can."""
     own = vars(module)
     if isinstance(module, BaseTunerLayer):
@@ -86,7 +86,7 @@ def _obstacle(module: Any, parameter_name: str, parameter: Tensor) -> str | None
         )
     if hasattr(parameter, "full_tensor"):
         return "it is sharded (a DTensor)"
-    if parameter.ndim != 3 or any(fact not in own for fact in FACTS):
+    if parameter.ndim != 3 or any(name not in own for name in DECORATED):
         return (
             "its class is not one that transformers decorates with its experts interface "
             "(use_experts_implementation)"
@@ -105,7 +105,7 @@ def _hint(model: nn.Module) -> str:
         {
             ".".join([*path.split(".")[-2:], name])
             for path, module in model.named_modules()
-            if all(fact in vars(module) for fact in FACTS)
+            if all(attribute in vars(module) for attribute in DECORATED)
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.ndim == 3
         }
