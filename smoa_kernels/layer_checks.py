@@ -34,14 +34,12 @@ from .definition.precision import DTYPES
 from .definition.ranks import resolve_ranks
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
-    """An adapter's settings, as layers take them, with the defaults of :class:`smoa_kernels.FusedSMoALinear`."""
+    """What :class:`smoa_kernels.FusedSMoALinear` and `SMoAConfig` call alike; the first says what each means."""
 
     r: int = 8
     num_blocks: int = 2
-    alpha: float | None = None
-    dropout: float = 0.0
     block_ranks: Sequence[int] | None = None
     block_order: str = "spectral"
     granule: int = 1
@@ -54,22 +52,33 @@ class Settings:
     def __post_init__(self) -> None:
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
         self.rule.check()
-        if self.alpha is not None:
-            check_finite("alpha", self.alpha)
-        check_probability("dropout", self.dropout)
         check_choice("algorithm", self.algorithm, ALGORITHM_CHOICES)
         check_choice("backend", self.backend, BACKEND_CHOICES)
         check_kind("strict_base", self.strict_base, bool)
 
     @property
     def rule(self) -> BlockRule:
-        """How blocks are made."""
+        """How blocks are made; includes K."""
         return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed, self.group_size)
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each block."""
+        """r_k of each block."""
         return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+
+
+@dataclass
+class LayerSettings(Settings):
+    """Those of :class:`smoa_kernels.FusedSMoALinear`, of convolutions and of embeddings."""
+
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None:
+            check_finite("alpha", self.alpha)
+        check_probability("dropout", self.dropout)
 
     @property
     def scaling(self) -> float:

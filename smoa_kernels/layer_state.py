@@ -20,7 +20,7 @@ from .definition.ranks import alpha_for_lora_rate
 from .definition.shard import LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
-from .layer_checks import Settings, call_always, check_fit, check_keys, check_tensors, matrix_shape
+from .layer_checks import LayerSettings, call_always, check_fit, check_keys, check_tensors, matrix_shape
 
 
 class AdaptedWeight(nn.Module):
@@ -40,7 +40,7 @@ class AdaptedWeight(nn.Module):
         base: nn.Module,
         weight: nn.Parameter,
         bias: nn.Parameter | None,
-        settings: Settings,
+        settings: LayerSettings,
         partition: BlockPartition | None,
         use_lora_rate: bool,
     ) -> Any:
@@ -68,7 +68,7 @@ class AdaptedWeight(nn.Module):
         layer.train(base.training)
         return layer
 
-    def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
+    def _adapt(self, settings: LayerSettings, partition: BlockPartition | None = None) -> None:
         self.weight.requires_grad_(False)
         if getattr(self, "bias", None) is not None:  # an embedding has none
             self.bias.requires_grad_(False)

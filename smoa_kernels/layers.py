@@ -18,7 +18,7 @@ from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .functional import adapted_linear, dense_update, embedded_rows, modulated_convolution
 from .layer_checks import (
-    Settings,
+    LayerSettings,
     check_embedding,
     check_linear,
     linear_parameters,
@@ -98,9 +98,9 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_linear(in_features, out_features, bias, device, dtype)
-        settings = Settings(
-            r, num_blocks, alpha, dropout, block_ranks, block_order, granule, block_seed, group_size, algorithm,
-            backend, strict_base,
+        settings = LayerSettings(
+            r, num_blocks, block_ranks, block_order, granule, block_seed, group_size, algorithm, backend, strict_base,
+            alpha, dropout,
         )  # fmt: skip
         settings.rule.check((out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -111,20 +111,9 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         cls,
         linear: nn.Module,
         *,
-        r: int = 8,
-        num_blocks: int = 2,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        block_ranks: Sequence[int] | None = None,
-        block_order: str = "spectral",
-        granule: int = 1,
-        block_seed: int = 0,
-        group_size: int = 1,
-        algorithm: str = "auto",
-        backend: str = "auto",
-        strict_base: bool = False,
         partition: BlockPartition | None = None,
         use_lora_rate: bool = False,
+        **settings: Any,
     ) -> FusedSMoALinear:
         """Adapt an existing layer. Its weight and bias are frozen, and shared rather than copied.
 
@@ -134,18 +123,14 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
                 `granule` and `block_seed` say.
             use_lora_rate: multiply alpha by 3 K / rms(W0), so that the learning rate and the alpha of a LoRA run fit
                 (docs/choosing.md). The layer's `alpha` is that number.
-
-        The other arguments are the constructor's.
+            settings: the constructor's arguments from `r` to `strict_base`.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message says which. `linear` is as it was before.
         """
         weight, bias = linear_parameters(linear)
-        settings = Settings(
-            r, num_blocks, alpha, dropout, block_ranks, block_order, granule, block_seed, group_size, algorithm,
-            backend, strict_base,
-        )  # fmt: skip
-        return cast(FusedSMoALinear, cls._over(linear, weight, bias, settings, partition, use_lora_rate))
+        own = LayerSettings(**settings)
+        return cast(FusedSMoALinear, cls._over(linear, weight, bias, own, partition, use_lora_rate))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) -> (..., out_features), in x's dtype.
@@ -197,7 +182,7 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
 
 
 # Layers that are not linear. They compute what the plain layer does, with W_eff in place of W0.
-_OPTIONS = {field.name for field in fields(Settings)}
+_OPTIONS = {field.name for field in fields(LayerSettings)}
 
 
 class _Modulated(AdaptedWeight):
@@ -206,7 +191,7 @@ class _Modulated(AdaptedWeight):
     _kind: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        settings = Settings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
+        settings = LayerSettings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
         super().__init__(*args, **kwargs)
         check_embedding(type(self).__name__, self)
         settings.rule.check(matrix_shape(self))
@@ -224,7 +209,7 @@ class _Modulated(AdaptedWeight):
     ) -> Any:
         weight, bias = plain_parameters(name, plain, cls._kind)
         check_embedding(name, plain)
-        return cls._over(plain, weight, bias, Settings(**settings), partition, use_lora_rate)
+        return cls._over(plain, weight, bias, LayerSettings(**settings), partition, use_lora_rate)
 
 
 class _Convolution(_Modulated):

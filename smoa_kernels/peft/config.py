@@ -15,9 +15,9 @@ from peft.utils.peft_types import PeftType
 
 from ..adapter_folder.format import CONFIG_NAME, METHOD
 from ..adapter_folder.reading import read_weights
-from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, check_bool, whole_name
+from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, whole_name
 from ..adapter_folder.writing import replacing
-from ..checks import check_path, naming
+from ..checks import check_kind, check_path, naming
 
 
 @dataclass
@@ -148,7 +148,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         file = folder / CONFIG_NAME
         strict_base = kwargs.pop("strict_base", None)
         if strict_base is not None:
-            check_bool("strict_base", strict_base)
+            check_kind("strict_base", strict_base, bool)
         # A str, not a Path, so that a TypeError stays one: PEFT's callers catch it.
         with naming(str(file)) if file.is_file() else nullcontext():
             try:
