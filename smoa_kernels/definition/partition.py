@@ -30,7 +30,6 @@ from ..checks import (
 from .labels import (
     check_labels,
     check_range,
-    coordinates,
     granularity,
     label_dtype,
     labels_of,
@@ -52,9 +51,6 @@ class BlockPartition:
     A granule is a run of g adjacent rows or columns that stay together; the last one may be short.
 
     Attributes:
-        row_order: int64 (N,), rows sorted by spectral centroid; the blocks are consecutive pieces of it. A
-            partition built otherwise does not know the centroids: there it is `row_index`.
-        col_order: int64 (C,), the same for columns.
         row_block: (N,) block of each row, uint8, or int32 above 256 blocks.
         col_block: (C,) block of each column, same dtypes.
         row_index: int64 (N,), rows grouped by block, ascending within each. It depends on nothing but the labels,
@@ -85,8 +81,6 @@ class BlockPartition:
     col_sizes: tuple[int, ...]
     granularity: int
     is_contiguous: bool
-    row_order: Tensor
-    col_order: Tensor
     _plan = cast(Any, None)  # of an instance; no field
 
     @classmethod
@@ -137,12 +131,9 @@ class BlockPartition:
         check_granule(granule, num_blocks, shape)
         granule = on_sides(granule, shape)
         orders = order_source.get()(weight, granule)
-        sides = list(zip(orders, granule, shape, strict=True))
-        row_block, col_block = (labels_of(order, num_blocks, g, size) for order, g, size in sides)
-        rows, cols = (coordinates(order, g, size) for order, g, size in sides)
-        found = cls.from_labels(row_block, col_block, num_blocks)
-        found.row_order, found.col_order = rows, cols
-        return found
+        sides = zip(orders, granule, shape, strict=True)
+        rows, cols = (labels_of(order, num_blocks, g, size) for order, g, size in sides)
+        return cls.from_labels(rows, cols, num_blocks)
 
     @classmethod
     def contiguous(
@@ -311,8 +302,6 @@ class BlockPartition:
             col_sizes=tuple(sizes[num_blocks:-2]),
             granularity=sizes[-2],
             is_contiguous=bool(sizes[-1]),
-            row_order=tensors[2],
-            col_order=tensors[3],
         )
 
     def tensors(self) -> list[Tensor]:
@@ -345,12 +334,12 @@ class BlockPartition:
         return self.is_contiguous and len(set(self.row_sizes)) == len(set(self.col_sizes)) == 1
 
     def rows(self, block: int) -> Tensor:
-        """Rows of one block, in the order of `row_order`."""
-        return torch.split(self.row_order, list(self.row_sizes))[block]
+        """Rows of one block, ascending."""
+        return torch.split(self.row_index, list(self.row_sizes))[block]
 
     def cols(self, block: int) -> Tensor:
-        """Columns of one block, in the order of `col_order`."""
-        return torch.split(self.col_order, list(self.col_sizes))[block]
+        """Columns of one block, ascending."""
+        return torch.split(self.col_index, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
         """Partition of `weight[row_slice, col_slice]` by the labels of its rows and columns; blocks may get empty."""
@@ -364,18 +353,14 @@ class BlockPartition:
         tensors = self.tensors()
         swapped = [one for pair in zip(tensors[1::2], tensors[::2], strict=True) for one in pair]
         sizes = [*self.col_sizes, *self.row_sizes, self.granularity, self.is_contiguous]
-        turned = BlockPartition.from_tensors(swapped, sizes)
-        turned.row_order, turned.col_order = self.col_order, self.row_order
-        return turned
+        return BlockPartition.from_tensors(swapped, sizes)
 
     def to(self, device: torch.device | str) -> BlockPartition:
         """The same partition on another device."""
         if self.device == torch.device(device):
             return self
         plan = self.plan.to(device)
-        moved = BlockPartition.from_tensors(*unpack(plan, self.shape, self.sizes()))._keep(plan)
-        moved.row_order, moved.col_order = self.row_order.to(device), self.col_order.to(device)
-        return moved
+        return BlockPartition.from_tensors(*unpack(plan, self.shape, self.sizes()))._keep(plan)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):
