@@ -122,33 +122,29 @@ def matrix_shape(layer: Any) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight (N, C) and bias of the layer to adapt: its own parameters; for Conv1D a transposed view of the weight."""
-    kind = type(linear)
-    conv1d = kind.__name__ == "Conv1D" and hasattr(linear, "nf")  # by its name: transformers is optional
-    if not conv1d and not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {kind.__name__}")
-    if "smoa" in linear._modules:
+def plain_parameters(name: str, layer: nn.Module, plain: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias of the layer to adapt, the argument `name`, whose class must be `plain`.
+
+    For `nn.Linear` it may be transformers' Conv1D, whose weight is viewed transposed.
+    """
+    kind, is_linear = type(layer), plain is nn.Linear
+    conv1d = is_linear and kind.__name__ == "Conv1D" and hasattr(layer, "nf")  # transformers is optional
+    called = kind is not NonDynamicallyQuantizableLinear  # nn.MultiheadAttention reads the weight of its own
+    if not conv1d and not (isinstance(layer, plain) and kind.forward is plain.forward and called):
         raise TypeError(
-            "linear must be without an adapter, got a FusedSMoALinear, whose adapter would be lost"
+            f"{name} must be an nn.{plain.__name__}{' or a transformers Conv1D' * is_linear} with the forward of that "
+            f"class and without an adapter, got {kind.__name__}; smoa_kernels.peft adapts quantised layers and "
+            "nn.MultiheadAttention"
         )
-    if kind is NonDynamicallyQuantizableLinear:
-        raise TypeError(
-            "linear must be a layer that is called, got the out_proj of an nn.MultiheadAttention, which reads its "
-            "weight"
-        )
-    if not conv1d and kind.forward is not nn.Linear.forward:
-        raise TypeError(
-            f"linear must have the forward of nn.Linear, got {kind.__name__} with a forward of its own; "
-            "smoa_kernels.peft adapts quantised layers"
-        )
-    weight, bias = (linear._parameters.get(name) for name in ("weight", "bias"))
+    weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))
     if weight is None or isinstance(weight, UninitializedParameter):
         raise TypeError(
-            f"linear must hold its weight as an initialised parameter, got {kind.__name__} where it is missing, "
+            f"{name} must hold its weight as an initialised parameter, got {kind.__name__} where it is missing, "
             "computed (a parametrisation, pruning) or yet to be shaped"
         )
-    if weight.ndim != 2:
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{name}: weight must be of 16 bits or more, got {weight.dtype}")
+    if is_linear and weight.ndim != 2:
         raise ValueError(
             f"weight must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
         )
@@ -158,19 +154,6 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
             f"bias must have shape ({weight.shape[0]},) and weight's dtype {weight.dtype}, "
             f"got {tuple(bias.shape)} of {bias.dtype}"
         )
-    return weight, bias
-
-
-def plain_parameters(name: str, layer: nn.Module, kind: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight and bias of a convolution or embedding to adapt, the argument `name`, whose class must be `kind`."""
-    weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))
-    if not isinstance(layer, kind) or type(layer).forward is not kind.forward:
-        raise TypeError(
-            f"{name} must be an nn.{kind.__name__} with the forward of that class and without an adapter, got "
-            f"{type(layer).__name__}"
-        )
-    if weight is None or isinstance(weight, UninitializedParameter) or weight.dtype not in DTYPES:
-        raise TypeError(f"{name} must hold its weight as an initialised parameter of 16 bits or more")
     return weight, bias
 
 

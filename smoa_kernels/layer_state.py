@@ -20,7 +20,16 @@ from .definition.ranks import alpha_for_lora_rate
 from .definition.shard import LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
-from .layer_checks import LayerSettings, call_always, check_fit, check_keys, check_tensors, matrix_shape
+from .layer_checks import (
+    LayerSettings,
+    call_always,
+    check_embedding,
+    check_fit,
+    check_keys,
+    check_tensors,
+    matrix_shape,
+    plain_parameters,
+)
 
 
 class AdaptedWeight(nn.Module):
@@ -29,6 +38,7 @@ class AdaptedWeight(nn.Module):
     It stands before the plain layer's class among the bases of `FusedSMoALinear` and others, which compute with both.
     """
 
+    _kind: Any  # the plain layer's class
     smoa: Adapter
     weight: Any  # its declarations differ among torch's layers
     bias: Any
@@ -37,14 +47,16 @@ class AdaptedWeight(nn.Module):
     @classmethod
     def _over(
         cls,
+        name: str,
         base: nn.Module,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        settings: LayerSettings,
-        partition: BlockPartition | None,
-        use_lora_rate: bool,
+        *,
+        partition: BlockPartition | None = None,
+        use_lora_rate: bool = False,
+        **given: Any,
     ) -> Any:
-        """Adapt a plain layer, whose weight and bias these are; only then is anything of it changed."""
+        """Adapt a plain layer, the argument `name`; nothing of it is changed before all was checked."""
+        settings, (weight, bias) = LayerSettings(**given), plain_parameters(name, base, cls._kind)
+        check_embedding(name, base)
         settings.rule.check(as_matrix(weight).shape)
         check_kind("use_lora_rate", use_lora_rate, bool)
         if use_lora_rate:

@@ -21,10 +21,8 @@ from .layer_checks import (
     LayerSettings,
     check_embedding,
     check_linear,
-    linear_parameters,
     matrix_shape,
     over_rows,
-    plain_parameters,
 )
 from .layer_state import AdaptedWeight, as_matrix
 from .operators.arguments import check_input
@@ -75,6 +73,8 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         >>> [name for name, p in layer.named_parameters() if p.requires_grad]
         ['smoa.A', 'smoa.B']
     """
+
+    _kind = nn.Linear
 
     def __init__(
         self,
@@ -128,9 +128,8 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         Raises:
             TypeError, ValueError: an argument is wrong; the message says which. `linear` is as it was before.
         """
-        weight, bias = linear_parameters(linear)
-        own = LayerSettings(**settings)
-        return cast(FusedSMoALinear, cls._over(linear, weight, bias, own, partition, use_lora_rate))
+        given = {"partition": partition, "use_lora_rate": use_lora_rate, **settings}
+        return cast(FusedSMoALinear, cls._over("linear", linear, **given))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) -> (..., out_features), in x's dtype.
@@ -186,9 +185,7 @@ _OPTIONS = {field.name for field in fields(LayerSettings)}
 
 
 class _Modulated(AdaptedWeight):
-    """A layer over the plain class `_kind`, whose constructor's arguments come first."""
-
-    _kind: Any
+    """A layer whose constructor takes the plain layer's arguments first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = LayerSettings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
@@ -196,20 +193,6 @@ class _Modulated(AdaptedWeight):
         check_embedding(type(self).__name__, self)
         settings.rule.check(matrix_shape(self))
         self._adapt(settings)
-
-    @classmethod
-    def _from(
-        cls,
-        name: str,
-        plain: nn.Module,
-        *,
-        partition: BlockPartition | None = None,
-        use_lora_rate: bool = False,
-        **settings: Any,
-    ) -> Any:
-        weight, bias = plain_parameters(name, plain, cls._kind)
-        check_embedding(name, plain)
-        return cls._over(plain, weight, bias, LayerSettings(**settings), partition, use_lora_rate)
 
 
 class _Convolution(_Modulated):
@@ -224,7 +207,7 @@ class _Convolution(_Modulated):
         Raises:
             TypeError, ValueError: an argument is wrong; the message says which. `conv` is as it was before.
         """
-        return cls._from("conv", conv, **settings)
+        return cls._over("conv", conv, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution of x, of the shapes that the plain layer takes."""
@@ -315,7 +298,7 @@ class FusedSMoAEmbedding(_Modulated, nn.Embedding):
         Raises:
             TypeError, ValueError: an argument is wrong; the message says which. `embedding` is as it was before.
         """
-        return cast(FusedSMoAEmbedding, cls._from("embedding", embedding, **settings))
+        return cast(FusedSMoAEmbedding, cls._over("embedding", embedding, **settings))
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up rows of W_eff: indices (...) -> (..., C), in W0's dtype."""

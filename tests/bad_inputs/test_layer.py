@@ -32,7 +32,7 @@ LAYER: list[Row] = [
     (
         lambda _: FusedSMoALinear.from_linear(type("Double", (nn.Linear,), {"forward": abs})(4, 4)),
         TypeError,
-        "linear must have the forward of nn.Linear, got Double",
+        "linear must .* the forward of that class .* got Double",
     ),
     (
         lambda _: FusedSMoALinear.from_linear(nn.MultiheadAttention(8, 2).out_proj),
