@@ -17,13 +17,7 @@ from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .functional import adapted_linear, dense_update, embedded_rows, modulated_convolution
-from .layer_checks import (
-    LayerSettings,
-    check_embedding,
-    check_linear,
-    matrix_shape,
-    over_rows,
-)
+from .layer_checks import LayerSettings, check_embedding, check_linear, matrix_shape, over_rows
 from .layer_state import AdaptedWeight, as_matrix
 from .operators.arguments import check_input
 from .operators.dispatch import parameter

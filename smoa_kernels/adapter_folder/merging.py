@@ -52,10 +52,7 @@ _TOKENIZER = (
 
 
 def merged_weights(
-    base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | None = None,
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Give every tensor of a base model with an adapter merged into it, under its stored name, one after another.
 

@@ -60,23 +60,12 @@ class Backend(Protocol):
         """The algorithms that a caller may name, beside "auto"."""
 
     def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        adapter: PackedAdapter,
-        algorithm: str,
-        dropout: Dropout | None,
+        self, x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
     ) -> Tensor:
         """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
 
     def backward(
-        self,
-        dy: Tensor,
-        x: Tensor | None,
-        adapter: PackedAdapter,
-        dropout: Dropout | None,
-        *,
-        needs_x: bool,
+        self, dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
     ) -> Gradients:
         """Gradients of `forward` for dy (T, N): dX where `needs_x`, dA and dB where x (T, C) is given."""
 

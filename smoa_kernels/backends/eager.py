@@ -26,15 +26,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee, without_autocast
 from ..definition.thresholds import round_weight
 from . import Gradients
-from .block_order import (
-    Index,
-    block_indices,
-    block_order,
-    inverse,
-    is_batch,
-    row_panels,
-    select_columns,
-)
+from .block_order import Index, block_indices, block_order, inverse, is_batch, row_panels, select_columns
 from .pages import in_large_pages
 
 ALGORITHMS = ("merged", "split", "expanded")

@@ -27,16 +27,7 @@ from ..checks import (
     granules,
     on_sides,
 )
-from .labels import (
-    check_labels,
-    check_range,
-    granularity,
-    label_dtype,
-    labels_of,
-    pack,
-    sections,
-    unpack,
-)
+from .labels import check_labels, check_range, granularity, label_dtype, labels_of, pack, sections, unpack
 from .spectral_order import order_source, whole
 
 

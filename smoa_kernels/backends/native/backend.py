@@ -71,11 +71,7 @@ def routes(dtype: torch.dtype, rank: int, algorithm: str) -> tuple[int, Path]:
 
 
 def forward(
-    x: Tensor,
-    bias: Tensor | None,
-    adapter: PackedAdapter,
-    algorithm: str,
-    dropout: Dropout | None,
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
     if not _fits(adapter, x, None, bias):
