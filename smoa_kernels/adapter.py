@@ -336,14 +336,7 @@ def check_complete(name: str, given: Mapping[str, Any]) -> None:
 
 
 def check_values(name: str, given: Mapping[str, Tensor], r: int, group_size: int = 1) -> None:
-    """Raise unless the labels, ranks and scale in tensors of fitting shapes are in range.
-
-    Args:
-        name: the layer's, for messages.
-        given: tensors by `STATE_KEYS`.
-        r: the sum of the ranks.
-        group_size: columns that share one of A, and so are in one block.
-    """
+    """Raise unless the labels, the ranks, whose sum is r, and the scale in tensors of fitting shapes are in range."""
     ranks, rho = given["ranks"].tolist(), given["A"].shape[-2]
     if min(ranks) < 0 or max(ranks) != rho or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")

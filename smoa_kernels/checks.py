@@ -172,8 +172,13 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         raise ValueError(
             f"{name} must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
         )
-    if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
+    if not is_finite(weight):
         raise ValueError(f"{name} must be finite to have a spectrum, got NaN or Inf in it")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: by its extremes, since `isfinite` of it takes a copy's memory."""
+    return not tensor.numel() or all(math.isfinite(bound) for bound in tensor.detach().aminmax())
 
 
 def check_path(name: str, value: object) -> None:

@@ -141,15 +141,6 @@ class AdaptedWeight(nn.Module):
         return self.smoa.block_ranks
 
     @property
-    def num_adapter_parameters(self) -> int:
-        """The number of trainable parameters: `Σ r_k (N_k + C_k)` for blocks of N_k rows, C_k columns and rank r_k.
-
-        Raises:
-            RuntimeError: the layer has no blocks yet.
-        """
-        return self.smoa.num_parameters
-
-    @property
     def scaling(self) -> float:
         """s, the scale of the update. Assigning changes a tensor in place, so a compiled model stays compiled.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
 from .format import PREFIX, StoredAdapter
 from .quantized_formats import QuantizedBase
-from .reading import read_adapter, read_json
+from .reading import read_adapter
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,15 @@ def inspect_adapter(
     if base is not None:
         check_path("base", base)
     adapter = read_adapter(Path(folder))
-    bases = quantized = None
+    model = quantized = None
     if base is not None:
-        bases, config = BaseModel(Path(base)), Path(base, "config.json")
-        settings = read_json(config).get("quantization_config") if config.is_file() else None
-        quantized = None if settings is None else QuantizedBase(bases, settings)
+        model = BaseModel(Path(base))
+        settings = model.config.get("quantization_config")
+        quantized = None if settings is None else QuantizedBase(model, settings)
     layers = []
-    for name, blocks in adapter.layers.items():
-        layers.append(_layer(name, blocks, bases, quantized))
+    for name, layer in adapter.layers.items():
+        distances = None if model is None else _distances(name, layer, model, quantized)
+        layers.append(_layer(name, layer, distances))
         progress(len(layers), len(adapter.layers))
     return AdapterReport(
         adapter.config,
@@ -119,22 +120,11 @@ def inspect_adapter(
     )
 
 
-def _layer(
-    name: str, adapter: StoredAdapter, bases: BaseModel | None, quantized: QuantizedBase | None
-) -> LayerReport:
-    experts = adapter.matrices()
+def _layer(name: str, adapter: StoredAdapter, distances: list[float] | None) -> LayerReport:
+    experts, worst = adapter.matrices(), None
     ranks = experts[0].ranks.tolist()
-    distances = None
-    if quantized is not None and (layer := quantized.layer(name)) is not None:
-        with naming(name):
-            distances = [adapter.orient(layer.read().dequantize())[1]]
-    elif bases is not None:
-        distances = _distances(name, experts, bases, fused=adapter.of_experts)
-    worst = (
-        None
-        if not adapter.of_experts or distances is None
-        else max(range(len(distances)), key=distances.__getitem__)
-    )
+    if adapter.of_experts and distances is not None:
+        worst = max(range(len(distances)), key=distances.__getitem__)
     return LayerReport(
         name=name,
         shape=adapter.shape,
@@ -147,9 +137,15 @@ def _layer(
     )
 
 
-def _distances(name: str, experts: Sequence[StoredAdapter], bases: BaseModel, fused: bool) -> list[float]:
+def _distances(
+    name: str, adapter: StoredAdapter, model: BaseModel, quantized: QuantizedBase | None
+) -> list[float]:
     """The distance of each expert's W0, or of the layer's, from the base's."""
-    stored = bases.get(name if fused else bases.weight_name(name))
+    if quantized is not None and (layer := quantized.layer(name)) is not None:
+        with naming(name):
+            return [adapter.orient(layer.read().dequantize())[1]]
+    experts, fused = adapter.matrices(), adapter.of_experts
+    stored = model.get(name if fused else model.weight_name(name))
     if stored is None or stored.ndim < 2 or (fused and (stored.ndim != 3 or len(stored) != len(experts))):
         return [float("inf")] * len(experts)
     weights = stored if fused else [stored]

@@ -224,7 +224,7 @@ def _write_beside_weights(merge: Merge, scratch: Path) -> None:
     if (merge.adapter / "tokenizer_config.json").is_file():
         for path in (path for pattern in _TOKENIZER for path in merge.adapter.glob(pattern)):
             _copy(path, scratch / path.relative_to(merge.adapter))
-    config, index = merge.config, merge.model.index
+    config, index = merge.model.config, merge.model.index
     if index:
         kept = {name: file for name, file in index["weight_map"].items() if name not in merge.removed}
         index = {**index, "metadata": {**index.get("metadata", {}), "total_size": size}, "weight_map": kept}

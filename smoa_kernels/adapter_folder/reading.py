@@ -62,31 +62,25 @@ class Adapter:
 
 def read_adapter(folder: Path, methods: Sequence[str] = (METHOD,)) -> Adapter:
     """Read the folder of an adapter of one of `methods`, SMoA or HiRA, without PEFT."""
-    config = read_config(folder, methods)
+    place = folder / CONFIG_NAME
+    if not place.is_file():
+        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}: give the folder of a saved adapter")
+    config = read_json(place)
+    method: Any = config.get("peft_type")
+    if method not in methods:
+        raise ValueError(f"{place}: an adapter of the method {shown(method)}, not {' or '.join(methods)}")
     path, known = folder / WEIGHTS_NAME, {field.name for field in fields(AdapterSettings)}
-    if config["peft_type"] == HIRA:
+    if method == HIRA:
         settings = AdapterSettings(num_blocks=1)  # whose scale is 1
     else:
-        with naming(folder / CONFIG_NAME):
+        with naming(place):
             settings = AdapterSettings(**{key: value for key, value in config.items() if key in known})
-    found = Adapter(config, settings, path, *read_weights(folder, settings, config["peft_type"]))
+    found = Adapter(config, settings, path, *read_weights(folder, settings, method))
     if not path.is_file():
         raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {folder}")
     if not found.layers:
         raise ValueError(f"{path} holds no layer of {'a HiRA' if found.is_hira else 'an SMoA'} adapter")
     return found
-
-
-def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
-    """Read the configuration of an adapter of one of `methods` (PEFT's names)."""
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}: give the folder of a saved adapter")
-    config = read_json(path)
-    method = config.get("peft_type")
-    if method not in methods:
-        raise ValueError(f"{path}: an adapter of the method {shown(method)}, not {' or '.join(methods)}")
-    return config
 
 
 def read_weights(

@@ -33,17 +33,7 @@ from .output import console, write_json
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
 _HAS_TRITON, _NO_TRITON = importlib.util.find_spec("triton") is not None, "triton is not installed"
 _OURS = ("SMOA_CACHE", "SMOA_VERIFY")
-_VARIABLES = (
-    "SMOA_",
-    "TRITON_",
-    "PYTORCH_",
-    "CUDA_",
-    "HIP_",
-    "HSA_",
-    "ROCR_",
-    "NVIDIA_TF32_OVERRIDE",
-    "XDG_CACHE_HOME",
-)
+_VARIABLES = ("SMOA_", "TRITON_", "PYTORCH_", "CUDA_", "HIP_", "HSA_", "ROCR_", "NVIDIA_TF32_", "XDG_CACHE_")
 # A report is public, so variables with such a word in their names are not shown.
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 # Files with the driver's version; a driver that is part of Linux has only Linux's version.

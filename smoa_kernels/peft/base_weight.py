@@ -207,11 +207,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Compute ΔW of one adapter, to be added to W0: in the base weight's layout, at least float32.
-
-        Args:
-            adapter: its name.
-        """
+        """Compute ΔW of one adapter, by its name, to be added to W0: in the base weight's layout, at least float32."""
         with present(self):
             weight = self.base_weight()
             _check_unsharded(weight)

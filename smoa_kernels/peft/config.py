@@ -90,14 +90,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
 
     def with_alphas_of(self, layers: Mapping[str, AdapterSettings]) -> SMoAConfig:
-        """Return a copy that holds the alpha of every layer as a number.
-
-        Args:
-            layers: the settings of all adapted layers, by name.
-
-        Raises:
-            ValueError: one has no number yet; the message names the layer.
-        """
+        """Return a copy that holds each layer's alpha as a number; a ValueError names a layer that has none yet."""
         for name, settings in layers.items():
             if settings.use_lora_rate:
                 raise ValueError(

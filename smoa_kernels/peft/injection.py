@@ -25,11 +25,9 @@ from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
 from .config import SMoAConfig
 from .dequantize import group_size_of, quantization_of
-from .experts.experts import Experts
+from .experts.experts import Experts, ExpertsWeight
 from .experts.targets import find_targets
-from .experts.weight import ExpertsWeight
-from .folder.loading import check_adapter
-from .folder.snapshot import PARAMETER_PREFIX, Snapshot
+from .folder.loading import PARAMETER_PREFIX, Snapshot, check_adapter
 from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
 from .modulated import AdaptedModule, Attention, Convolution, Embedding, ParameterLayer

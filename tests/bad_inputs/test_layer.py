@@ -14,7 +14,11 @@ from .harness import HUGE, SETTINGS, Call, Change, Row, World, check, one, rows
 
 LAYER: list[Row] = [
     (lambda w: w.layer(torch.randn(3, 41)), ValueError, "x must have 40 features"),
-    (lambda _: FusedSMoALinear.from_linear(nn.Conv2d(3, 3, 3)), TypeError, "transformers Conv1D, got Conv2d"),
+    (
+        lambda _: FusedSMoALinear.from_linear(nn.Conv2d(3, 3, 3)),
+        TypeError,
+        "transformers Conv1D .* got Conv2d",
+    ),
     (lambda _: FusedSMoALinear.from_linear(None), TypeError, "got NoneType"),  # type: ignore[arg-type]
     (lambda _: FusedSMoALinear(0, 33), ValueError, "in_features must be at least 1, got 0"),
     (lambda _: FusedSMoALinear(40, 33, dtype=torch.int64), TypeError, "dtype must be floating point"),
