@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import LABELS, STATE_KEYS, Adapter
-from .backends import eager, load_backend, resolve_backend
+from .backends import load_backend, resolve_backend
 from .checks import check_finite, check_kind, check_weight
 from .definition.block_rule import BlockRule
 from .definition.packed import PackedAdapter
@@ -20,6 +20,7 @@ from .definition.ranks import alpha_for_lora_rate
 from .definition.shard import LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
+from .functional import dense_update
 from .layer_checks import (
     LayerSettings,
     call_always,
@@ -290,7 +291,7 @@ class AdaptedWeight(nn.Module):
         Raises:
             RuntimeError: the layer is on the meta device, has no blocks yet, or is sharded by `fully_shard`.
         """
-        return self._like_weight(eager.delta_weight(self._packed()))
+        return self._like_weight(dense_update(self._packed()).to(self.weight.dtype))
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
-from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee, without_autocast
+from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee
 from ..definition.thresholds import round_weight
 from . import Gradients
 from .block_order import Index, block_indices, block_order, inverse, is_batch, row_panels, select_columns
@@ -211,13 +211,6 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
 def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
     """`B A` in the memory order of the weight that it will be multiplied with."""
     return (A.mT @ B.mT).mT if like.stride(-2) < like.stride(-1) else B @ A
-
-
-def delta_weight(adapter: PackedAdapter) -> Tensor:
-    """`ΔW`, (N, C) in W0's dtype, zero outside the diagonal blocks; rounded once."""
-    A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
-    with without_autocast(A):
-        return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
 
 
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:

@@ -280,7 +280,7 @@ class BlockPartition:
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
-        """Rebuild a partition from :meth:`tensors` and :meth:`sizes`, as a custom operator receives it."""
+        """Rebuild a partition from :meth:`tensors` and :meth:`sizes`."""
         num_blocks = len(sizes) // 2 - 1
         if len(tensors) != 6 or len(sizes) % 2 or tensors[-1].shape[0] != num_blocks + 1:
             raise ValueError(
