@@ -22,7 +22,7 @@ class BaseModel:
 
     Attributes:
         files: the file of each tensor, by stored name.
-        index: the index of the files as it is stored; None without one.
+        index: the index of the files as it is stored; None if there is none.
         config: the model's configuration; empty where there is none.
     """
 

@@ -23,42 +23,25 @@ _LONG_RUN = 32
 
 
 class Index(NamedTuple):
-    """Where the columns (or rows) of block order lie in a matrix.
+    """Where the columns (or rows) of block order lie in a matrix."""
 
-    Attributes:
-        places: int64, one per column.
-        run: aligned groups of so many columns are moved together, in their order.
-    """
-
-    places: Tensor
-    run: int
+    places: Tensor  # int64, one per column
+    run: int  # aligned groups of so many columns are moved together, in their order
 
 
 @dataclass(frozen=True)
 class BlockOrder:
-    """An adapter whose blocks are slices.
+    """An adapter whose blocks are slices. Lists by block leave out blocks of rank zero."""
 
-    Attributes:
-        weight: W0 (N, C), as it is.
-        A: (ρ, C), columns in block order, at least float32.
-        B: (N, ρ), rows in block order, times s.
-        row_index: rows in block order; None where blocks are contiguous: the order is W0's own.
-        col_index: the same for columns.
-        ranks: rank of each block. Blocks of rank zero are left out here and in all lists by block.
-        row_sizes: rows of each block.
-        col_sizes: columns of each block.
-        batched: all blocks are one batch (K, …); a list by block then has this one element.
-    """
-
-    weight: Tensor
-    A: Tensor
-    B: Tensor
-    row_index: Index | None
-    col_index: Index | None
-    ranks: Sequence[int]
-    row_sizes: Sequence[int]
-    col_sizes: Sequence[int]
-    batched: bool = False
+    weight: Tensor  # W0 (N, C), as it is
+    A: Tensor  # (ρ, C), columns in block order, at least float32
+    B: Tensor  # (N, ρ), rows in block order, times s
+    row_index: Index | None  # rows in block order; None where blocks are contiguous: the order is W0's own
+    col_index: Index | None  # the same for columns
+    ranks: Sequence[int]  # rank of each block
+    row_sizes: Sequence[int]  # rows of each block
+    col_sizes: Sequence[int]  # columns of each block
+    batched: bool = False  # all blocks are one batch (K, …); a list by block then has this one element
 
     @property
     def full(self) -> bool:

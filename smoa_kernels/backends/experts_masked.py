@@ -21,23 +21,14 @@ _PANEL = 4096  # pairs that are copied at a time, in A's dtype
 
 
 class _Expert(NamedTuple):
-    """One expert's W0, factors and pairs.
+    """An expert's W0, factors and pairs."""
 
-    Attributes:
-        weight: W0 (N, C).
-        A: (ρ, C), at least float32; its padding is zero.
-        B: (N, ρ), the same.
-        same: (N, C), where a row's and a column's blocks are equal.
-        modulation: s·BA, zero elsewhere.
-        pairs: (P, 1), whether a pair is this expert's.
-    """
-
-    weight: Tensor
-    A: Tensor
-    B: Tensor
-    same: Tensor
-    modulation: Tensor
-    pairs: Tensor
+    weight: Tensor  # W0 (N, C)
+    A: Tensor  # (ρ, C), at least float32; its padding is zero
+    B: Tensor  # (N, ρ), the same
+    same: Tensor  # (N, C), where a row's and a column's blocks are equal
+    modulation: Tensor  # s·BA, zero elsewhere
+    pairs: Tensor  # (P, 1), whether a pair is this expert's
 
 
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:

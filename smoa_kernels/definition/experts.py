@@ -161,7 +161,7 @@ class ExpertsAdapter:
 
     @property
     def T(self) -> ExpertsAdapter:
-        """The adapter of every expert's W_effᵀ, which computes `dX = dY W_eff` as this one computes `x W_effᵀ`."""
+        """The adapter of every expert's W_effᵀ, which computes `dX = dY W_eff` as `self` computes `x W_effᵀ`."""
         turned = self.weight.mT, self.B.mT, self.A.mT, self.blocks.T
         return ExpertsAdapter(*turned, self.ranks, self.scaling)
 

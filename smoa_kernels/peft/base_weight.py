@@ -213,7 +213,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             weight = self.base_weight()
             _check_unsharded(weight)
             wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-            deltas = [dense_update(each) for each in self._matrices(adapter, wide)]
+            deltas = [dense_update(matrix) for matrix in self._matrices(adapter, wide)]
         delta = torch.stack(deltas) if self.stack else deltas[0]
         return delta.mT if self.fan_in_fan_out else self._unflattened(delta)
 

@@ -32,7 +32,7 @@ LAYER: list[Row] = [
     (lambda w: w.layer.load_state_dict([]), TypeError, "state_dict to be dict-like"),  # type: ignore[arg-type]
     (lambda w: w.layer.load_state_dict({5: one(1)}), TypeError, "keys of a state dict must be strings"),  # type: ignore[dict-item]
     (lambda w: w.layer.load_state_dict({}), ValueError, "the state dict lacks bias, weight"),
-    (lambda w: FusedSMoALinear.from_linear(w.layer), TypeError, "linear must .* got a FusedSMoALinear"),
+    (lambda w: FusedSMoALinear.from_linear(w.layer), TypeError, "linear must .* got FusedSMoALinear"),
     (
         lambda _: FusedSMoALinear.from_linear(type("Double", (nn.Linear,), {"forward": abs})(4, 4)),
         TypeError,
@@ -41,7 +41,7 @@ LAYER: list[Row] = [
     (
         lambda _: FusedSMoALinear.from_linear(nn.MultiheadAttention(8, 2).out_proj),
         TypeError,
-        "got the out_proj of an nn.MultiheadAttention, which reads its",
+        "got NonDynamicallyQuantizableLinear; smoa_kernels.peft adapts .* nn.MultiheadAttention",
     ),
 ]
 

@@ -105,7 +105,7 @@ class Experts(AdaptedModule):
 class ExpertsWeight(ParameterLayer):
     """The adapters of one parameter (E, N, C) of a module of experts, or (E, C, N) if it is stored transposed.
 
-    E is the number of experts, N and C are the outputs and inputs of one, and ρ is the largest rank of a block.
+    E is the number of experts, N and C are an expert's outputs and inputs, and ρ is the largest rank of a block.
     It owns no weight and is no layer of the model: :class:`smoa_kernels.peft.Experts` calls it.
 
     Args:
@@ -123,13 +123,13 @@ class ExpertsWeight(ParameterLayer):
         self.out_features, self.in_features = self.base_weight().shape[1:]
 
     def one_of(self, adapter_names: Sequence[str]) -> str | None:
-        """The one of these adapters that this weight has, or None; a ValueError if it has several."""
-        found = [name for name in adapter_names if name in self.smoa]
-        if len(found) > 1:
+        """The adapter among these that this weight has, or None; a ValueError if it has several."""
+        own = [name for name in adapter_names if name in self.smoa]
+        if len(own) > 1:
             raise ValueError(
-                f"{self.parameter_name}: at most one adapter of experts can be active, got {', '.join(found)}"
+                f"{self.parameter_name}: at most one adapter of experts can be active, got {', '.join(own)}"
             )
-        return found[0] if found else None
+        return own[0] if own else None
 
     @property
     def adapting(self) -> str | None:

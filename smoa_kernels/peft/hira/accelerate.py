@@ -191,9 +191,7 @@ class Accelerated(_Layer):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute what PEFT's layer does; of a linear one (..., C) -> (..., N), in x's dtype.
 
-        Args:
-            x: as PEFT's layer takes it.
-            args, kwargs: passed to the base layer; PEFT's forward computes a call that has any.
+        PEFT's forward computes a call that has further arguments, which are the base layer's.
         """
         found = None if args or kwargs else self._active(x)
         if found is None:
