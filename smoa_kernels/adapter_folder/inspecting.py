@@ -60,19 +60,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter folder.
+    """An adapter folder."""
 
-    Attributes:
-        config: its configuration, as the file holds it.
-        layers: its layers, sorted by name, with numbers by value.
-        file_size: bytes of the file of weights.
-        other_tensors: names of further tensors in the file (biases, modules that are saved in full).
-    """
-
-    config: dict[str, Any]
-    layers: tuple[LayerReport, ...]
-    file_size: int
-    other_tensors: tuple[str, ...]
+    config: dict[str, Any]  # as the file holds it
+    layers: tuple[LayerReport, ...]  # sorted by name, with numbers by value
+    file_size: int  # bytes of the file of weights
+    other_tensors: tuple[str, ...]  # names of the others in it: biases, modules that are saved in full
 
     @property
     def parameters(self) -> int:
