@@ -19,28 +19,17 @@ from .reading import read_adapter
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer.
+    """One adapted layer."""
 
-    Attributes:
-        name: its path in the base model.
-        shape: (N, C) of W0; (E, N, C) of a fused weight of experts.
-        ranks: r_k of each block.
-        parameters: `Σ r_k (N_k + C_k)`, of all experts together.
-        fingerprint: first digits of the sketch of W0 (the first expert's), the same for the same base in the same
-            precision.
-        base_distance: estimate of the relative difference between the given base and the one that the adapter was
-            trained over; None without a base, infinity for a layer that the base lacks or has in another shape. Of
-            experts, the largest.
-        worst_expert: the expert whose distance that is; None for a single weight, and without a base.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    ranks: tuple[int, ...]
-    parameters: int
-    fingerprint: str
+    name: str  # its path in the base model
+    shape: tuple[int, ...]  # (N, C) of W0; (E, N, C) of a fused weight of experts
+    ranks: tuple[int, ...]  # r_k of each block
+    parameters: int  # `Σ r_k (N_k + C_k)`, of all experts together
+    fingerprint: str  # first digits of W0's sketch (the first expert's), equal for one base in one precision
+    # Estimate of the relative difference between the given base and the one that the adapter was trained over; None
+    # without a base, infinity for a layer that the base lacks or has in another shape. Of experts, the largest.
     base_distance: float | None
-    worst_expert: int | None = None
+    worst_expert: int | None = None  # whose distance that is; None for a single weight, and without a base
 
     @property
     def kind(self) -> str:

@@ -30,22 +30,13 @@ MOST_JSON_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Adapter:
-    """The folder of an SMoA adapter, or of a HiRA adapter as SMoA with one block, read and checked.
+    """The folder of an SMoA adapter, or of a HiRA adapter as SMoA with one block, read and checked."""
 
-    Attributes:
-        config: the configuration as its file holds it.
-        settings: the layers' settings in it.
-        path: the file of weights.
-        tensors: its tensors by key without `PREFIX`; mapped into memory, so the factors' values are not read yet.
-        layers: the adapter of every layer, by its path in the base model. The path of a fused weight of experts is the
-            parameter's.
-    """
-
-    config: dict[str, Any]
-    settings: AdapterSettings
-    path: Path
-    tensors: dict[str, Tensor]
-    layers: dict[str, StoredAdapter]
+    config: dict[str, Any]  # the configuration as its file holds it
+    settings: AdapterSettings  # the layers' settings in it
+    path: Path  # of the file of weights
+    tensors: dict[str, Tensor]  # by key without `PREFIX`; mapped into memory: no value is read yet
+    layers: dict[str, StoredAdapter]  # by path in the base model; of experts, the path of the parameter
 
     @property
     def is_hira(self) -> bool:
