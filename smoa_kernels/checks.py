@@ -18,12 +18,8 @@ MOST_BLOCKS = MOST_RANKS = 2**16
 MOST_COORDINATES = 2**31 - 1
 # How many adjacent rows and columns stay together; or the rows, and the columns.
 Granule = int | tuple[int, int]
-_INTEGERS = frozenset(
-    {
-        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.uint16, torch.uint32, torch.uint64),
-    }
-)
+_SIGNED = torch.int8, torch.int16, torch.int32, torch.int64
+_INTEGERS = frozenset({*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64})
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
@@ -70,9 +66,7 @@ def check_granule(
         )
 
 
-def on_sides(
-    granule: Granule, shape: Sequence[int] = (MOST_COORDINATES, MOST_COORDINATES)
-) -> tuple[int, int]:
+def on_sides(granule: Granule, shape: Sequence[int] = (MOST_COORDINATES,) * 2) -> tuple[int, int]:
     """How many rows, and how many columns, stay together: at most all of `shape`."""
     rows, cols = granule if isinstance(granule, tuple) else (granule, granule)
     return min(rows, max(shape[0], 1)), min(cols, max(shape[1], 1))

@@ -99,9 +99,7 @@ def check_linear(
         check_device(device)
 
 
-def check_fit(
-    partition: BlockPartition, shape: tuple[int, ...], num_blocks: int, group_size: int = 1
-) -> None:
+def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int, group_size: int) -> None:
     """Check that a partition was made for a weight of this shape, and for so many blocks, which end at groups."""
     check_kind("partition", partition, BlockPartition)
     if (partition.shape, partition.num_blocks) != (shape, num_blocks):

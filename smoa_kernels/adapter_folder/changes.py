@@ -77,9 +77,7 @@ class Merge:
         self._check_ties([change.name for change in changes])
         self.removed: set[str] = set()
         self.changes = {stored: change for change in changes for stored in self._stored(change)}
-        self.files = {
-            path: [name for name in names if name not in self.removed] for path, names in files.items()
-        }
+        self.files = {path: [n for n in names if n not in self.removed] for path, names in files.items()}
         self.touched = {self.model.files[name] for name in {*self.changes, *self.removed}}
         if dtype is not None:
             self.touched = {*self.files}

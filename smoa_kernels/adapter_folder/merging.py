@@ -266,9 +266,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
     """Replace the dtype in a configuration, and in those nested in it, where it is given."""
-    nested = {
-        key: _with_dtype(value, name) if isinstance(value, dict) else value for key, value in config.items()
-    }
+    nested = {k: _with_dtype(v, name) if isinstance(v, dict) else v for k, v in config.items()}
     return {**nested, **{key: name for key in ("dtype", "torch_dtype") if key in config}}
 
 

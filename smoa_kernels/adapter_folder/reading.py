@@ -46,9 +46,7 @@ class Adapter:
     @property
     def whole(self) -> dict[str, Tensor]:
         """Parameters that the file holds in full: biases, and those of modules to save."""
-        return {
-            key: tensor for key, tensor in self.tensors.items() if INFIX not in key and ".hira_" not in key
-        }
+        return {key: own for key, own in self.tensors.items() if INFIX not in key and ".hira_" not in key}
 
 
 def read_adapter(folder: Path, methods: Sequence[str] = (METHOD,)) -> Adapter:

@@ -64,9 +64,8 @@ class BlockOrder:
 
     def batch(self, weight: Tensor) -> Tensor:
         """The diagonal blocks of a matrix of W0's shape as one batch (K, N_k, C_k), a view."""
-        blocks: Tensor = weight.unflatten(0, (len(self.row_sizes), -1)).unflatten(
-            2, (len(self.col_sizes), -1)
-        )
+        count = len(self.row_sizes)
+        blocks: Tensor = weight.unflatten(0, (count, -1)).unflatten(2, (count, -1))
         return blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)
 
     def places(self) -> list[tuple[slice, slice]]:
@@ -82,10 +81,8 @@ class BlockOrder:
         parts = list(zip(self.cols(A), self.rows(B), strict=True))
         if self.full:
             return parts
-        return [
-            (A_k[:rank], B_k[:, :rank])
-            for (A_k, B_k), rank in zip(parts, filter(None, self.ranks), strict=True)
-        ]
+        pairs = zip(parts, filter(None, self.ranks), strict=True)
+        return [(A_k[:rank], B_k[:, :rank]) for (A_k, B_k), rank in pairs]
 
     def weights(self) -> Iterator[Tensor]:
         """`W0[rows_k, cols_k]` of every block, in W0's memory order; views where blocks are contiguous, else copies."""
@@ -94,11 +91,8 @@ class BlockOrder:
         elif self.row_index is None or self.col_index is None:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
         else:
-            weight, run, turned = (
-                self.weight,
-                self.col_index.run,
-                self.weight.stride(0) < self.weight.stride(1),
-            )
+            weight, run = self.weight, self.col_index.run
+            turned = weight.stride(0) < weight.stride(1)
             rows, cols = self.rows(self.row_index.places), self.cols(self.col_index.places, 0)
             if turned:  # columns are the rows of memory
                 weight, run, rows, cols = weight.T, self.row_index.run, cols, rows
@@ -186,9 +180,7 @@ def _every(places: Tensor, run: int) -> Tensor:
 
 def _is_aligned(x: Tensor, width: int) -> bool:
     """Whether `width` adjacent elements of a row may be viewed as one."""
-    return bool(
-        width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
-    )
+    return width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
 
 
 def inverse(index: Index) -> Index:
