@@ -7,7 +7,7 @@ never recomputed, since another machine could put a coordinate into another bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -92,7 +92,8 @@ class BlockPartition:
         """
         weight = whole(weight)
         check_weight(weight)
-        return cls._from_spectrum(weight.detach(), num_blocks, granule)
+        orders = partial(order_source.get(), weight.detach())
+        return cls._cut(orders, weight.shape, num_blocks, granule)
 
     @classmethod
     def from_experts(cls, weights: Tensor, num_blocks: int, *, granule: Granule = 1) -> BlockPartition:
@@ -113,17 +114,24 @@ class BlockPartition:
         """
         weights = whole(weights)
         check_weight(weights.flatten(0, 1), "weights")
-        return cls._from_spectrum(weights.detach(), num_blocks, granule)
+        orders = partial(order_source.get(), weights.detach())
+        return cls._cut(orders, weights.shape[-2:], num_blocks, granule)
 
     @classmethod
-    def _from_spectrum(cls, weight: Tensor, num_blocks: int, granule: Granule) -> BlockPartition:
-        shape = weight.shape[-2:]
+    def _cut(
+        cls,
+        orders: Callable[[tuple[int, int]], Iterable[Tensor]],
+        shape: Sequence[int],
+        num_blocks: int,
+        granule: Granule,
+        device: torch.device | str | None = None,
+    ) -> BlockPartition:
+        """Blocks of rows and columns; `orders` gives the orders of their granules, from the granules' sizes."""
         check_blocks(num_blocks, shape)
         check_granule(granule, num_blocks, shape)
         granule = on_sides(granule, shape)
-        orders = order_source.get()(weight, granule)
-        sides = zip(orders, granule, shape, strict=True)
-        rows, cols = (labels_of(order, num_blocks, g, size) for order, g, size in sides)
+        sides = zip(orders(granule), granule, shape, strict=True)
+        rows, cols = (labels_of(order, num_blocks, g, size).to(device) for order, g, size in sides)
         return cls.from_labels(rows, cols, num_blocks)
 
     @classmethod
@@ -150,7 +158,8 @@ class BlockPartition:
             >>> BlockPartition.contiguous((4, 6), 2).col_block.tolist()
             [0, 0, 0, 1, 1, 1]
         """
-        return cls._from_orders(partial(torch.arange, device="cpu"), shape, num_blocks, granule, device)
+        order_of = partial(torch.arange, device="cpu")
+        return cls._of_shape(order_of, shape, num_blocks, granule, device or torch.get_default_device())
 
     @classmethod
     def random(
@@ -180,31 +189,16 @@ class BlockPartition:
         """
         check_count("seed", seed, 0, 2**63 - 1)
         draw = partial(torch.randperm, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-        return cls._from_orders(draw, shape, num_blocks, granule, device)
+        return cls._of_shape(draw, shape, num_blocks, granule, device or torch.get_default_device())
 
     @classmethod
-    def _from_orders(
-        cls,
-        order_of: Callable[[int], Tensor],
-        shape: Sequence[int],
-        num_blocks: int,
-        granule: Granule,
-        device: torch.device | str | None,
-    ) -> BlockPartition:
+    def _of_shape(cls, order_of: Callable[[int], Tensor], shape: Sequence[int], *cut: Any) -> BlockPartition:
         """Blocks of rows and columns; `order_of` gives the order of their granules, from their number."""
         if len(shape) != 2:
             raise ValueError(f"shape must be (out_features, in_features), got {tuple(shape)}")
         for name, size in zip(("out_features", "in_features"), shape, strict=True):
             check_count(name, size, 0, MOST_COORDINATES)
-        check_blocks(num_blocks, shape)
-        check_granule(granule, num_blocks, shape)
-        rows, cols = (
-            labels_of(order_of(granules(size, g)), num_blocks, g, size)
-            for size, g in zip(shape, on_sides(granule, shape), strict=True)
-        )
-        if device is None:
-            device = torch.get_default_device()
-        return cls.from_labels(rows.to(device), cols.to(device), num_blocks)
+        return cls._cut(lambda granule: map(order_of, map(granules, shape, granule)), shape, *cut)
 
     @classmethod
     def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> BlockPartition:

@@ -224,7 +224,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     def _write(self, merged: Iterable[Tensor]) -> None:
         """Write W_eff to the base layer, matrix by matrix."""
         stored = self._stored_weight().data
-        into = self._each(stored.mT if self.fan_in_fan_out else stored)
+        stored = stored.mT if self.fan_in_fan_out else stored
+        into = stored.unbind() if self.stack else (stored,)
         for place, each in zip(into, merged, strict=True):
             place.copy_(self._unflattened(each))
 
@@ -239,9 +240,6 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         # float8 is for storing W0, not for training factors: they stay in float32.
         return device, None if dtype is not None and dtype.itemsize < 2 else dtype
-
-    def _each(self, weight: Tensor) -> Sequence[Tensor]:
-        return weight.unbind() if self.stack else (weight,)
 
 
 def _check_unsharded(weight: Tensor) -> None:

@@ -94,15 +94,7 @@ def accelerate_hira(model: nn.Module) -> HiraReport:
 
 
 def decelerate_hira(model: nn.Module) -> None:
-    """Undo :func:`accelerate_hira`: every layer is PEFT's again, and no tensor has changed.
-
-    Args:
-        model: a model with HiRA adapters.
-
-    Raises:
-        TypeError: `model` is no module.
-        ValueError: it has no HiRA layer.
-    """
+    """Undo :func:`accelerate_hira` of a `model`, with the same errors: every layer is PEFT's, no tensor has changed."""
     for layer in _layers(model).values():
         if _is_accelerated(layer):
             if vars(layer).pop("_repacks", False):

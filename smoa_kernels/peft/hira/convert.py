@@ -119,7 +119,7 @@ def _to_smoa(
 
 
 def _base_model(adapter: Adapter, base: str | os.PathLike[str] | None, why: str) -> BaseModel:
-    folder = adapter.config.get("base_model_name_or_path") if base is None else base
+    folder: Any = adapter.config.get("base_model_name_or_path") if base is None else base
     if base is None and (folder is None or not Path(folder).is_dir()):
         raise ValueError(
             f"base must be given: the adapter names {folder!r}, which is no folder, as its base model, and {why}"
