@@ -92,7 +92,13 @@ class ExpertsBackend(Protocol):
         """
 
 
-_MODULES = {"eager": ".eager", "native": ".native.backend", "triton": ".verified", "reference": ".reference"}
+# The module of each backend, and that of its experts.
+_MODULES = {
+    "eager": (".eager", ".experts"),
+    "native": (".native.backend", ".native.experts"),
+    "triton": (".verified", ".verified"),
+    "reference": (".reference", ".experts"),
+}
 
 
 def _constant(function: F) -> F:
@@ -107,17 +113,13 @@ def _constant(function: F) -> F:
 @functools.cache
 def load_backend(name: str) -> Backend:
     """Import the module of a resolved backend; the kernels, and with them Triton, are imported only when asked for."""
-    return cast(Backend, importlib.import_module(_MODULES[name], __package__))
-
-
-_EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts", "triton": ".verified"}
+    return cast(Backend, importlib.import_module(_MODULES[name][0], __package__))
 
 
 @functools.cache
 def load_experts_backend(name: str) -> ExpertsBackend:
-    """Import the module that computes a resolved backend's experts; a backend that has none uses torch's operators."""
-    module = _EXPERTS_MODULES.get(name, _EXPERTS_MODULES["eager"])
-    return cast(ExpertsBackend, importlib.import_module(module, __package__))
+    """Import the module that computes a resolved backend's experts."""
+    return cast(ExpertsBackend, importlib.import_module(_MODULES[name][1], __package__))
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
