@@ -130,11 +130,9 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
     weight, modulate = adapter.weight, _modulate_rows(adapter)
     if weight.dtype == torch.promote_types(weight.dtype, torch.float32):
         return lambda first, out: modulate(first, weight[first : first + out.shape[0]], out)
-    rows = (
-        max(16, ROUNDED_ELEMENTS // max(1, weight.shape[1]))
-        if weight.device.type == "cpu"
-        else weight.shape[0]
-    )
+    rows = weight.shape[0]
+    if weight.device.type == "cpu":
+        rows = max(16, ROUNDED_ELEMENTS // max(1, weight.shape[1]))
 
     def write(first: int, out: Tensor) -> Tensor:
         for part in row_panels(out, max(1, rows)):

@@ -48,9 +48,8 @@ def experts_backward(
     dA, dB = (None, None) if x is None else (torch.empty_like(adapter.A), torch.empty_like(adapter.B))
     for e, expert in enumerate(_experts(dy.shape[0], ends, adapter)):
         if dx is not None:
-            dx = torch.where(
-                expert.pairs, dy @ (expert.weight + expert.modulation * expert.weight).to(dy.dtype), dx
-            )
+            W_eff = (expert.weight + expert.modulation * expert.weight).to(dy.dtype)
+            dx = torch.where(expert.pairs, dy @ W_eff, dx)
         if x is not None and dA is not None and dB is not None:
             G = _sums(dy, x, expert)
             H = torch.where(expert.same, G * expert.weight.to(G.dtype) * adapter.scaling, 0)
@@ -86,8 +85,6 @@ def _labels(size: int, offsets: Tensor, index: Tensor | None, e: int) -> Tensor:
     """The block of each of expert e's rows, or columns."""
     slots = torch.arange(size, dtype=offsets.dtype, device=offsets.device)
     labels = torch.bucketize(slots, offsets[e % len(offsets)], right=True) - 1
-    return (
-        labels
-        if index is None
-        else torch.empty_like(labels).scatter_(0, index[e % len(index)].long(), labels)
-    )
+    if index is None:
+        return labels
+    return torch.empty_like(labels).scatter_(0, index[e % len(index)].long(), labels)

@@ -87,11 +87,9 @@ def _collect() -> dict[str, dict[str, str]]:
 
 
 def _environment() -> dict[str, str]:
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
-    return {
-        name: "set, not shown" if any(word in name for word in _SECRET) else value
-        for name, value in variables.items()
-    }
+    shown = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)}
+    secret = {name: "set, not shown" for name in shown if any(word in name for word in _SECRET)}
+    return shown | secret
 
 
 def _runtime() -> str:
@@ -187,9 +185,7 @@ def _devices() -> dict[str, str]:
     instructions += ", AMX" if has("amx") else ", BF16" if has("bf16") else ""
     slow = [dtype for dtype in (torch.bfloat16, torch.float16) if not has_gemm(dtype)]
     if slow:
-        instructions += (
-            f"; torch has no GEMM of {dtype_names(slow)}: layers without an adapter are slow in them"
-        )
+        instructions += f"; torch lacks a GEMM in {dtype_names(slow)}: layers without adapters are slow"
     threads = torch.get_num_threads()
     devices = {"cpu": f"{os.cpu_count()} cores, threads of torch: {threads}, instructions: {instructions}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
