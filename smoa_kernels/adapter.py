@@ -125,11 +125,8 @@ class Adapter(nn.Module):
         if buffers["ranks"] is ranks and buffers["row_block"] is rows and buffers["col_block"] is cols:
             return True
         # These put stand-ins into the buffers.
-        return (
-            torch.compiler.is_exporting()
-            or torch._C._is_tracing()
-            or torch._C._len_torch_dispatch_stack() > 0
-        )
+        recorded = torch.compiler.is_exporting() or torch._C._is_tracing()
+        return recorded or torch._C._len_torch_dispatch_stack() > 0
 
     def read_labels(self) -> Any:
         """Make the partition anew of the labels, and return it."""

@@ -90,14 +90,9 @@ class AdaptedWeight(nn.Module):
         self.num_blocks, self.block_order, self.granule, self.block_seed, self.group_size = rule
         self.dropout, self.strict_base = settings.dropout, settings.strict_base
         self.algorithm, self.backend = settings.algorithm, settings.backend
-        self.smoa = Adapter(
-            matrix_shape(self),
-            settings.ranks,
-            settings.scaling,
-            group_size=self.group_size,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
+        given = matrix_shape(self), settings.ranks, settings.scaling
+        weight = self.weight
+        self.smoa = Adapter(*given, group_size=self.group_size, device=weight.device, dtype=weight.dtype)
         call_always(self.smoa)  # no call of the layer runs this hook
         if not self.weight.is_meta:
             self._set_base(partition)

@@ -94,12 +94,8 @@ def inspect_adapter(
         distances = None if model is None else _distances(name, layer, model, quantized)
         layers.append(_layer(name, layer, distances))
         progress(len(layers), len(adapter.layers))
-    return AdapterReport(
-        adapter.config,
-        tuple(layers),
-        adapter.path.stat().st_size,
-        tuple(PREFIX + key for key in sorted(adapter.whole)),
-    )
+    others = tuple(PREFIX + key for key in sorted(adapter.whole))
+    return AdapterReport(adapter.config, tuple(layers), adapter.path.stat().st_size, others)
 
 
 def _layer(name: str, adapter: StoredAdapter, distances: list[float] | None) -> LayerReport:

@@ -117,13 +117,8 @@ def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:
 
 def is_batch(adapter: PackedAdapter) -> bool:
     """Whether a GPU takes all blocks as one batch: they are slices of one size, and of one rank that the host knows."""
-    p, ranks = adapter.partition, adapter.block_ranks
-    return (
-        adapter.weight.device.type != "cpu"
-        and p.is_even
-        and ranks is not None
-        and set(ranks) == {adapter.A.shape[0]}
-    )
+    ranks, is_cpu = adapter.block_ranks, adapter.weight.device.type == "cpu"
+    return not is_cpu and adapter.partition.is_even and ranks is not None and {*ranks} == {adapter.A.shape[0]}
 
 
 def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
@@ -135,17 +130,8 @@ def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
     row_index, col_index = block_indices(adapter)
     if row_index is not None and col_index is not None:
         A, B = A.index_select(1, col_index.places), B.index_select(0, row_index.places)
-    return BlockOrder(
-        weight=adapter.weight,
-        A=A,
-        B=B * adapter.scaling,
-        row_index=row_index,
-        col_index=col_index,
-        ranks=adapter.host_ranks(),
-        row_sizes=p.row_sizes,
-        col_sizes=p.col_sizes,
-        batched=batched,
-    )
+    blocks = row_index, col_index, adapter.host_ranks(), p.row_sizes, p.col_sizes
+    return BlockOrder(adapter.weight, A, B * adapter.scaling, *blocks, batched)
 
 
 def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:

@@ -46,12 +46,8 @@ def backends() -> dict[str, str | None]:
     triton = triton_unsupported_reason(torch.device(here))
     if triton is not None and triton.startswith("x is on the CPU"):
         triton = "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    return {
-        "eager": None,
-        "native": native_unsupported_reason(torch.device("cpu")),
-        "reference": None,
-        "triton": triton,
-    }
+    native = native_unsupported_reason(torch.device("cpu"))
+    return {"eager": None, "native": native, "reference": None, "triton": triton}
 
 
 def info(json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None) -> None:
