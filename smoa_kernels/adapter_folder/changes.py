@@ -47,14 +47,7 @@ class Change(NamedTuple):
 
 
 class Merge:
-    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes.
-
-    Attributes:
-        removed: stored tensors that the merged model lacks.
-        touched: files that differ from the base's.
-        keeps_sizes: whether no tensor gets another size.
-        rescaled: the new scales of each quantised layer that :meth:`tensors` has made so far.
-    """
+    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes."""
 
     def __init__(
         self, base: str | os.PathLike[str], adapter: str | os.PathLike[str], dtype: torch.dtype | None
@@ -65,7 +58,7 @@ class Merge:
             raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
         self.base, self.adapter, self.dtype = Path(base), Path(adapter), dtype
         self.model = BaseModel(self.base)
-        self.rescaled: list[Rescaled] = []
+        self.rescaled: list[Rescaled] = []  # of each quantised layer that `tensors` has made so far
         files = self.model.by_file()
         if not self.model.config:
             raise FileNotFoundError(f"there is no config.json in {self.base}")
@@ -75,13 +68,12 @@ class Merge:
             quantized = QuantizedBase(self.model, settings)
         changes = [*_read_changes(self.adapter, self.model, dtype, quantized)]
         self._check_ties([change.name for change in changes])
-        self.removed: set[str] = set()
+        self.removed: set[str] = set()  # stored tensors that the merged model lacks
         self.changes = {stored: change for change in changes for stored in self._stored(change)}
         self.files = {path: [n for n in names if n not in self.removed] for path, names in files.items()}
-        self.touched = {self.model.files[name] for name in {*self.changes, *self.removed}}
-        if dtype is not None:
-            self.touched = {*self.files}
-        self.keeps_sizes = dtype is None and not self.removed
+        changed = {self.model.files[name] for name in {*self.changes, *self.removed}}
+        self.touched = changed if dtype is None else {*self.files}  # files that differ from the base's
+        self.keeps_sizes = dtype is None and not self.removed  # whether no tensor gets another size
         # Of the changed parameters that are made of several tensors, the new tensors that were not asked for yet.
         self._made: dict[str, Tensor] = {}
 

@@ -57,14 +57,10 @@ HALF_TOKEN_PANEL = 512
 
 
 def choose_algorithm(tokens: int, slots: int, dtype: torch.dtype, *, tf32: bool, dropout: bool) -> str:
-    """Choose the algorithm of "auto" on this backend.
+    """Choose the algorithm of "auto" on this backend; `slots` are K·ρ, at least the adapter's rank.
 
-    Args:
-        tokens: T.
-        slots: K·ρ, at least the adapter's rank.
-        dtype: that the GEMM multiplies.
-        tf32: whether the GEMM multiplies float32 in less than IEEE float32, and so would round a small update away.
-        dropout: whether the adapter sees another x than the base layer.
+    In `tf32` the GEMM multiplies float32 in less than IEEE float32, and so would round a small update away. Under
+    `dropout` the adapter sees another x than the base layer.
     """
     if dropout:
         return "split"

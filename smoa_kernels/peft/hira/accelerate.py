@@ -151,13 +151,9 @@ _Layer: Any = nn.Module  # Any, since it is mixed into PEFT's layer and has that
 
 
 class Accelerated(_Layer):  # type: ignore[misc]
-    """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible.
+    """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible."""
 
-    Attributes:
-        pefts_class: PEFT's class of the layer, which :func:`decelerate_hira` restores.
-    """
-
-    pefts_class: type[nn.Module]
+    pefts_class: type[nn.Module]  # which `decelerate_hira` restores
     # Block, s, and the ranks int32 (1,) by r; None while the weight is on the meta device.
     _prepared: tuple[BlockPartition, Tensor, dict[int, Tensor]] | None = None
     _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
