@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_dense, check_finite, granules
+from .checks import check_finite, check_like, granules
 from .definition.experts import ExpertBlocks
 from .definition.labels import check_groups, check_range, label_dtype
 from .definition.packed import PackedAdapter, draw_A, of_columns, padding_masks, scaling_tensor
@@ -263,15 +263,7 @@ class Adapter(nn.Module):
         """
         check_complete(name, given)
         for key in STATE_KEYS:
-            own, value = getattr(self, key), given[key]
-            check_dense(f"{name}.{key}", value, integer=key in LABELS)
-            if value.shape != own.shape:
-                raise ValueError(
-                    f"size mismatch for {name}.{key}: the layer takes shape {tuple(own.shape)}, the adapter has "
-                    f"{tuple(value.shape)}"
-                )
-            if value.is_meta and not own.is_meta and key != "scaling":
-                raise ValueError(f"{name}.{key} must hold numbers, got a meta tensor")
+            check_like(f"{name}.{key}", given[key], getattr(self, key), meta=key == "scaling")
         if self.ranks.is_meta and not assign:
             raise RuntimeError(
                 f"{name} is on the meta device: load with assign=True, or call to_empty() first"

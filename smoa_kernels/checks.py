@@ -155,6 +155,18 @@ def check_dense(name: str, value: object, *, integer: bool = False) -> None:
         )
 
 
+def check_like(name: str, value: object, own: Tensor, *, meta: bool = False) -> None:
+    """`value`, to be loaded over `own`, must have its kind and shape, and hold numbers, unless `own` holds none or `meta`."""
+    check_dense(name, value, integer=not own.is_floating_point())
+    assert isinstance(value, Tensor)
+    if value.shape != own.shape:
+        raise ValueError(
+            f"size mismatch for {name}: the layer takes shape {tuple(own.shape)}, got {tuple(value.shape)}"
+        )
+    if value.is_meta and not (meta or own.is_meta):
+        raise ValueError(f"{name} must hold numbers, got a meta tensor")
+
+
 def check_weight(weight: Tensor, name: str = "weight") -> None:
     """`weight` must be a dense, finite floating-point matrix that holds numbers. This reads all of it."""
     check_dense(name, weight)

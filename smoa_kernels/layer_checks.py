@@ -20,7 +20,6 @@ from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES
 from .checks import (
     check_choice,
     check_count,
-    check_dense,
     check_device,
     check_finite,
     check_kind,
@@ -180,22 +179,6 @@ def check_keys(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any], *
             raise ValueError(
                 f"{name}: the state dict {verb} {', '.join(sorted(keys))}; strict=False loads the others"
             )
-
-
-def check_tensors(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
-    """Check that each given tensor has the kind and shape of the layer's."""
-    for key, mine in own.items():
-        if key not in given:
-            continue
-        value = given[key]
-        check_dense(f"{name}: {key}", value, integer=not mine.is_floating_point())
-        if value.shape != mine.shape:
-            raise ValueError(
-                f"{name}: size mismatch for {key}: the layer's is {tuple(mine.shape)}, "
-                f"the state dict's {tuple(value.shape)}"
-            )
-        if value.is_meta and not mine.is_meta:
-            raise ValueError(f"{name}: {key} must hold numbers, got a meta tensor")
 
 
 def call_always(layer: nn.Module) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .adapter import LABELS, STATE_KEYS, Adapter
 from .backends import load_backend, resolve_backend
-from .checks import check_finite, check_kind, check_weight
+from .checks import check_finite, check_kind, check_like, check_weight
 from .definition.block_rule import BlockRule
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate
-from .definition.shard import LayerShard
+from .definition.shard import FULLY_SHARDED, LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
 from .functional import dense_update
@@ -27,7 +27,6 @@ from .layer_checks import (
     check_embedding,
     check_fit,
     check_keys,
-    check_tensors,
     matrix_shape,
     plain_parameters,
 )
@@ -250,7 +249,9 @@ class AdaptedWeight(nn.Module):
         given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         name = prefix.rstrip(".") or type(self).__name__
         self._check_unmerged(f"{name} is merged", "loading a state dict")
-        check_tensors(name, self._own_tensors(), given)
+        for key, own in self._own_tensors().items():
+            if key in given:
+                check_like(f"{name}.{key}", given[key], own)
         adapter = {key: given.get(f"smoa.{key}") for key in STATE_KEYS}
         has_labels = any(adapter[key] is not None for key in LABELS)
         weight, sketch = given.get("weight", self.weight), cast(Tensor, adapter["sketch"])
@@ -329,7 +330,7 @@ class AdaptedWeight(nn.Module):
     def _check_whole(self) -> None:
         self._check_values()
         if self._shard is None and hasattr(self.weight, "full_tensor"):
-            raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
+            raise RuntimeError(FULLY_SHARDED)
 
     def _packed(self) -> PackedAdapter:
         self._check_whole()

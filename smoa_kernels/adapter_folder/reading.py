@@ -131,10 +131,9 @@ def _hira_layers(tensors: dict[str, Tensor]) -> dict[str, StoredAdapter]:
     layers = {}
     for key in sorted((key for key in tensors if ".hira_" in key), key=by_number):
         name, _, kind = key.rpartition(".")
-        if kind.startswith("hira_embedding_"):
-            raise ValueError(f"{name} is an embedding, and only linear layers are read")
-        if tensors[key].ndim != 2:
-            raise ValueError(f"{name} is a convolution, and only linear layers are read")
+        if (embedding := kind.startswith("hira_embedding_")) or tensors[key].ndim != 2:
+            what = "an embedding" if embedding else "a convolution"
+            raise ValueError(f"{name} is {what}, and only linear layers are read")
         if kind == "hira_A":
             A, B = tensors[key], tensors.get(f"{name}.hira_B")
             if B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:

@@ -21,7 +21,7 @@ from ..definition.block_rule import BlockRule
 from ..definition.experts import ExpertBlocks
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.shard import LayerShard
+from ..definition.shard import FULLY_SHARDED, LayerShard
 from ..definition.sketch import sketch_distance, sketch_weight
 from ..functional import dense_update
 from ..operators.dispatch import parameter
@@ -244,4 +244,4 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
 def _check_unsharded(weight: Tensor) -> None:
     if hasattr(weight, "full_tensor"):
-        raise RuntimeError("the base weight is sharded by fully_shard: call unshard() on the module first")
+        raise RuntimeError(FULLY_SHARDED)
