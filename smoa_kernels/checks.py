@@ -156,7 +156,7 @@ def check_dense(name: str, value: object, *, integer: bool = False) -> None:
 
 
 def check_like(name: str, value: object, own: Tensor, *, meta: bool = False) -> None:
-    """`value`, to be loaded over `own`, must have its kind and shape, and hold numbers, unless `own` holds none or `meta`."""
+    """`value`, to be loaded over `own`, must have its kind and shape, and numbers unless `own` has none or `meta`."""
     check_dense(name, value, integer=not own.is_floating_point())
     assert isinstance(value, Tensor)
     if value.shape != own.shape:
