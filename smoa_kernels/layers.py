@@ -192,14 +192,9 @@ class _Modulated(AdaptedWeight):
 class _Convolution(_Modulated):
     @classmethod
     def from_conv(cls, conv: nn.Module, **settings: Any) -> Any:
-        """Adapt an existing convolution. Its weight and bias are frozen, and shared rather than copied.
+        """Adapt a `conv` of the plain class, with the settings of :meth:`smoa_kernels.FusedSMoALinear.from_linear`.
 
-        Args:
-            conv: of the plain class.
-            settings: as :meth:`smoa_kernels.FusedSMoALinear.from_linear` takes them.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; the message says which. `conv` is as it was before.
+        Its weight and bias are frozen, and shared rather than copied. A TypeError or ValueError leaves it as it was.
         """
         return cls._over("conv", conv, **settings)
 
@@ -283,14 +278,9 @@ class FusedSMoAEmbedding(_Modulated, nn.Embedding):
 
     @classmethod
     def from_embedding(cls, embedding: nn.Module, **settings: Any) -> FusedSMoAEmbedding:
-        """Adapt an existing embedding. Its weight is frozen, and shared rather than copied.
+        """Adapt an `nn.Embedding`, with the settings of :meth:`smoa_kernels.FusedSMoALinear.from_linear`.
 
-        Args:
-            embedding: an `nn.Embedding`.
-            settings: as :meth:`smoa_kernels.FusedSMoALinear.from_linear` takes them.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; the message says which. `embedding` is as it was before.
+        Its weight is frozen, and shared rather than copied. A TypeError or ValueError leaves it as it was.
         """
         return cast(FusedSMoAEmbedding, cls._over("embedding", embedding, **settings))
 
