@@ -17,14 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES
-from .checks import (
-    check_choice,
-    check_count,
-    check_device,
-    check_finite,
-    check_kind,
-    check_probability,
-)
+from .checks import check_choice, check_count, check_device, check_finite, check_kind, check_probability
 from .definition.block_rule import BlockRule
 from .definition.dropout import WIDEST
 from .definition.labels import check_groups
@@ -151,6 +144,7 @@ def plain_parameters(name: str, layer: nn.Module, plain: Any) -> tuple[nn.Parame
             f"bias must have shape ({weight.shape[0]},) and weight's dtype {weight.dtype}, "
             f"got {tuple(bias.shape)} of {bias.dtype}"
         )
+    check_embedding(name, layer)
     return weight, bias
 
 

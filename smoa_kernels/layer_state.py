@@ -21,15 +21,7 @@ from .definition.shard import FULLY_SHARDED, LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
 from .functional import dense_update
-from .layer_checks import (
-    LayerSettings,
-    call_always,
-    check_embedding,
-    check_fit,
-    check_keys,
-    matrix_shape,
-    plain_parameters,
-)
+from .layer_checks import LayerSettings, call_always, check_fit, check_keys, matrix_shape, plain_parameters
 
 
 class AdaptedWeight(nn.Module):
@@ -38,7 +30,6 @@ class AdaptedWeight(nn.Module):
     It stands before the plain layer's class among the bases of `FusedSMoALinear` and others, which compute with both.
     """
 
-    _kind: Any  # the plain layer's class
     smoa: Adapter
     weight: Any  # its declarations differ among torch's layers
     bias: Any
@@ -55,8 +46,8 @@ class AdaptedWeight(nn.Module):
         **given: Any,
     ) -> Any:
         """Adapt a plain layer, the argument `name`; nothing of it is changed before all was checked."""
-        settings, (weight, bias) = LayerSettings(**given), plain_parameters(name, base, cls._kind)
-        check_embedding(name, base)
+        plain = cls.__mro__[cls.__mro__.index(AdaptedWeight) + 1]  # torch's class, the base after this one
+        settings, (weight, bias) = LayerSettings(**given), plain_parameters(name, base, plain)
         settings.rule.check(as_matrix(weight).shape)
         check_kind("use_lora_rate", use_lora_rate, bool)
         if use_lora_rate:

@@ -68,8 +68,6 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         ['smoa.A', 'smoa.B']
     """
 
-    _kind = nn.Linear
-
     def __init__(
         self,
         in_features: int,
@@ -179,7 +177,7 @@ _OPTIONS = {field.name for field in fields(LayerSettings)}
 
 
 class _Modulated(AdaptedWeight):
-    """A layer whose constructor takes the plain layer's arguments first."""
+    """A layer over a class of torch's, the base after these; its constructor's arguments come first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = LayerSettings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
@@ -221,8 +219,6 @@ class FusedSMoAConv1d(_Convolution, nn.Conv1d):
         torch.Size([2, 6, 6])
     """
 
-    _kind = nn.Conv1d
-
 
 class FusedSMoAConv2d(_Convolution, nn.Conv2d):
     """`nn.Conv2d` with an SMoA adapter: its convolution with W_eff = W0 + ΔW; ΔW sees dropout(x).
@@ -242,8 +238,6 @@ class FusedSMoAConv2d(_Convolution, nn.Conv2d):
         torch.Size([6, 4, 3, 3])
     """
 
-    _kind = nn.Conv2d
-
 
 class FusedSMoAConv3d(_Convolution, nn.Conv3d):
     """`nn.Conv3d` with an SMoA adapter; see :class:`smoa_kernels.FusedSMoAConv2d`.
@@ -253,8 +247,6 @@ class FusedSMoAConv3d(_Convolution, nn.Conv3d):
         >>> layer(torch.randn(2, 4, 8, 8, 8)).shape
         torch.Size([2, 6, 6, 6, 6])
     """
-
-    _kind = nn.Conv3d
 
 
 class FusedSMoAEmbedding(_Modulated, nn.Embedding):
@@ -273,8 +265,6 @@ class FusedSMoAEmbedding(_Modulated, nn.Embedding):
         >>> layer(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 3, 8])
     """
-
-    _kind = nn.Embedding
 
     @classmethod
     def from_embedding(cls, embedding: nn.Module, **settings: Any) -> FusedSMoAEmbedding:

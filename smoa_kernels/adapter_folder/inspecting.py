@@ -26,7 +26,7 @@ class LayerReport:
     ranks: tuple[int, ...]  # r_k of each block
     parameters: int  # `Σ r_k (N_k + C_k)`, of all experts together
     fingerprint: str  # first digits of W0's sketch (the first expert's), equal for one base in one precision
-    # Estimate of the relative difference between the given base and the one that the adapter was trained over; None
+    # Estimate of the relative difference between the given base and the one that the adapter was trained on; None
     # without a base, infinity for a layer that the base lacks or has in another shape. Of experts, the largest.
     base_distance: float | None
     worst_expert: int | None = None  # whose distance that is; None for a single weight, and without a base
@@ -43,7 +43,7 @@ class LayerReport:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the given base is the one that the adapter was trained over, in any precision."""
+        """Whether the given base is the one that the adapter was trained on, in any precision."""
         return None if self.base_distance is None else self.base_distance <= TOLERANCE
 
 
