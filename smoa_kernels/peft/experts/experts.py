@@ -58,11 +58,11 @@ class Experts(AdaptedModule):
         """
         self._unmerge_disabled()
         base: Any = self.base_layer
-        adapted: dict[str, _Prepare] = {
-            name: partial(weight.product, adapter_name)
-            for name, weight in self.weights.items()
-            if (adapter_name := weight.adapting) is not None
-        }
+        adapted: dict[str, _Prepare] = {}
+        for name, weight in self.weights.items():
+            adapter_name = weight.adapting
+            if adapter_name is not None:
+                adapted[name] = partial(weight.product, adapter_name)
         if not adapted:
             return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
         top_k = top_k_index.shape[-1]
