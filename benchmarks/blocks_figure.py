@@ -50,7 +50,7 @@ def figure() -> Figure:
     for axis, labels, title in (
         (own, label, "W0 in its own order:\nrow i and column j share a block"),
         (
-            *(ordered, label[partition.row_order][:, partition.col_order]),
+            *(ordered, label[partition.row_index][:, partition.col_index]),
             f"sorted along the spectrum:\nK = {BLOCKS} aligned blocks",
         ),
     ):

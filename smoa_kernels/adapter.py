@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_dense, check_finite, granules
+from .checks import check_finite, check_like, granules
 from .definition.experts import ExpertBlocks
 from .definition.labels import check_groups, check_range, label_dtype
 from .definition.packed import PackedAdapter, draw_A, of_columns, padding_masks, scaling_tensor
@@ -125,11 +125,8 @@ class Adapter(nn.Module):
         if buffers["ranks"] is ranks and buffers["row_block"] is rows and buffers["col_block"] is cols:
             return True
         # These put stand-ins into the buffers.
-        return (
-            torch.compiler.is_exporting()
-            or torch._C._is_tracing()
-            or torch._C._len_torch_dispatch_stack() > 0
-        )
+        recorded = torch.compiler.is_exporting() or torch._C._is_tracing()
+        return recorded or torch._C._len_torch_dispatch_stack() > 0
 
     def read_labels(self) -> Any:
         """Make the partition anew of the labels, and return it."""
@@ -266,15 +263,7 @@ class Adapter(nn.Module):
         """
         check_complete(name, given)
         for key in STATE_KEYS:
-            own, value = getattr(self, key), given[key]
-            check_dense(f"{name}.{key}", value, integer=key in LABELS)
-            if value.shape != own.shape:
-                raise ValueError(
-                    f"size mismatch for {name}.{key}: the layer takes shape {tuple(own.shape)}, the adapter has "
-                    f"{tuple(value.shape)}"
-                )
-            if value.is_meta and not own.is_meta and key != "scaling":
-                raise ValueError(f"{name}.{key} must hold numbers, got a meta tensor")
+            check_like(f"{name}.{key}", given[key], getattr(self, key), meta=key == "scaling")
         if self.ranks.is_meta and not assign:
             raise RuntimeError(
                 f"{name} is on the meta device: load with assign=True, or call to_empty() first"
@@ -336,14 +325,7 @@ def check_complete(name: str, given: Mapping[str, Any]) -> None:
 
 
 def check_values(name: str, given: Mapping[str, Tensor], r: int, group_size: int = 1) -> None:
-    """Raise unless the labels, ranks and scale in tensors of fitting shapes are in range.
-
-    Args:
-        name: the layer's, for messages.
-        given: tensors by `STATE_KEYS`.
-        r: the sum of the ranks.
-        group_size: columns that share one of A, and so are in one block.
-    """
+    """Raise unless the labels, the ranks, whose sum is r, and the scale in tensors of fitting shapes are in range."""
     ranks, rho = given["ranks"].tolist(), given["A"].shape[-2]
     if min(ranks) < 0 or max(ranks) != rho or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")

@@ -18,12 +18,8 @@ MOST_BLOCKS = MOST_RANKS = 2**16
 MOST_COORDINATES = 2**31 - 1
 # How many adjacent rows and columns stay together; or the rows, and the columns.
 Granule = int | tuple[int, int]
-_INTEGERS = frozenset(
-    {
-        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.uint16, torch.uint32, torch.uint64),
-    }
-)
+_SIGNED = torch.int8, torch.int16, torch.int32, torch.int64
+_INTEGERS = frozenset({*_SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64})
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
@@ -70,9 +66,7 @@ def check_granule(
         )
 
 
-def on_sides(
-    granule: Granule, shape: Sequence[int] = (MOST_COORDINATES, MOST_COORDINATES)
-) -> tuple[int, int]:
+def on_sides(granule: Granule, shape: Sequence[int] = (MOST_COORDINATES,) * 2) -> tuple[int, int]:
     """How many rows, and how many columns, stay together: at most all of `shape`."""
     rows, cols = granule if isinstance(granule, tuple) else (granule, granule)
     return min(rows, max(shape[0], 1)), min(cols, max(shape[1], 1))
@@ -161,6 +155,18 @@ def check_dense(name: str, value: object, *, integer: bool = False) -> None:
         )
 
 
+def check_like(name: str, value: object, own: Tensor, *, meta: bool = False) -> None:
+    """`value`, to be loaded over `own`, must have its kind and shape, and numbers unless `own` has none or `meta`."""
+    check_dense(name, value, integer=not own.is_floating_point())
+    assert isinstance(value, Tensor)
+    if value.shape != own.shape:
+        raise ValueError(
+            f"size mismatch for {name}: the layer takes shape {tuple(own.shape)}, got {tuple(value.shape)}"
+        )
+    if value.is_meta and not (meta or own.is_meta):
+        raise ValueError(f"{name} must hold numbers, got a meta tensor")
+
+
 def check_weight(weight: Tensor, name: str = "weight") -> None:
     """`weight` must be a dense, finite floating-point matrix that holds numbers. This reads all of it."""
     check_dense(name, weight)
@@ -172,8 +178,13 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         raise ValueError(
             f"{name} must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
         )
-    if weight.numel() and not all(math.isfinite(bound) for bound in weight.detach().aminmax()):
+    if not is_finite(weight):
         raise ValueError(f"{name} must be finite to have a spectrum, got NaN or Inf in it")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: by its extremes, since `isfinite` of it takes a copy's memory."""
+    return not tensor.numel() or all(math.isfinite(bound) for bound in tensor.detach().aminmax())
 
 
 def check_path(name: str, value: object) -> None:

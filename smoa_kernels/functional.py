@@ -109,26 +109,12 @@ def smoa_linear(
     check_choice("algorithm", algorithm, ALGORITHM_CHOICES)
     check_dropout(x, dropout_p, dropout_seed)
     check_place(x, row_offset, column_offset, global_in_features)
-    s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
-    adapter = checked_adapter(weight, A, B, partition, ranks, s, block_ranks, place)
-    mask: Any = {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "column_offset": column_offset}
-    return adapted_linear(x, bias, adapter, **mask, algorithm=algorithm, backend=backend)
-
-
-def checked_adapter(
-    weight: Tensor,
-    A: Tensor,
-    B: Tensor,
-    partition: BlockPartition,
-    ranks: Tensor,
-    scaling: Tensor,
-    block_ranks: Sequence[int] | None = None,
-    place: Place = WHOLE,
-) -> PackedAdapter:
-    """Make an adapter after checking that its blocks and ranks fit; its arguments are those of :func:`smoa_linear`."""
     check_partition(partition, weight, ranks)
     check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
-    return PackedAdapter(weight, A, B, partition, ranks.contiguous(), scaling, block_ranks, place)
+    s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
+    adapter = PackedAdapter(weight, A, B, partition, ranks.contiguous(), s, block_ranks, place)
+    mask: Any = {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "column_offset": column_offset}
+    return adapted_linear(x, bias, adapter, **mask, algorithm=algorithm, backend=backend)
 
 
 def adapted_linear(
@@ -142,7 +128,7 @@ def adapted_linear(
     algorithm: str = "auto",
     backend: str = "auto",
 ) -> Tensor:
-    """Compute :func:`smoa_linear` with a :func:`checked_adapter`, which a layer keeps between calls."""
+    """Compute :func:`smoa_linear` with an adapter whose blocks and ranks fit, which a layer keeps between calls."""
     autocast = autocast_enabled(x)
     if autocast or not _fits(x, bias, adapter):
         a = adapter

@@ -17,15 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter
 
 from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES
-from .checks import (
-    check_choice,
-    check_count,
-    check_dense,
-    check_device,
-    check_finite,
-    check_kind,
-    check_probability,
-)
+from .checks import check_choice, check_count, check_device, check_finite, check_kind, check_probability
 from .definition.block_rule import BlockRule
 from .definition.dropout import WIDEST
 from .definition.labels import check_groups
@@ -34,14 +26,12 @@ from .definition.precision import DTYPES
 from .definition.ranks import resolve_ranks
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
-    """An adapter's settings, as layers take them, with the defaults of :class:`smoa_kernels.FusedSMoALinear`."""
+    """What :class:`smoa_kernels.FusedSMoALinear` and `SMoAConfig` call alike; the first says what each means."""
 
     r: int = 8
     num_blocks: int = 2
-    alpha: float | None = None
-    dropout: float = 0.0
     block_ranks: Sequence[int] | None = None
     block_order: str = "spectral"
     granule: int = 1
@@ -54,22 +44,33 @@ class Settings:
     def __post_init__(self) -> None:
         resolve_ranks(self.r, self.num_blocks, self.block_ranks)
         self.rule.check()
-        if self.alpha is not None:
-            check_finite("alpha", self.alpha)
-        check_probability("dropout", self.dropout)
         check_choice("algorithm", self.algorithm, ALGORITHM_CHOICES)
         check_choice("backend", self.backend, BACKEND_CHOICES)
         check_kind("strict_base", self.strict_base, bool)
 
     @property
     def rule(self) -> BlockRule:
-        """How blocks are made."""
+        """How blocks are made; includes K."""
         return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed, self.group_size)
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each block."""
+        """r_k of each block."""
         return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
+
+
+@dataclass
+class LayerSettings(Settings):
+    """Those of :class:`smoa_kernels.FusedSMoALinear`, of convolutions and of embeddings."""
+
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha is not None:
+            check_finite("alpha", self.alpha)
+        check_probability("dropout", self.dropout)
 
     @property
     def scaling(self) -> float:
@@ -90,9 +91,7 @@ def check_linear(
         check_device(device)
 
 
-def check_fit(
-    partition: BlockPartition, shape: tuple[int, ...], num_blocks: int, group_size: int = 1
-) -> None:
+def check_fit(partition: BlockPartition, shape: tuple[int, ...], num_blocks: int, group_size: int) -> None:
     """Check that a partition was made for a weight of this shape, and for so many blocks, which end at groups."""
     check_kind("partition", partition, BlockPartition)
     if (partition.shape, partition.num_blocks) != (shape, num_blocks):
@@ -113,33 +112,29 @@ def matrix_shape(layer: Any) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight (N, C) and bias of the layer to adapt: its own parameters; for Conv1D a transposed view of the weight."""
-    kind = type(linear)
-    conv1d = kind.__name__ == "Conv1D" and hasattr(linear, "nf")  # by its name: transformers is optional
-    if not conv1d and not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {kind.__name__}")
-    if "smoa" in linear._modules:
+def plain_parameters(name: str, layer: nn.Module, plain: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias of the layer to adapt, the argument `name`, whose class must be `plain`.
+
+    For `nn.Linear` it may be transformers' Conv1D, whose weight is viewed transposed.
+    """
+    kind, is_linear = type(layer), plain is nn.Linear
+    conv1d = is_linear and kind.__name__ == "Conv1D" and hasattr(layer, "nf")  # transformers is optional
+    called = kind is not NonDynamicallyQuantizableLinear  # nn.MultiheadAttention reads the weight of its own
+    if not conv1d and not (isinstance(layer, plain) and kind.forward is plain.forward and called):
         raise TypeError(
-            "linear must be without an adapter, got a FusedSMoALinear, whose adapter would be lost"
+            f"{name} must be an nn.{plain.__name__}{' or a transformers Conv1D' * is_linear} with the forward of that "
+            f"class and without an adapter, got {kind.__name__}; smoa_kernels.peft adapts quantised layers and "
+            "nn.MultiheadAttention"
         )
-    if kind is NonDynamicallyQuantizableLinear:
-        raise TypeError(
-            "linear must be a layer that is called, got the out_proj of an nn.MultiheadAttention, which reads its "
-            "weight"
-        )
-    if not conv1d and kind.forward is not nn.Linear.forward:
-        raise TypeError(
-            f"linear must have the forward of nn.Linear, got {kind.__name__} with a forward of its own; "
-            "smoa_kernels.peft adapts quantised layers"
-        )
-    weight, bias = (linear._parameters.get(name) for name in ("weight", "bias"))
+    weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))
     if weight is None or isinstance(weight, UninitializedParameter):
         raise TypeError(
-            f"linear must hold its weight as an initialised parameter, got {kind.__name__} where it is missing, "
+            f"{name} must hold its weight as an initialised parameter, got {kind.__name__} where it is missing, "
             "computed (a parametrisation, pruning) or yet to be shaped"
         )
-    if weight.ndim != 2:
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"{name}: weight must be of 16 bits or more, got {weight.dtype}")
+    if is_linear and weight.ndim != 2:
         raise ValueError(
             f"weight must be a matrix (out_features, in_features), got shape {tuple(weight.shape)}"
         )
@@ -149,19 +144,7 @@ def linear_parameters(linear: nn.Module) -> tuple[nn.Parameter, nn.Parameter | N
             f"bias must have shape ({weight.shape[0]},) and weight's dtype {weight.dtype}, "
             f"got {tuple(bias.shape)} of {bias.dtype}"
         )
-    return weight, bias
-
-
-def plain_parameters(name: str, layer: nn.Module, kind: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Weight and bias of a convolution or embedding to adapt, the argument `name`, whose class must be `kind`."""
-    weight, bias = (layer._parameters.get(key) for key in ("weight", "bias"))
-    if not isinstance(layer, kind) or type(layer).forward is not kind.forward:
-        raise TypeError(
-            f"{name} must be an nn.{kind.__name__} with the forward of that class and without an adapter, got "
-            f"{type(layer).__name__}"
-        )
-    if weight is None or isinstance(weight, UninitializedParameter) or weight.dtype not in DTYPES:
-        raise TypeError(f"{name} must hold its weight as an initialised parameter of 16 bits or more")
+    check_embedding(name, layer)
     return weight, bias
 
 
@@ -190,22 +173,6 @@ def check_keys(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any], *
             raise ValueError(
                 f"{name}: the state dict {verb} {', '.join(sorted(keys))}; strict=False loads the others"
             )
-
-
-def check_tensors(name: str, own: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
-    """Check that each given tensor has the kind and shape of the layer's."""
-    for key, mine in own.items():
-        if key not in given:
-            continue
-        value = given[key]
-        check_dense(f"{name}: {key}", value, integer=not mine.is_floating_point())
-        if value.shape != mine.shape:
-            raise ValueError(
-                f"{name}: size mismatch for {key}: the layer's is {tuple(mine.shape)}, "
-                f"the state dict's {tuple(value.shape)}"
-            )
-        if value.is_meta and not mine.is_meta:
-            raise ValueError(f"{name}: {key} must hold numbers, got a meta tensor")
 
 
 def call_always(layer: nn.Module) -> None:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import LABELS, STATE_KEYS, Adapter
-from .backends import eager, load_backend, resolve_backend
-from .checks import check_finite, check_kind, check_weight
+from .backends import load_backend, resolve_backend
+from .checks import check_finite, check_kind, check_like, check_weight
 from .definition.block_rule import BlockRule
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate
-from .definition.shard import LayerShard
+from .definition.shard import FULLY_SHARDED, LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
 from .definition.spectral_order import whole
-from .layer_checks import Settings, call_always, check_fit, check_keys, check_tensors, matrix_shape
+from .functional import dense_update
+from .layer_checks import LayerSettings, call_always, check_fit, check_keys, matrix_shape, plain_parameters
 
 
 class AdaptedWeight(nn.Module):
@@ -37,14 +38,16 @@ class AdaptedWeight(nn.Module):
     @classmethod
     def _over(
         cls,
+        name: str,
         base: nn.Module,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
-        settings: Settings,
-        partition: BlockPartition | None,
-        use_lora_rate: bool,
+        *,
+        partition: BlockPartition | None = None,
+        use_lora_rate: bool = False,
+        **given: Any,
     ) -> Any:
-        """Adapt a plain layer, whose weight and bias these are; only then is anything of it changed."""
+        """Adapt a plain layer, the argument `name`; nothing of it is changed before all was checked."""
+        plain = cls.__mro__[cls.__mro__.index(AdaptedWeight) + 1]  # torch's class, the base after this one
+        settings, (weight, bias) = LayerSettings(**given), plain_parameters(name, base, plain)
         settings.rule.check(as_matrix(weight).shape)
         check_kind("use_lora_rate", use_lora_rate, bool)
         if use_lora_rate:
@@ -68,7 +71,7 @@ class AdaptedWeight(nn.Module):
         layer.train(base.training)
         return layer
 
-    def _adapt(self, settings: Settings, partition: BlockPartition | None = None) -> None:
+    def _adapt(self, settings: LayerSettings, partition: BlockPartition | None = None) -> None:
         self.weight.requires_grad_(False)
         if getattr(self, "bias", None) is not None:  # an embedding has none
             self.bias.requires_grad_(False)
@@ -77,14 +80,9 @@ class AdaptedWeight(nn.Module):
         self.num_blocks, self.block_order, self.granule, self.block_seed, self.group_size = rule
         self.dropout, self.strict_base = settings.dropout, settings.strict_base
         self.algorithm, self.backend = settings.algorithm, settings.backend
-        self.smoa = Adapter(
-            matrix_shape(self),
-            settings.ranks,
-            settings.scaling,
-            group_size=self.group_size,
-            device=self.weight.device,
-            dtype=self.weight.dtype,
-        )
+        given = matrix_shape(self), settings.ranks, settings.scaling
+        weight = self.weight
+        self.smoa = Adapter(*given, group_size=self.group_size, device=weight.device, dtype=weight.dtype)
         call_always(self.smoa)  # no call of the layer runs this hook
         if not self.weight.is_meta:
             self._set_base(partition)
@@ -127,15 +125,6 @@ class AdaptedWeight(nn.Module):
     def block_ranks(self) -> tuple[int, ...]:
         """The rank of each block."""
         return self.smoa.block_ranks
-
-    @property
-    def num_adapter_parameters(self) -> int:
-        """The number of trainable parameters: `Σ r_k (N_k + C_k)` for blocks of N_k rows, C_k columns and rank r_k.
-
-        Raises:
-            RuntimeError: the layer has no blocks yet.
-        """
-        return self.smoa.num_parameters
 
     @property
     def scaling(self) -> float:
@@ -251,7 +240,9 @@ class AdaptedWeight(nn.Module):
         given = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         name = prefix.rstrip(".") or type(self).__name__
         self._check_unmerged(f"{name} is merged", "loading a state dict")
-        check_tensors(name, self._own_tensors(), given)
+        for key, own in self._own_tensors().items():
+            if key in given:
+                check_like(f"{name}.{key}", given[key], own)
         adapter = {key: given.get(f"smoa.{key}") for key in STATE_KEYS}
         has_labels = any(adapter[key] is not None for key in LABELS)
         weight, sketch = given.get("weight", self.weight), cast(Tensor, adapter["sketch"])
@@ -287,7 +278,7 @@ class AdaptedWeight(nn.Module):
         Raises:
             RuntimeError: the layer is on the meta device, has no blocks yet, or is sharded by `fully_shard`.
         """
-        return self._like_weight(eager.delta_weight(self._packed()))
+        return self._like_weight(dense_update(self._packed()).to(self.weight.dtype))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -330,7 +321,7 @@ class AdaptedWeight(nn.Module):
     def _check_whole(self) -> None:
         self._check_values()
         if self._shard is None and hasattr(self.weight, "full_tensor"):
-            raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
+            raise RuntimeError(FULLY_SHARDED)
 
     def _packed(self) -> PackedAdapter:
         self._check_whole()

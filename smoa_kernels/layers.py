@@ -17,15 +17,7 @@ from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .functional import adapted_linear, dense_update, embedded_rows, modulated_convolution
-from .layer_checks import (
-    Settings,
-    check_embedding,
-    check_linear,
-    linear_parameters,
-    matrix_shape,
-    over_rows,
-    plain_parameters,
-)
+from .layer_checks import LayerSettings, check_embedding, check_linear, matrix_shape, over_rows
 from .layer_state import AdaptedWeight, as_matrix
 from .operators.arguments import check_input
 from .operators.dispatch import parameter
@@ -98,9 +90,9 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_linear(in_features, out_features, bias, device, dtype)
-        settings = Settings(
-            r, num_blocks, alpha, dropout, block_ranks, block_order, granule, block_seed, group_size, algorithm,
-            backend, strict_base,
+        settings = LayerSettings(
+            r, num_blocks, block_ranks, block_order, granule, block_seed, group_size, algorithm, backend, strict_base,
+            alpha, dropout,
         )  # fmt: skip
         settings.rule.check((out_features, in_features))
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
@@ -111,20 +103,9 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         cls,
         linear: nn.Module,
         *,
-        r: int = 8,
-        num_blocks: int = 2,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        block_ranks: Sequence[int] | None = None,
-        block_order: str = "spectral",
-        granule: int = 1,
-        block_seed: int = 0,
-        group_size: int = 1,
-        algorithm: str = "auto",
-        backend: str = "auto",
-        strict_base: bool = False,
         partition: BlockPartition | None = None,
         use_lora_rate: bool = False,
+        **settings: Any,
     ) -> FusedSMoALinear:
         """Adapt an existing layer. Its weight and bias are frozen, and shared rather than copied.
 
@@ -134,18 +115,13 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
                 `granule` and `block_seed` say.
             use_lora_rate: multiply alpha by 3 K / rms(W0), so that the learning rate and the alpha of a LoRA run fit
                 (docs/choosing.md). The layer's `alpha` is that number.
-
-        The other arguments are the constructor's.
+            settings: the constructor's arguments from `r` to `strict_base`.
 
         Raises:
             TypeError, ValueError: an argument is wrong; the message says which. `linear` is as it was before.
         """
-        weight, bias = linear_parameters(linear)
-        settings = Settings(
-            r, num_blocks, alpha, dropout, block_ranks, block_order, granule, block_seed, group_size, algorithm,
-            backend, strict_base,
-        )  # fmt: skip
-        return cast(FusedSMoALinear, cls._over(linear, weight, bias, settings, partition, use_lora_rate))
+        given = {"partition": partition, "use_lora_rate": use_lora_rate, **settings}
+        return cast(FusedSMoALinear, cls._over("linear", linear, **given))
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer: (..., in_features) -> (..., out_features), in x's dtype.
@@ -197,49 +173,28 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
 
 
 # Layers that are not linear. They compute what the plain layer does, with W_eff in place of W0.
-_OPTIONS = {field.name for field in fields(Settings)}
+_OPTIONS = {field.name for field in fields(LayerSettings)}
 
 
 class _Modulated(AdaptedWeight):
-    """A layer over the plain class `_kind`, whose constructor's arguments come first."""
-
-    _kind: Any
+    """A layer over a class of torch's, the base after these; its constructor's arguments come first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        settings = Settings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
+        settings = LayerSettings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
         super().__init__(*args, **kwargs)
         check_embedding(type(self).__name__, self)
         settings.rule.check(matrix_shape(self))
         self._adapt(settings)
 
-    @classmethod
-    def _from(
-        cls,
-        name: str,
-        plain: nn.Module,
-        *,
-        partition: BlockPartition | None = None,
-        use_lora_rate: bool = False,
-        **settings: Any,
-    ) -> Any:
-        weight, bias = plain_parameters(name, plain, cls._kind)
-        check_embedding(name, plain)
-        return cls._over(plain, weight, bias, Settings(**settings), partition, use_lora_rate)
-
 
 class _Convolution(_Modulated):
     @classmethod
     def from_conv(cls, conv: nn.Module, **settings: Any) -> Any:
-        """Adapt an existing convolution. Its weight and bias are frozen, and shared rather than copied.
+        """Adapt a `conv` of the plain class, with the settings of :meth:`smoa_kernels.FusedSMoALinear.from_linear`.
 
-        Args:
-            conv: of the plain class.
-            settings: as :meth:`smoa_kernels.FusedSMoALinear.from_linear` takes them.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; the message says which. `conv` is as it was before.
+        Its weight and bias are frozen, and shared rather than copied. A TypeError or ValueError leaves it as it was.
         """
-        return cls._from("conv", conv, **settings)
+        return cls._over("conv", conv, **settings)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the convolution of x, of the shapes that the plain layer takes."""
@@ -264,8 +219,6 @@ class FusedSMoAConv1d(_Convolution, nn.Conv1d):
         torch.Size([2, 6, 6])
     """
 
-    _kind = nn.Conv1d
-
 
 class FusedSMoAConv2d(_Convolution, nn.Conv2d):
     """`nn.Conv2d` with an SMoA adapter: its convolution with W_eff = W0 + ΔW; ΔW sees dropout(x).
@@ -285,8 +238,6 @@ class FusedSMoAConv2d(_Convolution, nn.Conv2d):
         torch.Size([6, 4, 3, 3])
     """
 
-    _kind = nn.Conv2d
-
 
 class FusedSMoAConv3d(_Convolution, nn.Conv3d):
     """`nn.Conv3d` with an SMoA adapter; see :class:`smoa_kernels.FusedSMoAConv2d`.
@@ -296,8 +247,6 @@ class FusedSMoAConv3d(_Convolution, nn.Conv3d):
         >>> layer(torch.randn(2, 4, 8, 8, 8)).shape
         torch.Size([2, 6, 6, 6, 6])
     """
-
-    _kind = nn.Conv3d
 
 
 class FusedSMoAEmbedding(_Modulated, nn.Embedding):
@@ -317,20 +266,13 @@ class FusedSMoAEmbedding(_Modulated, nn.Embedding):
         torch.Size([1, 3, 8])
     """
 
-    _kind = nn.Embedding
-
     @classmethod
     def from_embedding(cls, embedding: nn.Module, **settings: Any) -> FusedSMoAEmbedding:
-        """Adapt an existing embedding. Its weight is frozen, and shared rather than copied.
+        """Adapt an `nn.Embedding`, with the settings of :meth:`smoa_kernels.FusedSMoALinear.from_linear`.
 
-        Args:
-            embedding: an `nn.Embedding`.
-            settings: as :meth:`smoa_kernels.FusedSMoALinear.from_linear` takes them.
-
-        Raises:
-            TypeError, ValueError: an argument is wrong; the message says which. `embedding` is as it was before.
+        Its weight is frozen, and shared rather than copied. A TypeError or ValueError leaves it as it was.
         """
-        return cast(FusedSMoAEmbedding, cls._from("embedding", embedding, **settings))
+        return cast(FusedSMoAEmbedding, cls._over("embedding", embedding, **settings))
 
     def forward(self, x: Tensor) -> Tensor:
         """Look up rows of W_eff: indices (...) -> (..., C), in W0's dtype."""

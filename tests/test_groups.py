@@ -40,7 +40,7 @@ def test_the_update_scales_each_group_of_a_row_by_one_number(
     assert layer.smoa.A.shape == (-(-5 // num_blocks), -(-52 // group_size))
     groups = [len(labels[::group_size][labels[::group_size] == k]) for k in range(num_blocks)]
     sizes = zip(layer.block_ranks, layer.partition.row_sizes, groups, strict=True)
-    assert layer.num_adapter_parameters == sum(r * (rows + cols) for r, rows, cols in sizes)
+    assert layer.smoa.num_parameters == sum(r * (rows + cols) for r, rows, cols in sizes)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -22,11 +22,13 @@ class BaseModel:
 
     Attributes:
         files: the file of each tensor, by stored name.
-        index: the index of the files as it is stored; None without one.
+        index: the index of the files as it is stored; None if there is none.
+        config: the model's configuration; empty where there is none.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.files = folder, dict[str, Path]()
+        self.folder, self.files, config = folder, dict[str, Path](), folder / "config.json"
+        self.config = read_json(config) if config.is_file() else {}
         self.index = read_json(folder / INDEX) if (folder / INDEX).is_file() else None
         if self.index is not None:
             files: Any = self.index.get("weight_map")

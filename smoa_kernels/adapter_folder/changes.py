@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends import eager
-from ..checks import check_path, naming
+from ..checks import check_path, is_finite, naming
 from ..definition.precision import DTYPES, dtype_names
 from .base_model import BaseModel
 from .format import HIRA, METHOD, StoredAdapter
 from .quantized import Rescaled, Rescaling, check_distance
 from .quantized_formats import QuantizedBase
-from .reading import read_adapter, read_json
+from .reading import read_adapter
 
 _INSTEAD = "merge with PEFT's merge_and_unload(), then save_pretrained()"
 
@@ -48,14 +47,7 @@ class Change(NamedTuple):
 
 
 class Merge:
-    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes.
-
-    Attributes:
-        removed: stored tensors that the merged model lacks.
-        touched: files that differ from the base's.
-        keeps_sizes: whether no tensor gets another size.
-        rescaled: the new scales of each quantised layer that :meth:`tensors` has made so far.
-    """
+    """A merge, checked and ready: the base's files, and the change of each stored tensor that the adapter changes."""
 
     def __init__(
         self, base: str | os.PathLike[str], adapter: str | os.PathLike[str], dtype: torch.dtype | None
@@ -66,24 +58,22 @@ class Merge:
             raise ValueError(f"dtype must be one of {dtype_names(DTYPES)}, got {dtype}")
         self.base, self.adapter, self.dtype = Path(base), Path(adapter), dtype
         self.model = BaseModel(self.base)
-        self.rescaled: list[Rescaled] = []
+        self.rescaled: list[Rescaled] = []  # of each quantised layer that `tensors` has made so far
         files = self.model.by_file()
-        self.config = _read_config(self.base)
+        if not self.model.config:
+            raise FileNotFoundError(f"there is no config.json in {self.base}")
         quantized = None
-        if (settings := self.config.get("quantization_config")) is not None:
+        if (settings := self.model.config.get("quantization_config")) is not None:
             check_keeps_dtype(dtype)
             quantized = QuantizedBase(self.model, settings)
         changes = [*_read_changes(self.adapter, self.model, dtype, quantized)]
         self._check_ties([change.name for change in changes])
-        self.removed: set[str] = set()
+        self.removed: set[str] = set()  # stored tensors that the merged model lacks
         self.changes = {stored: change for change in changes for stored in self._stored(change)}
-        self.files = {
-            path: [name for name in names if name not in self.removed] for path, names in files.items()
-        }
-        self.touched = {self.model.files[name] for name in {*self.changes, *self.removed}}
-        if dtype is not None:
-            self.touched = {*self.files}
-        self.keeps_sizes = dtype is None and not self.removed
+        self.files = {path: [n for n in names if n not in self.removed] for path, names in files.items()}
+        changed = {self.model.files[name] for name in {*self.changes, *self.removed}}
+        self.touched = changed if dtype is None else {*self.files}  # files that differ from the base's
+        self.keeps_sizes = dtype is None and not self.removed  # whether no tensor gets another size
         # Of the changed parameters that are made of several tensors, the new tensors that were not asked for yet.
         self._made: dict[str, Tensor] = {}
 
@@ -96,7 +86,7 @@ class Merge:
             if isinstance(change, Rescaling):  # scales that were quantised too become float32
                 dtype = value.dtype
             tensor = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            if change is not None and not _is_finite(tensor):
+            if change is not None and not is_finite(tensor):
                 raise ValueError(f"{name}: the merged tensor holds NaN or Inf in {dtype_names([dtype])}")
             yield name, tensor
 
@@ -152,13 +142,6 @@ class Merge:
                 )
 
 
-def _read_config(base: Path) -> dict[str, Any]:
-    path = base / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config.json in {base}")
-    return read_json(path)
-
-
 def check_keeps_dtype(dtype: torch.dtype | None) -> None:
     """Refuse a dtype for the merged model, whose base is quantised."""
     if dtype is not None:
@@ -203,8 +186,3 @@ def _effective(
         weight = stored.T if swapped else stored
     W_eff = eager.modulated_weight(adapter.packed(weight.to(dtype or weight.dtype)))
     return W_eff if weight is stored else W_eff.T
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # A NaN is among the extremes; `isfinite` of the whole tensor would take a copy's memory.
-    return not tensor.numel() or all(math.isfinite(value) for value in tensor.aminmax())

@@ -105,13 +105,7 @@ class StoredAdapter:
 
 
 def read_layer(name: str, given: Mapping[str, Any], r: int, group_size: int = 1) -> StoredAdapter:
-    """Make the adapter of one layer from its tensors, after checking these against each other.
-
-    Args:
-        name: the layer's path, for messages.
-        given: tensors by `STATE_KEYS`, None for one that is missing.
-        r: the rank budget.
-        group_size: columns that share one of A.
+    """Make the adapter of a layer from its tensors by `STATE_KEYS`, None for one that is missing, checked.
 
     Raises:
         TypeError, ValueError: naming the layer and the tensor.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,22 @@ from ..definition.sketch import TOLERANCE
 from .base_model import BaseModel
 from .format import PREFIX, StoredAdapter
 from .quantized_formats import QuantizedBase
-from .reading import read_adapter, read_json
+from .reading import read_adapter
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One adapted layer.
+    """One adapted layer."""
 
-    Attributes:
-        name: its path in the base model.
-        shape: (N, C) of W0; (E, N, C) of a fused weight of experts.
-        ranks: r_k of each block.
-        parameters: `Σ r_k (N_k + C_k)`, of all experts together.
-        fingerprint: first digits of the sketch of W0 (the first expert's), the same for the same base in the same
-            precision.
-        base_distance: estimate of the relative difference between the given base and the one that the adapter was
-            trained on; None without a base, infinity for a layer that the base lacks or has in another shape. Of
-            experts, the largest.
-        worst_expert: the expert whose distance that is; None for a single weight, and without a base.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    ranks: tuple[int, ...]
-    parameters: int
-    fingerprint: str
+    name: str  # its path in the base model
+    shape: tuple[int, ...]  # (N, C) of W0; (E, N, C) of a fused weight of experts
+    ranks: tuple[int, ...]  # r_k of each block
+    parameters: int  # `Σ r_k (N_k + C_k)`, of all experts together
+    fingerprint: str  # first digits of W0's sketch (the first expert's), equal for one base in one precision
+    # Estimate of the relative difference between the given base and the one that the adapter was trained on; None
+    # without a base, infinity for a layer that the base lacks or has in another shape. Of experts, the largest.
     base_distance: float | None
-    worst_expert: int | None = None
+    worst_expert: int | None = None  # whose distance that is; None for a single weight, and without a base
 
     @property
     def kind(self) -> str:
@@ -60,19 +49,12 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter folder.
+    """An adapter folder."""
 
-    Attributes:
-        config: its configuration, as the file holds it.
-        layers: its layers, sorted by name, with numbers by value.
-        file_size: bytes of the file of weights.
-        other_tensors: names of further tensors in the file (biases, modules that are saved in full).
-    """
-
-    config: dict[str, Any]
-    layers: tuple[LayerReport, ...]
-    file_size: int
-    other_tensors: tuple[str, ...]
+    config: dict[str, Any]  # as the file holds it
+    layers: tuple[LayerReport, ...]  # sorted by name, with numbers by value
+    file_size: int  # bytes of the file of weights
+    other_tensors: tuple[str, ...]  # names of the others in it: biases, modules that are saved in full
 
     @property
     def parameters(self) -> int:
@@ -102,39 +84,25 @@ def inspect_adapter(
     if base is not None:
         check_path("base", base)
     adapter = read_adapter(Path(folder))
-    bases = quantized = None
+    model = quantized = None
     if base is not None:
-        bases, config = BaseModel(Path(base)), Path(base, "config.json")
-        settings = read_json(config).get("quantization_config") if config.is_file() else None
-        quantized = None if settings is None else QuantizedBase(bases, settings)
+        model = BaseModel(Path(base))
+        settings = model.config.get("quantization_config")
+        quantized = None if settings is None else QuantizedBase(model, settings)
     layers = []
-    for name, blocks in adapter.layers.items():
-        layers.append(_layer(name, blocks, bases, quantized))
+    for name, layer in adapter.layers.items():
+        distances = None if model is None else _distances(name, layer, model, quantized)
+        layers.append(_layer(name, layer, distances))
         progress(len(layers), len(adapter.layers))
-    return AdapterReport(
-        adapter.config,
-        tuple(layers),
-        adapter.path.stat().st_size,
-        tuple(PREFIX + key for key in sorted(adapter.whole)),
-    )
+    others = tuple(PREFIX + key for key in sorted(adapter.whole))
+    return AdapterReport(adapter.config, tuple(layers), adapter.path.stat().st_size, others)
 
 
-def _layer(
-    name: str, adapter: StoredAdapter, bases: BaseModel | None, quantized: QuantizedBase | None
-) -> LayerReport:
-    experts = adapter.matrices()
+def _layer(name: str, adapter: StoredAdapter, distances: list[float] | None) -> LayerReport:
+    experts, worst = adapter.matrices(), None
     ranks = experts[0].ranks.tolist()
-    distances = None
-    if quantized is not None and (layer := quantized.layer(name)) is not None:
-        with naming(name):
-            distances = [adapter.orient(layer.read().dequantize())[1]]
-    elif bases is not None:
-        distances = _distances(name, experts, bases, fused=adapter.of_experts)
-    worst = (
-        None
-        if not adapter.of_experts or distances is None
-        else max(range(len(distances)), key=distances.__getitem__)
-    )
+    if adapter.of_experts and distances is not None:
+        worst = max(range(len(distances)), key=distances.__getitem__)
     return LayerReport(
         name=name,
         shape=adapter.shape,
@@ -147,9 +115,15 @@ def _layer(
     )
 
 
-def _distances(name: str, experts: Sequence[StoredAdapter], bases: BaseModel, fused: bool) -> list[float]:
+def _distances(
+    name: str, adapter: StoredAdapter, model: BaseModel, quantized: QuantizedBase | None
+) -> list[float]:
     """The distance of each expert's W0, or of the layer's, from the base's."""
-    stored = bases.get(name if fused else bases.weight_name(name))
+    if quantized is not None and (layer := quantized.layer(name)) is not None:
+        with naming(name):
+            return [adapter.orient(layer.read().dequantize())[1]]
+    experts, fused = adapter.matrices(), adapter.of_experts
+    stored = model.get(name if fused else model.weight_name(name))
     if stored is None or stored.ndim < 2 or (fused and (stored.ndim != 3 or len(stored) != len(experts))):
         return [float("inf")] * len(experts)
     weights = stored if fused else [stored]

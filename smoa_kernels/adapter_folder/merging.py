@@ -52,10 +52,7 @@ _TOKENIZER = (
 
 
 def merged_weights(
-    base: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | None = None,
+    base: str | os.PathLike[str], adapter: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Give every tensor of a base model with an adapter merged into it, under its stored name, one after another.
 
@@ -227,7 +224,7 @@ def _write_beside_weights(merge: Merge, scratch: Path) -> None:
     if (merge.adapter / "tokenizer_config.json").is_file():
         for path in (path for pattern in _TOKENIZER for path in merge.adapter.glob(pattern)):
             _copy(path, scratch / path.relative_to(merge.adapter))
-    config, index = merge.config, merge.model.index
+    config, index = merge.model.config, merge.model.index
     if index:
         kept = {name: file for name, file in index["weight_map"].items() if name not in merge.removed}
         index = {**index, "metadata": {**index.get("metadata", {}), "total_size": size}, "weight_map": kept}
@@ -269,9 +266,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
     """Replace the dtype in a configuration, and in those nested in it, where it is given."""
-    nested = {
-        key: _with_dtype(value, name) if isinstance(value, dict) else value for key, value in config.items()
-    }
+    nested = {k: _with_dtype(v, name) if isinstance(v, dict) else v for k, v in config.items()}
     return {**nested, **{key: name for key in ("dtype", "torch_dtype") if key in config}}
 
 

@@ -30,22 +30,13 @@ MOST_JSON_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Adapter:
-    """The folder of an SMoA adapter, or of a HiRA adapter as SMoA with one block, read and checked.
+    """The folder of an SMoA adapter, or of a HiRA adapter as SMoA with one block, read and checked."""
 
-    Attributes:
-        config: the configuration as its file holds it.
-        settings: the layers' settings in it.
-        path: the file of weights.
-        tensors: its tensors by key without `PREFIX`; mapped into memory, so the factors' values are not read yet.
-        layers: the adapter of every layer, by its path in the base model. The path of a fused weight of experts is the
-            parameter's.
-    """
-
-    config: dict[str, Any]
-    settings: AdapterSettings
-    path: Path
-    tensors: dict[str, Tensor]
-    layers: dict[str, StoredAdapter]
+    config: dict[str, Any]  # the configuration as its file holds it
+    settings: AdapterSettings  # the layers' settings in it
+    path: Path  # of the file of weights
+    tensors: dict[str, Tensor]  # by key without `PREFIX`; mapped into memory: no value is read yet
+    layers: dict[str, StoredAdapter]  # by path in the base model; of experts, the path of the parameter
 
     @property
     def is_hira(self) -> bool:
@@ -55,38 +46,30 @@ class Adapter:
     @property
     def whole(self) -> dict[str, Tensor]:
         """Parameters that the file holds in full: biases, and those of modules to save."""
-        return {
-            key: tensor for key, tensor in self.tensors.items() if INFIX not in key and ".hira_" not in key
-        }
+        return {key: own for key, own in self.tensors.items() if INFIX not in key and ".hira_" not in key}
 
 
 def read_adapter(folder: Path, methods: Sequence[str] = (METHOD,)) -> Adapter:
     """Read the folder of an adapter of one of `methods`, SMoA or HiRA, without PEFT."""
-    config = read_config(folder, methods)
+    place = folder / CONFIG_NAME
+    if not place.is_file():
+        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}: give the folder of a saved adapter")
+    config = read_json(place)
+    method: Any = config.get("peft_type")
+    if method not in methods:
+        raise ValueError(f"{place}: an adapter of the method {shown(method)}, not {' or '.join(methods)}")
     path, known = folder / WEIGHTS_NAME, {field.name for field in fields(AdapterSettings)}
-    if config["peft_type"] == HIRA:
+    if method == HIRA:
         settings = AdapterSettings(num_blocks=1)  # whose scale is 1
     else:
-        with naming(folder / CONFIG_NAME):
+        with naming(place):
             settings = AdapterSettings(**{key: value for key, value in config.items() if key in known})
-    found = Adapter(config, settings, path, *read_weights(folder, settings, config["peft_type"]))
+    found = Adapter(config, settings, path, *read_weights(folder, settings, method))
     if not path.is_file():
         raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {folder}")
     if not found.layers:
         raise ValueError(f"{path} holds no layer of {'a HiRA' if found.is_hira else 'an SMoA'} adapter")
     return found
-
-
-def read_config(folder: Path, methods: Sequence[str]) -> dict[str, Any]:
-    """Read the configuration of an adapter of one of `methods` (PEFT's names)."""
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {CONFIG_NAME} in {folder}: give the folder of a saved adapter")
-    config = read_json(path)
-    method = config.get("peft_type")
-    if method not in methods:
-        raise ValueError(f"{path}: an adapter of the method {shown(method)}, not {' or '.join(methods)}")
-    return config
 
 
 def read_weights(
@@ -148,10 +131,9 @@ def _hira_layers(tensors: dict[str, Tensor]) -> dict[str, StoredAdapter]:
     layers = {}
     for key in sorted((key for key in tensors if ".hira_" in key), key=by_number):
         name, _, kind = key.rpartition(".")
-        if kind.startswith("hira_embedding_"):
-            raise ValueError(f"{name} is an embedding, and only linear layers are read")
-        if tensors[key].ndim != 2:
-            raise ValueError(f"{name} is a convolution, and only linear layers are read")
+        if (embedding := kind.startswith("hira_embedding_")) or tensors[key].ndim != 2:
+            what = "an embedding" if embedding else "a convolution"
+            raise ValueError(f"{name} is {what}, and only linear layers are read")
         if kind == "hira_A":
             A, B = tensors[key], tensors.get(f"{name}.hira_B")
             if B is None or B.ndim != 2 or B.shape[1] != A.shape[0]:

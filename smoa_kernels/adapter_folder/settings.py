@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import ALGORITHM_CHOICES, BACKEND_CHOICES
 from ..checks import (
     MOST_BLOCKS,
     MOST_COORDINATES,
@@ -20,18 +19,20 @@ from ..checks import (
     check_choice,
     check_count,
     check_finite,
+    check_kind,
     check_probability,
     shown,
 )
-from ..definition.block_rule import BLOCK_ORDERS, BlockRule
-from ..definition.ranks import alpha_for_lora_rate, resolve_ranks
+from ..definition.block_rule import BLOCK_ORDERS
+from ..definition.ranks import alpha_for_lora_rate
+from ..layer_checks import Settings
 
 # Version of the adapter folder's format. It is raised when older releases cannot read a newer folder. Versions 1 and 2
 # were never released.
 FORMAT_VERSION = 3
 
 _BIASES = ("none", "all", "smoa_only")
-_FLAGS = ("use_rslora", "use_lora_rate", "init_weights", "fan_in_fan_out", "strict_base", "inference_mode")
+_FLAGS = ("use_rslora", "use_lora_rate", "init_weights", "fan_in_fan_out", "inference_mode")
 
 # The patterns that give single layers another value than a field's, each with that field and the check of a value.
 _PATTERNS: dict[str, tuple[str, Callable[[str, Any], None]]] = {
@@ -44,14 +45,12 @@ _PATTERNS: dict[str, tuple[str, Callable[[str, Any], None]]] = {
 
 
 @dataclass
-class AdapterSettings:
+class AdapterSettings(Settings):
     """The fields that SMoA adds to a configuration of PEFT; `smoa_kernels.peft.SMoAConfig` says what each means."""
 
-    r: int = 8
+    group_size: int | str = 1  # type: ignore[assignment]  # "base" becomes a number
     target_modules: list[str] | set[str] | str | None = None
     target_parameters: list[str] | None = None
-    num_blocks: int = 2
-    block_ranks: list[int] | None = None
     smoa_alpha: float | None = None
     smoa_dropout: float = 0.0
     use_rslora: bool = False
@@ -66,15 +65,8 @@ class AdapterSettings:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     num_blocks_pattern: dict[str, int] = field(default_factory=dict)
-    block_order: str = "spectral"
-    granule: int = 1
-    block_seed: int = 0
-    group_size: int | str = 1
     block_order_pattern: dict[str, str] = field(default_factory=dict)
     granule_pattern: dict[str, int] = field(default_factory=dict)
-    algorithm: str = "auto"
-    backend: str = "auto"
-    strict_base: bool = False
     not_linear: list[str] | None = None
     format_version: int | None = None
     weights_sha256: str | None = None
@@ -92,30 +84,17 @@ class AdapterSettings:
                 f"smoa_dropout must be 0 where target_parameters are adapted, got {self.smoa_dropout}"
             )
         for name in _FLAGS:
-            check_bool(name, getattr(self, name))
+            check_kind(name, getattr(self, name), bool)
         if self.use_lora_rate and self.is_from_file:
             raise ValueError(
                 "use_lora_rate must be false in an adapter's folder, which holds the scales as numbers (alpha_pattern)"
             )
         check_choice("bias", self.bias, _BIASES)
-        check_choice("algorithm", self.algorithm, ALGORITHM_CHOICES)
-        check_choice("backend", self.backend, BACKEND_CHOICES)
 
     @property
     def is_from_file(self) -> bool:
         """Whether this came from a saved adapter, whose weights and block labels are about to be loaded."""
         return self.format_version is not None
-
-    @property
-    def rule(self) -> BlockRule:
-        """How blocks are made; includes K."""
-        group_size: Any = self.group_size
-        return BlockRule(self.num_blocks, self.block_order, self.granule, self.block_seed, group_size)
-
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        """r_k of each block."""
-        return resolve_ranks(self.r, self.num_blocks, self.block_ranks)
 
     @property
     def alpha(self) -> float:
@@ -168,14 +147,13 @@ class AdapterSettings:
             )
 
     def _check_blocks(self) -> None:
-        if self.block_ranks is not None and not isinstance(self.block_ranks, (list, tuple)):
-            raise TypeError(f"block_ranks must be a list of ints, got {shown(self.block_ranks)}")
-        resolve_ranks(self.r, self.num_blocks, self.block_ranks)
-        # "base" is replaced by a number where an adapter is put into a model.
-        rule = (
-            self.rule if self.group_size != "base" or self.is_from_file else self.rule._replace(group_size=1)
-        )
-        rule.check()
+        group_size = self.group_size
+        if group_size == "base" and not self.is_from_file:
+            self.group_size = 1  # until an adapter is put into a model
+        super().__post_init__()
+        self.group_size = group_size
+        if self.block_ranks is not None:
+            self.block_ranks = list(self.block_ranks)  # as JSON needs it
         for pattern, (_, check) in _PATTERNS.items():
             values = getattr(self, pattern)
             if not isinstance(values, Mapping):
@@ -227,12 +205,6 @@ def _matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
 def _end(key: str) -> re.Pattern[str]:
     """The expression that PEFT's `get_pattern_key` matches layer names with."""
     return re.compile(rf"(.*\.)?({key})$")
-
-
-def check_bool(name: str, value: Any) -> None:
-    """`value` must be True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def _check_items(name: str, value: Any, kind: type, *, alone: bool) -> None:

@@ -60,23 +60,12 @@ class Backend(Protocol):
         """The algorithms that a caller may name, beside "auto"."""
 
     def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        adapter: PackedAdapter,
-        algorithm: str,
-        dropout: Dropout | None,
+        self, x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
     ) -> Tensor:
         """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`: x (T, C) -> y (T, N) in x's dtype, which is W0's."""
 
     def backward(
-        self,
-        dy: Tensor,
-        x: Tensor | None,
-        adapter: PackedAdapter,
-        dropout: Dropout | None,
-        *,
-        needs_x: bool,
+        self, dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
     ) -> Gradients:
         """Gradients of `forward` for dy (T, N): dX where `needs_x`, dA and dB where x (T, C) is given."""
 
@@ -103,7 +92,13 @@ class ExpertsBackend(Protocol):
         """
 
 
-_MODULES = {"eager": ".eager", "native": ".native.backend", "triton": ".verified", "reference": ".reference"}
+# The module of each backend, and that of its experts.
+_MODULES = {
+    "eager": (".eager", ".experts"),
+    "native": (".native.backend", ".native.experts"),
+    "triton": (".verified", ".verified"),
+    "reference": (".reference", ".experts"),
+}
 
 
 def _constant(function: F) -> F:
@@ -117,26 +112,14 @@ def _constant(function: F) -> F:
 
 @functools.cache
 def load_backend(name: str) -> Backend:
-    """Import the module of a resolved backend; the kernels, and with them Triton, are imported only when asked for.
-
-    Args:
-        name: "eager", "native", "triton" or "reference".
-    """
-    return cast(Backend, importlib.import_module(_MODULES[name], __package__))
-
-
-_EXPERTS_MODULES = {"eager": ".experts", "native": ".native.experts", "triton": ".verified"}
+    """Import the module of a resolved backend; the kernels, and with them Triton, are imported only when asked for."""
+    return cast(Backend, importlib.import_module(_MODULES[name][0], __package__))
 
 
 @functools.cache
 def load_experts_backend(name: str) -> ExpertsBackend:
-    """Import the module that computes a resolved backend's experts; a backend that has none uses torch's operators.
-
-    Args:
-        name: "eager", "native", "triton" or "reference".
-    """
-    module = _EXPERTS_MODULES.get(name, _EXPERTS_MODULES["eager"])
-    return cast(ExpertsBackend, importlib.import_module(module, __package__))
+    """Import the module that computes a resolved backend's experts."""
+    return cast(ExpertsBackend, importlib.import_module(_MODULES[name][1], __package__))
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank: int) -> str:
@@ -170,12 +153,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, rank
 
 @_constant
 def native_unsupported_reason(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Say why the compiled CPU code cannot take a problem; None where it can.
-
-    Args:
-        device: of the activations.
-        dtype: that the GEMM multiplies.
-    """
+    """Say why the compiled CPU code cannot take a problem of :func:`resolve_backend`; None where it can."""
     if dtype not in KERNEL_DTYPES:
         return f"the compiled code takes {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if device.type != "cpu":
@@ -188,13 +166,7 @@ def native_unsupported_reason(device: torch.device, dtype: torch.dtype = torch.f
 def triton_unsupported_reason(
     device: torch.device, dtype: torch.dtype = torch.float32, rank: int = 1
 ) -> str | None:
-    """Say why the kernels cannot take a problem; None where they can.
-
-    Args:
-        device: of the activations.
-        dtype: that the GEMM multiplies.
-        rank: ρ, rows of A.
-    """
+    """Say why the kernels cannot take a problem of :func:`resolve_backend`; None where they can."""
     if dtype not in KERNEL_DTYPES:
         return f"the kernels take {dtype_names(KERNEL_DTYPES)}, got {dtype}"
     if rank > MOST_TRITON_RANKS:
@@ -203,12 +175,9 @@ def triton_unsupported_reason(
 
 
 def miscompiled(capability: int, precision: str, version: str) -> str | None:
-    """Say what a Triton compiles wrongly for NVIDIA's GPUs; None if nothing is known.
+    """Say what a `version` of Triton compiles wrongly for NVIDIA's GPUs of a major `capability`; None if it is unknown.
 
-    Args:
-        capability: their major compute capability.
-        precision: of the products, one of `precision.KERNEL_PRECISIONS`.
-        version: Triton's.
+    `precision` is that of the products, one of `precision.KERNEL_PRECISIONS`.
     """
     for capabilities, of_precision, right, why in _MISCOMPILED:
         if capability in capabilities and of_precision in ("", precision) and TorchVersion(version) < right:
@@ -218,11 +187,7 @@ def miscompiled(capability: int, precision: str, version: str) -> str | None:
 
 @_constant
 def algorithms_of(backend: str) -> tuple[str, ...]:
-    """Name the algorithms that a resolved backend has beside "auto".
-
-    Args:
-        backend: "eager", "native", "triton" or "reference".
-    """
+    """Name the algorithms that a resolved backend has beside "auto"."""
     return load_backend(backend).ALGORITHMS
 
 

@@ -23,42 +23,25 @@ _LONG_RUN = 32
 
 
 class Index(NamedTuple):
-    """Where the columns (or rows) of block order lie in a matrix.
+    """Where the columns (or rows) of block order lie in a matrix."""
 
-    Attributes:
-        places: int64, one per column.
-        run: aligned groups of so many columns are moved together, in their order.
-    """
-
-    places: Tensor
-    run: int
+    places: Tensor  # int64, one per column
+    run: int  # aligned groups of so many columns are moved together, in their order
 
 
 @dataclass(frozen=True)
 class BlockOrder:
-    """An adapter whose blocks are slices.
+    """An adapter whose blocks are slices. Lists by block leave out blocks of rank zero."""
 
-    Attributes:
-        weight: W0 (N, C), as it is.
-        A: (ρ, C), columns in block order, at least float32.
-        B: (N, ρ), rows in block order, times s.
-        row_index: rows in block order; None where blocks are contiguous: the order is W0's own.
-        col_index: the same for columns.
-        ranks: rank of each block. Blocks of rank zero are left out here and in all lists by block.
-        row_sizes: rows of each block.
-        col_sizes: columns of each block.
-        batched: all blocks are one batch (K, …); a list by block then has this one element.
-    """
-
-    weight: Tensor
-    A: Tensor
-    B: Tensor
-    row_index: Index | None
-    col_index: Index | None
-    ranks: Sequence[int]
-    row_sizes: Sequence[int]
-    col_sizes: Sequence[int]
-    batched: bool = False
+    weight: Tensor  # W0 (N, C), as it is
+    A: Tensor  # (ρ, C), columns in block order, at least float32
+    B: Tensor  # (N, ρ), rows in block order, times s
+    row_index: Index | None  # rows in block order; None where blocks are contiguous: the order is W0's own
+    col_index: Index | None  # the same for columns
+    ranks: Sequence[int]  # rank of each block
+    row_sizes: Sequence[int]  # rows of each block
+    col_sizes: Sequence[int]  # columns of each block
+    batched: bool = False  # all blocks are one batch (K, …); a list by block then has this one element
 
     @property
     def full(self) -> bool:
@@ -81,9 +64,8 @@ class BlockOrder:
 
     def batch(self, weight: Tensor) -> Tensor:
         """The diagonal blocks of a matrix of W0's shape as one batch (K, N_k, C_k), a view."""
-        blocks: Tensor = weight.unflatten(0, (len(self.row_sizes), -1)).unflatten(
-            2, (len(self.col_sizes), -1)
-        )
+        count = len(self.row_sizes)
+        blocks: Tensor = weight.unflatten(0, (count, -1)).unflatten(2, (count, -1))
         return blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)
 
     def places(self) -> list[tuple[slice, slice]]:
@@ -99,10 +81,8 @@ class BlockOrder:
         parts = list(zip(self.cols(A), self.rows(B), strict=True))
         if self.full:
             return parts
-        return [
-            (A_k[:rank], B_k[:, :rank])
-            for (A_k, B_k), rank in zip(parts, filter(None, self.ranks), strict=True)
-        ]
+        pairs = zip(parts, filter(None, self.ranks), strict=True)
+        return [(A_k[:rank], B_k[:, :rank]) for (A_k, B_k), rank in pairs]
 
     def weights(self) -> Iterator[Tensor]:
         """`W0[rows_k, cols_k]` of every block, in W0's memory order; views where blocks are contiguous, else copies."""
@@ -111,11 +91,8 @@ class BlockOrder:
         elif self.row_index is None or self.col_index is None:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
         else:
-            weight, run, turned = (
-                self.weight,
-                self.col_index.run,
-                self.weight.stride(0) < self.weight.stride(1),
-            )
+            weight, run = self.weight, self.col_index.run
+            turned = weight.stride(0) < weight.stride(1)
             rows, cols = self.rows(self.row_index.places), self.cols(self.col_index.places, 0)
             if turned:  # columns are the rows of memory
                 weight, run, rows, cols = weight.T, self.row_index.run, cols, rows
@@ -140,13 +117,8 @@ def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:
 
 def is_batch(adapter: PackedAdapter) -> bool:
     """Whether a GPU takes all blocks as one batch: they are slices of one size, and of one rank that the host knows."""
-    p, ranks = adapter.partition, adapter.block_ranks
-    return (
-        adapter.weight.device.type != "cpu"
-        and p.is_even
-        and ranks is not None
-        and set(ranks) == {adapter.A.shape[0]}
-    )
+    ranks, is_cpu = adapter.block_ranks, adapter.weight.device.type == "cpu"
+    return not is_cpu and adapter.partition.is_even and ranks is not None and {*ranks} == {adapter.A.shape[0]}
 
 
 def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
@@ -158,17 +130,8 @@ def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
     row_index, col_index = block_indices(adapter)
     if row_index is not None and col_index is not None:
         A, B = A.index_select(1, col_index.places), B.index_select(0, row_index.places)
-    return BlockOrder(
-        weight=adapter.weight,
-        A=A,
-        B=B * adapter.scaling,
-        row_index=row_index,
-        col_index=col_index,
-        ranks=adapter.host_ranks(),
-        row_sizes=p.row_sizes,
-        col_sizes=p.col_sizes,
-        batched=batched,
-    )
+    blocks = row_index, col_index, adapter.host_ranks(), p.row_sizes, p.col_sizes
+    return BlockOrder(adapter.weight, A, B * adapter.scaling, *blocks, batched)
 
 
 def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
@@ -203,9 +166,7 @@ def _every(places: Tensor, run: int) -> Tensor:
 
 def _is_aligned(x: Tensor, width: int) -> bool:
     """Whether `width` adjacent elements of a row may be viewed as one."""
-    return bool(
-        width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
-    )
+    return width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
 
 
 def inverse(index: Index) -> Index:

@@ -21,11 +21,7 @@ PIXEL_PANEL = 512
 def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter, conv: Any) -> tuple[Tensor, Tensor]:
     """(dA, dB) of a convolution with W_eff, as `eager.factor_gradients` with the windows of x (batch, C', …) as tokens.
 
-    Args:
-        dy: (batch, N, …).
-        x: (batch, C', …).
-        adapter: of the convolution's weight as a matrix.
-        conv: one of torch's modules, without groups, its padding zeros given in numbers.
+    dy is (batch, N, …), `conv` one of torch's modules, without groups, its padding zeros given in numbers.
     """
     gradient = BlockGradient(adapter)
     x = F.pad(x, [size for size in reversed(conv.padding) for _ in range(2)]).contiguous()

@@ -23,18 +23,10 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
-from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee, without_autocast
+from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee
 from ..definition.thresholds import round_weight
 from . import Gradients
-from .block_order import (
-    Index,
-    block_indices,
-    block_order,
-    inverse,
-    is_batch,
-    row_panels,
-    select_columns,
-)
+from .block_order import Index, block_indices, block_order, inverse, is_batch, row_panels, select_columns
 from .pages import in_large_pages
 
 ALGORITHMS = ("merged", "split", "expanded")
@@ -65,14 +57,10 @@ HALF_TOKEN_PANEL = 512
 
 
 def choose_algorithm(tokens: int, slots: int, dtype: torch.dtype, *, tf32: bool, dropout: bool) -> str:
-    """Choose the algorithm of "auto" on this backend.
+    """Choose the algorithm of "auto" on this backend; `slots` are K·ρ, at least the adapter's rank.
 
-    Args:
-        tokens: T.
-        slots: K·ρ, at least the adapter's rank.
-        dtype: that the GEMM multiplies.
-        tf32: whether the GEMM multiplies float32 in less than IEEE float32, and so would round a small update away.
-        dropout: whether the adapter sees another x than the base layer.
+    In `tf32` the GEMM multiplies float32 in less than IEEE float32, and so would round a small update away. Under
+    `dropout` the adapter sees another x than the base layer.
     """
     if dropout:
         return "split"
@@ -138,11 +126,9 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
     weight, modulate = adapter.weight, _modulate_rows(adapter)
     if weight.dtype == torch.promote_types(weight.dtype, torch.float32):
         return lambda first, out: modulate(first, weight[first : first + out.shape[0]], out)
-    rows = (
-        max(16, ROUNDED_ELEMENTS // max(1, weight.shape[1]))
-        if weight.device.type == "cpu"
-        else weight.shape[0]
-    )
+    rows = weight.shape[0]
+    if weight.device.type == "cpu":
+        rows = max(16, ROUNDED_ELEMENTS // max(1, weight.shape[1]))
 
     def write(first: int, out: Tensor) -> Tensor:
         for part in row_panels(out, max(1, rows)):
@@ -219,13 +205,6 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
 def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
     """`B A` in the memory order of the weight that it will be multiplied with."""
     return (A.mT @ B.mT).mT if like.stride(-2) < like.stride(-1) else B @ A
-
-
-def delta_weight(adapter: PackedAdapter) -> Tensor:
-    """`ΔW`, (N, C) in W0's dtype, zero outside the diagonal blocks; rounded once."""
-    A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
-    with without_autocast(A):
-        return (B @ A).mul_(adapter.weight).to(adapter.weight.dtype)
 
 
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:

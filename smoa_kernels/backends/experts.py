@@ -56,11 +56,8 @@ def base_output(x: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
 def spans(ends: Tensor) -> list[tuple[int, int, int]]:
     """Each expert that has pairs: its number, its first pair and where its pairs end."""
     last = ends.tolist()
-    return [
-        (e, start, end)
-        for e, (start, end) in enumerate(zip([0, *last[:-1]], last, strict=True))
-        if end > start
-    ]
+    pairs = enumerate(zip([0, *last[:-1]], last, strict=True))
+    return [(e, start, end) for e, (start, end) in pairs if end > start]
 
 
 def _active(total: int, ends: Tensor, adapter: ExpertsAdapter) -> Iterator[tuple[int, slice, PackedAdapter]]:

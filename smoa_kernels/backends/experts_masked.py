@@ -21,23 +21,14 @@ _PANEL = 4096  # pairs that are copied at a time, in A's dtype
 
 
 class _Expert(NamedTuple):
-    """One expert's W0, factors and pairs.
+    """An expert's W0, factors and pairs."""
 
-    Attributes:
-        weight: W0 (N, C).
-        A: (ρ, C), at least float32; its padding is zero.
-        B: (N, ρ), the same.
-        same: (N, C), where a row's and a column's blocks are equal.
-        modulation: s·BA, zero elsewhere.
-        pairs: (P, 1), whether a pair is this expert's.
-    """
-
-    weight: Tensor
-    A: Tensor
-    B: Tensor
-    same: Tensor
-    modulation: Tensor
-    pairs: Tensor
+    weight: Tensor  # W0 (N, C)
+    A: Tensor  # (ρ, C), at least float32; its padding is zero
+    B: Tensor  # (N, ρ), the same
+    same: Tensor  # (N, C), where a row's and a column's blocks are equal
+    modulation: Tensor  # s·BA, zero elsewhere
+    pairs: Tensor  # (P, 1), whether a pair is this expert's
 
 
 def experts_forward(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -> Tensor:
@@ -57,9 +48,8 @@ def experts_backward(
     dA, dB = (None, None) if x is None else (torch.empty_like(adapter.A), torch.empty_like(adapter.B))
     for e, expert in enumerate(_experts(dy.shape[0], ends, adapter)):
         if dx is not None:
-            dx = torch.where(
-                expert.pairs, dy @ (expert.weight + expert.modulation * expert.weight).to(dy.dtype), dx
-            )
+            W_eff = (expert.weight + expert.modulation * expert.weight).to(dy.dtype)
+            dx = torch.where(expert.pairs, dy @ W_eff, dx)
         if x is not None and dA is not None and dB is not None:
             G = _sums(dy, x, expert)
             H = torch.where(expert.same, G * expert.weight.to(G.dtype) * adapter.scaling, 0)
@@ -95,8 +85,6 @@ def _labels(size: int, offsets: Tensor, index: Tensor | None, e: int) -> Tensor:
     """The block of each of expert e's rows, or columns."""
     slots = torch.arange(size, dtype=offsets.dtype, device=offsets.device)
     labels = torch.bucketize(slots, offsets[e % len(offsets)], right=True) - 1
-    return (
-        labels
-        if index is None
-        else torch.empty_like(labels).scatter_(0, index[e % len(index)].long(), labels)
-    )
+    if index is None:
+        return labels
+    return torch.empty_like(labels).scatter_(0, index[e % len(index)].long(), labels)

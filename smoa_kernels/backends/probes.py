@@ -31,12 +31,11 @@ def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
     weight, rho = adapter.weight, adapter.A.shape[-2]
     like = partial(_like, torch.Generator(weight.device).manual_seed(0))
     ranks = [rho // (1 + k % 2) for k in range(len(adapter.ranks))]
-    changed: dict[str, Any] = {
-        "A": like(adapter.A),
-        "B": like(adapter.B),
+    changed: dict[str, Any] = {"A": like(adapter.A), "B": like(adapter.B)}
+    changed |= {
         "ranks": like(adapter.ranks, of=ranks),
+        "scaling": like(adapter.scaling, of=max(rho, 1) ** -0.5),
     }
-    changed["scaling"] = like(adapter.scaling, of=max(rho, 1) ** -0.5)
     if not _says_something(weight):
         changed["weight"] = like(weight)
     if isinstance(adapter, PackedAdapter):
@@ -49,13 +48,11 @@ def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
             return value
         if value.is_floating_point():
             return like(value, rows if value.ndim == 2 else 0)
-        return like(
-            value, of=(rows - torch.arange(len(value)).flip(0) // 2).clamp(min=0)
-        )  # `ends` of experts
+        ends = (rows - torch.arange(len(value)).flip(0) // 2).clamp(min=0)  # of experts
+        return like(value, of=ends)
 
-    return run(
-        *(operand(value, rows) for value in args), **{name: operand(value) for name, value in options.items()}
-    )
+    named = {name: operand(value) for name, value in options.items()}
+    return run(*(operand(value, rows) for value in args), **named)
 
 
 def _like(draw: torch.Generator, tensor: Tensor, rows: int = 0, of: Any = None) -> Tensor:

@@ -49,20 +49,15 @@ class _WithheldError(RuntimeError):
 
 
 class Verdicts:
-    """Verdicts on the kernels that were compared on a GPU, kept in its tuning table's file.
-
-    Attributes:
-        kernels: for each, by its name and Triton's hash, why it is refused; empty if it is verified.
-        ran: those that this process launched.
-        withheld: why calls do not try the kernels in this process.
-    """
+    """Verdicts on the kernels that were compared on a GPU, kept in its tuning table's file."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.identity = device, identity(device)
         stored = read(user_table(gpu_name(device))).part(self.identity, "verdicts")
+        # By a kernel's name and Triton's hash, why it is refused; empty if it is verified.
         self.kernels = {name: reason for name, reason in stored.items() if isinstance(reason, str)}
-        self.ran: set[str] = set()
-        self.withheld: dict[object, str] = {}
+        self.ran: set[str] = set()  # those that this process launched
+        self.withheld: dict[object, str] = {}  # why calls do not try the kernels in this process
 
     def name_of(self, launch: Launch, *arguments: Any) -> str:
         """Compile a kernel and name it. Raises a _WithheldError if it is refused."""

@@ -79,9 +79,8 @@ def _message(error: Exception) -> str:
     extra_is_missing = isinstance(error, ImportError) and error.name is None
     if (isinstance(error, (ValueError, OSError)) or extra_is_missing) and str(error):
         return str(error)
-    return (
-        f"{type(error).__name__}: {error} (unexpected; smoa-kernels --debug shows where, info what to report)"
-    )
+    what = f"{type(error).__name__}: {error}"
+    return f"{what} (unexpected; smoa-kernels --debug shows where, info what to report)"
 
 
 def _fail(message: str, code: int = 2) -> int:

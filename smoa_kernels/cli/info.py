@@ -33,17 +33,7 @@ from .output import console, write_json
 _PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "typer", "rich")
 _HAS_TRITON, _NO_TRITON = importlib.util.find_spec("triton") is not None, "triton is not installed"
 _OURS = ("SMOA_CACHE", "SMOA_VERIFY")
-_VARIABLES = (
-    "SMOA_",
-    "TRITON_",
-    "PYTORCH_",
-    "CUDA_",
-    "HIP_",
-    "HSA_",
-    "ROCR_",
-    "NVIDIA_TF32_OVERRIDE",
-    "XDG_CACHE_HOME",
-)
+_VARIABLES = ("SMOA_", "TRITON_", "PYTORCH_", "CUDA_", "HIP_", "HSA_", "ROCR_", "NVIDIA_TF32_", "XDG_CACHE_")
 # A report is public, so variables with such a word in their names are not shown.
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 # Files with the driver's version; a driver that is part of Linux has only Linux's version.
@@ -56,12 +46,8 @@ def backends() -> dict[str, str | None]:
     triton = triton_unsupported_reason(torch.device(here))
     if triton is not None and triton.startswith("x is on the CPU"):
         triton = "no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    return {
-        "eager": None,
-        "native": native_unsupported_reason(torch.device("cpu")),
-        "reference": None,
-        "triton": triton,
-    }
+    native = native_unsupported_reason(torch.device("cpu"))
+    return {"eager": None, "native": native, "reference": None, "triton": triton}
 
 
 def info(json: Annotated[Path | None, typer.Option(help="Write the same as JSON.")] = None) -> None:
@@ -97,11 +83,9 @@ def _collect() -> dict[str, dict[str, str]]:
 
 
 def _environment() -> dict[str, str]:
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_VARIABLES)}
-    return {
-        name: "set, not shown" if any(word in name for word in _SECRET) else value
-        for name, value in variables.items()
-    }
+    shown = {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_VARIABLES)}
+    secret = {name: "set, not shown" for name in shown if any(word in name for word in _SECRET)}
+    return shown | secret
 
 
 def _runtime() -> str:
@@ -197,9 +181,7 @@ def _devices() -> dict[str, str]:
     instructions += ", AMX" if has("amx") else ", BF16" if has("bf16") else ""
     slow = [dtype for dtype in (torch.bfloat16, torch.float16) if not has_gemm(dtype)]
     if slow:
-        instructions += (
-            f"; torch has no GEMM of {dtype_names(slow)}: layers without an adapter are slow in them"
-        )
+        instructions += f"; torch lacks a GEMM in {dtype_names(slow)}: layers without adapters are slow"
     threads = torch.get_num_threads()
     devices = {"cpu": f"{os.cpu_count()} cores, threads of torch: {threads}, instructions: {instructions}"}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):

@@ -11,8 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..files import replace_file
-
 _PIPE_WIDTH = 160
 
 
@@ -33,16 +31,8 @@ def progress_of(doing: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON: replace a file atomically; write directly to a pipe or device such as /dev/stdout.
-
-    Raises:
-        ValueError: the file cannot be written; the message says why.
-    """
-    text = (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+    """Write JSON to a file, a pipe or a device; a ValueError says why if that cannot be."""
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(text)
-        else:
-            replace_file(path, text)
+        path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}") from error

@@ -161,15 +161,9 @@ class ExpertsAdapter:
 
     @property
     def T(self) -> ExpertsAdapter:
-        """The adapter of every expert's W_effᵀ, which computes `dX = dY W_eff` as this one computes `x W_effᵀ`."""
-        return ExpertsAdapter(
-            self.weight.transpose(1, 2),
-            self.B.transpose(1, 2),
-            self.A.transpose(1, 2),
-            self.blocks.T,
-            self.ranks,
-            self.scaling,
-        )
+        """The adapter of every expert's W_effᵀ, which computes `dX = dY W_eff` as `self` computes `x W_effᵀ`."""
+        turned = self.weight.mT, self.B.mT, self.A.mT, self.blocks.T
+        return ExpertsAdapter(*turned, self.ranks, self.scaling)
 
     def experts(self, experts: Sequence[int]) -> list[PackedAdapter]:
         """The adapters of some experts' weights."""

@@ -56,14 +56,6 @@ def labels_of(order: Tensor, num_blocks: int, granule: int, size: int) -> Tensor
     return labels.repeat_interleave(granule)[:size]
 
 
-def coordinates(order: Tensor, granule: int, size: int) -> Tensor:
-    """The coordinates of granules, in the granules' order."""
-    if granule == 1:
-        return order
-    every = (order[:, None] * granule + torch.arange(granule, device=order.device)).flatten()
-    return every[every < size]
-
-
 def granularity(sides: Sequence[Tensor]) -> int:
     """The greatest common divisor of the positions where labels (n,), or those of any expert (E, n), change."""
     stacks = [torch.atleast_2d(side) for side in sides]

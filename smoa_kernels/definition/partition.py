@@ -7,7 +7,7 @@ never recomputed, since another machine could put a coordinate into another bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -27,17 +27,7 @@ from ..checks import (
     granules,
     on_sides,
 )
-from .labels import (
-    check_labels,
-    check_range,
-    coordinates,
-    granularity,
-    label_dtype,
-    labels_of,
-    pack,
-    sections,
-    unpack,
-)
+from .labels import check_labels, check_range, granularity, label_dtype, labels_of, pack, sections, unpack
 from .spectral_order import order_source, whole
 
 
@@ -52,9 +42,6 @@ class BlockPartition:
     A granule is a run of g adjacent rows or columns that stay together; the last one may be short.
 
     Attributes:
-        row_order: int64 (N,), rows sorted by spectral centroid; the blocks are consecutive pieces of it. A
-            partition built otherwise does not know the centroids: there it is `row_index`.
-        col_order: int64 (C,), the same for columns.
         row_block: (N,) block of each row, uint8, or int32 above 256 blocks.
         col_block: (C,) block of each column, same dtypes.
         row_index: int64 (N,), rows grouped by block, ascending within each. It depends on nothing but the labels,
@@ -85,8 +72,6 @@ class BlockPartition:
     col_sizes: tuple[int, ...]
     granularity: int
     is_contiguous: bool
-    row_order: Tensor
-    col_order: Tensor
     _plan = cast(Any, None)  # of an instance; no field
 
     @classmethod
@@ -107,7 +92,8 @@ class BlockPartition:
         """
         weight = whole(weight)
         check_weight(weight)
-        return cls._from_spectrum(weight.detach(), num_blocks, granule)
+        orders = partial(order_source.get(), weight.detach())
+        return cls._cut(orders, weight.shape, num_blocks, granule)
 
     @classmethod
     def from_experts(cls, weights: Tensor, num_blocks: int, *, granule: Granule = 1) -> BlockPartition:
@@ -128,21 +114,25 @@ class BlockPartition:
         """
         weights = whole(weights)
         check_weight(weights.flatten(0, 1), "weights")
-        return cls._from_spectrum(weights.detach(), num_blocks, granule)
+        orders = partial(order_source.get(), weights.detach())
+        return cls._cut(orders, weights.shape[-2:], num_blocks, granule)
 
     @classmethod
-    def _from_spectrum(cls, weight: Tensor, num_blocks: int, granule: Granule) -> BlockPartition:
-        shape = weight.shape[-2:]
+    def _cut(
+        cls,
+        orders: Callable[[tuple[int, int]], Iterable[Tensor]],
+        shape: Sequence[int],
+        num_blocks: int,
+        granule: Granule,
+        device: torch.device | str | None = None,
+    ) -> BlockPartition:
+        """Blocks of rows and columns; `orders` gives the orders of their granules, from the granules' sizes."""
         check_blocks(num_blocks, shape)
         check_granule(granule, num_blocks, shape)
         granule = on_sides(granule, shape)
-        orders = order_source.get()(weight, granule)
-        sides = list(zip(orders, granule, shape, strict=True))
-        row_block, col_block = (labels_of(order, num_blocks, g, size) for order, g, size in sides)
-        rows, cols = (coordinates(order, g, size) for order, g, size in sides)
-        found = cls.from_labels(row_block, col_block, num_blocks)
-        found.row_order, found.col_order = rows, cols
-        return found
+        sides = zip(orders(granule), granule, shape, strict=True)
+        rows, cols = (labels_of(order, num_blocks, g, size).to(device) for order, g, size in sides)
+        return cls.from_labels(rows, cols, num_blocks)
 
     @classmethod
     def contiguous(
@@ -168,7 +158,8 @@ class BlockPartition:
             >>> BlockPartition.contiguous((4, 6), 2).col_block.tolist()
             [0, 0, 0, 1, 1, 1]
         """
-        return cls._from_orders(partial(torch.arange, device="cpu"), shape, num_blocks, granule, device)
+        order_of = partial(torch.arange, device="cpu")
+        return cls._of_shape(order_of, shape, num_blocks, granule, device or torch.get_default_device())
 
     @classmethod
     def random(
@@ -198,31 +189,16 @@ class BlockPartition:
         """
         check_count("seed", seed, 0, 2**63 - 1)
         draw = partial(torch.randperm, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
-        return cls._from_orders(draw, shape, num_blocks, granule, device)
+        return cls._of_shape(draw, shape, num_blocks, granule, device or torch.get_default_device())
 
     @classmethod
-    def _from_orders(
-        cls,
-        order_of: Callable[[int], Tensor],
-        shape: Sequence[int],
-        num_blocks: int,
-        granule: Granule,
-        device: torch.device | str | None,
-    ) -> BlockPartition:
+    def _of_shape(cls, order_of: Callable[[int], Tensor], shape: Sequence[int], *cut: Any) -> BlockPartition:
         """Blocks of rows and columns; `order_of` gives the order of their granules, from their number."""
         if len(shape) != 2:
             raise ValueError(f"shape must be (out_features, in_features), got {tuple(shape)}")
         for name, size in zip(("out_features", "in_features"), shape, strict=True):
             check_count(name, size, 0, MOST_COORDINATES)
-        check_blocks(num_blocks, shape)
-        check_granule(granule, num_blocks, shape)
-        rows, cols = (
-            labels_of(order_of(granules(size, g)), num_blocks, g, size)
-            for size, g in zip(shape, on_sides(granule, shape), strict=True)
-        )
-        if device is None:
-            device = torch.get_default_device()
-        return cls.from_labels(rows.to(device), cols.to(device), num_blocks)
+        return cls._cut(lambda granule: map(order_of, map(granules, shape, granule)), shape, *cut)
 
     @classmethod
     def from_labels(cls, row_block: Tensor, col_block: Tensor, num_blocks: int) -> BlockPartition:
@@ -298,7 +274,7 @@ class BlockPartition:
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
-        """Rebuild a partition from :meth:`tensors` and :meth:`sizes`, as a custom operator receives it."""
+        """Rebuild a partition from :meth:`tensors` and :meth:`sizes`."""
         num_blocks = len(sizes) // 2 - 1
         if len(tensors) != 6 or len(sizes) % 2 or tensors[-1].shape[0] != num_blocks + 1:
             raise ValueError(
@@ -311,8 +287,6 @@ class BlockPartition:
             col_sizes=tuple(sizes[num_blocks:-2]),
             granularity=sizes[-2],
             is_contiguous=bool(sizes[-1]),
-            row_order=tensors[2],
-            col_order=tensors[3],
         )
 
     def tensors(self) -> list[Tensor]:
@@ -345,12 +319,12 @@ class BlockPartition:
         return self.is_contiguous and len(set(self.row_sizes)) == len(set(self.col_sizes)) == 1
 
     def rows(self, block: int) -> Tensor:
-        """Rows of one block, in the order of `row_order`."""
-        return torch.split(self.row_order, list(self.row_sizes))[block]
+        """Rows of one block, ascending."""
+        return torch.split(self.row_index, list(self.row_sizes))[block]
 
     def cols(self, block: int) -> Tensor:
-        """Columns of one block, in the order of `col_order`."""
-        return torch.split(self.col_order, list(self.col_sizes))[block]
+        """Columns of one block, ascending."""
+        return torch.split(self.col_index, list(self.col_sizes))[block]
 
     def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
         """Partition of `weight[row_slice, col_slice]` by the labels of its rows and columns; blocks may get empty."""
@@ -364,18 +338,14 @@ class BlockPartition:
         tensors = self.tensors()
         swapped = [one for pair in zip(tensors[1::2], tensors[::2], strict=True) for one in pair]
         sizes = [*self.col_sizes, *self.row_sizes, self.granularity, self.is_contiguous]
-        turned = BlockPartition.from_tensors(swapped, sizes)
-        turned.row_order, turned.col_order = self.col_order, self.row_order
-        return turned
+        return BlockPartition.from_tensors(swapped, sizes)
 
     def to(self, device: torch.device | str) -> BlockPartition:
         """The same partition on another device."""
         if self.device == torch.device(device):
             return self
         plan = self.plan.to(device)
-        moved = BlockPartition.from_tensors(*unpack(plan, self.shape, self.sizes()))._keep(plan)
-        moved.row_order, moved.col_order = self.row_order.to(device), self.col_order.to(device)
-        return moved
+        return BlockPartition.from_tensors(*unpack(plan, self.shape, self.sizes()))._keep(plan)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):

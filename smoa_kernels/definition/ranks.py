@@ -20,20 +20,14 @@ def resolve_ranks(r: int, num_blocks: int, block_ranks: Sequence[int] | None = N
     check_blocks(num_blocks)
     if block_ranks is None:
         return tuple(r // num_blocks + (k < r % num_blocks) for k in range(num_blocks))
-    if not isinstance(block_ranks, Sequence):
+    is_list = isinstance(block_ranks, Sequence)
+    if not is_list or any(isinstance(rank, bool) or not isinstance(rank, int) for rank in block_ranks):
         raise TypeError(f"block_ranks must be a list of ints, got {shown(block_ranks)}")
     ranks = tuple(block_ranks)
-    if any(isinstance(rank, bool) or not isinstance(rank, int) for rank in ranks):
-        raise TypeError(f"block_ranks must be ints, got {shown(list(ranks))}")
-    if len(ranks) != num_blocks:
+    if len(ranks) != num_blocks or min(ranks) < 0 or sum(ranks) != r:
         raise ValueError(
-            f"block_ranks must have num_blocks={num_blocks} entries, got {len(ranks)}: {shown(list(ranks))}"
-        )
-    if min(ranks) < 0:
-        raise ValueError(f"block_ranks must not be negative, got {shown(list(ranks))}")
-    if sum(ranks) != r:
-        raise ValueError(
-            f"block_ranks must sum to r={r}, got {shown(list(ranks))}, which sum to {sum(ranks)}"
+            f"block_ranks must be num_blocks={num_blocks} numbers of 0 or more that sum to r={r}, got {len(ranks)} "
+            f"that sum to {sum(ranks)}: {shown(list(ranks))}"
         )
     return ranks
 

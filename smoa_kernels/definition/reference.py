@@ -38,14 +38,7 @@ def delta_weight(adapter: PackedAdapter) -> Tensor:
 def forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
-    """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C); y (..., N) (docs/definition.md).
-
-    Nothing is checked.
-
-    Args:
-        algorithm: any; there is one way.
-        dropout: the active one, or None.
-    """
+    """Compute `y = x W0ᵀ + b + dropout(x) ΔWᵀ` for x (..., C), by any algorithm in one way; nothing is checked."""
     return F.linear(x, adapter.weight, bias) + F.linear(_dropped(x, dropout), delta_weight(adapter))
 
 

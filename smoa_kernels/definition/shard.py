@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
+FULLY_SHARDED = "the base weight is sharded by fully_shard: call unshard() on the module first"
+
 
 class LayerShard:
     """A contiguous part of W0's rows or columns, cut like `torch.chunk` over a one-dimensional mesh.
@@ -71,7 +73,7 @@ class LayerShard:
             for full, part in zip(weight.shape, (self.rows, self.cols), strict=True)
         )
         if mine.shape not in (expected, expected[::-1]):
-            raise RuntimeError("weight is sharded by fully_shard: call unshard() on the module first")
+            raise RuntimeError(FULLY_SHARDED)
         return mine
 
     def bias(self, bias: Tensor) -> Tensor:

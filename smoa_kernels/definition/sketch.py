@@ -69,12 +69,7 @@ def _warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=4)
 
 
-def check_base(
-    distances: Mapping[str, float],
-    *,
-    strict: bool,
-    warn: Callable[[str], None] = _warn,
-) -> None:
+def check_base(distances: Mapping[str, float], *, strict: bool, warn: Callable[[str], None] = _warn) -> None:
     """Warn, or raise a ValueError where `strict`, if an adapter was trained on other weights than these layers'.
 
     Args:

@@ -21,8 +21,7 @@ except ImportError as error:
 from ..adapter_folder.format import METHOD
 from ..adapter_folder.merging import MergeReport, merge_to_folder, merged_weights
 from .config import SMoAConfig
-from .experts.experts import Experts
-from .experts.weight import ExpertsWeight
+from .experts.experts import Experts, ExpertsWeight
 from .folder.hotswap import hotswap
 from .folder.sending import SMoATrainerMixin
 from .hira.accelerate import HiraReport, accelerate_hira, decelerate_hira

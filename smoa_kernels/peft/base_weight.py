@@ -21,8 +21,9 @@ from ..definition.block_rule import BlockRule
 from ..definition.experts import ExpertBlocks
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
-from ..definition.shard import LayerShard
+from ..definition.shard import FULLY_SHARDED, LayerShard
 from ..definition.sketch import sketch_distance, sketch_weight
+from ..functional import dense_update
 from ..operators.dispatch import parameter
 from .combine import sum_adapters
 from .dequantize import read_weight
@@ -207,16 +208,12 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Compute ΔW of one adapter, to be added to W0: in the base weight's layout, at least float32.
-
-        Args:
-            adapter: its name.
-        """
+        """Compute ΔW of one adapter, by its name, to be added to W0: in the base weight's layout, at least float32."""
         with present(self):
             weight = self.base_weight()
             _check_unsharded(weight)
             wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-            deltas = [eager.delta_weight(each) for each in self._matrices(adapter, wide)]
+            deltas = [dense_update(matrix) for matrix in self._matrices(adapter, wide)]
         delta = torch.stack(deltas) if self.stack else deltas[0]
         return delta.mT if self.fan_in_fan_out else self._unflattened(delta)
 
@@ -227,7 +224,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     def _write(self, merged: Iterable[Tensor]) -> None:
         """Write W_eff to the base layer, matrix by matrix."""
         stored = self._stored_weight().data
-        into = self._each(stored.mT if self.fan_in_fan_out else stored)
+        stored = stored.mT if self.fan_in_fan_out else stored
+        into = stored.unbind() if self.stack else (stored,)
         for place, each in zip(into, merged, strict=True):
             place.copy_(self._unflattened(each))
 
@@ -243,10 +241,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         # float8 is for storing W0, not for training factors: they stay in float32.
         return device, None if dtype is not None and dtype.itemsize < 2 else dtype
 
-    def _each(self, weight: Tensor) -> Sequence[Tensor]:
-        return weight.unbind() if self.stack else (weight,)
-
 
 def _check_unsharded(weight: Tensor) -> None:
     if hasattr(weight, "full_tensor"):
-        raise RuntimeError("the base weight is sharded by fully_shard: call unshard() on the module first")
+        raise RuntimeError(FULLY_SHARDED)

@@ -15,9 +15,9 @@ from peft.utils.peft_types import PeftType
 
 from ..adapter_folder.format import CONFIG_NAME, METHOD
 from ..adapter_folder.reading import read_weights
-from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, check_bool, whole_name
+from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, whole_name
 from ..adapter_folder.writing import replacing
-from ..checks import check_path, naming
+from ..checks import check_kind, check_path, naming
 
 
 @dataclass
@@ -90,14 +90,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         return {**super().to_dict(), "format_version": FORMAT_VERSION, "weights_sha256": None}
 
     def with_alphas_of(self, layers: Mapping[str, AdapterSettings]) -> SMoAConfig:
-        """Return a copy that holds the alpha of every layer as a number.
-
-        Args:
-            layers: the settings of all adapted layers, by name.
-
-        Raises:
-            ValueError: one has no number yet; the message names the layer.
-        """
+        """Return a copy that holds each layer's alpha as a number; a ValueError names a layer that has none yet."""
         for name, settings in layers.items():
             if settings.use_lora_rate:
                 raise ValueError(
@@ -148,7 +141,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         file = folder / CONFIG_NAME
         strict_base = kwargs.pop("strict_base", None)
         if strict_base is not None:
-            check_bool("strict_base", strict_base)
+            check_kind("strict_base", strict_base, bool)
         # A str, not a Path, so that a TypeError stays one: PEFT's callers catch it.
         with naming(str(file)) if file.is_file() else nullcontext():
             try:

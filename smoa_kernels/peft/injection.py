@@ -25,11 +25,9 @@ from ..distributed import smoa_buffers
 from .combine import check_combination, combined_config
 from .config import SMoAConfig
 from .dequantize import group_size_of, quantization_of
-from .experts.experts import Experts
+from .experts.experts import Experts, ExpertsWeight
 from .experts.targets import find_targets
-from .experts.weight import ExpertsWeight
-from .folder.loading import check_adapter
-from .folder.snapshot import PARAMETER_PREFIX, Snapshot
+from .folder.loading import PARAMETER_PREFIX, Snapshot, check_adapter
 from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
 from .modulated import AdaptedModule, Attention, Convolution, Embedding, ParameterLayer
@@ -122,9 +120,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     n for n, a in adapters.items() if not (a.A.is_meta or a.ranks.is_meta or a.has_blocks)
                 ]
                 initialize_all({name: injected[name] for name in fresh}, adapter_name)
-            others = (
-                sorted(n for n, a in injected.items() if not isinstance(a, (Linear, ExpertsWeight))) or None
-            )
+            plain = Linear, ExpertsWeight
+            others = sorted(name for name, layer in injected.items() if not isinstance(layer, plain)) or None
             if not config.is_from_file and others != config.not_linear:
                 if not config.inference_mode:  # what is handed over in loading stays that object
                     self.peft_config[adapter_name] = config = copy(config)
@@ -364,10 +361,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     ) -> Any:
         layers = layers_with(model, adapter_name)
         for layer in layers.values():
+            # Missing blocks are computed, into the tensors of the state dict.
             if not layer.smoa[adapter_name].A.is_meta:
-                layer.partition(
-                    adapter_name
-                )  # missing blocks are computed, into the tensors of the state dict
+                layer.partition(adapter_name)
         held = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         for name, layer in layers.items():
             # As with LoRA, a folder holds the configuration's scale, whatever `set_scale` says.

@@ -84,10 +84,6 @@ class SMoALayer(BaseWeight):
     def update_layer(self, adapter_name: str, settings: AdapterSettings) -> None:
         """Add an adapter of zeros. Its blocks come with weights that are loaded, or by :meth:`initialize`.
 
-        Args:
-            adapter_name: the new adapter's name.
-            settings: its rank, blocks and scaling.
-
         Raises:
             TypeError, ValueError: the settings do not fit the layer, or it is sharded. Nothing is added.
         """
@@ -114,7 +110,6 @@ class SMoALayer(BaseWeight):
         their blocks.
 
         Args:
-            adapter_name: the adapter.
             partition: the blocks, where they are known; else those of another adapter with the same rule, or computed.
 
         Raises:
@@ -154,7 +149,6 @@ class SMoALayer(BaseWeight):
         """Put factors, blocks and ranks into an adapter that was just added.
 
         Args:
-            adapter_name: the adapter that was just added.
             packed: the new factors, blocks and ranks. Its `weight` is not read: it may be quantised or offloaded.
             source: an adapter of this layer, whose sketch of W0 is copied.
         """
@@ -165,13 +159,7 @@ class SMoALayer(BaseWeight):
         self._share_blocks()
 
     def overwrite(self, adapter_name: str, given: Mapping[str, Tensor], settings: AdapterSettings) -> None:
-        """Copy an adapter of the same shapes over one of this layer's, in place.
-
-        Args:
-            adapter_name: the adapter that is overwritten.
-            given: the new tensors by `STATE_KEYS`.
-            settings: the new adapter's.
-        """
+        """Copy an adapter of the same shapes, its tensors by `STATE_KEYS`, over one of this layer's, in place."""
         self.smoa[adapter_name].overwrite(given)
         self.settings[adapter_name] = settings
 
@@ -212,11 +200,7 @@ class SMoALayer(BaseWeight):
         return sum_adapters([first, *(self.packed(name, weight) for name in names[1:])], self._single_block)
 
     def effective_weight(self, adapter_names: Sequence[str]) -> Tensor:
-        """Compute W_eff of these adapters, in W0's shape and dtype, differentiable in their factors.
-
-        Args:
-            adapter_names: at least one.
-        """
+        """Compute W_eff of one or more adapters, in W0's shape and dtype, differentiable in their factors."""
         return self._unflattened(modulate(*self._modulation(adapter_names)))
 
     def _modulation(self, adapter_names: Sequence[str]) -> tuple[PackedAdapter, str]:

@@ -115,9 +115,5 @@ class Linear(AdaptedLayer):
         return F.linear(x, weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Say that PEFT can factorise the additive ΔW; as a rule that takes a rank far above r.
-
-        Args:
-            adapter_name: any.
-        """
+        """Say that PEFT can factorise the additive ΔW of any adapter; as a rule that takes a rank far above r."""
         return True

@@ -31,17 +31,10 @@ ReadWeight = Callable[[torch.dtype], Tensor]
 def dequantized_linear(
     x: Tensor, base: Any, read: ReadWeight, adapter: PackedAdapter, **settings: Any
 ) -> Tensor:
-    """The same over a quantised layer, in its compute dtype if it has one; differentiable once.
+    """`adapted_linear` over a quantised layer `base`, in its compute dtype if it has one; differentiable once.
 
-    Args:
-        x: (..., C).
-        base: the layer.
-        read: gives its W0 in a dtype.
-        adapter: the adapter; its `weight` is not used.
-        settings: `dropout_p`, `algorithm` and `backend` of :func:`smoa_kernels.smoa_linear`.
-
-    Returns:
-        (..., N) in x's dtype.
+    x is (..., C), the result (..., N) in x's dtype. The adapter's `weight` is not used: `read` gives W0. `settings` are
+    `dropout_p`, `algorithm` and `backend` of :func:`smoa_kernels.smoa_linear`.
     """
     dtype = getattr(base, "compute_dtype", None)
     if dtype is None:

@@ -20,8 +20,7 @@ from ..adapter_folder.format import CONFIG_NAME, METHOD
 from ..adapter_folder.reading import read_json
 from ..adapter_folder.writing import replacing, seal
 from .config import SMoAConfig
-from .folder.loading import check_adapter
-from .folder.snapshot import Snapshot
+from .folder.loading import Snapshot, check_adapter
 
 
 def add_method(enum: Any) -> None:

@@ -11,11 +11,7 @@ from ..checks import check_choice, check_finite
 
 
 class Scaling(MutableMapping[str, float]):
-    """s by adapter, a view of 0-d tensors that are changed in place: a compiled layer or a CUDA graph reads them.
-
-    Args:
-        adapters: by name.
-    """
+    """s by adapter, a view of 0-d tensors that are changed in place: a compiled layer or a CUDA graph reads them."""
 
     def __init__(self, adapters: Any) -> None:
         self._adapters = adapters

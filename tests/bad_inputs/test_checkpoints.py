@@ -62,7 +62,7 @@ READING: list[Row] = [
     (
         lambda w: SMoAConfig.from_pretrained(str(w.folder), strict_base="no"),
         TypeError,
-        "strict_base must be True or False, got 'no'",
+        "strict_base must be a bool, got str",
     ),
 ]
 

@@ -114,7 +114,7 @@ def test_one_exchanged_in_inference_mode_can_be_trained(tmp_path, tokens):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 4}, r"size mismatch for .*A: the layer takes shape \(3, 32\), the adapter has \(2, 32\)"),
+        ({"r": 4}, r"size mismatch for .*A: the layer takes shape \(3, 32\), got \(2, 32\)"),
         ({"num_blocks": 3}, "size mismatch for .*A"),
         ({"block_order": "contiguous"}, "block sizes, granularity and contiguity must be the same"),
         ({"target_modules": ["q_proj"]}, "k_proj: the adapter lacks A, B, row_block"),

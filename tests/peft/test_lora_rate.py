@@ -11,7 +11,7 @@ from torch import nn
 
 from smoa_kernels import FusedSMoALinear
 from smoa_kernels.peft import SMoAConfig
-from smoa_kernels.peft.experts.weight import ExpertsWeight
+from smoa_kernels.peft.experts.experts import ExpertsWeight
 
 
 def rms(weight):

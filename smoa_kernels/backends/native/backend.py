@@ -25,19 +25,14 @@ ALGORITHMS, modulated_weight = eager.ALGORITHMS, eager.modulated_weight
 class Route:
     """A row of `ROUTES`: which calls it takes, and by which path.
 
-    Attributes:
-        path: computes them.
-        dtypes: of x or dY.
-        algorithms: those that it takes. A call with dropout counts as "dropout", whatever algorithm was asked for.
-        needs: what the machine must have, a name for :func:`library.has`, or "".
-        most: the largest T and T·ρ that it takes, for `FEW`; None: it takes all.
+    A call with dropout counts as the algorithm "dropout", whatever was asked for.
     """
 
     path: Path
-    dtypes: tuple[torch.dtype, ...] = tuple(KINDS)
+    dtypes: tuple[torch.dtype, ...] = tuple(KINDS)  # of x or dY
     algorithms: tuple[str, ...] = ("auto", "merged", "split", "expanded", "dropout")
-    needs: str = ""
-    most: tuple[int, int] | None = None
+    needs: str = ""  # what the machine must have, a name for `library.has`, or ""
+    most: tuple[int, int] | None = None  # the largest T and T·ρ that it takes, for `FEW`; None: it takes all
 
 
 ROUTES = (
@@ -71,11 +66,7 @@ def routes(dtype: torch.dtype, rank: int, algorithm: str) -> tuple[int, Path]:
 
 
 def forward(
-    x: Tensor,
-    bias: Tensor | None,
-    adapter: PackedAdapter,
-    algorithm: str,
-    dropout: Dropout | None,
+    x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
     """`y = x W0ᵀ + b + dropout(x) ΔWᵀ`, as :func:`eager.forward`; x (T, C) on the CPU."""
     if not _fits(adapter, x, None, bias):

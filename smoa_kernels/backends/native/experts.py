@@ -108,13 +108,8 @@ def _fits(adapter: ExpertsAdapter, ends: Tensor) -> bool:
     ):
         fits = fits and offsets.shape[0] in (1, count) and offsets.shape[1] == blocks.num_blocks + 1
         fits = fits and (index is None or (index.shape[0] in (1, count) and index.shape[1] == size))
-    return (
-        fits
-        and weight.dtype in KINDS
-        and weight.is_cpu
-        and weight.numel() > 0
-        and unsupported_reason() is None
-    )
+    fits = fits and weight.dtype in KINDS and weight.is_cpu and weight.numel() > 0
+    return fits and unsupported_reason() is None
 
 
 def _takes(weight: Tensor, given: Tensor, width: int) -> bool:

@@ -140,7 +140,8 @@ class Call(ctypes.Structure):
         index: Sequence[Tensor | None],
     ) -> tuple[Tensor, list[Tensor]]:
         """Set the layer, or the first expert's; returns W0 and the blocks' offsets as compiled code reads them."""
-        weight = along_memory(present("weight", adapter.weight))
+        weight = present("weight", adapter.weight)
+        weight = weight if lies_along_memory(weight) else weight.contiguous()
         A, B = present("A", adapter.A), present("B", adapter.B)
         offsets = [dense(name, getattr(blocks, name), torch.int32) for name in ("row_offsets", "col_offsets")]
         ranks = dense("ranks", adapter.ranks, torch.int32)
@@ -335,11 +336,6 @@ def drawn(dropout: Dropout, tokens: Tensor, columns: int) -> Mask:
     call.layer.cols = columns
     library().smoa_mask(ctypes.byref(call))
     return Mask(kept, dropout.scale)
-
-
-def along_memory(matrix: Tensor) -> Tensor:
-    """The matrix, or stack of matrices, if it :func:`lies_along_memory`, else a contiguous copy."""
-    return matrix if lies_along_memory(matrix) else matrix.contiguous()
 
 
 def lies_along_memory(matrix: Tensor) -> bool:

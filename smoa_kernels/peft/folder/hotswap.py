@@ -97,11 +97,7 @@ def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapte
         ("block_ranks", list(old.block_ranks), new.ranks.tolist()),
         ("group_size", old.group_size, new.group_size),
         ("dtype", (old.A.dtype, old.B.dtype), (new.A.dtype, new.B.dtype)),
-        (
-            "block sizes, granularity and contiguity",
-            old.partition.sizes(),
-            new.partition.sizes(),
-        ),
+        ("block sizes, granularity and contiguity", old.partition.sizes(), new.partition.sizes()),
     ):
         if held != found:
             raise ValueError(

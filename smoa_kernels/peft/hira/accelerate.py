@@ -94,15 +94,7 @@ def accelerate_hira(model: nn.Module) -> HiraReport:
 
 
 def decelerate_hira(model: nn.Module) -> None:
-    """Undo :func:`accelerate_hira`: every layer is PEFT's again, and no tensor has changed.
-
-    Args:
-        model: a model with HiRA adapters.
-
-    Raises:
-        TypeError: `model` is no module.
-        ValueError: it has no HiRA layer.
-    """
+    """Undo :func:`accelerate_hira` of a `model`, with the same errors: every layer is PEFT's, no tensor has changed."""
     for layer in _layers(model).values():
         if _is_accelerated(layer):
             if vars(layer).pop("_repacks", False):
@@ -159,13 +151,9 @@ _Layer: Any = nn.Module  # Any, since it is mixed into PEFT's layer and has that
 
 
 class Accelerated(_Layer):  # type: ignore[misc]
-    """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible.
+    """A mixin for PEFT's HiRA classes whose forward uses the operator where that is possible."""
 
-    Attributes:
-        pefts_class: PEFT's class of the layer, which :func:`decelerate_hira` restores.
-    """
-
-    pefts_class: type[nn.Module]
+    pefts_class: type[nn.Module]  # which `decelerate_hira` restores
     # Block, s, and the ranks int32 (1,) by r; None while the weight is on the meta device.
     _prepared: tuple[BlockPartition, Tensor, dict[int, Tensor]] | None = None
     _repacks = False  # whether bitsandbytes was to repack the weight for the CPU
@@ -191,9 +179,7 @@ class Accelerated(_Layer):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute what PEFT's layer does; of a linear one (..., C) -> (..., N), in x's dtype.
 
-        Args:
-            x: as PEFT's layer takes it.
-            args, kwargs: passed to the base layer; PEFT's forward computes a call that has any.
+        PEFT's forward computes a call that has further arguments, which are the base layer's.
         """
         found = None if args or kwargs else self._active(x)
         if found is None:

@@ -119,15 +119,13 @@ def _to_smoa(
 
 
 def _base_model(adapter: Adapter, base: str | os.PathLike[str] | None, why: str) -> BaseModel:
-    if base is None:
-        named = adapter.config.get("base_model_name_or_path")
-        if named is None or not Path(named).is_dir():
-            raise ValueError(
-                f"base must be given: the adapter names {named!r}, which is no folder, as its base model, and {why}"
-            )
-        return BaseModel(Path(named))
-    check_path("base", base)
-    return BaseModel(Path(base))
+    folder: Any = adapter.config.get("base_model_name_or_path") if base is None else base
+    if base is None and (folder is None or not Path(folder).is_dir()):
+        raise ValueError(
+            f"base must be given: the adapter names {folder!r}, which is no folder, as its base model, and {why}"
+        )
+    check_path("base", folder)
+    return BaseModel(Path(folder))
 
 
 def _to_hira(
