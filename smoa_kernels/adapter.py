@@ -280,11 +280,23 @@ class Adapter(nn.Module):
                 f"{name} is on the meta device: load with assign=True, or call to_empty() first"
             )
         if not given["ranks"].is_meta:
-            check_values(name, given, self.r, self.group_size)
+            check_values(name, given, self.r, max(self.block_ranks), self.group_size)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # accelerate, where only the first process has the weights, sends those that are DTensors on the meta device.
+        if self.A.is_meta and hasattr(self.A, "device_mesh"):
+            from torch.distributed.tensor import DTensor
+
+            for key, buffer in self._buffers.items():
+                destination[prefix + key] = DTensor.from_local(buffer, self.A.device_mesh)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
+        for key in self._buffers:
+            if hasattr(value := state_dict.get(prefix + key), "to_local"):
+                state_dict[prefix + key] = value.to_local()
         given = {key: state_dict.get(prefix + key) for key in STATE_KEYS}
         if all(value is None for value in given.values()):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -335,16 +347,17 @@ def check_complete(name: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
 
 
-def check_values(name: str, given: Mapping[str, Tensor], r: int, group_size: int = 1) -> None:
+def check_values(name: str, given: Mapping[str, Tensor], r: int, rho: int, group_size: int) -> None:
     """Raise unless the labels, ranks and scale in tensors of fitting shapes are in range.
 
     Args:
         name: the layer's, for messages.
         given: tensors by `STATE_KEYS`.
         r: the sum of the ranks.
+        rho: the largest of them.
         group_size: columns that share one of A, and so are in one block.
     """
-    ranks, rho = given["ranks"].tolist(), given["A"].shape[-2]
+    ranks = given["ranks"].tolist()
     if min(ranks) < 0 or max(ranks) != rho or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")
     for key in ("row_block", "col_block"):
