@@ -162,6 +162,7 @@ def plain_parameters(name: str, layer: nn.Module, kind: Any) -> tuple[nn.Paramet
         )
     if weight is None or isinstance(weight, UninitializedParameter) or weight.dtype not in DTYPES:
         raise TypeError(f"{name} must hold its weight as an initialised parameter of 16 bits or more")
+    check_embedding(name, layer)
     return weight, bias
 
 

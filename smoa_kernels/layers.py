@@ -201,9 +201,7 @@ _OPTIONS = {field.name for field in fields(Settings)}
 
 
 class _Modulated(AdaptedWeight):
-    """A layer over the plain class `_kind`, whose constructor's arguments come first."""
-
-    _kind: Any
+    """A layer over a class of torch's, the base after these; its constructor's arguments come first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings = Settings(**{key: kwargs.pop(key) for key in _OPTIONS & kwargs.keys()})
@@ -222,8 +220,8 @@ class _Modulated(AdaptedWeight):
         use_lora_rate: bool = False,
         **settings: Any,
     ) -> Any:
-        weight, bias = plain_parameters(name, plain, cls._kind)
-        check_embedding(name, plain)
+        kind = cls.__mro__[cls.__mro__.index(AdaptedWeight) + 1]
+        weight, bias = plain_parameters(name, plain, kind)
         return cls._over(plain, weight, bias, Settings(**settings), partition, use_lora_rate)
 
 
@@ -264,8 +262,6 @@ class FusedSMoAConv1d(_Convolution, nn.Conv1d):
         torch.Size([2, 6, 6])
     """
 
-    _kind = nn.Conv1d
-
 
 class FusedSMoAConv2d(_Convolution, nn.Conv2d):
     """`nn.Conv2d` with an SMoA adapter: its convolution with W_eff = W0 + ΔW; ΔW sees dropout(x).
@@ -285,8 +281,6 @@ class FusedSMoAConv2d(_Convolution, nn.Conv2d):
         torch.Size([6, 4, 3, 3])
     """
 
-    _kind = nn.Conv2d
-
 
 class FusedSMoAConv3d(_Convolution, nn.Conv3d):
     """`nn.Conv3d` with an SMoA adapter; see :class:`smoa_kernels.FusedSMoAConv2d`.
@@ -296,8 +290,6 @@ class FusedSMoAConv3d(_Convolution, nn.Conv3d):
         >>> layer(torch.randn(2, 4, 8, 8, 8)).shape
         torch.Size([2, 6, 6, 6, 6])
     """
-
-    _kind = nn.Conv3d
 
 
 class FusedSMoAEmbedding(_Modulated, nn.Embedding):
@@ -316,8 +308,6 @@ class FusedSMoAEmbedding(_Modulated, nn.Embedding):
         >>> layer(torch.tensor([[1, 2, 3]])).shape
         torch.Size([1, 3, 8])
     """
-
-    _kind = nn.Embedding
 
     @classmethod
     def from_embedding(cls, embedding: nn.Module, **settings: Any) -> FusedSMoAEmbedding:

@@ -365,9 +365,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         layers = layers_with(model, adapter_name)
         for layer in layers.values():
             if not layer.smoa[adapter_name].A.is_meta:
-                layer.partition(
-                    adapter_name
-                )  # missing blocks are computed, into the tensors of the state dict
+                layer.partition(adapter_name)  # computes missing blocks, into the state dict's tensors
         held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
         for name, layer in layers.items():
             # PEFT looks for a checkpointed layer's tensors by the name of torch's wrapper, which state dicts leave out.
