@@ -288,15 +288,15 @@ class Adapter(nn.Module):
         if self.A.is_meta and hasattr(self.A, "device_mesh"):
             from torch.distributed.tensor import DTensor
 
-            for key, buffer in self._buffers.items():
+            for key, buffer in self.named_buffers():
                 destination[prefix + key] = DTensor.from_local(buffer, self.A.device_mesh)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         for key in self._buffers:
-            if hasattr(value := state_dict.get(prefix + key), "to_local"):
-                state_dict[prefix + key] = value.to_local()
+            if (local := getattr(state_dict.get(prefix + key), "to_local", None)) is not None:
+                state_dict[prefix + key] = local()
         given = {key: state_dict.get(prefix + key) for key in STATE_KEYS}
         if all(value is None for value in given.values()):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
