@@ -123,7 +123,7 @@ class Adapter(nn.Module):
             return False
         rows, cols, ranks = made_of
         if buffers["ranks"] is ranks and buffers["row_block"] is rows and buffers["col_block"] is cols:
-            return True
+            return bool(self._partition.row_offsets.device == rows.device)  # `fully_shard` moves buffers in place
         # These put stand-ins into the buffers.
         return (
             torch.compiler.is_exporting()
