@@ -123,7 +123,8 @@ class Adapter(nn.Module):
             return False
         rows, cols, ranks = made_of
         if buffers["ranks"] is ranks and buffers["row_block"] is rows and buffers["col_block"] is cols:
-            return bool(self._partition.row_offsets.device == rows.device)  # `fully_shard` moves buffers in place
+            # `fully_shard` moves buffers to a GPU in place.
+            return bool(self._partition.row_offsets.device == rows.device)
         # These put stand-ins into the buffers.
         return (
             torch.compiler.is_exporting()

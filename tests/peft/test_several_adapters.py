@@ -61,7 +61,7 @@ def test_labels_that_fully_shard_moves_in_place_bring_their_blocks_along(llama, 
     expected = logits(model, tokens)
     for layer in layers(model).values():
         for adapter in layer.smoa.values():
-            adapter._partition = adapter.partition.to("meta")
+            adapter.share(adapter.partition.to("meta"))
         layer._whole = layer._whole and layer._whole.to("meta")
     assert torch.equal(logits(model, tokens), expected)
 
