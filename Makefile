@@ -138,7 +138,7 @@ $(DEEPSPEED)/.installed: $(BIN)/.dev
 	@touch $@
 
 test-deepspeed: $(DEEPSPEED)/.installed ## DeepSpeed's ZeRO-3 on two processes, in an environment of its own
-	$(DEEPSPEED)/bin/python -m pytest -m slow tests/distributed/test_zero3.py $(ARGS)
+	$(DEEPSPEED)/bin/python -m pytest -m slow tests/distributed/test_zero3.py tests/distributed/test_trainer.py -k "not FSDP" $(ARGS)
 
 # vLLM's build for CPUs, of the first version that smoa_kernels/serving/vllm.py names. Two packages of torch's that it brings do not
 # load beside its torch. PEFT is for the tests alone.

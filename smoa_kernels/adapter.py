@@ -123,7 +123,8 @@ class Adapter(nn.Module):
             return False
         rows, cols, ranks = made_of
         if buffers["ranks"] is ranks and buffers["row_block"] is rows and buffers["col_block"] is cols:
-            return True
+            # `fully_shard` moves buffers to a GPU in place.
+            return bool(self._partition.row_offsets.device == rows.device)
         # These put stand-ins into the buffers.
         recorded = torch.compiler.is_exporting() or torch._C._is_tracing()
         return recorded or torch._C._len_torch_dispatch_stack() > 0
@@ -269,11 +270,23 @@ class Adapter(nn.Module):
                 f"{name} is on the meta device: load with assign=True, or call to_empty() first"
             )
         if not given["ranks"].is_meta:
-            check_values(name, given, self.r, self.group_size)
+            check_values(name, given, self.r, max(self.block_ranks), self.group_size)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # accelerate, where only the first process has the weights, sends those that are DTensors on the meta device.
+        if self.A.is_meta and hasattr(self.A, "device_mesh"):
+            from torch.distributed.tensor import DTensor
+
+            for key, buffer in self.named_buffers():
+                destination[prefix + key] = DTensor.from_local(buffer, self.A.device_mesh)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
+        for key in self._buffers:
+            if (local := getattr(state_dict.get(prefix + key), "to_local", None)) is not None:
+                state_dict[prefix + key] = local()
         given = {key: state_dict.get(prefix + key) for key in STATE_KEYS}
         if all(value is None for value in given.values()):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
@@ -324,9 +337,17 @@ def check_complete(name: str, given: Mapping[str, Any]) -> None:
         raise ValueError(f"{name}: the adapter lacks {', '.join(missing)}; nothing was loaded")
 
 
-def check_values(name: str, given: Mapping[str, Tensor], r: int, group_size: int = 1) -> None:
-    """Raise unless the labels, the ranks, whose sum is r, and the scale in tensors of fitting shapes are in range."""
-    ranks, rho = given["ranks"].tolist(), given["A"].shape[-2]
+def check_values(name: str, given: Mapping[str, Tensor], r: int, rho: int, group_size: int) -> None:
+    """Raise unless the labels, ranks and scale in tensors of fitting shapes are in range.
+
+    Args:
+        name: the layer's, for messages.
+        given: tensors by `STATE_KEYS`.
+        r: the sum of the ranks.
+        rho: the largest of them.
+        group_size: columns that share one of A, and so are in one block.
+    """
+    ranks = given["ranks"].tolist()
     if min(ranks) < 0 or max(ranks) != rho or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")
     for key in ("row_block", "col_block"):

@@ -8,13 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from torch import nn
-
-from smoa_kernels.peft import SMoAConfig
 
 HERE = Path(__file__).resolve().parent
 PATHS = [str(HERE), str(HERE / "tuning"), str(HERE.parent), str(HERE.parent / "examples")]
@@ -86,6 +84,11 @@ def base() -> nn.Sequential:
     return nn.Sequential(nn.Linear(24, 20))
 
 
-def adapted(r: int, name: str = "default", **settings: float) -> PeftModel:
+def adapted(r: int, name: str = "default", **settings: float) -> Any:
+    # Children that need none of it start sooner.
+    from peft import get_peft_model
+
+    from smoa_kernels.peft import SMoAConfig
+
     config = SMoAConfig(r=r, num_blocks=2, target_modules=["0"], init_weights=False, **settings)
     return get_peft_model(base(), config, name)

@@ -133,5 +133,5 @@ def read_layer(name: str, given: Mapping[str, Any], r: int, group_size: int = 1)
             raise ValueError(
                 f"{name}.{key} must have shape {shape} to fit B {tuple(B.shape)}, got {tuple(given[key].shape)}"
             )
-    check_values(name, given, r, group_size)
+    check_values(name, given, r, rho, group_size)
     return StoredAdapter(**{key: given[key] for key in STATE_KEYS}, group_size=group_size)

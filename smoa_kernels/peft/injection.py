@@ -357,19 +357,21 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: SMoAConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> Any:
         layers = layers_with(model, adapter_name)
         for layer in layers.values():
-            # Missing blocks are computed, into the tensors of the state dict.
             if not layer.smoa[adapter_name].A.is_meta:
-                layer.partition(adapter_name)
-        held = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+                layer.partition(adapter_name)  # computes missing blocks, into the state dict's tensors
+        held = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, **kwargs)
         for name, layer in layers.items():
+            # PEFT looks for a checkpointed layer's tensors by the name of torch's wrapper, which state dicts leave out.
+            keys = keys_of(name.replace("_checkpoint_wrapped_module.", ""), adapter_name)
+            held.update((key, state_dict[key]) for key in keys.values() if key in state_dict)
             # As with LoRA, a folder holds the configuration's scale, whatever `set_scale` says.
-            key, s = keys_of(name, adapter_name)["scaling"], layer.smoa[adapter_name].scaling
-            if key in held:
-                held[key] = torch.full_like(s, layer.settings[adapter_name].scaling)
+            if (key := keys["scaling"]) in held:
+                s, scale = layer.smoa[adapter_name].scaling, layer.settings[adapter_name].scaling
+                held[key] = torch.full_like(s, scale)
         return held
 
     @classmethod

@@ -189,7 +189,7 @@ class SMoALayer(BaseWeight):
     def packed(self, adapter_name: str, weight: Tensor, keep: bool = False) -> Any:
         """Pair an adapter with W0, as :meth:`smoa_kernels.adapter.Adapter.packed` does."""
         adapter: Any = self._modules["smoa"]._modules.get(adapter_name)
-        if adapter is None or not adapter._made_of:
+        if adapter is None or not adapter._made_of or (self._whole is not None and not adapter.is_current()):
             adapter = self._ready(adapter_name)
         return adapter.packed(weight, keep=keep)
 
@@ -268,17 +268,26 @@ class AdaptedLayer(SMoALayer, nn.Module):
 
     Args:
         base_layer: the layer, or another tuner's around it.
+        adapter_name, settings: of the first adapter.
         quantization: PEFT's back end for the base layer, where that is quantised.
     """
 
     _reads_weight = False  # whether `x W0ᵀ + b` is computed here, from the base layer's weight and bias
 
-    def __init__(self, base_layer: nn.Module, quantization: QuantizationBackend | None = None) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        settings: AdapterSettings,
+        quantization: QuantizationBackend | None = None,
+    ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         SMoALayer.__init__(self)
         self.quantization_backend = quantization
         self.out_features, self.in_features = matrix_shape(self.get_base_layer())
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, settings)
 
     def forward(
         self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any

@@ -49,16 +49,12 @@ class Linear(AdaptedLayer):
         *,
         quantization: QuantizationBackend | None = None,
     ) -> None:
-        super().__init__(base_layer, quantization)
+        super().__init__(base_layer, adapter_name, settings, quantization)
         base = self.get_base_layer()
         self.fan_in_fan_out = isinstance(base, Conv1D)
         # For the usual base layers W0 is read. Others are called: they may compute more than x W0ᵀ + b.
-        layer_type = type(base_layer)
-        forward = getattr(layer_type, "forward", None)
-        plain = layer_type is Conv1D or forward is nn.Linear.forward
+        plain = type(base_layer) is Conv1D or type(base_layer).forward is nn.Linear.forward
         self._reads_weight = plain or (quantization is not None and base is base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, settings)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shard = self._shard

@@ -63,13 +63,11 @@ class Convolution(AdaptedLayer):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, settings: AdapterSettings) -> None:
-        super().__init__(base_layer)
+        super().__init__(base_layer, adapter_name, settings)
         base = self.get_base_layer()
         self.kernel_size = base.kernel_size
         # Other classes may compute more than the convolution.
         self._plain = type(base).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, settings)
 
     def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         base, names = self.get_base_layer(), [name for name in adapter_names if name in self.settings]
@@ -131,13 +129,11 @@ class Embedding(AdaptedLayer):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, settings: AdapterSettings) -> None:
-        super().__init__(base_layer)
+        super().__init__(base_layer, adapter_name, settings)
         base = self.get_base_layer()
         check_embedding("the layer", base)
         # Other classes may compute x, as those of positions do; those that scale rows look them up by x.
         self._by_rows = type(base).forward is nn.Embedding.forward or hasattr(base, "embed_scale")
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, settings)
 
     def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         base, names = self.get_base_layer(), [name for name in adapter_names if name in self.settings]
@@ -155,9 +151,6 @@ class Embedding(AdaptedLayer):
         if base is self.base_layer:
             return y
         return cast(Tensor, self._base_output(x, *args, **kwargs) + (y - base(x, *args, **kwargs)))
-
-    def _dropout_p(self, name: str) -> float:
-        return 0.0
 
 
 class ParameterLayer(SMoALayer, nn.Module):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.utils.fsdp_utils import fsdp2_load_full_state_dict
 from networks import (
     DOUBLE,
     IN,
@@ -121,6 +123,20 @@ def test_two_dimensional_mesh(kind: str) -> None:
         depth=DEPTH,
     )
     assert all(p.device_mesh.ndim == 2 for p in model.parameters() if p.requires_grad)
+
+
+@in_two
+def test_a_model_that_only_the_first_process_has() -> None:
+    """accelerate's `fsdp_cpu_ram_efficient_loading`: the others get factors, labels and s."""
+    truth, first = step(build("peft", torch.float64), *batch(torch.float64)), dist.get_rank() == 0
+    model = build("peft", torch.float64, spectral=first)
+    if not first:
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+    state = model.state_dict()
+    model = shard(model.to("meta"))
+    fsdp2_load_full_state_dict(SimpleNamespace(is_main_process=first), model, state)
+    assert_factors(step(model, *part(batch(torch.float64))), truth)
 
 
 @in_two

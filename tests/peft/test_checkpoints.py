@@ -11,6 +11,7 @@ from adapted import CONFIG, WEIGHTS, adapt, config, contents, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from smoa_kernels.adapter_folder.writing import replacing
 from smoa_kernels.peft import SMoAConfig
@@ -106,6 +107,16 @@ def test_a_folder_that_another_process_makes_meanwhile(tmp_path):
         (scratch / "ours").write_text("own")
     assert contents(new) == {"theirs": b"other", "ours": b"own"}
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_checkpointed_layer_is_saved(llama, tokens, tmp_path):
+    """accelerate's `fsdp_activation_checkpointing` wraps layers so; PEFT then writes no tensor of LoRA's."""
+    model = adapt(llama())
+    expected = logits(model, tokens)
+    decoder = model.get_submodule("base_model.model.model.layers")
+    decoder[0] = checkpoint_wrapper(decoder[0])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path), tokens), expected)
 
 
 def test_other_methods_files_are_written_as_before(llama, tmp_path):

@@ -1,5 +1,8 @@
 """Damaged adapter folders at every door: the error names the file or the layer, and nothing has changed."""
 
+import copy
+import shutil
+
 import pytest
 import torch
 from adapted import CONFIG, WEIGHTS, adapt, edit_config, edit_weights, logits, unchanged
@@ -141,11 +144,20 @@ ROWS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """A folder, a base, and one with the folder's adapter."""
+    folder = tmp_path_factory.mktemp("whole") / "adapter"
+    adapt(base()).save_pretrained(folder)
+    return folder, base(), PeftModel.from_pretrained(base(), folder).eval()
+
+
 @pytest.mark.parametrize(("door", "damage"), ROWS)
-def test_a_damaged_folder(door, damage, tokens, tmp_path):
-    adapt(base()).save_pretrained(tmp_path / "adapter")
+def test_a_damaged_folder(door, damage, originals, tokens, tmp_path):
+    folder, *models = originals
     is_adapted, load = DOORS[door]
-    model = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval() if is_adapted else base()
+    shutil.copytree(folder, tmp_path / "adapter")
+    model = copy.deepcopy(models[is_adapted])
     expected = logits(model, tokens)
     spoil, message = (OF_FILES | OF_LAYERS)[damage]
     spoil(tmp_path / "adapter")

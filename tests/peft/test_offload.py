@@ -123,3 +123,11 @@ def test_injection_gathers_a_partitioned_weight(zero3, make_base, tmp_path):
         PeftModel.from_pretrained(zero3(make_base(seed=1)), tmp_path, strict_base=True)
     with pytest.raises(RuntimeError, match="W0 is partitioned by DeepSpeed ZeRO-3"):
         layer_list(partitioned)[0](torch.randn(2, layer_list(partitioned)[0].in_features))
+
+
+def test_deepspeeds_own_checkpoint_is_loaded(zero3):
+    """Its states have whole labels and, of partitioned factors, placeholders without elements."""
+    saved, fresh = (zero3(adapt(tiny_llama(), block_order=order)) for order in ("random", "contiguous"))
+    fresh.load_state_dict(saved.state_dict())
+    for ours, theirs in zip(layer_list(fresh), layer_list(saved), strict=True):
+        assert ours.partition("default") == theirs.partition("default")

@@ -51,6 +51,21 @@ def test_adapters_with_different_dropout_are_each_dropped(llama):
 
 
 @pytest.mark.numerical
+@pytest.mark.parametrize("names", [["default"], ["default", "other"]])
+def test_labels_that_fully_shard_moves_in_place_bring_their_blocks_along(llama, tokens, names):
+    """Here the meta device stands for the one on which blocks were left."""
+    model = get_peft_model(llama(), config(backend="eager")).eval()
+    for name in names[1:]:
+        model.add_adapter(name, config(r=4, num_blocks=2, backend="eager"))
+    model.base_model.set_adapter(names)
+    expected = logits(model, tokens)
+    for layer in layers(model).values():
+        for adapter in layer.smoa.values():
+            adapter.share(adapter.partition.to("meta"))
+        layer._whole = layer._whole and layer._whole.to("meta")
+    assert torch.equal(logits(model, tokens), expected)
+
+
 def test_padding_may_hold_anything():
     model = two_adapters(
         nn.Sequential(nn.Linear(12, 9)), *({"target_modules": ["0"]} | mix for mix in MIXES["uneven"])

@@ -40,10 +40,9 @@ class SMoATrainerMixin:
                     self.vllm_client.resume()
             if not isinstance(error, Exception):
                 raise
-            message = (
+            raise RuntimeError(
                 f"the trained adapter did not reach vLLM, which goes on with the last that it loaded: {error}"
-            )
-            raise RuntimeError(message) from error
+            ) from error
 
 
 def _as_lora(config: Any) -> LoraConfig:
