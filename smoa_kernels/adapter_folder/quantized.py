@@ -147,9 +147,13 @@ def matched_groups(weight: QuantizedWeight, groups: Tensor) -> Tensor:
     found = torch.zeros(weight.scales.shape[1], dtype=torch.int64)
     found[weight.groups] = groups  # of several, any
     if not torch.equal(found[weight.groups], groups):
+        adjacent = torch.equal(weight.groups, weight.groups.sort()[0])
+        advice = (
+            'train the adapter with group_size="base"' if adjacent else "its groups are in act-order (g_idx)"
+        )
         raise ValueError(
             f"the adapter's groups are not the base's, which has {len(found)} scales for the {len(groups)} columns of "
-            'a row: train the adapter with group_size="base"'
+            f"a row: {advice}"
         )
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +19,15 @@ class Format(NamedTuple):
     """How the safetensors files of a quantisation method hold a layer. Tensors are named by what follows its name.
 
     Attributes:
-        refusal: why a model with this `quantization_config` cannot be merged into; None if it can.
+        layouts: that are read, the first of them where a configuration names none.
+        bits: of a code.
         read: gives the weight, from the layer's tensors and the configuration.
         scales: the tensor that every quantised layer has, and no other layer.
         others: the tensors that it may have.
     """
 
-    refusal: Callable[[Mapping[str, Any]], str | None]
+    layouts: tuple[str, ...]
+    bits: tuple[int, ...]
     read: Callable[[Mapping[str, Tensor], Mapping[str, Any]], QuantizedWeight]
     scales: str
     others: tuple[str, ...]
@@ -47,7 +49,7 @@ class QuantizedBase:
         method = settings.get("quant_method") if isinstance(settings, dict) else settings
         try:
             format = FORMATS.get(str(method))
-            refusal = _why_not(method) if format is None else format.refusal(settings)
+            refusal = _why_not(method) if format is None else _refusal(format, settings)
         except (AttributeError, KeyError, TypeError) as error:
             format, refusal = None, f"its quantization_config cannot be read: {error!r}"
         if format is None or refusal is not None:
@@ -84,14 +86,14 @@ class _Tensors(dict[str, Tensor]):
 
 
 def _why_not(name: object) -> str:
-    """Why scales of a format cannot be multiplied."""
+    """Why a format is refused."""
     known = {
         "mxfp4": "its scales are powers of two",
         "nvfp4": "its scales have three bits",
         "fp8": "its scales are of rows and columns together, while an adapter's groups are of columns",
     }
     reasons = (reason for key, reason in known.items() if key in str(name).lower())
-    return next(reasons, f"{shown(name)} is not a format whose scales can be multiplied")
+    return next(reasons, f"the format {shown(name)} is not read")
 
 
 def _unpack(words: Tensor, bits: int, dim: int, size: int) -> Tensor:
@@ -190,48 +192,40 @@ def _layout(settings: Mapping[str, Any], usual: str) -> str:
     return next((str(name).lower() for name in given if name), usual)
 
 
-def _unread(layout: object, layouts: Sequence[str], bits: object, sizes: Sequence[int]) -> str | None:
-    if layout not in layouts:
-        return f"the layout {shown(layout)} is not read"
-    return None if bits in sizes else f"integers of {shown(bits)} bits are not read"
+def _schemes(settings: Mapping[str, Any], usual: str) -> list[tuple[object, object]]:
+    """The layouts and the bits that a configuration names."""
+    if "config_groups" in settings:
+        groups = settings["config_groups"].values()
+        return [(each.get("format") or settings["format"], each["weights"]["num_bits"]) for each in groups]
+    if usual == "bitsandbytes":
+        return [(usual, 4 if settings.get("load_in_4bit") or settings.get("_load_in_4bit") else 8)]
+    return [("marlin" if settings.get("is_marlin_format") else _layout(settings, usual), settings["bits"])]
 
 
-def _packed_refusal(settings: Mapping[str, Any]) -> str | None:
-    for group in settings["config_groups"].values():
-        name = group.get("format") or settings["format"]
-        if name != "pack-quantized":
-            return _why_not(name)
-        if refusal := _unread(name, (name,), group["weights"]["num_bits"], (4, 8)):
-            return refusal
+def _refusal(format: Format, settings: Mapping[str, Any]) -> str | None:
+    """Why a model with this configuration cannot be merged into; None if it can."""
+    for layout, bits in _schemes(settings, format.layouts[0]):
+        if layout not in format.layouts:
+            return _why_not(layout)
+        if bits not in format.bits:
+            return f"weights of {shown(bits)} bits are not read, only of {' or '.join(map(str, format.bits))}"
     return None
-
-
-def _gptq_refusal(settings: Mapping[str, Any]) -> str | None:
-    layout = "marlin" if settings.get("is_marlin_format") else _layout(settings, "gptq")
-    return _unread(layout, ("gptq", "gptq_v2"), settings["bits"], (2, 4, 8))
-
-
-def _awq_refusal(settings: Mapping[str, Any]) -> str | None:
-    return _unread(_layout(settings, "gemm"), ("gemm",), settings["bits"], (4,))
-
-
-def _bitsandbytes_refusal(settings: Mapping[str, Any]) -> str | None:
-    four = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
-    return None if four else "only its formats of four bits, NF4 and FP4, are read"
 
 
 # By `quant_method`.
 FORMATS = {
     "compressed-tensors": Format(
-        _packed_refusal,
+        ("pack-quantized",),
+        (4, 8),
         _read_packed,
         "weight_scale",
         ("weight_packed", "weight_shape", "weight_zero_point", "weight_g_idx"),
     ),
-    "gptq": Format(_gptq_refusal, _read_gptq, "scales", ("qweight", "qzeros", "g_idx")),
-    "awq": Format(_awq_refusal, _read_awq, "scales", ("qweight", "qzeros")),
+    "gptq": Format(("gptq", "gptq_v2"), (2, 4, 8), _read_gptq, "scales", ("qweight", "qzeros", "g_idx")),
+    "awq": Format(("gemm",), (4,), _read_awq, "scales", ("qweight", "qzeros")),
     "bitsandbytes": Format(
-        _bitsandbytes_refusal,
+        ("bitsandbytes",),
+        (4,),
         _read_bitsandbytes,
         "weight.absmax",
         ("weight", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", *_STATES),

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_bases import write_adapter, write_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from served import ALL, CONFIGS, save_adapter
 from transformers import AutoModelForCausalLM
 
-from smoa_kernels.peft import SMoAConfig
+from smoa_kernels.peft import SMoAConfig, merge_to_folder
 from smoa_kernels.serving import vllm as plugin
 from smoa_kernels.serving.factors import read_served
 
@@ -39,8 +40,8 @@ def engine(base):
     def start(model=base, **options):
         stop()
         sizes = {"max_model_len": 128, "max_num_seqs": 66, "max_lora_rank": 8, "max_loras": 8}
-        others = {"dtype": "float32", "enforce_eager": True, "disable_log_stats": True}
-        running.append(vllm.LLM(str(model), enable_lora=True, **sizes | others | options))
+        others = {"dtype": "float32", "enforce_eager": True, "disable_log_stats": True, "enable_lora": True}
+        running.append(vllm.LLM(str(model), **sizes | others | options))
         return running[-1]
 
     def stop():
@@ -227,6 +228,27 @@ def test_lora_and_base_are_unchanged_by_the_plugin(engine, adapters, monkeypatch
             monkeypatch.setattr(owner, name, getattr(owner, name).__wrapped__)
     running.reset_prefix_cache()
     assert answers(running, adapters, prompts) == ours
+
+
+def test_a_model_merged_into_int4_answers_as_its_adapter_beside_the_base(engine, base, tmp_path):
+    """vLLM's own kernel of four bits, which takes bf16, against PEFT in float32."""
+    int4, adapter, merged, dequantised = (
+        tmp_path / name for name in ("int4", "adapter", "merged", "float32")
+    )
+    model = AutoModelForCausalLM.from_pretrained(base)
+    packed = write_base(int4, "compressed-tensors int4", model=model)
+    for name, layer in packed.items():
+        model.get_submodule(name).weight.data = layer.weight
+    model.save_pretrained(dequantised)
+    write_adapter(adapter, packed, scale=0.1)
+    merge_to_folder(int4, adapter, merged)
+    prompts = some_prompts(["merged"])
+    found = answers(
+        engine(merged, dtype="bfloat16", enable_lora=False, skip_tokenizer_init=True), {}, prompts
+    )
+    worst, _ = against_peft(dequantised, {"merged": adapter}, prompts, found)
+    without, _ = against_peft(dequantised, {}, [(None, ids) for _, ids in prompts], found)
+    assert worst < 0.1 * without, (worst, without)
 
 
 def quantise(base, folder):

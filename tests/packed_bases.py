@@ -156,10 +156,10 @@ def small_llama(seed=0):
     return tiny_llama(seed, hidden_size=64, intermediate_size=128)
 
 
-def write_base(folder, kind, size=GROUP, seed=0):
+def write_base(folder, kind, size=GROUP, seed=0, model=None):
     """A base of three files, all its linear layers but the head quantised. Returns their weights."""
     pack, settings = FORMATS[kind]
-    model, state, packed = small_llama(seed), {}, {}
+    model, state, packed = model or small_llama(seed), {}, {}
     model.save_pretrained(folder)
     for name, value in model.state_dict().items():
         layer = name.removesuffix(".weight")
