@@ -13,12 +13,14 @@ import typer
 
 from ..machine import EDITED, commit
 from ..results import RESULTS
+from .forgetting import RATES, Forgetting
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
 from .study import run_share
 from .tasks import TASKS
 
 RECORDS = RESULTS / "quality.jsonl"
+FORGETTING = RESULTS / "forgetting.jsonl"
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Records = Annotated[Path, typer.Option(help="The runs, one JSON object a line.")]
@@ -70,6 +72,27 @@ def run(
         do = partial(run_share, name, records, smoke, rate or LEARNING_RATES, seeds)
         with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
             list(pool.map(do, shares))
+
+
+@app.command()
+def forgetting(
+    seed: Annotated[
+        list[int], typer.Option(min=0, help="May be given several times, and to several processes.")
+    ],
+    method: Annotated[list[str] | None, typer.Option(help="Only these; all when left out.")] = None,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Only these; each method's four when left out.")
+    ] = None,
+    records: Annotated[Path, typer.Option(help="The runs, one JSON object a line.")] = FORGETTING,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two steps, a few questions and words.")] = False,
+) -> None:
+    """Do the runs of accuracy beside general text that are not yet in the records (200 s of a core each)."""
+    known = {one.name: one for one in RATES}
+    if unknown := set(method or ()) - set(known):
+        raise typer.BadParameter(f"--method {', '.join(unknown)}: only {', '.join(known)}")
+    if smoke and records.resolve() == FORGETTING:
+        raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {FORGETTING}")
+    Forgetting(records, smoke).run(seed, [known[name] for name in method or known], rate or ())
 
 
 @app.command()
