@@ -13,6 +13,7 @@ import typer
 
 from ..machine import EDITED, commit
 from ..results import RESULTS
+from . import fronts
 from .forgetting import RATES, Forgetting
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
@@ -90,10 +91,11 @@ def forgetting(
 
 @app.command()
 def report(records: Records = RECORDS, out: Annotated[Path, typer.Option(help="Folder.")] = RESULTS) -> None:
-    """Write quality.md and its figures."""
+    """Write quality.md and its figures, and forgetting.md and its figure if its runs lie beside the others."""
     if not records.is_file():
         raise typer.BadParameter(f"--records {records} is not there yet: `run` makes it")
-    for path in generate(records, out):
+    beside = records.with_name(FORGETTING.name)
+    for path in (*generate(records, out), *(fronts.generate(beside, out) if beside.is_file() else ())):
         print(f"wrote {path}")
 
 
