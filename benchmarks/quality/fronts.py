@@ -158,17 +158,16 @@ def figure(fronts: Fronts) -> Figure:
     drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = drawn.subplots()
     for method in RATES:
-        means = [
-            [fronts.mean(method.name, lr, field) for field in BOTH] for lr in fronts.runs.get(method.name, {})
-        ]
-        x, y = ([100 * pair[0].value for pair in means], [pair[1].value for pair in means])
-        # One seed has no interval, and matplotlib draws none for NaN.
-        wide = {
-            "xerr": [100 * pair[0].half_width for pair in means],
-            "yerr": [pair[1].half_width for pair in means],
+        x, y = ([fronts.mean(method.name, lr, f) for lr in fronts.runs.get(method.name, {})] for f in BOTH)
+        values, errors = [100 * mean.value for mean in x], [100 * mean.half_width for mean in x]
+        style: dict[str, Any] = {
+            "color": BASE[method.kind],
+            "ls": DASHES.get(method.name, "-"),
+            "marker": "o",
         }
-        style: dict[str, Any] = {"color": BASE[method.kind], "linestyle": DASHES.get(method.name, "-")}
-        axes.errorbar(x, y, **wide, **style, marker="o", capsize=2, label=method.name)
+        axes.errorbar(
+            values, [m.value for m in y], [m.half_width for m in y], errors, **style, label=method.name
+        )
     if seeds := fronts.seeds(LORA.name):
         axes.axvline(100 * fronts.target(seeds), color="#777777", linestyle="--", linewidth=0.8)
     axes.set(xlabel="accuracy on test, %", ylabel="nats a token more than the base", yscale="log")
