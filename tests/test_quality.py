@@ -12,8 +12,8 @@ import pytest
 import torch
 from questions import same_text
 
-from benchmarks.quality import data, store
-from benchmarks.quality.__main__ import RECORDS
+from benchmarks.quality import data, fronts, store
+from benchmarks.quality.__main__ import FORGETTING, RECORDS
 from benchmarks.quality.analysis import Study, differences, mean_of, t_quantile
 from benchmarks.quality.forgetting import LORA as LORA_8
 from benchmarks.quality.forgetting import LORA_HALF, RATES, SMOA
@@ -30,6 +30,8 @@ pytestmark = pytest.mark.slow
 def test_the_results_page_agrees_with_the_records() -> None:
     written = (RECORDS.parent / "quality.md").read_text("utf-8")
     assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"
+    written = (FORGETTING.parent / "forgetting.md").read_text("utf-8")
+    assert written == fronts.page(store.read(FORGETTING)), "run `python -m benchmarks.quality report`"
 
 
 def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:
@@ -99,12 +101,12 @@ def test_shares_at_equal_accuracy_on_planted_fronts() -> None:
         return {"method": method.name, "lr": lr, "seed": seed, "accuracy": accuracy, "nats_more": nats}
 
     runs = [run(m, lr, seed) for m in constant for lr in RATES[m] for seed in range(3)]
-    fronts = Fronts([*runs, run(SMOA, 2e-3, 0) | {"seed": 9}])  # a seed without its other runs does not count
+    found = Fronts([*runs, run(SMOA, 2e-3, 0) | {"seed": 9}])  # a seed without its other runs does not count
     expected = mean_of([math.log(0.4) + a - b for a, b in zip(noise[SMOA], noise[LORA_8], strict=True)])
-    assert fronts.target({0, 1, 2}) == pytest.approx(0.85)
-    assert fronts.share(SMOA.name, LORA_8.name) == pytest.approx(expected)
+    assert found.target({0, 1, 2}) == pytest.approx(0.85)
+    assert found.share(SMOA.name, LORA_8.name) == pytest.approx(expected)
     # Both have the same seeds, so what a seed does to both cancels.
-    assert fronts.share(LORA_HALF.name, LORA_HALF.name) == pytest.approx((0.0, 0.0, 0.0, 3))
+    assert found.share(LORA_HALF.name, LORA_HALF.name) == pytest.approx((0.0, 0.0, 0.0, 3))
     # A front that is nowhere, or everywhere, as accurate has no share.
     for better in (-0.1, 0.1):
         far = [run(SMOA, lr, seed, better) for lr in RATES[SMOA] for seed in range(3)]
