@@ -31,7 +31,7 @@ def test_the_results_page_agrees_with_the_records() -> None:
     written = (RECORDS.parent / "quality.md").read_text("utf-8")
     assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"
     written = (FORGETTING.parent / "forgetting.md").read_text("utf-8")
-    assert written == fronts.page(store.read(FORGETTING)), "run `python -m benchmarks.quality report`"
+    assert written == fronts.page(store.read(FORGETTING)), "run `python -m benchmarks.quality forgetting`"
 
 
 def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.quality run | report``."""
+"""``python -m benchmarks.quality run | forgetting | report``."""
 
 from __future__ import annotations
 
@@ -77,25 +77,27 @@ def run(
 
 @app.command()
 def forgetting(
-    seed: Annotated[
-        list[int], typer.Option(min=0, help="May be given several times, and to several processes.")
-    ],
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="May be given several times.")] = None,
     methods: Annotated[int, typer.Option(min=1, max=len(RATES), help="Only the first so many.")] = len(RATES),
     rate: Annotated[list[float] | None, typer.Option(help="Only these of the learning rates.")] = None,
-    records: Annotated[Path, typer.Option(help="The runs, one JSON object a line.")] = FORGETTING,
+    records: Records = FORGETTING,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps, a few questions and words.")] = False,
 ) -> None:
-    """Do the runs of accuracy beside nats on general text that are not yet in the records."""
-    Forgetting(records, smoke).run(seed, methods, rate or ())
+    """Do the runs of these seeds that are not yet in the records; write forgetting.md and its figure beside them.
+
+    Processes of different seeds may share the records.
+    """
+    Forgetting(records, smoke).run(seed or (), methods, rate or ())
+    for path in fronts.generate(records, records.parent):
+        print(f"wrote {path}")
 
 
 @app.command()
 def report(records: Records = RECORDS, out: Annotated[Path, typer.Option(help="Folder.")] = RESULTS) -> None:
-    """Write quality.md and its figures, and forgetting.md and its figure if its runs lie beside the others."""
+    """Write quality.md and its figures."""
     if not records.is_file():
         raise typer.BadParameter(f"--records {records} is not there yet: `run` makes it")
-    beside = records.with_name(FORGETTING.name)
-    for path in (*generate(records, out), *(fronts.generate(beside, out) if beside.is_file() else ())):
+    for path in generate(records, out):
         print(f"wrote {path}")
 
 

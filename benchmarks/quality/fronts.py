@@ -53,10 +53,10 @@ class Fronts:
 
     def target(self, seeds: Collection[int]) -> float:
         """The accuracy at which methods are compared; NaN before LoRA's runs at its best rate."""
-        best = LEARNING_RATE["lora"]
+        lr = LEARNING_RATE["lora"]
         return (
-            self.mean(LORA.name, best, "accuracy", seeds).value - BELOW
-            if best in self.runs[LORA.name]
+            self.mean(LORA.name, lr, "accuracy", seeds).value - BELOW
+            if lr in self.runs[LORA.name]
             else math.nan
         )
 
