@@ -27,6 +27,7 @@ PAIRS = [
 ]
 BOTH = ("accuracy", "nats_more")
 BELOW = 0.01  # the accuracy of comparison, under LoRA's at the rate that is best on validation
+LEAST = 1e-3  # nats, for logarithms: too few to be measured
 LARGEST_SHARE = 0.7  # of LoRA's nats, where SMoA counts as forgetting less
 
 
@@ -40,7 +41,8 @@ class Fronts:
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self.runs: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
         for run in sorted(records, key=lambda run: (run["lr"], run["seed"])):
-            self.runs.setdefault(run["method"], {}).setdefault(run["lr"], {})[run["seed"]] = run
+            whole = run | {"logarithm": math.log(max(run["nats_more"], LEAST))}
+            self.runs.setdefault(run["method"], {}).setdefault(run["lr"], {})[run["seed"]] = whole
 
     def mean(self, method: str, lr: float, field: str, seeds: Collection[int] | None = None) -> Mean:
         """The mean of a field over these seeds, or over all."""
@@ -54,21 +56,14 @@ class Fronts:
     def target(self, seeds: Collection[int]) -> float:
         """The accuracy at which methods are compared; NaN before LoRA's runs at its best rate."""
         lr = LEARNING_RATE["lora"]
-        return (
-            self.mean(LORA.name, lr, "accuracy", seeds).value - BELOW
-            if lr in self.runs[LORA.name]
-            else math.nan
-        )
+        if lr not in self.runs[LORA.name]:
+            return math.nan
+        return self.mean(LORA.name, lr, "accuracy", seeds).value - BELOW
 
     def nats(self, method: str, accuracy: float, seeds: Collection[int]) -> float:
         """The logarithm of nats where the front first reaches an accuracy; NaN if that is not between two rates."""
-        front = [
-            (
-                self.mean(method, lr, "accuracy", seeds).value,
-                mean_of([logarithm(runs[seed]) for seed in seeds]).value,
-            )
-            for lr, runs in self.runs[method].items()
-        ]
+        fields = ("accuracy", "logarithm")
+        front = [[self.mean(method, lr, field, seeds).value for field in fields] for lr in self.runs[method]]
         for (worse, few), (better, many) in pairwise(front):
             if worse < accuracy <= better:
                 return few + (many - few) * (accuracy - worse) / (better - worse)
@@ -90,11 +85,6 @@ class Fronts:
         rest = len(seeds) - 1
         parts = [(rest + 1) * whole - rest * (estimate(seeds - {seed}) if rest else 0.0) for seed in seeds]
         return mean_of(parts)._replace(value=whole)
-
-
-def logarithm(run: dict[str, Any]) -> float:
-    """Of a run's nats; of 0.001, less than can be measured, where they are no more than the base's."""
-    return math.log(max(run["nats_more"], 1e-3))
 
 
 def generate(records: Path, folder: Path) -> list[Path]:
