@@ -110,7 +110,9 @@ def page(records: Sequence[dict[str, Any]]) -> str:
             " over ".join(pair),
             f"{100 * fronts.target(fronts.seeds(*pair, LORA.name)):.1f}",
             f"{math.exp(share.value):.2f}",
-            f"{math.exp(share.low):.2f} to {math.exp(share.high):.2f}" if share.seeds > 1 else "–",
+            f"{math.exp(share.low):.2f} to {math.exp(share.high):.2f}"
+            if not math.isnan(share.half_width)
+            else "–",
             f"{share.seeds}",
         )
         for pair, share in shares.items()
