@@ -19,7 +19,7 @@ from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
 from .definition.shard import LayerShard
 from .definition.sketch import SKETCH_SIZE
-from .definition.thresholds import WHOLE
+from .definition.thresholds import ORIGIN
 from .operators.dispatch import is_observed, parameter
 
 # An adapter's tensors, as state dicts and safetensors files name them, and those of them that say where its blocks are.
@@ -143,10 +143,10 @@ class Adapter(nn.Module):
             if self.shard is not None:
                 rows, cols = rows[self.shard.rows], cols[self.shard.cols]
             kind: Any = ExpertBlocks if self.stack else BlockPartition
-            self._remember(kind.from_labels(rows, cols, self.num_blocks))
+            self._keep_partition(kind.from_labels(rows, cols, self.num_blocks))
         return self._partition
 
-    def _remember(self, partition: Any) -> None:
+    def _keep_partition(self, partition: Any) -> None:
         self._partition, self._kept = partition, None
         self._made_of = self.row_block, self.col_block, self.ranks
 
@@ -188,7 +188,7 @@ class Adapter(nn.Module):
         if self.shard is not None or partition.device != self.ranks.device:
             self.read_labels()
         else:
-            self._remember(partition)
+            self._keep_partition(partition)
 
     @torch.no_grad()
     def reset(self, *, zero: bool = True) -> None:
@@ -221,7 +221,7 @@ class Adapter(nn.Module):
                 of its tensors is another object.
         """
         buffers: Any = self._buffers
-        A, B, place = parameter(self, "A"), parameter(self, "B"), WHOLE
+        A, B, place = parameter(self, "A"), parameter(self, "B"), ORIGIN
         if self.shard is not None:
             A, B, place = self.shard.local(A), self.shard.local(B), self.shard.place
         partition = self._partition if self.is_current() else self.read_labels()
@@ -255,7 +255,7 @@ class Adapter(nn.Module):
 
         Args:
             name: the layer's, for messages.
-            given: tensors by `STATE_KEYS`, None for one that is missing.
+            given: tensors by `STATE_KEYS`, None for a missing tensor.
             assign: whether they become the adapter's, rather than their values.
 
         Raises:
@@ -307,7 +307,7 @@ class Adapter(nn.Module):
         if not (self.sketch.is_meta or sketch.is_meta):
             self.sketch = sketch.to(self.sketch.device)
         now = self.row_block, self.col_block, self.ranks
-        if any(one is not other for one, other in zip(now, labels, strict=True)):
+        if any(new is not old for new, old in zip(now, labels, strict=True)):
             known, self._made_of = bool(self._made_of), ()
             if self.ranks.is_meta:
                 return self

@@ -18,7 +18,7 @@ from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.precision import autocast_enabled, without_autocast
-from .definition.thresholds import WHOLE, Place, round_weight
+from .definition.thresholds import ORIGIN, Place, round_weight
 from .operators.arguments import (
     check_block_ranks,
     check_dropout,
@@ -111,7 +111,7 @@ def smoa_linear(
     check_place(x, row_offset, column_offset, global_in_features)
     check_partition(partition, weight, ranks)
     check_block_ranks(block_ranks, partition.num_blocks, A.shape[0])
-    s, place = scaling_tensor(scaling, x.device), WHOLE.part(row_offset, column_offset)
+    s, place = scaling_tensor(scaling, x.device), ORIGIN.part(row_offset, column_offset)
     adapter = PackedAdapter(weight, A, B, partition, ranks.contiguous(), s, block_ranks, place)
     mask: Any = {"dropout_p": dropout_p, "dropout_seed": dropout_seed, "column_offset": column_offset}
     return adapted_linear(x, bias, adapter, **mask, algorithm=algorithm, backend=backend)
@@ -146,7 +146,7 @@ def adapted_linear(
 
 
 def cast_factors(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
-    """The adapter for activations of `dtype`: PEFT may load factors in another half type, which is cast to theirs."""
+    """The adapter for activations of `dtype`: PEFT may load factors in another half type, which is cast to `dtype`."""
     A, B = adapter.A, adapter.B
     return adapter if A.dtype in (dtype, torch.float32) else replace(adapter, A=A.to(dtype), B=B.to(dtype))
 

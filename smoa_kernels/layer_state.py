@@ -19,7 +19,7 @@ from .definition.partition import BlockPartition
 from .definition.ranks import alpha_for_lora_rate
 from .definition.shard import FULLY_SHARDED, LayerShard
 from .definition.sketch import check_base, sketch_distance, sketch_weight
-from .definition.spectral_order import whole
+from .definition.spectral_order import gather_weight
 from .functional import dense_update
 from .layer_checks import LayerSettings, call_always, check_fit, check_keys, matrix_shape, plain_parameters
 
@@ -254,7 +254,7 @@ class AdaptedWeight(nn.Module):
                     {name: sketch_distance(sketch, sketch_weight(as_matrix(weight)))}, strict=self.strict_base
                 )
         elif "weight" in given and self._rule.needs_weight:
-            check_weight(as_matrix(whole(weight)))  # before it is copied and sorted
+            check_weight(as_matrix(gather_weight(weight)))  # before it is copied and sorted
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         error_msgs = args[-1]
         if has_labels or "weight" not in given or error_msgs:
@@ -295,7 +295,7 @@ class AdaptedWeight(nn.Module):
         if self.merged:
             warnings.warn("already merged: nothing to do", UserWarning, stacklevel=2)
             return
-        self._check_whole()
+        self._check_unsharded()
         backend = resolve_backend(self.backend, self.weight.device, self.weight.dtype, self.smoa.A.shape[0])
         weight = self.weight if self._shard is None else self._shard.weight(self.weight)
         self._stored_base = self.weight.detach().to("cpu", copy=True)
@@ -318,13 +318,13 @@ class AdaptedWeight(nn.Module):
         self.weight.copy_(self._stored_base)
         self._stored_base = None
 
-    def _check_whole(self) -> None:
+    def _check_unsharded(self) -> None:
         self._check_values()
         if self._shard is None and hasattr(self.weight, "full_tensor"):
             raise RuntimeError(FULLY_SHARDED)
 
     def _packed(self) -> PackedAdapter:
-        self._check_whole()
+        self._check_unsharded()
         base, shard = self._base, self._shard
         packed = self.smoa.packed(as_matrix(base) if shard is None else shard.weight(base))
         return replace(packed, A=packed.A.detach(), B=packed.B.detach())

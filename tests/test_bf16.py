@@ -19,7 +19,7 @@ from smoa_kernels import BlockPartition
 from smoa_kernels.backends import pages
 from smoa_kernels.backends.native import backend, library
 from smoa_kernels.definition.packed import padding_masks
-from smoa_kernels.definition.thresholds import WHOLE, Place, round_weight
+from smoa_kernels.definition.thresholds import ORIGIN, Place, round_weight
 
 BF16 = torch.bfloat16
 FORMS = {form: Case("native", form, BF16) for form in ("merged", "split", "dropout")}
@@ -92,7 +92,7 @@ def test_a_workspace_is_as_large_as_offsets_ask(
 @needs_bf16
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])
 @pytest.mark.parametrize("layout", ["contiguous", "column-major"])
-@pytest.mark.parametrize("place", [WHOLE, WHOLE.part(3, 50)], ids=["whole", "shard"])
+@pytest.mark.parametrize("place", [ORIGIN, ORIGIN.part(3, 50)], ids=["whole", "shard"])
 def test_w_eff_is_rounded_by_its_thresholds(
     order: str, layout: str, place: Place, only_compiled: None
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.predict.__main__ import app
 from benchmarks.predict.gpus import GPUS
 from benchmarks.predict.roofline import Estimate, Problem
-from benchmarks.predict.scaling import METHODS, WHOLE, Plan, predict
+from benchmarks.predict.scaling import METHODS, MODELS, Plan, predict
 from smoa_kernels.backends.algorithms import choose_algorithm
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS
 from smoa_kernels.kernels.architectures import ARCHITECTURES
@@ -101,7 +101,7 @@ def test_few_tokens_are_fused(dtype, limits, rank):
 
 
 def plans(model: str, gpus: int, parallel: str, **options: int) -> dict:
-    return {m: predict(m, WHOLE[model], H100, gpus, fsdp=parallel == "fsdp", **options) for m in METHODS}
+    return {m: predict(m, MODELS[model], H100, gpus, fsdp=parallel == "fsdp", **options) for m in METHODS}
 
 
 def sent(plan: Plan) -> float:
@@ -149,7 +149,7 @@ def test_the_commands_print_the_pages(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.strip() in page
     for size in ("8b", "70b", "405b"):
         lora, smoa = (
-            predict(way, WHOLE[f"llama-3-{size}"], GPUS["h100"], 8, fsdp=False) for way in ("lora", "smoa")
+            predict(way, MODELS[f"llama-3-{size}"], GPUS["h100"], 8, fsdp=False) for way in ("lora", "smoa")
         )
         times = smoa.compute_seconds / lora.compute_seconds
         assert re.search(rf"{times:.2f} times (?:as long as LoRA's )?\({size.upper()}\)", page)

@@ -11,7 +11,7 @@ from problems import HALF, Case, each, make_problem, relative_error, some
 from torch import Tensor
 
 from smoa_kernels.backends import load_backend
-from smoa_kernels.definition.thresholds import WHOLE, Place, round_weight
+from smoa_kernels.definition.thresholds import ORIGIN, Place, round_weight
 
 ROWS, COLS = 512, 1024
 
@@ -24,7 +24,7 @@ def all_halves(dtype: torch.dtype) -> Tensor:
 def test_every_number_of_the_half_type_stays(dtype: torch.dtype) -> None:
     """Subnormal numbers, the largest, zeros of both signs, Inf and NaN."""
     W0 = all_halves(dtype)
-    for place in (WHOLE, Place(65535), WHOLE.T):
+    for place in (ORIGIN, Place(65535), ORIGIN.T):
         rounded = round_weight(W0.float(), dtype, place)
         number = ~W0.isnan()
         assert torch.equal(rounded.view(torch.int16)[number], W0.view(torch.int16)[number])
@@ -58,13 +58,13 @@ def test_float32_and_float64_are_not_rounded() -> None:
 def test_a_part_rounds_like_the_whole(dtype: torch.dtype) -> None:
     """A shard, a panel of rows, a part of a part, a transposed weight, a weight stored by columns."""
     W_eff = torch.randn(97, 61)
-    whole, part = round_weight(W_eff, dtype), WHOLE.part(13, 20)
+    whole, part = round_weight(W_eff, dtype), ORIGIN.part(13, 20)
     assert torch.equal(round_weight(W_eff[13:, 20:], dtype, part), whole[13:, 20:])
     assert torch.equal(round_weight(W_eff[50:, 40:], dtype, part.part(37, 20)), whole[50:, 40:])
-    assert torch.equal(round_weight(W_eff.T, dtype, WHOLE.T), whole.T)
+    assert torch.equal(round_weight(W_eff.T, dtype, ORIGIN.T), whole.T)
     assert torch.equal(round_weight(W_eff[13:, 20:].T, dtype, part.T), whole[13:, 20:].T)
     assert torch.equal(round_weight(W_eff.T.contiguous().T, dtype), whole)
-    assert WHOLE.part(2**20, 2**20).first < 2**16
+    assert ORIGIN.part(2**20, 2**20).first < 2**16
 
 
 # The columns' thresholds step by this share of all levels: a wave of the same frequency would find their pattern.

@@ -15,7 +15,7 @@ from smoa_kernels.definition.precision import PRECISIONS
 from ..tables import table
 from .gpus import GPUS
 from .roofline import PASSES, WAYS, Estimate, Problem, backward_workspace
-from .scaling import METHODS, WHOLE, predict
+from .scaling import METHODS, MODELS, predict
 
 Count = Annotated[int, typer.Option(min=1, max=10**9)]
 GpuName = Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.")]
@@ -65,7 +65,7 @@ def roofline(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(WHOLE)}.")] = "llama-3-8b",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "llama-3-8b",
     gpus: Count = 8,
     fsdp: Annotated[bool, typer.Option("--fsdp/--no-fsdp", help="FSDP2, else DDP.")] = True,
     gpu: GpuName = "h100",
@@ -74,12 +74,12 @@ def plan(
     blocks: Count = 2,
 ) -> None:
     """Predict each GPU's memory and communication in a step, of T=TOKENS per replica. Sizes are in 10⁹ bytes."""
-    check_choice("--model", model, WHOLE)
+    check_choice("--model", model, MODELS)
     check_choice("--gpu", gpu, GPUS)
     columns = []
     for method in METHODS:
         sizes = {"tokens": tokens, "rank": rank, "num_blocks": blocks}
-        cost = predict(method, WHOLE[model], GPUS[gpu], gpus, fsdp=fsdp, **sizes)
+        cost = predict(method, MODELS[model], GPUS[gpu], gpus, fsdp=fsdp, **sizes)
         total = sum(cost.memory.values())
         cells = {"trained parameters, millions": f"{cost.trained_parameters / 1e6:,.1f}"}
         cells |= {f"{part}, GB": _gigabytes(size) for part, size in cost.memory.items()}

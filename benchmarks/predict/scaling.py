@@ -37,7 +37,7 @@ class Model(NamedTuple):
         return (h, h), (key, h), (key, h), (h, h), (inner, h), (inner, h), (h, inner)
 
 
-WHOLE = {
+MODELS = {
     "llama-3-8b": Model(4096, 14336, 1024, 32, 128256),
     "llama-3-70b": Model(8192, 28672, 1024, 80, 128256),
     "llama-3-405b": Model(16384, 53248, 1024, 126, 128256),

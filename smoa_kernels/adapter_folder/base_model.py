@@ -79,11 +79,11 @@ class BaseModel:
 
     def read_all(self, stored: Collection[str]) -> dict[str, Tensor]:
         """The same for several, and opens each of their files once."""
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for path in {self.files[name] for name in stored}:
             with opened(path) as file:
-                found |= {name: file.get_tensor(name) for name in stored if self.files[name] == path}
-        return found
+                tensors |= {name: file.get_tensor(name) for name in stored if self.files[name] == path}
+        return tensors
 
     def get(self, name: str) -> Tensor | None:
         """Read a parameter as the model has it, assembled from parts if need be; None if the folder lacks it."""
@@ -94,13 +94,13 @@ class BaseModel:
 
     def by_file(self) -> dict[Path, list[str]]:
         """The names of the tensors in each file; all files are readable and hold them."""
-        found: dict[Path, list[str]] = {}
+        names: dict[Path, list[str]] = {}
         for name, path in self.files.items():
-            found.setdefault(path, []).append(name)
-        for path, names in found.items():
-            if missing := sorted({*names}.difference(_names(path))):
+            names.setdefault(path, []).append(name)
+        for path, expected in names.items():
+            if missing := sorted({*expected}.difference(_names(path))):
                 raise ValueError(f"{path} lacks {missing[0]}, which {INDEX} says it holds")
-        return found
+        return names
 
     def stores_swapped(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether W0 of `shape` (N, C) is stored (C, N), by the stored shape, or by the layer's class if N = C."""
@@ -114,7 +114,7 @@ class BaseModel:
                 f"{name}: its weight is square. Whether it is stored transposed, as a Conv1D's is, the model's class "
                 f"alone shows, and transformers knows none for {self.folder}"
             )
-        return any(self._same_name(each) == stored for each in self.architecture.swapped)
+        return any(self._same_name(swapped) == stored for swapped in self.architecture.swapped)
 
 
 def _names(path: Path) -> list[str]:

@@ -153,7 +153,7 @@ def _read_changes(
 ) -> Iterator[Change | Rescaling]:
     """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
     adapter = read_adapter(folder, (METHOD, HIRA))
-    for key, tensor in adapter.whole.items():
+    for key, tensor in adapter.in_full.items():
         name = key.replace(".base_layer.", ".")
         yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor), False)
     for name, stored in adapter.layers.items():
@@ -176,7 +176,7 @@ def _effective(
         raise ValueError(f"W0 must be {dtype_names(DTYPES)} to be merged, got {stored.dtype}")
     if adapter.of_experts:
         experts = zip(adapter.matrices(), stored, strict=True)
-        return torch.stack([_effective(one, dtype, None, weight) for one, weight in experts])
+        return torch.stack([_effective(own, dtype, None, weight) for own, weight in experts])
     if stored.ndim > 2:
         return _effective(adapter, dtype, swapped, stored.flatten(1)).view_as(stored)
     if swapped is None:

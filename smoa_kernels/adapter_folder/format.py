@@ -76,17 +76,17 @@ class StoredAdapter:
         return PackedAdapter(weight, A, self.B, self.partition, self.ranks, self.scaling, ranks)
 
     def matrices(self) -> list[StoredAdapter]:
-        """One entry per matrix: this one, or one per expert."""
+        """One entry per matrix: this part, or part per expert."""
         if not self.of_experts:
             return [self]
         stacked = [getattr(self, key) for key in ("A", "B", "row_block", "col_block", "sketch")]
-        found = [
+        own = [
             replace(self, A=A, B=B, row_block=rows, col_block=cols, sketch=sketch)
             for A, B, rows, cols, sketch in zip(*stacked, strict=True)
         ]
-        for one, partition in zip(found, self.partition.partitions(range(len(found))), strict=True):
-            one.partition = partition  # experts may share it
-        return found
+        for part, partition in zip(own, self.partition.partitions(range(len(own))), strict=True):
+            part.partition = partition  # experts may share it
+        return own
 
     def orient(self, stored: Tensor) -> tuple[Tensor, float]:
         """Turn a base's stored matrix into W0 (N, C), and return its distance from the W0 of the training.

@@ -50,7 +50,7 @@ class GgufFile:
                 if not key.startswith("tokenizer")
             }
             kind = values["general.architecture"]
-            architecture = {name: each for each, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
+            architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[kind]
             self._names: Any = gguf.get_tensor_name_map(architecture, int(values[f"{kind}.block_count"]))
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is truncated or no GGUF file of a known model: {error!r}") from error
@@ -60,7 +60,7 @@ class GgufFile:
             )
         self.tensors = len(self._tensors)
         heads = (values.get(f"{kind}.attention.{key}", []) for key in ("head_count", "head_count_kv"))
-        self._heads = {count for each in heads for count in (each if isinstance(each, list) else [each])}
+        self._heads = {count for entry in heads for count in (entry if isinstance(entry, list) else [entry])}
 
     def layer(self, name: str) -> QuantizedLayer:
         """The layer of this name in the model.
@@ -98,5 +98,5 @@ class GgufFile:
 
         groups, pairs = column_groups(cols, blocks.shape[1]), (2 * count for count in self._heads if count)
         order = torch.arange(rows)
-        paired = [order.view(each // 2, -1, 2).mT.flatten() for each in pairs if rows % each == 0]
+        paired = [order.view(size // 2, -1, 2).mT.flatten() for size in pairs if rows % size == 0]
         return QuantizedWeight(codes, scales, groups, store, (order, *paired))

@@ -94,7 +94,7 @@ def inspect_adapter(
         distances = None if model is None else _distances(name, layer, model, quantized)
         layers.append(_layer(name, layer, distances))
         progress(len(layers), len(adapter.layers))
-    others = tuple(PREFIX + key for key in sorted(adapter.whole))
+    others = tuple(PREFIX + key for key in sorted(adapter.in_full))
     return AdapterReport(adapter.config, tuple(layers), adapter.path.stat().st_size, others)
 
 
@@ -107,9 +107,9 @@ def _layer(name: str, adapter: StoredAdapter, distances: list[float] | None) -> 
         name=name,
         shape=adapter.shape,
         ranks=tuple(ranks),
-        parameters=sum(trainable_parameters(one.partition, ranks, one.group_size) for one in experts),
+        parameters=sum(trainable_parameters(own.partition, ranks, own.group_size) for own in experts),
         # Four digits for each of the first four numbers.
-        fingerprint="".join(f"{round(float(each) * 4096) & 0xFFFF:04x}" for each in experts[0].sketch[:4]),
+        fingerprint="".join(f"{round(float(x) * 4096) & 0xFFFF:04x}" for x in experts[0].sketch[:4]),
         base_distance=None if distances is None else max(distances),
         worst_expert=worst,
     )
@@ -127,4 +127,4 @@ def _distances(
     if stored is None or stored.ndim < 2 or (fused and (stored.ndim != 3 or len(stored) != len(experts))):
         return [float("inf")] * len(experts)
     weights = stored if fused else [stored]
-    return [one.orient(weight)[1] for one, weight in zip(experts, weights, strict=True)]
+    return [own.orient(weight)[1] for own, weight in zip(experts, weights, strict=True)]

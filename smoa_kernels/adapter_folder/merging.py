@@ -121,7 +121,7 @@ def merge_to_folder(
         return _gguf_to_folder(Path(base), adapter, target, dtype, progress)
     merge = Merge(base, adapter, dtype)
     total, done = sum(map(len, merge.files.values())), 0
-    with replacing(target, whole=True) as scratch:
+    with replacing(target, new=True) as scratch:
         for path, names in merge.files.items():
             shard: dict[str, Tensor] = {}  # the last one is freed before this one is made
             progress(done, total)
@@ -160,8 +160,10 @@ def _gguf_to_folder(
     check_path("adapter", adapter)
     check_keeps_dtype(dtype)
     given, counts = read_adapter(Path(adapter)), []
-    if given.whole:
-        raise ValueError(f"the adapter changes {min(given.whole)}, and in a GGUF file only scales can change")
+    if given.in_full:
+        raise ValueError(
+            f"the adapter changes {min(given.in_full)}, and in a GGUF file only scales can change"
+        )
 
     def changes(file: GgufFile) -> Iterator[Rescaling]:
         for name, layer in given.layers.items():
@@ -170,7 +172,7 @@ def _gguf_to_folder(
 
     for change in changes(GgufFile(base)):
         change.read()
-    with replacing(target, whole=True) as scratch:
+    with replacing(target, new=True) as scratch:
         shutil.copyfile(base, scratch / base.name)
         file = GgufFile(scratch / base.name, writable=True)
         for done, change in enumerate(changes(file)):
@@ -186,7 +188,7 @@ def _report(
     scratch: Path, tensors: int, changed: int, scales: Sequence[Rescaled], *, level: int = 3
 ) -> MergeReport:
     """Describe the files; warn the caller, `level` frames above, of scales that may not do what they should."""
-    flipped, outside = sum(each.flipped for each in scales), sum(each.outside for each in scales)
+    flipped, outside = sum(new.flipped for new in scales), sum(new.outside for new in scales)
     if flipped or outside:
         warnings.warn(
             f"{flipped} of the base's scales changed their sign, and {outside} left the range of their type: compare "

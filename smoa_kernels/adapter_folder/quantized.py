@@ -144,18 +144,18 @@ def rescale(weight: QuantizedWeight, multiplier: Tensor, groups: Tensor) -> Resc
 
 def matched_groups(weight: QuantizedWeight, groups: Tensor) -> Tensor:
     """The adapter's group of each group of the base; see :func:`rescale`."""
-    found = torch.zeros(weight.scales.shape[1], dtype=torch.int64)
-    found[weight.groups] = groups  # of several, any
-    if not torch.equal(found[weight.groups], groups):
+    mapped = torch.zeros(weight.scales.shape[1], dtype=torch.int64)
+    mapped[weight.groups] = groups  # of several, any
+    if not torch.equal(mapped[weight.groups], groups):
         adjacent = torch.equal(weight.groups, weight.groups.sort()[0])
         advice = (
             'train the adapter with group_size="base"' if adjacent else "its groups are in act-order (g_idx)"
         )
         raise ValueError(
-            f"the adapter's groups are not the base's, which has {len(found)} scales for the {len(groups)} columns of "
+            f"the adapter's groups are not the base's, which has {len(mapped)} scales for the {len(groups)} columns of "
             f"a row: {advice}"
         )
-    return found
+    return mapped
 
 
 def column_groups(cols: int, count: int, given: Tensor | None = None) -> Tensor:

@@ -44,7 +44,7 @@ class Adapter:
         return bool(self.config["peft_type"] == HIRA)
 
     @property
-    def whole(self) -> dict[str, Tensor]:
+    def in_full(self) -> dict[str, Tensor]:
         """Parameters that the file holds in full: biases, and those of modules to save."""
         return {key: own for key, own in self.tensors.items() if INFIX not in key and ".hira_" not in key}
 
@@ -64,12 +64,12 @@ def read_adapter(folder: Path, methods: Sequence[str] = (METHOD,)) -> Adapter:
     else:
         with naming(place):
             settings = AdapterSettings(**{key: value for key, value in config.items() if key in known})
-    found = Adapter(config, settings, path, *read_weights(folder, settings, method))
+    stored = Adapter(config, settings, path, *read_weights(folder, settings, method))
     if not path.is_file():
         raise FileNotFoundError(f"there is no {WEIGHTS_NAME} in {folder}")
-    if not found.layers:
-        raise ValueError(f"{path} holds no layer of {'a HiRA' if found.is_hira else 'an SMoA'} adapter")
-    return found
+    if not stored.layers:
+        raise ValueError(f"{path} holds no layer of {'a HiRA' if stored.is_hira else 'an SMoA'} adapter")
+    return stored
 
 
 def read_weights(
@@ -94,10 +94,10 @@ def read_weights(
             layers[name] = read_layer(name, given, own.r, own.rule.group_size)
     check_seal(folder, settings.weights_sha256)
     for name, layer in layers.items():
-        found, wanted = float(layer.scaling), settings.for_layer(name).scaling
-        if not math.isclose(found, wanted, rel_tol=1e-6):
+        saved, wanted = float(layer.scaling), settings.for_layer(name).scaling
+        if not math.isclose(saved, wanted, rel_tol=1e-6):
             raise ValueError(
-                f"{path}: {name}: s is {found} and {CONFIG_NAME} says {wanted}: they must be equal"
+                f"{path}: {name}: s is {saved} and {CONFIG_NAME} says {wanted}: they must be equal"
             )
     return tensors, layers
 
@@ -118,12 +118,12 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if size > MOST_JSON_BYTES:
         raise ValueError(f"{path} has {size} bytes; at most {MOST_JSON_BYTES} are read")
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}")
-    return found
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}")
+    return data
 
 
 def _hira_layers(tensors: dict[str, Tensor]) -> dict[str, StoredAdapter]:

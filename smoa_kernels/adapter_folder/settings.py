@@ -124,13 +124,13 @@ class AdapterSettings(Settings):
 
     def unmatched_patterns(self, names: Sequence[str]) -> dict[str, list[str]]:
         """Keys that match none of these layers, sorted, for each pattern that has such keys."""
-        found = {}
+        unmatched = {}
         for pattern in _PATTERNS:
             keys = getattr(self, pattern)
             missed = sorted(key for key in keys if not any(_end(key).match(name) for name in names))
             if missed:
-                found[pattern] = missed
-        return found
+                unmatched[pattern] = missed
+        return unmatched
 
     def _check_format(self) -> None:
         if not isinstance(self.weights_sha256, (str, type(None))):
@@ -190,14 +190,14 @@ class AdapterSettings(Settings):
             )
 
 
-def whole_name(name: str) -> str:
+def full_name(name: str) -> str:
     """A pattern's key that matches this layer only, not others whose names end with its name."""
     return f"^{re.escape(name)}"
 
 
 def _matching(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
-    found = (value for key, value in pattern.items() if _end(key).match(name))
-    return next(found, pattern.get(name, default))
+    matches = (value for key, value in pattern.items() if _end(key).match(name))
+    return next(matches, pattern.get(name, default))
 
 
 # Every layer tries every key of every pattern. With cached expressions this takes seconds, not hours.

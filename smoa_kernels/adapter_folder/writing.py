@@ -21,7 +21,7 @@ _SCRATCH = ".saving-"
 
 
 @contextmanager
-def replacing(folder: str | os.PathLike[str], *, whole: bool = False) -> Iterator[Path]:
+def replacing(folder: str | os.PathLike[str], *, new: bool = False) -> Iterator[Path]:
     """Give a hidden folder to write to, which becomes `folder` when the block ends without an exception.
 
     All files are on the disk by then. A new folder is renamed. In an old one files are replaced, configurations last;
@@ -30,13 +30,13 @@ def replacing(folder: str | os.PathLike[str], *, whole: bool = False) -> Iterato
 
     Args:
         folder: what is written.
-        whole: it is new or empty and no mount point, and is always renamed.
+        new: it is new or empty and no mount point, and is always renamed.
 
     Raises:
         OSError: the files could not be written; the message names `folder`.
     """
     folder = Path(folder)
-    is_new, name = whole or not folder.exists(), f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
+    is_new, name = new or not folder.exists(), f"{_SCRATCH}{uuid.uuid4().hex[:8]}"
     # In an old folder, beside which another file system may begin.
     scratch = folder.parent / f".{folder.name}{name}" if is_new else folder / name
     try:
@@ -47,7 +47,7 @@ def replacing(folder: str | os.PathLike[str], *, whole: bool = False) -> Iterato
             for file in files:
                 with file.open("rb+") as stream:
                     os.fsync(stream.fileno())
-            if whole or not folder.exists():  # another process may have made it meanwhile
+            if new or not folder.exists():  # another process may have made it meanwhile
                 if folder.exists():
                     folder.rmdir()  # an error if it is not empty
                 scratch.rename(folder)

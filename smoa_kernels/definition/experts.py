@@ -86,18 +86,18 @@ class ExpertBlocks:
         return ExpertBlocks(self.col_offsets, self.row_offsets, self.col_index, self.row_index, self.granule)
 
     def partitions(self, experts: Sequence[int]) -> list[BlockPartition]:
-        """Make the partitions of some experts' weights; experts with shared blocks share one."""
+        """Make the partitions of some experts' weights; experts with shared blocks share a partition."""
         if not experts:
             return []
         rows = _sides(self.row_offsets, self.row_index, experts)
         cols = _sides(self.col_offsets, self.col_index, experts)
-        found = []
+        partitions = []
         for e in range(max(len(rows), len(cols))):
             (row_tensors, row_sizes), (col_tensors, col_sizes) = rows[e % len(rows)], cols[e % len(cols)]
-            tensors = [one for pair in zip(row_tensors, col_tensors, strict=True) for one in pair]
+            tensors = [tensor for pair in zip(row_tensors, col_tensors, strict=True) for tensor in pair]
             sizes = [*row_sizes, *col_sizes, self.granule, self.is_contiguous]
-            found.append(BlockPartition.from_tensors(tensors, sizes))
-        return found * len(experts) if len(found) == 1 else found
+            partitions.append(BlockPartition.from_tensors(tensors, sizes))
+        return partitions * len(experts) if len(partitions) == 1 else partitions
 
 
 def _offsets(labels: Tensor, num_blocks: int) -> Tensor:
@@ -125,7 +125,7 @@ def _sides(
     """Labels, index and offsets of rows, or columns, and the blocks' sizes: of each expert, or one that all share."""
     size = int(offsets[0, -1])
     places = torch.arange(size, device=offsets.device)[None] if index is None else index
-    offsets, places = (each if len(each) == 1 else each[list(experts)] for each in (offsets, places))
+    offsets, places = (side if len(side) == 1 else side[list(experts)] for side in (offsets, places))
     places, sizes = places.long(), offsets.diff()
     known, num_blocks = sizes.tolist(), sizes.shape[1]
     blocks = torch.arange(num_blocks, device=offsets.device).to(label_dtype(num_blocks))
@@ -184,15 +184,15 @@ def reference_experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter) -
 
     Args:
         x: (P, C), sorted by expert, W0's dtype.
-        ends: int (E,), how many pairs the experts up to each have together; the last is P.
+        ends: int (E,), where the pairs of each expert end; the last is P.
         adapter: of the experts.
 
     Returns:
         y (P, N) in x's dtype.
     """
     y, start = [x.new_empty(0, adapter.weight.shape[1])], 0
-    for one, end in zip(adapter.experts(range(len(adapter.weight))), ends.tolist(), strict=True):
+    for expert, end in zip(adapter.experts(range(len(adapter.weight))), ends.tolist(), strict=True):
         if end > start:
-            y.append(reference.forward(x[start:end], None, one, "auto", None))
+            y.append(reference.forward(x[start:end], None, expert, "auto", None))
         start = end
     return torch.cat(y)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .partition import BlockPartition
-from .thresholds import WHOLE, Place
+from .thresholds import ORIGIN, Place
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that takes three times as long, twice per call of a layer
@@ -43,7 +43,7 @@ class PackedAdapter:
     ranks: Tensor
     scaling: Tensor
     block_ranks: Sequence[int] | None = None
-    place: Place = WHOLE
+    place: Place = ORIGIN
     layout: Any = field(default=None, init=False, repr=False)
 
     @property

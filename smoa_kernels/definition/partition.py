@@ -28,7 +28,7 @@ from ..checks import (
     on_sides,
 )
 from .labels import check_labels, check_range, granularity, label_dtype, labels_of, pack, sections, unpack
-from .spectral_order import order_source, whole
+from .spectral_order import gather_weight, order_source
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -90,7 +90,7 @@ class BlockPartition:
             ValueError: `weight` is not a matrix or holds NaN or Inf; `num_blocks` is out of range, or exceeds the
                 number of granules.
         """
-        weight = whole(weight)
+        weight = gather_weight(weight)
         check_weight(weight)
         orders = partial(order_source.get(), weight.detach())
         return cls._cut(orders, weight.shape, num_blocks, granule)
@@ -112,7 +112,7 @@ class BlockPartition:
             >>> BlockPartition.from_experts(weights, num_blocks=3).row_block.tolist()
             [2, 1, 0]
         """
-        weights = whole(weights)
+        weights = gather_weight(weights)
         check_weight(weights.flatten(0, 1), "weights")
         orders = partial(order_source.get(), weights.detach())
         return cls._cut(orders, weights.shape[-2:], num_blocks, granule)
@@ -230,7 +230,7 @@ class BlockPartition:
         labels = [side.to(label_dtype(num_blocks)) for side in sides]
         index = [torch.argsort(side, stable=True) for side in labels]
         sizes = [torch.bincount(side, minlength=num_blocks).tolist() for side in sides]
-        offsets = [torch.tensor([0, *accumulate(one)], dtype=torch.int32, device="cpu") for one in sizes]
+        offsets = [torch.tensor([0, *accumulate(side)], dtype=torch.int32, device="cpu") for side in sizes]
         is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
         numbers = [*sizes[0], *sizes[1], granularity(sides), is_contiguous]
         plan = pack([*labels, *index, *offsets], numbers).to(row_block.device)
@@ -336,7 +336,7 @@ class BlockPartition:
     def T(self) -> BlockPartition:
         """Partition of the transposed weight."""
         tensors = self.tensors()
-        swapped = [one for pair in zip(tensors[1::2], tensors[::2], strict=True) for one in pair]
+        swapped = [tensor for pair in zip(tensors[1::2], tensors[::2], strict=True) for tensor in pair]
         sizes = [*self.col_sizes, *self.row_sizes, self.granularity, self.is_contiguous]
         return BlockPartition.from_tensors(swapped, sizes)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .thresholds import WHOLE
+from .thresholds import ORIGIN
 
 # torch.distributed.tensor takes about a second to import, and only a shard's methods need it.
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class LayerShard:
         self.rows: slice = part if dim == 0 else every
         self.cols: slice = every if dim == 0 else part
         self.row_offset, self.column_offset = (start, 0) if dim == 0 else (0, start)
-        self.place = WHOLE.part(self.row_offset, self.column_offset)
+        self.place = ORIGIN.part(self.row_offset, self.column_offset)
 
     @staticmethod
     def local(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .precision import without_autocast
-from .spectral_order import one_thread, whole
+from .spectral_order import gather_weight, one_thread
 
 PROJECTIONS = 32
 SKETCH_SIZE = PROJECTIONS + 1
@@ -32,7 +32,7 @@ _SMALL = 2**22
 
 def sketch_weight(weight: Tensor) -> Tensor:
     """Compute the sketch of a weight: float32 (33,) on its device, 32 projections and log2 of the norm."""
-    weight = whole(weight).detach()
+    weight = gather_weight(weight).detach()
     with one_thread() if weight.numel() < _SMALL else nullcontext(), without_autocast(weight):
         weight = weight.to(torch.float32)
         norm = torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)

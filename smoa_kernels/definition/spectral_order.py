@@ -15,7 +15,7 @@ from ..checks import Granule, on_sides
 from .precision import without_autocast
 
 
-def whole(weight: Tensor) -> Tensor:
+def gather_weight(weight: Tensor) -> Tensor:
     """Gather a sharded weight (`DTensor`) on every process; return any other weight as it is."""
     gather = getattr(weight, "full_tensor", None)
     return weight if gather is None else cast(Tensor, gather())

@@ -32,8 +32,8 @@ class Place(NamedTuple):
 
     Attributes:
         first: u of its first entry.
-        row_step: u of one row further.
-        col_step: u of one column further.
+        row_step: what u grows by from a row to the next.
+        col_step: what u grows by from a column to the next.
     """
 
     first: int = 0
@@ -51,12 +51,12 @@ class Place(NamedTuple):
         return self._replace(first=first % LEVELS)
 
 
-WHOLE = Place()
-"""The whole weight."""
+ORIGIN = Place()
+"""The place of a matrix that begins at the weight's first row and column."""
 
 
 def round_weight(
-    W_eff: Tensor, dtype: torch.dtype, place: Place = WHOLE, index: Tensor | None = None
+    W_eff: Tensor, dtype: torch.dtype, place: Place = ORIGIN, index: Tensor | None = None
 ) -> Tensor:
     """Round W_eff to `dtype`; half types by thresholds. NaN and Inf stay.
 

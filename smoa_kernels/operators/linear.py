@@ -327,15 +327,15 @@ class _LinearBackward(torch.autograd.Function):
         _check_seed(of_call)
         joined = of_dy is not None and needs_x and _is_one_call(of_call, flat)
         needs_x = needs_x and not joined
-        found: Gradients = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+        gradients: Gradients = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
         dims: tuple[Any, ...] = None, None, None
         if needs_x or x is not None:
-            found = _vmap(formula_gradients, in_dims)(dy, x, needs_x, *flat)
+            gradients = _vmap(formula_gradients, in_dims)(dy, x, needs_x, *flat)
             dims = 0, 0, 0
         if joined:
             dx, *_ = call_linear_backward(dy.movedim(of_dy, 0), None, True, *flat)
-            found, dims = (dx, *found[1:]), (0, *dims[1:])
-        return found, dims
+            gradients, dims = (dx, *gradients[1:]), (0, *dims[1:])
+        return gradients, dims
 
 
 def _is_one_call(of_call: Sequence[int | None], flat: Sequence[Any]) -> bool:

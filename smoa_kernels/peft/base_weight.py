@@ -37,7 +37,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     Attributes:
         fan_in_fan_out: whether it is stored with its last two dimensions swapped.
         quantization_backend: PEFT's back end for the base layer if that is quantised.
-        stack: (E,), the number of matrices that the layer adapts together; () for a single one.
+        stack: (E,), the number of matrices that the layer adapts together; () for a single matrix.
         kernel_size: W0's dimensions beyond its second; () for a matrix.
         parameter_name: W0's name in the layer that owns it.
     """
@@ -65,7 +65,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         return layer
 
     def base_weight(self) -> Tensor:
-        """W0, never W_eff. A quantised one is dequantised anew; of a sharded one this is the process's part."""
+        """W0, never W_eff. A quantised weight is dequantised anew; of a sharded weight this is the process's part."""
         if self.quantization_backend is not None:
             return self._dequantize()
         weight = self._stored_weight()
@@ -88,7 +88,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     def base_sketch(self) -> Tensor:
         """Sketch the whole W0, (33,), or each matrix of a stack."""
         weight = self.base_weight() if self._shard is None else self.get_base_layer().weight
-        return torch.stack([sketch_weight(each) for each in weight]) if self.stack else sketch_weight(weight)
+        return torch.stack([*map(sketch_weight, weight)]) if self.stack else sketch_weight(weight)
 
     def base_distance(self, sketch: Tensor) -> float:
         """The largest distance between the sketches of W0's matrices and `sketch`; 0 on the meta device."""
@@ -98,7 +98,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         return max(map(sketch_distance, sketch.view(-1, own.shape[-1]), own.view(-1, own.shape[-1])))
 
     def computations(self, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
-        """Functions that compute the blocks of each matrix of W0; a single one if all share their blocks.
+        """Functions that compute the blocks of each matrix of W0; a single function if all share their blocks.
 
         W0 is read only if its values decide.
         """
@@ -109,10 +109,10 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             return [partial(rule.build, weight)]
         if rule.block_order == "shared":
             return [partial(BlockPartition.from_experts, weight, rule.num_blocks, granule=rule.granules)]
-        return [partial(rule.build, each) for each in weight]
+        return [partial(rule.build, matrix) for matrix in weight]
 
     def joined(self, partitions: Sequence[BlockPartition]) -> Any:
-        """The blocks of W0 from the partitions of its matrices, or from one that all share."""
+        """The blocks of W0 from the partitions of its matrices, or from the partition that all share."""
         if not self.stack:
             return partitions[0]
         rows, cols = ([getattr(p, side) for p in partitions] for side in ("row_block", "col_block"))
@@ -124,7 +124,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         return cast("nn.Parameter | None", self.get_base_layer()._parameters.get(self.parameter_name))
 
     def _stored_weight(self) -> Tensor:
-        """The innermost layer's weight as it is stored; of a sharded one this process's part."""
+        """The innermost layer's weight as it is stored; of a sharded weight this process's part."""
         weight: Tensor = parameter(self.get_base_layer(), self.parameter_name)
         return weight if self._shard is None else self._shard.weight(weight)
 
@@ -226,13 +226,13 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         stored = self._stored_weight().data
         stored = stored.mT if self.fan_in_fan_out else stored
         into = stored.unbind() if self.stack else (stored,)
-        for place, each in zip(into, merged, strict=True):
-            place.copy_(self._unflattened(each))
+        for place, matrix in zip(into, merged, strict=True):
+            place.copy_(self._unflattened(matrix))
 
     def _merged(self, names: Sequence[str], weight: Tensor) -> Iterator[Tensor]:
         """Compute W_eff of several adapters in W0's dtype, one matrix after another."""
-        for each in zip(*(self._matrices(name, weight.detach()) for name in names), strict=True):
-            yield eager.modulated_weight(sum_adapters(each) if len(each) > 1 else each[0])
+        for parts in zip(*(self._matrices(name, weight.detach()) for name in names), strict=True):
+            yield eager.modulated_weight(sum_adapters(parts) if len(parts) > 1 else parts[0])
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module

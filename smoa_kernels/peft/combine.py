@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..adapter_folder.settings import FORMAT_VERSION, whole_name
+from ..adapter_folder.settings import FORMAT_VERSION, full_name
 from ..checks import check_choice, check_finite
 from ..definition.packed import PackedAdapter, padding_masks
 from ..definition.partition import BlockPartition
@@ -133,8 +133,8 @@ def combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) ->
     config.granule, config.granule_pattern = 1, {}
     config.target_modules, config.exclude_modules = "|".join(map(re.escape, sorted(combined))), None
     config.layers_to_transform = config.layers_pattern = None
-    config.rank_pattern = {whole_name(name): rank for name, (rank, _) in shapes.items() if rank != r}
-    config.num_blocks_pattern = {whole_name(name): K for name, (_, K) in shapes.items() if num_blocks != K}
+    config.rank_pattern = {full_name(name): rank for name, (rank, _) in shapes.items() if rank != r}
+    config.num_blocks_pattern = {full_name(name): K for name, (_, K) in shapes.items() if num_blocks != K}
     config.inference_mode = False
     config.format_version = FORMAT_VERSION  # so that block labels are filled in, not computed
     return config

@@ -15,7 +15,7 @@ from peft.utils.peft_types import PeftType
 
 from ..adapter_folder.format import CONFIG_NAME, METHOD
 from ..adapter_folder.reading import read_weights
-from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, whole_name
+from ..adapter_folder.settings import FORMAT_VERSION, AdapterSettings, full_name
 from ..adapter_folder.writing import replacing
 from ..checks import check_kind, check_path, naming
 
@@ -99,7 +99,7 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
                 )
         config = copy(self)
         config.use_lora_rate = False
-        config.alpha_pattern = {whole_name(name): settings.alpha for name, settings in layers.items()}
+        config.alpha_pattern = {full_name(name): settings.alpha for name, settings in layers.items()}
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -62,7 +62,7 @@ def read_served(folder: Path) -> ServedAdapter | None:
             raise _refusal(folder / CONFIG_NAME, f"{key}={config[key]}")
     adapter = read_adapter(folder, (METHOD, HIRA))
     layers = {name: _factors(adapter, name) for name in adapter.layers}
-    for key in adapter.whole:
+    for key in adapter.in_full:
         raise _refusal(folder / WEIGHTS_NAME, key)
     rank = max(len(factors.A) for factors in layers.values())
     return ServedAdapter(layers, rank, bool(config.get("strict_base")))

@@ -24,7 +24,7 @@ from ...definition.dropout import Dropout
 from ...definition.experts import ExpertBlocks, ExpertsAdapter
 from ...definition.packed import PackedAdapter
 from ...definition.partition import BlockPartition
-from ...definition.thresholds import WHOLE
+from ...definition.thresholds import ORIGIN
 from ..pages import workspace
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -145,7 +145,7 @@ class Call(ctypes.Structure):
         A, B = present("A", adapter.A), present("B", adapter.B)
         offsets = [dense(name, getattr(blocks, name), torch.int32) for name in ("row_offsets", "col_offsets")]
         ranks = dense("ranks", adapter.ranks, torch.int32)
-        place = adapter.place if isinstance(adapter, PackedAdapter) else WHOLE
+        place = adapter.place if isinstance(adapter, PackedAdapter) else ORIGIN
         self.layer = Layer(
             *weight.shape[-2:], KINDS[weight.dtype], *weight.stride()[-2:], *place, weight.data_ptr(),
             A.shape[-2], KINDS[A.dtype], *A.stride()[-2:], *B.stride()[-2:], A.data_ptr(), B.data_ptr(),

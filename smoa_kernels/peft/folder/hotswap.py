@@ -49,8 +49,8 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
         config: Any = SMoAConfig.from_peft_type(**adapter.config)  # PEFT's own fields too
     configs: Any = getattr(model, "peft_config", {})
     held = configs.get(adapter_name)
-    if adapter.whole or any(each.bias != "none" or each.modules_to_save for each in (config, held or config)):
-        named = f" ({min(adapter.whole)})" if adapter.whole else ""
+    if adapter.in_full or any(c.bias != "none" or c.modules_to_save for c in (config, held or config)):
+        named = f" ({min(adapter.in_full)})" if adapter.in_full else ""
         raise ValueError(
             f"bias and modules_to_save: this adapter or that in {folder} also trains biases or whole modules{named}: "
             "load it with load_adapter"
@@ -93,13 +93,13 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
 def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapter, path: str) -> None:
     """Raise unless a layer's new adapter, of the same shapes, agrees with the old one in all constants of a graph."""
     old, new = layer.smoa[adapter_name], adapter.layers[path]
-    for what, held, found in (
+    for what, held, given in (
         ("block_ranks", list(old.block_ranks), new.ranks.tolist()),
         ("group_size", old.group_size, new.group_size),
         ("dtype", (old.A.dtype, old.B.dtype), (new.A.dtype, new.B.dtype)),
         ("block sizes, granularity and contiguity", old.partition.sizes(), new.partition.sizes()),
     ):
-        if held != found:
+        if held != given:
             raise ValueError(
-                f"{name}: {what} must be the same, got {found} in the folder and {held} in the model"
+                f"{name}: {what} must be the same, got {given} in the folder and {held} in the model"
             )

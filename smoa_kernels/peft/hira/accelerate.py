@@ -84,7 +84,7 @@ def accelerate_hira(model: nn.Module) -> HiraReport:
     taken, left = [], {}
     for name, layer in _layers(model).items():
         kind: type = layer.pefts_class if _is_accelerated(layer) else type(layer)
-        if (reason := _obstacle(layer, kind)) is not None:
+        if (reason := _unsupported_reason(layer, kind)) is not None:
             left[name] = reason
             continue
         layer.__class__ = accelerated_class(kind)
@@ -116,11 +116,11 @@ def _is_accelerated(layer: nn.Module) -> bool:
     return "pefts_class" in vars(type(layer))
 
 
-def _obstacle(layer: Any, kind: type[nn.Module]) -> str | None:
+def _unsupported_reason(layer: Any, kind: type[nn.Module]) -> str | None:
     """Why a layer of one of PEFT's classes cannot be accelerated; None if it can."""
     is_quantized, base = kind.__module__ == "peft.tuners.hira.bnb", layer.base_layer
     if kind not in _KINDS and not is_quantized:
-        return f"its class is {kind.__qualname__}, which is none of {', '.join(each.__name__ for each in _KINDS)}"
+        return f"its class is {kind.__qualname__}, which is none of {', '.join(k.__name__ for k in _KINDS)}"
     if "forward" in vars(layer):
         return "its forward was replaced, as accelerate's hooks do"
     if is_quantized:
@@ -181,10 +181,10 @@ class Accelerated(_Layer):  # type: ignore[misc]
 
         PEFT's forward computes a call that has further arguments, which are the base layer's.
         """
-        found = None if args or kwargs else self._active(x)
-        if found is None:
+        active = None if args or kwargs else self._active(x)
+        if active is None:
             return cast(Tensor, super().forward(x, *args, **kwargs))
-        adapter, dropout_p = found
+        adapter, dropout_p = active
         base = self.base_layer
         if self.pefts_class is hira.Linear:
             return adapted_linear(x, base.bias, adapter, dropout_p=dropout_p)
@@ -207,13 +207,13 @@ class Accelerated(_Layer):  # type: ignore[misc]
             As, Bs = [self.hira_embedding_B[n].T for n in names], [self.hira_embedding_A[n].T for n in names]
         else:
             As, Bs = [self.hira_A[n].flatten(1) for n in names], [self.hira_B[n].flatten(1) for n in names]
-        dropouts, dtypes = [self.hira_dropout[name] for name in names], {each.dtype for each in (*As, *Bs)}
-        p = float(sum(each.p for each in dropouts if type(each) is nn.Dropout and each.training))
+        dropouts, dtypes = [self.hira_dropout[name] for name in names], {f.dtype for f in (*As, *Bs)}
+        p = float(sum(drop.p for drop in dropouts if type(drop) is nn.Dropout and drop.training))
         dtype = weight.dtype if is_embedding else x.dtype  # x is an index
         frozen = not weight.requires_grad and (weight.dtype == dtype or autocast_enabled(x))
         most = len(names) if kind not in _KINDS or kind is hira.Linear else 0
         possible = (
-            all(type(each) in (nn.Dropout, nn.Identity) for each in dropouts)
+            all(type(drop) in (nn.Dropout, nn.Identity) for drop in dropouts)
             # Of several, each draws a mask. PEFT computes convolutions under dropout, and ignores it in embeddings.
             and (p == 0 or is_embedding or (p < 1 and most == 1))
             and (len(dtypes) == 1 and dtypes <= {dtype, torch.float32})
@@ -246,7 +246,7 @@ def accelerated_class(kind: type[nn.Module]) -> type[Accelerated]:
 def __getattr__(name: str) -> Any:
     """Find these classes by name, for pickle."""
     plain = name.removeprefix("Accelerated")
-    kind = {each.__name__: each for each in _KINDS}.get(plain) or getattr(hira, plain, None)
+    kind = {kind.__name__: kind for kind in _KINDS}.get(plain) or getattr(hira, plain, None)
     if plain == name or not (isinstance(kind, type) and issubclass(kind, HiraLayer)):
         raise AttributeError(name)
     return accelerated_class(kind)

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...adapter_folder.base_model import BaseModel
 from ...adapter_folder.format import CONFIG_NAME, HIRA, INFIX, METHOD, PREFIX, WEIGHTS_NAME
 from ...adapter_folder.reading import Adapter, read_adapter
-from ...adapter_folder.settings import whole_name
+from ...adapter_folder.settings import full_name
 from ...adapter_folder.writing import replacing, seal
 from ...checks import check_path, naming
 from ...definition.packed import of_columns
@@ -94,7 +94,7 @@ def _to_smoa(
             name: adapter.config[name] for name in ("hira_dropout", "init_weights") if name in adapter.config
         }
         given = HiraConfig(**settings, **own)
-    state = adapter.whole
+    state = adapter.in_full
     bases = _base_model(adapter, base, "an SMoA adapter holds a sketch of its base weights")
     for done, (name, layer) in enumerate(adapter.layers.items()):
         progress(done, len(adapter.layers))
@@ -106,7 +106,7 @@ def _to_smoa(
         tensors = {**layer.tensors(), "sketch": sketch_weight(W0)}
         state |= {f"{name}{INFIX}{key}": tensor for key, tensor in tensors.items()}
     # Ranks are those in the file: PEFT 0.21.2 gives every plain layer r and ignores rank_pattern.
-    ranks = {whole_name(name): int(layer.ranks) for name, layer in adapter.layers.items()}
+    ranks = {full_name(name): int(layer.ranks) for name, layer in adapter.layers.items()}
     config = SMoAConfig(
         **settings,
         num_blocks=1,
@@ -131,7 +131,7 @@ def _base_model(adapter: Adapter, base: str | os.PathLike[str] | None, why: str)
 def _to_hira(
     adapter: Adapter, settings: dict[str, Any], base: str | os.PathLike[str] | None
 ) -> tuple[HiraConfig, dict[str, Tensor]]:
-    config, state, not_linear = adapter.settings, adapter.whole, adapter.settings.not_linear or ()
+    config, state, not_linear = adapter.settings, adapter.in_full, adapter.settings.not_linear or ()
     bases: BaseModel | None = None
     if config.bias != "none":
         raise ValueError(f"bias={config.bias!r} has no counterpart in HiRA, which trains no biases")
