@@ -26,7 +26,7 @@ PROCESSORS = {
     "Intel(R) Xeon(R) Processor, family 6, model 167": "Intel (AMX)",
     "Intel(R) Xeon(R) Processor, family 6, model 207": "Intel (AVX-512)",
 }
-# Rows: K, with a layer's r, so that a block has rank 4. Columns: words, then the kind of benchmark, its phase and dtype.
+# Rows: K, with a layer's r, so that a block has rank 4. Columns: words, then kind of benchmark, phase and dtype.
 SETTINGS = ((2, 8), (4, 16))
 COLUMNS: dict[str, tuple[str, str, str]] = {
     "a layer, float32, × frozen": ("layer", "both", "float32"),
