@@ -20,28 +20,21 @@ START, END = "<!-- written by python -m benchmarks.report: -->", "<!-- :written 
 
 # Processors by name, with the README's names for them: their instruction sets. The results page has the full names.
 PROCESSORS = {
-    "AMD EPYC, family 25, model 1": "AMD (AVX2)",
-    "AMD EPYC, family 25, model 17": "AMD (AVX512-BF16)",
-    "AMD EPYC, family 26, model 2": "AMD (AVX-512)",
+    "AMD EPYC, family 25, model 1": "AMD Zen 3 (AVX2)",
+    "AMD EPYC, family 25, model 17": "AMD Zen 4 (AVX512-BF16)",
+    "AMD EPYC, family 26, model 2": "AMD Zen 5 (AVX512-BF16)",
     "Intel(R) Xeon(R) Processor, family 6, model 167": "Intel (AMX)",
     "Intel(R) Xeon(R) Processor, family 6, model 207": "Intel (AVX-512)",
 }
-# Columns: words, then the kind of benchmark, its phase, and the parameters that select the case. The first case that
-# was measured counts; its blocks are named where they are not the heading's.
-LAYER = {"tokens": 2048, "out_features": 2048, "dropout": 0.0}
-COLUMNS: dict[str, tuple[tuple[str, str, dict[str, Any]], ...]] = {
-    "a layer, float32, K=2, × frozen": (("layer", "both", LAYER | {"num_blocks": 2, "dtype": "float32"}),),
-    "a layer, bfloat16, K=2, × frozen": (
-        ("layer", "both", LAYER | {"num_blocks": 2, "rank": 8, "dtype": "bfloat16"}),
-        ("layer", "both", LAYER | {"num_blocks": 4, "rank": 16, "dtype": "bfloat16"}),
-    ),
-    "a step, float32, K=2, × LoRA's": tuple(
-        ("step", "step", {"dtype": "float32", "num_blocks": blocks}) for blocks in (2, 4)
-    ),
-    "a step, bfloat16, K=2, × LoRA's": tuple(
-        ("step", "step", {"dtype": "bfloat16", "num_blocks": blocks}) for blocks in (2, 4)
-    ),
+# Rows: K, with a layer's r, so that a block has rank 4. Columns: words, then kind of benchmark, phase and dtype.
+SETTINGS = ((2, 8), (4, 16))
+COLUMNS: dict[str, tuple[str, str, str]] = {
+    "a layer, float32, × frozen": ("layer", "both", "float32"),
+    "a layer, bfloat16, × frozen": ("layer", "both", "bfloat16"),
+    "a step, float32, × LoRA's": ("step", "step", "float32"),
+    "a step, bfloat16, × LoRA's": ("step", "step", "bfloat16"),
 }
+LAYER = {"tokens": 2048, "out_features": 2048, "dropout": 0.0}
 
 
 def with_section(text: str, content: str) -> str:
@@ -75,7 +68,7 @@ def keep_job(summary: dict[str, Any]) -> None:
 def section(runs: list[Run]) -> str:
     """A table of the main job, one of layers and steps by processor, one for each GPU; explanations.
 
-    A processor that was used only in part is only on the results page.
+    A processor that was used only in part, or at K=4 alone, is only on the results page.
     """
     runs = [run for run in runs if LIMIT not in run.machine["device"]]
     jobs = {name: json.loads((MAIN_JOB / f"{name}.json").read_text(encoding="utf-8")) for name in METHODS}
@@ -84,18 +77,22 @@ def section(runs: list[Run]) -> str:
     return paragraphs(
         table((f"`make main-job`, {own}, {threads} threads", "SMoA", "LoRA", "HiRA"), _job_rows(summaries)),
         table(
-            ("SMoA / LoRA / HiRA, one thread", *COLUMNS),
-            [row(run, "benchmarks/results/README.md") for run in runs if not run.on_gpu],
+            ("SMoA / LoRA / HiRA", *COLUMNS),
+            [
+                cells
+                for run in runs
+                if not run.on_gpu and run.select("step", num_blocks=2)
+                for cells in rows(run, "benchmarks/results/README.md")
+            ],
         ),
         *(ratios(run, run.select("layer"), "both", list(METHODS.values())) for run in runs if run.on_gpu),
         "\n".join(
             (
                 f"- **First table.** {_explained(summaries['smoa'])}",
-                "- **Second table.** A layer computes 2048 tokens through 2048×2048 at r=16 (bfloat16 at K=2: r=8), a "
-                "step takes 512 tokens at r=8. LoRA and HiRA are PEFT's. "
-                "[Why some figures are below 1](docs/cpu.md#how-fast-it-is).",
-                f"- **Beside them.** {_served()} {_merged_into_four_bits()} "
-                "[All tables](benchmarks/results/README.md).",
+                "- **Second table.** A layer computes 2048 tokens through 2048×2048, at r=8 (K=2) or r=16 (K=4); "
+                "a step of SmolLM2-135M takes 512 tokens at r=8. The methods take turns on one thread. "
+                "[More processors, K=4 alone](benchmarks/results/README.md).",
+                f"- **Serving and four bits.** {_served()} {_merged_into_four_bits()}",
             )
         ),
     )
@@ -106,29 +103,33 @@ def _job_rows(summaries: Mapping[str, dict[str, Any]]) -> list[tuple[str, ...]]:
         "trained parameters": lambda s: f"{s['trainable_parameters']:,}",
         "accuracy, %": lambda s: _percent(s["accuracy_after"]),
         "seconds a step": lambda s: f"{s['median_step_seconds']:.2f}",
-        "peak memory, GiB": lambda s: f"{s['peak_memory_bytes'] / 2**30:.2f}",
+        "peak memory of the process, GiB": lambda s: f"{s['peak_memory_bytes'] / 2**30:.2f}",
     }
     return [(words, *map(cell, summaries.values())) for words, cell in cells.items()]
 
 
-def row(run: Run, page: str = "") -> tuple[str, ...]:
-    """A device's cells, with a link to its tables on the page; a dash for what was noisy or not measured."""
+def rows(run: Run, page: str = "") -> list[tuple[str, ...]]:
+    """A device's cells for each K of which a step was measured, with a link to its tables on the page.
+
+    A dash stands for what was noisy or not measured.
+    """
     device = str(run.machine["device"])
-    return (
-        f"[{_processor(device)}]({page}#{anchor(device)})",
-        *(_cell(run, cases) for cases in COLUMNS.values()),
-    )
+    return [
+        (
+            f"[{_processor(device)}]({page}#{anchor(device)}), K={blocks}",
+            *(_cell(run, *column, blocks, rank) for column in COLUMNS.values()),
+        )
+        for blocks, rank in SETTINGS
+        if run.select("step", num_blocks=blocks)
+    ]
 
 
-def _cell(run: Run, cases: tuple[tuple[str, str, dict[str, Any]], ...]) -> str:
-    for place, (kind, phase, params) in enumerate(cases):
-        for result in run.select(kind, **params):
-            figures = [result.comparison(phase).ratio(method) for method in METHODS.values()]
-            if "factors" not in result.params and not any(
-                figure is None or figure.doubt for figure in figures
-            ):
-                note = f"K={params['num_blocks']}: " if place else ""
-                return note + " / ".join(figure.short() for figure in figures if figure)
+def _cell(run: Run, kind: str, phase: str, dtype: str, blocks: int, rank: int) -> str:
+    case = LAYER | {"rank": rank} if kind == "layer" else {}
+    for result in run.select(kind, num_blocks=blocks, dtype=dtype, **case):
+        figures = [result.comparison(phase).ratio(method) for method in METHODS.values()]
+        if "factors" not in result.params and not any(figure is None or figure.doubt for figure in figures):
+            return " / ".join(figure.short() for figure in figures if figure)
     return "–"
 
 
@@ -139,10 +140,12 @@ def _merged_into_four_bits() -> str:
     from .quality.store import read
 
     study, (task, *methods) = Study(read(RESULTS / "quality.jsonl")), FOUR_BITS_IN_README
-    smoa, lora = (percent(study.mean(task, method, MERGED)) for method in methods)
+    before, after = (
+        [percent(study.mean(task, method, field)) for method in methods] for field in ("accuracy", MERGED)
+    )
     return (
-        f"Merged into int4, SMoA scores {smoa} % and LoRA {lora} % "
-        "([TREC-50, few seeds](benchmarks/results/quality.md#four-bits))."
+        f"Beside an int4 base SMoA scored {before[0]} % and LoRA {before[1]} %, merged into it {after[0]} % and "
+        f"{after[1]} % ([TREC-50, few seeds](benchmarks/results/quality.md#four-bits))."
     )
 
 
@@ -158,8 +161,8 @@ def _explained(smoa: Mapping[str, Any]) -> str:
     before, options = smoa["accuracy_before"], smoa["options"]
     return (
         f"SmolLM2-135M learned TREC-6 in {options['steps']} steps (five linear layers of each decoder layer, "
-        f"r={options['r']}, K=2, {options['dtype']}, one seed). Accuracy on {before['questions']} questions, ± one "
-        f"standard error, was {_percent(before)} before."
+        f"r={options['r']}, K=2, {options['dtype']}, one seed). Accuracy is of {before['questions']} questions, ± one "
+        f"standard error; before training it was {_percent(before)}. The methods ran one after another."
     )
 
 
@@ -167,8 +170,8 @@ def _served() -> str:
     served = json.loads(SERVING.read_text(encoding="utf-8"))
     smoa, lora, hira = (f"{served['token_over_merged'][name]:.2f}" for name in METHODS)
     return (
-        f"In vLLM a token of an unmerged adapter takes {smoa} (SMoA), {lora} (LoRA) and {hira} times (HiRA) as long as "
-        f"the merged model's ({_processor(served['device'])})."
+        f"In vLLM a token of an unmerged adapter takes {smoa} (SMoA, K=4), {lora} (LoRA) and {hira} times (HiRA) the "
+        f"merged model's time ({_processor(served['device'])})."
     )
 
 

@@ -18,7 +18,7 @@ import typer
 
 from . import protocol, tables
 from .providers import LORA
-from .readme import COLUMNS, README, keep_job, row, section, with_section
+from .readme import COLUMNS, README, keep_job, rows, section, with_section
 from .results import RESULTS, Run, compact, read, read_all, write
 
 SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -41,7 +41,8 @@ def page(runs: list[Run]) -> str:
     text = words.format(
         protocol=inspect.cleandoc(protocol.__doc__ or "").partition("\n\n")[2],
         summary=tables.table(
-            ("SMoA / LoRA / HiRA", *COLUMNS), [row(run) for run in runs if not run.machine["smoke"]]
+            ("SMoA / LoRA / HiRA", *COLUMNS),
+            [cells for run in runs if not run.machine["smoke"] for cells in rows(run)],
         ),
         runs=tables.paragraphs(*map(_run_page, runs)) if runs else NONE_YET,
     )
