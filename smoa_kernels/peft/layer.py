@@ -189,7 +189,11 @@ class SMoALayer(BaseWeight):
     def packed(self, adapter_name: str, weight: Tensor, keep: bool = False) -> Any:
         """Pair an adapter with W0, as :meth:`smoa_kernels.adapter.Adapter.packed` does."""
         adapter: Any = self._modules["smoa"]._modules.get(adapter_name)
-        if adapter is None or not adapter._made_of or (self._single_block is not None and not adapter.is_current()):
+        if (
+            adapter is None
+            or not adapter._made_of
+            or (self._single_block is not None and not adapter.is_current())
+        ):
             adapter = self._ready(adapter_name)
         return adapter.packed(weight, keep=keep)
 
