@@ -60,7 +60,7 @@ class Merge:
         self.model = BaseModel(self.base)
         self.rescaled: list[Rescaled] = []  # of each quantised layer that `tensors` has made so far
         files = self.model.by_file()
-        if not self.model.config:
+        if not (self.base / "config.json").is_file():
             raise FileNotFoundError(f"there is no config.json in {self.base}")
         quantized = None
         if (settings := self.model.config.get("quantization_config")) is not None:

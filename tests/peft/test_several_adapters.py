@@ -62,7 +62,7 @@ def test_labels_that_fully_shard_moves_in_place_bring_their_blocks_along(llama, 
     for layer in layers(model).values():
         for adapter in layer.smoa.values():
             adapter.share(adapter.partition.to("meta"))
-        layer._whole = layer._whole and layer._whole.to("meta")
+        layer._single_block = layer._single_block and layer._single_block.to("meta")
     assert torch.equal(logits(model, tokens), expected)
 
 
