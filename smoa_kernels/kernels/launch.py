@@ -271,7 +271,7 @@ class Launch:
 
 
 class BoundLaunch:
-    """A `Launch` bound to an adapter's tensors. A call passes only the tensors that differ each time, such as x and y."""
+    """A `Launch` bound to an adapter's tensors. A call passes only the tensors that change, such as x and y."""
 
     def __init__(self, launch: Launch, stay: Pointers) -> None:
         self.launch, self.config, self._stay = launch, launch.config, stay
