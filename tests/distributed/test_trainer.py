@@ -65,7 +65,7 @@ def test_a_sharded_run_is_that_of_one_process(engine: str, tmp_path: Path) -> No
         settings = tmp_path / "zero3.json"
         settings.write_text(json.dumps(ZERO3), encoding="utf-8")
         launch, further = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], [settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, "-m", *launch, trained.__file__, tmp_path / "two", *further]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-5000:]
