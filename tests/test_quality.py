@@ -98,13 +98,17 @@ def test_shares_at_equal_accuracy_on_planted_fronts() -> None:
     def run(method: Any, lr: float, seed: int, better: float = 0.0) -> dict[str, Any]:
         accuracy = 0.8 + 10 * lr + 0.01 * seed + better
         nats = constant[method] * math.exp(noise[method][seed] + 20 * (accuracy - 0.01 * seed))
-        return {"method": method.name, "lr": lr, "seed": seed, "accuracy": accuracy, "nats_more": nats}
+        sizes = {"peak": [nats**0.5], "delta": [nats**0.5 * (4 if method is SMOA else 1)]}
+        given = {"method": method.name, "lr": lr, "seed": seed}
+        return given | {"accuracy": accuracy, "nats_more": nats, **sizes}
 
     runs = [run(m, lr, seed) for m in constant for lr in RATES[m] for seed in range(3)]
     found = Fronts([*runs, run(SMOA, 2e-3, 0) | {"seed": 9}])  # a seed without its other runs does not count
     expected = mean_of([math.log(0.4) + a - b for a, b in zip(noise[SMOA], noise[LORA_8], strict=True)])
     assert found.target({0, 1, 2}) == pytest.approx(0.85)
     assert found.share(SMOA.name, LORA_8.name) == pytest.approx(expected)
+    assert found.error("peak") == pytest.approx(1.0)
+    assert found.error("delta") > 1.5  # one curve for SMoA, another for LoRA
     # Both have the same seeds, so what a seed does to both cancels.
     assert found.share(LORA_HALF.name, LORA_HALF.name) == pytest.approx((0.0, 0.0, 0.0, 3))
     # A front that is nowhere, or everywhere, as accurate has no share.

@@ -8,8 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from adapters import LEARNING_RATE
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ..plots import svg
 from ..results import write
@@ -29,6 +31,8 @@ BOTH = ("accuracy", "nats_more")
 BELOW = 0.01  # the accuracy of comparison, under LoRA's at the rate that is best on validation
 LEAST = 1e-3  # nats, for logarithms: too few to be measured
 LARGEST_SHARE = 0.7  # of LoRA's nats, where SMoA counts as forgetting less
+# Of an update, relative to W0's; means over layers.
+SIZES = {"delta": "norm of ΔW, % of W0's", "peak": "largest singular value of ΔW, % of W0's"}
 
 
 class Fronts:
@@ -86,14 +90,27 @@ class Fronts:
         parts = [(rest + 1) * whole - rest * (estimate(seeds - {seed}) if rest else 0.0) for seed in seeds]
         return mean_of(parts)._replace(value=whole)
 
+    def sizes(self, method: str, field: str) -> tuple[list[float], list[float]]:
+        """A size of the update, the mean over layers, and the logarithm of nats of each of a method's runs."""
+        runs = [run for by_seed in self.runs.get(method, {}).values() for run in by_seed.values()]
+        return [mean_of(run[field]).value for run in runs], [run["logarithm"] for run in runs]
+
+    def error(self, field: str) -> float:
+        """The factor (root mean square) by which nats miss a parabola through all runs, in logarithms, over a size."""
+        x, y = np.hstack([self.sizes(method, field) for method in self.runs])
+        parabola = np.polynomial.Polynomial.fit(np.log(x), y, 2)
+        return math.exp(np.square(parabola(np.log(x)) - y).mean() ** 0.5)
+
 
 def generate(records: Path, folder: Path) -> list[Path]:
     """Write the page and its figure from the runs in a file; return their paths."""
     found = store.read(records)
     store.check_one_setting(found)
-    for name, text in (("forgetting.md", page(found)), ("forgetting.svg", svg(figure(Fronts(found))))):
+    drawn = {"forgetting": figure(Fronts(found)), "forgetting-why": reasons(Fronts(found))}
+    texts = {"forgetting.md": page(found), **{f"{name}.svg": svg(each) for name, each in drawn.items()}}
+    for name, text in texts.items():
         write(folder / name, text)
-    return [folder / "forgetting.md", folder / "forgetting.svg"]
+    return [folder / name for name in texts]
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
@@ -128,6 +145,7 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         or "No seed has the runs for it yet.",
         largest=LARGEST_SHARE,
         held=held,
+        **{field: f"{fronts.error(field):.2f}" for field in SIZES},
     )
 
 
@@ -165,4 +183,22 @@ def figure(fronts: Fronts) -> Figure:
     axes.set(xlabel="accuracy on test, %", ylabel="nats a token more than the base", yscale="log")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
+    return drawn
+
+
+def reasons(fronts: Fronts) -> Figure:
+    """Nats of every run by two sizes of its update."""
+    drawn = Figure(figsize=(6.4, 3.2), layout="constrained")
+    panels = drawn.subplots(1, len(SIZES), sharey=True)
+    for axes, (field, label) in zip(panels, SIZES.items(), strict=True):
+        for method in RATES:
+            x, logarithms = fronts.sizes(method.name, field)
+            open_marker = {"mfc": "none"} if method.name in DASHES else {}
+            axes.plot(x, np.exp(logarithms), "o", color=BASE[method.kind], label=method.name, **open_marker)
+        axes.set(xlabel=label, xscale="log", yscale="log")
+        axes.set_xticks([0.003, 0.01, 0.03, 0.1, 0.3], ["0.3", "1", "3", "10", "30"])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("nats a token more than the base")
+    panels[-1].legend(fontsize=8, frameon=False)
     return drawn

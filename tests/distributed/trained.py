@@ -84,6 +84,6 @@ if __name__ == "__main__":
     if PartialState().is_main_process:
         torch.save(results, Path(sys.argv[1]) / "results.pt")
     torch.distributed.barrier()
-    # DeepSpeed keeps its process groups until the interpreter ends, and a thread of gloo's that asks for the interpreter
-    # then aborts the process ("terminate called without an active exception", seen once).
+    # DeepSpeed keeps its process groups until Python ends, and a thread of gloo's that asks for the interpreter then
+    # aborts the process ("terminate called without an active exception", seen once).
     os._exit(0)
