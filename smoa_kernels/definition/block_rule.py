@@ -52,7 +52,7 @@ class BlockRule(NamedTuple):
     @property
     def needs_weight(self) -> bool:
         """Whether blocks depend on W0's values, not only on its shape."""
-        return self.block_order in ("spectral", "shared")
+        return self.num_blocks > 1 and self.block_order in ("spectral", "shared")
 
     def check(self, shape: Sequence[int] | None = None, name: str = "a weight") -> None:
         """Check all attributes and, if a shape is given, that `name` can be cut into such blocks."""

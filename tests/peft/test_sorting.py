@@ -63,6 +63,12 @@ def adapter(make_model, **settings):
     return get_peft_model_state_dict(adapt(model, **settings))
 
 
+def test_one_block_is_not_sorted(sorted_in):
+    """Its labels are all 0, whatever the order: HiRA, and adapters that merge into four bits, are added at once."""
+    assert adapter(tiny_llama, num_blocks=1).keys() == adapter(tiny_llama).keys()
+    assert len(sorted_in) == LINEARS[tiny_llama]  # of the second adapter, with two blocks
+
+
 def test_sorting_in_parallel_gives_the_same_adapter(make_model, threads, sorted_in, monkeypatch):
     several = adapter(make_model, init_weights=False)
     assert {count for _, count in sorted_in} == {1}
