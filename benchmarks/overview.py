@@ -41,7 +41,7 @@ def overview(study: Study, runs: Sequence[Run]) -> Figure:
     _bars(memory, {name: peaks[name]["peak"] / 2**20 for name in (SMOA, LORA, HIRA)}, "{:.0f}")
     memory.set_title("peak memory of a step,\nbfloat16, K=2, MiB")
     _bars(time, _times(runs), "{:.2f}")
-    time.set_title("time of a step, float32,\nK=4, LoRA = 1, four CPUs")
+    time.set_title("time of a step, float32,\nK=4, LoRA = 1, median of four CPUs")
     return figure
 
 
