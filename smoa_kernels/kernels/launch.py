@@ -39,13 +39,9 @@ MOST_KEPT = 256
 """Most launches and choices that an adapter keeps: one for each bucket of tokens and strides of x."""
 
 
-class _Hooks(NamedTuple):
-    all: tuple[Callable[..., object], ...] = ()  # called before every launch
-    new: tuple[Callable[..., object], ...] = ()  # and before a compiled kernel's first
-
-
-_NO_HOOKS = _Hooks()
-_hooks: ContextVar[_Hooks] = ContextVar("launch hooks", default=_NO_HOOKS)
+_Hooks: TypeAlias = tuple[Callable[..., object], ...]
+# Called before every launch, and before a compiled kernel's first.
+_hooks: ContextVar[tuple[_Hooks, _Hooks]] = ContextVar("launch hooks", default=((), ()))
 
 
 class launch_hook:  # used like a function; `contextmanager` takes three times as long
@@ -60,11 +56,13 @@ class launch_hook:  # used like a function; `contextmanager` takes three times a
     """
 
     def __init__(self, hook: Callable[..., object], *, new: bool = False) -> None:
-        hooks = _hooks.get()
-        self._hooks = _Hooks(hooks.all, (*hooks.new, hook)) if new else _Hooks((*hooks.all, hook), hooks.new)
+        self._hook, self._new = hook, new
 
     def __enter__(self) -> None:
-        self._token = _hooks.set(self._hooks)
+        every, first = _hooks.get()
+        self._token = _hooks.set(
+            (every, (*first, self._hook)) if self._new else ((*every, self._hook), first)
+        )
 
     def __exit__(self, *error: object) -> None:
         _hooks.reset(self._token)
@@ -251,11 +249,12 @@ class Launch:
         """
         arguments = self._arguments(pointers, sizes)
         form = _form([arguments[at] for at, _ in self._given])
-        compiled, hooks = self._compiled.get(form), _hooks.get()
-        to_call = hooks.all if compiled else hooks.all + hooks.new
-        if to_call and self._is_stopped(to_call, grid, pointers, sizes):
+        compiled, (hooks, of_new) = self._compiled.get(form), _hooks.get()
+        if compiled is None:
+            hooks += of_new
+        if hooks and self._is_stopped(hooks, grid, pointers, sizes):
             return
-        if compiled:
+        if compiled is not None:
             compiled[grid](*arguments)
             return
         compiled = self.by_triton(grid, pointers, sizes)
@@ -277,7 +276,7 @@ class Launch:
         return arguments
 
     def _is_stopped(self, hooks: Sequence[Callable[..., object]], *arguments: Any) -> bool:
-        token = _hooks.set(_NO_HOOKS)
+        token = _hooks.set(((), ()))
         try:
             return any(hook(self, *arguments) for hook in hooks)
         finally:

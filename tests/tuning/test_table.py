@@ -19,7 +19,7 @@ from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS, multiplied_in
 from smoa_kernels.kernels import architectures, table
 from smoa_kernels.kernels.architectures import identity
-from smoa_kernels.kernels.launch import Launch
+from smoa_kernels.kernels.launch import Launch, operands_of
 from smoa_kernels.kernels.permute import PERMUTE, gather_columns
 from smoa_kernels.kernels.spec import Config, Key, bucket
 from smoa_kernels.kernels.table import Choice, keep, read, select, user_table
@@ -144,11 +144,15 @@ def test_a_table_chooses_any_algorithm(precision: str) -> None:
     problem = make_problem(ranks=(3, 2), tokens=8).to(PRECISIONS[precision].dtype)
     adapter, sizes = problem.adapter(), (3, 2, *problem.weight.shape, 8)
     factors = "fp32" if precision == "tf32" else precision
+
+    def chosen(stage: str, x: torch.Tensor) -> str:
+        return triton_backend._chosen(stage, x, adapter, operands_of(adapter))
+
     with multiplied_in(precision):
         for stage, x in (("forward", problem.x), ("input_gradient", problem.dy)):
-            assert triton_backend._chosen(stage, x, adapter) == "fused"
+            assert chosen(stage, x) == "fused"
             put("merged", Key(stage, precision, *sizes, factors=factors))
-            assert triton_backend._chosen(stage, x, adapter) == "merged"
+            assert chosen(stage, x) == "merged"
 
 
 # Damaged tables
