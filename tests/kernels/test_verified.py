@@ -317,7 +317,7 @@ def test_a_probe_of_few_tokens_is_launched_like_the_call(
     monkeypatch.setattr(verified, "probe", lambda *given: rows.append(given[3]) or draw(*given))
     monkeypatch.setattr(verified, "FEW", 5)
     if not covered:
-        monkeypatch.setattr(verified, "chosen_for", nullcontext)
+        monkeypatch.setattr(verified, "override", lambda **tokens: nullcontext())
     FUSED.problem(**SIZES).forward(**FUSED.options)
     assert rows == [5] * 3 + [20] * 3 * (not covered)  # the kernels twice, and torch's operators
     assert gpu.users

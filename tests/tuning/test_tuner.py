@@ -283,22 +283,15 @@ def test_only_launches_with_the_key_and_sums_of_their_parts_are_timed() -> None:
     assert launched == ["contract_kernel", *["sum_partials_kernel"] * 2]
 
 
-def test_the_timer_flushes_the_largest_cache_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four times the 256 MiB of an MI300X, before each of the launches that are timed."""
-    done: list[Any] = []
-
-    def empty(count: int, dtype: torch.dtype, device: str) -> Any:
-        return SimpleNamespace(zero_=lambda: done.append(count * dtype.itemsize))
-
-    event = SimpleNamespace(record=lambda: done.append("event"), synchronize=lambda: None)
-    event.elapsed_time = lambda _: 2.0
-    graph = SimpleNamespace(replay=lambda: done.append("launch"))
-    monkeypatch.setattr(torch, "empty", empty)
+def test_a_cuda_graph_is_timed_by_triton_which_flushes_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, launched = SimpleNamespace(replay=lambda: None), list[int]()
+    timed = Mock(return_value=2.0)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
-    assert tuner.gpu_timer("fused", lambda: None) == 2e-3
-    assert done == [4 * 256 * 2**20, "event", "launch", "event"] * tuner.REPEATS
+    monkeypatch.setattr(tuner, "do_bench", timed)
+    assert tuner.gpu_timer("fused", lambda: launched.append(1)) == 2e-3
+    timed.assert_called_once_with(graph.replay, return_mode="median")
+    assert launched == [1, 1]  # compiled, and captured
 
 
 # The command
