@@ -162,14 +162,14 @@ class Operands:
 def operands_of(adapter: PackedAdapter | ExpertsAdapter) -> Operands:
     """An adapter's operands. A packed adapter keeps them for its other launches.
 
-    It keeps them until torch's setting of TF32, the tuning table or what Triton compiles for changes: a tensor's dtype,
-    strides or alignment (`weight.data = …`). Kernels over experts read A along C, so the A of a transposed adapter is
+    It keeps them until torch's setting of TF32, the tuning table or a property of a tensor changes (`weight.data = …`):
+    shape, strides, dtype, alignment, device. Kernels over experts read A along C, so the A of a transposed adapter is
     copied; it is small.
     """
     w, a, b = adapter.weight, adapter.A, adapter.B
     strides: tuple[tuple[int, ...], ...] = w.stride(), a.stride(), b.stride()
     tensors = w, a, b, adapter.ranks, adapter.scaling
-    state = _form(tensors), strides, matmul_precision("cuda"), generation()
+    state = _form(tensors), strides, w.shape, a.shape, w.device, matmul_precision("cuda"), generation()
     blocks: BlockPartition | ExpertBlocks
     if isinstance(adapter, PackedAdapter):
         kept = adapter.layout
