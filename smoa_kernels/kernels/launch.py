@@ -81,7 +81,7 @@ _STRIDES = ("wn", "wc", "ar", "ac", "bn", "br")
 _EXPERTS_STRIDES = ("we", "wn", "wc", "ae", "ar", "ac", "be", "bn", "br")
 _POINTERS = ("w_ptr", "a_ptr", "b_ptr", "ranks_ptr", "scaling_ptr")
 _LABELS = ("row_block", "col_block")
-_BLOCKS = ("row_index", "col_index", "row_offsets", "col_offsets")
+_BLOCKS: tuple[str, ...] = ("row_index", "col_index", "row_offsets", "col_offsets")
 
 
 class Layout(NamedTuple):

@@ -248,6 +248,15 @@ def test_a_wrong_kernel_of_dx_refuses_none_of_the_factors(file: Path, gpu: Gpu) 
     assert {name.partition(" ")[0] for name, reason in kept(file).items() if reason} == {gpu.name}
 
 
+def test_gradients_whose_kernels_have_all_run_are_one_call(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = MERGED.problem(**SIZES)
+    given = p.dy.flatten(0, -2), p.x.flatten(0, -2), p.adapter(), None
+    expected = verified.backward(*given, needs_x=True)
+    monkeypatch.setattr(verified, "launch_hook", lambda hook, new: nullcontext())  # no launch is new
+    monkeypatch.setattr(verified, "_gradients", None)
+    assert all(map(torch.equal, verified.backward(*given, needs_x=True), expected))
+
+
 def test_what_is_compared_was_launched_like_later_calls(gpu: Gpu) -> None:
     """A `Launch` calls a kernel that it knows by itself; the first time Triton launches."""
     gpu.name, gpu.spoil = "modulated_weight_kernel", lambda out: len(gpu.probes) == 2 and out.zero_()
