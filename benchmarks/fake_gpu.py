@@ -202,7 +202,7 @@ def install(devices: int = 1, properties: SimpleNamespace = H100) -> FakeGpu:
     def properties_of(device: torch.device | int) -> SimpleNamespace:
         if isinstance(device, torch.device) and device.type != "cuda":  # as torch does
             raise ValueError(f"Expected a cuda device, but got: {device}")
-        return properties
+        return gpu.properties
 
     JITFunction._do_compile = compile_nothing
     triton.runtime.driver.set_active(FakeDriver(gpu))

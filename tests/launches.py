@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from smoa_kernels.tuning import tuner
 
 BF16, COMPILE = torch.bfloat16, JITFunction._do_compile
 TOKENS = (1, 2, 16, 100, 256, 1000, 2048, 8192)
+MI300X = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-", multi_processor_count=304, name="MI300X")
 # (N, C) of the linear layers of Llama-3.2-1B and of SmolLM2-135M.
 MODELS = {
     "Llama-3.2-1B": ((2048, 2048), (512, 2048), (8192, 2048), (2048, 8192)),
@@ -185,6 +187,20 @@ def cached_plans(gpu: FakeGpu) -> dict[str, list[str]]:
     return {"new": new, "cached": sweep(anew=False)}
 
 
+def beyond_2_gib(gpu: FakeGpu) -> list[list[str]]:
+    """Forms on AMD's GPU of calls whose x, or W0, lies in less than 2 GiB of memory, in 2 GiB, and in less again."""
+    torch.version.hip, gpu.properties = "6.4", MI300X  # type: ignore[assignment]
+    few, many = (torch.empty(rows, 512, dtype=BF16, device="cuda:0") for rows in (300, 2**21))
+    layer, found = adapter(256, 512, "cuda:0", BF16), []
+    for x, weight in ((few, few), (many, few), (few, many), (few, few)):
+        layer.weight.data = weight.narrow(0, 0, 256)
+        gpu.launches.clear()
+        for algorithm in backend.ALGORITHMS:
+            backend.forward(x.narrow(0, 0, 300), None, layer, algorithm, None)
+        found.append([launch.form for launch in gpu.launches])
+    return found
+
+
 def hooks(gpu: FakeGpu) -> list[list[bool]]:
     """Whether cached plans' direct launches pass Triton's metadata and a profiler's enter and exit hooks."""
     calls = [call for _, call in passes(adapter(256, 512, "cuda:0", BF16), 300)]
@@ -272,6 +288,6 @@ if __name__ == "__main__":
 
     JITFunction.run = counted
     with FakeTensorMode():
-        functions = (ahead, devices, forms, cached_plans, hooks, buckets, new_forms, first_step)
+        functions = (ahead, devices, forms, cached_plans, beyond_2_gib, hooks, buckets, new_forms, first_step)
         what = {function.__name__: function for function in functions}[sys.argv[1]]
         print(json.dumps(what(pretended)))

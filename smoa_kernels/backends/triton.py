@@ -31,7 +31,7 @@ from ..kernels.contract import contract
 from ..kernels.fused_linear import fused_linear
 from ..kernels.grouped_grad import grouped_grad
 from ..kernels.grouped_linear import grouped_linear
-from ..kernels.launch import Layout, on_device, operands_of
+from ..kernels.launch import Layout, Operands, on_device, operands_of
 from ..kernels.modulate import modulated_blocks
 from ..kernels.permute import gather_columns, scatter_columns
 from ..kernels.spec import GRANULE, Key, block_width, bucket
@@ -54,10 +54,11 @@ def forward(
 def _forward(
     x: Tensor, bias: Tensor | None, adapter: PackedAdapter, algorithm: str, dropout: Dropout | None
 ) -> Tensor:
+    operands = operands_of(adapter)
     if algorithm == "auto":
-        algorithm = "split" if dropout is not None else _chosen("forward", x, adapter)
+        algorithm = "split" if dropout is not None else _chosen("forward", x, adapter, operands)
     if algorithm == "merged":
-        return F.linear(x, modulate.modulated_weight(adapter), bias)
+        return F.linear(x, modulate.modulated_weight(adapter, operands), bias)
     if algorithm == "fused" and adapter.weight.shape[1] > 1:
         return fused_linear(x, bias, adapter)
     partition = adapter.partition
@@ -75,11 +76,12 @@ def backward(
         return eager.backward(dy, x, adapter, dropout, needs_x=needs_x)
     dA = dB = dx = None
     with on_device(dy.device):
+        operands = operands_of(adapter)
         # dA and dB come first, so that their gathered copies are freed before dX takes its workspace.
         if x is not None:
-            dA, dB = factor_gradients(dy, x, adapter, dropout)
+            dA, dB = factor_gradients(dy, x, adapter, operands, dropout)
         if needs_x:
-            dx = input_gradient(dy, adapter, dropout)
+            dx = input_gradient(dy, adapter, operands, dropout)
     return dx, dA, dB
 
 
@@ -105,19 +107,19 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Te
 
 
 def factor_gradients(
-    dy: Tensor, x: Tensor, adapter: PackedAdapter, dropout: Dropout | None
+    dy: Tensor, x: Tensor, adapter: PackedAdapter, operands: Operands, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
     """(dA, dB). On the current device."""
     partition = adapter.partition
     G = bmm_in_float32(_by_block(dy, partition.T).mT, _by_block(x, partition, dropout))
-    return contract(G, adapter)
+    return contract(G, adapter, operands)
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
+def input_gradient(dy: Tensor, adapter: PackedAdapter, operands: Operands, dropout: Dropout | None) -> Tensor:
     """`dX = dY W0 + dropoutᵀ(dY ΔW)`: dY (T, N) -> dX (T, C), split under dropout. On the current device."""
-    algorithm = "split" if dropout is not None else _chosen("input_gradient", dy, adapter)
+    algorithm = "split" if dropout is not None else _chosen("input_gradient", dy, adapter, operands)
     if algorithm == "merged":
-        return dy @ modulate.modulated_weight(adapter)
+        return torch.mm(dy, modulate.modulated_weight(adapter, operands))
     if algorithm == "fused" and adapter.weight.shape[0] > 1:
         return fused_linear(dy, None, adapter.T)
     partition = adapter.partition
@@ -161,9 +163,9 @@ def _width(partition: BlockPartition) -> int:
     return partition.col_sizes[0] if partition.is_even else block_width(partition.col_sizes)
 
 
-def _chosen(stage: str, x: Tensor, adapter: PackedAdapter) -> str:
+def _chosen(stage: str, x: Tensor, adapter: PackedAdapter, operands: Operands) -> str:
     """Choose the algorithm of "auto" without dropout, for one of `spec.ALGORITHM_KEYS`."""
-    chosen: str = operands_of(adapter).get(_choose, stage, bucket(x.shape[0]), adapter.partition.is_even)
+    chosen: str = operands.get(_choose, stage, bucket(x.shape[0]), adapter.partition.is_even)
     return chosen
 
 

@@ -4,7 +4,7 @@ Triton has compiled correct kernels wrongly before, so a compiled kernel runs on
 Triton's hash: of its source, constants and options, of the compiler, and of what Triton specialises by itself (sizes
 and strides that are 1 or that 16 divides, aligned pointers). Before a call launches a new kernel, it computes a probe
 by the kernels and by torch's operators: two of the largest tiles of tokens and a tail, in the call's layout. Launch
-parameters are chosen as for the call (`table.chosen_for`), and no kernel's control flow depends on the random numbers,
+parameters are chosen as for the call (`table.override`), and no kernel's control flow depends on the random numbers,
 so the probe launches what the call launches. If not, a probe of all tokens follows.
 
 A finished comparison is kept in the tuning table's file, by the first process of a job. Another failure, such as a
@@ -32,7 +32,7 @@ from ..definition.packed import PackedAdapter
 from ..kernels.architectures import gpu_name, identity
 from ..kernels.launch import Launch, launch_hook, on_device, operands_of
 from ..kernels.spec import bucket
-from ..kernels.table import chosen_for, keep, read, user_table
+from ..kernels.table import keep, override, read, user_table
 from . import Gradients, eager, experts, experts_masked, triton
 from .probes import ALLOWED, distance, probe
 
@@ -150,6 +150,10 @@ def _verified(
     return operation
 
 
+def _withhold(*launch: Any) -> None:
+    raise _WithheldError
+
+
 def _call_of(run: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> object:
     """Calls that are equal in this launch the same kernels."""
     given = *args, *options.values()
@@ -172,7 +176,7 @@ def _check(
     def compare(rows: int) -> None:
         result, reference = (partial(probe, of, args, options, rows) for of in (run, by_torch))
         experts = max(layout.experts, 1)  # parameters are chosen for the average expert
-        with chosen_for({-(-rows // experts): -(-tokens // experts)}):
+        with override(tokens={-(-rows // experts): -(-tokens // experts)}):
             known.compare(result, reference, ALLOWED[layout.precision])
 
     known.check(compare, (FEW + layout.experts // 2, tokens or FEW), *launch)
@@ -200,6 +204,9 @@ def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> Gradients:
     """Gradients of :func:`forward`, as in `triton.py`. A wrong kernel of dX refuses none of dA and dB."""
+    if x is not None and needs_x and _is_verified(dy.device) and not verdicts(dy.device).withheld:
+        with suppress(_WithheldError), launch_hook(_withhold, new=True):
+            return triton.backward(dy, x, adapter, dropout, needs_x=True)
     nothing = None, None, None
     _, dA, dB = nothing if x is None else _gradients(dy, x, adapter, dropout, needs_x=False)
     dx, _, _ = _gradients(dy, None, adapter, dropout, needs_x=True) if needs_x else nothing

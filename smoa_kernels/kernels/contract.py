@@ -23,7 +23,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from .architectures import ADA, AMD, AMPERE, GEFORCE_BLACKWELL, HOPPER
 from .common import block_slots, dot, load_block, power_of_two, to_tf32
-from .launch import Grid, Launch, Layout, operands_of
+from .launch import Grid, Launch, Layout, Operands, operands_of
 from .spec import PARTIAL_RANKS, Config, Kernel, Row, partial_width
 from .sum_partials import sum_partials
 from .table import cached
@@ -90,19 +90,21 @@ def dot_factor(h, factor, acc, EXACT: tl.constexpr, INPUT_PRECISION: tl.constexp
     return dot(h, high, acc, INPUT_PRECISION)
 
 
-def contract(G: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
+def contract(G: Tensor, adapter: PackedAdapter, operands: Operands | None = None) -> tuple[Tensor, Tensor]:
     """dA (ρ, C) and dB (N, ρ) of all blocks, in the factors' dtypes; rows and columns t ≥ r_k are exactly 0.
 
     Args:
         G: `dY_kᵀ X_k` of every block (K, P_n, P_c), float32, contiguous, in the order of the partition's index.
         adapter: weight, factors, partition, ranks and scaling.
+        operands: the adapter's, where the caller has them.
     """
     A, B = adapter.A, adapter.B
     dA, dB = A.new_empty(*A.shape), B.new_empty(*B.shape)  # torch parses numbers faster than a size
     if dA.numel() == 0 or dB.numel() == 0:
         return dA, dB
     _, padded_rows, padded_cols = G.shape
-    launch, grid, of_a, of_b = operands_of(adapter).get(_launch, padded_rows, padded_cols)
+    operands = operands or operands_of(adapter)
+    launch, grid, of_a, of_b = operands.get(_launch, padded_rows, padded_cols)
     partial_a, partial_b = G.new_empty(*of_a), G.new_empty(*of_b)
     launch(grid, {"g_ptr": G, "partial_a_ptr": partial_a, "partial_b_ptr": partial_b})
     sum_partials(partial_a, dA, transposed=True)

@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from copy import copy
 from itertools import chain
-from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -35,14 +35,13 @@ from .table import generation, select
 Pointers: TypeAlias = Mapping[str, Tensor | None]
 Grid: TypeAlias = tuple[int, int, int]
 
-
-class _Hooks(NamedTuple):
-    all: tuple[Callable[..., object], ...] = ()  # called before every launch
-    new: tuple[Callable[..., object], ...] = ()  # and before a compiled kernel's first
+MOST_KEPT = 256
+"""Most launches and choices that an adapter keeps: one for each bucket of tokens and strides of x."""
 
 
-_NO_HOOKS = _Hooks()
-_hooks: ContextVar[_Hooks] = ContextVar("launch hooks", default=_NO_HOOKS)
+_Hooks: TypeAlias = tuple[Callable[..., object], ...]
+# Called before every launch, and before a compiled kernel's first.
+_hooks: ContextVar[tuple[_Hooks, _Hooks]] = ContextVar("launch hooks", default=((), ()))
 
 
 class launch_hook:  # used like a function; `contextmanager` takes three times as long
@@ -57,11 +56,13 @@ class launch_hook:  # used like a function; `contextmanager` takes three times a
     """
 
     def __init__(self, hook: Callable[..., object], *, new: bool = False) -> None:
-        hooks = _hooks.get()
-        self._hooks = _Hooks(hooks.all, (*hooks.new, hook)) if new else _Hooks((*hooks.all, hook), hooks.new)
+        self._hook, self._new = hook, new
 
     def __enter__(self) -> None:
-        self._token = _hooks.set(self._hooks)
+        every, first = _hooks.get()
+        self._token = _hooks.set(
+            (every, (*first, self._hook)) if self._new else ((*every, self._hook), first)
+        )
 
     def __exit__(self, *error: object) -> None:
         _hooks.reset(self._token)
@@ -78,8 +79,9 @@ _STAY = nullcontext()
 # Strides of W0 (N, C), A (ρ, C) and B (N, ρ), and of experts' (E, …), in this order.
 _STRIDES = ("wn", "wc", "ar", "ac", "bn", "br")
 _EXPERTS_STRIDES = ("we", "wn", "wc", "ae", "ar", "ac", "be", "bn", "br")
+_POINTERS = ("w_ptr", "a_ptr", "b_ptr", "ranks_ptr", "scaling_ptr")
 _LABELS = ("row_block", "col_block")
-_BLOCKS = ("row_index", "col_index", "row_offsets", "col_offsets")
+_BLOCKS: tuple[str, ...] = ("row_index", "col_index", "row_offsets", "col_offsets")
 
 
 class Layout(NamedTuple):
@@ -134,47 +136,53 @@ class Operands:
     Attributes:
         layout: what launches depend on.
         pointers: the tensors as kernels name them.
-        memory: what a later call compares to know that nothing has changed.
+        state: what a later call compares to know that nothing has changed.
     """
 
-    def __init__(self, layout: Layout, pointers: Pointers, memory: object) -> None:
-        self.layout, self.pointers, self.memory = layout, pointers, memory
+    def __init__(self, layout: Layout, pointers: Pointers, state: object) -> None:
+        self.layout, self.pointers, self.state = layout, pointers, state
         self._made: dict[object, Any] = {}
 
     def get(self, make: Callable[..., Any], *arguments: Any) -> Any:
-        """`make(layout, *arguments)`, made once; a launch in it is bound to the tensors."""
+        """`make(layout, *arguments)`, made once; a launch, alone or first in a tuple, is bound to the tensors."""
         key = make, arguments
         made = self._made.get(key)
         if made is None:
             made = make(self.layout, *arguments)
-            parts = made if isinstance(made, tuple) else (made,)
-            parts = tuple(BoundLaunch(v, self.pointers) if isinstance(v, Launch) else v for v in parts)
-            made = self._made[key] = parts if isinstance(made, tuple) else parts[0]
+            if isinstance(made, Launch):
+                made = made.bind(self.pointers)
+            elif isinstance(made, tuple):
+                made = made[0].bind(self.pointers), *made[1:]
+            if len(self._made) == MOST_KEPT:
+                self._made.clear()
+            self._made[key] = made
         return made
 
 
 def operands_of(adapter: PackedAdapter | ExpertsAdapter) -> Operands:
     """An adapter's operands. A packed adapter keeps them for its other launches.
 
-    It keeps them until torch's setting of TF32, the tuning table or a tensor's memory changes (`weight.data = …`).
-    Kernels over experts read A along C, so the A of a transposed adapter is copied; it is small.
+    It keeps them until torch's setting of TF32, the tuning table or a property of a tensor changes (`weight.data = …`):
+    shape, strides, dtype, alignment, device. Kernels over experts read A along C, so the A of a transposed adapter is
+    copied; it is small.
     """
     w, a, b = adapter.weight, adapter.A, adapter.B
-    blocks: BlockPartition | ExpertBlocks
-    names: tuple[str, ...]
     strides: tuple[tuple[int, ...], ...] = w.stride(), a.stride(), b.stride()
-    addresses = w.data_ptr(), a.data_ptr(), b.data_ptr()
-    memory = w.dtype, a.dtype, strides, addresses, matmul_precision("cuda"), generation()
+    tensors = w, a, b, adapter.ranks, adapter.scaling
+    state = _form(tensors), strides, w.shape, a.shape, w.device, matmul_precision("cuda"), generation()
+    blocks: BlockPartition | ExpertBlocks
     if isinstance(adapter, PackedAdapter):
         kept = adapter.layout
-        if isinstance(kept, Operands) and kept.memory == memory:
+        if isinstance(kept, Operands) and kept.state == state:
             return kept
         blocks, granularity, names = adapter.partition, adapter.partition.granularity, (*_BLOCKS, *_LABELS)
     else:
         blocks, granularity, names = adapter.blocks, adapter.blocks.granule, _BLOCKS
-        a = a if a.stride(2) == 1 else a.contiguous()
-        tensors = [getattr(blocks, name) for name in names]
-        apart = (0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in tensors)
+        if a.stride(2) != 1:
+            a = a.contiguous()
+            tensors = w, a, *tensors[2:]
+        of_blocks = (getattr(blocks, name) for name in names)
+        apart = (0 if tensor is None or len(tensor) == 1 else tensor.stride(0) for tensor in of_blocks)
         strides = w.stride(), a.stride(), b.stride(), tuple(apart)
     *experts, N, C = w.shape
     layout = Layout(
@@ -189,14 +197,8 @@ def operands_of(adapter: PackedAdapter | ExpertsAdapter) -> Operands:
         precision_of(a.dtype, ieee=True).name,
         tuple(chain.from_iterable(strides)),
     )
-    pointers = {
-        "w_ptr": w,
-        "a_ptr": a,
-        "b_ptr": b,
-        "ranks_ptr": adapter.ranks,
-        "scaling_ptr": adapter.scaling,
-    }
-    operands = Operands(layout, pointers | {f"{name}_ptr": getattr(blocks, name) for name in names}, memory)
+    pointers = dict(zip(_POINTERS, tensors, strict=True))
+    operands = Operands(layout, pointers | {f"{name}_ptr": getattr(blocks, name) for name in names}, state)
     if isinstance(adapter, PackedAdapter):
         adapter.layout = operands  # in one step, because another thread may read it at once
     return operands
@@ -207,7 +209,7 @@ class Launch:
 
     It depends only on the sizes, strides, dtypes and device of a problem, so functions under :func:`table.cached` make
     it once for a problem. It runs on the problem's device, which must be the current one. Which compiled kernel it is
-    depends on the launch, on the dtypes of the pointers, and on whether 16 divides each address.
+    depends on the launch and on what :func:`_form` says about the tensors.
 
     Args:
         kernel: a function under `@triton.jit`, whose pointers come first.
@@ -219,83 +221,70 @@ class Launch:
     def __init__(self, kernel: Any, config: Config, layout: Layout | None = None, **numbers: Any) -> None:
         values = {name.upper(): value for name, value in vars(config).items()}
         values |= (layout.numbers() if layout else {}) | numbers
-        self.pointers = tuple(name for name in kernel.arg_names if name.endswith("_ptr"))
-        self._tensors = itemgetter(*self.pointers)
         sizes_end = next(i for i, name in enumerate(kernel.arg_names) if name in values)
         self.numbers = tuple(values[name] for name in kernel.arg_names[sizes_end:])
         self.kernel, self.config = kernel, config
-        self._compiled: dict[object, CompiledKernel] = {}
+        pointers = [name for name in kernel.arg_names if name.endswith("_ptr")]
+        self._tensors: list[Tensor | None] = [None] * len(pointers)
+        self._given = list(enumerate(pointers))  # the places of the tensors that a call gives
+        # Compiled kernels, by the form of the tensors that stay, then by that of those that a call gives.
+        self._forms: dict[object, dict[object, CompiledKernel]] = {}
+        self._compiled = self._forms.setdefault(None, {})
 
-    def __call__(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> CompiledKernel | None:
+    def bind(self, tensors: Pointers) -> Launch:
+        """The same launch with tensors that stay, by name; others are ignored. It shares the compiled kernels."""
+        bound = copy(self)
+        bound._tensors = [tensors.get(name) for _, name in self._given]
+        bound._given = [(at, name) for at, name in self._given if name not in tensors]
+        bound._compiled = self._forms.setdefault(_form(bound._tensors), {})
+        return bound
+
+    def __call__(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> None:
         """Launch on the current device.
 
         Args:
             grid: numbers of programs.
-            pointers: the kernel's tensors by name; others are ignored.
+            pointers: the kernel's other tensors by name.
             sizes: the kernel's first numbers, which change from call to call.
-
-        Returns:
-            The compiled kernel, if it was launched; None in the interpreter.
         """
-        tensors = self._tensors(pointers)
-        form = _form(tensors)
-        compiled = self._compiled.get(form)
-        hooks = _hooks.get()
-        to_call = hooks.all + hooks.new if compiled is None else hooks.all
-        if to_call and self._is_stopped(to_call, grid, pointers, sizes):
-            return None
+        arguments = self._arguments(pointers, sizes)
+        form = _form([arguments[at] for at, _ in self._given])
+        compiled, (hooks, of_new) = self._compiled.get(form), _hooks.get()
+        if compiled is None:
+            hooks += of_new
+        if hooks and self._is_stopped(hooks, grid, pointers, sizes):
+            return
         if compiled is not None:
-            compiled[grid](*tensors, *sizes, *self.numbers)
-            return compiled
+            compiled[grid](*arguments)
+            return
         compiled = self.by_triton(grid, pointers, sizes)
-        if not isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-            return None
-        self._compiled[form] = compiled
-        return compiled
+        if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
+            self._compiled[form] = compiled
 
     def by_triton(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
         """Let Triton find or compile the kernel, and launch it; returns what it compiled, a `CompiledKernel`."""
-        return self.kernel[grid](*self._tensors(pointers), *sizes, *self.numbers, **self.config.options)
+        return self.kernel[grid](*self._arguments(pointers, sizes), **self.config.options)
 
     def compiled(self, grid: Grid, pointers: Pointers, sizes: tuple[int, ...] = ()) -> Any:
         """Like :meth:`by_triton`, but nothing is launched."""
-        values = *self._tensors(pointers), *sizes, *self.numbers
-        return self.kernel.warmup(*values, grid=grid, **self.config.options)
+        return self.kernel.warmup(*self._arguments(pointers, sizes), grid=grid, **self.config.options)
+
+    def _arguments(self, pointers: Pointers, sizes: tuple[int, ...]) -> list[Any]:
+        arguments: list[Any] = [*self._tensors, *sizes, *self.numbers]
+        for at, name in self._given:
+            arguments[at] = pointers[name]
+        return arguments
 
     def _is_stopped(self, hooks: Sequence[Callable[..., object]], *arguments: Any) -> bool:
-        token = _hooks.set(_NO_HOOKS)
+        token = _hooks.set(((), ()))
         try:
             return any(hook(self, *arguments) for hook in hooks)
         finally:
             _hooks.reset(token)
 
 
-class BoundLaunch:
-    """A `Launch` bound to an adapter's tensors. A call passes only the tensors that change, such as x and y."""
-
-    def __init__(self, launch: Launch, stay: Pointers) -> None:
-        self.launch, self.config, self._stay = launch, launch.config, stay
-        self._tensors = [stay.get(name) for name in launch.pointers]
-        self._others = [(at, name) for at, name in enumerate(launch.pointers) if name not in stay]
-        self._compiled: dict[object, CompiledKernel] = {}
-
-    def __call__(self, grid: Grid, others: Pointers, sizes: tuple[int, ...] = ()) -> None:
-        """Like the launch's, with the other tensors by name."""
-        tensors = self._tensors.copy()  # another thread may launch it too
-        for at, name in self._others:
-            tensors[at] = others[name]
-        form = _form([tensors[at] for at, _ in self._others])
-        compiled = self._compiled.get(form)
-        if compiled is None or _hooks.get().all:
-            compiled = self.launch(grid, {**self._stay, **others}, sizes)
-            if compiled is not None:
-                self._compiled[form] = compiled
-        else:
-            compiled[grid](*tensors, *sizes, *self.launch.numbers)
-
-
 def _form(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
-    """What Triton compiles for: dtypes, and which addresses 16 divides."""
+    """What Triton compiles for: dtypes, which addresses 16 divides, and for AMD which memory has less than 2 GiB."""
     address = 0
     form: list[torch.dtype | bool | None] = []
     for tensor in tensors:
@@ -306,4 +295,6 @@ def _form(tensors: Sequence[Tensor | None]) -> tuple[object, ...]:
             form.append(tensor.dtype)
     if address & 15:
         form += (tensor is None or not tensor.data_ptr() & 15 for tensor in tensors)
+    if torch.version.hip is not None:
+        form += (tensor is None or tensor.untyped_storage().size() < 2**31 for tensor in tensors)
     return tuple(form)

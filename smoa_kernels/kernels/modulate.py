@@ -25,7 +25,7 @@ from torch import Tensor
 from ..definition.packed import PackedAdapter
 from ..definition.thresholds import LACKS, Place
 from .common import block_slots, hide_origin, load_block, power_of_two, rank_product, round_to
-from .launch import Grid, Launch, Layout, operands_of
+from .launch import Grid, Launch, Layout, Operands, operands_of
 from .spec import Config, Kernel, Row
 from .table import cached
 
@@ -102,13 +102,20 @@ def modulated_weight_kernel(
     store_tile(out_ptr, rows[:, None] * stride_on + cols[None, :] * stride_oc, out, inside)
 
 
-def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None, ieee: bool = False) -> Tensor:
+def modulated_weight(
+    adapter: PackedAdapter,
+    operands: Operands | None = None,
+    *,
+    out: Tensor | None = None,
+    ieee: bool = False,
+) -> Tensor:
     """W_eff (N, C) in W0's dtype and, unless `out` is given, in W0's memory order.
 
     It is rounded by thresholds to a half type, or to TF32 where torch multiplies in it.
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
+        operands: the adapter's, where the caller has them.
         out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
         ieee: compute a float32 W_eff in IEEE, even if torch multiplies in TF32. Under a half weight float32 factors are
             rounded to TF32, which is as fine as float16 and eight times finer than bfloat16.
@@ -122,7 +129,8 @@ def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None, ieee:
         out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
-    launch, grid = operands_of(adapter).get(_weight_launch, out.stride(), adapter.place, ieee)
+    operands = operands or operands_of(adapter)
+    launch, grid = operands.get(_weight_launch, out.stride(), adapter.place, ieee)
     launch(grid, {"out_ptr": out})
     return out
 

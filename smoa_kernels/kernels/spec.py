@@ -23,7 +23,7 @@ GRANULE = 8
 """Adjacent coordinates that kernels read and write as one: 16 bytes of half types."""
 
 STAND_INS: dict[int, int] = {}
-"""Numbers of tokens that stand for others where launch parameters are chosen (`table.chosen_for`)."""
+"""Numbers of tokens that stand for others where launch parameters are chosen (`table.override`)."""
 
 HALF = ("bf16", "fp16")  # precisions of a `Row`
 

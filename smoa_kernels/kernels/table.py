@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
@@ -67,26 +68,23 @@ def cached(function: F) -> F:
 
 
 @contextmanager
-def override(choose: Callable[[Key], Choice | None]) -> Iterator[None]:
-    """Ask `choose` first for each choice meanwhile, in all threads; None leaves it to the table and the heuristic."""
+def override(
+    choose: Callable[[Key], Choice | None] | None = None, *, tokens: Mapping[int, int] = MappingProxyType({})
+) -> Iterator[None]:
+    """Choose otherwise meanwhile, in all threads.
+
+    Args:
+        choose: is asked first for each choice; None leaves it to the table and the heuristic.
+        tokens: numbers of tokens, and for which number to choose in the place of each.
+    """
     global _override
-    before, _override = _override, choose
-    clear_cache()
-    try:
-        yield
-    finally:
-        _override = before
-        clear_cache()
-
-
-@contextmanager
-def chosen_for(tokens: Mapping[int, int]) -> Iterator[None]:
-    """Choose for each number of tokens as for the number that it stands for in `tokens`, meanwhile."""
+    before, _override = _override, choose or _override
     STAND_INS.update(tokens)
     clear_cache()
     try:
         yield
     finally:
+        _override = before
         STAND_INS.clear()
         clear_cache()
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import faulthandler
 import math
 import os
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from triton import AsyncCompileMode
+from triton.testing import do_bench
 
 from ..backends import eager, experts, triton
 from ..backends.algorithms import choose_algorithm
@@ -43,9 +43,8 @@ from ..kernels.spec import ALGORITHM_KEYS, Config, Key, bucket
 from ..kernels.sum_partials import SUM_PARTIALS
 from ..kernels.table import Choice, keep, override
 
-TIMED, REPEATS = 8, 30  # candidates of a key, and how often each is timed
+TIMED = 8  # candidates of a key
 HANGS_SECONDS = 120  # a candidate that takes longer ends the process
-FLUSHED_BYTES = 2**30  # four times the largest last-level cache of a GPU, 256 MiB (MI300X)
 COMPILING, ENDED = "compiling the candidates", "the process ended meanwhile"
 MOST_FUSED_TOKENS = 1024  # well above those at which the fused kernel can win
 META = torch.device("meta")
@@ -270,7 +269,8 @@ def tune(
     for job in planned:
         entry: Any = entries.get(str(job.key))
         entry = entry if isinstance(entry, dict) else {}
-        complete = {"seconds", "default_seconds", "refused"} <= entry.keys()
+        kinds = {"seconds": float, "default_seconds": float, "refused": dict}
+        complete = all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
         if not complete or entry.get("choice") not in map(str, job.candidates):
             try:
                 with on_device(device):
@@ -319,21 +319,12 @@ def _tune(job: Job, device: torch.device, timer: Timer, refused: Any) -> dict[st
 
 
 def gpu_timer(choice: Choice, launch: Callable[[], object]) -> float:
-    """Measure the median seconds of a launch, caches flushed, in a CUDA graph, without Python's gaps (triton#10149)."""
+    """Measure the median seconds of a launch in a CUDA graph, without Python's gaps; Triton flushes the caches."""
     launch()  # compiles
-    graph, flush = torch.cuda.CUDAGraph(), torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         launch()
-    times: list[float] = []
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # takes longer than the host needs to start the graph
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+    return float(do_bench(graph.replay, return_mode="median")) / 1e3
 
 
 def is_lost() -> bool:

@@ -29,7 +29,7 @@ from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import bmm_in_float32, multiplied_in
 from smoa_kernels.kernels import table
-from smoa_kernels.kernels.launch import operands_of
+from smoa_kernels.kernels.launch import MOST_KEPT, operands_of
 from smoa_kernels.operators import linear as operator
 
 pytestmark = pytest.mark.numerical
@@ -45,17 +45,29 @@ def test_a_cached_layout_follows_torchs_setting_of_tf32(dtype: torch.dtype) -> N
             assert operands_of(adapter).layout is layout
 
 
-def test_operands_are_made_anew_when_memory_or_the_table_changes() -> None:
-    """A launch that is bound to them knows by which numbers their addresses are divisible."""
+def test_operands_are_made_anew_when_what_is_compiled_or_the_table_changes() -> None:
+    """A launch that is bound to them knows by which numbers their addresses are divisible, and how wide numbers are."""
     adapter = make_problem(dtype=torch.float32).adapter()
     kept = operands_of(adapter)
-    assert operands_of(adapter) is kept
-    for tensor in (adapter.weight, adapter.A, adapter.B):
+    for tensor in (adapter.weight, adapter.A, adapter.B, adapter.ranks, adapter.scaling):
         tensor.data = tensor.detach().clone()
+        assert operands_of(adapter) is kept
+        odd = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+        for other in (odd, odd.clone(), tensor.to(torch.float16)):
+            tensor.data = other
+            assert operands_of(adapter) is not kept
+            kept = operands_of(adapter)
+    for change in (lambda: setattr(adapter.A, "data", adapter.A[:1].detach()), table.clear_cache):
+        change()
         assert operands_of(adapter) is not kept
         kept = operands_of(adapter)
-    table.clear_cache()
-    assert operands_of(adapter) is not kept
+
+
+def test_an_adapter_keeps_a_bounded_number_of_launches() -> None:
+    operands = operands_of(make_problem(dtype=torch.float32).adapter())
+    found = [operands.get(lambda layout, number: number, number) for number in range(2 * MOST_KEPT + 1)]
+    assert found == list(range(2 * MOST_KEPT + 1))
+    assert len(operands._made) <= MOST_KEPT
 
 
 def test_the_weight_that_is_merged_is_multiplied_in_ieee() -> None:

@@ -51,6 +51,14 @@ def test_cached_plans_launch_like_new_plans() -> None:
 
 
 @pytest.mark.slow
+def test_memory_beyond_2_gib_is_addressed_in_64_bits_on_amd() -> None:
+    """Triton compiles 32-bit offsets where a tensor's memory has less than 2 GiB, whatever the tokens and strides."""
+    small, of_x, of_weight, again = map(set, launches("beyond_2_gib"))
+    assert small == again
+    assert [bool(large - small) for large in (of_x, of_weight)] == [True, True]
+
+
+@pytest.mark.slow
 def test_hooks_on_launches_are_called() -> None:
     """Launches of cached plans pass a profiler's hooks, with Triton's metadata."""
     found = launches("hooks")

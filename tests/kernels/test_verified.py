@@ -248,6 +248,15 @@ def test_a_wrong_kernel_of_dx_refuses_none_of_the_factors(file: Path, gpu: Gpu) 
     assert {name.partition(" ")[0] for name, reason in kept(file).items() if reason} == {gpu.name}
 
 
+def test_gradients_whose_kernels_have_all_run_are_one_call(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = MERGED.problem(**SIZES)
+    given = p.dy.flatten(0, -2), p.x.flatten(0, -2), p.adapter(), None
+    expected = verified.backward(*given, needs_x=True)
+    monkeypatch.setattr(verified, "launch_hook", lambda hook, new: nullcontext())  # no launch is new
+    monkeypatch.setattr(verified, "_gradients", None)
+    assert all(map(torch.equal, verified.backward(*given, needs_x=True), expected))
+
+
 def test_what_is_compared_was_launched_like_later_calls(gpu: Gpu) -> None:
     """A `Launch` calls a kernel that it knows by itself; the first time Triton launches."""
     gpu.name, gpu.spoil = "modulated_weight_kernel", lambda out: len(gpu.probes) == 2 and out.zero_()
@@ -317,7 +326,7 @@ def test_a_probe_of_few_tokens_is_launched_like_the_call(
     monkeypatch.setattr(verified, "probe", lambda *given: rows.append(given[3]) or draw(*given))
     monkeypatch.setattr(verified, "FEW", 5)
     if not covered:
-        monkeypatch.setattr(verified, "chosen_for", nullcontext)
+        monkeypatch.setattr(verified, "override", lambda **tokens: nullcontext())
     FUSED.problem(**SIZES).forward(**FUSED.options)
     assert rows == [5] * 3 + [20] * 3 * (not covered)  # the kernels twice, and torch's operators
     assert gpu.users

@@ -1,7 +1,6 @@
 """The table of measured choices: the entries in force, stale and damaged ones, and concurrent writers."""
 
 import json
-import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from smoa_kernels.backends import triton as triton_backend
 from smoa_kernels.cli import info
 from smoa_kernels.definition.partition import BlockPartition
 from smoa_kernels.definition.precision import KERNEL_PRECISIONS, PRECISIONS, multiplied_in
-from smoa_kernels.kernels import architectures, table
+from smoa_kernels.kernels import architectures
 from smoa_kernels.kernels.architectures import identity
-from smoa_kernels.kernels.launch import Launch
+from smoa_kernels.kernels.launch import Launch, operands_of
 from smoa_kernels.kernels.permute import PERMUTE, gather_columns
 from smoa_kernels.kernels.spec import Config, Key, bucket
 from smoa_kernels.kernels.table import Choice, keep, read, select, user_table
@@ -60,14 +59,26 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], str]:
 # The choice in force
 
 
-def test_an_entry_comes_before_the_heuristic_for_its_problem_alone(cache: Path) -> None:
-    assert ask() == FIRST
+def test_an_entry_comes_before_the_heuristic_for_its_problem_alone(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for launches, which are kept until the table changes."""
+    labels, launched = torch.arange(12) % 2, list[Config]()
+    partition = BlockPartition.from_labels(labels, labels, 2)
+    monkeypatch.setattr(Launch, "__call__", lambda launch, *arguments: launched.append(launch.config))
+
+    def asked() -> Config:
+        gather_columns(torch.zeros(5, 12), partition, 64)
+        assert launched[-1] == ask()
+        return launched[-1]
+
+    assert asked() == FIRST
     assert not cache.exists()
     put(key=KEY._replace(tokens=16))
     put(None)  # the key is being tuned
-    assert ask() == FIRST
+    assert asked() == FIRST
     put(LAST)
-    assert ask() == LAST
+    assert asked() == LAST
 
 
 def test_each_problem_and_candidate_has_its_own_name() -> None:
@@ -118,37 +129,21 @@ def test_an_edit_of_any_source_makes_entries_stale(monkeypatch: pytest.MonkeyPat
     assert len(hashes) == 5
 
 
-def test_choices_are_cached_until_the_table_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was not asked for longest goes first: token counts that come again stay."""
-    labels, launched = torch.arange(12) % 2, list[object]()
-    partition = BlockPartition.from_labels(labels, labels, 2)
-    monkeypatch.setattr(Launch, "__call__", lambda launch, *arguments: launched.append(launch.config))
-    monkeypatch.setattr(table, "MOST_CACHED", 2)
-    asked: list[int] = []
-    find = table.cached(asked.append)
-    for number in range(2, 9):
-        find(1)
-        find(number)
-    assert asked == [1, *range(2, 9)]
-    for _ in range(2):
-        gather_columns(torch.zeros(5, 12), partition, 64)
-        put()
-    assert launched == [FIRST, SECOND]
-    find(1)
-    assert asked.count(1) == 2
-
-
 @pytest.mark.parametrize("precision", KERNEL_PRECISIONS)
 def test_a_table_chooses_any_algorithm(precision: str) -> None:
     """Without a table "fused" is the rule for few tokens."""
     problem = make_problem(ranks=(3, 2), tokens=8).to(PRECISIONS[precision].dtype)
     adapter, sizes = problem.adapter(), (3, 2, *problem.weight.shape, 8)
     factors = "fp32" if precision == "tf32" else precision
+
+    def chosen(stage: str, x: torch.Tensor) -> str:
+        return triton_backend._chosen(stage, x, adapter, operands_of(adapter))
+
     with multiplied_in(precision):
         for stage, x in (("forward", problem.x), ("input_gradient", problem.dy)):
-            assert triton_backend._chosen(stage, x, adapter) == "fused"
+            assert chosen(stage, x) == "fused"
             put("merged", Key(stage, precision, *sizes, factors=factors))
-            assert triton_backend._chosen(stage, x, adapter) == "merged"
+            assert chosen(stage, x) == "merged"
 
 
 # Damaged tables
@@ -230,21 +225,16 @@ def test_info_says_what_runs_on_a_gpu_and_why(path: Path, said: Callable[[Path],
 WRITING = """
 {before}
 from tuning.test_table import KEY, put
-for step in range({steps}):
+for step in range(20):
     put(key=KEY._replace(tokens=1 << step, blocks=1))
     put(key=KEY._replace(tokens=1 << step, blocks={own}))
 """
 
 
-def writing(own: int, steps: int, before: str = "") -> subprocess.Popen[str]:
-    """A process that writes common problems and some of its own into this machine's table."""
-    return python(WRITING.format(before=before, steps=steps, own=own))
-
-
 @pytest.mark.slow
 def test_two_processes_write_into_one_table() -> None:
     """Both write the same problems and some of their own, and each first reads the other's entries."""
-    processes = [writing(own, 20) for own in (2, 3)]
+    processes = [python(WRITING.format(before="", own=own)) for own in (2, 3)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     keys = (KEY._replace(blocks=n, tokens=1 << step) for n in (1, 2, 3) for step in range(20))
     assert set(kept()) == set(map(str, keys))
@@ -255,7 +245,7 @@ def test_kill_in_the_middle_of_a_write(path: Path) -> None:
     put()
     before = path.read_text()
     stopped = "import os, time\nos.replace = lambda a, b: (print('writing', flush=True), time.sleep(60))\n"
-    kill_at(writing(7, 1, stopped), "writing")
+    kill_at(python(WRITING.format(before=stopped, own=7)), "writing")
     assert path.read_text() == before
     put(key=KEY._replace(tokens=16))  # the killed process's lock is free
     assert set(kept()) == {str(KEY), str(KEY._replace(tokens=16))}
