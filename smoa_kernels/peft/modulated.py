@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter_folder.settings import AdapterSettings
-from ..functional import dense_update, embedded_rows, modulated_convolution
+from ..definition.precision import without_autocast
+from ..functional import dense_update, embedded_rows, for_autocast, modulate, modulated_convolution
 from ..layer_checks import check_embedding
 from .layer import AdaptedLayer, SMoALayer
 from .offload import present
@@ -88,7 +89,7 @@ class Convolution(AdaptedLayer):
             return super()._adapter_output(x, name)
         # What the module computes with W0 + ΔW beyond what it computes with W0; in half types a small ΔW would be lost.
         wide = torch.promote_types(x.dtype, torch.float32)
-        with present(self):
+        with present(self), without_autocast(x):
             W0 = self.base_weight()
             delta, x_wide = dense_update(self.packed(name, W0)), x.to(wide)
             weights = (self._unflattened(matrix) for matrix in (W0.to(wide) + delta, W0.to(wide)))
@@ -274,9 +275,11 @@ class Attention(AdaptedModule):
 
     def _adapted(self) -> dict[tuple[nn.Module, str], Tensor]:
         adapted = {}
+        is_plain = type(self.base_layer).forward is nn.MultiheadAttention.forward  # others may leave autocast
         for weight in self.weights.values():
             names = [name for name in weight.active_adapters if name in weight.smoa]
             if names and not weight.disable_adapters and not weight.merged:
+                adapter, backend = weight._modulation(names)
                 place = weight.get_base_layer(), weight.parameter_name
-                adapted[place] = weight.effective_weight(names)
+                adapted[place] = modulate(for_autocast(adapter) if is_plain else adapter, backend)
         return adapted

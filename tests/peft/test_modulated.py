@@ -439,3 +439,47 @@ def test_a_configuration_that_is_handed_over_in_loading_stays_that_object(tmp_pa
     assert loaded.peft_config["default"] is config
     assert config.not_linear == ["0"]
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2e-4), (torch.float16, 3e-5)])
+@pytest.mark.parametrize("kind", ["plain", "groups", "own forward, dropout", "attention"])
+def test_a_small_update_survives_autocast(kind, dtype, size):
+    """W0 in float32 may lie on the half type's grid, where rounding W_eff to nearest would undo it."""
+    torch.manual_seed(0)
+    make, settings = {
+        "plain": (lambda: nn.Conv2d(32, 64, 3, bias=False), {}),
+        "groups": (lambda: nn.Conv2d(64, 64, 3, groups=2, bias=False), {}),
+        "own forward, dropout": (lambda: Same(32, 64, 2, bias=False), {"smoa_dropout": 1e-6}),
+        "attention": (lambda: nn.MultiheadAttention(64, 1, batch_first=True), {}),
+    }[kind]
+    base = nn.Sequential(make())
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    layer = get_peft_model(base, SMoAConfig(r=4, target_modules=["0"], init_weights=False, **settings))
+    layer = layer.train().base_model.model[0]
+    for adapted in layer.weights.values() if kind == "attention" else [layer]:
+        W0, delta = adapted._stored_weight(), adapted.get_delta_weight("default")
+        adapted.scaling["default"] *= size * float(W0.norm() / delta.norm())
+    x = (
+        torch.randn(16, 100, 64)
+        if kind == "attention"
+        else torch.randn(8, layer.base_layer.in_channels, 16, 16)
+    )
+    x = x.to(dtype).float()
+
+    def update(call, x):
+        if kind == "own forward, dropout":
+            return call._adapter_output(x, "default")
+        adapted = call(*[x] * 3)[0] if kind == "attention" else call(x)
+        plain = call.base_layer(*[x] * 3)[0] if kind == "attention" else call.base_layer(x)
+        return adapted - plain
+
+    with torch.no_grad():
+        expected = update(copy.deepcopy(layer).double(), x.double())
+        with torch.autocast("cpu", dtype):
+            found = update(layer, x).double()
+    assert (found * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.3)
+    with torch.autocast("cpu", dtype):
+        y = layer(*[x] * 3)[0] if kind == "attention" else layer(x)
+    y.float().square().mean().backward()
+    assert all(p.grad.dtype == p.dtype for p in layer.parameters() if p.requires_grad)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
-from ...backends import resolve_backend
 from ...checks import check_kind
 from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
@@ -191,8 +190,7 @@ class Accelerated(_Layer):  # type: ignore[misc]
         if self.pefts_class is hira_layers.Embedding:
             return embedded_rows(x, _NO_OPTIONS, base(x), adapter)
         if self.pefts_class in _KINDS:
-            backend = resolve_backend("auto", x.device, base.weight.dtype, adapter.A.shape[0])
-            return modulated_convolution(x, base, adapter, backend)
+            return modulated_convolution(x, base, adapter, "auto")
         read = functools.partial(read_weight, resolve_quantization_backend(base), base)
         return dequantized_linear(x, base, read, adapter, dropout_p=dropout_p)
 
