@@ -18,7 +18,7 @@ from ..definition.precision import without_autocast
 from ..functional import dense_update, embedded_rows, for_autocast, modulate, modulated_convolution
 from ..layer_checks import check_embedding
 from .layer import AdaptedLayer, SMoALayer
-from .offload import present
+from .offload import execution_device, present
 
 
 @contextmanager
@@ -264,6 +264,8 @@ class Attention(AdaptedModule):
                 f"smoa_dropout must be 0 where nn.MultiheadAttention is adapted, got {settings.smoa_dropout}: its "
                 "weights take no input of their own"
             )
+        if execution_device(self.base_layer) is not None:
+            raise ValueError("an nn.MultiheadAttention that accelerate offloads cannot be adapted")
         for weight in self.weights.values():
             weight.update_layer(adapter_name, settings)
 

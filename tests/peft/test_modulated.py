@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from contextlib import nullcontext
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,7 +264,14 @@ def test_an_attention_takes_neither_sums_nor_an_adapter_for_each_sample():
         model(x, adapter_names=["default"] * 3)
 
 
+def offloaded():
+    return accelerate.cpu_offload(
+        nn.MultiheadAttention(8, 2), execution_device="cpu", preload_module_classes=["MultiheadAttention"]
+    )
+
+
 REFUSED = {
+    "0: an nn.MultiheadAttention that accelerate offloads": (offloaded, {}),
     "smoa_dropout must be 0 where nn.MultiheadAttention": (Attention, {"smoa_dropout": 0.1}),
     "0: num_blocks must be at most": (lambda: nn.Conv2d(4, 6, 3), {"num_blocks": 7, "r": 7}),
     "of Embedding is torch.float8_e4m3fn": (lambda: nn.Embedding(9, 6).to(torch.float8_e4m3fn), {}),
