@@ -5,7 +5,7 @@ Where a module computes with several parameters, an `AdaptedModule` takes its pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -224,8 +224,8 @@ class Attention(AdaptedModule):
     """`nn.MultiheadAttention` that computes with `W0 + Σ ΔW` of its projections over the active adapters.
 
     Its child `in_proj` adapts `in_proj_weight` (three children adapt `q_proj_weight`, `k_proj_weight` and
-    `v_proj_weight` where there are three), `out_proj` the output's weight. SMoA (arXiv 2605.21147), equation (2) of
-    docs/definition.md. Other attributes are the base module's.
+    `v_proj_weight` where there are three), `out_proj` the output's weight. Patterns such as `rank_pattern` name these
+    children. SMoA (arXiv 2605.21147), equation (2) of docs/definition.md. Other attributes are the base module's.
 
     Args:
         base_layer: the `nn.MultiheadAttention`.
@@ -257,16 +257,20 @@ class Attention(AdaptedModule):
             with replaced(self._adapted() if name == "in_proj_weight" else {}):
                 return getattr(self.base_layer, name)
 
-    def update_layer(self, adapter_name: str, settings: AdapterSettings) -> None:
-        """Add an adapter of zeros to each weight; see :meth:`smoa_kernels.peft.SMoALayer.update_layer`."""
-        if settings.smoa_dropout:
-            raise ValueError(
-                f"smoa_dropout must be 0 where nn.MultiheadAttention is adapted, got {settings.smoa_dropout}: its "
-                "weights take no input of their own"
-            )
+    def update_layer(self, adapter_name: str, settings_of: Callable[[str], AdapterSettings]) -> None:
+        """Add an adapter of zeros to each weight, of the settings for its name in this module.
+
+        See :meth:`smoa_kernels.peft.SMoALayer.update_layer`.
+        """
         if execution_device(self.base_layer) is not None:
             raise ValueError("an nn.MultiheadAttention that accelerate offloads cannot be adapted")
-        for weight in self.weights.values():
+        for name, weight in self.weights.items():
+            settings = settings_of(name)
+            if settings.smoa_dropout:
+                raise ValueError(
+                    f"smoa_dropout must be 0 where nn.MultiheadAttention is adapted, got {settings.smoa_dropout}: its "
+                    "weights take no input of their own"
+                )
             weight.update_layer(adapter_name, settings)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -254,6 +254,24 @@ def test_torchs_encoder_computes_with_the_adapted_attention(mode):
     torch.testing.assert_close(found[1, :3], merged[1, :3])
 
 
+@torch.no_grad()
+def test_an_attentions_weights_have_settings_of_their_own(tmp_path):
+    """In a file they are layers, whose settings are found by their names."""
+    base, x = made("attention")
+    patterns = {"rank_pattern": {"out_proj": 2}, "num_blocks_pattern": {"attention.in_proj": 3}}
+    model = adapt(copy.deepcopy(base), use_lora_rate=True, smoa_alpha=3, **patterns)
+    in_proj, out_proj = (layer.smoa["default"] for layer in layer_list(model))
+    assert (in_proj.block_ranks, out_proj.block_ranks) == ((2, 2, 1), (1, 1))
+    assert float(in_proj.scaling) != float(out_proj.scaling)
+    y = model(x)
+    for folder in (tmp_path / "first", tmp_path / "second"):  # what was loaded is saved as it was
+        model.save_pretrained(folder)
+        model = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        assert torch.equal(model(x), y)
+    with pytest.warns(RuntimeWarning, match=r"alpha_pattern keys did not match .* \['attention'\]"):
+        adapt(copy.deepcopy(base), alpha_pattern={"attention": 9})
+
+
 def test_an_attention_takes_neither_sums_nor_an_adapter_for_each_sample():
     base, x = made("attention")
     model = adapt(base)
