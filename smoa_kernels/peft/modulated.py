@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..adapter_folder.settings import AdapterSettings
 from ..definition.precision import without_autocast
 from ..functional import dense_update, embedded_rows, for_autocast, modulate, modulated_convolution
-from ..layer_checks import check_embedding
+from ..layer_checks import check_embedding, has_forward_of
 from .layer import AdaptedLayer, SMoALayer
 from .offload import execution_device, present
 
@@ -68,7 +68,7 @@ class Convolution(AdaptedLayer):
         base = self.get_base_layer()
         self.kernel_size = base.kernel_size
         # Other classes may compute more than the convolution.
-        self._plain = type(base).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        self._plain = has_forward_of(base, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         base, names = self.get_base_layer(), [name for name in adapter_names if name in self.settings]

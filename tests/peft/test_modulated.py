@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_llama
 from torch import nn
 
-from smoa_kernels import FusedSMoAEmbedding
+from smoa_kernels import FusedSMoAConv2d, FusedSMoAEmbedding
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.peft import SMoAConfig, convert_adapter, hotswap, merge_to_folder, merged_weights
 
@@ -25,6 +25,13 @@ class Same(nn.Conv2d):
 
     def forward(self, x):
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose forward is torch's and calls this."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
 
 
 class Positions(nn.Embedding):
@@ -61,6 +68,7 @@ OTHERS = {
     "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="reflect"), (3, 4, 9, 9)),
     "depthwise": (lambda: nn.Conv1d(4, 8, 3, groups=4), (3, 4, 9)),
     "own forward": (lambda: Same(4, 6, 2), (3, 4, 5, 5)),
+    "own convolution": (lambda: Standardised(4, 6, 3, padding=1), (2, 4, 4, 4)),
     "positions": (lambda: Positions(9, 6), None),
     "scaled": (lambda: Scaled(9, 6), None),
     "attention": (Attention, (3, 5, 8)),
@@ -404,6 +412,13 @@ def test_torchs_encoder_with_a_padding_mask_where_nothing_trains(state):
         model.merge_adapter()
     with model.disable_adapter() if state == "disabled" else nullcontext():
         torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
+
+
+def test_gradients_through_a_convolution_of_a_class_of_its_own():
+    base, x = made("own convolution")
+    assert torch.autograd.gradcheck(adapt(base), x.requires_grad_())
+    with pytest.raises(TypeError, match=r"conv must be an nn\.Conv2d with the forward of that class .* Standardised"):
+        FusedSMoAConv2d.from_conv(made("own convolution")[0][0])
 
 
 def test_a_small_update_survives_dropout_in_a_convolution_with_its_own_forward():

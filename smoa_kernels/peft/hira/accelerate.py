@@ -29,7 +29,7 @@ from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
 from ...definition.precision import autocast_enabled
 from ...functional import adapted_linear, embedded_rows, modulated_convolution
-from ...layer_checks import matrix_shape
+from ...layer_checks import has_forward_of, matrix_shape
 from ..dequantize import read_weight
 from ..quantized import dequantized_linear
 from ..replaced import keep_packing
@@ -124,7 +124,7 @@ def _unsupported_reason(layer: Any, kind: type[nn.Module]) -> str | None:
         return "its forward was replaced, as accelerate's hooks do"
     if is_quantized:
         return None
-    if getattr(type(base), "forward", None) not in [plain.forward for plain in _KINDS[kind]]:
+    if not has_forward_of(base, *_KINDS[kind]):
         return f"its base layer {type(base).__qualname__} has a forward of its own"
     if getattr(base, "padding_mode", "zeros") != "zeros":
         return f"PEFT pads what HiRA adds with zeros, its base layer by padding_mode={base.padding_mode!r}"
