@@ -113,7 +113,7 @@ def matrix_shape(layer: Any) -> tuple[int, int]:
 
 
 def has_forward_of(layer: Any, *plain: Any) -> bool:
-    """Whether a layer computes as one of these classes of torch's does; a convolution also by what its forward calls."""
+    """Whether a layer has the forward of one of these classes of torch, a convolution also what that calls."""
     called = getattr(layer, "_conv_forward", None)
     return any(
         type(layer).forward is kind.forward

@@ -172,7 +172,11 @@ def _read_changes(
 
 
 def _effective(
-    adapter: StoredAdapter, dtype: torch.dtype | None, swapped: bool | None, own: Tensor | None, stored: Tensor
+    adapter: StoredAdapter,
+    dtype: torch.dtype | None,
+    swapped: bool | None,
+    own: Tensor | None,
+    stored: Tensor,
 ) -> Tensor:
     """W_eff of a matrix or of a stack of them, in its stored orientation; `swapped` is None if the sketch shows it.
 

@@ -418,7 +418,9 @@ def test_torchs_encoder_with_a_padding_mask_where_nothing_trains(state):
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
 def test_a_computed_weight_is_not_merged(norm):
     """The next forward would compute it from the old parameters."""
-    model = get_peft_model(nn.Sequential(OrderedDict(conv=norm(nn.Conv1d(4, 6, 3)))), SMoAConfig(target_modules=["conv"]))
+    model = get_peft_model(
+        nn.Sequential(OrderedDict(conv=norm(nn.Conv1d(4, 6, 3)))), SMoAConfig(target_modules=["conv"])
+    )
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(RuntimeError, match="the base weight is computed anew in each forward"):
             merge()
@@ -427,7 +429,9 @@ def test_a_computed_weight_is_not_merged(norm):
 def test_gradients_through_a_convolution_of_a_class_of_its_own():
     base, x = made("own convolution")
     assert torch.autograd.gradcheck(adapt(base), x.requires_grad_())
-    with pytest.raises(TypeError, match=r"conv must be an nn\.Conv2d with the forward of that class .* Standardised"):
+    with pytest.raises(
+        TypeError, match=r"conv must be an nn\.Conv2d with the forward of that class .* Standardised"
+    ):
         FusedSMoAConv2d.from_conv(made("own convolution")[0][0])
 
 
