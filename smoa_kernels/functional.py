@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from .definition.thresholds import ORIGIN, Place, round_weight
 from .operators.arguments import (
     check_block_ranks,
     check_dropout,
+    check_frozen,
     check_partition,
     check_place,
     check_scaling,
@@ -151,6 +152,15 @@ def cast_factors(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
     return adapter if A.dtype in (dtype, torch.float32) else replace(adapter, A=A.to(dtype), B=B.to(dtype))
 
 
+def for_autocast(adapter: PackedAdapter) -> PackedAdapter:
+    """The adapter over W0 as autocast casts the weight of a product, so that W_eff is rounded by thresholds to it."""
+    weight = adapter.weight
+    if not autocast_enabled(weight) or weight.dtype == torch.float64:
+        return adapter
+    dtype = torch.get_autocast_dtype(weight.device.type)
+    return replace(cast_factors(adapter, dtype), weight=weight.to(dtype))
+
+
 def _fits(x: Tensor, bias: Tensor | None, adapter: PackedAdapter) -> bool:
     """Whether nothing that :func:`check_tensors` would check can be wrong; it takes ten times as long."""
     weight, A, B, dtype, device = adapter.weight, adapter.A, adapter.B, x.dtype, x.device
@@ -192,17 +202,25 @@ def modulate(adapter: PackedAdapter, backend: str = "eager", rows: Tensor | None
 
     Args:
         adapter: W0, the factors, their blocks and s.
-        backend: the name of a resolved backend.
+        backend: what computes it; see :func:`smoa_linear`.
         rows: (T,), the rows of W_eff to compute. The adapter's `weight` (T, C) and B (T, ρ) then hold these rows alone,
             and the result is differentiable in W0 too.
+
+    Raises:
+        ValueError: W0 is not frozen, without `rows`; or the backend cannot run here.
     """
     weight, A, B = adapter.weight, adapter.A, adapter.B
+    if rows is None:
+        check_frozen(weight)
     with without_autocast(weight):
         if rows is not None or is_observed(A, B, weight):
             dtype = torch.promote_types(weight.dtype, torch.float32)
             A, B = adapter.expanded_factors(dtype, rows)
             W_eff = torch.addcmul(weight.to(dtype), weight.to(dtype), B @ A)
+            if dtype == weight.dtype:  # forward mode goes through plain operators alone
+                return W_eff
             return _round(W_eff, weight.dtype, adapter.place.first, rows)
+        backend = resolve_backend(backend, weight.device, weight.dtype, A.shape[0])
         return _modulate(A, B, adapter, backend)
 
 
@@ -213,8 +231,13 @@ def modulated_convolution(x: Tensor, conv: Any, adapter: PackedAdapter, backend:
         x: as the module takes it.
         conv: the module.
         adapter: of its weight as a matrix.
-        backend: the name of a resolved backend, which computes W_eff.
+        backend: what computes W_eff; see :func:`smoa_linear`.
+
+    Raises:
+        ValueError: as :func:`modulate`.
     """
+    if (given := for_autocast(adapter)) is not adapter:
+        adapter, x = given, x if x.dtype == torch.float64 else x.to(given.weight.dtype)
     A, B, weight = adapter.A, adapter.B, adapter.weight
     if (
         adapter.partition.num_blocks == 1
@@ -223,11 +246,13 @@ def modulated_convolution(x: Tensor, conv: Any, adapter: PackedAdapter, backend:
         or isinstance(conv.padding, str)
         or x.device.type != "cpu"
         or (x.ndim, x.dtype) != (2 + len(conv.kernel_size), weight.dtype)
-        or autocast_enabled(x)
         or is_observed(x, A, B, weight)
     ):
         W_eff = modulate(adapter, backend).unflatten(1, (-1, *conv.kernel_size))
-        return cast(Tensor, conv._conv_forward(x, W_eff, conv.bias))
+        y: Tensor = conv._conv_forward(x, W_eff, conv.bias)
+        return y
+    check_frozen(weight)
+    backend = resolve_backend(backend, x.device, x.dtype, A.shape[0])
     return _convolve(x, A, B, conv.bias, adapter, conv, backend)
 
 
@@ -306,8 +331,9 @@ class _Convolve(torch.autograd.Function):
         adapter = replace(ctx.adapter, weight=weight, A=A, B=B)
         if torch.is_grad_enabled() or is_observed(dy):  # a derivative of the gradients may be asked for
 
-            def plain(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-                return modulated_convolution(x, conv, replace(adapter, A=A, B=B), ctx.backend)
+            def plain(x: Tensor, A: Tensor, B: Tensor) -> Any:
+                W_eff = modulate(replace(adapter, A=A, B=B)).unflatten(1, (-1, *conv.kernel_size))
+                return conv._conv_forward(x, W_eff, None)
 
             dx, *factors = torch.func.vjp(plain, x, A, B)[1](dy)
         else:

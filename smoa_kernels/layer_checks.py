@@ -112,6 +112,16 @@ def matrix_shape(layer: Any) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
+def has_forward_of(layer: Any, *plain: Any) -> bool:
+    """Whether a layer has the forward of one of these classes of torch, a convolution also what that calls."""
+    called = getattr(layer, "_conv_forward", None)
+    return any(
+        type(layer).forward is kind.forward
+        and getattr(called, "__func__", called) is getattr(kind, "_conv_forward", None)
+        for kind in plain
+    )
+
+
 def plain_parameters(name: str, layer: nn.Module, plain: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Weight and bias of the layer to adapt, the argument `name`, whose class must be `plain`.
 
@@ -120,7 +130,7 @@ def plain_parameters(name: str, layer: nn.Module, plain: Any) -> tuple[nn.Parame
     kind, is_linear = type(layer), plain is nn.Linear
     conv1d = is_linear and kind.__name__ == "Conv1D" and hasattr(layer, "nf")  # transformers is optional
     called = kind is not NonDynamicallyQuantizableLinear  # nn.MultiheadAttention reads the weight of its own
-    if not conv1d and not (isinstance(layer, plain) and kind.forward is plain.forward and called):
+    if not conv1d and not (isinstance(layer, plain) and has_forward_of(layer, plain) and called):
         raise TypeError(
             f"{name} must be an nn.{plain.__name__}{' or a transformers Conv1D' * is_linear} with the forward of that "
             f"class and without an adapter, got {kind.__name__}; smoa_kernels.peft adapts quantised layers and "

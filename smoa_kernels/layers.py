@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapter import Adapter
-from .backends import resolve_backend
 from .definition import reference
 from .definition.dropout import Dropout, draw_seed
 from .definition.packed import PackedAdapter
@@ -206,8 +205,7 @@ class _Convolution(_Modulated):
             delta = self._like_weight(dense_update(adapter)).to(x.dtype)
             y = conv._conv_forward(x, self.weight, self.bias)
             return cast(Tensor, y + conv._conv_forward(F.dropout(x, p), delta, None))
-        backend = resolve_backend(self.backend, x.device, self.weight.dtype, adapter.A.shape[0])
-        return modulated_convolution(x, self, adapter, backend)
+        return modulated_convolution(x, self, adapter, self.backend)
 
 
 class FusedSMoAConv1d(_Convolution, nn.Conv1d):

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-from smoa_kernels import FusedSMoAConv1d, FusedSMoAConv2d, FusedSMoAConv3d, FusedSMoALinear
+from smoa_kernels import (
+    FusedSMoAConv1d,
+    FusedSMoAConv2d,
+    FusedSMoAConv3d,
+    FusedSMoAEmbedding,
+    FusedSMoALinear,
+)
 from smoa_kernels.backends import convolution, load_backend
 from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.reference import delta_weight
@@ -391,3 +397,40 @@ def test_second_derivatives_of_a_convolution() -> None:
     assert torch.autograd.gradgradcheck(
         lambda x, *_: layer(x), (x, layer.smoa.A, layer.smoa.B, layer.bias.requires_grad_())
     )
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 5, 5), (2, 1, 5, 5)])
+def test_gradients_of_a_convolution_without_images_and_of_a_dimension_without_a_step(
+    shape: tuple[int, ...],
+) -> None:
+    """numpy's `images[:, None]` has a step of 0."""
+    torch.manual_seed(0)
+    layer = FusedSMoAConv2d(1, 6, 3, r=3, num_blocks=2, dtype=torch.float64)
+    nn.init.normal_(layer.smoa.B)
+    x = torch.randn(shape, dtype=torch.float64)
+    expected = torch.autograd.grad(layer(x).square().sum(), (layer.smoa.A, layer.smoa.B))
+    stepless = x.as_strided(shape, (25, 0, 5, 1)).requires_grad_()
+    found = torch.autograd.grad(layer(stepless).square().sum(), (layer.smoa.A, layer.smoa.B, stepless))
+    assert torch.equal(
+        torch.cat([g.flatten() for g in found[:2]]), torch.cat([g.flatten() for g in expected])
+    )
+
+
+@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "embedding"])
+def test_forward_mode_of_layers_that_are_not_linear(kind: str) -> None:
+    torch.manual_seed(0)
+    layer: Any = {
+        "conv1d": lambda: FusedSMoAConv1d(4, 6, 3, groups=2, r=3, dtype=torch.float64),
+        "conv2d": lambda: FusedSMoAConv2d(4, 6, 3, r=3, dtype=torch.float64),
+        "embedding": lambda: FusedSMoAEmbedding(4, 6, r=3, dtype=torch.float64),
+    }[kind]()
+    nn.init.normal_(layer.smoa.B)
+    x = {"conv1d": torch.randn(2, 4, 5), "conv2d": torch.randn(2, 4, 5, 5), "embedding": torch.arange(4)}[
+        kind
+    ]
+    x = x.double() if x.is_floating_point() else x
+    B, tangent = layer.smoa.B.detach(), torch.randn_like(layer.smoa.B)
+    y, found = jvp(lambda B: functional_call(layer, {"smoa.B": B}, (x,)), (B,), (tangent,))
+    at_zero, there = (functional_call(layer, {"smoa.B": one}, (x,)) for one in (torch.zeros_like(B), tangent))
+    torch.testing.assert_close(y, layer(x))
+    torch.testing.assert_close(found, there - at_zero)  # y is affine in B

@@ -221,6 +221,10 @@ def test_casts_copies_and_pickles() -> None:
     y = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), y)
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)  # it refuses tensors of several dtypes in one memory
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(x), y)
     half = copy.deepcopy(layer).half()
     assert half.scaling == layer.scaling == pytest.approx(1 / 3, rel=1e-12)
     assert half.smoa.ranks.dtype == torch.int32
@@ -448,6 +452,14 @@ def test_layers_that_are_not_linear(kind: str) -> None:
     loaded = meta.to_empty(device=DEVICE)
     loaded.load_state_dict(other.state_dict())
     torch.testing.assert_close(loaded.eval()(x), y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_convolution_of_a_base_that_trains_is_refused(groups: int) -> None:
+    layer = FusedSMoAConv2d(4, 6, 3, groups=groups, r=4)
+    layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match="weight must be frozen"):
+        layer(torch.randn(2, 4, 5, 5))
 
 
 def test_constructors_and_refusals_of_other_layers() -> None:

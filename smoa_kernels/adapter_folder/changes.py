@@ -153,9 +153,12 @@ def _read_changes(
 ) -> Iterator[Change | Rescaling]:
     """Read how an SMoA or HiRA adapter changes parameters, by the base model's names."""
     adapter = read_adapter(folder, (METHOD, HIRA))
+    # PEFT saves the W0 of an embedding that it adapts, whose last rows may be new.
+    own = {name: adapter.tensors.get(f"{name}.base_layer.weight") for name in adapter.layers}
     for key, tensor in adapter.in_full.items():
         name = key.replace(".base_layer.", ".")
-        yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor), False)
+        if not any(tensor is W0 for W0 in own.values()):
+            yield Change(name, [tuple(tensor.shape)], partial(lambda own, _: own, tensor), False)
     for name, stored in adapter.layers.items():
         # For experts the file names the parameter itself.
         parameter, shape = name if stored.of_experts else base.weight_name(name), stored.shape
@@ -164,21 +167,29 @@ def _read_changes(
             continue
         # HiRA has no sketch. fan_in_fan_out is not used: PEFT corrects it for each layer by the layer's class.
         swapped = base.stores_swapped(name, shape) if adapter.is_hira else None
-        effective = partial(_effective, stored, dtype, swapped)
+        effective = partial(_effective, stored, dtype, swapped, own[name])
         yield Change(parameter, [shape, (*shape[:-2], shape[-1], shape[-2])], effective)
 
 
 def _effective(
-    adapter: StoredAdapter, dtype: torch.dtype | None, swapped: bool | None, stored: Tensor
+    adapter: StoredAdapter,
+    dtype: torch.dtype | None,
+    swapped: bool | None,
+    own: Tensor | None,
+    stored: Tensor,
 ) -> Tensor:
-    """W_eff of a matrix or of a stack of them, in its stored orientation; `swapped` is None if the sketch shows it."""
+    """W_eff of a matrix or of a stack of them, in its stored orientation; `swapped` is None if the sketch shows it.
+
+    Where the adapter has a W0 of its `own`, that replaces the base's.
+    """
+    stored = stored if own is None else own.to(stored.dtype)
     if stored.dtype not in DTYPES:
         raise ValueError(f"W0 must be {dtype_names(DTYPES)} to be merged, got {stored.dtype}")
     if adapter.of_experts:
         experts = zip(adapter.matrices(), stored, strict=True)
-        return torch.stack([_effective(own, dtype, None, weight) for own, weight in experts])
+        return torch.stack([_effective(part, dtype, None, None, weight) for part, weight in experts])
     if stored.ndim > 2:
-        return _effective(adapter, dtype, swapped, stored.flatten(1)).view_as(stored)
+        return _effective(adapter, dtype, swapped, None, stored.flatten(1)).view_as(stored)
     if swapped is None:
         weight, distance = adapter.orient(stored)
         check_distance(distance)

@@ -29,7 +29,7 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter, conv: Any) -
     image, *steps = x.stride()
     places = torch.zeros(1, dtype=torch.int64)
     for size, step, apart in zip((x.shape[1], *conv.kernel_size), steps, (1, *conv.dilation), strict=True):
-        places = (places[:, None] + torch.arange(0, size * step * apart, step * apart)).flatten()
+        places = (places[:, None] + torch.arange(size) * (step * apart)).flatten()  # numpy's steps may be 0
     batch, _, *pixels = dy.shape
     between = [step * stride for step, stride in zip(steps[1:], conv.stride, strict=True)]
     # Every window by its first place; they overlap.
@@ -43,7 +43,7 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter, conv: Any) -
         for left, right in zip(some_dy.split(lines, 2), some_windows.split(lines, 2), strict=True):
             if gradient.rows is not None:
                 left = left.index_select(0, gradient.rows.places)
-            gathered = memory[: len(places) * right[0].numel()].view(-1, *right.shape[1:])
+            gathered = memory[: len(places) * right[0].numel()].view(len(places), *right.shape[1:])
             torch.index_select(right, 0, places, out=gathered)
             gradient.add(left.flatten(1).T, gathered.flatten(1).T)
     return gradient.contract()

@@ -234,7 +234,7 @@ class BlockPartition:
         is_contiguous = all(bool((side[1:] >= side[:-1]).all()) for side in sides)
         numbers = [*sizes[0], *sizes[1], granularity(sides), is_contiguous]
         plan = pack([*labels, *index, *offsets], numbers).to(row_block.device)
-        return cls.from_tensors(*unpack(plan, [len(side) for side in sides], numbers))._keep(plan)
+        return cls._of_plan(plan, [len(side) for side in sides], numbers)
 
     @classmethod
     def from_plan(cls, plan: Tensor) -> BlockPartition:
@@ -267,10 +267,12 @@ class BlockPartition:
         self._plan, _of_plans[id(plan)] = plan, self
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self._plan is not None:
-            self._keep(self._plan)
+    @classmethod
+    def _of_plan(cls, plan: Tensor, shape: Sequence[int], sizes: Sequence[int]) -> BlockPartition:
+        return cls.from_tensors(*unpack(plan, shape, sizes))._keep(plan)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # torch.save refuses views of one memory in several dtypes
+        return BlockPartition._of_plan, (self.plan, self.shape, self.sizes())
 
     @classmethod
     def from_tensors(cls, tensors: Sequence[Tensor], sizes: Sequence[int]) -> BlockPartition:
@@ -344,8 +346,7 @@ class BlockPartition:
         """The same partition on another device."""
         if self.device == torch.device(device):
             return self
-        plan = self.plan.to(device)
-        return BlockPartition.from_tensors(*unpack(plan, self.shape, self.sizes()))._keep(plan)
+        return BlockPartition._of_plan(self.plan.to(device), self.shape, self.sizes())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockPartition):

@@ -36,11 +36,7 @@ def check_tensors(
         raise ValueError(f"A must have shape (ρ, {in_features}), got {tuple(A.shape)}")
     if B.shape != (out_features, A.shape[0]):
         raise ValueError(f"B must have shape ({out_features}, {A.shape[0]}) to fit A, got {tuple(B.shape)}")
-    if weight.requires_grad:
-        raise ValueError(
-            "weight must be frozen, since SMoA trains A and B only: got requires_grad=True; "
-            "call weight.requires_grad_(False)"
-        )
+    check_frozen(weight)
     if A.dtype != B.dtype:
         raise TypeError(f"A and B must have one dtype, got {A.dtype} and {B.dtype}")
     if autocast:
@@ -52,6 +48,15 @@ def check_tensors(
         _check_dtype(x, "bias", bias)
     if A.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"A and B must have weight's dtype {weight.dtype} or float32, got {A.dtype}")
+
+
+def check_frozen(weight: Tensor) -> None:
+    """Check that W0 asks for no gradient, which it would not get."""
+    if weight.requires_grad:
+        raise ValueError(
+            "weight must be frozen, since SMoA trains A and B only: got requires_grad=True; "
+            "call weight.requires_grad_(False)"
+        )
 
 
 def check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) -> None:

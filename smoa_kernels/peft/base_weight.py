@@ -145,7 +145,8 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 
         Raises:
             ValueError: `safe_merge` found NaN or Inf.
-            RuntimeError: the base weight is offloaded, or is also another tuner's, which has not merged its adapters.
+            RuntimeError: the base weight is offloaded, computed, or also another tuner's, which has not merged its
+                adapters.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.smoa]
         if not names:
@@ -159,11 +160,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             )
         stored = None if self.quantization_backend is not None else self._stored_weight()
         if stored is not None:
-            if stored.is_meta:
-                raise RuntimeError(
-                    "the base weight is offloaded: merge the model (merge_adapter), not the layer"
-                )
-            _check_unsharded(stored)
+            self._check_writable(stored)
         before = [*self.merged_adapters]
         # If nothing is merged, the base is the stored weight itself, so each matrix is read before it is written.
         merged: Iterable[Tensor] = self._merged([*before, *names], self.base_weight())
@@ -190,6 +187,18 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
                     self.unmerge()
                 raise
         self.merged_adapters.extend(names)
+
+    def _check_writable(self, stored: Tensor) -> None:
+        if stored.is_meta:
+            raise RuntimeError("the base weight is offloaded: merge the model (merge_adapter), not the layer")
+        _check_unsharded(stored)
+        base, name = self.get_base_layer(), f"{self.parameter_name}_"
+        made_of = hasattr(base, "parametrizations") or any(key.startswith(name) for key in base._parameters)
+        if self.parameter is None and made_of:  # FSDP's too is no parameter
+            raise RuntimeError(
+                "the base weight is computed anew in each forward (by a parametrisation, weight_norm or pruning): "
+                "make it a parameter before merging"
+            )
 
     @torch.no_grad()
     def unmerge(self) -> None:

@@ -199,10 +199,14 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                     "nn.MultiheadAttention reads the weight of its out_proj and never calls it: name the attention in "
                     "target_modules, which adapts all of its weights, and leave out_proj out by exclude_modules"
                 )
-            if isinstance(target, (SMoALayer, Attention)):
+            if isinstance(target, SMoALayer):
                 target.update_layer(adapter_name, settings)
                 return
             new_module = self._new_layer(target, adapter_name, settings)
+            if isinstance(new_module, Attention):  # a file names its weights, as the patterns therefore do
+                new_module.update_layer(
+                    adapter_name, lambda name: peft_config.for_layer(f"{current_key}.{name}")
+                )
         self._replace_module(parent, target_name, new_module, target)
 
     def _replace_module(
@@ -212,6 +216,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         setattr(parent, child_name, new_module)
 
     def _new_layer(self, target: nn.Module, adapter_name: str, settings: AdapterSettings) -> nn.Module:
+        if isinstance(target, Attention):
+            return target
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = quantization_of(base, **get_quantization_kwargs(self.model))
         keep_packing(base)
@@ -230,9 +236,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                 )
             if kinds[0] is not Attention:
                 return cast(nn.Module, kinds[0](target, adapter_name, settings))
-            attention = Attention(cast(nn.MultiheadAttention, target))
-            attention.update_layer(adapter_name, settings)
-            return attention
+            return Attention(cast(nn.MultiheadAttention, target))
         stored_transposed = isinstance(base, Conv1D)
         if settings.fan_in_fan_out != stored_transposed:
             warnings.warn(

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..adapter import STATE_KEYS, Adapter
 from ..adapter_folder.settings import AdapterSettings
-from ..backends import resolve_backend
 from ..checks import check_choice
 from ..definition.block_rule import BlockRule
 from ..definition.packed import PackedAdapter
@@ -208,11 +207,10 @@ class SMoALayer(BaseWeight):
         return self._unflattened(modulate(*self._modulation(adapter_names)))
 
     def _modulation(self, adapter_names: Sequence[str]) -> tuple[PackedAdapter, str]:
-        """The sum of adapters, over W0, and the backend that computes W_eff."""
+        """The sum of adapters, over W0, and the `backend` that the first names."""
         weight = self.base_weight()
         adapter = cast_factors(self._summed(weight, adapter_names), weight.dtype)
-        wanted = self.settings[adapter_names[0]].backend
-        return adapter, resolve_backend(wanted, weight.device, weight.dtype, adapter.A.shape[0])
+        return adapter, self.settings[adapter_names[0]].backend
 
     def _matrices(self, adapter_name: str, weight: Tensor) -> list[PackedAdapter]:
         packed = self.packed(adapter_name, weight)

@@ -5,7 +5,7 @@ Where a module computes with several parameters, an `AdaptedModule` takes its pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter_folder.settings import AdapterSettings
-from ..functional import dense_update, embedded_rows, modulated_convolution
-from ..layer_checks import check_embedding
+from ..definition.precision import without_autocast
+from ..functional import dense_update, embedded_rows, for_autocast, modulate, modulated_convolution
+from ..layer_checks import check_embedding, has_forward_of
 from .layer import AdaptedLayer, SMoALayer
-from .offload import present
+from .offload import execution_device, present
 
 
 @contextmanager
@@ -67,7 +68,7 @@ class Convolution(AdaptedLayer):
         base = self.get_base_layer()
         self.kernel_size = base.kernel_size
         # Other classes may compute more than the convolution.
-        self._plain = type(base).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+        self._plain = has_forward_of(base, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def _adapted(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         base, names = self.get_base_layer(), [name for name in adapter_names if name in self.settings]
@@ -88,7 +89,7 @@ class Convolution(AdaptedLayer):
             return super()._adapter_output(x, name)
         # What the module computes with W0 + ΔW beyond what it computes with W0; in half types a small ΔW would be lost.
         wide = torch.promote_types(x.dtype, torch.float32)
-        with present(self):
+        with present(self), without_autocast(x):
             W0 = self.base_weight()
             delta, x_wide = dense_update(self.packed(name, W0)), x.to(wide)
             weights = (self._unflattened(matrix) for matrix in (W0.to(wide) + delta, W0.to(wide)))
@@ -223,8 +224,8 @@ class Attention(AdaptedModule):
     """`nn.MultiheadAttention` that computes with `W0 + Σ ΔW` of its projections over the active adapters.
 
     Its child `in_proj` adapts `in_proj_weight` (three children adapt `q_proj_weight`, `k_proj_weight` and
-    `v_proj_weight` where there are three), `out_proj` the output's weight. SMoA (arXiv 2605.21147), equation (2) of
-    docs/definition.md. Other attributes are the base module's.
+    `v_proj_weight` where there are three), `out_proj` the output's weight. Patterns such as `rank_pattern` name these
+    children. SMoA (arXiv 2605.21147), equation (2) of docs/definition.md. Other attributes are the base module's.
 
     Args:
         base_layer: the `nn.MultiheadAttention`.
@@ -256,14 +257,20 @@ class Attention(AdaptedModule):
             with replaced(self._adapted() if name == "in_proj_weight" else {}):
                 return getattr(self.base_layer, name)
 
-    def update_layer(self, adapter_name: str, settings: AdapterSettings) -> None:
-        """Add an adapter of zeros to each weight; see :meth:`smoa_kernels.peft.SMoALayer.update_layer`."""
-        if settings.smoa_dropout:
-            raise ValueError(
-                f"smoa_dropout must be 0 where nn.MultiheadAttention is adapted, got {settings.smoa_dropout}: its "
-                "weights take no input of their own"
-            )
-        for weight in self.weights.values():
+    def update_layer(self, adapter_name: str, settings_of: Callable[[str], AdapterSettings]) -> None:
+        """Add an adapter of zeros to each weight, of the settings for its name in this module.
+
+        See :meth:`smoa_kernels.peft.SMoALayer.update_layer`.
+        """
+        if execution_device(self.base_layer) is not None:
+            raise ValueError("an nn.MultiheadAttention that accelerate offloads cannot be adapted")
+        for name, weight in self.weights.items():
+            settings = settings_of(name)
+            if settings.smoa_dropout:
+                raise ValueError(
+                    f"smoa_dropout must be 0 where nn.MultiheadAttention is adapted, got {settings.smoa_dropout}: its "
+                    "weights take no input of their own"
+                )
             weight.update_layer(adapter_name, settings)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -274,9 +281,11 @@ class Attention(AdaptedModule):
 
     def _adapted(self) -> dict[tuple[nn.Module, str], Tensor]:
         adapted = {}
+        is_plain = type(self.base_layer).forward is nn.MultiheadAttention.forward  # others may leave autocast
         for weight in self.weights.values():
             names = [name for name in weight.active_adapters if name in weight.smoa]
             if names and not weight.disable_adapters and not weight.merged:
+                adapter, backend = weight._modulation(names)
                 place = weight.get_base_layer(), weight.parameter_name
-                adapted[place] = weight.effective_weight(names)
+                adapted[place] = modulate(for_autocast(adapter) if is_plain else adapter, backend)
         return adapted

@@ -72,6 +72,7 @@ SETTINGS: list[Change] = [
     ({"block_ranks": 5}, TypeError, "block_ranks must be a list of ints, got 5"),
     ({"block_order": "sorted"}, ValueError, "block_order must be one of spectral, .*, got 'sorted'"),
     ({"granule": 0}, ValueError, "granule must be at least 1, got 0"),
+    ({"granule": (2, 2)}, TypeError, r"granule must be an int, got \(2, 2\)"),
     ({"block_seed": -1}, ValueError, "block_seed must be at least 0, got -1"),
     ({"algorithm": "fast"}, ValueError, "algorithm must be one of auto, merged, .* got 'fast'"),
     ({"backend": ["eager"]}, ValueError, "backend must be one of .* got .'eager'"),

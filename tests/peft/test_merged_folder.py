@@ -160,6 +160,18 @@ def test_files_that_the_adapter_does_not_change_are_copied(sharded, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_an_embedding_that_was_saved_with_its_adapter(tmp_path):
+    """PEFT saves and loads its W0, in which rows of new tokens may differ from the base's, where they are drawn."""
+    model, tokens = tiny_llama(), torch.arange(64)[None]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1:] *= 1.1
+    model = trained(model, config(target_modules=["embed_tokens", "q_proj"]), tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tmp_path / "out")(tokens).logits, model(tokens).logits)
+
+
 def test_a_folder_that_another_process_fills_meanwhile_is_left_alone(folders, tmp_path):
     (tmp_path / "out").mkdir()
 

@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from contextlib import nullcontext
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from tiny_models import tiny_llama
 from torch import nn
 
-from smoa_kernels import FusedSMoAEmbedding
+from smoa_kernels import FusedSMoAConv2d, FusedSMoAEmbedding
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
 from smoa_kernels.peft import SMoAConfig, convert_adapter, hotswap, merge_to_folder, merged_weights
 
@@ -24,6 +25,13 @@ class Same(nn.Conv2d):
 
     def forward(self, x):
         return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose forward is torch's and calls this."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
 
 
 class Positions(nn.Embedding):
@@ -60,6 +68,7 @@ OTHERS = {
     "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding="same", padding_mode="reflect"), (3, 4, 9, 9)),
     "depthwise": (lambda: nn.Conv1d(4, 8, 3, groups=4), (3, 4, 9)),
     "own forward": (lambda: Same(4, 6, 2), (3, 4, 5, 5)),
+    "own convolution": (lambda: Standardised(4, 6, 3, padding=1), (2, 4, 4, 4)),
     "positions": (lambda: Positions(9, 6), None),
     "scaled": (lambda: Scaled(9, 6), None),
     "attention": (Attention, (3, 5, 8)),
@@ -253,6 +262,24 @@ def test_torchs_encoder_computes_with_the_adapted_attention(mode):
     torch.testing.assert_close(found[1, :3], merged[1, :3])
 
 
+@torch.no_grad()
+def test_an_attentions_weights_have_settings_of_their_own(tmp_path):
+    """In a file they are layers, whose settings are found by their names."""
+    base, x = made("attention")
+    patterns = {"rank_pattern": {"out_proj": 2}, "num_blocks_pattern": {"attention.in_proj": 3}}
+    model = adapt(copy.deepcopy(base), use_lora_rate=True, smoa_alpha=3, **patterns)
+    in_proj, out_proj = (layer.smoa["default"] for layer in layer_list(model))
+    assert (in_proj.block_ranks, out_proj.block_ranks) == ((2, 2, 1), (1, 1))
+    assert float(in_proj.scaling) != float(out_proj.scaling)
+    y = model(x)
+    for folder in (tmp_path / "first", tmp_path / "second"):  # what was loaded is saved as it was
+        model.save_pretrained(folder)
+        model = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+        assert torch.equal(model(x), y)
+    with pytest.warns(RuntimeWarning, match=r"alpha_pattern keys did not match .* \['attention'\]"):
+        adapt(copy.deepcopy(base), alpha_pattern={"attention": 9})
+
+
 def test_an_attention_takes_neither_sums_nor_an_adapter_for_each_sample():
     base, x = made("attention")
     model = adapt(base)
@@ -263,7 +290,14 @@ def test_an_attention_takes_neither_sums_nor_an_adapter_for_each_sample():
         model(x, adapter_names=["default"] * 3)
 
 
+def offloaded():
+    return accelerate.cpu_offload(
+        nn.MultiheadAttention(8, 2), execution_device="cpu", preload_module_classes=["MultiheadAttention"]
+    )
+
+
 REFUSED = {
+    "0: an nn.MultiheadAttention that accelerate offloads": (offloaded, {}),
     "smoa_dropout must be 0 where nn.MultiheadAttention": (Attention, {"smoa_dropout": 0.1}),
     "0: num_blocks must be at most": (lambda: nn.Conv2d(4, 6, 3), {"num_blocks": 7, "r": 7}),
     "of Embedding is torch.float8_e4m3fn": (lambda: nn.Embedding(9, 6).to(torch.float8_e4m3fn), {}),
@@ -380,6 +414,27 @@ def test_torchs_encoder_with_a_padding_mask_where_nothing_trains(state):
         torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_computed_weight_is_not_merged(norm):
+    """The next forward would compute it from the old parameters."""
+    model = get_peft_model(
+        nn.Sequential(OrderedDict(conv=norm(nn.Conv1d(4, 6, 3)))), SMoAConfig(target_modules=["conv"])
+    )
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match="the base weight is computed anew in each forward"):
+            merge()
+
+
+def test_gradients_through_a_convolution_of_a_class_of_its_own():
+    base, x = made("own convolution")
+    assert torch.autograd.gradcheck(adapt(base), x.requires_grad_())
+    with pytest.raises(
+        TypeError, match=r"conv must be an nn\.Conv2d with the forward of that class .* Standardised"
+    ):
+        FusedSMoAConv2d.from_conv(made("own convolution")[0][0])
+
+
 def test_a_small_update_survives_dropout_in_a_convolution_with_its_own_forward():
     torch.manual_seed(0)
     layer = layer_list(
@@ -439,3 +494,47 @@ def test_a_configuration_that_is_handed_over_in_loading_stays_that_object(tmp_pa
     assert loaded.peft_config["default"] is config
     assert config.not_linear == ["0"]
     assert torch.equal(loaded(x), model(x))
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2e-4), (torch.float16, 3e-5)])
+@pytest.mark.parametrize("kind", ["plain", "groups", "own forward, dropout", "attention"])
+def test_a_small_update_survives_autocast(kind, dtype, size):
+    """W0 in float32 may lie on the half type's grid, where rounding W_eff to nearest would undo it."""
+    torch.manual_seed(0)
+    make, settings = {
+        "plain": (lambda: nn.Conv2d(32, 64, 3, bias=False), {}),
+        "groups": (lambda: nn.Conv2d(64, 64, 3, groups=2, bias=False), {}),
+        "own forward, dropout": (lambda: Same(32, 64, 2, bias=False), {"smoa_dropout": 1e-6}),
+        "attention": (lambda: nn.MultiheadAttention(64, 1, batch_first=True), {}),
+    }[kind]
+    base = nn.Sequential(make())
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    layer = get_peft_model(base, SMoAConfig(r=4, target_modules=["0"], init_weights=False, **settings))
+    layer = layer.train().base_model.model[0]
+    for adapted in layer.weights.values() if kind == "attention" else [layer]:
+        W0, delta = adapted._stored_weight(), adapted.get_delta_weight("default")
+        adapted.scaling["default"] *= size * float(W0.norm() / delta.norm())
+    x = (
+        torch.randn(16, 100, 64)
+        if kind == "attention"
+        else torch.randn(8, layer.base_layer.in_channels, 16, 16)
+    )
+    x = x.to(dtype).float()
+
+    def update(call, x):
+        if kind == "own forward, dropout":
+            return call._adapter_output(x, "default")
+        adapted = call(*[x] * 3)[0] if kind == "attention" else call(x)
+        plain = call.base_layer(*[x] * 3)[0] if kind == "attention" else call.base_layer(x)
+        return adapted - plain
+
+    with torch.no_grad():
+        expected = update(copy.deepcopy(layer).double(), x.double())
+        with torch.autocast("cpu", dtype):
+            found = update(layer, x).double()
+    assert (found * expected).sum() / expected.square().sum() == pytest.approx(1, abs=0.3)
+    with torch.autocast("cpu", dtype):
+        y = layer(*[x] * 3)[0] if kind == "attention" else layer(x)
+    y.float().square().mean().backward()
+    assert all(p.grad.dtype == p.dtype for p in layer.parameters() if p.requires_grad)

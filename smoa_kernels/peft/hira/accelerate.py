@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.pytorch_utils import Conv1D
 
-from ...backends import resolve_backend
 from ...checks import check_kind
 from ...definition.packed import PackedAdapter, scaling_tensor
 from ...definition.partition import BlockPartition
 from ...definition.precision import autocast_enabled
 from ...functional import adapted_linear, embedded_rows, modulated_convolution
-from ...layer_checks import matrix_shape
+from ...layer_checks import has_forward_of, matrix_shape
 from ..dequantize import read_weight
 from ..quantized import dequantized_linear
 from ..replaced import keep_packing
@@ -125,7 +124,7 @@ def _unsupported_reason(layer: Any, kind: type[nn.Module]) -> str | None:
         return "its forward was replaced, as accelerate's hooks do"
     if is_quantized:
         return None
-    if getattr(type(base), "forward", None) not in [plain.forward for plain in _KINDS[kind]]:
+    if not has_forward_of(base, *_KINDS[kind]):
         return f"its base layer {type(base).__qualname__} has a forward of its own"
     if getattr(base, "padding_mode", "zeros") != "zeros":
         return f"PEFT pads what HiRA adds with zeros, its base layer by padding_mode={base.padding_mode!r}"
@@ -191,8 +190,7 @@ class Accelerated(_Layer):  # type: ignore[misc]
         if self.pefts_class is hira_layers.Embedding:
             return embedded_rows(x, _NO_OPTIONS, base(x), adapter)
         if self.pefts_class in _KINDS:
-            backend = resolve_backend("auto", x.device, base.weight.dtype, adapter.A.shape[0])
-            return modulated_convolution(x, base, adapter, backend)
+            return modulated_convolution(x, base, adapter, "auto")
         read = functools.partial(read_weight, resolve_quantization_backend(base), base)
         return dequantized_linear(x, base, read, adapter, dropout_p=dropout_p)
 
