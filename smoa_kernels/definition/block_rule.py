@@ -59,9 +59,8 @@ class BlockRule(NamedTuple):
         check_blocks(self.num_blocks, shape, name)
         check_choice("block_order", self.block_order, BLOCK_ORDERS)
         check_count("group_size", self.group_size, most=MOST_COORDINATES)
-        check_count(
-            "granule", self.granule, most=MOST_COORDINATES
-        )  # a pair is a partition's: no file holds it
+        # No pair, which a partition takes: no file holds one.
+        check_count("granule", self.granule, most=MOST_COORDINATES)
         check_granule(self.granule, self.num_blocks, shape, name)
         if shape is not None and granules(shape[1], on_sides(self.granules, shape)[1]) < self.num_blocks:
             raise ValueError(
