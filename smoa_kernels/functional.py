@@ -153,7 +153,7 @@ def cast_factors(adapter: PackedAdapter, dtype: torch.dtype) -> PackedAdapter:
 
 
 def for_autocast(adapter: PackedAdapter) -> PackedAdapter:
-    """The adapter over W0 as autocast casts the weight of a product, so that W_eff is rounded by thresholds to it."""
+    """Under autocast, the adapter over W0 in autocast's dtype, into which W_eff is then rounded by thresholds."""
     weight = adapter.weight
     if not autocast_enabled(weight) or weight.dtype == torch.float64:
         return adapter

@@ -194,7 +194,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
         _check_unsharded(stored)
         base, name = self.get_base_layer(), f"{self.parameter_name}_"
         made_of = hasattr(base, "parametrizations") or any(key.startswith(name) for key in base._parameters)
-        if self.parameter is None and made_of:  # FSDP's too is no parameter
+        if self.parameter is None and made_of:  # under FSDP it is no parameter either, and can be written
             raise RuntimeError(
                 "the base weight is computed anew in each forward (by a parametrisation, weight_norm or pruning): "
                 "make it a parameter before merging"
