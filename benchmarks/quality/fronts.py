@@ -19,35 +19,39 @@ from ..results import write
 from ..tables import table
 from . import store
 from .analysis import Mean, mean_of
-from .forgetting import HIRA, LORA, LORA_HALF, RATES, SMOA
+from .forgetting import CONTIGUOUS, DECAY, DROPOUT, HIRA, JOBS, LORA, LORA_HALF, RANDOM, RATES, SEEDS, SMOA
 from .plots import BASE, DASHES
 
 TEMPLATE = Path(__file__).with_name("fronts.md")
-SEEDS = 5
+WHOLE, CHATS, SEQUENCE = JOBS
 PAIRS = [
-    (ours.name, theirs.name)
-    for ours, theirs in ((SMOA, LORA), (SMOA, LORA_HALF), (LORA_HALF, LORA), (HIRA, LORA))
+    *((SMOA, LORA), (SMOA, LORA_HALF), (LORA_HALF, LORA), (HIRA, LORA)),
+    *((CONTIGUOUS, LORA), (RANDOM, LORA), (DECAY, LORA), (DROPOUT, LORA)),
+    *((SMOA, DECAY), (SMOA, DROPOUT), (SMOA, RANDOM)),
 ]
-BOTH = ("accuracy", "nats_more")
-ALSO = (0.85,)  # accuracies of comparison that all methods reach without any one seed
-BELOW = 0.01  # the accuracy of comparison, under LoRA's at the rate that is best on validation
+BOTH = ("score", "nats_more")
+ALSO = {WHOLE: (0.85,), CHATS: ()}  # accuracies of comparison that all methods reach without any one seed
+BELOW = 0.01  # the score of comparison, under LoRA's at the rate that is best on validation
 LEAST = 1e-3  # nats, for logarithms: too few to be measured
 LARGEST_SHARE = 0.7  # of LoRA's nats, where SMoA counts as forgetting less
+DRAWN = (LORA, SMOA, LORA_HALF, HIRA)
+NAMES = {WHOLE: "forgetting", CHATS: "forgetting-chats"}  # of the figures
 # Of an update, relative to W0's; means over layers.
 SIZES = {"delta": "norm of ΔW, % of W0's", "peak": "largest singular value of ΔW, % of W0's"}
 
 
 class Fronts:
-    """Accuracy and nats by method, learning rate and seed.
+    """Scores, which are accuracies or losses with the sign changed, and nats by method, learning rate and seed.
 
     Args:
-        records: as they were read from the file.
+        records: those of one job, as they were read from the file.
     """
 
     def __init__(self, records: Iterable[dict[str, Any]]) -> None:
         self.runs: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
         for run in sorted(records, key=lambda run: (run["lr"], run["seed"])):
-            whole = run | {"logarithm": math.log(max(run["nats_more"], LEAST))}
+            score = run["accuracy"] if "accuracy" in run else -run["loss"]
+            whole = run | {"score": score, "logarithm": math.log(max(run["nats_more"], LEAST))}
             self.runs.setdefault(run["method"], {}).setdefault(run["lr"], {})[run["seed"]] = whole
 
     def mean(self, method: str, lr: float, field: str, seeds: Collection[int] | None = None) -> Mean:
@@ -59,32 +63,41 @@ class Fronts:
         """The seeds with which these methods were run at all of their rates; none if one of them was not run."""
         return set.intersection(*(set(r) for m in methods for r in self.runs.get(m, {0.0: {}}).values()))
 
+    @property
+    def best(self) -> float:
+        """LoRA's learning rate that is best on validation."""
+        rates = self.runs.get(LORA.name, {})
+        if not all("validation_loss" in run for runs in rates.values() for run in runs.values()):
+            return LEARNING_RATE["lora"]
+        losses = {lr: self.mean(LORA.name, lr, "validation_loss").value for lr in rates}
+        return min(losses, key=losses.__getitem__, default=math.nan)
+
     def target(self, seeds: Collection[int]) -> float:
-        """The accuracy at which methods are compared; NaN before LoRA's runs at its best rate.
+        """The score at which methods are compared; NaN before LoRA's runs at its best rate.
 
         By the median over seeds, since a run that failed would move the mean below all others.
         """
-        runs = self.runs[LORA.name].get(LEARNING_RATE["lora"], {})
-        return median(runs[seed]["accuracy"] for seed in seeds) - BELOW if runs else math.nan
+        runs = self.runs.get(LORA.name, {}).get(self.best, {})
+        return median(runs[seed]["score"] for seed in seeds) - BELOW if runs and seeds else math.nan
 
-    def nats(self, method: str, accuracy: float, seeds: Collection[int]) -> float:
-        """The logarithm of nats where the front first reaches an accuracy; NaN if that is not between two rates."""
-        fields = ("accuracy", "logarithm")
+    def nats(self, method: str, score: float, seeds: Collection[int]) -> float:
+        """The logarithm of nats where the front first reaches a score; NaN if that is not between two rates."""
+        fields = ("score", "logarithm")
         front = [[self.mean(method, lr, field, seeds).value for field in fields] for lr in self.runs[method]]
         for (worse, few), (better, many) in pairwise(front):
-            if worse < accuracy <= better:
-                return few + (many - few) * (accuracy - worse) / (better - worse)
+            if worse < score <= better:
+                return few + (many - few) * (score - worse) / (better - worse)
         return math.nan
 
-    def share(self, ours: str, theirs: str, accuracy: float | None = None) -> Mean | None:
-        """The logarithm of one method's nats over another's at equal accuracy, with the jackknife's interval.
+    def share(self, ours: str, theirs: str, score: float | None = None) -> Mean | None:
+        """The logarithm of one method's nats over another's at equal score, with the jackknife's interval.
 
-        None without a seed of all runs, or if a front does not reach the accuracy, by default the target.
+        None without a seed of all runs, or if a front does not reach the score, by default the target.
         """
         seeds = self.seeds(ours, theirs, LORA.name)
         if not seeds:
             return None
-        reached = self.target(seeds) if accuracy is None else accuracy
+        reached = self.target(seeds) if score is None else score
 
         def estimate(seeds: Collection[int]) -> float:
             return self.nats(ours, reached, seeds) - self.nats(theirs, reached, seeds)
@@ -107,11 +120,19 @@ class Fronts:
         return math.exp(np.square(parabola(np.log(x)) - y).mean() ** 0.5)
 
 
+def by_job(records: Iterable[dict[str, Any]]) -> dict[str, Fronts]:
+    """The fronts of each job."""
+    found = list(records)
+    return {job: Fronts(run for run in found if run["task"] == job) for job in JOBS}
+
+
 def generate(records: Path, folder: Path) -> list[Path]:
-    """Write the page and its figure from the runs in a file; return their paths."""
+    """Write the page and its figures from the runs in a file; return their paths."""
     found = store.read(records)
     store.check_one_setting(found)
-    drawn = {"forgetting": figure(Fronts(found)), "forgetting-why": reasons(Fronts(found))}
+    fronts = by_job(found)
+    drawn = {"forgetting-why": reasons(fronts[WHOLE])}
+    drawn |= {NAMES[job]: figure(fronts[job], job) for job in NAMES}
     texts = {"forgetting.md": page(found), **{f"{name}.svg": svg(each) for name, each in drawn.items()}}
     for name, text in texts.items():
         write(folder / name, text)
@@ -120,48 +141,103 @@ def generate(records: Path, folder: Path) -> list[Path]:
 
 def page(records: Sequence[dict[str, Any]]) -> str:
     """The page's text."""
-    fronts, before = Fronts(records), records[0]["nats_before"]
-    target = fronts.target(fronts.seeds(LORA.name))
-    tried = [(pair, at, fronts.share(*pair, at)) for pair in PAIRS for at in (target, *ALSO)]
-    shares = [(pair, at, share) for pair, at, share in tried if share is not None]
-    ours = [share for (name, _), at, share in shares if name == SMOA.name and at == target]
-    met = [share.value <= math.log(LARGEST_SHARE) and share.high < 0 for share in ours]
-    known = len(ours) == 2 and not any(math.isnan(share.high) for share in ours)
-    held = "is open" if not known else "holds" if all(met) else "does not hold"
-    columns = ("method", "parameters", "learning rate", "seeds", "accuracy, %", "nats more", *before)
-    rows = [row(fronts, method, lr) for method, rates in fronts.runs.items() for lr in rates]
-    compared = [
-        (
-            " over ".join(pair),
-            f"{100 * at:.1f}",
-            f"{math.exp(share.value):.2f}",
-            f"{math.exp(share.low):.2f} to {math.exp(share.high):.2f}"
-            if not math.isnan(share.half_width)
-            else "–",
-            f"{share.seeds}",
-        )
-        for pair, at, share in shares
-    ]
+    fronts, before = by_job(records), records[0]["nats_before"]
     return TEMPLATE.read_text(encoding="utf-8").format(
         runs=len(records),
-        planned=SEEDS * sum(map(len, RATES.values())),
+        planned=sum(SEEDS[job] * sum(map(len, rates.values())) for job, rates in RATES.items()),
         device="; ".join(sorted({run["machine"]["device"] for run in records})),
         before=", ".join(f"{nats:.2f} ({kind})" for kind, nats in before.items()),
         best=LEARNING_RATE["lora"],
-        rates=table((*columns, "update", "largest", "along W0"), rows).strip(),
-        shares=table(("nats of", "at accuracy, %", "share", "95 % interval", "seeds"), compared).strip()
-        or "No seed has the runs for it yet.",
+        rates=all_rates(fronts[WHOLE]),
+        shares=all_shares(fronts[WHOLE], WHOLE),
+        held=verdict(fronts[WHOLE]),
+        chats=all_rates(fronts[CHATS]),
+        chat_best=f"{fronts[CHATS].best:g}",
+        chat_shares=all_shares(fronts[CHATS], CHATS),
+        chat_held=verdict(fronts[CHATS]),
+        sequence=in_sequence(fronts[SEQUENCE], fronts[WHOLE]),
         largest=LARGEST_SHARE,
-        held=held,
-        **{field: f"{fronts.error(field):.2f}" for field in SIZES},
+        below=BELOW,
+        **{field: f"{fronts[WHOLE].error(field):.2f}" for field in SIZES},
     )
+
+
+def verdict(fronts: Fronts) -> str:
+    """Whether SMoA forgets less than LoRA of either rank, by the study's rule."""
+    found = [fronts.share(SMOA.name, theirs.name) for theirs in (LORA, LORA_HALF)]
+    if any(share is None or math.isnan(share.high) for share in found):
+        return "cannot be said yet: a share or its interval is missing"
+    met = [share is not None and share.value <= math.log(LARGEST_SHARE) and share.high < 0 for share in found]
+    return "is so" if all(met) else "is not so"
+
+
+def all_rates(fronts: Fronts) -> str:
+    """A table with a row for each method and learning rate."""
+    runs = [run for rates in fronts.runs.values() for by_seed in rates.values() for run in by_seed.values()]
+    if not runs:
+        return "No runs yet."
+    score = "accuracy, %" if "accuracy" in runs[0] else "loss"
+    columns = ("method", "parameters", "learning rate", "seeds", score, "nats more", *runs[0]["nats"])
+    rows = [row(fronts, method, lr) for method, rates in fronts.runs.items() for lr in rates]
+    return table((*columns, "update", "largest", "along W0"), rows).strip()
+
+
+def all_shares(fronts: Fronts, job: str) -> str:
+    """A table of one method's nats over another's at equal score."""
+    target = fronts.target(fronts.seeds(LORA.name))
+    rows = []
+    for ours, theirs in PAIRS:
+        for at in (target, *ALSO[job]):
+            if (share := fronts.share(ours.name, theirs.name, at)) is not None:
+                known = not math.isnan(share.half_width)
+                between = f"{math.exp(share.low):.2f} to {math.exp(share.high):.2f}" if known else "–"
+                score = f"{100 * at:.1f}" if at > 0 else f"{-at:.3f}"
+                rows.append((f"{ours.name} over {theirs.name}", score, f"{math.exp(share.value):.2f}", between,
+                             f"{share.seeds}"))  # fmt: skip
+    score = "at accuracy, %" if target > 0 else "at loss"
+    return (
+        table(("nats of", score, "share", "95 % interval", "seeds"), rows).strip() if rows else "No runs yet."
+    )
+
+
+def in_sequence(fronts: Fronts, first: Fronts) -> str:
+    """A table of accuracy on the first task before and after the second, and on the second."""
+    rows = []
+    for method, rates in fronts.runs.items():
+        for lr, runs in rates.items():
+            before = [first.runs[method][lr][seed]["accuracy"] for seed in runs]
+            after, second = (
+                [run["earlier"][0] for run in runs.values()],
+                [run["accuracy"] for run in runs.values()],
+            )
+            lost = [b - a for b, a in zip(before, after, strict=True)]
+            cells = [
+                f"{100 * (m := mean_of(x)).value:.1f} ± {100 * m.standard_error:.1f}"
+                for x in (before, after, lost, second)
+            ]
+            nats = mean_of([run["nats_more"] for run in runs.values()])
+            rows.append(
+                (method, f"{lr:g}", f"{len(runs)}", *cells, f"{nats.value:.2f} ± {nats.standard_error:.2f}")
+            )
+    columns = (
+        "method",
+        "learning rate",
+        "seeds",
+        "TREC-6 before, %",
+        "after",
+        "lost",
+        "opinions",
+        "nats more",
+    )
+    return table(columns, rows).strip() if rows else "No runs yet."
 
 
 def row(fronts: Fronts, method: str, lr: float) -> tuple[str, ...]:
     """A method at a learning rate."""
     runs = list(fronts.runs[method][lr].values())
+    score = ("accuracy", 100, 1) if "accuracy" in runs[0] else ("loss", 1, 3)
     cells = []
-    for field, times, digits in (("accuracy", 100, 1), ("nats_more", 1, 2)):
+    for field, times, digits in (score, ("nats_more", 1, 2)):
         mean = fronts.mean(method, lr, field)
         error = f" ± {times * mean.standard_error:.{digits}f}" if mean.seeds > 1 else ""
         cells.append(f"{times * mean.value:.{digits}f}{error}")
@@ -171,13 +247,13 @@ def row(fronts: Fronts, method: str, lr: float) -> tuple[str, ...]:
     return method, f"{runs[0]['parameters']:,}", f"{lr:g}", f"{len(runs)}", *cells
 
 
-def figure(fronts: Fronts) -> Figure:
+def figure(fronts: Fronts, job: str) -> Figure:
     """A line a method, a point a learning rate."""
     drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = drawn.subplots()
-    for method in RATES:
+    axes, times = drawn.subplots(), 100 if job == WHOLE else 1
+    for method in DRAWN:
         x, y = ([fronts.mean(method.name, lr, f) for lr in fronts.runs.get(method.name, {})] for f in BOTH)
-        values, errors = [100 * mean.value for mean in x], [100 * mean.half_width for mean in x]
+        values, errors = [abs(times * mean.value) for mean in x], [times * mean.half_width for mean in x]
         style: dict[str, Any] = {
             "color": BASE[method.kind],
             "ls": DASHES.get(method.name, "-"),
@@ -187,8 +263,11 @@ def figure(fronts: Fronts) -> Figure:
             values, [m.value for m in y], [m.half_width for m in y], errors, **style, label=method.name
         )
     if seeds := fronts.seeds(LORA.name):
-        axes.axvline(100 * fronts.target(seeds), color="#777777", linestyle="--", linewidth=0.8)
-    axes.set(xlabel="accuracy on test, %", ylabel="nats a token more than the base", yscale="log")
+        axes.axvline(abs(times * fronts.target(seeds)), color="#777777", linestyle="--", linewidth=0.8)
+    axes.set(xlabel="accuracy on test, %" if job == WHOLE else "loss on test, nats a token", yscale="log")
+    axes.set_ylabel("nats a token more than the base")
+    if job != WHOLE:
+        axes.invert_xaxis()  # better to the right, as in the other figure
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
     return drawn
@@ -199,7 +278,7 @@ def reasons(fronts: Fronts) -> Figure:
     drawn = Figure(figsize=(6.4, 3.2), layout="constrained")
     panels = drawn.subplots(1, len(SIZES), sharey=True)
     for axes, (field, label) in zip(panels, SIZES.items(), strict=True):
-        for method in RATES:
+        for method in DRAWN:
             x, logarithms = fronts.sizes(method.name, field)
             open_marker = {"mfc": "none"} if method.name in DASHES else {}
             axes.plot(x, np.exp(logarithms), "o", color=BASE[method.kind], label=method.name, **open_marker)

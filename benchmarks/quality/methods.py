@@ -47,6 +47,8 @@ class Method:
         times: factor of that rate.
         bits: the adapted layers are quantised so, see `four_bits.quantize`; "" for float32.
         group_size: as in SMoAConfig.
+        dropout: of LoRA's input.
+        weight_decay: AdamW's, on the factors.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Method:
     times: float = 1.0
     bits: str = ""
     group_size: int = 1
+    dropout: float = 0.0
+    weight_decay: float = 0.0
 
     @property
     def base(self) -> str:
@@ -88,7 +92,9 @@ class Method:
         shared: dict[str, Any] = {"r": self.r, **targets}
         alpha = self.scaling * self.r
         if self.kind == "lora":
-            adapted: nn.Module = get_peft_model(model, LoraConfig(**shared, lora_alpha=alpha))
+            adapted: nn.Module = get_peft_model(
+                model, LoraConfig(**shared, lora_alpha=alpha, lora_dropout=self.dropout)
+            )
         elif self.kind == "hira":
             adapted = get_peft_model(model, HiraConfig(**shared))
         elif self.kind == "scales":

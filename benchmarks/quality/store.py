@@ -17,12 +17,12 @@ from ..machine import commit, describe
 OF_A_TASK = ("steps", "batch_size", "layers", "dtype", "data", "head_lr")
 OF_A_METHOD = (
     *("r", "num_blocks", "random", "scaling", "kappa", "modules", "block_order", "granule"),
-    *("bits", "group_size"),
+    *("bits", "group_size", "dropout", "weight_decay"),
 )
 KEY = ("task", "method", "stage", "lr", "seed", *OF_A_TASK, *OF_A_METHOD)
 # Values for records from before these fields existed.
 BEFORE = {"scaling": 1.0, "kappa": 0.0, "modules": "all", "block_order": "spectral", "granule": 1}
-BEFORE |= {"bits": "", "group_size": 1}
+BEFORE |= {"bits": "", "group_size": 1, "dropout": 0.0, "weight_decay": 0.0}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
