@@ -145,7 +145,7 @@ def _merged_into_four_bits() -> str:
     )
     return (
         f"Beside an int4 base SMoA scored {before[0]} % and LoRA {before[1]} %, merged into it {after[0]} % and "
-        f"{after[1]} % ([TREC-50, few seeds](benchmarks/results/quality.md#four-bits))."
+        f"{after[1]} % ([TREC-50, five seeds](benchmarks/results/quality.md#four-bits))."
     )
 
 

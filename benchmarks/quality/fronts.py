@@ -201,46 +201,36 @@ def all_shares(fronts: Fronts, job: str) -> str:
 
 
 def in_sequence(fronts: Fronts, first: Fronts) -> str:
-    """A table of accuracy on the first task before and after the second, and on the second."""
+    """A table of accuracy on the first task before and after the second, and on the second; of seeds with all three."""
     rows = []
     for method, rates in fronts.runs.items():
-        for lr, runs in rates.items():
-            before = [first.runs[method][lr][seed]["accuracy"] for seed in runs]
-            after, second = (
-                [run["earlier"][0] for run in runs.values()],
-                [run["accuracy"] for run in runs.values()],
-            )
-            lost = [b - a for b, a in zip(before, after, strict=True)]
-            cells = [
-                f"{100 * (m := mean_of(x)).value:.1f} ± {100 * m.standard_error:.1f}"
-                for x in (before, after, lost, second)
-            ]
-            nats = mean_of([run["nats_more"] for run in runs.values()])
-            rows.append(
-                (method, f"{lr:g}", f"{len(runs)}", *cells, f"{nats.value:.2f} ± {nats.standard_error:.2f}")
-            )
-    columns = (
-        "method",
-        "learning rate",
-        "seeds",
-        "TREC-6 before, %",
-        "after",
-        "lost",
-        "opinions",
-        "nats more",
-    )
-    return table(columns, rows).strip() if rows else "No runs yet."
+        for lr, by_seed in rates.items():
+            known = first.runs.get(method, {}).get(lr, {})
+            if runs := [run for seed, run in by_seed.items() if seed in known]:
+                before = [known[run["seed"]]["accuracy"] for run in runs]
+                after = [run["earlier"][0] for run in runs]
+                lost = [b - a for b, a in zip(before, after, strict=True)]
+                percent = [before, after, lost, [run["accuracy"] for run in runs]]
+                cells = [with_error(mean_of(values), 100, 1) for values in percent]
+                cells.append(with_error(mean_of([run["nats_more"] for run in runs]), 1, 2))
+                rows.append((method, f"{lr:g}", f"{len(runs)}", *cells))
+    columns = ("TREC-6 before, %", "after", "lost", "opinions, %", "nats more")
+    return table(("method", "learning rate", "seeds", *columns), rows).strip() if rows else "No runs yet."
+
+
+def with_error(mean: Mean, times: float, digits: int) -> str:
+    """A mean, and its standard error if there is one."""
+    error = f" ± {times * mean.standard_error:.{digits}f}" if mean.seeds > 1 else ""
+    return f"{times * mean.value:.{digits}f}{error}"
 
 
 def row(fronts: Fronts, method: str, lr: float) -> tuple[str, ...]:
     """A method at a learning rate."""
     runs = list(fronts.runs[method][lr].values())
     score = ("accuracy", 100, 1) if "accuracy" in runs[0] else ("loss", 1, 3)
-    cells = []
-    for field, times, digits in (score, ("nats_more", 1, 2)):
-        mean = fronts.mean(method, lr, field)
-        error = f" ± {times * mean.standard_error:.{digits}f}" if mean.seeds > 1 else ""
-        cells.append(f"{times * mean.value:.{digits}f}{error}")
+    cells = [
+        with_error(fronts.mean(method, lr, field), *digits) for field, *digits in (score, ("nats_more", 1, 2))
+    ]
     kinds = [[run["nats"][kind] - run["nats_before"][kind] for run in runs] for kind in runs[0]["nats"]]
     cells += [f"{mean_of(values).value:.2f}" for values in kinds]
     cells += [f"{mean_of(*(run[f] for run in runs)).value:.1%}" for f in ("delta", "peak", "both")]
