@@ -48,23 +48,21 @@ DROPOUT = replace(LORA, name="LoRA, dropout 0.1", dropout=0.1)
 # Without a gradient it would take 0.6 of an update at LoRA's rate; a usual 0.01 takes 0.003.
 DECAY = replace(LORA, name="LoRA, weight decay 3", weight_decay=3.0)
 # In this order, seed by seed, so that what has been run can be compared at any time.
+FRONTS: dict[Method, tuple[float, ...]] = {
+    LORA: (1e-3, 2e-3, 3e-3, 5e-3),
+    SMOA: (2e-3, 3e-3, 5e-3, 8e-3),
+    LORA_HALF: (2e-3, 3e-3, 5e-3, 8e-3),
+    HIRA: (5e-3, 1e-2, 1.5e-2, 2e-2),
+}
 RATES: dict[str, dict[Method, tuple[float, ...]]] = {
-    "trec6-whole": {
-        LORA: (1e-3, 2e-3, 3e-3, 5e-3),
-        SMOA: (2e-3, 3e-3, 5e-3, 8e-3),
-        LORA_HALF: (2e-3, 3e-3, 5e-3, 8e-3),
-        HIRA: (5e-3, 1e-2, 1.5e-2, 2e-2),
+    "trec6-whole": FRONTS
+    | {
         CONTIGUOUS: (2e-3, 3e-3, 5e-3),
         RANDOM: (2e-3, 3e-3, 5e-3),
         DECAY: (2e-3, 3e-3, 5e-3),
         DROPOUT: (2e-3, 3e-3, 5e-3),
     },
-    "chats": {
-        LORA: (5e-4, 1e-3, 2e-3, 3e-3),
-        SMOA: (5e-4, 1e-3, 2e-3, 3e-3),
-        LORA_HALF: (5e-4, 1e-3, 2e-3, 3e-3),
-        HIRA: (2e-3, 5e-3, 1e-2, 1.5e-2),
-    },
+    "chats": FRONTS,
     "trec6-opinions": {LORA: (2e-3, 3e-3, 5e-3), SMOA: (3e-3, 5e-3, 8e-3), LORA_HALF: (3e-3, 5e-3, 8e-3)},
 }
 SEEDS = {"trec6-whole": 5, "chats": 5, "trec6-opinions": 3}

@@ -19,7 +19,20 @@ from ..results import write
 from ..tables import table
 from . import store
 from .analysis import Mean, mean_of
-from .forgetting import CONTIGUOUS, DECAY, DROPOUT, HIRA, JOBS, LORA, LORA_HALF, RANDOM, RATES, SEEDS, SMOA
+from .forgetting import (
+    CONTIGUOUS,
+    DECAY,
+    DROPOUT,
+    FRONTS,
+    HIRA,
+    JOBS,
+    LORA,
+    LORA_HALF,
+    RANDOM,
+    RATES,
+    SEEDS,
+    SMOA,
+)
 from .plots import BASE, DASHES
 
 TEMPLATE = Path(__file__).with_name("fronts.md")
@@ -34,7 +47,6 @@ ALSO = {WHOLE: (0.85,), CHATS: ()}  # accuracies of comparison that all methods 
 BELOW = 0.01  # the score of comparison, under LoRA's at the rate that is best on validation
 LEAST = 1e-3  # nats, for logarithms: too few to be measured
 LARGEST_SHARE = 0.7  # of LoRA's nats, where SMoA counts as forgetting less
-DRAWN = (LORA, SMOA, LORA_HALF, HIRA)
 NAMES = {WHOLE: "forgetting", CHATS: "forgetting-chats"}  # of the figures
 # Of an update, relative to W0's; means over layers.
 SIZES = {"delta": "norm of ΔW, % of W0's", "peak": "largest singular value of ΔW, % of W0's"}
@@ -241,7 +253,7 @@ def figure(fronts: Fronts, job: str) -> Figure:
     """A line a method, a point a learning rate."""
     drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes, times = drawn.subplots(), 100 if job == WHOLE else 1
-    for method in DRAWN:
+    for method in FRONTS:
         x, y = ([fronts.mean(method.name, lr, f) for lr in fronts.runs.get(method.name, {})] for f in BOTH)
         values, errors = [abs(times * mean.value) for mean in x], [times * mean.half_width for mean in x]
         style: dict[str, Any] = {
@@ -268,7 +280,7 @@ def reasons(fronts: Fronts) -> Figure:
     drawn = Figure(figsize=(6.4, 3.2), layout="constrained")
     panels = drawn.subplots(1, len(SIZES), sharey=True)
     for axes, (field, label) in zip(panels, SIZES.items(), strict=True):
-        for method in DRAWN:
+        for method in FRONTS:
             x, logarithms = fronts.sizes(method.name, field)
             open_marker = {"mfc": "none"} if method.name in DASHES else {}
             axes.plot(x, np.exp(logarithms), "o", color=BASE[method.kind], label=method.name, **open_marker)
