@@ -62,7 +62,12 @@ RATES: dict[str, dict[Method, tuple[float, ...]]] = {
         DECAY: (2e-3, 3e-3, 5e-3),
         DROPOUT: (2e-3, 3e-3, 5e-3),
     },
-    "chats": FRONTS,
+    "chats": {
+        LORA: (2e-3, 3e-3, 5e-3, 1e-2),
+        SMOA: (3e-3, 5e-3, 8e-3, 1.5e-2),
+        LORA_HALF: (3e-3, 5e-3, 8e-3, 1.5e-2),
+        HIRA: (5e-3, 1e-2, 2e-2, 4e-2),
+    },
     "trec6-opinions": {LORA: (2e-3, 3e-3, 5e-3), SMOA: (3e-3, 5e-3, 8e-3), LORA_HALF: (3e-3, 5e-3, 8e-3)},
 }
 SEEDS = {"trec6-whole": 5, "chats": 5, "trec6-opinions": 3}

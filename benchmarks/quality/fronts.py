@@ -37,6 +37,7 @@ from .plots import BASE, DASHES
 
 TEMPLATE = Path(__file__).with_name("fronts.md")
 WHOLE, CHATS, SEQUENCE = JOBS
+NO_RUNS = "No runs yet."  # a section that says so is left out
 PAIRS = [
     *((SMOA, LORA), (SMOA, LORA_HALF), (LORA_HALF, LORA), (HIRA, LORA)),
     *((CONTIGUOUS, LORA), (RANDOM, LORA), (DECAY, LORA), (DROPOUT, LORA)),
@@ -152,9 +153,9 @@ def generate(records: Path, folder: Path) -> list[Path]:
 
 
 def page(records: Sequence[dict[str, Any]]) -> str:
-    """The page's text."""
+    """The page's text, without sections that have no runs."""
     fronts, before = by_job(records), records[0]["nats_before"]
-    return TEMPLATE.read_text(encoding="utf-8").format(
+    text = TEMPLATE.read_text(encoding="utf-8").format(
         runs=len(records),
         planned=sum(SEEDS[job] * sum(map(len, rates.values())) for job, rates in RATES.items()),
         device="; ".join(sorted({run["machine"]["device"] for run in records})),
@@ -172,22 +173,23 @@ def page(records: Sequence[dict[str, Any]]) -> str:
         below=BELOW,
         **{field: f"{fronts[WHOLE].error(field):.2f}" for field in SIZES},
     )
+    return "\n## ".join(section for section in text.split("\n## ") if NO_RUNS not in section)
 
 
 def verdict(fronts: Fronts) -> str:
     """Whether SMoA forgets less than LoRA of either rank, by the study's rule."""
     found = [fronts.share(SMOA.name, theirs.name) for theirs in (LORA, LORA_HALF)]
     if any(share is None or math.isnan(share.high) for share in found):
-        return "cannot be said yet: a share or its interval is missing"
+        return "that is open, since a share or its interval is missing"
     met = [share is not None and share.value <= math.log(LARGEST_SHARE) and share.high < 0 for share in found]
-    return "is so" if all(met) else "is not so"
+    return f"it {'does' if all(met) else 'does not'}"
 
 
 def all_rates(fronts: Fronts) -> str:
     """A table with a row for each method and learning rate."""
     runs = [run for rates in fronts.runs.values() for by_seed in rates.values() for run in by_seed.values()]
     if not runs:
-        return "No runs yet."
+        return NO_RUNS
     score = "accuracy, %" if "accuracy" in runs[0] else "loss"
     columns = ("method", "parameters", "learning rate", "seeds", score, "nats more", *runs[0]["nats"])
     rows = [row(fronts, method, lr) for method, rates in fronts.runs.items() for lr in rates]
@@ -206,10 +208,10 @@ def all_shares(fronts: Fronts, job: str) -> str:
                 score = f"{100 * at:.1f}" if at > 0 else f"{-at:.3f}"
                 rows.append((f"{ours.name} over {theirs.name}", score, f"{math.exp(share.value):.2f}", between,
                              f"{share.seeds}"))  # fmt: skip
+    if not rows:
+        return "No seed has the runs for it yet."
     score = "at accuracy, %" if target > 0 else "at loss"
-    return (
-        table(("nats of", score, "share", "95 % interval", "seeds"), rows).strip() if rows else "No runs yet."
-    )
+    return table(("nats of", score, "share", "95 % interval", "seeds"), rows).strip()
 
 
 def in_sequence(fronts: Fronts, first: Fronts) -> str:
@@ -227,7 +229,7 @@ def in_sequence(fronts: Fronts, first: Fronts) -> str:
                 cells.append(with_error(mean_of([run["nats_more"] for run in runs]), 1, 2))
                 rows.append((method, f"{lr:g}", f"{len(runs)}", *cells))
     columns = ("TREC-6 before, %", "after", "lost", "opinions, %", "nats more")
-    return table(("method", "learning rate", "seeds", *columns), rows).strip() if rows else "No runs yet."
+    return table(("method", "learning rate", "seeds", *columns), rows).strip() if rows else NO_RUNS
 
 
 def with_error(mean: Mean, times: float, digits: int) -> str:
