@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +16,6 @@ from ..definition.packed import PackedAdapter
 _ROW_BYTES = 2**21
 
 
-# Bytes from which on a run is copied as a row; shorter runs are copied by elements.
-_LONG_RUN = 32
-
-
-class Index(NamedTuple):
-    """Where the columns (or rows) of block order lie in a matrix."""
-
-    places: Tensor  # int64, one per column
-    run: int  # aligned groups of so many columns are moved together, in their order
-
-
 @dataclass(frozen=True)
 class BlockOrder:
     """An adapter whose blocks are slices. Lists by block leave out blocks of rank zero."""
@@ -36,8 +23,8 @@ class BlockOrder:
     weight: Tensor  # W0 (N, C), as it is
     A: Tensor  # (ρ, C), columns in block order, at least float32
     B: Tensor  # (N, ρ), rows in block order, times s
-    row_index: Index | None  # rows in block order; None where blocks are contiguous: the order is W0's own
-    col_index: Index | None  # the same for columns
+    row_index: Tensor | None  # rows in block order; None where blocks are contiguous: the order is W0's own
+    col_index: Tensor | None  # the same for columns
     ranks: Sequence[int]  # rank of each block
     row_sizes: Sequence[int]  # rows of each block
     col_sizes: Sequence[int]  # columns of each block
@@ -91,28 +78,24 @@ class BlockOrder:
         elif self.row_index is None or self.col_index is None:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
         else:
-            weight, run = self.weight, self.col_index.run
-            turned = weight.stride(0) < weight.stride(1)
-            rows, cols = self.rows(self.row_index.places), self.cols(self.col_index.places, 0)
+            weight, turned = self.weight, self.weight.stride(0) < self.weight.stride(1)
+            rows, cols = self.rows(self.row_index), self.cols(self.col_index, 0)
             if turned:  # columns are the rows of memory
-                weight, run, rows, cols = weight.T, self.row_index.run, cols, rows
+                weight, rows, cols = weight.T, cols, rows
             count = max(16, _ROW_BYTES // max(1, weight.shape[1] * weight.itemsize))
             buffer = weight.new_empty(min(count, weight.shape[0]), weight.shape[1])
             for outer, inner in zip(rows, cols, strict=True):
                 block = weight.new_empty(outer.shape[0], inner.shape[0])
                 for some, out in zip(row_panels(outer, count), row_panels(block, count), strict=True):
                     panel = torch.index_select(weight, 0, some, out=buffer[: some.shape[0]])
-                    select_columns(panel, Index(inner, run), out)
+                    select_columns(panel, inner, out)
                 yield block.T if turned else block
 
 
-def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:
+def block_indices(adapter: PackedAdapter) -> tuple[Tensor | None, Tensor | None]:
     """The indices of rows and columns in block order; None where blocks are contiguous: it is W0's own order."""
     p = adapter.partition
-    if p.is_contiguous:
-        return None, None
-    rows, cols = (math.gcd(p.granularity, size) for size in p.shape)
-    return Index(p.row_index, rows), Index(p.col_index, cols)
+    return (None, None) if p.is_contiguous else (p.row_index, p.col_index)
 
 
 def is_batch(adapter: PackedAdapter) -> bool:
@@ -129,7 +112,7 @@ def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
     A, B = adapter.A.to(dtype), adapter.B.to(dtype)
     row_index, col_index = block_indices(adapter)
     if row_index is not None and col_index is not None:
-        A, B = A.index_select(1, col_index.places), B.index_select(0, row_index.places)
+        A, B = A.index_select(1, col_index), B.index_select(0, row_index)
     blocks = row_index, col_index, adapter.host_ranks(), p.row_sizes, p.col_sizes
     return BlockOrder(adapter.weight, A, B * adapter.scaling, *blocks, batched)
 
@@ -140,37 +123,15 @@ def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
     return (tensor,) if tensor.shape[0] <= rows else tensor.split(rows)
 
 
-def select_columns(x: Tensor, index: Index, out: Tensor) -> Tensor:
-    """`x[:, index]` of a matrix, written to `out`, by the fastest of torch's ways to copy columns."""
-    places, run = index
-    if run * x.itemsize >= _LONG_RUN:  # as rows of their own
-        parts, into = (matrix.unflatten(1, (matrix.shape[1] // run, run)) for matrix in (x, out))
-        torch.index_select(parts, 1, _every(places, run), out=into)
-        return out
+def select_columns(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """`x[:, index]` of a matrix, written to `out`."""
     if x.itemsize > 2:
-        return torch.index_select(x, 1, places, out=out)
-    # index_select has no fast path for half types, and gather only for integers: view up to 4 elements as one integer.
-    width = math.gcd(run, 4)
-    while not (_is_aligned(x, width) and _is_aligned(out, width)):
-        width //= 2
-    wide = {1: torch.int16, 2: torch.int32, 4: torch.int64}[width]
-    places = _every(places, width).expand(x.shape[0], -1)
-    torch.gather(x.view(wide), 1, places, out=out.view(wide))
+        return torch.index_select(x, 1, index, out=out)
+    # index_select has no fast path for half types, and gather only for integers.
+    torch.gather(x.view(torch.int16), 1, index.expand(x.shape[0], -1), out=out.view(torch.int16))
     return out
 
 
-def _every(places: Tensor, run: int) -> Tensor:
-    """Places of runs, from the places of their elements."""
-    return places if run == 1 else places[::run] // run
-
-
-def _is_aligned(x: Tensor, width: int) -> bool:
-    """Whether `width` adjacent elements of a row may be viewed as one."""
-    return width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
-
-
-def inverse(index: Index) -> Index:
+def inverse(index: Tensor) -> Tensor:
     """The permutation that undoes another."""
-    places = index.places
-    undone = torch.empty_like(places).scatter_(0, places, torch.arange(places.shape[0], device=places.device))
-    return Index(undone, index.run)
+    return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))

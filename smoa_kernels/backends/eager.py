@@ -26,7 +26,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee
 from ..definition.thresholds import round_weight
 from . import Gradients
-from .block_order import Index, block_indices, block_order, inverse, is_batch, row_panels, select_columns
+from .block_order import block_indices, block_order, inverse, is_batch, row_panels, select_columns
 from .pages import in_large_pages
 
 ALGORITHMS = ("merged", "split", "expanded")
@@ -278,7 +278,7 @@ class _Buffer:
             self._memory = panel.new_empty(panel.shape)
         return self._memory[: panel.shape[0]]
 
-    def columns(self, panel: Tensor, index: Index | None) -> Tensor:
+    def columns(self, panel: Tensor, index: Tensor | None) -> Tensor:
         """The columns of a panel in the order of `index`; the panel itself where that is None."""
         return panel if index is None else select_columns(panel, index, out=self.like(panel))
 
@@ -350,8 +350,8 @@ class BlockGradient:
             _multiply(A, H.mT, dB_k.mT)
         dB.mul_(self._adapter.scaling)  # for dA, order.B holds s
         if order.row_index is not None and order.col_index is not None:
-            dA = dA.index_select(1, inverse(order.col_index).places)
-            dB = dB.index_select(0, inverse(order.row_index).places)
+            dA = dA.index_select(1, inverse(order.col_index))
+            dB = dB.index_select(0, inverse(order.row_index))
         dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
 
