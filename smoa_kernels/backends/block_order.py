@@ -28,7 +28,6 @@ class BlockOrder:
     ranks: Sequence[int]  # rank of each block
     row_sizes: Sequence[int]  # rows of each block
     col_sizes: Sequence[int]  # columns of each block
-    batched: bool = False  # all blocks are one batch (K, …); a list by block then has this one element
 
     @property
     def full(self) -> bool:
@@ -44,16 +43,8 @@ class BlockOrder:
         return self._parts(tensor, self.col_sizes, dim)
 
     def _parts(self, tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
-        if self.batched:
-            return [tensor.unflatten(dim, (len(sizes), sizes[0])).movedim(dim, 0)]
         parts = torch.split_with_sizes(tensor, sizes, dim)
         return [part for part, rank in zip(parts, self.ranks, strict=True) if rank]
-
-    def batch(self, weight: Tensor) -> Tensor:
-        """The diagonal blocks of a matrix of W0's shape as one batch (K, N_k, C_k), a view."""
-        count = len(self.row_sizes)
-        blocks: Tensor = weight.unflatten(0, (count, -1)).unflatten(2, (count, -1))
-        return blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)
 
     def places(self) -> list[tuple[slice, slice]]:
         """The slices of each block in W0, for contiguous blocks."""
@@ -73,9 +64,7 @@ class BlockOrder:
 
     def weights(self) -> Iterator[Tensor]:
         """`W0[rows_k, cols_k]` of every block, in W0's memory order; views where blocks are contiguous, else copies."""
-        if self.batched:
-            yield self.batch(self.weight)
-        elif self.row_index is None or self.col_index is None:
+        if self.row_index is None or self.col_index is None:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
         else:
             weight, turned = self.weight, self.weight.stride(0) < self.weight.stride(1)
@@ -98,13 +87,7 @@ def block_indices(adapter: PackedAdapter) -> tuple[Tensor | None, Tensor | None]
     return (None, None) if p.is_contiguous else (p.row_index, p.col_index)
 
 
-def is_batch(adapter: PackedAdapter) -> bool:
-    """Whether a GPU takes all blocks as one batch: they are slices of one size, and of one rank that the host knows."""
-    ranks, is_cpu = adapter.block_ranks, adapter.weight.device.type == "cpu"
-    return not is_cpu and adapter.partition.is_even and ranks is not None and {*ranks} == {adapter.A.shape[0]}
-
-
-def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
+def block_order(adapter: PackedAdapter) -> BlockOrder:
     """Build an adapter's BlockOrder. It copies the factors and references W0."""
     p = adapter.partition
     # W0's dtype, but at least float32: the factors take little memory, and their products round.
@@ -114,7 +97,7 @@ def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
     if row_index is not None and col_index is not None:
         A, B = A.index_select(1, col_index), B.index_select(0, row_index)
     blocks = row_index, col_index, adapter.host_ranks(), p.row_sizes, p.col_sizes
-    return BlockOrder(adapter.weight, A, B * adapter.scaling, *blocks, batched)
+    return BlockOrder(adapter.weight, A, B * adapter.scaling, *blocks)
 
 
 def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:

@@ -7,9 +7,6 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
   it is computed in float32 and rounded by thresholds;
 - split: the adapter's output block by block, then the base GEMM accumulates onto it and rounds once;
 - expanded: for few tokens, `s·Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`: reads W0 and builds nothing of its size.
-
-On a GPU contiguous blocks of one size are one batch (`block_order.is_batch`): cuBLAS's batched products compute all
-blocks at once, on views of W0, x and dY.
 """
 
 from __future__ import annotations
@@ -23,10 +20,10 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
-from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee
+from ..definition.precision import accumulate, gemm_is_ieee
 from ..definition.thresholds import round_weight
 from . import Gradients
-from .block_order import block_indices, block_order, inverse, is_batch, row_panels, select_columns
+from .block_order import block_indices, block_order, inverse, row_panels, select_columns
 from .pages import in_large_pages
 
 ALGORITHMS = ("merged", "split", "expanded")
@@ -143,21 +140,11 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
 
 def _modulate_rows(adapter: PackedAdapter) -> Callable[[int, Tensor, Tensor], Tensor]:
     """Return a function (first row, rows of W0, out) that writes these rows of W_eff to `out`, at least in float32."""
-    weight = adapter.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
     if not adapter.partition.is_contiguous:
-        A, B = adapter.expanded_factors(dtype)
+        A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
         return lambda first, W0, out: _modulated(W0, A, B[first : first + out.shape[0]], out)
-    order = block_order(adapter, batched=is_batch(adapter))
-    factors = [(A.to(dtype), B.to(dtype)) for A, B in order.factors(order.A, order.B)]
-    if order.batched:  # `merged` asks for all rows at once
-
-        def write_batch(first: int, W0: Tensor, out: Tensor) -> Tensor:
-            _modulated(order.batch(W0), *factors[0], order.batch(out.copy_(W0)))
-            return out
-
-        return write_batch
-    blocks = list(zip(order.places(), factors, strict=True))
+    order = block_order(adapter)
+    blocks = list(zip(order.places(), order.factors(order.A, order.B), strict=True))
 
     def write_blocks(first: int, W0: Tensor, out: Tensor) -> Tensor:
         """Only the blocks differ from W0."""
@@ -174,16 +161,11 @@ def _modulate_rows(adapter: PackedAdapter) -> Callable[[int, Tensor, Tensor], Te
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
-    """`out = weight ∘ (1 + B A)` for one block or a batch; all have one memory order."""
-    if weight.stride(-2) < weight.stride(-1):  # column-major: compute the transpose, along memory
-        return _modulated(weight.mT, B.mT, A.mT, out.mT).mT
-    _multiply(B, A, out)
+    """`out = weight ∘ (1 + B A)` for one block; all have one memory order."""
+    if weight.stride(0) < weight.stride(1):  # column-major: compute the transpose, along memory
+        return _modulated(weight.T, B.T, A.T, out.T).T
+    torch.mm(B, A, out=out)
     return torch.addcmul(weight, weight, out, out=out)
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`out = left right` for matrices or batches of them."""
-    return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out=out)
 
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
@@ -204,7 +186,7 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
 
 def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
     """`B A` in the memory order of the weight that it will be multiplied with."""
-    return (A.mT @ B.mT).mT if like.stride(-2) < like.stride(-1) else B @ A
+    return (A.T @ B.T).T if like.stride(0) < like.stride(1) else B @ A
 
 
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
@@ -287,10 +269,10 @@ class _BlockProduct:
     """`x ΔWᵀ` for panels of tokens, block by block, x's columns in the order of `cols` (None: their own)."""
 
     def __init__(self, adapter: PackedAdapter) -> None:
-        self._order = order = block_order(adapter, batched=is_batch(adapter))
+        self._order = order = block_order(adapter)
         self.cols = order.col_index
         self._deltas = [
-            _product(A, B, weight).mul_(weight).to(weight.dtype).mT
+            _product(A, B, weight).mul_(weight).to(weight.dtype).T
             for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True)
         ]
         self._back = None if order.row_index is None else inverse(order.row_index)
@@ -301,7 +283,7 @@ class _BlockProduct:
         if not all(order.ranks):
             y.zero_()  # for blocks of rank zero
         for x_k, delta, y_k in zip(order.cols(x), self._deltas, order.rows(y, 1), strict=True):
-            _multiply(x_k, delta, y_k)
+            torch.mm(x_k, delta, out=y_k)
         return y if self._back is None else select_columns(y, self._back, out=out)
 
 
@@ -313,7 +295,7 @@ class BlockGradient:
         self.rows, self.cols = block_indices(adapter)
         # W0 is read along its memory: if it is column-major everything is computed transposed.
         self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
-        self._order = block_order(adapter.T if self._transposed else adapter, batched=is_batch(adapter))
+        self._order = block_order(adapter.T if self._transposed else adapter)
         self._G: list[Tensor] = []
         if G is not None:
             taken = replace(self._order, weight=G.T if self._transposed else G)
@@ -324,10 +306,7 @@ class BlockGradient:
         order = self._order
         left, right = (x.T, dy) if self._transposed else (dy.T, x)
         pairs = zip(order.rows(left), order.cols(right), strict=True)
-        if order.batched:
-            G = bmm_in_float32(*next(pairs))
-            self._G = [self._G[0].add_(G) if self._G else G]
-        elif not self._G:
+        if not self._G:
             self._G = [torch.mm(left_k, right_k) for left_k, right_k in pairs]
         elif right.dtype == order.A.dtype:
             for G, (left_k, right_k) in zip(self._G, pairs, strict=True):
@@ -346,8 +325,8 @@ class BlockGradient:
         for (A, B), (dA_k, dB_k), weight in zip(factors, gradients, order.weights(), strict=True):
             # At least float32 from here on: H is contracted once more, over the width of the block.
             H = self._G.pop(0).to(dA.dtype).mul_(weight)
-            _multiply(B.mT, H, dA_k)
-            _multiply(A, H.mT, dB_k.mT)
+            torch.mm(B.T, H, out=dA_k)
+            torch.mm(A, H.T, out=dB_k.T)
         dB.mul_(self._adapter.scaling)  # for dA, order.B holds s
         if order.row_index is not None and order.col_index is not None:
             dA = dA.index_select(1, inverse(order.col_index))
