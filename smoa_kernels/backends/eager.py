@@ -109,13 +109,12 @@ def _expanded_rows(adapter: PackedAdapter) -> int:
     return adapter.A.shape[0] * adapter.partition.num_blocks
 
 
-def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
-    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order; copied to `out` where that is given.
+def modulated_weight(adapter: PackedAdapter) -> Tensor:
+    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order.
 
     Half types are rounded by thresholds (`definition/thresholds.py`).
     """
-    W_eff = _modulation(adapter)(0, torch.empty_like(adapter.weight))
-    return W_eff if out is None else out.copy_(W_eff)
+    return _modulation(adapter)(0, torch.empty_like(adapter.weight))
 
 
 def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
