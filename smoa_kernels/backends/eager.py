@@ -88,15 +88,18 @@ def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
-    if dropout is not None:
-        return _dropout_backward(dy, x, adapter, dropout, needs_x)
+    mask = None if dropout is None else dropout.multiplier(dy.new_empty(dy.shape[0], adapter.weight.shape[1]))
     # dA and dB come first, so that their memory is free when dX is computed.
-    dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter)
-    return input_gradient(dy, adapter) if needs_x else None, dA, dB
+    dA = dB = None
+    if x is not None:
+        dA, dB = factor_gradients(dy, x if mask is None else x * mask, adapter)
+    return input_gradient(dy, adapter, mask) if needs_x else None, dA, dB
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`dX = dY W_eff` (T, C), without dropout."""
+def input_gradient(dy: Tensor, adapter: PackedAdapter, mask: Tensor | None) -> Tensor:
+    """`dX = dY W_eff` (T, C), or under dropout's `mask` (T, C) `dY W0 + mask ∘ (dY ΔW)`."""
+    if mask is not None:
+        return adapter_output(dy, adapter.T).mul_(mask).addmm_(dy, adapter.weight)
     # Merged in TF32 too: in dX its rounding is a second-order error.
     rows = _expanded_rows(adapter)
     if choose_algorithm(dy.shape[0], rows, dy.dtype, tf32=False, dropout=False) == "expanded":
@@ -197,17 +200,15 @@ def adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = 
     """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
     product = _BlockProduct(adapter)
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
-    draw = None if dropout is None else dropout.stream(x.shape[1])
-    mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
-    at_once = draw is None and product.cols is None  # where nothing is copied
-    for x_part, y_part in [(x, y)] if at_once else _panels(x, y):
-        dropped = x_part if draw is None else draw(mask.like(x_part)).mul_(x_part)
-        product(gathered.columns(dropped, product.cols), scratch, out=y_part)
+    x = x if dropout is None else dropout.multiplier(x).mul_(x)
+    gathered, scratch = _Buffer(), _Buffer()
+    for x_part, y_part in [(x, y)] if product.cols is None else _panels(x, y):
+        product(gathered.columns(x_part, product.cols), scratch, out=y_part)
     return y
 
 
 def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
-    """(dA, dB) without dropout: `H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`.
+    """(dA, dB): `H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`.
 
     Padding rows get zeros.
     """
@@ -216,29 +217,6 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
         gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
     del left, right
     return gradient.contract()
-
-
-def _dropout_backward(
-    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, needs_x: bool
-) -> Gradients:
-    """All gradients in one pass over the tokens, except dY W0 in dX; so dX and G share one draw of the mask."""
-    width = adapter.weight.shape[1]
-    rows, cols = block_indices(adapter)
-    product = _BlockProduct(adapter.T) if needs_x else None
-    gradient = None if x is None else BlockGradient(adapter)
-    # If dX is not needed, or x not given, the other takes its place; it is then neither written nor read.
-    dx = in_large_pages(dy.new_empty(dy.shape[0], width)) if needs_x or x is None else x
-    draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
-    for dy_part, dx_part, x_part in _panels(dy, dx, dx if x is None else x):
-        multiplier = draw(mask.like(dx_part))
-        dy_part = gathered.columns(dy_part, rows)
-        if product is not None:
-            product(dy_part, scratch, out=dx_part).mul_(multiplier)
-        if gradient is not None:
-            gradient.add(dy_part, scratch.columns(multiplier.mul_(x_part), cols))
-    del product, mask, gathered, scratch, multiplier, dy_part
-    dA, dB = (None, None) if gradient is None else gradient.contract()
-    return dx.addmm_(dy, adapter.weight) if needs_x else None, dA, dB
 
 
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
