@@ -186,11 +186,6 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     return y
 
 
-def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
-    """`B A` in the memory order of the weight that it will be multiplied with."""
-    return (A.T @ B.T).T if like.stride(0) < like.stride(1) else B @ A
-
-
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): computes the adapter's output; the base GEMM adds to it and rounds once."""
     return accumulate(adapter_output(x, adapter, dropout), x, adapter.weight)
@@ -198,12 +193,23 @@ def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
 
 def adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
     """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
-    product = _BlockProduct(adapter)
-    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
+    order, deltas = block_order(adapter), []
+    for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True):
+        product = (A.T @ B.T).T if weight.stride(0) < weight.stride(1) else B @ A  # along W0's memory
+        deltas.append(product.mul_(weight).to(weight.dtype).T)
+    back = None if order.row_index is None else inverse(order.row_index)
     x = x if dropout is None else dropout.multiplier(x).mul_(x)
+    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
     gathered, scratch = _Buffer(), _Buffer()
-    for x_part, y_part in [(x, y)] if product.cols is None else _panels(x, y):
-        product(gathered.columns(x_part, product.cols), scratch, out=y_part)
+    for x_part, y_part in [(x, y)] if back is None else _panels(x, y):
+        ordered = y_part if back is None else scratch.like(y_part)
+        if not all(order.ranks):
+            ordered.zero_()  # for blocks of rank zero
+        columns = order.cols(gathered.columns(x_part, order.col_index))
+        for x_k, delta, y_k in zip(columns, deltas, order.rows(ordered, 1), strict=True):
+            torch.mm(x_k, delta, out=y_k)
+        if back is not None:
+            select_columns(ordered, back, out=y_part)
     return y
 
 
@@ -240,28 +246,6 @@ class _Buffer:
     def columns(self, panel: Tensor, index: Tensor | None) -> Tensor:
         """The columns of a panel in the order of `index`; the panel itself where that is None."""
         return panel if index is None else select_columns(panel, index, out=self.like(panel))
-
-
-class _BlockProduct:
-    """`x ΔWᵀ` for panels of tokens, block by block, x's columns in the order of `cols` (None: their own)."""
-
-    def __init__(self, adapter: PackedAdapter) -> None:
-        self._order = order = block_order(adapter)
-        self.cols = order.col_index
-        self._deltas = [
-            _product(A, B, weight).mul_(weight).to(weight.dtype).T
-            for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True)
-        ]
-        self._back = None if order.row_index is None else inverse(order.row_index)
-
-    def __call__(self, x: Tensor, scratch: _Buffer, out: Tensor) -> Tensor:
-        order = self._order
-        y = out if self._back is None else scratch.like(out)
-        if not all(order.ranks):
-            y.zero_()  # for blocks of rank zero
-        for x_k, delta, y_k in zip(order.cols(x), self._deltas, order.rows(y, 1), strict=True):
-            torch.mm(x_k, delta, out=y_k)
-        return y if self._back is None else select_columns(y, self._back, out=out)
 
 
 class BlockGradient:
