@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
 
 # Bytes of W0 whose rows are gathered at a time: they are still in a cache when columns are taken from them. A
 # block of 2048² in four costs 318 us with 64 rows and 278 with 256; at 4096x11008, 256 rows (11 MB) cost 11 % more.
@@ -23,11 +24,8 @@ class BlockOrder:
     weight: Tensor  # W0 (N, C), as it is
     A: Tensor  # (ρ, C), columns in block order, at least float32
     B: Tensor  # (N, ρ), rows in block order, times s
-    row_index: Tensor | None  # rows in block order; None where blocks are contiguous: the order is W0's own
-    col_index: Tensor | None  # the same for columns
     ranks: Sequence[int]  # rank of each block
-    row_sizes: Sequence[int]  # rows of each block
-    col_sizes: Sequence[int]  # columns of each block
+    partition: BlockPartition  # the blocks; where they are contiguous, block order is W0's own
 
     @property
     def full(self) -> bool:
@@ -36,11 +34,11 @@ class BlockOrder:
 
     def rows(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
         """Split a tensor, with all rows along `dim`, by block."""
-        return self._parts(tensor, self.row_sizes, dim)
+        return self._parts(tensor, self.partition.row_sizes, dim)
 
     def cols(self, tensor: Tensor, dim: int = 1) -> list[Tensor]:
         """The same for columns."""
-        return self._parts(tensor, self.col_sizes, dim)
+        return self._parts(tensor, self.partition.col_sizes, dim)
 
     def _parts(self, tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
         parts = torch.split_with_sizes(tensor, sizes, dim)
@@ -50,7 +48,7 @@ class BlockOrder:
         """The slices of each block in W0, for contiguous blocks."""
         rows, cols = (
             [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-            for sizes in (self.row_sizes, self.col_sizes)
+            for sizes in (self.partition.row_sizes, self.partition.col_sizes)
         )
         return [(row, col) for row, col, rank in zip(rows, cols, self.ranks, strict=True) if rank]
 
@@ -64,11 +62,11 @@ class BlockOrder:
 
     def weights(self) -> Iterator[Tensor]:
         """`W0[rows_k, cols_k]` of every block, in W0's memory order; views where blocks are contiguous, else copies."""
-        if self.row_index is None or self.col_index is None:
+        if self.partition.is_contiguous:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
         else:
             weight, turned = self.weight, self.weight.stride(0) < self.weight.stride(1)
-            rows, cols = self.rows(self.row_index), self.cols(self.col_index, 0)
+            rows, cols = self.rows(self.partition.row_index), self.cols(self.partition.col_index, 0)
             if turned:  # columns are the rows of memory
                 weight, rows, cols = weight.T, cols, rows
             count = max(16, _ROW_BYTES // max(1, weight.shape[1] * weight.itemsize))
@@ -81,23 +79,15 @@ class BlockOrder:
                 yield block.T if turned else block
 
 
-def block_indices(adapter: PackedAdapter) -> tuple[Tensor | None, Tensor | None]:
-    """The indices of rows and columns in block order; None where blocks are contiguous: it is W0's own order."""
-    p = adapter.partition
-    return (None, None) if p.is_contiguous else (p.row_index, p.col_index)
-
-
 def block_order(adapter: PackedAdapter) -> BlockOrder:
     """Build an adapter's BlockOrder. It copies the factors and references W0."""
     p = adapter.partition
     # W0's dtype, but at least float32: the factors take little memory, and their products round.
     dtype = torch.promote_types(adapter.weight.dtype, torch.float32)
     A, B = adapter.A.to(dtype), adapter.B.to(dtype)
-    row_index, col_index = block_indices(adapter)
-    if row_index is not None and col_index is not None:
-        A, B = A.index_select(1, col_index), B.index_select(0, row_index)
-    blocks = row_index, col_index, adapter.host_ranks(), p.row_sizes, p.col_sizes
-    return BlockOrder(adapter.weight, A, B * adapter.scaling, *blocks)
+    if not p.is_contiguous:
+        A, B = A.index_select(1, p.col_index), B.index_select(0, p.row_index)
+    return BlockOrder(adapter.weight, A, B * adapter.scaling, adapter.host_ranks(), p)
 
 
 def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:

@@ -23,7 +23,7 @@ from ..definition.packed import PackedAdapter
 from ..definition.precision import accumulate, gemm_is_ieee
 from ..definition.thresholds import round_weight
 from . import Gradients
-from .block_order import block_indices, block_order, inverse, row_panels, select_columns
+from .block_order import block_order, inverse, row_panels, select_columns
 from .pages import in_large_pages
 
 ALGORITHMS = ("merged", "split", "expanded")
@@ -197,19 +197,23 @@ def adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = 
     for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True):
         product = (A.T @ B.T).T if weight.stride(0) < weight.stride(1) else B @ A  # along W0's memory
         deltas.append(product.mul_(weight).to(weight.dtype).T)
-    back = None if order.row_index is None else inverse(order.row_index)
-    x = x if dropout is None else dropout.multiplier(x).mul_(x)
-    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
-    gathered, scratch = _Buffer(), _Buffer()
-    for x_part, y_part in [(x, y)] if back is None else _panels(x, y):
-        ordered = y_part if back is None else scratch.like(y_part)
+
+    def multiply(x: Tensor, y: Tensor) -> Tensor:
+        """Write the output to y; columns of both are in block order."""
         if not all(order.ranks):
-            ordered.zero_()  # for blocks of rank zero
-        columns = order.cols(gathered.columns(x_part, order.col_index))
-        for x_k, delta, y_k in zip(columns, deltas, order.rows(ordered, 1), strict=True):
+            y.zero_()  # for blocks of rank zero
+        for x_k, delta, y_k in zip(order.cols(x), deltas, order.rows(y, 1), strict=True):
             torch.mm(x_k, delta, out=y_k)
-        if back is not None:
-            select_columns(ordered, back, out=y_part)
+        return y
+
+    p, x = adapter.partition, x if dropout is None else dropout.multiplier(x).mul_(x)
+    y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
+    if p.is_contiguous:
+        return multiply(x, y)
+    back, gathered, scratch = inverse(p.row_index), _Buffer(), _Buffer()
+    for x_part, y_part in _panels(x, y):
+        ordered = multiply(gathered.columns(x_part, p.col_index), scratch.like(y_part))
+        select_columns(ordered, back, out=y_part)
     return y
 
 
@@ -218,9 +222,12 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
 
     Padding rows get zeros.
     """
-    gradient, left, right = BlockGradient(adapter), _Buffer(), _Buffer()
-    for dy_part, x_part in [(dy, x)] if adapter.partition.is_contiguous else _panels(dy, x):
-        gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
+    p, gradient, left, right = adapter.partition, BlockGradient(adapter), _Buffer(), _Buffer()
+    if p.is_contiguous:
+        gradient.add(dy, x)
+    else:
+        for dy_part, x_part in _panels(dy, x):
+            gradient.add(left.columns(dy_part, p.row_index), right.columns(x_part, p.col_index))
     del left, right
     return gradient.contract()
 
@@ -243,9 +250,9 @@ class _Buffer:
             self._memory = panel.new_empty(panel.shape)
         return self._memory[: panel.shape[0]]
 
-    def columns(self, panel: Tensor, index: Tensor | None) -> Tensor:
-        """The columns of a panel in the order of `index`; the panel itself where that is None."""
-        return panel if index is None else select_columns(panel, index, out=self.like(panel))
+    def columns(self, panel: Tensor, index: Tensor) -> Tensor:
+        """The columns of a panel in the order of `index`."""
+        return select_columns(panel, index, out=self.like(panel))
 
 
 class BlockGradient:
@@ -253,7 +260,6 @@ class BlockGradient:
 
     def __init__(self, adapter: PackedAdapter, G: Tensor | None = None) -> None:
         self._adapter = adapter
-        self.rows, self.cols = block_indices(adapter)
         # W0 is read along its memory: if it is column-major everything is computed transposed.
         self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
         self._order = block_order(adapter.T if self._transposed else adapter)
@@ -263,7 +269,7 @@ class BlockGradient:
             self._G += (block.to(taken.A.dtype, copy=True) for block in taken.weights())
 
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Add a panel of tokens: dY with columns in the order of `rows`, x with columns in the order of `cols`."""
+        """Add a panel of tokens; the columns of dY and of x are in block order."""
         order = self._order
         left, right = (x.T, dy) if self._transposed else (dy.T, x)
         pairs = zip(order.rows(left), order.cols(right), strict=True)
@@ -289,9 +295,9 @@ class BlockGradient:
             torch.mm(B.T, H, out=dA_k)
             torch.mm(A, H.T, out=dB_k.T)
         dB.mul_(self._adapter.scaling)  # for dA, order.B holds s
-        if order.row_index is not None and order.col_index is not None:
-            dA = dA.index_select(1, inverse(order.col_index))
-            dB = dB.index_select(0, inverse(order.row_index))
+        if not order.partition.is_contiguous:
+            dA = dA.index_select(1, inverse(order.partition.col_index))
+            dB = dB.index_select(0, inverse(order.partition.row_index))
         dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
 
