@@ -77,9 +77,9 @@ class Experts(AdaptedModule):
         base: Any = self.base_layer
         bias = getattr(base, f"{name}_bias")[experts] if base.has_bias else None
         weight = self.weights.get(name)
-        if weight is None or weight.adapting is None:
+        if weight is None or (adapter_name := weight.adapting) is None:
             return cast(Tensor, moe._grouped_linear(x, getattr(base, name), ends, bias, base.is_transposed))
-        y = cast(Tensor, weight.product(x, ends))
+        y = cast(Tensor, weight.product(adapter_name, x, ends))
         return y if bias is None else y + bias
 
 
@@ -123,10 +123,11 @@ class ExpertsWeight(ParameterLayer):
             return None
         return self.one_of(cast("list[str]", self.active_adapters))
 
-    def product(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Compute `y_p = x_p W_effᵀ` with the adapter in the product: x (P, C), sorted by expert, -> y (P, N).
+    def product(self, adapter_name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """Compute `y_p = x_p W_effᵀ` with an adapter's W_eff: x (P, C), sorted by expert, -> y (P, N) in W0's dtype.
 
         Args:
+            adapter_name: of W_eff.
             x: is cast to W0's dtype.
             ends: int32 (E,), how many pairs the experts up to each have together.
 
@@ -134,7 +135,6 @@ class ExpertsWeight(ParameterLayer):
             ValueError: the weight is not frozen.
             RuntimeError: x is not on W0's device: W0 is offloaded, or another replica's under `nn.DataParallel`.
         """
-        adapter_name = cast(str, self.adapting)
         stored = self._stored_weight()
         if stored.requires_grad and stored.is_leaf:  # it would get no gradient
             raise ValueError(
