@@ -12,7 +12,7 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -304,22 +304,19 @@ class BlockGradient:
 
 def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W0ᵀ + Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`, (T, N), without a temporary of W0's size."""
-    if not adapter.partition.is_contiguous:
-        A, B = adapter.expanded_factors(torch.promote_types(x.dtype, torch.float32))
-        return accumulate(_expanded_output(x, A, B, adapter.weight), x, adapter.weight)
-    order = block_order(adapter)  # the factors of a block are multiplied with that block of W0 only
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
-    if not all(order.ranks):
-        y.zero_()
-    parts = zip(
-        order.cols(x), order.factors(order.A, order.B), order.weights(), order.rows(y, 1), strict=True
-    )
+    parts: Iterable[tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]]
+    if adapter.partition.is_contiguous:  # the factors of a block are multiplied with that block of W0 only
+        order = block_order(adapter)
+        if not all(order.ranks):
+            y.zero_()
+        factors = order.factors(order.A, order.B)
+        parts = zip(order.cols(x), factors, order.weights(), order.rows(y, 1), strict=True)
+    else:
+        factors_of_all = adapter.expanded_factors(torch.promote_types(x.dtype, torch.float32))
+        parts = [(x, factors_of_all, adapter.weight, y)]
     for x_k, (A, B), weight, y_k in parts:
-        y_k.copy_(_expanded_output(x_k, A, B, weight))
+        products = (x_k * A[:, None].to(x.dtype)).flatten(0, 1) @ weight.T
+        products = products.view(len(A), len(x), len(B)).to(B.dtype)  # at least float32
+        y_k.copy_((products * B.T[:, None]).sum(0))
     return accumulate(y, x, adapter.weight)
-
-
-def _expanded_output(x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-    """`Σ_t B_t ∘ ((x ∘ A_t) Wᵀ)` (T, N) in x's dtype; the factors are at least float32."""
-    products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ weight.T
-    return (products.view(A.shape[0], x.shape[0], B.shape[0]).to(B.dtype) * B.T[:, None]).sum(0).to(x.dtype)
