@@ -297,14 +297,11 @@ class AdaptedWeight(nn.Module):
             return
         self._check_unsharded()
         backend = resolve_backend(self.backend, self.weight.device, self.weight.dtype, self.smoa.A.shape[0])
+        W_eff = load_backend(backend).modulated_weight(self._packed())
         weight = self.weight if self._shard is None else self._shard.weight(self.weight)
         self._stored_base = self.weight.detach().to("cpu", copy=True)
         try:
-            W_eff = load_backend(backend).modulated_weight(
-                self._packed(), out=weight if weight.ndim == 2 else None
-            )
-            if weight.ndim > 2:
-                weight.copy_(self._like_weight(W_eff))
+            weight.copy_(self._like_weight(W_eff))
         except BaseException:
             self.unmerge()
             raise

@@ -180,7 +180,7 @@ def stored(p: LinearProblem, layout: str) -> LinearProblem:
 
 
 def of_any_strides(backend: str) -> list[Case]:
-    """Eager copies granules as wider elements only if the strides allow it."""
+    """Half types too, whose columns eager copies as integers."""
     found = in_orders(some(backend, torch.bfloat16), *list(ORDERS)[1:6]) if backend == "eager" else []
     return [*widest(backend), *found]
 

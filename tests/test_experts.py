@@ -255,11 +255,11 @@ def test_only_requested_gradients(backend: str) -> None:
 
 @pytest.mark.slow
 def test_operator_passes_torchs_own_checks() -> None:
-    from smoa_kernels.operators.experts import ExpertsCall
+    from smoa_kernels.operators.experts import flatten
 
     p = make_problem(dtype=torch.float32)
     leaves = {"A": p.adapter.A.requires_grad_(), "B": p.adapter.B.requires_grad_()}
-    flat = ExpertsCall(p.ends, replace(p.adapter, **leaves), "eager").flatten()
+    flat = flatten(p.ends, replace(p.adapter, **leaves), "eager")
     torch.library.opcheck(torch.ops.smoa.experts_linear.default, (p.x.requires_grad_(), *flat))
 
 

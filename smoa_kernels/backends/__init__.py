@@ -69,8 +69,8 @@ class Backend(Protocol):
     ) -> Gradients:
         """Gradients of `forward` for dy (T, N): dX where `needs_x`, dA and dB where x (T, C) is given."""
 
-    def modulated_weight(self, adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
-        """`W_eff`, (N, C) in W0's dtype; written to `out`, which is not W0, where that is given."""
+    def modulated_weight(self, adapter: PackedAdapter) -> Tensor:
+        """`W_eff`, (N, C) in W0's dtype."""
 
 
 class ExpertsBackend(Protocol):

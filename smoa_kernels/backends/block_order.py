@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..definition.packed import PackedAdapter
+from ..definition.partition import BlockPartition
 
 # Bytes of W0 whose rows are gathered at a time: they are still in a cache when columns are taken from them. A
 # block of 2048² in four costs 318 us with 64 rows and 278 with 256; at 4096x11008, 256 rows (11 MB) cost 11 % more.
 _ROW_BYTES = 2**21
-
-
-# Bytes from which on a run is copied as a row; shorter runs are copied by elements.
-_LONG_RUN = 32
-
-
-class Index(NamedTuple):
-    """Where the columns (or rows) of block order lie in a matrix."""
-
-    places: Tensor  # int64, one per column
-    run: int  # aligned groups of so many columns are moved together, in their order
 
 
 @dataclass(frozen=True)
@@ -36,12 +24,8 @@ class BlockOrder:
     weight: Tensor  # W0 (N, C), as it is
     A: Tensor  # (ρ, C), columns in block order, at least float32
     B: Tensor  # (N, ρ), rows in block order, times s
-    row_index: Index | None  # rows in block order; None where blocks are contiguous: the order is W0's own
-    col_index: Index | None  # the same for columns
     ranks: Sequence[int]  # rank of each block
-    row_sizes: Sequence[int]  # rows of each block
-    col_sizes: Sequence[int]  # columns of each block
-    batched: bool = False  # all blocks are one batch (K, …); a list by block then has this one element
+    partition: BlockPartition  # the blocks; where they are contiguous, block order is W0's own
 
     @property
     def full(self) -> bool:
@@ -50,29 +34,21 @@ class BlockOrder:
 
     def rows(self, tensor: Tensor, dim: int = 0) -> list[Tensor]:
         """Split a tensor, with all rows along `dim`, by block."""
-        return self._parts(tensor, self.row_sizes, dim)
+        return self._parts(tensor, self.partition.row_sizes, dim)
 
     def cols(self, tensor: Tensor, dim: int = 1) -> list[Tensor]:
         """The same for columns."""
-        return self._parts(tensor, self.col_sizes, dim)
+        return self._parts(tensor, self.partition.col_sizes, dim)
 
     def _parts(self, tensor: Tensor, sizes: Sequence[int], dim: int) -> list[Tensor]:
-        if self.batched:
-            return [tensor.unflatten(dim, (len(sizes), sizes[0])).movedim(dim, 0)]
         parts = torch.split_with_sizes(tensor, sizes, dim)
         return [part for part, rank in zip(parts, self.ranks, strict=True) if rank]
-
-    def batch(self, weight: Tensor) -> Tensor:
-        """The diagonal blocks of a matrix of W0's shape as one batch (K, N_k, C_k), a view."""
-        count = len(self.row_sizes)
-        blocks: Tensor = weight.unflatten(0, (count, -1)).unflatten(2, (count, -1))
-        return blocks.diagonal(dim1=0, dim2=2).movedim(2, 0)
 
     def places(self) -> list[tuple[slice, slice]]:
         """The slices of each block in W0, for contiguous blocks."""
         rows, cols = (
             [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-            for sizes in (self.row_sizes, self.col_sizes)
+            for sizes in (self.partition.row_sizes, self.partition.col_sizes)
         )
         return [(row, col) for row, col, rank in zip(rows, cols, self.ranks, strict=True) if rank]
 
@@ -86,52 +62,32 @@ class BlockOrder:
 
     def weights(self) -> Iterator[Tensor]:
         """`W0[rows_k, cols_k]` of every block, in W0's memory order; views where blocks are contiguous, else copies."""
-        if self.batched:
-            yield self.batch(self.weight)
-        elif self.row_index is None or self.col_index is None:
+        if self.partition.is_contiguous:
             yield from (self.weight[rows, cols] for rows, cols in self.places())
         else:
-            weight, run = self.weight, self.col_index.run
-            turned = weight.stride(0) < weight.stride(1)
-            rows, cols = self.rows(self.row_index.places), self.cols(self.col_index.places, 0)
+            weight, turned = self.weight, self.weight.stride(0) < self.weight.stride(1)
+            rows, cols = self.rows(self.partition.row_index), self.cols(self.partition.col_index, 0)
             if turned:  # columns are the rows of memory
-                weight, run, rows, cols = weight.T, self.row_index.run, cols, rows
+                weight, rows, cols = weight.T, cols, rows
             count = max(16, _ROW_BYTES // max(1, weight.shape[1] * weight.itemsize))
             buffer = weight.new_empty(min(count, weight.shape[0]), weight.shape[1])
             for outer, inner in zip(rows, cols, strict=True):
                 block = weight.new_empty(outer.shape[0], inner.shape[0])
                 for some, out in zip(row_panels(outer, count), row_panels(block, count), strict=True):
                     panel = torch.index_select(weight, 0, some, out=buffer[: some.shape[0]])
-                    select_columns(panel, Index(inner, run), out)
+                    select_columns(panel, inner, out)
                 yield block.T if turned else block
 
 
-def block_indices(adapter: PackedAdapter) -> tuple[Index | None, Index | None]:
-    """The indices of rows and columns in block order; None where blocks are contiguous: it is W0's own order."""
-    p = adapter.partition
-    if p.is_contiguous:
-        return None, None
-    rows, cols = (math.gcd(p.granularity, size) for size in p.shape)
-    return Index(p.row_index, rows), Index(p.col_index, cols)
-
-
-def is_batch(adapter: PackedAdapter) -> bool:
-    """Whether a GPU takes all blocks as one batch: they are slices of one size, and of one rank that the host knows."""
-    ranks, is_cpu = adapter.block_ranks, adapter.weight.device.type == "cpu"
-    return not is_cpu and adapter.partition.is_even and ranks is not None and {*ranks} == {adapter.A.shape[0]}
-
-
-def block_order(adapter: PackedAdapter, *, batched: bool = False) -> BlockOrder:
+def block_order(adapter: PackedAdapter) -> BlockOrder:
     """Build an adapter's BlockOrder. It copies the factors and references W0."""
     p = adapter.partition
     # W0's dtype, but at least float32: the factors take little memory, and their products round.
     dtype = torch.promote_types(adapter.weight.dtype, torch.float32)
     A, B = adapter.A.to(dtype), adapter.B.to(dtype)
-    row_index, col_index = block_indices(adapter)
-    if row_index is not None and col_index is not None:
-        A, B = A.index_select(1, col_index.places), B.index_select(0, row_index.places)
-    blocks = row_index, col_index, adapter.host_ranks(), p.row_sizes, p.col_sizes
-    return BlockOrder(adapter.weight, A, B * adapter.scaling, *blocks, batched)
+    if not p.is_contiguous:
+        A, B = A.index_select(1, p.col_index), B.index_select(0, p.row_index)
+    return BlockOrder(adapter.weight, A, B * adapter.scaling, adapter.host_ranks(), p)
 
 
 def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
@@ -140,37 +96,15 @@ def row_panels(tensor: Tensor, rows: int) -> Sequence[Tensor]:
     return (tensor,) if tensor.shape[0] <= rows else tensor.split(rows)
 
 
-def select_columns(x: Tensor, index: Index, out: Tensor) -> Tensor:
-    """`x[:, index]` of a matrix, written to `out`, by the fastest of torch's ways to copy columns."""
-    places, run = index
-    if run * x.itemsize >= _LONG_RUN:  # as rows of their own
-        parts, into = (matrix.unflatten(1, (matrix.shape[1] // run, run)) for matrix in (x, out))
-        torch.index_select(parts, 1, _every(places, run), out=into)
-        return out
+def select_columns(x: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """`x[:, index]` of a matrix, written to `out`."""
     if x.itemsize > 2:
-        return torch.index_select(x, 1, places, out=out)
-    # index_select has no fast path for half types, and gather only for integers: view up to 4 elements as one integer.
-    width = math.gcd(run, 4)
-    while not (_is_aligned(x, width) and _is_aligned(out, width)):
-        width //= 2
-    wide = {1: torch.int16, 2: torch.int32, 4: torch.int64}[width]
-    places = _every(places, width).expand(x.shape[0], -1)
-    torch.gather(x.view(wide), 1, places, out=out.view(wide))
+        return torch.index_select(x, 1, index, out=out)
+    # index_select has no fast path for half types, and gather only for integers.
+    torch.gather(x.view(torch.int16), 1, index.expand(x.shape[0], -1), out=out.view(torch.int16))
     return out
 
 
-def _every(places: Tensor, run: int) -> Tensor:
-    """Places of runs, from the places of their elements."""
-    return places if run == 1 else places[::run] // run
-
-
-def _is_aligned(x: Tensor, width: int) -> bool:
-    """Whether `width` adjacent elements of a row may be viewed as one."""
-    return width == 1 or (x.stride(1) == 1 and x.stride(0) % width == 0 and x.storage_offset() % width == 0)
-
-
-def inverse(index: Index) -> Index:
+def inverse(index: Tensor) -> Tensor:
     """The permutation that undoes another."""
-    places = index.places
-    undone = torch.empty_like(places).scatter_(0, places, torch.arange(places.shape[0], device=places.device))
-    return Index(undone, index.run)
+    return torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))

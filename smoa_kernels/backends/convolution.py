@@ -34,15 +34,16 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter, conv: Any) -
     between = [step * stride for step, stride in zip(steps[1:], conv.stride, strict=True)]
     # Every window by its first place; they overlap.
     windows = x.as_strided((int(places[-1]) + 1, batch, *pixels), (1, image, *between))
-    places = places if gradient.cols is None else places[gradient.cols.places]
+    p = adapter.partition
+    places = places if p.is_contiguous else places[p.col_index]
     line, dy = math.prod(pixels[1:]), dy.movedim(1, 0)
     images, lines = max(1, PIXEL_PANEL // (line * pixels[0])), max(1, PIXEL_PANEL // line)
     panel = min(images, batch) * min(lines, pixels[0]) * line
     memory = in_large_pages(x.new_empty(len(places) * panel))
     for some_dy, some_windows in zip(dy.split(images, 1), windows.split(images, 1), strict=True):
         for left, right in zip(some_dy.split(lines, 2), some_windows.split(lines, 2), strict=True):
-            if gradient.rows is not None:
-                left = left.index_select(0, gradient.rows.places)
+            if not p.is_contiguous:
+                left = left.index_select(0, p.row_index)
             gathered = memory[: len(places) * right[0].numel()].view(len(places), *right.shape[1:])
             torch.index_select(right, 0, places, out=gathered)
             gradient.add(left.flatten(1).T, gathered.flatten(1).T)

@@ -7,15 +7,12 @@ columns swapped, `dX = dY W_eff` is the forward's own code on `adapter.T`. Three
   it is computed in float32 and rounded by thresholds;
 - split: the adapter's output block by block, then the base GEMM accumulates onto it and rounds once;
 - expanded: for few tokens, `s·Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`: reads W0 and builds nothing of its size.
-
-On a GPU contiguous blocks of one size are one batch (`block_order.is_batch`): cuBLAS's batched products compute all
-blocks at once, on views of W0, x and dY.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -23,10 +20,10 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
-from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee
+from ..definition.precision import accumulate, gemm_is_ieee
 from ..definition.thresholds import round_weight
 from . import Gradients
-from .block_order import Index, block_indices, block_order, inverse, is_batch, row_panels, select_columns
+from .block_order import block_order, inverse, row_panels, select_columns
 from .pages import in_large_pages
 
 ALGORITHMS = ("merged", "split", "expanded")
@@ -91,15 +88,18 @@ def backward(
     dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout | None, *, needs_x: bool
 ) -> Gradients:
     """Gradients (dX, dA, dB) of :func:`forward`: dX where `needs_x`, dA and dB where x is given."""
-    if dropout is not None:
-        return _dropout_backward(dy, x, adapter, dropout, needs_x)
+    mask = None if dropout is None else dropout.multiplier(dy.new_empty(dy.shape[0], adapter.weight.shape[1]))
     # dA and dB come first, so that their memory is free when dX is computed.
-    dA, dB = (None, None) if x is None else factor_gradients(dy, x, adapter)
-    return input_gradient(dy, adapter) if needs_x else None, dA, dB
+    dA = dB = None
+    if x is not None:
+        dA, dB = factor_gradients(dy, x if mask is None else x * mask, adapter)
+    return input_gradient(dy, adapter, mask) if needs_x else None, dA, dB
 
 
-def input_gradient(dy: Tensor, adapter: PackedAdapter) -> Tensor:
-    """`dX = dY W_eff` (T, C), without dropout."""
+def input_gradient(dy: Tensor, adapter: PackedAdapter, mask: Tensor | None) -> Tensor:
+    """`dX = dY W_eff` (T, C), or under dropout's `mask` (T, C) `dY W0 + mask ∘ (dY ΔW)`."""
+    if mask is not None:
+        return adapter_output(dy, adapter.T).mul_(mask).addmm_(dy, adapter.weight)
     # Merged in TF32 too: in dX its rounding is a second-order error.
     rows = _expanded_rows(adapter)
     if choose_algorithm(dy.shape[0], rows, dy.dtype, tf32=False, dropout=False) == "expanded":
@@ -112,13 +112,12 @@ def _expanded_rows(adapter: PackedAdapter) -> int:
     return adapter.A.shape[0] * adapter.partition.num_blocks
 
 
-def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
-    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order; copied to `out` where that is given.
+def modulated_weight(adapter: PackedAdapter) -> Tensor:
+    """`W_eff = W0 ∘ (1 + s·B̃Ã)`, (N, C) in W0's dtype and memory order.
 
     Half types are rounded by thresholds (`definition/thresholds.py`).
     """
-    W_eff = _modulation(adapter)(0, torch.empty_like(adapter.weight))
-    return W_eff if out is None else out.copy_(W_eff)
+    return _modulation(adapter)(0, torch.empty_like(adapter.weight))
 
 
 def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
@@ -143,21 +142,11 @@ def _modulation(adapter: PackedAdapter) -> Callable[[int, Tensor], Tensor]:
 
 def _modulate_rows(adapter: PackedAdapter) -> Callable[[int, Tensor, Tensor], Tensor]:
     """Return a function (first row, rows of W0, out) that writes these rows of W_eff to `out`, at least in float32."""
-    weight = adapter.weight
-    dtype = torch.promote_types(weight.dtype, torch.float32)
     if not adapter.partition.is_contiguous:
-        A, B = adapter.expanded_factors(dtype)
+        A, B = adapter.expanded_factors(torch.promote_types(adapter.weight.dtype, torch.float32))
         return lambda first, W0, out: _modulated(W0, A, B[first : first + out.shape[0]], out)
-    order = block_order(adapter, batched=is_batch(adapter))
-    factors = [(A.to(dtype), B.to(dtype)) for A, B in order.factors(order.A, order.B)]
-    if order.batched:  # `merged` asks for all rows at once
-
-        def write_batch(first: int, W0: Tensor, out: Tensor) -> Tensor:
-            _modulated(order.batch(W0), *factors[0], order.batch(out.copy_(W0)))
-            return out
-
-        return write_batch
-    blocks = list(zip(order.places(), factors, strict=True))
+    order = block_order(adapter)
+    blocks = list(zip(order.places(), order.factors(order.A, order.B), strict=True))
 
     def write_blocks(first: int, W0: Tensor, out: Tensor) -> Tensor:
         """Only the blocks differ from W0."""
@@ -174,16 +163,11 @@ def _modulate_rows(adapter: PackedAdapter) -> Callable[[int, Tensor, Tensor], Te
 
 
 def _modulated(weight: Tensor, A: Tensor, B: Tensor, out: Tensor) -> Tensor:
-    """`out = weight ∘ (1 + B A)` for one block or a batch; all have one memory order."""
-    if weight.stride(-2) < weight.stride(-1):  # column-major: compute the transpose, along memory
-        return _modulated(weight.mT, B.mT, A.mT, out.mT).mT
-    _multiply(B, A, out)
+    """`out = weight ∘ (1 + B A)` for one block; all have one memory order."""
+    if weight.stride(0) < weight.stride(1):  # column-major: compute the transpose, along memory
+        return _modulated(weight.T, B.T, A.T, out.T).T
+    torch.mm(B, A, out=out)
     return torch.addcmul(weight, weight, out, out=out)
-
-
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """`out = left right` for matrices or batches of them."""
-    return (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out=out)
 
 
 def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
@@ -202,11 +186,6 @@ def merged(x: Tensor, adapter: PackedAdapter) -> Tensor:
     return y
 
 
-def _product(A: Tensor, B: Tensor, like: Tensor) -> Tensor:
-    """`B A` in the memory order of the weight that it will be multiplied with."""
-    return (A.mT @ B.mT).mT if like.stride(-2) < like.stride(-1) else B @ A
-
-
 def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
     """`x W0ᵀ + dropout(x) ΔWᵀ` (T, N): computes the adapter's output; the base GEMM adds to it and rounds once."""
     return accumulate(adapter_output(x, adapter, dropout), x, adapter.weight)
@@ -214,50 +193,43 @@ def split(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None) -> Tensor:
 
 def adapter_output(x: Tensor, adapter: PackedAdapter, dropout: Dropout | None = None) -> Tensor:
     """`y[:, rows_k] = dropout(x)[:, cols_k] ΔW_kᵀ` for every block: the adapter's output alone, (T, N)."""
-    product = _BlockProduct(adapter)
+    order, deltas = block_order(adapter), []
+    for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True):
+        product = (A.T @ B.T).T if weight.stride(0) < weight.stride(1) else B @ A  # along W0's memory
+        deltas.append(product.mul_(weight).to(weight.dtype).T)
+
+    def multiply(x: Tensor, y: Tensor) -> Tensor:
+        """Write the output to y; columns of both are in block order."""
+        if not all(order.ranks):
+            y.zero_()  # for blocks of rank zero
+        for x_k, delta, y_k in zip(order.cols(x), deltas, order.rows(y, 1), strict=True):
+            torch.mm(x_k, delta, out=y_k)
+        return y
+
+    p, x = adapter.partition, x if dropout is None else dropout.multiplier(x).mul_(x)
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
-    draw = None if dropout is None else dropout.stream(x.shape[1])
-    mask, gathered, scratch = _Buffer(), _Buffer(), _Buffer()
-    at_once = draw is None and product.cols is None  # where nothing is copied
-    for x_part, y_part in [(x, y)] if at_once else _panels(x, y):
-        dropped = x_part if draw is None else draw(mask.like(x_part)).mul_(x_part)
-        product(gathered.columns(dropped, product.cols), scratch, out=y_part)
+    if p.is_contiguous:
+        return multiply(x, y)
+    back, gathered, scratch = inverse(p.row_index), _Buffer(), _Buffer()
+    for x_part, y_part in _panels(x, y):
+        ordered = multiply(gathered.columns(x_part, p.col_index), scratch.like(y_part))
+        select_columns(ordered, back, out=y_part)
     return y
 
 
 def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Tensor, Tensor]:
-    """(dA, dB) without dropout: `H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`.
+    """(dA, dB): `H_k = s·(dY_kᵀ X_k) ∘ W0_k`, `dA_k = B_kᵀ H_k`, `dB_k = H_k A_kᵀ`.
 
     Padding rows get zeros.
     """
-    gradient, left, right = BlockGradient(adapter), _Buffer(), _Buffer()
-    for dy_part, x_part in [(dy, x)] if adapter.partition.is_contiguous else _panels(dy, x):
-        gradient.add(left.columns(dy_part, gradient.rows), right.columns(x_part, gradient.cols))
+    p, gradient, left, right = adapter.partition, BlockGradient(adapter), _Buffer(), _Buffer()
+    if p.is_contiguous:
+        gradient.add(dy, x)
+    else:
+        for dy_part, x_part in _panels(dy, x):
+            gradient.add(left.columns(dy_part, p.row_index), right.columns(x_part, p.col_index))
     del left, right
     return gradient.contract()
-
-
-def _dropout_backward(
-    dy: Tensor, x: Tensor | None, adapter: PackedAdapter, dropout: Dropout, needs_x: bool
-) -> Gradients:
-    """All gradients in one pass over the tokens, except dY W0 in dX; so dX and G share one draw of the mask."""
-    width = adapter.weight.shape[1]
-    rows, cols = block_indices(adapter)
-    product = _BlockProduct(adapter.T) if needs_x else None
-    gradient = None if x is None else BlockGradient(adapter)
-    # If dX is not needed, or x not given, the other takes its place; it is then neither written nor read.
-    dx = in_large_pages(dy.new_empty(dy.shape[0], width)) if needs_x or x is None else x
-    draw, mask, gathered, scratch = dropout.stream(width), _Buffer(), _Buffer(), _Buffer()
-    for dy_part, dx_part, x_part in _panels(dy, dx, dx if x is None else x):
-        multiplier = draw(mask.like(dx_part))
-        dy_part = gathered.columns(dy_part, rows)
-        if product is not None:
-            product(dy_part, scratch, out=dx_part).mul_(multiplier)
-        if gradient is not None:
-            gradient.add(dy_part, scratch.columns(multiplier.mul_(x_part), cols))
-    del product, mask, gathered, scratch, multiplier, dy_part
-    dA, dB = (None, None) if gradient is None else gradient.contract()
-    return dx.addmm_(dy, adapter.weight) if needs_x else None, dA, dB
 
 
 def _panels(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -278,31 +250,9 @@ class _Buffer:
             self._memory = panel.new_empty(panel.shape)
         return self._memory[: panel.shape[0]]
 
-    def columns(self, panel: Tensor, index: Index | None) -> Tensor:
-        """The columns of a panel in the order of `index`; the panel itself where that is None."""
-        return panel if index is None else select_columns(panel, index, out=self.like(panel))
-
-
-class _BlockProduct:
-    """`x ΔWᵀ` for panels of tokens, block by block, x's columns in the order of `cols` (None: their own)."""
-
-    def __init__(self, adapter: PackedAdapter) -> None:
-        self._order = order = block_order(adapter, batched=is_batch(adapter))
-        self.cols = order.col_index
-        self._deltas = [
-            _product(A, B, weight).mul_(weight).to(weight.dtype).mT
-            for (A, B), weight in zip(order.factors(order.A, order.B), order.weights(), strict=True)
-        ]
-        self._back = None if order.row_index is None else inverse(order.row_index)
-
-    def __call__(self, x: Tensor, scratch: _Buffer, out: Tensor) -> Tensor:
-        order = self._order
-        y = out if self._back is None else scratch.like(out)
-        if not all(order.ranks):
-            y.zero_()  # for blocks of rank zero
-        for x_k, delta, y_k in zip(order.cols(x), self._deltas, order.rows(y, 1), strict=True):
-            _multiply(x_k, delta, y_k)
-        return y if self._back is None else select_columns(y, self._back, out=out)
+    def columns(self, panel: Tensor, index: Tensor) -> Tensor:
+        """The columns of a panel in the order of `index`."""
+        return select_columns(panel, index, out=self.like(panel))
 
 
 class BlockGradient:
@@ -310,24 +260,20 @@ class BlockGradient:
 
     def __init__(self, adapter: PackedAdapter, G: Tensor | None = None) -> None:
         self._adapter = adapter
-        self.rows, self.cols = block_indices(adapter)
         # W0 is read along its memory: if it is column-major everything is computed transposed.
         self._transposed = adapter.weight.stride(0) < adapter.weight.stride(1)
-        self._order = block_order(adapter.T if self._transposed else adapter, batched=is_batch(adapter))
+        self._order = block_order(adapter.T if self._transposed else adapter)
         self._G: list[Tensor] = []
         if G is not None:
             taken = replace(self._order, weight=G.T if self._transposed else G)
             self._G += (block.to(taken.A.dtype, copy=True) for block in taken.weights())
 
     def add(self, dy: Tensor, x: Tensor) -> None:
-        """Add a panel of tokens: dY with columns in the order of `rows`, x with columns in the order of `cols`."""
+        """Add a panel of tokens; the columns of dY and of x are in block order."""
         order = self._order
         left, right = (x.T, dy) if self._transposed else (dy.T, x)
         pairs = zip(order.rows(left), order.cols(right), strict=True)
-        if order.batched:
-            G = bmm_in_float32(*next(pairs))
-            self._G = [self._G[0].add_(G) if self._G else G]
-        elif not self._G:
+        if not self._G:
             self._G = [torch.mm(left_k, right_k) for left_k, right_k in pairs]
         elif right.dtype == order.A.dtype:
             for G, (left_k, right_k) in zip(self._G, pairs, strict=True):
@@ -346,34 +292,31 @@ class BlockGradient:
         for (A, B), (dA_k, dB_k), weight in zip(factors, gradients, order.weights(), strict=True):
             # At least float32 from here on: H is contracted once more, over the width of the block.
             H = self._G.pop(0).to(dA.dtype).mul_(weight)
-            _multiply(B.mT, H, dA_k)
-            _multiply(A, H.mT, dB_k.mT)
+            torch.mm(B.T, H, out=dA_k)
+            torch.mm(A, H.T, out=dB_k.T)
         dB.mul_(self._adapter.scaling)  # for dA, order.B holds s
-        if order.row_index is not None and order.col_index is not None:
-            dA = dA.index_select(1, inverse(order.col_index).places)
-            dB = dB.index_select(0, inverse(order.row_index).places)
+        if not order.partition.is_contiguous:
+            dA = dA.index_select(1, inverse(order.partition.col_index))
+            dB = dB.index_select(0, inverse(order.partition.row_index))
         dA, dB = (dB.T, dA.T) if self._transposed else (dA, dB)
         return dA.to(self._adapter.A.dtype).contiguous(), dB.to(self._adapter.B.dtype).contiguous()
 
 
 def expanded(x: Tensor, adapter: PackedAdapter) -> Tensor:
     """`x W0ᵀ + Σ_t B̃_t ∘ ((x ∘ Ã_t) W0ᵀ)`, (T, N), without a temporary of W0's size."""
-    if not adapter.partition.is_contiguous:
-        A, B = adapter.expanded_factors(torch.promote_types(x.dtype, torch.float32))
-        return accumulate(_expanded_output(x, A, B, adapter.weight), x, adapter.weight)
-    order = block_order(adapter)  # the factors of a block are multiplied with that block of W0 only
     y = in_large_pages(x.new_empty(x.shape[0], adapter.weight.shape[0]))
-    if not all(order.ranks):
-        y.zero_()
-    parts = zip(
-        order.cols(x), order.factors(order.A, order.B), order.weights(), order.rows(y, 1), strict=True
-    )
+    parts: Iterable[tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor]]
+    if adapter.partition.is_contiguous:  # the factors of a block are multiplied with that block of W0 only
+        order = block_order(adapter)
+        if not all(order.ranks):
+            y.zero_()
+        factors = order.factors(order.A, order.B)
+        parts = zip(order.cols(x), factors, order.weights(), order.rows(y, 1), strict=True)
+    else:
+        factors_of_all = adapter.expanded_factors(torch.promote_types(x.dtype, torch.float32))
+        parts = [(x, factors_of_all, adapter.weight, y)]
     for x_k, (A, B), weight, y_k in parts:
-        y_k.copy_(_expanded_output(x_k, A, B, weight))
+        products = (x_k * A[:, None].to(x.dtype)).flatten(0, 1) @ weight.T
+        products = products.view(len(A), len(x), len(B)).to(B.dtype)  # at least float32
+        y_k.copy_((products * B.T[:, None]).sum(0))
     return accumulate(y, x, adapter.weight)
-
-
-def _expanded_output(x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-    """`Σ_t B_t ∘ ((x ∘ A_t) Wᵀ)` (T, N) in x's dtype; the factors are at least float32."""
-    products = (x * A[:, None].to(x.dtype)).flatten(0, 1) @ weight.T
-    return (products.view(A.shape[0], x.shape[0], B.shape[0]).to(B.dtype) * B.T[:, None]).sum(0).to(x.dtype)

@@ -51,8 +51,7 @@ def probe(run: Callable[..., Any], args: Sequence[Any], options: Mapping[str, An
         ends = (rows - torch.arange(len(value)).flip(0) // 2).clamp(min=0)  # of experts
         return like(value, of=ends)
 
-    named = {name: operand(value) for name, value in options.items()}
-    return run(*(operand(value, rows) for value in args), **named)
+    return run(*(operand(value, rows) for value in args), **options)
 
 
 def _like(draw: torch.Generator, tensor: Tensor, rows: int = 0, of: Any = None) -> Tensor:

@@ -100,10 +100,10 @@ def experts_backward(
         return grouped_linear(dy, ends, adapter.T) if needs_x else None, dA, dB
 
 
-def modulated_weight(adapter: PackedAdapter, *, out: Tensor | None = None) -> Tensor:
-    """`W_eff`, (N, C) in W0's dtype; written to `out` where that is given."""
+def modulated_weight(adapter: PackedAdapter) -> Tensor:
+    """`W_eff`, (N, C) in W0's dtype."""
     with on_device(adapter.weight.device):
-        return modulate.modulated_weight(adapter, out=out, ieee=True)
+        return modulate.modulated_weight(adapter, ieee=True)
 
 
 def factor_gradients(

@@ -159,7 +159,7 @@ def _call_of(run: Callable[..., Any], args: tuple[Any, ...], options: dict[str, 
     given = *args, *options.values()
     kinds = [value if isinstance(value, (str, bool)) else type(value) for value in given]
     tokens = _tokens(args)
-    return (run, operands_of(_adapter(given)).layout, tokens and bucket(tokens), *kinds)
+    return (run, operands_of(_adapter(args)).layout, tokens and bucket(tokens), *kinds)
 
 
 def _check(
@@ -170,7 +170,7 @@ def _check(
     *launch: Any,
 ) -> None:
     """Raise a _WithheldError if a kernel that a call of `run` launches for the first time must not run."""
-    layout, tokens = operands_of(_adapter((*args, *options.values()))).layout, _tokens(args)
+    layout, tokens = operands_of(_adapter(args)).layout, _tokens(args)
     known = verdicts(layout.device)
 
     def compare(rows: int) -> None:

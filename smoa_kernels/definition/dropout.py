@@ -9,7 +9,6 @@ rounded to a multiple of 2⁻¹⁶; the scale is that of the rounded p, so the m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ _LEVELS = 1 << 16
 _SIGN = 1 << 15
 _ROUNDS = 7  # as in kernels/common.py and backends/native/calls.c
 _TOKENS_PER_DRAW = 8
+_DRAWS_AT_ONCE = 2**17  # each of their temporaries takes a megabyte
 _WORD = 2**32 - 1
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
@@ -59,28 +59,21 @@ class Dropout:
 
     def multiplier(self, x: Tensor) -> Tensor:
         """Draw the mask that x (T, C) is multiplied by: 0 or the scale, in x's shape and dtype."""
-        return self.stream(x.shape[1])(x.new_empty(x.shape))
-
-    def stream(self, columns: int) -> Callable[[Tensor], Tensor]:
-        """Return a function that fills a tensor (tokens, columns) with the multiplier of the next tokens."""
+        tokens, columns = x.shape
         of_column = torch.arange(self.column_offset, self.column_offset + columns, device=self.seed.device)
-        keys = _keys(self.seed.reshape(()))
-        done = 0
-
-        def fill(out: Tensor) -> Tensor:
-            nonlocal done
-            start, tokens = done % _TOKENS_PER_DRAW, out.shape[0]
-            first, done = done // _TOKENS_PER_DRAW, done + tokens
-            groups = torch.arange(first, -(-done // _TOKENS_PER_DRAW), device=out.device)
+        keys, out = _keys(self.seed.reshape(())), x.new_empty(x.shape)
+        at_once = max(1, _DRAWS_AT_ONCE // max(1, columns))
+        for first in range(0, -(-tokens // _TOKENS_PER_DRAW), at_once):
+            part = out[first * _TOKENS_PER_DRAW : (first + at_once) * _TOKENS_PER_DRAW]
+            groups = torch.arange(first, first + -(-len(part) // _TOKENS_PER_DRAW), device=out.device)
             draws = groups.new_empty(len(groups), _TOKENS_PER_DRAW, columns, dtype=torch.int16)
             for i, word in enumerate(_philox(keys, of_column, groups[:, None])):
                 draws[:, 2 * i] = word
                 draws[:, 2 * i + 1] = word.bitwise_right_shift_(16)
             # The draws are unsigned numbers of 16 bits. Inverting the first bit lets signed int16 compare them.
             draws.bitwise_xor_(-_SIGN).ge_(self.threshold - _SIGN)
-            return out.copy_(draws.flatten(0, 1)[start : start + tokens]).mul_(self.scale)
-
-        return fill
+            part.copy_(draws.flatten(0, 1)[: len(part)]).mul_(self.scale)
+        return out
 
 
 def _keys(seed: Tensor) -> list[tuple[Tensor, Tensor]]:

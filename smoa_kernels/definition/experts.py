@@ -62,7 +62,8 @@ class ExpertBlocks:
             offsets = [_offsets(side, num_blocks).to(device) for side in sides]
             if all(bool((side[:, 1:] >= side[:, :-1]).all()) for side in sides):
                 return cls(offsets[0], offsets[1], granule=granule)
-            rows, cols = (_index(side, num_blocks).to(device) for side in sides)
+            index = (side.argsort(stable=True).to(index_dtype(side.shape[1])) for side in sides)
+            rows, cols = (places.to(device) for places in index)
         return cls(offsets[0], offsets[1], rows, cols, granule)
 
     @property
@@ -102,21 +103,8 @@ class ExpertBlocks:
 
 def _offsets(labels: Tensor, num_blocks: int) -> Tensor:
     """int32 (rows, K + 1), where each row's blocks start: the number of labels below each block's."""
-    sizes = torch.bincount(_numbers(labels, num_blocks), minlength=num_blocks * len(labels))
-    return F.pad(sizes.view(-1, num_blocks).cumsum(1), [1, 0]).int()
-
-
-def _index(labels: Tensor, num_blocks: int) -> Tensor:
-    """(rows, size) coordinates of each row, grouped by block, ascending within each."""
-    rows, size = labels.shape
-    # One sort for all rows: torch sorts a long int16 vector by radix, but short rows by comparison, in twice the time.
-    order = _numbers(labels, num_blocks).to(index_dtype(rows * num_blocks)).argsort(stable=True)
-    return order.view(rows, size).sub_(size * torch.arange(rows, device="cpu")[:, None]).to(index_dtype(size))
-
-
-def _numbers(labels: Tensor, num_blocks: int) -> Tensor:
-    """The labels of all rows as one vector; each row's blocks are numbered on from the last row's."""
-    return (labels + num_blocks * torch.arange(len(labels), device="cpu")[:, None]).flatten()
+    sizes = torch.stack([row.bincount(minlength=num_blocks) for row in labels])
+    return F.pad(sizes.cumsum(1), [1, 0]).int()
 
 
 def _sides(

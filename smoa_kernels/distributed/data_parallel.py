@@ -79,17 +79,15 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         TypeError: this process is not in the group.
     """
     source = first_process(process_group)
-    for name, buffer in smoa_buffers(model).items():
-        if buffer.is_meta:
-            continue
-        owner, _, attribute = name.rpartition(".")
-        # A new tensor tells the adapter that what was made of the old tensor is stale.
-        shared = buffer.clone()
-        dist.broadcast(shared, source, process_group)
-        setattr(model.get_submodule(owner), attribute, shared)
-    for module in model.modules():
-        if isinstance(module, Adapter) and module.has_blocks:
-            module.read_labels()  # now, because the next forward may be compiled
+    for adapter in [module for module in model.modules() if isinstance(module, Adapter)]:
+        for key, buffer in adapter.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                # A new tensor tells the adapter that what was made of the old tensor is stale.
+                shared = buffer.clone()
+                dist.broadcast(shared, source, process_group)
+                setattr(adapter, key, shared)
+        if adapter.has_blocks:
+            adapter.read_labels()  # now, because the next forward may be compiled
 
 
 def average_gradients(

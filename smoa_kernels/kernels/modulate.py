@@ -103,30 +103,22 @@ def modulated_weight_kernel(
 
 
 def modulated_weight(
-    adapter: PackedAdapter,
-    operands: Operands | None = None,
-    *,
-    out: Tensor | None = None,
-    ieee: bool = False,
+    adapter: PackedAdapter, operands: Operands | None = None, *, ieee: bool = False
 ) -> Tensor:
-    """W_eff (N, C) in W0's dtype and, unless `out` is given, in W0's memory order.
+    """W_eff (N, C) in W0's dtype and memory order.
 
     It is rounded by thresholds to a half type, or to TF32 where torch multiplies in it.
 
     Args:
         adapter: weight and factors on one device, ranks and scaling too.
         operands: the adapter's, where the caller has them.
-        out: (N, C) in W0's dtype, any strides; W0 itself merges in place.
         ieee: compute a float32 W_eff in IEEE, even if torch multiplies in TF32. Under a half weight float32 factors are
             rounded to TF32, which is as fine as float16 and eight times finer than bfloat16.
     """
     # The tile's last dimension is W0's contiguous dimension.
     if adapter.weight.stride(0) < adapter.weight.stride(1):
-        turned = None if out is None else out.T
-        transposed = modulated_weight(adapter.T, out=turned, ieee=ieee)
-        return transposed.T if out is None else out
-    if out is None:
-        out = adapter.weight.new_empty(*adapter.weight.shape)
+        return modulated_weight(adapter.T, ieee=ieee).T
+    out = adapter.weight.new_empty(*adapter.weight.shape)
     if out.numel() == 0:
         return out
     operands = operands or operands_of(adapter)

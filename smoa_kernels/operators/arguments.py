@@ -92,8 +92,15 @@ def check_scaling(scaling: float | Tensor, x: Tensor) -> None:
 def check_dropout(x: Tensor, p: float, seed: Tensor | None) -> None:
     """Check the arguments of the dropout mask."""
     check_probability("dropout_p", p)
-    if seed is not None:
-        _check_seed(seed, x)
+    if seed is None:
+        return
+    check_dense("dropout_seed", seed, integer=True)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(
+            f"dropout_seed must be an int64 tensor with one element, got {seed.dtype} of {tuple(seed.shape)}"
+        )
+    if seed.device != x.device:
+        raise ValueError(f"dropout_seed must be on x's device {x.device}, got {seed.device}")
 
 
 def check_place(x: Tensor, row_offset: int, column_offset: int, global_in_features: int | None) -> None:
@@ -170,13 +177,3 @@ def _check_features(x: Tensor, weight: Tensor) -> None:
 def _check_dtype(x: Tensor, name: str, value: Tensor) -> None:
     if value.dtype != x.dtype:
         raise TypeError(f"{name} must have x's dtype {x.dtype} outside autocast, got {value.dtype}")
-
-
-def _check_seed(seed: Tensor, x: Tensor) -> None:
-    check_dense("dropout_seed", seed, integer=True)
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise TypeError(
-            f"dropout_seed must be an int64 tensor with one element, got {seed.dtype} of {tuple(seed.shape)}"
-        )
-    if seed.device != x.device:
-        raise ValueError(f"dropout_seed must be on x's device {x.device}, got {seed.device}")

@@ -5,7 +5,7 @@ They are opaque for the same reasons. The numbers of pairs are passed as a tenso
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,33 +23,18 @@ _CALL = (
 _TENSORS = _CALL.count("Tensor")
 
 
-class ExpertsCall(NamedTuple):
-    """The arguments that forward and backward of a call share.
+def flatten(ends: Tensor, adapter: ExpertsAdapter, backend: str) -> tuple[Any, ...]:
+    """The arguments that forward and backward of a call share, tensors first, as the operators take them."""
+    blocks = adapter.blocks
+    tensors = adapter.weight, adapter.A, adapter.B, ends, adapter.ranks, adapter.scaling
+    places = blocks.row_offsets, blocks.col_offsets, blocks.row_index, blocks.col_index
+    return *tensors, *places, blocks.granule, backend
 
-    Attributes:
-        ends: int32 (E,), how many pairs all experts up to each expert have.
-        adapter: W0, the factors, their blocks and ranks, and s.
-        backend: the name of a resolved backend.
-    """
 
-    ends: Tensor
-    adapter: ExpertsAdapter
-    backend: str
-
-    def flatten(self) -> tuple[Any, ...]:
-        """The arguments of the operators, tensors first."""
-        adapter, blocks = self.adapter, self.adapter.blocks
-        return (
-            *(adapter.weight, adapter.A, adapter.B, self.ends, adapter.ranks, adapter.scaling),
-            *(blocks.row_offsets, blocks.col_offsets, blocks.row_index, blocks.col_index),
-            *(blocks.granule, self.backend),
-        )
-
-    @staticmethod
-    def unflatten(*flat: Any) -> ExpertsCall:
-        """Inverse of :meth:`flatten`."""
-        weight, A, B, ends, ranks, scaling, *blocks, backend = flat
-        return ExpertsCall(ends, ExpertsAdapter(weight, A, B, ExpertBlocks(*blocks), ranks, scaling), backend)
+def unflatten(*flat: Any) -> tuple[Tensor, ExpertsAdapter, str]:
+    """Inverse of :func:`flatten`."""
+    weight, A, B, ends, ranks, scaling, *blocks, backend = flat
+    return ends, ExpertsAdapter(weight, A, B, ExpertBlocks(*blocks), ranks, scaling), backend
 
 
 def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: str) -> Tensor:
@@ -66,18 +51,18 @@ def experts_linear(x: Tensor, ends: Tensor, adapter: ExpertsAdapter, backend: st
     Returns:
         y (P, N) in x's dtype.
     """
-    y: Tensor = _experts(x, *ExpertsCall(ends, adapter, backend).flatten())
+    y: Tensor = _experts(x, *flatten(ends, adapter, backend))
     return y
 
 
 def _forward(x: Tensor, *flat: Any) -> Tensor:
-    ends, adapter, backend = ExpertsCall.unflatten(*flat)
+    ends, adapter, backend = unflatten(*flat)
     with without_autocast(x):
         return load_experts_backend(backend).experts_forward(x, ends, adapter)
 
 
 def _backward(dy: Tensor, x: Tensor | None, needs_x: bool, *flat: Any) -> Gradients:
-    ends, adapter, backend = ExpertsCall.unflatten(*flat)
+    ends, adapter, backend = unflatten(*flat)
     with without_autocast(dy):
         gradients = load_experts_backend(backend).experts_backward(dy, x, ends, adapter, needs_x=needs_x)
     return or_empty(gradients, (dy, adapter.A, adapter.B))

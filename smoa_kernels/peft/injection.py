@@ -221,22 +221,23 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = quantization_of(base, **get_quantization_kwargs(self.model))
         keep_packing(base)
-        kinds = [ours for kind, ours in _KINDS.items() if isinstance(base, kind)]
-        if not kinds and quantization is None:
+        of_quantized = None if quantization is None else Linear
+        kind = next((ours for plain, ours in _KINDS.items() if isinstance(base, plain)), of_quantized)
+        if kind is None:
             supported = ", ".join(f"`{kind.__module__}.{kind.__name__}`" for kind in _KINDS)
             raise ValueError(
                 f"Target module {target} is not supported. Currently, only the following modules are supported: "
                 f"{supported} and quantised linear layers."
             )
-        if kinds and kinds[0] is not Linear:
-            if quantization is not None:
-                raise ValueError(
-                    f"a quantised {type(base).__name__} cannot be adapted: of quantised layers only linear ones are; "
-                    "exclude_modules leaves it out"
-                )
-            if kinds[0] is not Attention:
-                return cast(nn.Module, kinds[0](target, adapter_name, settings))
+        if kind is not Linear and quantization is not None:
+            raise ValueError(
+                f"a quantised {type(base).__name__} cannot be adapted: of quantised layers only linear ones are; "
+                "exclude_modules leaves it out"
+            )
+        if kind is Attention:
             return Attention(cast(nn.MultiheadAttention, target))
+        if kind is not Linear:
+            return cast(nn.Module, kind(target, adapter_name, settings))
         stored_transposed = isinstance(base, Conv1D)
         if settings.fan_in_fan_out != stored_transposed:
             warnings.warn(

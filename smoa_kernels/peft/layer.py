@@ -157,11 +157,6 @@ class SMoALayer(BaseWeight):
         adapter.set_blocks(packed.partition, self.smoa[source].sketch, packed.ranks.tolist())
         self._share_blocks()
 
-    def overwrite(self, adapter_name: str, given: Mapping[str, Tensor], settings: AdapterSettings) -> None:
-        """Copy an adapter of the same shapes, its tensors by `STATE_KEYS`, over one of this layer's, in place."""
-        self.smoa[adapter_name].overwrite(given)
-        self.settings[adapter_name] = settings
-
     def _share_blocks(self, *_: object) -> None:
         """Let adapters of equal blocks have one partition, so that forward need not compare labels."""
         known: list[BlockPartition] = []
@@ -187,14 +182,7 @@ class SMoALayer(BaseWeight):
 
     def packed(self, adapter_name: str, weight: Tensor, keep: bool = False) -> Any:
         """Pair an adapter with W0, as :meth:`smoa_kernels.adapter.Adapter.packed` does."""
-        adapter: Any = self._modules["smoa"]._modules.get(adapter_name)
-        if (
-            adapter is None
-            or not adapter._made_of
-            or (self._single_block is not None and not adapter.is_current())
-        ):
-            adapter = self._ready(adapter_name)
-        return adapter.packed(weight, keep=keep)
+        return self._ready(adapter_name).packed(weight, keep=keep)
 
     def _summed(self, weight: Tensor, names: Sequence[str], keep: bool = False) -> PackedAdapter:
         first: PackedAdapter = self.packed(names[0], weight, keep)

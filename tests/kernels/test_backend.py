@@ -4,29 +4,22 @@ tests/test_contract.py tests what all backends promise, tests/test_devices.py ol
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from kernel_cases import Guarded
 from places import ran
 from problems import (
-    DTYPES,
     HALF,
-    LAYOUTS,
     NAMES,
     Case,
     assert_within_budget,
     cases,
     make_problem,
-    small_update,
-    survival,
 )
 
 from smoa_kernels.backends import eager
 from smoa_kernels.backends import triton as triton_backend
-from smoa_kernels.definition.packed import PackedAdapter
 from smoa_kernels.definition.precision import bmm_in_float32, multiplied_in
 from smoa_kernels.kernels import table
 from smoa_kernels.kernels.launch import MOST_KEPT, operands_of
@@ -130,72 +123,28 @@ def test_algorithm_of_another_backend() -> None:
         make_problem(dtype=torch.float32).forward(backend="triton", algorithm="expanded")
 
 
-ALL_ONE_BATCH = {"out_features": 64, "in_features": 80, "ranks": (3, 3, 3, 3)}
-
-
-@pytest.fixture
-def batched(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Let eager batch the blocks on any device, as it does on a GPU; records whether each adapter was batched."""
-    found: list[bool] = []
-    is_batch = eager.is_batch
-
-    def everywhere(adapter: PackedAdapter) -> bool:
-        known: Any = SimpleNamespace(
-            weight=torch.empty(0, device="meta"),
-            A=adapter.A,
-            partition=adapter.partition,
-            block_ranks=adapter.host_ranks(),
-        )
-        found.append(is_batch(known))
-        return found[-1]
-
-    monkeypatch.setattr(eager, "is_batch", everywhere)
-    return found
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("algorithm", ["merged", "split", "dropout"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_eager_takes_even_blocks_as_one_batch(
-    dtype: torch.dtype, algorithm: str, layout: str, batched: list[bool]
-) -> None:
-    """Blocks of equal size use cuBLAS's batched GEMM on views. The results meet the usual budgets."""
-    case = Case("eager", algorithm, dtype, "contiguous")
-    p = case.problem(tokens=150, **ALL_ONE_BATCH).stored(LAYOUTS[layout])
-    assert_within_budget(p.run(**case.options), case, p)
-    assert len(batched) >= 2
-    assert all(batched)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"ranks": (3, 2)}, {"out_features": 66}, {"block_order": "random"}, {"ranks": (3, 3, 0)}],
-    ids=str,
-)
-def test_uneven_blocks_are_no_batch(change: dict[str, object], batched: list[bool]) -> None:
-    case = Case("eager", "split", torch.float32, "contiguous")
-    p = case.problem(**ALL_ONE_BATCH | change)
-    assert_within_budget(p.run(**case.options), case, p)
-    assert batched
-    assert not any(batched)
-
-
-def test_eager_treats_every_device_but_the_cpu_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Intel's XPU, or here a device without data: no panels, and one batch of blocks."""
+def test_eager_takes_panels_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Intel's XPU, or here on a device without data, W_eff is built at once."""
     device = torch.device("meta")
-    adapter = make_problem(dtype=torch.float32, block_order="contiguous", **ALL_ONE_BATCH).adapter()
+    adapter = make_problem(
+        dtype=torch.float32, block_order="contiguous", out_features=64, in_features=80
+    ).adapter()
     tensors = {name: getattr(adapter, name).to(device) for name in ("weight", "A", "B", "ranks", "scaling")}
     adapter = replace(
         adapter, **tensors, partition=adapter.partition.to(device), block_ranks=adapter.host_ranks()
     )
-    assert eager.is_batch(adapter)
-    products: list[int] = []
+    products: list[tuple[int, ...]] = []
     mm = torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(1) or mm(*args, **kwargs))
+
+    def counted(*operands: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        products.append(tuple(out.shape))
+        return mm(*operands, out=out)
+
+    monkeypatch.setattr(torch, "mm", counted)
     monkeypatch.setattr(eager, "MERGED_PANEL", 16)
     monkeypatch.setattr(eager, "MERGED_BYTES", 1)
     eager.merged(torch.empty(300, 80, device=device), adapter)
-    assert len(products) == 1
+    assert products.count((300, 64)) == 1
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -205,15 +154,6 @@ def test_a_batched_product_is_not_rounded(dtype: torch.dtype) -> None:
     found = bmm_in_float32(left, right)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, left.float() @ right.float())
-
-
-@pytest.mark.parametrize("dtype", HALF)
-def test_a_batch_rounds_no_update_away(dtype: torch.dtype, batched: list[bool]) -> None:
-    case = Case("eager", "split", dtype, "contiguous")
-    p = small_update(case, tokens=2048, bias=True)
-    share, noise = survival(case, p, lambda p: p.forward(**case.options))
-    assert share == pytest.approx(1.0, abs=4 * noise)
-    assert all(batched)
 
 
 OUTSIDE = """

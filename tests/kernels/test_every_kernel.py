@@ -148,14 +148,10 @@ def test_gather_and_scatter(
 
 
 @each_dtype
-def test_merges_in_place(dtype: torch.dtype) -> None:
+def test_w_eff_has_the_weights_memory_order(dtype: torch.dtype) -> None:
     problem = make_problem(dtype=dtype)
     for weight in (problem.weight, problem.weight.T.contiguous().T):
-        adapter = replace(problem.adapter(), weight=weight)
-        expected = modulated_weight(adapter)
-        assert expected.stride() == weight.stride()  # W0's memory order
-        modulated_weight(adapter, out=adapter.weight)
-        assert torch.equal(adapter.weight, expected)
+        assert modulated_weight(replace(problem.adapter(), weight=weight)).stride() == weight.stride()
 
 
 PRECISE = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float32: torch.float16}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -15,9 +14,6 @@ from ...definition.experts import ExpertsAdapter
 from ...definition.packed import of_columns
 from ...operators.experts import experts_linear
 from ..modulated import AdaptedModule, ParameterLayer
-
-_Product = Callable[[Tensor], Tensor]
-_Prepare = Callable[[Tensor, Tensor], _Product]
 
 
 class Experts(AdaptedModule):
@@ -58,12 +54,7 @@ class Experts(AdaptedModule):
         """
         self._unmerge_disabled()
         base: Any = self.base_layer
-        adapted: dict[str, _Prepare] = {}
-        for name, weight in self.weights.items():
-            adapter_name = weight.adapting
-            if adapter_name is not None:
-                adapted[name] = partial(weight.product, adapter_name)
-        if not adapted:
+        if all(weight.adapting is None for weight in self.weights.values()):
             return cast(Tensor, base(hidden_states, top_k_index, top_k_weights))
         top_k = top_k_index.shape[-1]
         # Sorted like the base's forward: the bits of an expert's product depend on the order of its rows.
@@ -71,12 +62,9 @@ class Experts(AdaptedModule):
         x = hidden_states[order.div(top_k, rounding_mode="floor")]
         numbers = torch.arange(base.num_experts, dtype=experts.dtype, device=experts.device)
         ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
-        # Both products are prepared before either runs: W0 passes through the caches and evicts the data that preparing
-        # needs, which would then be loaded twice per token.
-        first = "gate_up_proj" if base.has_gate else "up_proj"
-        up = self._product(first, adapted.get(first), hidden_states, ends, experts)
-        down = self._product("down_proj", adapted.get("down_proj"), hidden_states, ends, experts)
-        y = down(base._apply_gate(up(x)) if base.has_gate else base.act_fn(up(x)))
+        y = self._product("gate_up_proj" if base.has_gate else "up_proj", x, ends, experts)
+        y = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+        y = self._product("down_proj", y, ends, experts)
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
         # index_copy_ would keep y for backward too; this keeps only the order.
@@ -84,22 +72,15 @@ class Experts(AdaptedModule):
         y = y.view(-1, top_k, y.shape[-1]) * top_k_weights[..., None]
         return y.sum(1).to(hidden_states.dtype)
 
-    def _product(
-        self, name: str, adapted: _Prepare | None, source: Tensor, ends: Tensor, experts: Tensor
-    ) -> _Product:
-        """Return a function that multiplies by one of the base's weights, adapted or not, and adds its bias."""
+    def _product(self, name: str, x: Tensor, ends: Tensor, experts: Tensor) -> Tensor:
+        """Multiply x by one of the base's weights, adapted or not, and add its bias."""
         base: Any = self.base_layer
-        product = None if adapted is None else adapted(source, ends)
-
-        def with_bias(x: Tensor) -> Tensor:
-            bias = getattr(base, f"{name}_bias")[experts] if base.has_bias else None
-            if product is None:
-                plain = getattr(base, name)
-                return cast(Tensor, moe._grouped_linear(x, plain, ends, bias, base.is_transposed))
-            y = product(x)
-            return y if bias is None else y + bias
-
-        return with_bias
+        bias = getattr(base, f"{name}_bias")[experts] if base.has_bias else None
+        weight = self.weights.get(name)
+        if weight is None or (adapter_name := weight.adapting) is None:
+            return cast(Tensor, moe._grouped_linear(x, getattr(base, name), ends, bias, base.is_transposed))
+        y = cast(Tensor, weight.product(adapter_name, x, ends))
+        return y if bias is None else y + bias
 
 
 class ExpertsWeight(ParameterLayer):
@@ -142,12 +123,12 @@ class ExpertsWeight(ParameterLayer):
             return None
         return self.one_of(cast("list[str]", self.active_adapters))
 
-    def product(self, adapter_name: str, source: Tensor, ends: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return a function `y_p = x_p W_effᵀ`: x (P, C) -> y (P, N) in W0's dtype. x is sorted by expert.
+    def product(self, adapter_name: str, x: Tensor, ends: Tensor) -> Tensor:
+        """Compute `y_p = x_p W_effᵀ` with an adapter's W_eff: x (P, C), sorted by expert, -> y (P, N) in W0's dtype.
 
         Args:
             adapter_name: of W_eff.
-            source: a tensor on x's device, from which x will be computed.
+            x: is cast to W0's dtype.
             ends: int32 (E,), how many pairs the experts up to each have together.
 
         Raises:
@@ -162,14 +143,14 @@ class ExpertsWeight(ParameterLayer):
             )
         adapter = self.packed(adapter_name, self.base_weight())
         weight = adapter.weight
-        if weight.device != source.device:
+        if weight.device != x.device:
             raise RuntimeError(
-                f"{self.parameter_name} is on {weight.device} and the experts' input on {source.device}: adapters of "
+                f"{self.parameter_name} is on {weight.device} and the experts' input on {x.device}: adapters of "
                 "experts take neither offloaded weights nor nn.DataParallel (use DistributedDataParallel)"
             )
         wanted = self.settings[adapter_name].backend
         backend = resolve_backend(wanted, weight.device, weight.dtype, adapter.A.shape[1])
-        return lambda x: experts_linear(x.to(weight.dtype), ends, adapter, backend)
+        return experts_linear(x.to(weight.dtype), ends, adapter, backend)
 
     def packed(self, adapter_name: str, weight: Tensor, keep: bool = False) -> ExpertsAdapter:
         """Pair an adapter with W0 (E, N, C); autograd sees the factors."""

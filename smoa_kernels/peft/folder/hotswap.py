@@ -70,7 +70,8 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     for kept in ("algorithm", "backend", "inference_mode") if held is not None else ():
         setattr(config, kept, getattr(held, kept))
     for name, layer in layers.items():
-        layer.overwrite(adapter_name, adapter.layers[paths[name]].tensors(), config.for_layer(paths[name]))
+        layer.smoa[adapter_name].overwrite(adapter.layers[paths[name]].tensors())
+        layer.settings[adapter_name] = config.for_layer(paths[name])
     if held is not None:
         configs[adapter_name] = config
 
