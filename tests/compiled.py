@@ -30,9 +30,8 @@ needs_bf16 = pytest.mark.skipif(
 needs_avx512_bf16 = pytest.mark.skipif(
     not system_has("avx512_bf16"), reason="needs a processor with AVX512-BF16"
 )
-needs_library = pytest.mark.skipif(
-    native_unsupported_reason(CPU) is not None, reason=str(native_unsupported_reason(CPU))
-)
+REASON = native_unsupported_reason(CPU)
+needs_library = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 # merged and expanded multiply by W_eff, split by W0 and ΔW; dropout is split with masked elements of x.
 FORMS = {form: Case("native", form, torch.float32) for form in ("merged", "expanded", "split", "dropout")}

@@ -56,9 +56,8 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], *, of_a_layer: bo
     dtype = draw(st.sampled_from(dtypes))
     rounded = exact.to(dtype, draw(st.sampled_from([dtype, torch.promote_types(dtype, torch.float32)])))
     layout = st.sampled_from(sorted(LAYOUTS.keys() - {"negated"}))  # numpy refuses negated views
-    strided = {
-        name: LAYOUTS[draw(layout)](getattr(rounded, name)) for name in ("x", "weight", "A", "B", "dy")
-    }
+    matrices = "x", "weight", "A", "B", "dy"
+    strided = {name: LAYOUTS[draw(layout)](getattr(rounded, name)) for name in matrices}
     for name, value in strided.items():
         assert torch.equal(value, getattr(rounded, name))
     return replace(rounded, **strided)

@@ -98,9 +98,8 @@ def use(archive: Path) -> str:
         link(packages, core | needed(asked_for(ours, "cli")))
         trained = run(environment, variables, programs / "python", "-c", FROM_ARCHIVE + CORE, archive.name)
         size = sum(path.stat().st_size for path in (packages / "smoa_kernels").rglob("*"))
-        size += sum(
-            file.locate().stat().st_size for name in core.keys() - torch for file in files(core[name])
-        )
+        beside = [file for name in core.keys() - torch for file in files(core[name])]
+        size += sum(file.locate().stat().st_size for file in beside)
         trained += f"{size / 1e6:.1f} MB on disk beside torch and what torch asks for\n"
         return trained + run(environment, variables, programs / "smoa-kernels", "info")
 

@@ -5,7 +5,6 @@ It runs in its own process because the tests' process interprets kernels. Triton
 The code under test is the package's own and Triton's.
 
     python tests/launches.py devices           # or another of the functions named at the end
-    python tests/launches.py first_step 2      # also compiles its forms for sm_90, in two processes
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,8 +27,8 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from triton.runtime.jit import JITFunction
 
-from benchmarks.bringup.ahead import clear_caches, compile_all
-from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, Form, adapter, install
+from benchmarks.bringup.ahead import clear_caches
+from benchmarks.fake_gpu import BLOCKS, RANK, FakeGpu, FakeKernel, adapter, install
 from smoa_kernels.backends import triton as backend
 from smoa_kernels.definition.dropout import Dropout
 from smoa_kernels.definition.experts import ExpertBlocks, ExpertsAdapter
@@ -113,9 +111,8 @@ def tune() -> None:
     tuner.training_step = lambda *_: lambda _: [backend.modulated_weight(weight)]  # type: ignore[assignment]
     tuner.distance = lambda *_: 0.0
     tuner.keep = lambda *_: {}  # type: ignore[assignment]
-    ((_, found),) = tuner.tune(
-        [replace(job, candidates=job.candidates[:2])], device, lambda _, launch: (launch(), 1.0)[1]
-    )
+    few = [replace(job, candidates=job.candidates[:2])]
+    ((_, found),) = tuner.tune(few, device, lambda _, launch: (launch(), 1.0)[1])
     assert not isinstance(found, str), found
 
 
@@ -157,22 +154,16 @@ def cached_plans(gpu: FakeGpu) -> dict[str, list[str]]:
         for factors in (BF16, torch.float32)
     ]
     first = layers[0]
+    A, B = first.A.new_empty, first.B.new_empty
     layers += [  # each differs from the first in one respect
         replace(first, weight=torch.empty(512, 256, dtype=BF16, device="cuda:0").T),
-        replace(
-            first, A=first.A.new_empty(4, 640).narrow(1, 0, 512), B=first.B.new_empty(256, 8).narrow(1, 4, 4)
-        ),
-        replace(first, A=first.A.new_empty(5, 512), B=first.B.new_empty(256, 5)),
+        replace(first, A=A(4, 640).narrow(1, 0, 512), B=B(256, 8).narrow(1, 4, 4)),
+        replace(first, A=A(5, 512), B=B(256, 5)),
         adapter(256, 512, "cuda:1", BF16),
         adapter(256, 512, "cuda:0", BF16, granule=8),
     ]
-    calls = [
-        call
-        for layer in layers
-        for tokens in (1, 16, 17, 300)
-        for offset in (0, 1)
-        for _, call in passes(layer, tokens, offset)
-    ]
+    sizes = itertools.product(layers, (1, 16, 17, 300), (0, 1))
+    calls = [call for each in sizes for _, call in passes(*each)]
 
     def sweep(anew: bool) -> list[str]:
         gpu.launches.clear()
@@ -250,32 +241,24 @@ def new_forms(gpu: FakeGpu) -> list[list[str]]:
 FIRST_STEP, OTHERS = 4096, (4000, 3072, 2500)  # tokens of a batch, and of others that are a little shorter
 
 
-def first_step(gpu: FakeGpu) -> dict[str, dict[str, Any]]:
-    """Forms that the first training step of Llama-3-8B's layers compiles, and how many more other lengths compile.
+def first_step(gpu: FakeGpu) -> dict[str, list[int]]:
+    """How many forms the first training step of Llama-3-8B's layers compiles, and how many more other lengths compile.
 
-    bf16 under the float32 factors that PEFT keeps. The forms are compiled if processes are asked for.
+    bf16 under the float32 factors that PEFT keeps.
     """
 
-    def step(granule: int, tokens: int) -> list[Form]:
+    def step(granule: int, tokens: int) -> int:
         for shape in (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336):
             for name, call in passes(adapter(*shape, "cuda:0", torch.float32, granule), tokens):
                 if name in ("auto", "backward"):
                     call()
-        return list(gpu.compiled)
+        return len(gpu.compiled)
 
-    report: dict[str, dict[str, Any]] = {}
+    report: dict[str, list[int]] = {}
     for order, granule in (("spectral", 1), ("granules of 8", 8)):
         clear_caches(gpu)
-        found = step(granule, FIRST_STEP)
-        more = [step(granule, tokens) for tokens in OTHERS][-1]
-        report[order] = {"forms": len(found), "more for other lengths": len(more) - len(found)}
-        report[order]["kernels"] = sorted(kernel.__name__ for kernel, _ in found)
-        if sys.argv[2:]:
-            with unset_fake_temporarily(), tempfile.TemporaryDirectory() as folder:
-                os.environ["TRITON_CACHE_DIR"] = folder
-                start = time.perf_counter()
-                each = list(compile_all(found, int(sys.argv[2])))
-                report[order] |= {"seconds": time.perf_counter() - start, "each": each}
+        first = step(granule, FIRST_STEP)
+        report[order] = [first, [step(granule, tokens) for tokens in OTHERS][-1] - first]
     return report
 
 

@@ -32,9 +32,8 @@ CASE = Case(24, 96, 80, 4, 16)
 
 def test_a_ratio_is_taken_within_its_round() -> None:
     # The machine slows down fivefold: the ratio of medians would be 2·4/2 = 4, but each round's is 2.
-    drifting = Comparison(
-        "base", {"base": [1.0, 2.0, 5.0], "ours": [2.0, 4.0, 10.0], "lora": [1.0, 4.0, 5.0]}
-    )
+    seconds = {"base": [1.0, 2.0, 5.0], "ours": [2.0, 4.0, 10.0], "lora": [1.0, 4.0, 5.0]}
+    drifting = Comparison("base", seconds)
     assert drifting.ratio("ours") == Figure(2.0, 2.0, 2.0, "noisy")
     assert drifting.ratio("ours", "lora").median == 2.0
     assert drifting.spread == pytest.approx((3.5 - 1.5) / 2.0)

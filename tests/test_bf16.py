@@ -52,10 +52,8 @@ def test_nothing_behind_the_workspace_or_w0_is_read(
         size = -(-4 * floats // page) * page
         memory = torch.frombuffer(mmap.mmap(-1, size + page), dtype=torch.int32).fill_(-2)
         mapped.append(memory)
-        assert (
-            ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory.data_ptr() + size), ctypes.c_size_t(page), 0)
-            == 0
-        )
+        behind = ctypes.c_void_p(memory.data_ptr() + size)
+        assert ctypes.CDLL(None).mprotect(behind, ctypes.c_size_t(page), 0) == 0
         return memory[: size // 4][-floats:].view(torch.float32)
 
     monkeypatch.setattr(library, "workspace", before_nothing)
@@ -173,10 +171,8 @@ def test_one_row_for_all_tokens(tokens: int) -> None:
     found = backend.backward(dy, x, p.adapter(), None, needs_x=True)
     copied = backend.backward(dy.clone(), x.clone(), p.adapter(), None, needs_x=True)
     assert all(map(torch.equal, found, copied))
-    assert torch.equal(
-        backend.forward(x, None, p.adapter(), "split", None),
-        backend.forward(x.clone(), None, p.adapter(), "split", None),
-    )
+    y, again = (backend.forward(each, None, p.adapter(), "split", None) for each in (x, x.clone()))
+    assert torch.equal(y, again)
 
 
 @needs_library

@@ -17,10 +17,8 @@ pytestmark = pytest.mark.slow
 def test_each_stage_fits_into_eight_minutes() -> None:
     assert list(bringup.SECONDS) == list(stages.STAGES)
     assert max(bringup.SECONDS.values()) + bringup.GRACE <= 480
-    assert list(bringup.SECONDS.values())[:2] == [
-        300,
-        240,
-    ]  # cold imports of torch, PEFT and transformers, too
+    # Cold imports of torch, PEFT and transformers, too.
+    assert list(bringup.SECONDS.values())[:2] == [300, 240]
 
 
 @pytest.fixture

@@ -195,10 +195,8 @@ def test_any_strides(case: Case, layout: str) -> None:
 @each_way
 def test_a_bias_and_ranks_of_any_stride(case: Case) -> None:
     p = case.problem()
-    apart = {
-        name: torch.stack([getattr(p, name), getattr(p, name) + 1], 1)[:, 0] for name in ("bias", "ranks")
-    }
-    equal(replace(p, **apart).run(**case.options), p.run(**case.options))
+    bias, ranks = (torch.stack([vector, vector + 1], 1)[:, 0] for vector in (p.bias, p.ranks))
+    equal(replace(p, bias=bias, ranks=ranks).run(**case.options), p.run(**case.options))
     bias = p.bias[:1].expand_as(p.bias)
     found = (replace(p, bias=one).forward(**case.options) for one in (bias, bias.contiguous()))
     assert torch.equal(*found)

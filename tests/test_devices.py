@@ -15,14 +15,8 @@ GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, total_memory=80 * 2**30
 )
-MI300X = SimpleNamespace(
-    name="AMD Instinct MI300X",
-    major=9,
-    minor=4,
-    multi_processor_count=304,
-    total_memory=192 * 2**30,
-    gcnArchName="gfx942:sramecc+:xnack-",
-)
+MI300X = SimpleNamespace(name="AMD Instinct MI300X", major=9, minor=4, multi_processor_count=304)
+MI300X.gcnArchName = "gfx942:sramecc+:xnack-"
 
 
 @pytest.fixture
@@ -38,48 +32,47 @@ def here(monkeypatch: pytest.MonkeyPatch):
     return put
 
 
-def test_the_architecture_as_the_compiler_spells_it(here) -> None:
+def test_the_architecture_as_the_compiler_spells_it_and_float32_products(here) -> None:
+    """Those on AMD are in IEEE."""
+    common = pytest.importorskip("smoa_kernels.kernels.common", reason="needs triton", exc_type=ImportError)
     here(H100)
     assert architecture.__wrapped__(GPU) == "sm_90"
     assert multiprocessors.__wrapped__(GPU) == 132
-    here(MI300X, hip="6.4")
-    assert architecture.__wrapped__(GPU) == "gfx942"
-
-
-def test_float32_products_on_amd_are_ieee(here) -> None:
-    common = pytest.importorskip("smoa_kernels.kernels.common", reason="needs triton", exc_type=ImportError)
-    here(H100)
     assert common.input_precision(torch.float32, allow_tf32=True) == "tf32"
     here(MI300X, hip="6.4")
+    assert architecture.__wrapped__(GPU) == "gfx942"
     assert common.input_precision(torch.float32, allow_tf32=True) == "ieee"
 
 
-@pytest.mark.parametrize("device", ["mps", "xpu"])
-def test_devices_that_nobody_has_run_the_kernels_on(device: str) -> None:
-    pytest.importorskip("triton", reason="needs triton")
-    why = backends._device_unsupported_reason.__wrapped__(torch.device(device))
-    assert why == f"x is on {device}, the kernels are compiled for CUDA and ROCm only"
-    assert backends.resolve_backend("auto", torch.device(device), torch.float32, 8) == "eager"
-
-
-@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
-def test_the_oldest_gpu(here, capability: tuple[int, int], runs: bool) -> None:
-    pytest.importorskip("triton", reason="needs triton")
-    here(SimpleNamespace(major=capability[0], minor=capability[1]))
-    why = backends._device_unsupported_reason.__wrapped__(GPU)
-    assert why is None if runs else "the oldest supported is 8.0" in str(why)
+OLD = "the GPU's compute capability is 7.5, the oldest supported is 8.0"
+RDNA = "the GPU is {}, of AMD's the kernels run on gfx90a, gfx942, gfx950"  # there a kernel spills 6,880 bytes a thread
 
 
 @pytest.mark.parametrize(
-    ("name", "runs"),
-    [("gfx90a", True), ("gfx942", True), ("gfx950", True), ("gfx1100", False), ("gfx908", False)],
+    ("device", "gpu", "expected"),
+    [
+        *(
+            (name, None, f"x is on {name}, the kernels are compiled for CUDA and ROCm only")
+            for name in ("mps", "xpu")
+        ),
+        *(
+            ("cuda:0", capability, why)
+            for capability, why in (((7, 5), OLD), ((8, 0), None), ((12, 0), None))
+        ),
+        *(("cuda:0", name, None) for name in ("gfx90a", "gfx942", "gfx950")),
+        *(("cuda:0", name, RDNA.format(name)) for name in ("gfx1100", "gfx908")),
+    ],
 )
-def test_amds_gpus(here, name: str, runs: bool) -> None:
-    """On RDNA (gfx1100) a kernel spills 6,880 bytes a thread."""
+def test_which_devices_run_the_kernels(here, device: str, gpu: object, expected: str | None) -> None:
     pytest.importorskip("triton", reason="needs triton")
-    here(SimpleNamespace(**vars(MI300X) | {"gcnArchName": f"{name}:xnack-"}), hip="6.4")
-    why = backends._device_unsupported_reason.__wrapped__(GPU)
-    assert why == (None if runs else f"the GPU is {name}, of AMD's the kernels run on gfx90a, gfx942, gfx950")
+    if isinstance(gpu, str):
+        here(SimpleNamespace(**vars(MI300X) | {"gcnArchName": f"{gpu}:xnack-"}), hip="6.4")
+    elif gpu is not None:
+        here(SimpleNamespace(major=gpu[0], minor=gpu[1]))
+    why = backends._device_unsupported_reason.__wrapped__(torch.device(device))
+    assert why == expected
+    if gpu is None:
+        assert backends.resolve_backend("auto", torch.device(device), torch.float32, 8) == "eager"
 
 
 @pytest.fixture
@@ -109,9 +102,8 @@ def test_auto_warns_once_why_a_gpu_runs_no_kernels(here, monkeypatch: pytest.Mon
         resolved(x, rank=300)
         resolved(x, torch.device("cuda", 1))
         resolved(x, torch.device("xpu"))
-    monkeypatch.setattr(
-        torch.cuda, "is_available", lambda: False
-    )  # the compiler would ask for its random state
+    # The compiler would ask for its random state.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     graph = torch.compile(resolved, backend="eager", fullgraph=True)
     with pytest.warns(
         UserWarning, match="leaves out a fence on Blackwell.*: update it to 3.7.1 or newer"

@@ -67,16 +67,14 @@ def losses(
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_llama: Path, animals: Path, tmp_path: Path) -> None:
-    job = (tiny_llama, animals)
+    job, cut = (tiny_llama, animals), tmp_path / "cut"
     whole = losses(None, *job, tmp_path / "whole", dropout=0.2)
     assert len(set(whole)) == STEPS
-    assert losses(None, *job, tmp_path / "cut", dropout=0.2, how="die") == []
-    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-4"]
-    shutil.copytree(
-        tmp_path / "cut" / "step-4", tmp_path / "cut" / "step-5.partial"
-    )  # killed while it was written
-    assert losses(None, *job, tmp_path / "cut", dropout=0.2, how="resume") == whole  # every bit
-    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["step-6"]
+    assert losses(None, *job, cut, dropout=0.2, how="die") == []
+    assert [path.name for path in cut.iterdir()] == ["step-4"]
+    shutil.copytree(cut / "step-4", cut / "step-5.partial")  # killed while it was written
+    assert losses(None, *job, cut, dropout=0.2, how="resume") == whole  # every bit
+    assert [path.name for path in cut.iterdir()] == ["step-6"]
 
 
 # Dropout masks depend on the tokens of a process. They differ from those of one process if the batch is shared.

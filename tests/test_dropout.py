@@ -11,9 +11,8 @@ pytestmark = pytest.mark.numerical
 def multiplier(
     p: float = 0.3, tokens: int = 64, columns: int = 101, seed: int = 5, **kwargs: int
 ) -> torch.Tensor:
-    return Dropout(torch.tensor(seed), p, **kwargs).multiplier(
-        torch.empty(tokens, columns, dtype=torch.float64)
-    )
+    x = torch.empty(tokens, columns, dtype=torch.float64)
+    return Dropout(torch.tensor(seed), p, **kwargs).multiplier(x)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])

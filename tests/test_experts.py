@@ -236,9 +236,8 @@ def test_small_updates_survive_half_precision(backend: str, dtype: torch.dtype) 
     truth = change(reference_experts_linear, p.to(torch.float64))
     found = change(partial(experts_linear, backend=backend), p)
     share = float((found * truth).sum() / truth.square().sum())
-    assert abs(share - 1) < (
-        0.05 if backend == "triton" else 0.1
-    )  # of long rows thresholds deliver more exactly
+    # Of long rows thresholds deliver more exactly.
+    assert abs(share - 1) < (0.05 if backend == "triton" else 0.1)
 
 
 @numerical
@@ -277,9 +276,8 @@ def test_compiled_graphs_hold_it_whole() -> None:
 def test_no_second_derivative() -> None:
     p = make_problem(dtype=torch.float32)
     x = p.x.requires_grad_()
-    (dx,) = torch.autograd.grad(
-        experts_linear(x, p.ends, p.adapter, "eager").square().sum(), x, create_graph=True
-    )
+    loss = experts_linear(x, p.ends, p.adapter, "eager").square().sum()
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         dx.sum().backward()
 

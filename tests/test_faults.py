@@ -42,10 +42,8 @@ class FailingAt(TorchDispatchMode):
         self.born: list[StorageWeakRef] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        ours = {
-            operator.linear_operator: operator._forward,
-            operator.linear_backward_operator: operator._backward,
-        }
+        ours = {operator.linear_operator: operator._forward}
+        ours[operator.linear_backward_operator] = operator._backward
         if function in ours:  # the dispatcher does not see the calls inside, so run it in this mode
             with self:
                 return ours[function](*args)
@@ -53,9 +51,8 @@ class FailingAt(TorchDispatchMode):
         if self.left == 0:
             raise self.error(f"at {function}")
         found = function(*args, **(kwargs or {}))
-        self.born += [
-            StorageWeakRef(t.untyped_storage()) for t in tree_leaves(found) if isinstance(t, Tensor)
-        ]
+        tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        self.born += [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         return found
 
 

@@ -280,9 +280,8 @@ def test_an_adapter_answers_alike_beside_four_bits_and_merged_into_them(
     assert four_bits.main(["--output", str(tmp_path), *few]) == 0
     out = capsys.readouterr().out
     beside, merged = re.findall(r"SMoA: .*? (\d+\.\d) % .* (\d+\.\d) % ", out)[0]
-    assert (
-        abs(float(beside) - float(merged)) <= 100 / 12 + 0.1
-    )  # bitsandbytes' product for CPUs rounds to bfloat16
+    # bitsandbytes' product for CPUs rounds to bfloat16.
+    assert abs(float(beside) - float(merged)) <= 100 / 12 + 0.1
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 

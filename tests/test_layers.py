@@ -80,20 +80,6 @@ def test_initial_factors() -> None:
         assert (A_k[rank:] == 0).all()
 
 
-def test_state_dict_round_trip_is_bitwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = trained()
-    x = torch.randn(5, 40)
-    buffer = io.BytesIO()
-    torch.save(layer.state_dict(), buffer)
-    buffer.seek(0)
-    state = torch.load(buffer, weights_only=True)
-    fresh = FusedSMoALinear(40, 33, r=7, num_blocks=3)
-    forbid_spectra(monkeypatch)
-    assert str(fresh.load_state_dict(state)) == "<All keys matched successfully>"
-    assert fresh.partition == layer.partition
-    assert torch.equal(fresh(x), layer(x))
-
-
 def forbid_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("a spectrum was computed")
@@ -117,17 +103,24 @@ def test_ranks_on_the_host_follow_the_state_dict() -> None:
     assert layer.block_ranks == other.block_ranks
 
 
-def test_adapter_alone_loads_over_the_same_base(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = trained()
-    base = nn.Linear(40, 33)
-    base.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_state_dict_and_an_adapter_alone_load_bit_for_bit(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, base, buffer = trained(), nn.Linear(40, 33), io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    if alone:
+        base.load_state_dict({name: state.pop(name) for name in ("weight", "bias")})
     fresh = FusedSMoALinear.from_linear(base, r=7, num_blocks=3)
-    adapter = {name: value for name, value in layer.state_dict().items() if name.startswith("smoa.")}
     forbid_spectra(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = fresh.load_state_dict(adapter, strict=False)
-    assert result.missing_keys == ["weight", "bias"]
+        result = fresh.load_state_dict(state, strict=not alone)
+    assert result.missing_keys == ["weight", "bias"] * alone
+    assert not result.unexpected_keys
+    assert fresh.partition == layer.partition
     x = torch.randn(5, 40)
     assert torch.equal(fresh(x), layer(x))
 
@@ -141,21 +134,17 @@ def test_plain_linear_state_dict_recomputes_the_partition_and_says_so() -> None:
     assert sketch_distance(layer.smoa.sketch, sketch_weight(linear.weight)) < 1e-5
 
 
-def test_state_dict_of_a_merged_layer_is_of_its_base() -> None:
+def test_a_merged_layer_saves_its_base_and_holds_no_second_weight_on_its_device() -> None:
     layer = trained()
     expected = copy.deepcopy(layer.state_dict())
+    W0 = expected["weight"]
     layer.merge()
-    for name, value in layer.state_dict().items():
-        assert torch.equal(value, expected[name]), name
-
-
-def test_a_merged_layer_holds_no_second_weight_on_its_device() -> None:
-    layer = trained()
-    state, W0 = layer.state_dict(), layer.weight.clone()
-    layer.merge()
-    held = {name: tensor.shape for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]}
+    state = layer.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    held = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
+    assert held == state.keys()
     layer.half()
-    assert held.keys() == state.keys()
     assert torch.equal(layer.state_dict()["weight"], W0.half())
     layer.unmerge()
     assert torch.equal(layer.weight, W0.half())
@@ -233,20 +222,14 @@ def test_casts_copies_and_pickles() -> None:
     assert relative_error(layer.double()(x.double()), y.detach()) < 1e-6
 
 
-def test_meta_construction_and_materialisation() -> None:
-    layer = trained()
-    with torch.device("meta"):
-        empty = FusedSMoALinear(40, 33, r=7, num_blocks=3)
-    assert empty.smoa.A.is_meta
-    loaded = empty.to_empty(device=DEVICE)
-    loaded.load_state_dict(layer.state_dict())
-    x = torch.randn(5, 40)
-    assert torch.equal(loaded(x), layer(x))
+def test_parameters_are_drawn_after_construction_on_meta() -> None:
     with torch.device("meta"):
         empty = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14)
+    assert empty.smoa.A.is_meta
     drawn = empty.to_empty(device=DEVICE)
     assert drawn.scaling == 2
     drawn.reset_parameters()
+    x = torch.randn(5, 40)
     torch.testing.assert_close(drawn(x), F.linear(x, drawn.weight, drawn.bias))
     assert not drawn.weight.requires_grad
 
@@ -269,20 +252,6 @@ def test_autocast_rounds_no_update_of_a_weight() -> None:
     expected = layer.delta_weight()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert torch.equal(layer.delta_weight(), expected)
-
-
-def test_dropout_is_active_in_training_only() -> None:
-    assert not FusedSMoALinear.from_linear(nn.Linear(40, 33).eval()).training
-    layer = trained(dropout=0.5)
-    x = torch.randn(64, 40)
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-    layer.train()
-    assert not torch.equal(layer(x), layer(x))
-    torch.manual_seed(5)
-    first = layer(x)
-    torch.manual_seed(5)
-    assert torch.equal(first, layer(x))
 
 
 @pytest.mark.parametrize("order", ["contiguous", "random"])
@@ -333,26 +302,12 @@ def test_torchs_encoder_calls_it_in_evaluation() -> None:
     torch.testing.assert_close(found, (stack(x), stack(x, src_key_padding_mask=padding)))
 
 
-def test_a_backward_uses_the_scale_of_its_forward() -> None:
-    layer, x, gradients = trained(), torch.randn(3, 40), []
-    for scaled_between in (False, True):
-        layer.scaling = 0.5
-        y = layer(x)
-        if scaled_between:
-            layer.scaling = 2.0
-        layer.smoa.A.grad = None
-        y.sum().backward()
-        gradients.append(layer.smoa.A.grad)
-    assert torch.equal(*gradients)
-
-
 def test_loading_into_a_layer_leaves_others_with_the_same_partition() -> None:
     torch.manual_seed(0)
     base = nn.Linear(12, 9)
     partition = BlockPartition.from_weight(base.weight, 2)
-    one, two = (
-        FusedSMoALinear.from_linear(copy.deepcopy(base), num_blocks=2, partition=partition) for _ in range(2)
-    )
+    copies, given = (copy.deepcopy(base) for _ in range(2)), {"num_blocks": 2, "partition": partition}
+    one, two = (FusedSMoALinear.from_linear(plain, **given) for plain in copies)
     other = FusedSMoALinear(12, 9, num_blocks=2, block_order="random", block_seed=3)
     nn.init.normal_(two.smoa.B)
     before = two(torch.ones(2, 12)), partition.row_block.clone()
@@ -400,7 +355,8 @@ def test_accelerate_offloads_all_of_a_layer() -> None:
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
-OTHERS = {
+KINDS = {
+    "linear": (FusedSMoALinear.from_linear, lambda: nn.Linear(4, 6), (2, 5, 4)),
     "conv1d": (FusedSMoAConv1d.from_conv, lambda: nn.Conv1d(4, 6, 3, padding="same"), (2, 4, 9)),
     "conv2d": (FusedSMoAConv2d.from_conv, lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (2, 4, 9, 9)),
     "pointwise": (FusedSMoAConv2d.from_conv, lambda: nn.Conv2d(4, 6, 1), (2, 4, 5, 5)),
@@ -413,16 +369,18 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_layers_that_are_not_linear(kind: str) -> None:
-    """They compute what a plain layer of the weight W0 + ΔW does, and keep, merge and load as the linear one."""
-    make, plain, shape = OTHERS[kind]
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_of_every_kind(kind: str) -> None:
+    """They compute what a plain layer of the weight W0 + ΔW does, and they are saved, loaded, copied and merged."""
+    make, plain, shape = KINDS[kind]
     torch.manual_seed(0)
     base = plain().double()
     x = torch.randint(9, (3, 4)) if shape is None else torch.randn(shape).double()
     layer = make(base, r=5, num_blocks=2, alpha=10, dropout=0.5)
     assert isinstance(layer, type(base))
     assert layer.weight is base.weight
+    assert layer.training
+    assert not make(plain().eval()).training
     assert torch.equal(layer.eval()(x), base(x))
     nn.init.normal_(layer.smoa.B)
     y, expected = layer(x), copy.deepcopy(base)

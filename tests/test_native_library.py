@@ -30,10 +30,8 @@ def test_auto_takes_compiled_code_if_present() -> None:
     assert resolve_backend("auto", CPU, torch.float32, 4) == ("native" if there else "eager")
     assert resolve_backend("auto", CPU, torch.float64, 4) == "eager"
     assert resolve_backend("auto", CPU, torch.bfloat16, 4) == ("native" if there else "eager")
-    assert (
-        native_unsupported_reason(CPU, torch.float64)
-        == "the compiled code takes bfloat16, float16, float32, got torch.float64"
-    )
+    reason = "the compiled code takes bfloat16, float16, float32, got torch.float64"
+    assert native_unsupported_reason(CPU, torch.float64) == reason
 
 
 def test_a_variable_forbids_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,10 +48,8 @@ def test_eager_takes_reduced_float32_precision() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     try:
-        assert (
-            native_unsupported_reason(CPU)
-            == "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
-        )
+        reason = "torch's float32 GEMMs on CPUs are set to multiply in less than float32"
+        assert native_unsupported_reason(CPU) == reason
         assert native_unsupported_reason(CPU, torch.bfloat16) == library.unsupported_reason()
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
@@ -112,11 +108,8 @@ def test_a_kept_call_follows_its_tensors(change: str, monkeypatch: pytest.Monkey
     if change == "transposed":
         adapter.weight.data = adapter.weight.data.T
     elif change == "fewer ranks":  # the same memory
-        adapter.A.data, adapter.B.data, adapter.block_ranks = (
-            adapter.A.data[:4],
-            adapter.B.data[:, :4],
-            (4, 4),
-        )
+        adapter.A.data, adapter.B.data = adapter.A.data[:4], adapter.B.data[:, :4]
+        adapter.block_ranks = 4, 4
         adapter.ranks.fill_(4)
     elif change == "scaling":
         adapter.scaling.mul_(3)
@@ -224,19 +217,10 @@ def test_it_compiles_without_warnings(tmp_path: Path) -> None:
     variants = hatch_build.VARIANTS[sysconfig.get_platform()]
     names = [path.name for path in hatch_build.compile_library(tmp_path)]
     assert names == [f"linear_{name.lower()}.so" for name in variants]
+    strictly = [*(hatch_build.compiler() or []), "-fsyntax-only", "-Wall", "-Wextra", "-Werror"]
     for flags in variants.values():
-        command = [
-            *(hatch_build.compiler() or []),
-            "-fsyntax-only",
-            "-Wall",
-            "-Wextra",
-            "-Werror",
-            '-DSOURCE=""',
-            *flags,
-        ]
-        done = subprocess.run(
-            [*command, str(hatch_build.SOURCE)], capture_output=True, text=True, check=False
-        )
+        command = [*strictly, '-DSOURCE=""', *flags, str(hatch_build.SOURCE)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
@@ -266,9 +250,8 @@ def test_an_interrupted_compiler_leaves_nothing(
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt):
             assert hatch_build.compile_library(tmp_path) == []
-    assert len(outputs) == (
-        2 if error is KeyboardInterrupt else 2 * len(hatch_build.VARIANTS[sysconfig.get_platform()])
-    )
+    variants = hatch_build.VARIANTS[sysconfig.get_platform()]
+    assert len(outputs) == 2 * (1 if error is KeyboardInterrupt else len(variants))
     assert not os.listdir(tmp_path)
 
 
@@ -298,9 +281,8 @@ def test_arms_library_has_each_function_that_python_calls(
         monkeypatch.setenv(name, value)
     (made,) = hatch_build.compile_library(tmp_path, "-O0", "-Wall", "-Wextra", "-Werror")
     assert made.name == "linear_neon.so"
-    listed = subprocess.run(
-        [CC.replace("gcc", "nm"), "-D", "--defined-only", made], capture_output=True, text=True
-    )
+    command = [CC.replace("gcc", "nm"), "-D", "--defined-only", made]
+    listed = subprocess.run(command, capture_output=True, text=True)
     sources = "".join(path.read_text() for path in hatch_build.FOLDER.glob("*.py"))
     called = set(re.findall(r"\bsmoa_(?!kernels)\w+", sources))
     assert called > set(library.FUNCTIONS)

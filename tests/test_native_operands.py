@@ -45,10 +45,9 @@ def test_weights_whose_elements_share_memory(
 def test_factors_of_a_dtype_that_it_does_not_read(form: str) -> None:
     """Under autocast factors may have any dtype: torch's operators take over."""
     p, case = on_cpu(tokens=40), FORMS[form]
-    found = replace(p.to(torch.float32, torch.float64), dy=p.dy.bfloat16()).run(
-        autocast=torch.bfloat16, **case.options
-    )
     cast = p.to(torch.bfloat16)
+    wide = replace(p.to(torch.float32, torch.float64), dy=cast.dy)
+    found = wide.run(autocast=torch.bfloat16, **case.options)
     assert [one.dtype for one in found[2:4]] == [torch.float64] * 2
     rounded = tuple(one.to(torch.bfloat16) for one in found)
     assert_within_budget(rounded, replace(case, dtype=torch.bfloat16), cast)
@@ -71,9 +70,8 @@ def test_an_x_whose_strides_are_both_one(columns: int, dtype: torch.dtype) -> No
 def test_an_operand_whose_memory_was_freed(name: str) -> None:
     """As FSDP frees a weight between its uses. Views of it have addresses all the same."""
     p = on_cpu(tokens=40)
-    leaves = replace(
-        p.leaves("x", "A", "B"), **{name: torch.cat([getattr(p, name)] * 2)[len(getattr(p, name)) :]}
-    )
+    operand = getattr(p, name)
+    leaves = replace(p.leaves("x", "A", "B"), **{name: torch.cat([operand] * 2)[len(operand) :]})
     getattr(leaves, name).untyped_storage().resize_(0)
     adapter, module = leaves.adapter(), load_backend("native")
     call = {"dy": lambda: module.backward(leaves.dy, p.x, adapter, None, needs_x=True)}.get(

@@ -218,9 +218,8 @@ def test_the_operator_itself_has_a_forward_mode_derivative() -> None:
 def test_compiled_checkpointing_recomputes_with_the_same_mask() -> None:
     torch.manual_seed(0)
     block, x = Block(dropout=0.3), torch.randn(12, 40, requires_grad=True)
-    again = torch.compile(
-        lambda x: checkpoint(block, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
-    )
+    recomputed = lambda x: checkpoint(block, x, use_reentrant=False)  # noqa: E731
+    again = torch.compile(recomputed, fullgraph=True, backend="aot_eager")
     found = []
     for function, seed in ((block, 1), (again, 1), (block, 2)):
         torch.manual_seed(seed)
@@ -262,7 +261,9 @@ def test_loss_scaling_under_autocast() -> None:
 
 
 FORBIDDEN = {
-    *("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "bincount"),
+    "_local_scalar_dense",
+    "is_nonzero",
+    *("nonzero", "equal", "masked_select", "unique", "bincount"),
 }
 """Operators that make the host wait for a GPU: they read a value, or a size that depends on values."""
 
@@ -300,9 +301,8 @@ def test_nothing_is_read_on_the_host(
 
     def tolist(self: Tensor) -> list[object]:
         caller = sys._getframe(1).f_code.co_name
-        assert caller.endswith("check_ranks"), (
-            f"{caller} waits for a GPU"
-        )  # check_ranks reads on the CPU only
+        # It reads on the CPU only.
+        assert caller.endswith("check_ranks"), f"{caller} waits for a GPU"
         return original(self)
 
     monkeypatch.setattr(Tensor, "tolist", tolist)

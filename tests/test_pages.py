@@ -35,23 +35,15 @@ def test_results_ask_for_them(backend: str, tokens: int, monkeypatch: pytest.Mon
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(pages, "_madvise", lambda start, size, advice: asked.append((start, start + size)))
     monkeypatch.setattr(pages, "_ADVICE", 14)
-    p = make_problem(
-        tokens=tokens,
-        out_features=1024,
-        in_features=1024,
-        ranks=(4, 4),
-        dtype=torch.float32,
-        block_order="contiguous",
-    ).on(CPU)
+    sizes = {"tokens": tokens, "out_features": 1024, "in_features": 1024, "ranks": (4, 4)}
+    p = make_problem(**sizes, dtype=torch.float32, block_order="contiguous").on(CPU)
     module = eager if backend == "eager" else native
     y = module.forward(p.x, None, p.adapter(), "auto", None)
     dx, _, _ = module.backward(p.dy, p.x, p.adapter(), None, needs_x=True)
     assert dx is not None
     for result in (y, dx):
-        inside = [
-            result.data_ptr() <= start and end <= result.data_ptr() + result.nbytes for start, end in asked
-        ]
-        assert any(inside) == (tokens == 1024)
+        first, last = result.data_ptr(), result.data_ptr() + result.nbytes
+        assert any(first <= start and end <= last for start, end in asked) == (tokens == 1024)
 
 
 @pytest.mark.skipif(pages._ADVICE is None, reason="a workspace is kept on Linux alone")

@@ -84,11 +84,8 @@ def test_svd_takes_over_where_eigh_fails(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.numerical
 def test_zero_rows_score_zero_and_rank_deficiency_works() -> None:
-    weight = (
-        torch.randn(10, 6, dtype=torch.float64)
-        @ torch.randn(6, 3, dtype=torch.float64)
-        @ torch.randn(3, 14, dtype=torch.float64)
-    )
+    shapes = (10, 6), (6, 3), (3, 14)
+    weight = torch.linalg.multi_dot([torch.randn(shape, dtype=torch.float64) for shape in shapes])
     weight[4] = 0
     weight[:, 9] = 0
     row_score, col_score = spectral_centroids(weight)
@@ -161,12 +158,10 @@ def test_autocast_rounds_neither_labels_nor_sketch() -> None:
 
 @pytest.mark.numerical
 def test_label_dtypes() -> None:
-    assert (
-        BlockPartition.from_labels(torch.arange(256), torch.arange(256), 256).row_block.dtype == torch.uint8
-    )
-    wide = BlockPartition.from_labels(torch.arange(257), torch.arange(257), 257)
-    assert wide.row_block.dtype == torch.int32
-    assert wide.num_blocks == 257
+    for num_blocks, dtype in ((256, torch.uint8), (257, torch.int32)):
+        labels = torch.arange(num_blocks)
+        partition = BlockPartition.from_labels(labels, labels, num_blocks)
+        assert (partition.row_block.dtype, partition.num_blocks) == (dtype, num_blocks)
 
 
 @pytest.mark.numerical
@@ -274,14 +269,8 @@ def test_a_plan_is_the_partition(num_blocks: int) -> None:
     """It is found again by its plan, also after copying, and is read from one that comes from elsewhere."""
     partition = BlockPartition.random((641, 317), num_blocks, seed=1)
     crossed = BlockPartition.from_tensors(partition.tensors(), partition.sizes())
-    again = [
-        partition,
-        partition.T.T,
-        crossed,
-        copy.deepcopy(partition),
-        pickle.loads(pickle.dumps(partition)),
-    ]
-    for one in again:
+    copies = copy.deepcopy(partition), pickle.loads(pickle.dumps(partition))
+    for one in (partition, partition.T.T, crossed, *copies):
         assert one == partition
         assert one.sizes() == partition.sizes()
         assert torch.equal(one.plan, partition.plan)

@@ -15,9 +15,7 @@ from smoa_kernels.definition.packed import PackedAdapter, scaling_tensor
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """`x W0ᵀ`, from an adapter with a zero update."""
-    partition = BlockPartition.from_labels(
-        *(torch.zeros(size, dtype=torch.int64) for size in weight.shape), 1
-    )
+    partition = BlockPartition.contiguous(weight.shape, 1)
     A, B = weight.new_zeros(1, weight.shape[1]), weight.new_zeros(len(weight), 1)
     ranks = torch.zeros(1, dtype=torch.int32)
     adapter = PackedAdapter(weight, A, B, partition, ranks, scaling_tensor(1.0, CPU))

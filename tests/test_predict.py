@@ -29,9 +29,8 @@ def test_totals_by_hand() -> None:
     unit, start = 2 * 8192 * 4096**2 / 700e6, 2.3  # a GEMM, a launch
     frozen = 2 * (unit + start)
     x = 64 * 2**20 / 2.9e6  # a pass over x or y at a copy's rate
-    copy, w, g = (
-        passes * 2**20 / (0.8 * 3.35e6) for passes in (128, 32, 16)
-    )  # in Triton: of x, over W0, over G
+    # In Triton: of x, over W0, over G.
+    copy, w, g = (passes * 2**20 / (0.8 * 3.35e6) for passes in (128, 32, 16))
     # Passes, forward: x·Aᵀ and h·Bᵀ one each, scaling 2, the sum 3; backward: scaling 2, four products, the sum 3.
     lora = (1 + 1 + 2 + 3) * x + (2 + 4 + 3) * x
     assert over_frozen(SQUARE, "lora") == pytest.approx(1 + (lora + 10 * start) / frozen, rel=2e-3)
@@ -53,11 +52,8 @@ def test_totals_by_hand() -> None:
 
 
 def test_the_page_shows_the_predictions() -> None:
-    rows = re.findall(
-        r"^\| (\d), r=(\d+), (spectral|contiguous) \|(.+)\|$",
-        (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d), r=(\d+), (spectral|contiguous) \|(.+)\|$", page, re.MULTILINE)
     assert ("2", "8", "spectral") in [row[:3] for row in rows]  # the recommended setting
     for blocks, rank, order, cells in rows:
         granule = 1 if order == "spectral" else 4096 // int(blocks)
@@ -148,9 +144,8 @@ def test_the_commands_print_the_pages(capsys: pytest.CaptureFixture[str]) -> Non
     app(command.split(), standalone_mode=False)
     assert capsys.readouterr().out.strip() in page
     for size in ("8b", "70b", "405b"):
-        lora, smoa = (
-            predict(way, MODELS[f"llama-3-{size}"], GPUS["h100"], 8, fsdp=False) for way in ("lora", "smoa")
-        )
+        model = MODELS[f"llama-3-{size}"]
+        lora, smoa = (predict(way, model, H100, 8, fsdp=False) for way in ("lora", "smoa"))
         times = smoa.compute_seconds / lora.compute_seconds
         assert re.search(rf"{times:.2f} times (?:as long as LoRA's )?\({size.upper()}\)", page)
     app(["roofline", "--rank", "16", "--blocks", "4"], standalone_mode=False)

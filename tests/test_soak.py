@@ -42,15 +42,9 @@ def train(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     layers, wanted = [], torch.eye(shapes[0][1], dtype=torch.float64)
     for seed, (out_features, in_features) in enumerate(shapes, 5):
+        sizes = {"out_features": out_features, "in_features": in_features}
         p, target = (
-            make_problem(
-                tokens=1,
-                out_features=out_features,
-                in_features=in_features,
-                ranks=(2, 1),
-                seed=s,
-                fill_padding=False,
-            )
+            make_problem(tokens=1, **sizes, ranks=(2, 1), seed=s, fill_padding=False)
             for s in (seed, seed + 10)
         )
         weight = p.weight.to(torch.bfloat16).to(dtype)

@@ -91,9 +91,8 @@ def test_no_activations_see_a_bias(delta: float, activations: str) -> None:
     """The error of x W_effᵀ has mean 0 over the rows, and is no larger than that of random thresholds."""
     generator = torch.Generator().manual_seed(0)
     W0 = (torch.randn(ROWS, COLS, generator=generator) / COLS**0.5).bfloat16().float()
-    W_eff = W0 * (
-        1 + delta * torch.randn(ROWS, 8, generator=generator) @ torch.randn(8, COLS, generator=generator)
-    )
+    B, A = (torch.randn(*shape, generator=generator) for shape in ((ROWS, 8), (8, COLS)))
+    W_eff = W0 * (1 + delta * B @ A)
     x = ACTIVATIONS[activations].double()
 
     def errors(rounded: Tensor) -> Tensor:

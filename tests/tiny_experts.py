@@ -16,13 +16,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-ROUTED = {
-    "n_routed_experts": 6,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 0,
-    "n_shared_experts": 1,
-}
+ROUTED = {"n_routed_experts": 6, "first_k_dense_replace": 0}
+ROUTED |= dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), 1)
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 KINDS = {
     "qwen3_moe": {"num_experts": 6, "moe_intermediate_size": 24, "head_dim": 8},

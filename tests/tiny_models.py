@@ -12,6 +12,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+STEPS_ALONE = {
+    **{"lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no"},
+    **{"report_to": [], "disable_tqdm": True, "seed": 3},
+}
+"""Arguments of a Trainer that does nothing beside its steps, and logs the loss of each."""
 LLAMA = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -73,10 +73,8 @@ def forward(x: Tensor, bias: Tensor | None, adapter: PackedAdapter, dtype: torch
 
 def _modulated_weight(operands: Operands) -> Work:
     adapter = operands.adapter()
-    return (
-        lambda: [modulated_weight(adapter)],
-        lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)],
-    )
+    defined = lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)]  # noqa: E731
+    return lambda: [modulated_weight(adapter)], defined
 
 
 def _modulated_blocks(operands: Operands) -> Work:
@@ -124,10 +122,7 @@ def _permute(operands: Operands) -> Work:
 def _fused_linear(operands: Operands) -> Work:
     adapter, bias = operands.adapter(), operands.bias
     x = operands.tensor(operands.key.tokens, operands.key.in_features)
-    return (
-        lambda: [fused_linear(x, bias, adapter)],
-        lambda dtype: [forward(x, bias, adapter, dtype)],
-    )
+    return lambda: [fused_linear(x, bias, adapter)], lambda dtype: [forward(x, bias, adapter, dtype)]
 
 
 def _contract(operands: Operands) -> Work:
@@ -145,10 +140,8 @@ def _contract(operands: Operands) -> Work:
 
 def _grouped_linear(operands: Operands) -> Work:
     adapter, ends, x, _ = operands.experts()
-    return (
-        lambda: [grouped_linear(x, ends, adapter)],
-        lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))],
-    )
+    defined = lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))]  # noqa: E731
+    return lambda: [grouped_linear(x, ends, adapter)], defined
 
 
 def _grouped_grad(operands: Operands) -> Work:

@@ -11,9 +11,8 @@ import pytest
 from .harness import World
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("typer") is None, reason="needs the cli extra")
-needs_peft = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="needs the peft extra"
-)
+IS_PEFT_HERE = importlib.util.find_spec("transformers") is not None
+needs_peft = pytest.mark.skipif(not IS_PEFT_HERE, reason="needs the peft extra")
 
 # FOLDER stands for the world's folder.
 COMMANDS: list[tuple[str, str]] = [
@@ -58,13 +57,10 @@ def run(command: str, world: World, capsys: pytest.CaptureFixture[str]) -> tuple
     return captured.out, captured.err
 
 
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        *COMMANDS,
-        *(pytest.param(*row, marks=needs_peft) for row in ADAPTERS),
-    ],
-)
+OF_ADAPTERS = (pytest.param(*row, marks=needs_peft) for row in ADAPTERS)
+
+
+@pytest.mark.parametrize(("command", "words"), [*COMMANDS, *OF_ADAPTERS])
 def test_command(command: str, words: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
     if command.startswith("inspect") and importlib.util.find_spec("peft") is not None:
         import smoa_kernels.peft  # noqa: F401  # its dependencies print at their first import

@@ -54,16 +54,8 @@ class Emulator:
     def __init__(self, library: str) -> None:
         asked = [CC, "-print-file-name=libc.so.6"]
         libc = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
-        command = [
-            str(qemu()),
-            "-cpu",
-            PROCESSOR,
-            "-L",
-            libc.resolve().parent.parent,
-            Path(library).with_name("arm"),
-            library,
-            str(self.mode),
-        ]
+        emulated = [str(qemu()), "-cpu", PROCESSOR, "-L", libc.resolve().parent.parent]
+        command = [*emulated, Path(library).with_name("arm"), library, str(self.mode)]
         # Emulated threads that wait by spinning would take the time of those that compute.
         environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -150,12 +142,8 @@ def _regions(name: str, call: Call, floats: dict[int, int]) -> Iterator[tuple[in
         "row_index": call.row_bytes * ((experts - 1) * call.row_step + rows),
         "col_index": call.col_bytes * ((experts - 1) * call.col_step + cols),
     }
-    written = {
-        "smoa_forward": ("y",),
-        "smoa_input": ("y",),
-        "smoa_mask": ("y",),
-        "smoa_gradient": ("dA", "dB"),
-    }
+    written = dict.fromkeys(("smoa_forward", "smoa_input", "smoa_mask"), ("y",))
+    written["smoa_gradient"] = "dA", "dB"
     read = {
         "smoa_forward": ("x", "keep", "bias"),
         "smoa_input": ("dy", "keep"),

@@ -36,9 +36,8 @@ if (REASON := unsupported_reason(PROCESSOR)) is None:
     library.allowed = lambda: PROCESSORS[PROCESSOR]
     with on_threads(2):
         assert library.unsupported_reason() is None, library.unsupported_reason()
-    assert (library.has("bf16"), library.has("amx")) == PROCESSORS[PROCESSOR], (
-        "the compiler leaves features out"
-    )
+    features = library.has("bf16"), library.has("amx")
+    assert features == PROCESSORS[PROCESSOR], "the compiler leaves features out"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,6 +47,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    terminalreporter.write_line(
-        f"emulated: {PROCESSOR}, on {HERE}" if REASON is None else f"nothing emulated: {REASON}"
-    )
+    said = f"emulated: {PROCESSOR}, on {HERE}" if REASON is None else f"nothing emulated: {REASON}"
+    terminalreporter.write_line(said)

@@ -122,9 +122,8 @@ def assert_as_one_process(
     In float64 results agree to a few roundings, in float32 within twice one process's own error. If each process has a
     share of the batch, this is checked for its part of y and for the factors' gradients.
     """
-    single = {
-        dtype: step(build(kind, dtype, **settings), *batch(dtype)) for dtype in (torch.float64, torch.float32)
-    }
+    dtypes = torch.float64, torch.float32
+    single = {dtype: step(build(kind, dtype, **settings), *batch(dtype)) for dtype in dtypes}
     truth = single[torch.float64]
     names = [name for name in truth if share is None or "smoa." in name]
     for dtype in single:

@@ -30,10 +30,7 @@ fsdp_config:
   fsdp_cpu_ram_efficient_loading: true
   fsdp_activation_checkpointing: true
 """
-OPTIMIZER = {
-    "type": "AdamW",
-    "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
-}
+OPTIMIZER = {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")}
 ZERO3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_clipping": "auto",
@@ -57,10 +54,8 @@ def test_a_sharded_run_is_that_of_one_process(engine: str, tmp_path: Path) -> No
     if engine == "FSDP":
         settings = tmp_path / "fsdp2.yaml"
         settings.write_text(FSDP2, encoding="utf-8")
-        launch, further = (
-            ["accelerate.commands.launch", "--config_file", settings, "--main_process_port", "0"],
-            [],
-        )
+        launch, further = ["accelerate.commands.launch", "--config_file", settings], []
+        launch += ["--main_process_port", "0"]
     else:
         settings = tmp_path / "zero3.json"
         settings.write_text(json.dumps(ZERO3), encoding="utf-8")

@@ -103,15 +103,10 @@ def test_large_tiles_ship_only_where_they_do_not_spill(kernel: str, version: str
 @st.composite
 def problems(draw: st.DrawFn) -> LinearProblem:
     ranks = draw(st.lists(st.sampled_from([0, 1, 2, 3, 7, 16, 17, 40]), min_size=1, max_size=4))
-    return make_problem(
-        tokens=draw(st.integers(1, 20)),
-        out_features=draw(st.integers(1, 70)),
-        in_features=draw(st.integers(1, 70)),
-        ranks=tuple(ranks),
-        bias=draw(st.booleans()),
-        random_labels=True,
-        seed=draw(st.integers(0, 1000)),
-    )
+    most = {"tokens": 20, "out_features": 70, "in_features": 70}
+    sizes = {name: draw(st.integers(1, largest)) for name, largest in most.items()}
+    bias, seed = draw(st.booleans()), draw(st.integers(0, 1000))
+    return make_problem(**sizes, ranks=tuple(ranks), bias=bias, random_labels=True, seed=seed)
 
 
 @pytest.mark.slow
@@ -205,13 +200,8 @@ def test_what_is_not_finite_and_what_is_small_rounds_as_defined(dtype: torch.dty
     adapter = replace(p, weight=weight, B=p.B * 0.01).adapter()
     modulation, W0 = defined_modulation(adapter), adapter.weight.float()
     W_eff = torch.where(modulation == 0, W0, W0 + W0 * modulation)
-    torch.testing.assert_close(
-        modulated_weight(adapter),
-        round_weight(W_eff, dtype),
-        equal_nan=True,
-        rtol=2 * torch.finfo(dtype).eps,
-        atol=0,
-    )
+    close = {"equal_nan": True, "rtol": 2 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(modulated_weight(adapter), round_weight(W_eff, dtype), **close)
 
 
 def defined_modulation(adapter: PackedAdapter) -> Tensor:

@@ -141,6 +141,5 @@ def test_slices_of_one_size_are_copied_only_under_dropout(
     gradients = [N, C] if copies or case.dropout else []
     forward = [C] if case.dropout or (copies and case.algorithm == "split") else []
     backward = [N] if case.dropout else []
-    assert (
-        copied == [*forward, *gradients, *backward] if copies else copied.count(C) == 2 * bool(case.dropout)
-    )
+    expected = [*forward, *gradients, *backward]
+    assert copied == expected if copies else copied.count(C) == 2 * bool(case.dropout)

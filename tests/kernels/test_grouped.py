@@ -59,13 +59,8 @@ def test_nothing_beside_the_operands_is_touched(guarded: Guarded) -> None:
     p = problem((5, 0, 9)).to(torch.float32)
     a = p.adapter
     placed = replace(a, **{name: guarded(getattr(a, name), row_padding=8) for name in ("weight", "A", "B")})
-    beside = replace(
-        p,
-        x=guarded(p.x, row_padding=8),
-        dy=guarded(p.dy, row_padding=8),
-        ends=guarded(p.ends),
-        adapter=placed,
-    )
+    x, dy = guarded(p.x, row_padding=8), guarded(p.dy, row_padding=8)
+    beside = replace(p, x=x, dy=dy, ends=guarded(p.ends), adapter=placed)
     for ours, plain in zip(beside.operator("triton"), p.operator("triton"), strict=True):
         assert torch.equal(ours, plain)
 

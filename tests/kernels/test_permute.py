@@ -67,9 +67,8 @@ def test_dropout_zeroes_or_scales(dtype: torch.dtype) -> None:
     gathered = gather(x, partition, dropout=dropout)
     undropped = scatter_columns(gathered, partition, torch.empty_like(x))
     assert torch.equal(undropped, expected)
-    assert torch.equal(
-        scatter_columns(gather(x, partition), partition, torch.empty_like(x), dropout=dropout), expected
-    )
+    moved = scatter_columns(gather(x, partition), partition, torch.empty_like(x), dropout=dropout)
+    assert torch.equal(moved, expected)
 
 
 @pytest.mark.parametrize("seed", [-3, 2**62 + 2**33 + 5])

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -104,9 +104,8 @@ class Gpu:
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu()
-    monkeypatch.setattr(
-        InterpretedFunction, "run", lambda kernel, *args, **kw: found.run(kernel, *args, **kw)
-    )
+    run = lambda kernel, *args, **given: found.run(kernel, *args, **given)  # noqa: E731
+    monkeypatch.setattr(InterpretedFunction, "run", run)
     triton.runtime.driver.set_active(FakeDriver(FakeGpu(1)))
     yield found
     triton.runtime.driver._active = None
@@ -240,9 +239,8 @@ def test_a_refused_kernel_never_runs(kernel: str, case: Case, spoil: Any, file: 
 def test_a_wrong_kernel_of_dx_refuses_none_of_the_factors(file: Path, gpu: Gpu) -> None:
     p = MERGED.problem(**SIZES | {"tokens": 66})
     gpu.name, gpu.spoil = "modulated_weight_kernel", one_in_a_thousand
-    _, messages = warned(
-        lambda: verified.backward(p.dy.flatten(0, -2), p.x.flatten(0, -2), p.adapter(), None, needs_x=True)
-    )
+    given = p.dy.flatten(0, -2), p.x.flatten(0, -2), p.adapter(), None
+    _, messages = warned(lambda: verified.backward(*given, needs_x=True))
     assert [gpu.name in message for message in messages] == [True]
     assert "contract_kernel" in gpu.names()
     assert {name.partition(" ")[0] for name, reason in kept(file).items() if reason} == {gpu.name}
@@ -391,9 +389,8 @@ def test_a_call_without_tokens_refuses_nothing(gpu: Gpu) -> None:
     for tokens in (0, 1):
         few = replace(p, x=p.x[:tokens], dy=p.dy[:tokens])
         for algorithm in ("merged", "split"):
-            _, messages = warned(
-                lambda few=few, algorithm=algorithm: few.forward(backend="triton", algorithm=algorithm)
-            )
+            options = {"backend": "triton", "algorithm": algorithm}
+            _, messages = warned(partial(few.forward, **options))
             assert messages == []
 
 

@@ -91,9 +91,8 @@ def unchanged(model):
         found += [(name, held.to_dict()) for name, held in getattr(model, "peft_config", {}).items()]
         values = {key: value for key, value in model.state_dict().items() if not value.is_meta}
         found += [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
-        return found, {
-            key: value.detach().clone().view(-1).view(torch.uint8) for key, value in values.items()
-        }
+        copies = {key: value.detach().clone() for key, value in values.items()}
+        return found, {key: value.view(-1).view(torch.uint8) for key, value in copies.items()}
 
     before, state = now()
     yield

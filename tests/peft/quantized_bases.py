@@ -77,6 +77,5 @@ def load(folder, kind, dtype=torch.float32):
     config, device = KINDS[kind], "cuda" if kind == TILE_PACKED else "cpu"
     if callable(config):
         return config(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)).eval()
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=dtype, device_map=device
-    ).eval()
+    given = {"quantization_config": config, "device_map": device}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given).eval()

@@ -180,9 +180,8 @@ def test_ten_lines_of_safetensors_apply_an_adapter(llama, tokens, tmp_path):
     base = llama()
     model = adapt(llama(), init_weights=False, num_blocks=3).eval()
     model.save_pretrained(tmp_path)
-    blocks = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "peft.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    page = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (apply,) = (block for block in blocks if "load_file" in block)
     exec(apply, {"folder": str(tmp_path), "model": base})
     torch.testing.assert_close(logits(base.eval(), tokens), logits(model, tokens), rtol=1e-4, atol=1e-5)

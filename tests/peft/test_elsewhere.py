@@ -80,9 +80,8 @@ def test_it_adapts_and_goes_on(plugin: Any, tmp_path: Path) -> None:
     assert any(p.grad is not None and p.grad.any() for p in model.parameters())
     model.save_pretrained(tmp_path)
     for inference in (False, True):
-        loaded, _ = plugin.load_adapter(
-            tiny_llama(), Cfg(YAML, lora_model_dir=str(tmp_path)), inference=inference
-        )
+        given = Cfg(YAML, lora_model_dir=str(tmp_path))
+        loaded, _ = plugin.load_adapter(tiny_llama(), given, inference=inference)
         assert any(p.requires_grad for p in loaded.parameters()) is not inference
 
 
@@ -119,9 +118,8 @@ def test_the_method_comparison_runs_ours(
     (tmp_path / "utils.py").write_text(UTILS)
     (tmp_path / "run.py").write_text(RUN)
     peft.HiraConfig(r=4, target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / "hira")
-    experiment = {"smoa": COMPARISON / "experiments/smoa/llama-3.2-3B-rank32", "hira": tmp_path / "hira"}[
-        method
-    ]
+    ours = COMPARISON / "experiments/smoa/llama-3.2-3B-rank32"
+    experiment = ours if method == "smoa" else tmp_path / "hira"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", [])

@@ -1,14 +1,21 @@
 """Experts in PEFT: every kind of class against its own forward in float64, and their adapters' life cycle."""
 
+import re
+
 import pytest
 import torch
 from adapted import close, logits
 from adapted_experts import assert_within_budget
 from peft import PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_experts import BOTH, KINDS, adapt, config, tiny_experts, weights
 from torch_calls import saved_tensors
+from transformers import AutoModelForCausalLM
 
+from smoa_kernels.adapter_folder.inspecting import inspect_adapter
+from smoa_kernels.cli import main
 from smoa_kernels.peft import Experts, SMoAConfig
 
 # Comparison with the class's own forward
@@ -91,15 +98,8 @@ def test_beside_adapted_linear_layers_and_modules_that_are_saved(tokens, tmp_pat
 
 
 def test_patterns_name_parameters(recwarn):
-    patterns = {"experts.down_proj": 2}
-    model = get_peft_model(
-        tiny_experts(),
-        config(
-            rank_pattern={"experts.down_proj": 4},
-            num_blocks_pattern=patterns,
-            alpha_pattern={"layers.1.*": 1.0},
-        ),
-    )
+    of_weights = {"rank_pattern": {"experts.down_proj": 4}, "num_blocks_pattern": {"experts.down_proj": 2}}
+    model = get_peft_model(tiny_experts(), config(**of_weights, alpha_pattern={"layers.1.*": 1.0}))
     found = weights(model)
     for name, weight in found.items():
         down = name.endswith("down_proj")
@@ -131,13 +131,9 @@ def test_layers_are_chosen_as_among_modules(left, settings, recwarn):
 
 
 def test_patterns_that_match_nothing_are_named():
+    ranks = {"experts.dwon_proj": 4, "experts.down_proj": 4}
     with pytest.warns(RuntimeWarning) as caught:
-        get_peft_model(
-            tiny_experts(),
-            config(
-                rank_pattern={"experts.dwon_proj": 4, "experts.down_proj": 4}, granule_pattern={"q_proj": 2}
-            ),
-        )
+        get_peft_model(tiny_experts(), config(rank_pattern=ranks, granule_pattern={"q_proj": 2}))
     messages = [str(w.message) for w in caught if "did not match" in str(w.message)]
     assert ["rank_pattern" in messages[0], "granule_pattern" in messages[1], len(messages)] == [True, True, 2]
     assert "ignored: ['experts.dwon_proj']" in messages[0]
@@ -222,3 +218,48 @@ def test_many_weights_show_a_bar(monkeypatch, capsys):
         adapt(tiny_experts(), block_order="spectral")
         shown = capsys.readouterr().err
         assert ("4/4" in shown) == ("block_order='contiguous' sorts none" in shown) == (many == matrices)
+
+
+# On disk, and in bases as transformers stores them
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    adapt(tiny_experts(), block_order="random").save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_commands_on_bases_as_transformers_saves_them(tmp_path, kind, capsys):
+    """Stored expert by expert, or fused and transposed as gpt-oss."""
+    model = tiny_experts(kind)
+    model.save_pretrained(tmp_path / "base")
+    adapted = adapt(model, block_order="random")
+    adapted.save_pretrained(tmp_path / "adapter")
+    shapes = [(6, weight.out_features, weight.in_features) for weight in weights(adapted).values()]
+    report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert sorted(layer.shape for layer in report.layers) == sorted(shapes)
+    assert report.fits
+    assert max(layer.base_distance for layer in report.layers) < 1e-3
+    with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    (changed,) = (
+        key for key in state if re.search(r"1\.\w+\.experts\.(4\.)?(down_proj|w2)(\.weight)?$", key)
+    )
+    (state[changed] if kind != "gpt_oss" else state[changed][4]).normal_()
+    save_file(state, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert [layer.worst_expert for layer in report.layers if not layer.fits] == [4]
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 1
+    assert "(expert 4)" in capsys.readouterr().out
+
+
+def test_bases_that_are_stored_expert_by_expert(tokens, adapter, tmp_path, transformers_adapters):
+    """transformers stores Qwen3-MoE's experts one by one and fuses them on loading; the adapter's names stay."""
+    tiny_experts().save_pretrained(tmp_path / "v4")
+    with safe_open(tmp_path / "v4" / "model.safetensors", "pt") as file:
+        assert "model.layers.0.mlp.experts.5.down_proj.weight" in file.keys()  # noqa: SIM118
+    expected = logits(adapt(tiny_experts(), block_order="random"), tokens)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "v4").eval()
+    model.load_adapter(str(adapter))
+    close(logits(model, tokens), expected)

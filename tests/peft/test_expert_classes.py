@@ -53,9 +53,8 @@ def test_class(module, name):
     x, index, routing = torch.randn(9, 32), torch.randint(6, (9, 2)), torch.rand(9, 2)
     expected = plain(x, index, routing)
     targets = [f"experts.{weight}" for weight, parameter in plain.named_parameters() if parameter.ndim == 3]
-    model = get_peft_model(
-        nn.ModuleDict({"experts": plain}), config(target_parameters=targets, init_weights=True)
-    )
+    settings = config(target_parameters=targets, init_weights=True)
+    model = get_peft_model(nn.ModuleDict({"experts": plain}), settings)
     (experts,) = (module for module in model.modules() if isinstance(module, Experts))
     assert len(experts.weights) == 2
     assert torch.equal(experts(x, index, routing), expected)

@@ -144,12 +144,14 @@ def test_another_dtype_and_other_ranks_of_blocks_are_refused(pair, tmp_path):
 
 def refused(first, folder, message):
     model = loaded(first)
-    scalings = [layer.packed("default", layer.base_weight()).scaling.item() for layer in layer_list(model)]
+
+    def scalings():
+        return [layer.packed("default", layer.base_weight()).scaling.item() for layer in layer_list(model)]
+
+    before = scalings()
     with unchanged(model), pytest.raises((ValueError, FileNotFoundError), match=message):
         hotswap(model, folder)
-    assert scalings == [
-        layer.packed("default", layer.base_weight()).scaling.item() for layer in layer_list(model)
-    ]
+    assert scalings() == before
 
 
 @pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}])

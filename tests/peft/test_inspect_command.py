@@ -17,9 +17,8 @@ from smoa_kernels.peft import SMoAConfig
 @pytest.fixture
 def adapter(tmp_path):
     model = tiny_llama(num_hidden_layers=11)
-    config = SMoAConfig(
-        r=5, num_blocks=3, target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"]
-    )
+    targets = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
+    config = SMoAConfig(r=5, num_blocks=3, **targets)
     get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 

@@ -11,9 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from smoa_kernels import BlockPartition
+from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.definition.block_rule import BlockRule
-from smoa_kernels.peft import Linear, SMoAConfig, hotswap
+from smoa_kernels.peft import SMoAConfig, hotswap
 from smoa_kernels.peft.base_weight import BaseWeight
 
 # Configuration by layer
@@ -38,9 +38,8 @@ def test_patterns_scaling_and_layers(llama):
     )
     model = get_peft_model(llama(), config)
     found = {name.removeprefix("base_model.model.model."): layer for name, layer in layers(model).items()}
-    assert set(found) == {f"layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"} | {
-        "layers.1.mlp.up_proj"
-    }
+    attention = {f"layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qv"}
+    assert set(found) == attention | {"layers.1.mlp.up_proj"}
     assert found["layers.0.self_attn.q_proj"].ranks("default").tolist() == [5, 1, 0, 2]
     assert found["layers.0.self_attn.q_proj"].scaling["default"] == 16 / 8**0.5
     assert found["layers.0.self_attn.v_proj"].ranks("default").tolist() == [1, 1, 1, 1]
@@ -65,9 +64,8 @@ def test_patterns_scaling_and_layers(llama):
 def test_biases_train_and_are_saved(gpt2, tokens, tmp_path, bias):
     model = get_peft_model(gpt2(), config(gpt2(), target_modules=["c_fc"], bias=bias, smoa_alpha=0.5))
     trained = {name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")}
-    assert len(trained) == (
-        2 if bias == "smoa_only" else len([n for n, _ in gpt2().named_parameters() if "bias" in n])
-    )
+    of_the_base = [name for name, _ in gpt2().named_parameters() if "bias" in name]
+    assert len(trained) == (2 if bias == "smoa_only" else len(of_the_base))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     logits(model, tokens).square().mean().backward()
     optimizer.step()
@@ -155,21 +153,24 @@ SCALES = [
 
 
 @pytest.mark.numerical
-def test_a_backward_uses_the_scale_of_its_forward():
+@pytest.mark.parametrize("kind", ["fused", "peft"])
+def test_a_backward_uses_the_scale_of_its_forward(kind):
     """diffusers scales a layer, calls it, and unscales it before the backward."""
     torch.manual_seed(0)
-    gradients = []
+    base = nn.Linear(8, 6)
+    layer = FusedSMoALinear.from_linear(base, r=4)
+    if kind == "peft":
+        layer = adapt(nn.Sequential(base), target_modules=["0"]).base_model.model[0]
+    adapter, gradients = layer.smoa["default"] if kind == "peft" else layer.smoa, []
+    nn.init.normal_(adapter.B)
     for unscaled_first in (False, True):
-        torch.manual_seed(0)
-        base = nn.Linear(8, 6).requires_grad_(False)
-        layer = Linear(base, "default", SMoAConfig(r=4, init_weights=False).for_layer(""))
-        layer.initialize("default")
-        layer.scale_layer(0.5)
+        layer.set_scale("default", 0.5) if kind == "peft" else setattr(layer, "scaling", 0.5)
         loss = layer(torch.ones(3, 8)).square().sum()
         if unscaled_first:
-            layer.unscale_layer(0.5)
+            layer.unscale_layer(0.5) if kind == "peft" else setattr(layer, "scaling", 2.0)
+        adapter.A.grad = None
         loss.backward()
-        gradients.append(layer.smoa["default"].A.grad)
+        gradients.append(adapter.A.grad)
     assert torch.equal(*gradients)
 
 
@@ -218,18 +219,6 @@ def test_a_changed_scale_is_kept_and_compiled_code_reads_it(tmp_path):
     assert layer.scaling["default"] == 7 / 5
     layer.delete_adapter("default")
     assert not layer.scaling
-
-
-@pytest.mark.numerical
-@torch.no_grad()
-def test_torchs_encoder_calls_adapted_layers():
-    """Its fast path in evaluation reads weights. A stack of layers makes a nested tensor of a padded batch."""
-    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2)
-    x, padding = torch.randn(2, 5, 32), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    model = adapt(stack, target_modules=["linear1", "linear2"])
-    found = model(x), model(x, src_key_padding_mask=padding)
-    stack = model.merge_and_unload()
-    torch.testing.assert_close(found, (stack(x), stack(x, src_key_padding_mask=padding)))
 
 
 @pytest.mark.numerical

@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapted import CONFIG, adapt, config, layers, logits
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_experts import tiny_experts
+from tiny_experts import BOTH, tiny_experts
 from torch import nn
 
 from smoa_kernels import FusedSMoALinear
@@ -50,10 +50,8 @@ def test_the_scale_is_loras_times_three_blocks_over_the_weights_size(
 
 
 def test_experts_of_a_weight_share_one_scale():
-    model = get_peft_model(
-        tiny_experts(),
-        SMoAConfig(r=4, target_parameters=["experts.down_proj", "experts.gate_up_proj"], use_lora_rate=True),
-    )
+    settings = SMoAConfig(r=4, target_parameters=BOTH, use_lora_rate=True)
+    model = get_peft_model(tiny_experts(), settings)
     weights = [layer for layer in layers(model).values() if isinstance(layer, ExpertsWeight)]
     assert weights
     assert scales(model) == expected(model, 1.0, 2)
@@ -61,32 +59,33 @@ def test_experts_of_a_weight_share_one_scale():
     assert len(pattern) == len(weights)
 
 
-def curve(smoa, factor, alpha, lora_rate=True):
-    """Training losses of a small model with W0 scaled by `factor` and the input scaled by its inverse."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
-    x, labels = torch.randn(64, 24), torch.randint(0, 4, (64,))
-    with torch.no_grad():
-        model[0].weight *= factor
-    shared = {"r": 4, "target_modules": ["0"]}
-    kind = (
-        SMoAConfig(**shared, smoa_alpha=alpha, use_lora_rate=lora_rate)
-        if smoa
-        else LoraConfig(**shared, lora_alpha=alpha)
-    )
+def trained(smoa, base, settings, loss_of, steps, rate):
+    """A model with an adapter, after some steps of Adam, and the losses of these steps."""
+    alpha = settings.pop("alpha")
+    given = {"smoa_alpha": alpha, "use_lora_rate": True} if smoa else {"lora_alpha": alpha}
     torch.manual_seed(1)
-    model = get_peft_model(model, kind)
-    optimizer = torch.optim.AdamW(
-        (p for p in model.parameters() if p.requires_grad), lr=0.02, weight_decay=0.0
-    )
+    kind = SMoAConfig if smoa else LoraConfig
+    model = get_peft_model(base, kind(target_modules=["0"], **settings, **given))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
-    for _ in range(30):
-        loss = nn.functional.cross_entropy(model(x / factor), labels)
+    for _ in range(steps):
+        loss = loss_of(model)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses
+    return model, losses
+
+
+def curve(smoa, factor, alpha):
+    """Training losses of a small model with W0 scaled by `factor` and the input scaled by its inverse."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
+    x, labels = torch.randn(64, 24), torch.randint(0, 4, (64,))
+    with torch.no_grad():
+        base[0].weight *= factor
+    loss = lambda model: nn.functional.cross_entropy(model(x / factor), labels)  # noqa: E731
+    return trained(smoa, base, {"r": 4, "alpha": alpha}, loss, steps=30, rate=0.02)[1]
 
 
 @pytest.mark.numerical
@@ -100,22 +99,13 @@ def test_it_follows_lora_to_a_smaller_weight_and_a_larger_input(smoa):
     assert curve(smoa, 0.125, 4.0) != pytest.approx(first, rel=0.05)
 
 
-def update(smoa: bool, alpha: int, steps: int) -> float:
+def update(smoa, alpha, steps):
     """‖ΔW‖ of a layer after some steps of Adam."""
     torch.manual_seed(0)
     base, x, target = nn.Linear(576, 576), torch.randn(64, 576), torch.randn(64, 576)
-    before, shared = base.weight.detach().clone(), {"r": 16, "target_modules": ["0"]}
-    kind = (
-        SMoAConfig(**shared, num_blocks=2, smoa_alpha=alpha, use_lora_rate=True)
-        if smoa
-        else LoraConfig(**shared, lora_alpha=alpha)
-    )
-    model = get_peft_model(nn.Sequential(base), kind)
-    optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), lr=2e-4)
-    for _ in range(steps):
-        nn.functional.mse_loss(model(x), target).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    before, settings = base.weight.detach().clone(), {"r": 16, "alpha": alpha}
+    loss = lambda model: nn.functional.mse_loss(model(x), target)  # noqa: E731
+    model, _ = trained(smoa, nn.Sequential(base), settings, loss, steps, rate=2e-4)
     return float((model.merge_and_unload()[0].weight - before).norm())
 
 

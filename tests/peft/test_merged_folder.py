@@ -38,9 +38,8 @@ from smoa_kernels.peft import merge_to_folder, merged_weights
 def test_refused_by_name_and_nothing_is_left(prepare, message, folders, tmp_path, capsys):
     prepare(*folders)
     before = sorted(tmp_path.iterdir())
-    assert_refused(
-        capsys, lambda *given: main(["merge", *map(str, given)]), message, *folders, tmp_path / "out"
-    )
+    command = lambda *given: main(["merge", *map(str, given)])  # noqa: E731
+    assert_refused(capsys, command, message, *folders, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -101,9 +100,8 @@ def test_a_merge_that_fails(at, dtype, exists, sharded, tmp_path, monkeypatch):
 
     failure = pytest.raises(KeyboardInterrupt)
     if at is None:
-        monkeypatch.setattr(
-            f"smoa_kernels.adapter_folder.merging.{'save_file' if dtype else 'shutil.copyfile'}", full
-        )
+        written = "save_file" if dtype else "shutil.copyfile"
+        monkeypatch.setattr(f"smoa_kernels.adapter_folder.merging.{written}", full)
         failure = pytest.raises(OSError, match=f"cannot save to {out}, which is as it was: .*No space left")
     with failure:
         merge_to_folder(*sharded, out, dtype=dtype, progress=interrupt)
@@ -138,9 +136,8 @@ def test_files_that_the_adapter_does_not_change_are_copied(sharded, tmp_path):
     """Byte for byte; but not a file that is cut short, or that lacks what the index says it holds."""
     base, adapter = sharded
     report = merge_to_folder(base, adapter, tmp_path / "out")
-    same = [
-        name for name in report.files if (base / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    ]
+    read = lambda folder, name: (folder / name).read_bytes()  # noqa: E731
+    same = [name for name in report.files if read(base, name) == read(tmp_path / "out", name)]
     assert 0 < len(same) < len(report.files) == len(list(base.glob("*.safetensors")))
     whole = (base / same[0]).read_bytes()
     (base / same[0]).write_bytes(whole[:-1])
@@ -185,16 +182,8 @@ def test_a_folder_that_another_process_fills_meanwhile_is_left_alone(folders, tm
 
 def test_files_beside_the_weights(folders, tmp_path, capsys):
     base, adapter = folders
-    for name in (
-        "tokenizer.json",
-        "chat_template.jinja",
-        "LICENSE",
-        "README.md",
-        "pytorch_model.bin",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        ".hidden",
-    ):
+    copied, left = ("tokenizer.json", "chat_template.jinja", "LICENSE"), ("README.md", "pytorch_model.bin")
+    for name in (*copied, *left, "adapter_config.json", "adapter_model.safetensors", ".hidden"):
         (base / name).write_text("base")
     (base / "original").mkdir()
     (base / "original" / "params.json").write_text("base")
@@ -225,9 +214,8 @@ def test_peak_memory_is_a_shard_and_a_layer(tmp_path):
     model = tiny_llama(**sizes).bfloat16()
     layer = 2 * 2048 * 512
     model.save_pretrained(tmp_path / "base", max_shard_size=8 * layer)
-    trained(
-        model, config(target_modules=["up_proj", "down_proj"], block_order="contiguous"), tmp_path / "adapter"
-    )
+    settings = config(target_modules=["up_proj", "down_proj"], block_order="contiguous")
+    trained(model, settings, tmp_path / "adapter")
     places = (tmp_path / name for name in ("base", "adapter", "out"))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         grown, _, files = fresh.submit(merge, "merge_to_folder", "", *places).result()

@@ -140,9 +140,8 @@ def test_float8_takes_no_merged_weight(quantizable):
 
 def test_other_weights_of_eight_bits_are_refused():
     layer = float8_layer(nn.Linear(64, 32), None)
-    layer.weight = nn.Parameter(
-        torch.zeros(32, 32, dtype=torch.int8), requires_grad=False
-    )  # FP4, two values in a byte
+    # FP4, two values in a byte
+    layer.weight = nn.Parameter(torch.zeros(32, 32, dtype=torch.int8), requires_grad=False)
     for kind in (layer, FP8GroupedLinear(8, 32, 2)):
         with pytest.raises(ValueError, match=rf"weight of {type(kind).__name__} is torch.*dequantize=True"):
             adapt(nn.Sequential(kind), target_modules=["0"])

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import tiny_experts as experts
 import torch
+from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from adapted import WEIGHTS, adapt, config, edit_weights, logits, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -85,6 +86,22 @@ OF_LAYERS = [
 ]
 
 
+def offloaded_attention():
+    classes = {"preload_module_classes": ["MultiheadAttention"]}
+    return cpu_offload(nn.MultiheadAttention(8, 2), execution_device="cpu", **classes)
+
+
+# Layers that are neither linear nor experts.
+OTHERS = [
+    (offloaded_attention, {}, "0: an nn.MultiheadAttention that accelerate offloads"),
+    (lambda: nn.MultiheadAttention(8, 2), {"smoa_dropout": 0.1}, "smoa_dropout must be 0 where nn.Multihead"),
+    (lambda: nn.Conv2d(4, 6, 3), {"num_blocks": 7, "r": 7}, "0: num_blocks must be at most"),
+    (lambda: nn.Embedding(9, 6).to(torch.float8_e4m3fn), {}, "of Embedding is torch.float8_e4m3fn"),
+    (lambda: nn.Embedding(9, 6, max_norm=0.5), {}, r"must have max_norm=None, got 0\.5"),
+    (lambda: nn.ConvTranspose2d(4, 6, 3), {}, "is not supported"),
+]
+
+
 def called(self, *args, **kwargs):
     return nn.MultiheadAttention.forward(self, *args, **kwargs)
 
@@ -105,6 +122,10 @@ REFUSED = [
         )
         for kind in (nn.MultiheadAttention, type("Attention", (nn.MultiheadAttention,), {"forward": called}))
     ),
+    *(
+        (lambda make=make: nn.Sequential(make()), config(target_modules=["0"], **settings), message)
+        for make, settings, message in OTHERS
+    ),
     (
         lambda: tiny_experts().model.layers[0].mlp.experts,
         experts.config(target_parameters=["down_proj"]),
@@ -121,7 +142,8 @@ REFUSED = [
 @pytest.mark.parametrize(("make", "settings", "message"), REFUSED, ids=[row[2][:60] for row in REFUSED])
 def test_what_cannot_be_adapted(make, settings, message):
     """Neither by a first adapter nor by a second one."""
-    model, refused = make(), partial(pytest.raises, (TypeError, ValueError), match=message)
+    error = TypeError if "modules_to_save cannot" in message else ValueError  # PEFT's own
+    model, refused = make(), partial(pytest.raises, error, match=message)
     with unchanged(model), refused():
         get_peft_model(model, copy.deepcopy(settings))
     assert not hasattr(model, "peft_config")
@@ -249,10 +271,7 @@ def test_an_adapter_of_other_experts_is_taken_out_again(tmp_path):
     experts.adapt(tiny_experts(num_experts=5)).save_pretrained(tmp_path / "five")
     experts.adapt(tiny_experts(seed=7)).save_pretrained(tmp_path / "seven")
     model = tiny_experts()
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match=r"size mismatch for .*experts.gate_up_proj.A"),
-    ):
+    with unchanged(model), pytest.raises(ValueError, match=r"size mismatch for .*experts.gate_up_proj.A"):
         PeftModel.from_pretrained(model, tmp_path / "five")
     with unchanged(model), pytest.raises(ValueError, match="trained on another base weight in 4 layers"):
         PeftModel.from_pretrained(model, tmp_path / "seven", strict_base=True)

@@ -13,6 +13,8 @@ from transformers import GenerationConfig
 from smoa_kernels.definition.packed import padding_masks
 from smoa_kernels.peft import SMoAConfig
 
+pytestmark = pytest.mark.numerical
+
 MIXES = {
     "agree": ({"r": 6}, {"r": 4, "smoa_alpha": 2}),
     "uneven": ({}, {"r": 7, "block_ranks": [0, 4, 3]}),
@@ -40,7 +42,6 @@ def mix(request):
 # Several active adapters
 
 
-@pytest.mark.numerical
 def test_adapters_with_different_dropout_are_each_dropped(llama):
     model = two_adapters(llama(), {"smoa_dropout": 0.5}, {})
     activate(model, "one", "two")
@@ -50,7 +51,6 @@ def test_adapters_with_different_dropout_are_each_dropped(llama):
     assert (mean - expected).norm() < 0.1 * (expected - layer.base_layer(x[0])).norm()
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("names", [["default"], ["default", "other"]])
 def test_labels_that_fully_shard_moves_in_place_bring_their_blocks_along(llama, tokens, names):
     """Here the meta device stands for the one on which blocks were left."""
@@ -67,9 +67,8 @@ def test_labels_that_fully_shard_moves_in_place_bring_their_blocks_along(llama, 
 
 
 def test_padding_may_hold_anything():
-    model = two_adapters(
-        nn.Sequential(nn.Linear(12, 9)), *({"target_modules": ["0"]} | mix for mix in MIXES["uneven"])
-    )
+    of_one_layer = ({"target_modules": ["0"], **settings} for settings in MIXES["uneven"])
+    model = two_adapters(nn.Sequential(nn.Linear(12, 9)), *of_one_layer)
     activate(model, "one", "two")
     layer, x = model.base_model.model[0], torch.randn(4, 12)
     expected = layer(x)
@@ -84,7 +83,6 @@ def test_padding_may_hold_anything():
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("order", [["one", "two"], ["two", "one"]])
 def test_merging_several_adapters(make_model, tokens, mix, order):
     model = two_adapters(make_model(), *MIXES[mix])
@@ -107,7 +105,6 @@ def test_merging_several_adapters(make_model, tokens, mix, order):
 # Mixed batches
 
 
-@pytest.mark.numerical
 def test_trls_reference_is_a_copy(folder, make_model, tokens):
     """TRL adds "ref" with the configuration of "default", whose blocks it takes, and copies the factors."""
     saved, expected = folder
@@ -126,7 +123,6 @@ def test_trls_reference_is_a_copy(folder, make_model, tokens):
         assert not torch.allclose(logits(model, tokens), expected, atol=1e-2)
 
 
-@pytest.mark.numerical
 def test_each_sample_meets_its_own_adapter(make_model, tokens, mix):
     model = two_adapters(make_model(), *MIXES[mix])
     names = ["two", "__base__", "one"]
@@ -141,7 +137,6 @@ def test_each_sample_meets_its_own_adapter(make_model, tokens, mix):
         close(output[i], expected[name][i])
 
 
-@pytest.mark.numerical
 def test_mixed_batch_in_generation_with_beams(make_model, tokens):
     model = two_adapters(make_model(), *MIXES["agree"])
     generation = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False, "pad_token_id": 0}
@@ -154,7 +149,6 @@ def test_mixed_batch_in_generation_with_beams(make_model, tokens):
         assert torch.equal(mixed[i, : alone.shape[1]], alone[0])
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize(
     "asked",
     [
@@ -198,16 +192,14 @@ def test_mixed_batch_bad_input(llama, tokens):
 # Weighted adapters
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("weights", [[1.0, 1.0], [0.7, -1.3]])
 def test_concatenation_is_the_weighted_sum(make_model, tokens, mix, weights, tmp_path):
     model = two_adapters(make_model(), *MIXES[mix])
     model.add_weighted_adapter(["one", "two"], weights, "both")
     assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".both"))
     for layer in layers(model).values():
-        expected = sum(
-            w * layer.get_delta_weight(name) for w, name in zip(weights, ("one", "two"), strict=True)
-        )
+        first, second = map(layer.get_delta_weight, ("one", "two"))
+        expected = weights[0] * first + weights[1] * second
         close(layer.get_delta_weight("both"), expected)
     activate(model, "both")
     expected = logits(model, tokens)
@@ -232,7 +224,6 @@ FURTHER = {
 }
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("case", FURTHER)
 def test_concatenation_over_layers_that_differ(llama, tokens, tmp_path, case):
     model = two_adapters(llama(), *FURTHER[case])
@@ -246,7 +237,6 @@ def test_concatenation_over_layers_that_differ(llama, tokens, tmp_path, case):
     close(logits(PeftModel.from_pretrained(llama(), tmp_path / "both").eval(), tokens), expected, 1e-6)
 
 
-@pytest.mark.numerical
 def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
     def base():
         torch.manual_seed(0)
@@ -265,7 +255,6 @@ def test_concatenation_adapts_no_layer_whose_name_ends_alike(tmp_path):
     close(PeftModel.from_pretrained(base(), tmp_path / "both").eval()(x), expected)
 
 
-@pytest.mark.numerical
 def test_linear_combination_sums_the_factors(llama):
     model = two_adapters(llama(), *MIXES["agree"])
     model.add_weighted_adapter(["one"], [-2.0], "scaled", combination_type="linear")

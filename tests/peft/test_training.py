@@ -7,13 +7,15 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from problems import DEVICE
-from tiny_models import tiny_llama
+from tiny_models import STEPS_ALONE, tiny_llama
 from torch import nn
 from torch._dynamo.utils import counters
 from torch_calls import saved_tensors
 from transformers import Trainer, TrainingArguments
 
 from smoa_kernels.peft import SMoAConfig, SMoALayer
+
+pytestmark = pytest.mark.numerical
 
 SETTINGS = {"r": 4, "target_modules": "all-linear"}
 
@@ -29,20 +31,9 @@ def samples(count=24):
 
 
 def trainer(folder, model, **settings):
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 6,
-        "learning_rate": 3e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": DEVICE.type == "cpu",
-        "seed": 3,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-    }
-    arguments = TrainingArguments(**{**defaults, **settings})
+    steps = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 3e-2}
+    given = {**STEPS_ALONE, **steps, "use_cpu": DEVICE.type == "cpu", **settings}
+    arguments = TrainingArguments(str(folder), **given)
     return Trainer(model=model, args=arguments, train_dataset=samples(), eval_dataset=samples(8))
 
 
@@ -57,7 +48,6 @@ def as_scripts_do():
         yield
 
 
-@pytest.mark.numerical
 @pytest.mark.usefixtures("as_scripts_do")
 def test_trainer_learns_and_resumes_on_the_same_curve(tmp_path):
     torch.manual_seed(0)
@@ -82,7 +72,6 @@ def kept_for_backward(config, x):
     return {t.data_ptr(): t for t in saved if t.data_ptr() not in parameters}
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_more_is_kept_for_backward_than_lora_keeps(dtype, dropout):
@@ -95,11 +84,9 @@ def test_no_more_is_kept_for_backward_than_lora_keeps(dtype, dropout):
     assert all(t.numel() <= 1 if t.is_floating_point() else t.numel() <= 96 for t in ours.values())
 
 
-@pytest.mark.numerical
 def test_autocast_computes_in_half_precision_and_differentiates():
-    layer = get_peft_model(
-        nn.Sequential(nn.Linear(96, 64)), SMoAConfig(target_modules=["0"], init_weights=False)
-    )
+    config = SMoAConfig(target_modules=["0"], init_weights=False)
+    layer = get_peft_model(nn.Sequential(nn.Linear(96, 64)), config)
     x = torch.randn(32, 96)
     with torch.autocast(x.device.type, torch.bfloat16):
         y = layer(x)
@@ -111,7 +98,6 @@ def test_autocast_computes_in_half_precision_and_differentiates():
 
 
 @pytest.mark.slow
-@pytest.mark.numerical
 @pytest.mark.parametrize("adapters", [1, 2])  # two have different blocks and are summed
 def test_a_whole_model_compiles_into_one_graph_for_all_lengths(adapters):
     torch._dynamo.reset()
@@ -132,7 +118,6 @@ def test_a_whole_model_compiles_into_one_graph_for_all_lengths(adapters):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.numerical
 def test_moving_and_casting_the_model(tokens):
     model = adapt(tiny_llama(), init_weights=False, smoa_alpha=0.5).eval()
     expected = model(tokens).logits
@@ -144,10 +129,8 @@ def test_moving_and_casting_the_model(tokens):
         layer._apply(torch.clone)  # as a move to another device does
         adapter = layer.smoa["default"]
         assert adapter.is_current()  # already: the next forward may be compiled
-        before, adapter.row_block = (
-            adapter.partition,
-            adapter.row_block.clone(),
-        )  # as another process's labels come
+        before = adapter.partition
+        adapter.row_block = adapter.row_block.clone()  # as another process's labels come
         assert not adapter.is_current()
         assert layer.partition("default") == before
     assert (half(tokens).logits.float() - expected).norm() < 0.05 * expected.norm()
@@ -164,7 +147,6 @@ def test_moving_and_casting_the_model(tokens):
         source.load_state_dict({**state, key: state[key] + 100})
 
 
-@pytest.mark.numerical
 @pytest.mark.parametrize("order", ["spectral", "contiguous"])
 def test_adapters_of_a_base_whose_weights_come_later(order, tokens):
     def model(base):

@@ -165,9 +165,8 @@ class _Memory:
     def _zeros(self, count: int, dtype: type) -> int:
         """The address of zeros. Untouched pages cost nothing, however many there are."""
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
-        array: np.ndarray = np.frombuffer(
-            mmap.mmap(-1, max(count, 1) * np.dtype(dtype).itemsize, flags=flags), dtype
-        )
+        memory = mmap.mmap(-1, max(count, 1) * np.dtype(dtype).itemsize, flags=flags)
+        array: np.ndarray = np.frombuffer(memory, dtype)
         self._arrays.append(array)
         return array.ctypes.data
 

@@ -35,12 +35,8 @@ class Region(ctypes.Structure):
     """A tensor argument: its addresses in the kernel, its storage, and the last writer and reader of each byte."""
 
     _fields_ = [
-        ("start", _u64),
-        ("size", _u64),
-        ("storage", _pointer),
-        ("in_view", _pointer),
-        ("writer", _pointer),
-        ("reader", _pointer),
+        *((name, _u64) for name in ("start", "size")),
+        *((name, _pointer) for name in ("storage", "in_view", "writer", "reader")),
         ("poison", _u32),
     ]
 
@@ -59,25 +55,14 @@ class Job(ctypes.Structure):
 
     _fields_ = [
         ("code", _pointer),
-        ("size", _u32),
-        ("register_bytes", _u32),
-        ("predicates", _u32),
-        ("registers", _pointer),
-        ("initial_predicates", _pointer),
-        ("special", _pointer),
-        ("extra", _pointer),
+        *((name, _u32) for name in ("size", "register_bytes", "predicates")),
+        *((name, _pointer) for name in ("registers", "initial_predicates", "special", "extra")),
         ("grid", _u32 * 3),
-        ("threads", _u32),
-        ("shared_size", _u32),
-        ("parameters", _pointer),
-        ("regions", _pointer),
-        ("region_count", _u32),
-        ("hopper", _u32),
-        ("wgmma", _u32),
-        ("stats", _pointer),
-        ("reports", _pointer),
-        ("most_reports", _u32),
-        ("report_count", _u32),
+        *((name, _u32) for name in ("threads", "shared_size")),
+        *((name, _pointer) for name in ("parameters", "regions")),
+        *((name, _u32) for name in ("region_count", "hopper", "wgmma")),
+        *((name, _pointer) for name in ("stats", "reports")),
+        *((name, _u32) for name in ("most_reports", "report_count")),
         ("kind_counts", _pointer),
         ("error", ctypes.c_char * 512),
     ]

@@ -148,10 +148,8 @@ def test_accesses(warps: int, kinds: set[str], body: str) -> None:
     launch = run_ptx(body, torch.zeros(64), threads=32 * warps)
     noticed = {finding.kind for finding in launch.findings}
     assert kinds <= noticed if warps > 1 and kinds else kinds == noticed
-    assert {finding.kind for finding in launch.errors} == noticed - {
-        "duplicate_store",
-        "same_value_write_write",
-    }
+    notes = {"duplicate_store", "same_value_write_write"}
+    assert {finding.kind for finding in launch.errors} == noticed - notes
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Sizes are several whole tiles, as in most layers. tests/kernels, which also runs
 """
 
 from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 import torch
@@ -76,9 +77,7 @@ def test_lanes_gather_neighbours(kernel: str) -> None:
     run, _ = WORKLOADS[kernel](Operands(key, form, torch.device("cpu")))
     with configured(kernel, KERNELS[kernel].default(key, f"sm_{ARCH}", 132)):
         run()
-    found = [
-        pair for launch in emulator.launches for pair in zip(launch.program.texts, launch.stats, strict=True)
-    ]
-    gathers = [stat for text, stat in found if "ld.global.b16" in text and stat["requests"]]
+    found = [zip(launch.program.texts, launch.stats, strict=True) for launch in emulator.launches]
+    gathers = [stat for text, stat in chain(*found) if "ld.global.b16" in text and stat["requests"]]
     assert gathers
     assert all(stat["sectors"] < 9 * stat["requests"] for stat in gathers)

@@ -56,11 +56,8 @@ def test_last_bit_of_a_product(kind: str, warps: int) -> None:
     a, b = (torch.randn(64, 128) * scale).to(dtype), torch.randn(128, 16).to(dtype)
     c = Product(a, b, precision).run((64, 16, 32), warps=warps)
     assert torch.equal(c, tensor_core_sums(a, b))
-    shapes = {
-        re.search(r"m64n\d+k\d+", text)[0]
-        for text in emulator.launches[-1].program.texts
-        if "wgmma.mma" in text
-    }
+    products = [text for text in emulator.launches[-1].program.texts if "wgmma.mma" in text]
+    shapes = {re.search(r"m64n\d+k\d+", text)[0] for text in products}
     assert len(shapes) == (warps == 4 and ARCH == 90)
 
 

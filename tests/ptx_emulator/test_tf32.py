@@ -23,10 +23,8 @@ pytestmark = pytest.mark.smoke
 STEP = 2**-10
 """The step from 1 to the next number in TF32 and in float16."""
 FACTOR = 1 + 0.75 * STEP
-X, WEIGHT = (
-    1 + 3 * 2**-6,
-    1 + 2**-6,
-)  # exact in float16; with dY = 1, H holds their product, 1 + 2^-4 + 0.75 STEP
+# Exact in float16; with dY = 1, H holds their product, 1 + 2^-4 + 0.75 STEP.
+X, WEIGHT = 1 + 3 * 2**-6, 1 + 2**-6
 
 
 def alike(owner: object, **values: float) -> dict[str, Tensor]:

@@ -27,10 +27,8 @@ def save_model(folder, seed=0, **sizes):
     """A tiny Llama with a vocabulary of 256, and random weights so large that adapters change its tokens."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, **sizes}
-    config = LlamaConfig(
-        vocab_size=256, num_hidden_layers=2, num_key_value_heads=2, initializer_range=0.12, **sizes
-    )
-    model = AutoModelForCausalLM.from_config(config)
+    sizes |= {"vocab_size": 256, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(initializer_range=0.12, **sizes))
     model.save_pretrained(folder)
     words = Tokenizer(WordLevel({f"w{word}": word for word in range(256)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()

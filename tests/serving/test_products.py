@@ -156,13 +156,10 @@ def test_half_precision_keeps_a_small_update_where_w0_is_there(slot_of, recorded
 @pytest.mark.parametrize("keep", [False, True])
 def test_the_engines_output_may_have_another_dtype(keep, slot_of):
     layer = Layer(torch.bfloat16, weight=not keep, keep=keep)
-    x, step = (
-        torch.randn(len(slot_of), C).bfloat16(),
-        Step.of(torch.tensor(slot_of), torch.empty(64, dtype=torch.long)),
-    )
-    y = layer.slots.output(
-        x, layer.bias, step, lambda: F.linear(x.float(), layer.weight.float(), layer.bias.float())
-    )
+    x = torch.randn(len(slot_of), C).bfloat16()
+    step = Step.of(torch.tensor(slot_of), torch.empty(64, dtype=torch.long))
+    wide = lambda: F.linear(x.float(), layer.weight.float(), layer.bias.float())  # noqa: E731
+    y = layer.slots.output(x, layer.bias, step, wide)
     assert y.dtype == torch.float32
     torch.testing.assert_close(y.double(), layer.expected(x, slot_of), rtol=2**-7, atol=0.1)
 

@@ -77,9 +77,8 @@ def answers(engine, adapters, prompts, tokens=8):
 def some_prompts(names, count=3):
     generator = torch.Generator().manual_seed(1)
     lengths = [5 + 7 * at for at in range(count)]
-    return [
-        (name, torch.randint(2, 256, (n,), generator=generator).tolist()) for n in lengths for name in names
-    ]
+    draw = lambda n: torch.randint(2, 256, (n,), generator=generator).tolist()  # noqa: E731
+    return [(name, draw(n)) for n in lengths for name in names]
 
 
 def against_peft(base, adapters, prompts, answers):
@@ -199,10 +198,9 @@ def test_bf16_decode_keeps_an_update_of_a_thousandth(names, engine, base, tmp_pa
     running.apply_model(watch)
     prompts = some_prompts(names, count=12 // len(names))
     answers(running, adapters, prompts, tokens=24)
-    weight = load_file(base / "model.safetensors")["model.layers.1.mlp.down_proj.weight"].bfloat16().double()
-    factors = {
-        name: read_served(folder).layers["model.layers.1.mlp.down_proj"] for name, folder in adapters.items()
-    }
+    path = "model.layers.1.mlp.down_proj"
+    weight = load_file(base / "model.safetensors")[f"{path}.weight"].bfloat16().double()
+    factors = {name: read_served(folder).layers[path] for name, folder in adapters.items()}
     delta = {name: weight * (found.B.double() @ found.A.double()) for name, found in factors.items()}
     sizes = [float(own.norm() / weight.norm()) for own in delta.values()]
     assert all(5e-4 < size < 2e-3 for size in sizes), sizes
@@ -232,9 +230,8 @@ def test_lora_and_base_are_unchanged_by_the_plugin(engine, adapters, monkeypatch
 
 def test_a_model_merged_into_int4_answers_as_its_adapter_beside_the_base(engine, base, tmp_path):
     """vLLM's own kernel of four bits, which takes bf16, against PEFT in float32."""
-    int4, adapter, merged, dequantised = (
-        tmp_path / name for name in ("int4", "adapter", "merged", "float32")
-    )
+    names = "int4", "adapter", "merged", "float32"
+    int4, adapter, merged, dequantised = (tmp_path / name for name in names)
     model = AutoModelForCausalLM.from_pretrained(base)
     packed = write_base(int4, "compressed-tensors int4", model=model)
     for name, layer in packed.items():
@@ -243,9 +240,8 @@ def test_a_model_merged_into_int4_answers_as_its_adapter_beside_the_base(engine,
     write_adapter(adapter, packed, scale=0.1)
     merge_to_folder(int4, adapter, merged)
     prompts = some_prompts(["merged"])
-    found = answers(
-        engine(merged, dtype="bfloat16", enable_lora=False, skip_tokenizer_init=True), {}, prompts
-    )
+    running = engine(merged, dtype="bfloat16", enable_lora=False, skip_tokenizer_init=True)
+    found = answers(running, {}, prompts)
     worst, _ = against_peft(dequantised, {"merged": adapter}, prompts, found)
     without, _ = against_peft(dequantised, {}, [(None, ids) for _, ids in prompts], found)
     assert worst < 0.1 * without, (worst, without)

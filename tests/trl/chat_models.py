@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from peft import get_peft_model
-from tiny_models import tiny_llama
+from tiny_models import STEPS_ALONE, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -26,28 +26,14 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-QUESTIONS = (
-    "how far is it?",
-    "who wrote that",
-    "is rain wet, and why?",
-    "one more",
-    "which way",
-    "and then?",
-)
+QUESTIONS = ("how far is it?", "who wrote that", "is rain wet, and why?")
+QUESTIONS = (*QUESTIONS, "one more", "which way", "and then?")
 ANSWERS = ("two miles.", "nobody knows", "yes: water is", "no", "left, then right", "home")
 # The plainest settings, so that a simple loop can compute each step's loss.
 PLAIN: dict[str, Any] = {
-    "max_steps": 4,
-    "per_device_train_batch_size": 3,
-    "learning_rate": 1e-2,
-    "lr_scheduler_type": "constant",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-    "seed": 3,
+    **STEPS_ALONE,
+    **{"max_steps": 4, "per_device_train_batch_size": 3, "learning_rate": 1e-2},
+    **{"use_cpu": True, "bf16": False},
 }
 
 
@@ -72,13 +58,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def save_base(folder: Path) -> Path:
     """A folder with a chat model of random weights and its tokenizer."""
     words = tokenizer()
-    model = tiny_llama(
-        vocab_size=len(words),
-        initializer_range=0.1,
-        pad_token_id=words.pad_token_id,
-        eos_token_id=words.eos_token_id,
-        bos_token_id=None,
-    )
+    special = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": None}
+    model = tiny_llama(vocab_size=len(words), initializer_range=0.1, **special)
     model.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

@@ -38,6 +38,12 @@ PYTHON = Path(os.environ.get("VLLM", ".venv-vllm"), "bin", "python").absolute()
 SEQUENCE = torch.tensor([1, *range(40, 64)])
 
 
+@torch.no_grad()
+def scored(model: nn.Module) -> Tensor:
+    """The log-probabilities of `SEQUENCE`."""
+    return log_probs(model, SEQUENCE, torch.ones(len(SEQUENCE), dtype=bool))
+
+
 class Server(ThreadingHTTPServer):
     """Has vLLM's addresses. A policy is the base with `W0 ∘ (1 + BA)`, of the factors that the plugin reads."""
 
@@ -61,10 +67,7 @@ class Server(ThreadingHTTPServer):
 
     def scores(self, version: int) -> Tensor:
         """The log-probabilities of `SEQUENCE` by one version of the policy."""
-        with torch.no_grad():
-            return log_probs(
-                self.policies[f"trl-policy-v{version}"], SEQUENCE, torch.ones(len(SEQUENCE), dtype=bool)
-            )
+        return scored(self.policies[f"trl-policy-v{version}"])
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -110,9 +113,7 @@ class Rollouts:
         assert not self.server.paused
         scores = self.server.scores(version)
         model = twin(self.trainer, load_base(self.server.base), self.trainer.model.peft_config["default"])
-        with torch.no_grad():
-            trained = log_probs(model, SEQUENCE, torch.ones(len(SEQUENCE), dtype=bool))
-        self.differences.append((scores - trained).abs().max().item())
+        self.differences.append((scores - scored(model)).abs().max().item())
         self.scores.append(scores)
         for advantage in (1.0, -0.5, 0.2) * 3:  # the data loader reads ahead
             tokens = SEQUENCE.numpy()
@@ -123,6 +124,12 @@ class Rollouts:
                     advantage=advantage, model_version=version, group_id=version, metrics={},
                 )
             )  # fmt: skip
+
+    def check(self) -> None:
+        """Each step trained another policy, and the server answered with it."""
+        assert len(self.differences) == PLAIN["max_steps"] + 1
+        assert max(self.differences) < 1e-4
+        assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(self.scores))
 
     def start(self) -> None: ...
     def stop(self) -> None: ...
@@ -142,17 +149,15 @@ def attention(
     for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True):
         own = (side.transpose(0, 1) for side in (q[a:b], k[c:d], v[c:d]))
         seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
-        found.append(
-            F.scaled_dot_product_attention(*own, seen, scale=given["softmax_scale"], enable_gqa=True)
-        )
+        scaled = {"scale": given["softmax_scale"], "enable_gqa": True}
+        found.append(F.scaled_dot_product_attention(*own, seen, **scaled))
     return torch.cat(found, 1).transpose(0, 1)
 
 
 @pytest.fixture
 def server(base: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(
-        async_grpo_trainer, "get_peak_flops_per_device", lambda *_: 1.0
-    )  # asks for a GPU's name
+    # It asks for a GPU's name.
+    monkeypatch.setattr(async_grpo_trainer, "get_peak_flops_per_device", lambda *_: 1.0)
     monkeypatch.setattr(packing, "_flash_attn", lambda: SimpleNamespace(flash_attn_varlen_func=attention))
     made = Server(base)
     thread = Thread(target=made.serve_forever, args=(0.01,), daemon=True)
@@ -192,11 +197,8 @@ def test_the_policy_that_answers_is_the_one_that_was_trained(
 ) -> None:
     trainer = made(server, tmp_path, CONFIGS[method]())
     trainer.train()
-    worker = trainer.rollout_worker
-    assert len(worker.differences) == PLAIN["max_steps"] + 1
-    assert max(worker.differences) < 1e-4
-    assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(worker.scores))
-    assert len(server.policies) < len(worker.scores)  # old ones are unloaded
+    trainer.rollout_worker.check()
+    assert len(server.policies) < len(trainer.rollout_worker.scores)  # old ones are unloaded
 
 
 def test_a_sync_that_fails_stops_with_a_sentence_and_the_old_adapter_serves_on(
@@ -229,18 +231,9 @@ class VLLM:
 
     def __init__(self, base: Path, python: Path) -> None:
         self.base, self.url = base, f"http://127.0.0.1:{self.port}"
-        options = (
-            "--enable-lora --max-lora-rank 8 --max-loras 6 --max-model-len 64 --dtype float32 --enforce-eager"
-        )
-        command = [
-            python,
-            "-m",
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            base,
-            "--port",
-            str(self.port),
-        ]
+        options = f"--port {self.port} --enable-lora --max-lora-rank 8 --max-loras 6 --max-model-len 64"
+        options += " --dtype float32 --enforce-eager"
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", base]
         self.process = subprocess.Popen(
             [*command, *options.split()],
             env={
@@ -280,10 +273,7 @@ def test_vllm_answers_with_the_policy_that_was_trained(
         config = adapter(init_weights=False, target_modules="all-linear")
         trainer = made(vllm, tmp_path / "run", config)
         trainer.train()
-        worker = trainer.rollout_worker
-        assert len(worker.differences) == PLAIN["max_steps"] + 1
-        assert max(worker.differences) < 1e-4
-        assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(worker.scores))
+        trainer.rollout_worker.check()
 
         def torn(*given: Any) -> None:
             save_adapter(*given)
@@ -293,7 +283,7 @@ def test_vllm_answers_with_the_policy_that_was_trained(
         monkeypatch.setattr(sending, "save_adapter", torn)
         with pytest.raises(RuntimeError, match=r"vLLM, which goes on with the last .*truncated"):
             trainer._sync_weight()
-        assert torch.equal(vllm.scores(5), worker.scores[-1])
+        assert torch.equal(vllm.scores(5), trainer.rollout_worker.scores[-1])
     finally:
         vllm.process.terminate()
         vllm.process.wait(60)

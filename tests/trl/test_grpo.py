@@ -51,15 +51,9 @@ class Server:
     def generate(self, prompts: list[list[int]], n: int, max_tokens: int, **_: Any) -> dict[str, Any]:
         completions, chances = [], []
         for prompt in prompts:
-            output = self.model.generate(
-                torch.tensor([prompt]),
-                do_sample=True,
-                top_k=0,
-                max_new_tokens=max_tokens,
-                num_return_sequences=n,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+            sampled = {"do_sample": True, "top_k": 0, "max_new_tokens": max_tokens, "num_return_sequences": n}
+            returned = {"output_logits": True, "return_dict_in_generate": True}
+            output = self.model.generate(torch.tensor([prompt]), **sampled, **returned)
             logs = torch.stack(output.logits, 1).log_softmax(-1)
             for row, log in zip(output.sequences[:, len(prompt) :], logs, strict=True):
                 ended = (row == self.model.config.eos_token_id).nonzero()[:1, 0].tolist()
@@ -112,11 +106,8 @@ def test_each_step_sends_merged_weights_and_leaves_the_base_bit_for_bit(
         merged = {}
         for name, module in trainer.model.named_modules():
             if hasattr(module, "get_delta_weight"):
-                weight = module.get_base_layer().weight
-                delta = module.get_delta_weight("default")
-                merged[name.removeprefix("base_model.model.") + ".weight"] = round_weight(
-                    weight + delta, dtype
-                )
+                W_eff = module.get_base_layer().weight + module.get_delta_weight("default")
+                merged[name.removeprefix("base_model.model.") + ".weight"] = round_weight(W_eff, dtype)
         expected.append({key: value.clone() for key, value in (original | merged).items()})
         sync()
         assert_base_is(trainer.model, before)
@@ -129,15 +120,13 @@ def test_each_step_sends_merged_weights_and_leaves_the_base_bit_for_bit(
         assert sent.keys() == wanted.keys()
         for key, value in sent.items():
             # Sums of float32 in another order; near a threshold of bfloat16 that may move an entry by its last bit.
-            torch.testing.assert_close(
-                value, wanted[key], rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-7
-            )
+            rounding = 1e-6 if dtype == torch.float32 else 2**-7
+            torch.testing.assert_close(value, wanted[key], rtol=rounding, atol=1e-7)
             assert dtype == torch.float32 or (value != wanted[key]).double().mean() < 1e-3
     some = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(server.sent[0][some], server.sent[-1][some])
     assert_base_is(trainer.model, before)
     if dtype == torch.float32:  # server and trainer agree
-        ratios = [
-            entry["sampling/importance_sampling_ratio/mean"] for entry in trainer.state.log_history[:-1]
-        ]
+        key = "sampling/importance_sampling_ratio/mean"
+        ratios = [entry[key] for entry in trainer.state.log_history[:-1]]
         assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-4)
