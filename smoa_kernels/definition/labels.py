@@ -75,17 +75,6 @@ def check_range(name: str, labels: Tensor, num_blocks: int) -> None:
         )
 
 
-def check_groups(name: str, col_block: Tensor, group_size: int) -> None:
-    """Adjacent columns, `group_size` of them, must be in one block: they share a column of A."""
-    size, columns = min(group_size, col_block.shape[-1]), col_block.shape[-1]
-    if size > 1:
-        repeated = col_block[..., ::size].repeat_interleave(size, -1)[..., :columns]
-        if not torch.equal(repeated, col_block):
-            raise ValueError(
-                f"{name} must have blocks of columns that end at groups of group_size={group_size}"
-            )
-
-
 def check_labels(name: str, labels: Tensor) -> None:
     """Labels must be a vector of integers that holds numbers."""
     check_dense(name, labels, integer=True)
