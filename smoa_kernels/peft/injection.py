@@ -27,7 +27,7 @@ from .config import SMoAConfig
 from .dequantize import groups_of, quantization_of, take_groups
 from .experts.experts import Experts, ExpertsWeight
 from .experts.targets import find_targets
-from .folder.loading import PARAMETER_PREFIX, Snapshot, check_adapter
+from .folder.loading import PARAMETER_PREFIX, Snapshot, check_adapter, name_groups
 from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
 from .modulated import AdaptedModule, Attention, Convolution, Embedding, ParameterLayer
@@ -385,6 +385,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SMoAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> Any:
+        state_dict = name_groups(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuners = [module for module in model.modules() if isinstance(module, SMoAModel)]
         snapshots = [tuner.snapshots.pop(adapter_name, None) for tuner in tuners]
