@@ -146,6 +146,9 @@ def test_act_order(order, blocks, tokens, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(gptq_base(packed), tmp_path / "adapter", is_trainable=True)
     assert torch.equal(logits(again.eval(), tokens), trained)
+    plain = dequantized(packed)
+    with unchanged(plain), pytest.raises(ValueError, match=r"loses .*\.col_group: load by PeftModel"):
+        plain.load_adapter(str(tmp_path / "adapter"))
     over_plain = PeftModel.from_pretrained(dequantized(packed), tmp_path / "adapter", strict_base=True).eval()
     close(logits(over_plain, tokens), trained)
     assert torch.equal(step(again), step(model))
