@@ -106,6 +106,17 @@ def test_groups_of_columns_anywhere(order: str, num_blocks: int, group_size: int
     torch.testing.assert_close(A.grad, summed)
 
 
+def test_a_batch_of_layers() -> None:
+    """As `torch.func` computes an ensemble, whose labels are batched too."""
+    layers, x = [grouped(order, 2, 4) for order in ORDERS], torch.randn(7, 52)
+    states = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
+
+    def call(*state: dict[str, torch.Tensor]) -> object:
+        return torch.func.functional_call(layers[0], state, (x,))
+
+    torch.testing.assert_close(torch.func.vmap(call)(*states), torch.stack([layer(x) for layer in layers]))
+
+
 def test_rows_are_sorted_one_by_one_and_columns_by_groups() -> None:
     weight = torch.randn(33, 52)
     partition = BlockRule(3, "spectral", 2, group_size=8).build(weight)

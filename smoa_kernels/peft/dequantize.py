@@ -74,7 +74,7 @@ def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | Non
     if held := packed or (weight is not None and weight.itemsize < 2 and weight.dtype):
         raise ValueError(
             f"the weight of {type(base).__name__} is {held}, which SMoA reads in FP8Linear of transformers and in "
-            "layers of bitsandbytes, torchao and gptqmodel (GPTQ, BACKEND.TORCH): load with dequantize=True, or the "
+            "layers of bitsandbytes, torchao and gptqmodel (its gptq_torch kernel): load with dequantize=True, or the "
             "model that was quantised"
         )
     return None
