@@ -90,6 +90,10 @@ def test_groups_of_columns_anywhere(order: str, num_blocks: int, group_size: int
     layer.smoa.reset(zero=False)
     rows, cols, A, B = (getattr(layer.smoa, name) for name in ("row_block", "col_block", "A", "B"))
     assert all(len(cols[groups == group].unique()) == 1 for group in groups)
+    by_group = groups.argsort(stable=True)
+    in_order = layer._rule.build(layer.weight[:, by_group])
+    assert torch.equal(in_order.col_block, cols[by_group])
+    assert torch.equal(in_order.row_block, rows)
     sizes = [int(cols[groups == group][0]) for group in range(int(groups.max()) + 1)]
     counts = zip(layer.block_ranks, layer.partition.row_sizes, range(num_blocks), strict=True)
     assert layer.smoa.num_parameters == sum(r * (n + sizes.count(block)) for r, n, block in counts)
