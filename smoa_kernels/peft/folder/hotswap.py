@@ -34,7 +34,7 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     Raises:
         TypeError: `folder` is not a path.
         ValueError, FileNotFoundError: the folder is damaged or another method's, or its adapter differs from the
-            model's in its layers, ranks, blocks, block sizes or dtype, was trained on another base, or trains
+            model's in its layers, ranks, blocks, block sizes, groups or dtype, was trained on another base, or trains
             biases or whole modules; the model has no such adapter, or it is merged or sharded. Nothing was changed.
 
     Example:
