@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from .checks import check_finite, check_like, granules
 from .definition.experts import ExpertBlocks
-from .definition.groups import check_groups, check_map, group_position, of_columns
-from .definition.labels import check_range, label_dtype
+from .definition.labels import check_groups, check_map, check_range, group_position, label_dtype, of_columns
 from .definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
@@ -52,7 +51,7 @@ class Adapter(nn.Module):
         row_block, col_block: the block of each row (N,) and column (C,), uint8, or int32 above 256 blocks.
         ranks: int32 (K,); zeros until there are blocks.
         sketch: float32 (33,), of the W0 that the adapter is trained on.
-        col_group: the group of each column, int32 (C,), of a base in act-order (`definition/groups.py`); None where
+        col_group: the group of each column, int32 (C,), of a base in act-order (`definition/labels.py`); None where
             groups are of adjacent columns. It is set before there are blocks, or loaded with them.
         scaling: s, 0-d.
         block_ranks: the numbers in `ranks`.

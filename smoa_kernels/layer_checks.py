@@ -20,7 +20,7 @@ from .backends import ALGORITHM_CHOICES, BACKEND_CHOICES
 from .checks import check_choice, check_count, check_device, check_finite, check_kind, check_probability
 from .definition.block_rule import BlockRule
 from .definition.dropout import WIDEST
-from .definition.groups import check_groups
+from .definition.labels import check_groups
 from .definition.partition import BlockPartition
 from .definition.precision import DTYPES
 from .definition.ranks import resolve_ranks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .definition import reference
 from .definition.dropout import Dropout, draw_seed
-from .definition.groups import of_columns
+from .definition.labels import of_columns
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .functional import adapted_linear, dense_update, embedded_rows, modulated_convolution

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..adapter import ALL_KEYS, LABELS, STATE_KEYS, check_complete, check_values
 from ..checks import check_dense, granules
 from ..definition.experts import ExpertBlocks
-from ..definition.groups import group_position, of_columns
+from ..definition.labels import group_position, of_columns
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.sketch import SKETCH_SIZE, sketch_distance, sketch_weight

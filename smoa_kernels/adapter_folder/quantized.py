@@ -22,7 +22,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..backends import eager
 from ..checks import naming
-from ..definition.groups import group_of_columns, of_groups
+from ..definition.labels import group_of_columns, of_groups
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight

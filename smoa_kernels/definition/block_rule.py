@@ -19,7 +19,7 @@ from ..checks import (
     granules,
     on_sides,
 )
-from .groups import group_order
+from .labels import group_order
 from .partition import BlockPartition
 
 BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
@@ -73,7 +73,7 @@ class BlockRule(NamedTuple):
     def build(self, weight: Tensor, col_group: Tensor | None = None) -> BlockPartition:
         """Compute the blocks of a weight, on its device; of a meta weight only the shape is read.
 
-        Where `col_group` gives the group of each column (`groups.py`), they are those of W0 with its columns in the
+        Where `col_group` gives the group of each column (`labels.py`), they are those of W0 with its columns in the
         order of their groups.
         """
         if not self.needs_weight:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .groups import of_groups
+from .labels import of_groups
 from .partition import BlockPartition
 from .thresholds import ORIGIN, Place
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..adapter_folder.settings import FORMAT_VERSION, full_name
 from ..checks import check_choice, check_finite
-from ..definition.groups import same_groups
+from ..definition.labels import same_groups
 from ..definition.packed import PackedAdapter, padding_masks
 from ..definition.partition import BlockPartition
 from .config import SMoAConfig

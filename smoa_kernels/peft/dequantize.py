@@ -19,7 +19,7 @@ from transformers.integrations.finegrained_fp8 import FP8Linear
 
 from ..adapter import Adapter
 from ..checks import MOST_COORDINATES, naming
-from ..definition.groups import check_map
+from ..definition.labels import check_map
 from ..definition.precision import without_autocast
 
 # Weights are read through float32 tensors of a few rows. Those of this many elements fit a core's cache.

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..adapter import ALL_KEYS, Adapter
 from ..adapter_folder.settings import AdapterSettings
 from ..checks import check_choice
-from ..definition.groups import of_groups, same_groups
+from ..definition.labels import of_groups, same_groups
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.shard import LayerShard

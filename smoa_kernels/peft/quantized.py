@@ -19,7 +19,7 @@ from ..adapter import Adapter
 from ..adapter_folder.quantized import group_multiplier
 from ..backends import resolve_backend
 from ..definition.dropout import Dropout, draw_seed
-from ..definition.groups import of_columns
+from ..definition.labels import of_columns
 from ..definition.packed import PackedAdapter
 from ..definition.precision import autocast_enabled, without_autocast
 from ..functional import adapted_linear, cast_factors

@@ -11,7 +11,7 @@ from torch import nn
 from ...adapter_folder.format import CONFIG_NAME, PREFIX
 from ...adapter_folder.reading import Adapter, read_adapter
 from ...checks import check_path, naming, shown
-from ...definition.groups import same_groups
+from ...definition.labels import same_groups
 from ..config import SMoAConfig
 from ..layer import SMoALayer, keys_of, layers_with
 from .loading import check_adapter
