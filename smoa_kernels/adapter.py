@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .checks import check_finite, check_like, granules
 from .definition.experts import ExpertBlocks
-from .definition.labels import check_groups, check_range, label_dtype
-from .definition.packed import PackedAdapter, draw_A, of_columns, padding_masks, scaling_tensor
+from .definition.labels import check_groups, check_map, check_range, group_position, label_dtype, of_columns
+from .definition.packed import PackedAdapter, draw_A, padding_masks, scaling_tensor
 from .definition.partition import BlockPartition
 from .definition.ranks import trainable_parameters
 from .definition.shard import LayerShard
@@ -22,8 +22,10 @@ from .definition.sketch import SKETCH_SIZE
 from .definition.thresholds import ORIGIN
 from .operators.dispatch import is_observed, parameter
 
-# An adapter's tensors, as state dicts and safetensors files name them, and those of them that say where its blocks are.
+# An adapter's tensors, as state dicts and safetensors files name them, those that some adapters have beside them, and
+# those that say where its blocks are.
 STATE_KEYS = ("A", "B", "row_block", "col_block", "ranks", "sketch", "scaling")
+ALL_KEYS = (*STATE_KEYS, "col_group")
 LABELS = ("row_block", "col_block", "ranks")
 
 
@@ -33,7 +35,8 @@ class Adapter(nn.Module):
     ρ is the largest rank of its K blocks. For a stack of E weights, each tensor but `ranks` and `scaling` has E as a
     further first dimension. Moving, casting, saving and loading are `nn.Module`'s; a cast changes the factors alone.
 
-    With a `group_size` g above 1, A has one column for each g adjacent columns of W0 (docs/four_bits.md).
+    With a `group_size` g above 1, A has one column for each g adjacent columns of W0 (docs/four_bits.md), or for each
+    group of g that `col_group` names.
 
     Args:
         shape: (N, C), or (E, N, C).
@@ -48,6 +51,8 @@ class Adapter(nn.Module):
         row_block, col_block: the block of each row (N,) and column (C,), uint8, or int32 above 256 blocks.
         ranks: int32 (K,); zeros until there are blocks.
         sketch: float32 (33,), of the W0 that the adapter is trained on.
+        col_group: the group of each column, int32 (C,), of a base in act-order (`definition/labels.py`); None where
+            groups are of adjacent columns. It is set before there are blocks, or loaded with them.
         scaling: s, 0-d.
         block_ranks: the numbers in `ranks`.
         stack: (E,), or () for a single weight.
@@ -61,6 +66,7 @@ class Adapter(nn.Module):
     ranks: Tensor
     sketch: Tensor
     scaling: Tensor
+    col_group: Tensor | None
 
     def __init__(
         self,
@@ -79,6 +85,7 @@ class Adapter(nn.Module):
         self.shard: LayerShard | None = None
         self._partition: Any = None  # made of the labels in `_made_of`
         self._made_of: tuple[Tensor, ...] = ()
+        self._position: Tensor | None = None  # of columns in the order of `col_group`
         self._kept: PackedAdapter | None = None  # of the last call; it holds what the backend made of it
         self.A = nn.Parameter(
             torch.zeros(*stack, rho, granules(cols, group_size), device=device, dtype=dtype)
@@ -89,6 +96,7 @@ class Adapter(nn.Module):
         self.register_buffer("ranks", torch.zeros(len(ranks), device=device, dtype=torch.int32))
         self.register_buffer("sketch", torch.zeros(*stack, SKETCH_SIZE, device=device, dtype=torch.float32))
         self.register_buffer("scaling", scaling_tensor(scaling, torch.device("cpu")))
+        self.register_buffer("col_group", None)
         self._place_scaling(self.scaling)
 
     @property
@@ -149,6 +157,7 @@ class Adapter(nn.Module):
     def _keep_partition(self, partition: Any) -> None:
         self._partition, self._kept = partition, None
         self._made_of = self.row_block, self.col_block, self.ranks
+        self._position = group_position(self.col_group)
 
     def share(self, partition: Any) -> None:
         """Take an equal partition, which another adapter holds, in place of its own."""
@@ -190,11 +199,16 @@ class Adapter(nn.Module):
         else:
             self._keep_partition(partition)
 
+    def set_groups(self, col_group: Tensor | None) -> None:
+        """Take the group of each column, before blocks are set."""
+        held = self.ranks.device
+        self.col_group = None if col_group is None else col_group.to(held, torch.int32, copy=True)
+
     @torch.no_grad()
     def reset(self, *, zero: bool = True) -> None:
         """Draw A_k uniform in ±1/√C_k (Kaiming, a=√5); set B to zero, or draw it where not `zero`."""
         for A, B, part in zip(self._each(self.A), self._each(self.B), self.partitions(), strict=True):
-            draw_A(A, part, self.ranks, self.group_size)
+            draw_A(A, part, self.ranks, self.group_size, self.col_group)
             B.zero_()
             if not zero:
                 B.normal_().mul_(padding_masks(part, self.ranks, B.shape[-1])[1])
@@ -226,7 +240,7 @@ class Adapter(nn.Module):
             A, B, place = self.shard.local(A), self.shard.local(B), self.shard.place
         partition = self._partition if self.is_current() else self.read_labels()
         if self.group_size > 1:
-            A = of_columns(A, self.group_size, partition.shape[1])
+            A = of_columns(A, self.group_size, partition.shape[1], self._position)
         ranks, s = buffers["ranks"], buffers["scaling"]
         # A graph would depend on what is kept.
         kept = None if torch.compiler.is_dynamo_compiling() else self._kept
@@ -255,7 +269,7 @@ class Adapter(nn.Module):
 
         Args:
             name: the layer's, for messages.
-            given: tensors by `STATE_KEYS`, None for a missing tensor.
+            given: tensors by `ALL_KEYS`, None for a missing tensor.
             assign: whether they become the adapter's, rather than their values.
 
         Raises:
@@ -287,12 +301,14 @@ class Adapter(nn.Module):
         for key in self._buffers:
             if (local := getattr(state_dict.get(prefix + key), "to_local", None)) is not None:
                 state_dict[prefix + key] = local()
-        given = {key: state_dict.get(prefix + key) for key in STATE_KEYS}
+        given = {key: state_dict.get(prefix + key) for key in ALL_KEYS}
         if all(value is None for value in given.values()):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
             return
         assign = bool(local_metadata.get("assign_to_params_buffers"))
         self.check_state(prefix.rstrip(".") or "the adapter", given, assign=assign)
+        if (groups := given["col_group"]) is None or self.col_group is None:
+            self.col_group = None if groups is None else torch.empty_like(self.col_block, dtype=torch.int32)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         self._place_scaling(self.scaling)
         self._made_of = ()
@@ -342,16 +358,18 @@ def check_values(name: str, given: Mapping[str, Tensor], r: int, rho: int, group
 
     Args:
         name: the layer's, for messages.
-        given: tensors by `STATE_KEYS`.
+        given: tensors by `ALL_KEYS`.
         r: the sum of the ranks.
         rho: the largest of them.
-        group_size: columns that share one of A, and so are in one block.
+        group_size: how many columns share one of A, and so are in one block.
     """
     ranks = given["ranks"].tolist()
     if min(ranks) < 0 or max(ranks) != rho or sum(ranks) != r:
         raise ValueError(f"{name}: ranks must sum to r={r} with a largest rank of {rho}, got {ranks}")
     for key in ("row_block", "col_block"):
         check_range(f"{name}.{key}", given[key], len(ranks))
-    check_groups(f"{name}.col_block", given["col_block"], group_size)
+    if (groups := given.get("col_group")) is not None:
+        check_map(f"{name}.col_group", groups, given["col_block"].shape, group_size)
+    check_groups(f"{name}.col_block", given["col_block"], group_size, groups)
     if not given["scaling"].is_meta:
         check_finite(f"{name}.scaling", float(given["scaling"]))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapter import Adapter
 from .definition import reference
 from .definition.dropout import Dropout, draw_seed
+from .definition.labels import of_columns
 from .definition.packed import PackedAdapter
 from .definition.partition import BlockPartition
 from .functional import adapted_linear, dense_update, embedded_rows, modulated_convolution
@@ -166,7 +167,8 @@ class FusedSMoALinear(AdaptedWeight, nn.Linear):
         tensors = [*labels, *index, own.row_offsets, own.col_offsets]
         partition = BlockPartition.from_tensors(tensors, own.sizes())
         ranks = torch.tensor(adapter.block_ranks, dtype=torch.int32, device=x.device)
-        packed = PackedAdapter(self.weight, adapter.A, adapter.B, partition, ranks, adapter.scaling)
+        A = of_columns(adapter.A, adapter.group_size, own.shape[1])
+        packed = PackedAdapter(self.weight, A, adapter.B, partition, ranks, adapter.scaling)
         p = self.dropout if self.training else 0.0
         return reference.forward(x, self.bias, packed, "auto", Dropout(draw_seed(x.device), p) if p else None)
 

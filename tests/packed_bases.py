@@ -56,12 +56,20 @@ def adjacent(weight, size):
     return torch.arange(weight.shape[1]) // (size or weight.shape[1])
 
 
-def compressed(bits, zeros=False):
+def in_order(weight, size, seed=3):
+    """Groups as act-order makes them: each of `size` columns, which may be anywhere."""
+    groups = adjacent(weight, size)
+    return groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+
+
+def compressed(bits, zeros=False, order=False):
     def pack(weight, size):
-        groups = adjacent(weight, size)
+        groups = (in_order if order else adjacent)(weight, size)
         codes, zero, scales = integers(weight, groups, bits, zeros=zeros, dtype=torch.bfloat16)
         shape = torch.tensor(weight.shape)
         tensors = {"weight_packed": words(codes, bits), "weight_scale": scales, "weight_shape": shape}
+        if order:
+            tensors["weight_g_idx"] = groups.int()
         if zeros:
             tensors["weight_zero_point"] = words(zero.T, bits).T.contiguous()
         signed = zero - 2 ** (bits - 1) if zeros else None
@@ -75,9 +83,7 @@ def compressed(bits, zeros=False):
 
 def gptq(bits, layout, order=False, zeros=False):
     def pack(weight, size):
-        groups = adjacent(weight, size)
-        if order:
-            groups = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(3))]
+        groups = (in_order if order else adjacent)(weight, size)
         codes, zero, scales = integers(weight, groups, bits, zeros=zeros)
         stored = zero - 1 if layout == "gptq" else zero
         tensors = {"qweight": words(codes, bits).T.contiguous(), "qzeros": words(stored.T, bits)}
@@ -100,6 +106,38 @@ def awq():
         return Packed(tensors, codes - zero[:, groups], scales, groups)
 
     return pack, {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}
+
+
+class GptqLinear(torch.nn.Module):
+    """A linear layer as gptqmodel's `TorchLinear` holds it."""
+
+    SUPPORTS_TRAINING = True
+
+    def __init__(self, packed):
+        super().__init__()
+        self.out_features, self.in_features = packed.weight.shape
+        self.bias, self.wanted = None, packed.weight
+        for end, tensor in packed.tensors.items():
+            self.register_buffer(end, tensor.clone())
+
+    def dequantize_weight(self):
+        return self.wanted.T
+
+    def forward(self, x):
+        return x @ self.dequantize_weight()
+
+
+def real_gptq_linear(packed):
+    """gptqmodel's own, over a packed weight of version 2."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    rows, cols = packed.weight.shape
+    size = cols // packed.scales.shape[1]
+    layer = TorchLinear(4, size, False, True, cols, rows, register_buffers=True)
+    layer.load_state_dict(packed.tensors)
+    layer.qzero_format(2)
+    layer.post_init()
+    return layer
 
 
 # From QLoRA's paper (2305.14314, appendix E), and from the bits of 1 + 2 + 1: sign, exponent, fraction.
@@ -144,6 +182,7 @@ FORMATS = {
     "GPTQ, 8 bits": gptq(8, "gptq", zeros=True),
     "GPTQ version 2": gptq(4, "gptq_v2", zeros=True),
     "GPTQ, act-order": gptq(4, "gptq", order=True),
+    "act-order of compressed-tensors": compressed(4, order=True),
     "AWQ": awq(),
     "NF4": bitsandbytes("nf4"),
     "NF4, nested": bitsandbytes("nf4", nested=True),
@@ -226,16 +265,19 @@ def write_gguf(path, kind="Q4_0"):
 def write_adapter(folder, weights, size=GROUP, scale=0.05):
     """An adapter over these W0, packed or not, with a column of A for each group. Returns the multipliers (N, G)."""
     folder.mkdir()
+    maps = {name: each.groups for name, each in weights.items() if isinstance(each, Packed)}
     weights = {name: each.weight if isinstance(each, Packed) else each for name, each in weights.items()}
     blocks = min(2, *(each.shape[1] // size for each in weights.values()))
     state, multipliers, generator = {}, {}, torch.Generator().manual_seed(4)
     for name, weight in weights.items():
-        rows, cols = weight.shape[0], weight.shape[1] // size
+        rows, cols, groups = weight.shape[0], weight.shape[1] // size, maps.get(name, adjacent(weight, size))
         partition = BlockPartition.contiguous((rows, cols), blocks)
         A, B = (torch.randn(shape, generator=generator) for shape in ((2, cols), (rows, 2)))
         ranks = torch.full([blocks], 2, dtype=torch.int32)
         layer = {"A": A, "B": B, "row_block": partition.row_block, "ranks": ranks}
-        layer |= {"col_block": partition.col_block.repeat_interleave(size), "sketch": sketch_weight(weight)}
+        layer |= {"col_block": partition.col_block[groups], "sketch": sketch_weight(weight)}
+        if not torch.equal(groups, adjacent(weight, size)):
+            layer["col_group"] = groups.int()
         layer["scaling"] = torch.tensor(scale, dtype=torch.float64)
         state |= {f"{name}.smoa.{key}": tensor for key, tensor in layer.items()}
         inside = partition.row_block[:, None] == partition.col_block

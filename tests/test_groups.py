@@ -9,6 +9,7 @@ from torch import nn
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.definition.block_rule import BlockRule
+from smoa_kernels.functional import dense_update
 
 pytestmark = pytest.mark.numerical
 
@@ -76,6 +77,48 @@ def test_a_group_of_all_columns_is_a_number_for_each_row() -> None:
     torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="group_size must leave at least num_blocks=2 groups"):
         grouped("spectral", 2, 52)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("num_blocks", "group_size"), SIZES[:3])
+def test_groups_of_columns_anywhere(order: str, num_blocks: int, group_size: int) -> None:
+    """Against the formula with a dense A, in float64: the update, its gradients, whole groups in a block."""
+    layer = grouped(order, num_blocks, group_size).double()
+    groups = (torch.arange(52) // group_size)[torch.randperm(52)]
+    layer.smoa.set_groups(groups)
+    layer.smoa.set_blocks(layer._rule.build(layer.weight, groups))
+    layer.smoa.reset(zero=False)
+    rows, cols, A, B = (getattr(layer.smoa, name) for name in ("row_block", "col_block", "A", "B"))
+    assert all(len(cols[groups == group].unique()) == 1 for group in groups)
+    by_group = groups.argsort(stable=True)
+    in_order = layer._rule.build(layer.weight[:, by_group])
+    assert torch.equal(in_order.col_block, cols[by_group])
+    assert torch.equal(in_order.row_block, rows)
+    sizes = [int(cols[groups == group][0]) for group in range(int(groups.max()) + 1)]
+    counts = zip(layer.block_ranks, layer.partition.row_sizes, range(num_blocks), strict=True)
+    assert layer.smoa.num_parameters == sum(r * (n + sizes.count(block)) for r, n, block in counts)
+    ranks = torch.tensor(layer.block_ranks)
+    kept = torch.arange(A.shape[0])[:, None] < ranks[cols.long()]
+    dense = torch.where(kept, A.detach()[:, groups], 0).requires_grad_()
+    wanted = layer.weight * layer.scaling * (rows[:, None] == cols) * (B.detach() @ dense)
+    found = dense_update(layer.smoa.packed(layer.weight))
+    torch.testing.assert_close(found, wanted)
+    x, dy = torch.randn(2, 7, 52, dtype=torch.float64), torch.randn(7, 33, dtype=torch.float64)
+    (dense_gradient,) = torch.autograd.grad((x[0] @ wanted.T * dy).sum(), dense)
+    (layer(x[0]) * dy).sum().backward()
+    summed = torch.zeros_like(A).index_add_(1, groups, dense_gradient.where(kept, 0))
+    torch.testing.assert_close(A.grad, summed)
+
+
+def test_a_batch_of_layers() -> None:
+    """As `torch.func` computes an ensemble, whose labels are batched too."""
+    layers, x = [grouped(order, 2, 4) for order in ORDERS], torch.randn(7, 52)
+    states = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
+
+    def call(*state: dict[str, torch.Tensor]) -> object:
+        return torch.func.functional_call(layers[0], state, (x,))
+
+    torch.testing.assert_close(torch.func.vmap(call)(*states), torch.stack([layer(x) for layer in layers]))
 
 
 def test_rows_are_sorted_one_by_one_and_columns_by_groups() -> None:

@@ -7,8 +7,10 @@ The tensors of a layer are those of an :class:`smoa_kernels.adapter.Adapter`, un
     ranks (K,)              the rank of each block, int32
     sketch (33,)            of the W0 that the adapter was trained on, float32
     scaling ()              s
+    col_group (C,)          the group of each column, int32; only where groups are not of adjacent columns
 
-For the fused weight of E experts, all but `ranks` and `scaling` have E as a further first dimension.
+For the fused weight of E experts, all but `ranks` and `scaling` have E as a further first dimension; `col_group` is for
+single matrices.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter import LABELS, STATE_KEYS, check_complete, check_values
+from ..adapter import ALL_KEYS, LABELS, STATE_KEYS, check_complete, check_values
 from ..checks import check_dense, granules
 from ..definition.experts import ExpertBlocks
-from ..definition.packed import PackedAdapter, of_columns
+from ..definition.labels import group_position, of_columns
+from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.sketch import SKETCH_SIZE, sketch_distance, sketch_weight
 
@@ -49,6 +52,7 @@ class StoredAdapter:
     sketch: Tensor  # NaN where the file has none
     scaling: Tensor
     group_size: int = 1
+    col_group: Tensor | None = None
 
     @cached_property
     def partition(self) -> Any:
@@ -67,13 +71,18 @@ class StoredAdapter:
         return (*self.B.shape[:-1], self.col_block.shape[-1])
 
     def tensors(self) -> dict[str, Tensor]:
-        """By `STATE_KEYS`."""
-        return {key: getattr(self, key) for key in STATE_KEYS}
+        """By `ALL_KEYS`."""
+        return {key: tensor for key in ALL_KEYS if (tensor := getattr(self, key)) is not None}
+
+    @property
+    def wide_A(self) -> Tensor:
+        """A (ρ, C), with a column for each of W0's; of experts (E, ρ, C)."""
+        return of_columns(self.A, self.group_size, self.shape[-1], group_position(self.col_group))
 
     def packed(self, weight: Tensor) -> PackedAdapter:
         """Pair the adapter of a single matrix with its W0."""
-        A, ranks = of_columns(self.A, self.group_size, self.shape[-1]), self.ranks.tolist()
-        return PackedAdapter(weight, A, self.B, self.partition, self.ranks, self.scaling, ranks)
+        ranks = self.ranks.tolist()
+        return PackedAdapter(weight, self.wide_A, self.B, self.partition, self.ranks, self.scaling, ranks)
 
     def matrices(self) -> list[StoredAdapter]:
         """One entry per matrix: this part, or part per expert."""
@@ -105,7 +114,7 @@ class StoredAdapter:
 
 
 def read_layer(name: str, given: Mapping[str, Any], r: int, group_size: int = 1) -> StoredAdapter:
-    """Make the adapter of a layer from its tensors by `STATE_KEYS`, None for one that is missing, checked.
+    """Make the adapter of a layer from its tensors by `ALL_KEYS`, None for one that is missing, checked.
 
     Raises:
         TypeError, ValueError: naming the layer and the tensor.
@@ -134,4 +143,4 @@ def read_layer(name: str, given: Mapping[str, Any], r: int, group_size: int = 1)
                 f"{name}.{key} must have shape {shape} to fit B {tuple(B.shape)}, got {tuple(given[key].shape)}"
             )
     check_values(name, given, r, rho, group_size)
-    return StoredAdapter(**{key: given[key] for key in STATE_KEYS}, group_size=group_size)
+    return StoredAdapter(**{key: given[key] for key in ALL_KEYS if key in given}, group_size=group_size)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..adapter import Adapter
 from ..backends import eager
 from ..checks import naming
+from ..definition.labels import group_of_columns, of_groups
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.sketch import TOLERANCE, sketch_distance, sketch_weight
@@ -107,12 +108,12 @@ class Rescaling(NamedTuple):
         return {self.layer.names[end]: tensor for end, tensor in weight.store(scales).items()}
 
     def _groups(self, weight: QuantizedWeight) -> Tensor:
-        return torch.arange(len(weight.groups)) // self.adapter.group_size
+        return group_of_columns(len(weight.groups), self.adapter.group_size, self.adapter.col_group)
 
 
 def group_multiplier(adapter: StoredAdapter | Adapter) -> Tensor:
     """`m = 1 + s BA` inside the blocks and 1 outside, float32 (N, G), a column for each group of the adapter."""
-    cols = adapter.col_block[:: adapter.group_size]
+    cols = of_groups(adapter.col_block, adapter.group_size, adapter.col_group)
     partition = BlockPartition.from_labels(adapter.row_block, cols, len(adapter.ranks))
     ones = torch.ones(partition.shape, device=cols.device)
     packed = PackedAdapter(ones, adapter.A, adapter.B, partition, adapter.ranks, adapter.scaling)
@@ -147,13 +148,9 @@ def matched_groups(weight: QuantizedWeight, groups: Tensor) -> Tensor:
     mapped = torch.zeros(weight.scales.shape[1], dtype=torch.int64)
     mapped[weight.groups] = groups  # of several, any
     if not torch.equal(mapped[weight.groups], groups):
-        adjacent = torch.equal(weight.groups, weight.groups.sort()[0])
-        advice = (
-            'train the adapter with group_size="base"' if adjacent else "its groups are in act-order (g_idx)"
-        )
         raise ValueError(
             f"the adapter's groups are not the base's, which has {len(mapped)} scales for the {len(groups)} columns of "
-            f"a row: {advice}"
+            'a row: train the adapter with group_size="base"'
         )
     return mapped
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..adapter import STATE_KEYS
+from ..adapter import ALL_KEYS
 from ..checks import naming, shown
 from ..definition.packed import scaling_tensor
 from ..definition.sketch import SKETCH_SIZE
@@ -88,7 +88,7 @@ def read_weights(
             return tensors, _hira_layers(tensors)
         layers = {}
         for name in sorted({key.rpartition(INFIX)[0] for key in tensors if INFIX in key}, key=by_number):
-            given = {key: tensors.get(f"{name}{INFIX}{key}") for key in STATE_KEYS}
+            given = {key: tensors.get(f"{name}{INFIX}{key}") for key in ALL_KEYS}
             # The rank decides a layer's memory, so it is compared with the file before any layer is made.
             own = settings.for_layer(name)
             layers[name] = read_layer(name, given, own.r, own.rule.group_size)

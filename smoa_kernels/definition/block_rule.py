@@ -19,6 +19,7 @@ from ..checks import (
     granules,
     on_sides,
 )
+from .labels import group_order
 from .partition import BlockPartition
 
 BLOCK_ORDERS = ("spectral", "contiguous", "random", "shared")
@@ -69,14 +70,25 @@ class BlockRule(NamedTuple):
             )
         check_count("block_seed", self.block_seed, 0, 2**63 - 1)
 
-    def build(self, weight: Tensor) -> BlockPartition:
-        """Compute the blocks of a weight, on its device; of a meta weight only the shape is read."""
-        if self.needs_weight:
-            return BlockPartition.from_weight(weight, self.num_blocks, granule=self.granules)
-        return self.of_shape(weight.shape, "cpu" if weight.is_meta else weight.device)
+    def build(self, weight: Tensor, col_group: Tensor | None = None) -> BlockPartition:
+        """Compute the blocks of a weight, on its device; of a meta weight only the shape is read.
 
-    def of_shape(self, shape: Sequence[int], device: torch.device | str) -> BlockPartition:
+        Where `col_group` gives the group of each column (`labels.py`), they are those of W0 with its columns in the
+        order of their groups.
+        """
+        if not self.needs_weight:
+            return self.of_shape(weight.shape, "cpu" if weight.is_meta else weight.device, col_group)
+        if col_group is not None:
+            order = group_order(col_group)
+            return self.build(weight[:, order]).shard(col_slice=order.argsort())
+        return BlockPartition.from_weight(weight, self.num_blocks, granule=self.granules)
+
+    def of_shape(
+        self, shape: Sequence[int], device: torch.device | str, col_group: Tensor | None = None
+    ) -> BlockPartition:
         """Compute the blocks of any weight of a shape; for orders that need no weight."""
+        if col_group is not None:
+            return self.of_shape(shape, device).shard(col_slice=group_order(col_group).argsort())
         self.check(shape)
         if self.block_order == "random":
             return BlockPartition.random(

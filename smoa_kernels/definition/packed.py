@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .labels import of_groups
 from .partition import BlockPartition
 from .thresholds import ORIGIN, Place
 
@@ -113,14 +114,15 @@ def padding_masks(partition: BlockPartition, ranks: Tensor, rho: int) -> tuple[T
 
 
 @torch.no_grad()
-def draw_A(A: Tensor, partition: BlockPartition, ranks: Tensor, group_size: int = 1) -> None:
+def draw_A(
+    A: Tensor,
+    partition: BlockPartition,
+    ranks: Tensor,
+    group_size: int = 1,
+    col_group: Tensor | None = None,
+) -> None:
     """Fill A (ρ, C / group_size) with A_k uniform in ±1/√C_k (Kaiming, a=√5), zeros in its padding."""
     widths = torch.tensor(partition.col_sizes, dtype=A.dtype, device=A.device)
     bound = widths.clamp_min(1).rsqrt()[partition.col_block.long()]
     A_mask, _ = padding_masks(partition, ranks, A.shape[0])
-    A.uniform_(-1, 1).mul_(bound[::group_size]).mul_(A_mask[:, ::group_size])
-
-
-def of_columns(A: Tensor, group_size: int, columns: int) -> Tensor:
-    """A (…, ρ, C) of an A (…, ρ, ⌈C / group_size⌉) that has a column for each group of adjacent columns."""
-    return A if group_size == 1 else A.repeat_interleave(min(group_size, columns), -1)[..., :columns]
+    A.uniform_(-1, 1).mul_(of_groups(bound * A_mask, group_size, col_group))

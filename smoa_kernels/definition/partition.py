@@ -328,7 +328,9 @@ class BlockPartition:
         """Columns of one block, ascending."""
         return torch.split(self.col_index, list(self.col_sizes))[block]
 
-    def shard(self, row_slice: slice = slice(None), col_slice: slice = slice(None)) -> BlockPartition:
+    def shard(
+        self, row_slice: slice = slice(None), col_slice: slice | Tensor = slice(None)
+    ) -> BlockPartition:
         """Partition of `weight[row_slice, col_slice]` by the labels of its rows and columns; blocks may get empty."""
         return BlockPartition.from_labels(
             self.row_block[row_slice], self.col_block[col_slice], self.num_blocks

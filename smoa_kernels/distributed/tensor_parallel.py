@@ -117,7 +117,10 @@ def _check(layer: Any, mesh: DeviceMesh, dim: int) -> None:
     """Raise an error if the layer cannot be cut along a dimension."""
     if not (hasattr(layer, "get_base_layer") or isinstance(layer, nn.Linear)):
         raise TypeError(f"of layers with adapters only linear ones can be cut, got {type(layer).__name__}")
-    groups = [child.group_size for child in layer.modules() if isinstance(child, Adapter)]
+    adapters = [child for child in layer.modules() if isinstance(child, Adapter)]
+    groups = [adapter.group_size for adapter in adapters]
+    if dim == 1 and any(adapter.col_group is not None for adapter in adapters):
+        raise ValueError("the layer's columns are in groups that a cut divides (col_group): cut its rows")
     if dim == 1 and max(groups) > 1 and any(layer.in_features % (size * mesh.size()) for size in groups):
         raise ValueError(
             f"the layer's {layer.in_features} columns must be cut between groups, got group_size={max(groups)} and "

@@ -16,8 +16,8 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from ..adapter import Adapter
+from ..adapter_folder.settings import AdapterSettings
 from ..backends import eager
-from ..definition.block_rule import BlockRule
 from ..definition.experts import ExpertBlocks
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
@@ -51,6 +51,7 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
     in_features: int
     out_features: int
     smoa: Any  # nn.ModuleDict of adapters
+    settings: dict[str, AdapterSettings]
     # W0 while the base layer holds W_eff: its values, or a layer over its quantised values (in a tuple, since a module
     # that is assigned directly becomes a child and is saved).
     _stored_base: Tensor | None = None
@@ -97,16 +98,18 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
             return 0.0
         return max(map(sketch_distance, sketch.view(-1, own.shape[-1]), own.view(-1, own.shape[-1])))
 
-    def computations(self, rule: BlockRule) -> list[Callable[[], BlockPartition]]:
-        """Functions that compute the blocks of each matrix of W0; a single function if all share their blocks.
+    def computations(self, adapter_name: str) -> list[Callable[[], BlockPartition]]:
+        """Functions that compute an adapter's blocks of each matrix of W0; a single one if all share their blocks.
 
         W0 is read only if its values decide.
         """
+        rule, groups = self.settings[adapter_name].rule, self.smoa[adapter_name].col_group
         if not rule.needs_weight:
-            return [partial(rule.of_shape, (self.out_features, self.in_features), self.adapter_device)]
+            shape = self.out_features, self.in_features
+            return [partial(rule.of_shape, shape, self.adapter_device, groups)]
         weight = self.base_weight().detach()
         if not self.stack:
-            return [partial(rule.build, weight)]
+            return [partial(rule.build, weight, groups)]
         if rule.block_order == "shared":
             return [partial(BlockPartition.from_experts, weight, rule.num_blocks, granule=rule.granules)]
         return [partial(rule.build, matrix) for matrix in weight]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..adapter_folder.settings import FORMAT_VERSION, full_name
 from ..checks import check_choice, check_finite
+from ..definition.labels import same_groups
 from ..definition.packed import PackedAdapter, padding_masks
 from ..definition.partition import BlockPartition
 from .config import SMoAConfig
@@ -120,6 +121,12 @@ def check_combination(
     combinations = {"cat": concatenate_adapters, "linear": interpolate_factors}
     check_choice("combination_type", combination_type, combinations)
     return combinations[combination_type]
+
+
+def check_one_map(name: str, maps: Sequence[Tensor | None]) -> None:
+    """Raise unless the adapters of a layer have the same groups of columns, by their `col_group`."""
+    if not all(same_groups(groups, maps[0]) for groups in maps):
+        raise ValueError(f"{name}: adapters must have one col_group to be combined")
 
 
 def combined_config(template: SMoAConfig, combined: dict[str, PackedAdapter]) -> SMoAConfig:

@@ -61,8 +61,8 @@ class SMoAConfig(AdapterSettings, PeftConfig):  # type: ignore[misc]  # PEFT's t
         block_order_pattern: block_order by layer.
         granule_pattern: granule by layer.
         group_size: adjacent columns of W0 that share a column of A. The adapter then merges into a base that is
-            quantised in such groups without quantising anew (docs/four_bits.md); "base" takes the base's. 1 is the
-            paper's.
+            quantised in such groups without quantising anew (docs/four_bits.md); "base" takes the base's, in
+            act-order from its layers. 1 is the paper's.
         algorithm: how a layer is computed: "auto", or a name of :func:`smoa_kernels.smoa_linear`.
         backend: what computes it: "auto", or a name of :func:`smoa_kernels.smoa_linear`.
         strict_base: refuse, rather than warn about, an adapter that was trained on another base weight.

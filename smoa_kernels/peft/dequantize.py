@@ -1,9 +1,9 @@
-"""Reads the weight W0 of a quantised layer (bitsandbytes, torchao or transformers' FP8)."""
+"""Reads the weight W0 of a quantised layer (bitsandbytes, torchao, transformers' FP8 or GPTQ), and its groups."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,9 @@ from peft.utils.quantization_utils import (
 from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from ..checks import MOST_COORDINATES
+from ..adapter import Adapter
+from ..checks import MOST_COORDINATES, naming
+from ..definition.labels import check_map
 from ..definition.precision import without_autocast
 
 # Weights are read through float32 tensors of a few rows. Those of this many elements fit a core's cache.
@@ -39,6 +41,20 @@ class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PE
         )
 
 
+class GptqBackend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]
+    """A linear layer of gptqmodel, in one of its kernels that keep the checkpoint's packing."""
+
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        """W0 (N, C) in the dtype of its scales."""
+        return cast(Tensor, base_layer.dequantize_weight().T)
+
+    def set_base_weight(self, peft_layer: nn.Module, weight_data: Tensor) -> None:
+        """Refuse: only the model's folder can be merged into."""
+        raise TypeError(
+            "a GPTQ layer takes no merged weight: save the adapter, and merge its folder by smoa-kernels merge"
+        )
+
+
 def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | None:
     """Return the back end, PEFT's or ours, that reads the weight of a quantised layer; None for a plain layer.
 
@@ -46,6 +62,9 @@ def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | Non
     `resolve_quantization_backend`.
     """
     packed = next((name for name in ("weight_packed", "qweight") if hasattr(base, name)), None)
+    # Kernels that repack in a way of their own do not train.
+    if getattr(base, "SUPPORTS_TRAINING", False) and hasattr(base, "g_idx") and packed == "qweight":
+        return GptqBackend("GPTQ")
     backend = None if packed else resolve_quantization_backend(base, **kwargs)
     if backend is not None:
         return backend
@@ -55,7 +74,8 @@ def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | Non
     if held := packed or (weight is not None and weight.itemsize < 2 and weight.dtype):
         raise ValueError(
             f"the weight of {type(base).__name__} is {held}, which SMoA reads in FP8Linear of transformers and in "
-            "layers of bitsandbytes and torchao: load with dequantize=True, or the model that was quantised"
+            "layers of bitsandbytes, torchao and gptqmodel (its gptq_torch kernel): load with dequantize=True, or the "
+            "model that was quantised"
         )
     return None
 
@@ -118,11 +138,11 @@ def _filled(out: Tensor, rows: Callable[[int, int], Tensor]) -> Tensor:
     return out
 
 
-def group_size_of(model: nn.Module) -> int:
-    """How many adjacent columns share a scale in a quantised model, by its configuration.
+def groups_of(model: nn.Module) -> tuple[int, bool]:
+    """How many columns of a row share a scale in a quantised model, and whether in act-order, by its configuration.
 
     Raises:
-        ValueError: the model is not quantised so, or its groups are not of adjacent columns.
+        ValueError: the model is not quantised so.
     """
     given: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     settings = given.to_dict() if hasattr(given, "to_dict") else dict(given or {})
@@ -138,11 +158,49 @@ def group_size_of(model: nn.Module) -> int:
         weights = [scheme for scheme in weights if scheme.get("strategy") in ("group", "channel")]
     sizes = {scheme.get("group_size") or -1 for scheme in weights}  # without it a scale for each row
     ordered = sizes != {-1} and any(scheme.get("actorder") in ("group", "dynamic") for scheme in weights)
-    if len(sizes) != 1 or ordered:
-        groups = f"{sorted(sizes)} columns{' in act-order' * ordered}"
+    if len(sizes) != 1:
         raise ValueError(
-            'group_size="base" takes a model whose weights share scales by groups of adjacent columns: bitsandbytes '
-            f"(4 bits), GPTQ, AWQ or compressed-tensors, got {method} with groups of {groups}"
+            'group_size="base" takes a model whose weights share scales by groups of columns: bitsandbytes (4 bits), '
+            f"GPTQ, AWQ or compressed-tensors, got {method} with groups of {sorted(sizes)} columns"
         )
     (size,) = sizes
-    return MOST_COORDINATES if size < 1 else size
+    return MOST_COORDINATES if size < 1 else size, ordered
+
+
+def take_groups(
+    layers: Mapping[str, Any], adapter_name: str, in_order: bool | None, copied: Sequence[str]
+) -> None:
+    """Let a new adapter have the groups of columns of the adapters that it copies, or of its base layers.
+
+    Args:
+        layers: that hold the adapter, by name.
+        adapter_name: of an adapter without blocks.
+        in_order: whether the base model is in act-order, which permutes columns; None to leave base layers alone.
+        copied: names of adapters.
+
+    Raises:
+        ValueError: a layer does not hold the group of each column although the model is in act-order, or they are not
+            of the adapter's group size.
+    """
+    for name, layer in layers.items():
+        adapter = layer.smoa[adapter_name]
+        for source in layer.smoa.keys() & copied:
+            adapter.set_groups(layer.smoa[source].col_group)
+        if in_order is not None:
+            with naming(name):
+                adapter.set_groups(_map_of(layer.get_base_layer(), adapter, in_order))
+
+
+def _map_of(base: Any, adapter: Adapter, in_order: bool) -> Tensor | None:
+    """The group of each column of a layer; None where groups are of adjacent columns."""
+    maps = [getattr(base, name, None) for name in ("g_idx", "weight_g_idx")]
+    given = next((groups for groups in maps if groups is not None and not groups.is_meta), None)
+    if given is None and in_order:
+        raise ValueError(
+            'group_size="base" reads the groups of a model in act-order from its layers, and this one has no g_idx: '
+            "load the quantised model with gptqmodel, or leave the layer out (exclude_modules)"
+        )
+    if given is None or bool((given < 0).any() | (given[1:] >= given[:-1]).all()):  # -1: it was never filled
+        return None
+    check_map("g_idx", given, adapter.col_block.shape, adapter.group_size)
+    return cast(Tensor, given)

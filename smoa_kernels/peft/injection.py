@@ -22,12 +22,12 @@ from ..adapter_folder.settings import AdapterSettings
 from ..checks import naming
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
-from .combine import check_combination, combined_config
+from .combine import check_combination, check_one_map, combined_config
 from .config import SMoAConfig
-from .dequantize import group_size_of, quantization_of
+from .dequantize import groups_of, quantization_of, take_groups
 from .experts.experts import Experts, ExpertsWeight
 from .experts.targets import find_targets
-from .folder.loading import PARAMETER_PREFIX, Snapshot, check_adapter
+from .folder.loading import PARAMETER_PREFIX, Snapshot, check_adapter, name_groups
 from .layer import SMoALayer, keys_of, layers_with
 from .linear import Linear
 from .modulated import AdaptedModule, Attention, Convolution, Embedding, ParameterLayer
@@ -94,9 +94,10 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
         is_new = not layers_with(model, adapter_name)
         config = self.peft_config[adapter_name]
         before = Snapshot(model, config)
+        in_order: bool | None = None
         if config.group_size == "base":
             self.peft_config[adapter_name] = config = copy(config)
-            config.group_size = group_size_of(model)
+            config.group_size, in_order = groups_of(model)
         try:
             if not isinstance(adapter_name, str) or not adapter_name or set(adapter_name) & set("./\\"):
                 # The name is part of the parameters' names, and of the folder that the adapter is saved in.
@@ -112,8 +113,9 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             # A new adapter computes its blocks and draws its factors now; an adapter from a file or for inference
             # waits for them. TRL adds a frozen copy ("ref") under the configuration of the adapter that it copies: it
             # takes the blocks of that adapter now, and TRL copies the factors.
-            is_copy = any(held is config for name, held in self.peft_config.items() if name != adapter_name)
-            if is_copy or not (config.is_from_file or config.inference_mode):
+            copied = [n for n, held in self.peft_config.items() if held is config and n != adapter_name]
+            take_groups(injected, adapter_name, in_order, copied)
+            if copied or not (config.is_from_file or config.inference_mode):
                 adapters = {name: layer.smoa[adapter_name] for name, layer in injected.items()}
                 # On the meta device weights will be loaded. PEFT may leave factors there alone.
                 fresh = [
@@ -314,6 +316,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
                         f"adapters of nn.MultiheadAttention cannot be combined, got {given[0][0]!r}"
                     )
                 if given:
+                    check_one_map(name, [layer.smoa[a].col_group for a, _ in given])
                     with present(layer):
                         parts = [layer.packed(a, torch.empty(0)) for a, _ in given]  # W0 is not used
                         combined[name] = combine(parts, [float(w) for _, w in given])
@@ -383,6 +386,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SMoAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> Any:
+        state_dict = name_groups(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuners = [module for module in model.modules() if isinstance(module, SMoAModel)]
         snapshots = [tuner.snapshots.pop(adapter_name, None) for tuner in tuners]

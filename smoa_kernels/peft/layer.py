@@ -11,10 +11,10 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter import STATE_KEYS, Adapter
+from ..adapter import ALL_KEYS, Adapter
 from ..adapter_folder.settings import AdapterSettings
 from ..checks import check_choice
-from ..definition.block_rule import BlockRule
+from ..definition.labels import of_groups, same_groups
 from ..definition.packed import PackedAdapter
 from ..definition.partition import BlockPartition
 from ..definition.shard import LayerShard
@@ -128,9 +128,9 @@ class SMoALayer(BaseWeight):
             )
         with gathered(self), present(self):
             if partition is None:
-                partition = self.known_blocks(settings.rule)
+                partition = self.known_blocks(adapter_name)
             if partition is None:
-                partition = self.joined([compute() for compute in self.computations(settings.rule)])
+                partition = self.joined([compute() for compute in self.computations(adapter_name)])
             sketch = self.base_sketch()
         if settings.use_lora_rate:
             settings = settings.at_lora_rate(sketch, self.out_features * self.in_features)
@@ -139,10 +139,12 @@ class SMoALayer(BaseWeight):
         adapter.reset(zero=settings.init_weights)
         self._share_blocks()
 
-    def known_blocks(self, rule: BlockRule) -> Any:
-        """The blocks of an adapter of this layer with the same rule; None if there is none."""
-        same = (name for name, settings in self.settings.items() if settings.rule == rule)
-        return next((self.smoa[name].partition for name in same if self.smoa[name].has_blocks), None)
+    def known_blocks(self, adapter_name: str) -> Any:
+        """The blocks of an adapter of this layer with the same rule and groups; None if there is none."""
+        rule, groups = self.settings[adapter_name].rule, self.smoa[adapter_name].col_group
+        same = (self.smoa[name] for name, settings in self.settings.items() if settings.rule == rule)
+        known = (own for own in same if own.has_blocks and same_groups(own.col_group, groups))
+        return next((own.partition for own in known), None)
 
     def fill(self, adapter_name: str, packed: PackedAdapter, source: str) -> None:
         """Put factors, blocks and ranks into an adapter that was just added.
@@ -151,8 +153,9 @@ class SMoALayer(BaseWeight):
             packed: the new factors, blocks and ranks. Its `weight` is not read: it may be quantised or offloaded.
             source: an adapter of this layer, whose sketch of W0 is copied.
         """
-        adapter = self.smoa[adapter_name]
-        factors = packed.A[..., :: adapter.group_size].contiguous(), packed.B
+        adapter, groups = self.smoa[adapter_name], self.smoa[source].col_group
+        adapter.set_groups(groups)
+        factors = of_groups(packed.A, adapter.group_size, groups).contiguous(), packed.B
         adapter.A, adapter.B = (nn.Parameter(factor, requires_grad=False) for factor in factors)
         adapter.set_blocks(packed.partition, self.smoa[source].sketch, packed.ranks.tolist())
         self._share_blocks()
@@ -365,5 +368,5 @@ def layers_with(model: nn.Module, adapter_name: str, *, every_name: bool = True)
 
 
 def keys_of(layer_name: str, adapter_name: str) -> dict[str, str]:
-    """The keys in a model's state dict of the tensors of an adapter, by `STATE_KEYS`."""
-    return {key: f"{layer_name}.smoa.{adapter_name}.{key}" for key in STATE_KEYS}
+    """The keys in a model's state dict of the tensors of an adapter, by `ALL_KEYS`."""
+    return {key: f"{layer_name}.smoa.{adapter_name}.{key}" for key in ALL_KEYS}

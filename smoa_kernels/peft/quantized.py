@@ -19,7 +19,8 @@ from ..adapter import Adapter
 from ..adapter_folder.quantized import group_multiplier
 from ..backends import resolve_backend
 from ..definition.dropout import Dropout, draw_seed
-from ..definition.packed import PackedAdapter, of_columns
+from ..definition.labels import of_columns
+from ..definition.packed import PackedAdapter
 from ..definition.precision import autocast_enabled, without_autocast
 from ..functional import adapted_linear, cast_factors
 from ..operators.linear import LinearCall, linear_gradients
@@ -92,7 +93,8 @@ def rescale(layer: Any, adapters: Sequence[Adapter]) -> nn.Module | None:
     state: Any = getattr(weight, "quant_state", None)
     size, columns = getattr(state, "blocksize", 0), layer.in_features
     groups = [adapter.group_size for adapter in adapters]
-    if not size or columns % size or any(group % size and group < columns for group in groups):
+    mapped = any(adapter.col_group is not None for adapter in adapters)
+    if mapped or not size or columns % size or any(group % size and group < columns for group in groups):
         return None
     functional, before = importlib.import_module("bitsandbytes.functional"), _twin(base)
     multiplier = torch.ones(layer.out_features, columns // size, device=state.absmax.device)

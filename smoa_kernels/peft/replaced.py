@@ -72,6 +72,9 @@ def checked_load(load: Callable[..., Any]) -> Callable[..., Any]:
                 for key in loaded.missing_keys:
                     state.pop(key, None)
                 state |= dict.fromkeys(loaded.unexpected_keys)
+                # transformers loads what the model has, and a new adapter has no groups yet.
+                if lost := [key for key in loaded.unexpected_keys if key.endswith(".col_group")]:
+                    raise ValueError(f"load_adapter loses {lost[0]}: load by PeftModel.from_pretrained")
                 check_adapter(self, name, state, strict_base=self.peft_config[name].strict_base)
         except BaseException:  # Ctrl-C too
             for name in set(_adapters(self)) - known:

@@ -11,7 +11,6 @@ from torch import nn
 from tqdm import tqdm
 
 from ..checks import naming
-from ..definition.block_rule import BlockRule
 from ..definition.partition import BlockPartition
 from ..definition.spectral_order import one_thread, order_source, spectral_orders, within_one_thread
 from .layer import SMoALayer
@@ -32,18 +31,17 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
     Raises:
         TypeError, ValueError: naming the layer, as :meth:`BlockRule.build` does.
     """
-    rules = {layer: layer.settings[adapter_name].rule for layer in layers.values()}
     # The keys are made before any weight is loaded: an offloaded weight is a new object each time it is loaded.
-    keys = {layer: _key(layer, rule) for layer, rule in rules.items()}
+    keys = {layer: _key(layer, adapter_name) for layer in layers.values()}
     # The weights that are to be sorted, each in the first layer that has it.
-    wanted: dict[Any, tuple[str, SMoALayer, BlockRule]] = {}
+    wanted: dict[Any, tuple[str, SMoALayer]] = {}
     for name, layer in layers.items():
-        if rules[layer].needs_weight and layer.known_blocks(rules[layer]) is None:
-            wanted.setdefault(keys[layer], (name, layer, rules[layer]))
-    matrices = sum(layer.stack[0] if layer.stack else 1 for _, layer, _ in wanted.values())
+        if layer.settings[adapter_name].rule.needs_weight and layer.known_blocks(adapter_name) is None:
+            wanted.setdefault(keys[layer], (name, layer))
+    matrices = sum(layer.stack[0] if layer.stack else 1 for _, layer in wanted.values())
     with tqdm(total=len(wanted), desc=_BAR, disable=matrices < MANY) as bar:
         at_hand = {key: entry for key, entry in wanted.items() if _is_at_hand(entry[1])}
-        blocks = _sorted_at_once(at_hand, bar)
+        blocks = _sorted_at_once(at_hand, adapter_name, bar)
         for name, layer in layers.items():
             key = keys[layer]
             with naming(name):
@@ -54,14 +52,14 @@ def initialize_all(layers: Mapping[str, SMoALayer], adapter_name: str) -> None:
 
 
 def _sorted_at_once(
-    weights: Mapping[Any, tuple[str, SMoALayer, BlockRule]], bar: tqdm[Any]
+    weights: Mapping[Any, tuple[str, SMoALayer]], adapter_name: str, bar: tqdm[Any]
 ) -> dict[Any, Any]:
     """Compute the spectral blocks of weights in CPU memory, each on one thread: labels must not depend on threads."""
     # Within `shared_spectra` all processes must ask for one weight after another, in the same order.
     if not weights or order_source.get() is not spectral_orders:
         return {}
     at_once = torch.get_num_threads()
-    if not all(layer.stack for _, layer, _ in weights.values()):
+    if not all(layer.stack for _, layer in weights.values()):
         at_once = min(at_once, MAX_AT_ONCE)
     with one_thread():
         if torch.get_num_threads() != 1:  # in vLLM's process: each would take all threads
@@ -69,10 +67,10 @@ def _sorted_at_once(
         begun: dict[Any, list[Future[BlockPartition]]] = {}
         pool = ThreadPoolExecutor(at_once, "smoa-sorting", initializer=within_one_thread)
         try:
-            for key, (_, layer, rule) in weights.items():
-                begun[key] = [pool.submit(task) for task in layer.computations(rule)]
+            for key, (_, layer) in weights.items():
+                begun[key] = [pool.submit(task) for task in layer.computations(adapter_name)]
             blocks = {}
-            for key, (name, layer, _) in weights.items():
+            for key, (name, layer) in weights.items():
                 with naming(name):
                     # No local name for a future: its error's traceback refers to this frame, which would be a cycle.
                     blocks[key] = layer.joined(list(map(Future.result, begun.pop(key))))
@@ -83,9 +81,11 @@ def _sorted_at_once(
             pool.shutdown(cancel_futures=True)
 
 
-def _key(layer: SMoALayer, rule: BlockRule) -> Any:
+def _key(layer: SMoALayer, adapter_name: str) -> Any:
     """A key that is equal for layers that share their blocks."""
-    if rule.needs_weight:
+    groups = layer.smoa[adapter_name].col_group
+    rule = layer.settings[adapter_name].rule, None if groups is None else tuple(groups.tolist())
+    if rule[0].needs_weight:
         weight = layer.parameter
         return id(layer.get_base_layer() if weight is None else weight), layer.fan_in_fan_out, rule
     return layer.stack, layer.out_features, layer.in_features, layer.adapter_device, rule

@@ -187,6 +187,17 @@ def test_refused() -> None:
     grouped = FusedSMoALinear(12, 6, group_size=4, num_blocks=1)
     with pytest.raises(ValueError, match="12 columns must be cut between groups, got group_size=4 and 2"):
         parallelize_module(grouped, mesh, RowwiseSMoAParallel())
+    torch.manual_seed(0)
+    mapped = FusedSMoALinear(16, 6, group_size=4, num_blocks=1)
+    mapped.smoa.set_groups(torch.arange(16) % 4)
+    mapped.smoa.set_blocks(mapped.partition)
+    with pytest.raises(ValueError, match=r"in groups that a cut divides \(col_group\): cut its rows"):
+        parallelize_module(mapped, mesh, RowwiseSMoAParallel())
+    torch.nn.init.ones_(mapped.smoa.B)
+    x = torch.randn(3, 16)
+    expected = mapped(x)
+    style = ColwiseSMoAParallel(output_layouts=Replicate())
+    torch.testing.assert_close(parallelize_module(mapped, mesh, style)(x), expected)
     with pytest.raises(TypeError, match="output_layouts must be a Placement, got str"):
         parallelize_module(layer, mesh, ColwiseSMoAParallel(output_layouts="x"))
     assert not isinstance(layer.weight, DTensor)

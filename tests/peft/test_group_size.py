@@ -1,8 +1,11 @@
 """Adapters with `group_size` in PEFT's life cycle."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from adapted import adapt, close, config, edit_weights, layer_list, loaded, logits
+from adapted import adapt, close, config, edit_weights, layer_list, loaded, logits, unchanged
+from packed_bases import GROUP, LAYERS, GptqLinear, gptq, in_order, real_gptq_linear, small_llama, write_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantized_bases import load
 from safetensors.torch import load_file
@@ -11,7 +14,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from smoa_kernels import BlockPartition, FusedSMoALinear
 from smoa_kernels.adapter_folder.inspecting import inspect_adapter
-from smoa_kernels.peft import SMoAConfig, dequantize, hotswap, merge_to_folder
+from smoa_kernels.adapter_folder.quantized_formats import FORMATS
+from smoa_kernels.cli import main
+from smoa_kernels.peft import SMoAConfig, convert_adapter, dequantize, hotswap, merge_to_folder
 
 
 def packed(**settings):
@@ -79,22 +84,190 @@ GPTQ = {"quant_method": "gptq", "bits": 4}
     [
         ({**GPTQ, "group_size": 8}, 8),
         ({**GPTQ, "group_size": 8, "desc_act": True}, None),
+        ({**GPTQ, "group_size": 8, "desc_act": True, "g_idx": True}, 8),
         ({**GPTQ, "group_size": 8, "desc_act": True, "static_groups": True}, 8),
         ({**GPTQ, "group_size": -1, "desc_act": True}, 2**31 - 1),
         (packed(actorder="group"), None),
         (packed(actorder="weight"), 8),
     ],
 )
-def test_groups_that_are_not_of_adjacent_columns_are_refused_before_training(settings, expected):
+def test_a_base_in_act_order_holds_its_groups_or_is_refused_before_training(settings, expected):
     base = tiny_llama()
     base.config.quantization_config = settings
+    for name in LAYERS if settings.get("g_idx") else ():
+        linear = base.get_submodule(name)
+        linear.g_idx = in_order(linear.weight, 8)
     if expected is None:
-        with pytest.raises(
-            ValueError, match=r"of adjacent columns.* with groups of \[8\] columns in act-order"
-        ):
-            adapt(base, group_size="base", num_blocks=1)
+        with unchanged(base), pytest.raises(ValueError, match=r"q_proj: group_size=\"base\" .* has no g_idx"):
+            adapt(base, group_size="base", num_blocks=1, target_modules=["q_proj"])
     else:
-        assert adapt(base, group_size="base", num_blocks=1).peft_config["default"].group_size == expected
+        model = adapt(base, group_size="base", num_blocks=1)
+        assert model.peft_config["default"].group_size == expected
+
+
+def gptq_base(packed):
+    """The small model, its linear layers packed in act-order."""
+    base = small_llama()
+    base.config.quantization_config = {**GPTQ, "group_size": GROUP, "desc_act": True}
+    for name, each in packed.items():
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, GptqLinear(each))
+    return base
+
+
+def dequantized(packed):
+    base = small_llama()
+    for name, each in packed.items():
+        base.get_submodule(name).weight.data = each.weight
+    return base.eval()
+
+
+@pytest.mark.parametrize(("order", "blocks"), [("spectral", 2), ("contiguous", 2), ("random", 1)])
+def test_act_order(order, blocks, tokens, tmp_path):
+    """Trained over GPTQ layers, saved, loaded, trained on, exchanged, merged into the base's scales."""
+    packed = write_base(tmp_path / "base", "GPTQ, act-order")
+    chosen = {"r": 4, "num_blocks": blocks, "block_order": order, "target_modules": LAYERS}
+    model = adapt(gptq_base(packed), group_size="base", **chosen)
+    for name, layer in zip(LAYERS, layer_list(model), strict=True):
+        adapter = layer.smoa["default"]
+        assert torch.equal(adapter.col_group, packed[name].groups.int())
+        assert adapter.A.shape[1] * GROUP == layer.in_features
+
+    def step(model):
+        model.train().zero_grad()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+        logits(model, tokens).square().mean().backward()
+        optimizer.step()
+        return logits(model.eval(), tokens).detach()
+
+    before = logits(model, tokens).detach()
+    trained = step(model)
+    assert not torch.equal(trained, before)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(gptq_base(packed), tmp_path / "adapter", is_trainable=True)
+    assert torch.equal(logits(again.eval(), tokens), trained)
+    plain = dequantized(packed)
+    with unchanged(plain), pytest.raises(ValueError, match=r"loses .*\.col_group: load by PeftModel"):
+        plain.load_adapter(str(tmp_path / "adapter"))
+    over_plain = PeftModel.from_pretrained(dequantized(packed), tmp_path / "adapter", strict_base=True).eval()
+    close(logits(over_plain, tokens), trained)
+    assert torch.equal(step(again), step(model))
+    for layer, other in zip(layer_list(model), layer_list(over_plain), strict=True):
+        copies = layer.smoa["default"].state_dict(), other.smoa["default"].state_dict()
+        assert torch.equal(*(copy["col_group"] for copy in copies))
+    hotswap(model, tmp_path / "adapter")
+    assert torch.equal(logits(model, tokens), trained)
+    report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
+    assert report.parameters == sum(layer.smoa["default"].num_parameters for layer in layer_list(model))
+    assert max(layer.base_distance for layer in report.layers) < 1e-3
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged, files = dequantized(packed), (tmp_path / "merged").glob("*.safetensors")
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    for name in LAYERS:
+        tensors = {key[len(name) + 1 :]: own for key, own in state.items() if key.startswith(f"{name}.")}
+        weight = FORMATS["gptq"].read(tensors, GPTQ)
+        assert torch.equal(weight.codes(), packed[name].codes)
+        merged.get_submodule(name).weight.data = weight.dequantize()
+    close(logits(merged, tokens), trained, 1e-2)
+    with pytest.raises(TypeError, match="a GPTQ layer takes no merged weight: save the adapter, and merge"):
+        model.merge_adapter()
+
+
+@torch.no_grad()
+def test_adapters_in_act_order_beside_others(tokens, tmp_path):
+    """Sums keep the groups; other groups are neither summed nor exchanged; HiRA gets all columns."""
+    packed = write_base(tmp_path / "base", "GPTQ, act-order")
+    model = adapt(gptq_base(packed), group_size="base", r=4, num_blocks=1, target_modules=LAYERS)
+    same = {"r": 4, "num_blocks": 1, "block_order": "contiguous", "target_modules": LAYERS}
+    model.add_adapter("second", config(group_size="base", **same))
+    model.add_adapter("adjacent", config(group_size=GROUP, **same))
+    model.add_adapter("copy", model.peft_config["second"])  # as TRL does
+    model.add_weighted_adapter(["default", "second"], [0.5, -1.5], "sum")
+    for layer in layer_list(model):
+        deltas = [layer.get_delta_weight(name) for name in ("default", "second", "sum")]
+        close(0.5 * deltas[0] - 1.5 * deltas[1], deltas[2], 1e-4)
+        assert torch.equal(layer.smoa["copy"].col_group, layer.smoa["second"].col_group)
+    with pytest.raises(ValueError, match="q_proj: adapters must have one col_group to be combined"):
+        model.add_weighted_adapter(["default", "adjacent"], [1.0, 1.0], "mixed")
+    model.save_pretrained(tmp_path, selected_adapters=["adjacent", "default"])
+    with pytest.raises(ValueError, match="q_proj: col_group must be the same in the folder and in the model"):
+        hotswap(model, tmp_path / "adjacent", "second")
+    convert_adapter(tmp_path, tmp_path / "hira")
+    model.set_adapter("default")
+    hira = PeftModel.from_pretrained(dequantized(packed), tmp_path / "hira").eval()
+    close(logits(hira, tokens), logits(model, tokens), 1e-4)
+    with pytest.raises(ValueError, match=r"are not the base's, which has . scales"):
+        merge_to_folder(tmp_path / "base", tmp_path / "adjacent", tmp_path / "merged")
+
+
+def moved(groups):
+    groups[groups.argmax()] = 0
+
+
+def too_high(groups):
+    groups += 1
+
+
+def across_blocks(groups):
+    groups.copy_(groups.roll(1))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (moved, r"q_proj.col_group must put 64 columns into groups 0 to 1, group_size=32 into each"),
+        (too_high, "q_proj.col_group must put 64 columns"),
+        (lambda groups: groups[1:], r"q_proj.col_group must put 64 columns .* in shape \(63,\)"),
+        (lambda groups: groups.float(), "q_proj.col_group must be an integer tensor, got torch.float32"),
+        (
+            across_blocks,
+            "q_proj.col_block must have blocks of columns that consist of groups of group_size=32",
+        ),
+    ],
+)
+def test_damaged_groups_are_refused_at_the_door(edit, message, tmp_path):
+    packed = write_base(tmp_path / "base", "GPTQ, act-order")
+    model = adapt(gptq_base(packed), group_size="base", num_blocks=2, target_modules=["q_proj"])
+    model.save_pretrained(tmp_path)
+
+    def change(state):
+        key = next(key for key in state if key.endswith("q_proj.smoa.col_group"))
+        edited = edit(state[key])
+        state[key] = (state[key] if edited is None else edited).contiguous()
+
+    edit_weights(tmp_path, change)
+    base = gptq_base(packed)
+    with unchanged(base), pytest.raises((TypeError, ValueError), match=message):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 2
+
+
+def test_groups_of_another_size_than_the_models_are_refused_before_training(tmp_path):
+    packed = write_base(tmp_path / "base", "GPTQ, act-order")
+    base = gptq_base(packed)
+    base.config.quantization_config["group_size"] = 16
+    with (
+        unchanged(base),
+        pytest.raises(ValueError, match="q_proj: g_idx must put 64 columns into groups 0 to 3"),
+    ):
+        adapt(base, group_size="base", num_blocks=1, target_modules=["q_proj"])
+
+
+def test_the_layer_of_gptqmodel():
+    """It is read as the layer that stands for it in these tests."""
+    pytest.importorskip("gptqmodel", reason="not installed")
+    pack, _ = gptq(4, "gptq_v2", order=True, zeros=True)
+    packed, found = pack(0.05 * torch.randn(64, 128), GROUP), []
+    for kind in (GptqLinear, real_gptq_linear):
+        base = torch.nn.Sequential(kind(packed))
+        base.config = SimpleNamespace(
+            quantization_config={**GPTQ, "group_size": GROUP, "desc_act": True}, model_type="-"
+        )
+        torch.manual_seed(0)
+        (layer,) = layer_list(adapt(base, group_size="base", num_blocks=2, target_modules=["0"]))
+        found.append((layer.smoa["default"].col_group, layer(torch.ones(3, 128))))
+    assert torch.equal(found[0][0], found[1][0])
+    close(found[1][1], found[0][1], 1e-3)
 
 
 @torch.no_grad()

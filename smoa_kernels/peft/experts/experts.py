@@ -11,7 +11,7 @@ from transformers.integrations import moe
 
 from ...backends import resolve_backend
 from ...definition.experts import ExpertsAdapter
-from ...definition.packed import of_columns
+from ...definition.labels import of_columns
 from ...operators.experts import experts_linear
 from ..modulated import AdaptedModule, ParameterLayer
 

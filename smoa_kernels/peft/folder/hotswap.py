@@ -11,6 +11,7 @@ from torch import nn
 from ...adapter_folder.format import CONFIG_NAME, PREFIX
 from ...adapter_folder.reading import Adapter, read_adapter
 from ...checks import check_path, naming, shown
+from ...definition.labels import same_groups
 from ..config import SMoAConfig
 from ..layer import SMoALayer, keys_of, layers_with
 from .loading import check_adapter
@@ -33,7 +34,7 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     Raises:
         TypeError: `folder` is not a path.
         ValueError, FileNotFoundError: the folder is damaged or another method's, or its adapter differs from the
-            model's in its layers, ranks, blocks, block sizes or dtype, was trained on another base, or trains
+            model's in its layers, ranks, blocks, block sizes, groups or dtype, was trained on another base, or trains
             biases or whole modules; the model has no such adapter, or it is merged or sharded. Nothing was changed.
 
     Example:
@@ -94,6 +95,8 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, SMoALayer]:
 def _check_layer(name: str, layer: SMoALayer, adapter_name: str, adapter: Adapter, path: str) -> None:
     """Raise unless a layer's new adapter, of the same shapes, agrees with the old one in all constants of a graph."""
     old, new = layer.smoa[adapter_name], adapter.layers[path]
+    if not same_groups(old.col_group, new.col_group):
+        raise ValueError(f"{name}: col_group must be the same in the folder and in the model")
     for what, held, given in (
         ("block_ranks", list(old.block_ranks), new.ranks.tolist()),
         ("group_size", old.group_size, new.group_size),

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ...adapter_folder.format import INFIX, PREFIX
 from ...definition.sketch import check_base
 from ..experts.experts import Experts
 from ..layer import SMoALayer, keys_of, layers_with
@@ -56,6 +57,15 @@ class Snapshot:
             configs[adapter_name] = self._configs[adapter_name]
         if not (configs or self._had_configs) and "peft_config" in vars(self.model):
             del self.model.peft_config
+
+
+def name_groups(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the groups of columns in a file the keys that they will have in the model, whose adapter has none yet."""
+    places = {
+        f"{name}{INFIX}col_group": keys_of(name, adapter_name)["col_group"]
+        for name in layers_with(model, adapter_name)
+    }
+    return {places.get(key, places.get(key.removeprefix(PREFIX), key)): own for key, own in state.items()}
 
 
 def check_adapter(

@@ -21,7 +21,6 @@ from ...adapter_folder.reading import Adapter, read_adapter
 from ...adapter_folder.settings import full_name
 from ...adapter_folder.writing import replacing, seal
 from ...checks import check_path, naming
-from ...definition.packed import of_columns
 from ...definition.sketch import sketch_weight
 from ..config import SMoAConfig
 
@@ -147,7 +146,7 @@ def _to_hira(
                 f"{name}: the rank {rank} beside r={config.r} has no counterpart in HiRA: PEFT gives every plain layer "
                 "the same rank, whatever rank_pattern says"
             )
-        A, B = of_columns(layer.A, layer.group_size, layer.shape[-1]), layer.B * float(layer.scaling)
+        A, B = layer.wide_A, layer.B * float(layer.scaling)
         infix = ""
         if name in not_linear:
             why = f"{name} is not linear: HiRA's factors have shapes of the base weight"
