@@ -312,9 +312,7 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             if isinstance(layer, SMoALayer):
                 given = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.smoa]
                 if given and isinstance(layer, ParameterLayer):
-                    raise ValueError(
-                        f"adapters of nn.MultiheadAttention cannot be combined, got {given[0][0]!r}"
-                    )
+                    raise ValueError(f"adapters of nn.MultiheadAttention cannot be combined: {given[0][0]!r}")
                 if given:
                     check_one_map(name, [layer.smoa[a].col_group for a, _ in given])
                     with present(layer):
