@@ -32,15 +32,19 @@ def here(monkeypatch: pytest.MonkeyPatch):
     return put
 
 
-def test_the_architecture_as_the_compiler_spells_it_and_float32_products(here) -> None:
-    """Those on AMD are in IEEE."""
-    common = pytest.importorskip("smoa_kernels.kernels.common", reason="needs triton", exc_type=ImportError)
+def test_the_architecture_as_the_compiler_spells_it(here) -> None:
     here(H100)
     assert architecture.__wrapped__(GPU) == "sm_90"
     assert multiprocessors.__wrapped__(GPU) == 132
-    assert common.input_precision(torch.float32, allow_tf32=True) == "tf32"
     here(MI300X, hip="6.4")
     assert architecture.__wrapped__(GPU) == "gfx942"
+
+
+def test_float32_products_on_amd_are_ieee(here) -> None:
+    common = pytest.importorskip("smoa_kernels.kernels.common", reason="needs triton", exc_type=ImportError)
+    here(H100)
+    assert common.input_precision(torch.float32, allow_tf32=True) == "tf32"
+    here(MI300X, hip="6.4")
     assert common.input_precision(torch.float32, allow_tf32=True) == "ieee"
 
 

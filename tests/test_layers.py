@@ -113,7 +113,8 @@ def test_a_state_dict_and_an_adapter_alone_load_bit_for_bit(
     state = torch.load(buffer, weights_only=True)
     if alone:
         base.load_state_dict({name: state.pop(name) for name in ("weight", "bias")})
-    fresh = FusedSMoALinear.from_linear(base, r=7, num_blocks=3)
+    settings = {"r": 7, "num_blocks": 3}
+    fresh = FusedSMoALinear.from_linear(base, **settings) if alone else FusedSMoALinear(40, 33, **settings)
     forbid_spectra(monkeypatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -226,10 +227,13 @@ def test_parameters_are_drawn_after_construction_on_meta() -> None:
     with torch.device("meta"):
         empty = FusedSMoALinear(40, 33, r=7, num_blocks=3, alpha=14)
     assert empty.smoa.A.is_meta
+    layer, x = trained(), torch.randn(5, 40)
+    loaded = copy.deepcopy(empty).to_empty(device=DEVICE)
+    loaded.load_state_dict(layer.state_dict())
+    assert torch.equal(loaded(x), layer(x))
     drawn = empty.to_empty(device=DEVICE)
     assert drawn.scaling == 2
     drawn.reset_parameters()
-    x = torch.randn(5, 40)
     torch.testing.assert_close(drawn(x), F.linear(x, drawn.weight, drawn.bias))
     assert not drawn.weight.requires_grad
 
@@ -252,6 +256,28 @@ def test_autocast_rounds_no_update_of_a_weight() -> None:
     expected = layer.delta_weight()
     with torch.autocast(DEVICE.type, torch.bfloat16):
         assert torch.equal(layer.delta_weight(), expected)
+
+
+def test_each_training_call_draws_a_mask_from_torchs_seed() -> None:
+    layer, x = trained(dropout=0.5).train(), torch.randn(64, 40)
+    assert not torch.equal(layer(x), layer(x))
+    torch.manual_seed(5)
+    first = layer(x)
+    torch.manual_seed(5)
+    assert torch.equal(first, layer(x))
+
+
+def test_a_backward_uses_the_scale_of_its_forward() -> None:
+    layer, x, gradients = trained(), torch.randn(3, 40), []
+    for scaled_between in (False, True):
+        layer.scaling = 0.5
+        y = layer(x)
+        if scaled_between:
+            layer.scaling = 2.0
+        layer.smoa.A.grad = None
+        y.sum().backward()
+        gradients.append(layer.smoa.A.grad)
+    assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("order", ["contiguous", "random"])

@@ -218,7 +218,10 @@ def test_the_operator_itself_has_a_forward_mode_derivative() -> None:
 def test_compiled_checkpointing_recomputes_with_the_same_mask() -> None:
     torch.manual_seed(0)
     block, x = Block(dropout=0.3), torch.randn(12, 40, requires_grad=True)
-    recomputed = lambda x: checkpoint(block, x, use_reentrant=False)  # noqa: E731
+
+    def recomputed(x):
+        return checkpoint(block, x, use_reentrant=False)
+
     again = torch.compile(recomputed, fullgraph=True, backend="aot_eager")
     found = []
     for function, seed in ((block, 1), (again, 1), (block, 2)):

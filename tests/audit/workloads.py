@@ -73,7 +73,10 @@ def forward(x: Tensor, bias: Tensor | None, adapter: PackedAdapter, dtype: torch
 
 def _modulated_weight(operands: Operands) -> Work:
     adapter = operands.adapter()
-    defined = lambda dtype: [adapter.weight.to(dtype) + delta_weight(adapter, dtype)]  # noqa: E731
+
+    def defined(dtype):
+        return [adapter.weight.to(dtype) + delta_weight(adapter, dtype)]
+
     return lambda: [modulated_weight(adapter)], defined
 
 
@@ -140,7 +143,10 @@ def _contract(operands: Operands) -> Work:
 
 def _grouped_linear(operands: Operands) -> Work:
     adapter, ends, x, _ = operands.experts()
-    defined = lambda dtype: [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))]  # noqa: E731
+
+    def defined(dtype):
+        return [reference_experts_linear(x.to(dtype), ends, in_dtype(adapter, dtype))]
+
     return lambda: [grouped_linear(x, ends, adapter)], defined
 
 

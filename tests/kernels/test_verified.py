@@ -104,7 +104,10 @@ class Gpu:
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     found = Gpu()
-    run = lambda kernel, *args, **given: found.run(kernel, *args, **given)  # noqa: E731
+
+    def run(kernel, *args, **given):
+        return found.run(kernel, *args, **given)
+
     monkeypatch.setattr(InterpretedFunction, "run", run)
     triton.runtime.driver.set_active(FakeDriver(FakeGpu(1)))
     yield found

@@ -84,7 +84,10 @@ def curve(smoa, factor, alpha):
     x, labels = torch.randn(64, 24), torch.randint(0, 4, (64,))
     with torch.no_grad():
         base[0].weight *= factor
-    loss = lambda model: nn.functional.cross_entropy(model(x / factor), labels)  # noqa: E731
+
+    def loss(model):
+        return nn.functional.cross_entropy(model(x / factor), labels)
+
     return trained(smoa, base, {"r": 4, "alpha": alpha}, loss, steps=30, rate=0.02)[1]
 
 
@@ -104,7 +107,10 @@ def update(smoa, alpha, steps):
     torch.manual_seed(0)
     base, x, target = nn.Linear(576, 576), torch.randn(64, 576), torch.randn(64, 576)
     before, settings = base.weight.detach().clone(), {"r": 16, "alpha": alpha}
-    loss = lambda model: nn.functional.mse_loss(model(x), target)  # noqa: E731
+
+    def loss(model):
+        return nn.functional.mse_loss(model(x), target)
+
     model, _ = trained(smoa, nn.Sequential(base), settings, loss, steps, rate=2e-4)
     return float((model.merge_and_unload()[0].weight - before).norm())
 

@@ -38,7 +38,10 @@ from smoa_kernels.peft import merge_to_folder, merged_weights
 def test_refused_by_name_and_nothing_is_left(prepare, message, folders, tmp_path, capsys):
     prepare(*folders)
     before = sorted(tmp_path.iterdir())
-    command = lambda *given: main(["merge", *map(str, given)])  # noqa: E731
+
+    def command(*given):
+        return main(["merge", *map(str, given)])
+
     assert_refused(capsys, command, message, *folders, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -136,7 +139,10 @@ def test_files_that_the_adapter_does_not_change_are_copied(sharded, tmp_path):
     """Byte for byte; but not a file that is cut short, or that lacks what the index says it holds."""
     base, adapter = sharded
     report = merge_to_folder(base, adapter, tmp_path / "out")
-    read = lambda folder, name: (folder / name).read_bytes()  # noqa: E731
+
+    def read(folder, name):
+        return (folder / name).read_bytes()
+
     same = [name for name in report.files if read(base, name) == read(tmp_path / "out", name)]
     assert 0 < len(same) < len(report.files) == len(list(base.glob("*.safetensors")))
     whole = (base / same[0]).read_bytes()

@@ -124,8 +124,9 @@ def test_with_one_block_it_is_and_is_written_as_pefts_hira(kind, tmp_path):
     if kind == "embedding":
         found[1][2:] = found[1][3].T, found[1][2].T
     scale = layer_list(ours)[0].scaling["default"]
+    assert (found[0][1] is None) == (kind == "embedding")
     for gradient, s, theirs in zip(found[0], (1, 1, 1, scale), found[1], strict=True):
-        if gradient is not None:
+        if theirs is not None:
             torch.testing.assert_close(gradient, s * theirs.view_as(gradient), rtol=0, atol=1e-9)
 
 
@@ -281,7 +282,10 @@ def test_a_vision_transformer(tmp_path):
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     attention = ["query", "value"] if "query" in names else ["q_proj", "v_proj"]
     base.save_pretrained(tmp_path / "base")
-    call = lambda model: model(pixels).last_hidden_state  # noqa: E731
+
+    def call(model):
+        return model(pixels).last_hidden_state
+
     config = SMoAConfig(r=4, target_modules=["patch_embeddings.projection", *attention])
     model = get_peft_model(copy.deepcopy(base), config).train()
     call(model).square().mean().backward()
@@ -359,13 +363,26 @@ def test_a_tied_weight_is_not_merged_in_place(targets, tokens, tmp_path):
         assert torch.equal(module.weight, before) == (name not in targets)
 
 
+@pytest.mark.parametrize("targets", [["emb", "head"], ["emb"]])
+def test_a_tied_weight_of_any_module_is_not_merged_in_place(targets):
+    base = nn.Sequential(OrderedDict(emb=nn.Embedding(20, 8), head=nn.Linear(8, 20, bias=False)))
+    base.head.weight = base.emb.weight
+    model, x = adapt(base, target_modules=targets, granule=4), torch.arange(5)
+    before, expected = base.head.weight.clone(), model(x)
+    with pytest.raises(ValueError, match=r"emb: the adapted weight is tied"):
+        model.merge_adapter()
+    assert torch.equal(model(x), expected)
+    assert torch.equal(base.head.weight, before)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
 STATES = ["trained", "no_grad", "merged", "disabled", "frozen"]  # of linear layers torch refuses the first
 
 
 @pytest.mark.parametrize(
     ("targets", "state"),
     [
-        *((["self_attn", "linear1"], state) for state in STATES),
+        *((targets, state) for targets in (["self_attn"], ["self_attn", "linear1"]) for state in STATES),
         *(pytest.param(["linear1", "linear2"], s, marks=pytest.mark.numerical) for s in STATES[1:]),
     ],
 )

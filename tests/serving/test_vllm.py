@@ -77,7 +77,10 @@ def answers(engine, adapters, prompts, tokens=8):
 def some_prompts(names, count=3):
     generator = torch.Generator().manual_seed(1)
     lengths = [5 + 7 * at for at in range(count)]
-    draw = lambda n: torch.randint(2, 256, (n,), generator=generator).tolist()  # noqa: E731
+
+    def draw(n):
+        return torch.randint(2, 256, (n,), generator=generator).tolist()
+
     return [(name, draw(n)) for n in lengths for name in names]
 
 

@@ -175,7 +175,10 @@ def test_candidates_that_spill_or_do_not_fit_or_move_more_bytes_are_not_timed(
 def test_a_wrong_candidate_is_refused_by_name_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     job, run = permute_job(), tuner.Trial.run
     wrong = job.candidates[2]
-    spoilt = lambda self, tried, *hook: [y * (1.01 if tried is wrong else 1) for y in run(self, tried, *hook)]  # noqa: E731
+
+    def spoilt(self, tried, *hook):
+        return [y * (1.01 if tried is wrong else 1) for y in run(self, tried, *hook)]
+
     monkeypatch.setattr(tuner.Trial, "run", spoilt)
     entry, timed = search(job)
     assert wrong not in timed
