@@ -257,12 +257,13 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def overwrite(self, given: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of an adapter of the same shapes, by `STATE_KEYS`, over its own, in place."""
-        before = self.partition if self.has_blocks else None
+        """Copy the tensors of an adapter of the same shapes and groups, by `STATE_KEYS`, over its own, in place."""
+        before, position = self.partition if self.has_blocks else None, self._position
         for key in STATE_KEYS:
             getattr(self, key).copy_(given[key])
         if before == self.read_labels():
             self.share(before)  # a CUDA graph that a user captured reads its tensors
+            self._position = position
 
     def check_state(self, name: str, given: Mapping[str, Any], *, assign: bool = True) -> None:
         """Raise unless tensors that are about to be loaded are complete, of the adapter's shapes and in range.

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .adapter import ALL_KEYS, LABELS, STATE_KEYS, Adapter
+from .adapter import LABELS, STATE_KEYS, Adapter
 from .backends import load_backend, resolve_backend
 from .checks import check_finite, check_kind, check_like, check_weight
 from .definition.block_rule import BlockRule
@@ -243,7 +243,12 @@ class AdaptedWeight(nn.Module):
         for key, own in self._own_tensors().items():
             if key in given:
                 check_like(f"{name}.{key}", given[key], own)
-        adapter = {key: given.get(f"smoa.{key}") for key in ALL_KEYS}
+        if "smoa.col_group" in given:
+            raise ValueError(
+                f"{name}.smoa.col_group: its groups are not of adjacent columns, as group_size={self.group_size} here "
+                "asks: load the adapter by PEFT"
+            )
+        adapter = {key: given.get(f"smoa.{key}") for key in STATE_KEYS}
         has_labels = any(adapter[key] is not None for key in LABELS)
         weight, sketch = given.get("weight", self.weight), cast(Tensor, adapter["sketch"])
         if has_labels:

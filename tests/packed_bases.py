@@ -111,7 +111,7 @@ def awq():
 class GptqLinear(torch.nn.Module):
     """A linear layer as gptqmodel's `TorchLinear` holds it."""
 
-    SUPPORTS_TRAINING = True
+    QUANT_TYPE = "torch"
 
     def __init__(self, packed):
         super().__init__()

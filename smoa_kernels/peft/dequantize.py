@@ -21,6 +21,7 @@ from ..adapter import Adapter
 from ..checks import MOST_COORDINATES, naming
 from ..definition.labels import check_map
 from ..definition.precision import without_autocast
+from .offload import present
 
 # Weights are read through float32 tensors of a few rows. Those of this many elements fit a core's cache.
 _PANEL_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 24}
@@ -39,6 +40,10 @@ class Float8Backend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]  # PE
             "an FP8Linear layer takes no merged weight: load the base with FineGrainedFP8Config(dequantize=True) and "
             "merge there"
         )
+
+
+# gptqmodel's kernels (`QUANT_TYPE`) that keep the checkpoint's packing; others repack it when built or first run.
+GPTQ_KERNELS = ("torch", "tritonv2")
 
 
 class GptqBackend(ForwardOnlyQuantizationBackend):  # type: ignore[misc]
@@ -62,8 +67,12 @@ def quantization_of(base: nn.Module, **kwargs: Any) -> QuantizationBackend | Non
     `resolve_quantization_backend`.
     """
     packed = next((name for name in ("weight_packed", "qweight") if hasattr(base, name)), None)
-    # Kernels that repack in a way of their own do not train.
-    if getattr(base, "SUPPORTS_TRAINING", False) and hasattr(base, "g_idx") and packed == "qweight":
+    if packed == "qweight" and getattr(base, "QUANT_TYPE", None) in GPTQ_KERNELS:
+        if getattr(base, "online_full_had", False) or getattr(base, "online_partial_had", False):
+            raise ValueError(
+                "the layer rotates its input (online_full_had, online_partial_had), which adapted layers do not: leave "
+                "it out (exclude_modules)"
+            )
         return GptqBackend("GPTQ")
     backend = None if packed else resolve_quantization_backend(base, **kwargs)
     if backend is not None:
@@ -184,10 +193,10 @@ def take_groups(
     """
     for name, layer in layers.items():
         adapter = layer.smoa[adapter_name]
-        for source in layer.smoa.keys() & copied:
-            adapter.set_groups(layer.smoa[source].col_group)
-        if in_order is not None:
-            with naming(name):
+        with naming(name), present(layer):
+            for source in layer.smoa.keys() & copied:
+                adapter.set_groups(layer.smoa[source].col_group)
+            if in_order is not None:
                 adapter.set_groups(_map_of(layer.get_base_layer(), adapter, in_order))
 
 
@@ -200,7 +209,7 @@ def _map_of(base: Any, adapter: Adapter, in_order: bool) -> Tensor | None:
             'group_size="base" reads the groups of a model in act-order from its layers, and this one has no g_idx: '
             "load the quantised model with gptqmodel, or leave the layer out (exclude_modules)"
         )
-    if given is None or bool((given < 0).any() | (given[1:] >= given[:-1]).all()):  # -1: it was never filled
+    if given is None or bool((given < 0).any()):  # -1: it was never filled
         return None
     check_map("g_idx", given, adapter.col_block.shape, adapter.group_size)
-    return cast(Tensor, given)
+    return None if bool((given[1:] >= given[:-1]).all()) else cast(Tensor, given)

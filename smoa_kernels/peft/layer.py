@@ -143,8 +143,9 @@ class SMoALayer(BaseWeight):
         """The blocks of an adapter of this layer with the same rule and groups; None if there is none."""
         rule, groups = self.settings[adapter_name].rule, self.smoa[adapter_name].col_group
         same = (self.smoa[name] for name, settings in self.settings.items() if settings.rule == rule)
-        known = (own for own in same if own.has_blocks and same_groups(own.col_group, groups))
-        return next((own.partition for own in known), None)
+        with present(self):
+            known = (own for own in same if own.has_blocks and same_groups(own.col_group, groups))
+            return next((own.partition for own in known), None)
 
     def fill(self, adapter_name: str, packed: PackedAdapter, source: str) -> None:
         """Put factors, blocks and ranks into an adapter that was just added.

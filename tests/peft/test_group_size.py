@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from adapted import adapt, close, config, edit_weights, layer_list, loaded, logits, unchanged
 from packed_bases import GROUP, LAYERS, GptqLinear, gptq, in_order, real_gptq_linear, small_llama, write_base
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -155,7 +156,10 @@ def test_act_order(order, blocks, tokens, tmp_path):
     for layer, other in zip(layer_list(model), layer_list(over_plain), strict=True):
         copies = layer.smoa["default"].state_dict(), other.smoa["default"].state_dict()
         assert torch.equal(*(copy["col_group"] for copy in copies))
+    positions = [layer.smoa["default"]._position for layer in layer_list(model)]
     hotswap(model, tmp_path / "adapter")
+    for layer, held in zip(layer_list(model), positions, strict=True):
+        assert layer.smoa["default"]._position is held  # a CUDA graph captured before reads it
     assert torch.equal(logits(model, tokens), trained)
     report = inspect_adapter(tmp_path / "adapter", tmp_path / "base")
     assert report.parameters == sum(layer.smoa["default"].num_parameters for layer in layer_list(model))
@@ -251,6 +255,61 @@ def test_groups_of_another_size_than_the_models_are_refused_before_training(tmp_
         pytest.raises(ValueError, match="q_proj: g_idx must put 64 columns into groups 0 to 3"),
     ):
         adapt(base, group_size="base", num_blocks=1, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_adjacent_groups_of_another_size_are_refused_too(ordered, tmp_path):
+    """gptqmodel can give a layer its own size ("dynamic")."""
+    packed = write_base(tmp_path / "base", "GPTQ, act-order")
+    base = gptq_base(packed)
+    base.config.quantization_config["desc_act"] = ordered
+    for name in LAYERS:
+        base.get_submodule(name).g_idx = torch.arange(base.get_submodule(name).in_features) // (2 * GROUP)
+    with unchanged(base), pytest.raises(ValueError, match="q_proj: g_idx must put 64 columns into groups"):
+        adapt(base, group_size="base", num_blocks=1, target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"online_full_had": True}, r"rotates its input \(online_full_had"),
+        ({"online_partial_had": True}, r"rotates its input \(online_full_had"),
+        ({"QUANT_TYPE": "torch_fused"}, "the weight of GptqLinear is qweight, which SMoA reads in"),
+    ],
+)
+def test_layers_of_gptqmodel_that_compute_otherwise_are_refused(changes, message, tmp_path):
+    """Some rotate x, and some repack their weight when they first run."""
+    base = gptq_base(write_base(tmp_path / "base", "GPTQ, act-order"))
+    for key, value in changes.items():
+        setattr(base.get_submodule(LAYERS[0]), key, value)
+    with unchanged(base), pytest.raises(ValueError, match=message):
+        adapt(base, group_size="base", num_blocks=1, target_modules=LAYERS)
+
+
+@torch.no_grad()
+def test_act_order_while_accelerate_offloads_buffers(tokens, tmp_path):
+    packed = write_base(tmp_path / "base", "GPTQ, act-order")
+    model = adapt(gptq_base(packed), group_size="base", num_blocks=2, target_modules=LAYERS)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(dequantized(packed), tmp_path).eval()
+    expected = logits(loaded, tokens)
+    cpu_offload(loaded, offload_buffers=True)
+    assert torch.equal(logits(loaded, tokens), expected)
+    loaded.add_adapter("copy", loaded.peft_config["default"])
+    kept = layer_list(model)
+    for layer, own in zip(layer_list(loaded), kept, strict=True):
+        assert torch.equal(layer.smoa["copy"].col_group, own.smoa["default"].col_group)
+
+
+@torch.no_grad()
+def test_a_fused_layer_takes_adjacent_groups_only():
+    layer = FusedSMoALinear.from_linear(torch.nn.Linear(16, 6), r=2, num_blocks=1, group_size=4)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    given = {f"0.{key}": value for key, value in before.items()}
+    given["0.smoa.col_group"] = torch.arange(16).flip(0) // 4
+    with pytest.raises(ValueError, match=r"0\.smoa\.col_group: its groups are not of adjacent columns"):
+        torch.nn.Sequential(layer).load_state_dict(given)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
 
 
 def test_the_layer_of_gptqmodel():
