@@ -267,6 +267,26 @@ def test_each_training_call_draws_a_mask_from_torchs_seed() -> None:
     assert torch.equal(first, layer(x))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("order", ["contiguous", "random"])
+def test_gradients_are_sums_over_more_tokens_than_float16_can_hold(order: str, dropout: float) -> None:
+    x, dy = (
+        torch.randn(8192, 16, dtype=torch.float16) / 4 + 4,
+        torch.randn(8192, 12, dtype=torch.float16) / 4 + 4,
+    )
+    settings = {"r": 4, "num_blocks": 2, "block_order": order, "dropout": dropout, "backend": "eager"}
+    base, found = nn.Linear(16, 12, dtype=torch.float16), []
+    for dtype in (torch.float16, torch.float64):
+        layer = FusedSMoALinear.from_linear(copy.deepcopy(base).to(dtype), **settings)
+        torch.manual_seed(1)
+        for factor in (layer.smoa.A, layer.smoa.B):
+            factor.data = torch.randn(factor.shape).to(torch.promote_types(dtype, torch.float32))
+        layer.train()(x.to(dtype)).backward(dy.to(dtype))
+        found.append((layer.smoa.A.grad.double(), layer.smoa.B.grad.double()))
+    for ours, exact in zip(*found, strict=True):
+        assert relative_error(ours, exact) < 1e-3
+
+
 def test_a_backward_uses_the_scale_of_its_forward() -> None:
     layer, x, gradients = trained(), torch.randn(3, 40), []
     for scaled_between in (False, True):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..definition.dropout import Dropout
 from ..definition.packed import PackedAdapter
-from ..definition.precision import accumulate, gemm_is_ieee
+from ..definition.precision import accumulate, bmm_in_float32, gemm_is_ieee
 from ..definition.thresholds import round_weight
 from . import Gradients
 from .block_order import block_order, inverse, row_panels, select_columns
@@ -91,8 +91,10 @@ def backward(
     mask = None if dropout is None else dropout.multiplier(dy.new_empty(dy.shape[0], adapter.weight.shape[1]))
     # dA and dB come first, so that their memory is free when dX is computed.
     dA = dB = None
+    if x is not None and mask is not None:
+        x = x * mask if needs_x else mask.mul_(x)
     if x is not None:
-        dA, dB = factor_gradients(dy, x if mask is None else x * mask, adapter)
+        dA, dB = factor_gradients(dy, x, adapter)
     return input_gradient(dy, adapter, mask) if needs_x else None, dA, dB
 
 
@@ -224,7 +226,9 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
     """
     p, gradient, left, right = adapter.partition, BlockGradient(adapter), _Buffer(), _Buffer()
     if p.is_contiguous:
-        gradient.add(dy, x)
+        rounds = x.itemsize == 2 and x.device.type == "cpu"  # over all tokens a half type may overflow
+        for dy_part, x_part in _panels(dy, x) if rounds else [(dy, x)]:
+            gradient.add(dy_part, x_part)
     else:
         for dy_part, x_part in _panels(dy, x):
             gradient.add(left.columns(dy_part, p.row_index), right.columns(x_part, p.col_index))
@@ -255,6 +259,11 @@ class _Buffer:
         return select_columns(panel, index, out=self.like(panel))
 
 
+def _mm_in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """The product of two matrices in at least float32, which a CPU would take long for."""
+    return bmm_in_float32(left[None], right[None])[0]
+
+
 class BlockGradient:
     """`G_k = dY_kᵀ X_k`, summed over panels of tokens, or blocks of G (N, C); contracted with W0 and the factors."""
 
@@ -273,14 +282,15 @@ class BlockGradient:
         order = self._order
         left, right = (x.T, dy) if self._transposed else (dy.T, x)
         pairs = zip(order.rows(left), order.cols(right), strict=True)
+        multiply = torch.mm if right.device.type == "cpu" else _mm_in_float32
         if not self._G:
-            self._G = [torch.mm(left_k, right_k) for left_k, right_k in pairs]
+            self._G = [multiply(left_k, right_k) for left_k, right_k in pairs]
         elif right.dtype == order.A.dtype:
             for G, (left_k, right_k) in zip(self._G, pairs, strict=True):
                 G.addmm_(left_k, right_k)
         else:  # half precision: the sums are float32
             for k, (left_k, right_k) in enumerate(pairs):
-                self._G[k] = self._G[k].to(order.A.dtype).add_(left_k @ right_k)
+                self._G[k] = self._G[k].to(order.A.dtype).add_(multiply(left_k, right_k))
 
     def contract(self) -> tuple[Tensor, Tensor]:
         """(dA, dB); consumes the sums."""

@@ -79,13 +79,15 @@ def agree_on_buffers(model: nn.Module, process_group: dist.ProcessGroup | None =
         TypeError: this process is not in the group.
     """
     source = first_process(process_group)
-    for adapter in [module for module in model.modules() if isinstance(module, Adapter)]:
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    for adapter in adapters:
         for key, buffer in adapter.named_buffers(recurse=False):
             if not buffer.is_meta:
                 # A new tensor tells the adapter that what was made of the old tensor is stale.
                 shared = buffer.clone()
                 dist.broadcast(shared, source, process_group)
                 setattr(adapter, key, shared)
+    for adapter in adapters:  # after all broadcasts: an error here leaves no other process waiting
         if adapter.has_blocks:
             adapter.read_labels()  # now, because the next forward may be compiled
 
