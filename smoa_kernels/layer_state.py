@@ -245,8 +245,8 @@ class AdaptedWeight(nn.Module):
                 check_like(f"{name}.{key}", given[key], own)
         if "smoa.col_group" in given:
             raise ValueError(
-                f"{name}.smoa.col_group: its groups are not of adjacent columns, as group_size={self.group_size} here "
-                "asks: load the adapter by PEFT"
+                f"{name}.smoa.col_group: {type(self).__name__} takes groups of adjacent columns only. Load this "
+                "adapter, whose groups are in act-order, with PEFT"
             )
         adapter = {key: given.get(f"smoa.{key}") for key in STATE_KEYS}
         has_labels = any(adapter[key] is not None for key in LABELS)

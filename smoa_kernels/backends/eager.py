@@ -225,13 +225,12 @@ def factor_gradients(dy: Tensor, x: Tensor, adapter: PackedAdapter) -> tuple[Ten
     Padding rows get zeros.
     """
     p, gradient, left, right = adapter.partition, BlockGradient(adapter), _Buffer(), _Buffer()
-    if p.is_contiguous:
-        rounds = x.itemsize == 2 and x.device.type == "cpu"  # over all tokens a half type may overflow
-        for dy_part, x_part in _panels(dy, x) if rounds else [(dy, x)]:
-            gradient.add(dy_part, x_part)
-    else:
-        for dy_part, x_part in _panels(dy, x):
-            gradient.add(left.columns(dy_part, p.row_index), right.columns(x_part, p.col_index))
+    # A CPU rounds a product of half types to the half type, which overflows if it sums over too many tokens.
+    whole = p.is_contiguous and not (x.itemsize == 2 and x.device.type == "cpu")
+    for dy_part, x_part in [(dy, x)] if whole else _panels(dy, x):
+        if not p.is_contiguous:
+            dy_part, x_part = left.columns(dy_part, p.row_index), right.columns(x_part, p.col_index)
+        gradient.add(dy_part, x_part)
     del left, right
     return gradient.contract()
 

@@ -84,10 +84,10 @@ def check_labels(name: str, labels: Tensor) -> None:
         raise ValueError(f"{name} must hold numbers, got a meta tensor")
 
 
-# Groups: the columns of W0 that share a column of A, so that an update scales them by one number. They are of
-# `group_size` adjacent columns; the last may be short. Where `col_group` (C,) is given, column j is in group
-# `col_group[j]`, and the same holds for W0 with its columns sorted by group: the `g_idx` of a GPTQ checkpoint in
-# act-order is such a map. All that knows which columns are in a group follows.
+# Groups. Columns of W0 in one group share a column of A, so an update multiplies each row of the group by one number.
+# Without a map a group is `group_size` adjacent columns, and the last group may be shorter. With a map `col_group` (C,)
+# column j is in group `col_group[j]`; groups then have these sizes too, but their columns may lie anywhere. The `g_idx`
+# of a GPTQ checkpoint in act-order is such a map. Only the functions below know which columns a group has.
 
 
 def group_order(col_group: Tensor) -> Tensor:
