@@ -4,7 +4,7 @@
     python -m benchmarks.merged_model runs/finetune-smoa      # that folder, or its adapter's (10 min)
 
 Rounding: the base is a bf16 copy. All models compute in float32, so they differ only in the stored weights. δ is the
-rms of ΔW over that of W0, over all adapted weights; a smaller `smoa_alpha` makes it smaller.
+rms of ΔW over that of W0, over all adapted weights; a smaller B makes it smaller.
 Memory: each run has a fresh process, which first imports the modules that all of them need. The figure is VmHWM of
 /proc/self/status at the end, less VmRSS at the start. The base is float32, in files of the size that is named.
 """
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import trec
 from peft import PeftModel
 from questions import Encoder, split
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training import next_token_scores
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -39,8 +39,8 @@ from .machine import commit, cpu_name, load
 from .protocol import Turns
 from .tables import shown, table
 
-CONFIG = "adapter_config.json"
-ALPHAS = [1, 1 / 10, 1 / 50, 1 / 200]  # relative to the adapter's own
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+SCALES = [1, 1 / 10, 1 / 50, 1 / 200]  # of B
 ROUNDINGS = ("thresholds", "nearest")
 ON_LOSS, BATCH = 48, 16  # whole batches of questions, from the first of the test split
 WAYS = list(product(("merge_to_folder", "PEFT"), ("5GB", "60MB")))  # tools; the size of a file
@@ -90,11 +90,11 @@ def rounding(original: Path, trained: Path, scratch: Path) -> None:
 
     without = loss(loaded(base))
     rows = [["δ"], [f"loss ({without:.3f} without the adapter)"], *([f"kept, {way}"] for way in ROUNDINGS)]
-    for alpha in ALPHAS:
+    for scale in SCALES:
         shutil.copytree(trained, adapter, dirs_exist_ok=True)
-        config = json.loads((trained / CONFIG).read_text(encoding="utf-8"))
-        config["smoa_alpha"] *= alpha
-        (adapter / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        tensors = load_file(trained / TENSORS)
+        scaled = {name: scale * t if name.endswith(".B") else t for name, t in tensors.items()}
+        save_file(scaled, adapter / TENSORS)
         model = PeftModel.from_pretrained(loaded(base), str(adapter))
         delta, errors = update(base, adapter)
         whole = loss(model)

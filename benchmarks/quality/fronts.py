@@ -188,7 +188,7 @@ def verdict(fronts: Fronts) -> str:
     """Whether SMoA forgets less than LoRA of either rank, by the study's rule."""
     found = [fronts.share(SMOA.name, theirs.name) for theirs in (LORA, LORA_HALF)]
     if any(share is None or math.isnan(share.high) for share in found):
-        return "that is open, since a share or its interval is missing"
+        return "that is not shown, since a share or its interval is missing"
     met = [share is not None and share.value <= math.log(LARGEST_SHARE) and share.high < 0 for share in found]
     return f"it {'does' if all(met) else 'does not'}"
 

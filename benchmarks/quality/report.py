@@ -90,7 +90,7 @@ def page(study: Study) -> str:
         "spectral_devices": devices(study, set(ORDERS.values())),
         "orders": differences(study, list(ORDERS.items()), and_all),
         "orders_by_model": differences(study, list(ORDERS.items()), by_model),
-        "at_loras_rate": differences(study, AT_LORAS, and_all),
+        "at_loras_rate": differences(study, AT_LORAS, {**and_all, "the first three": study.tasks[:3]}),
         "steady": steady(study),
         "controls": variations(study, [task for task in study.controls if task is not EXPERTS], beside_lora),
         "experts": variations(study, [task for task in study.controls if task is EXPERTS], beside_lora),
