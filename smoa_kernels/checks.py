@@ -193,6 +193,12 @@ def check_path(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a path, got {shown(value)}")
 
 
+def check_new(name: str, folder: Path) -> None:
+    """`folder` must not exist, or be empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{name} must be a new or an empty folder, got {folder}")
+
+
 @contextmanager
 def naming(what: str | Path) -> Iterator[None]:
     """Put the name of a layer or file before the message of a TypeError or ValueError from the block.

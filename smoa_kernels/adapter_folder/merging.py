@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..checks import check_path, naming
+from ..checks import check_new, check_path, naming
 from .base_model import INDEX
 from .changes import Merge, check_keeps_dtype
 from .quantized import Rescaled, Rescaling
@@ -204,8 +204,7 @@ def _report(
 def _new_folder(out: str | os.PathLike[str]) -> Path:
     check_path("out", out)
     target = Path(out).resolve()  # a link is followed, and "." has a name
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"out must be a new or an empty folder, got {target}")
+    check_new("out", target)
     # No folder can be renamed to these; checked before the merge.
     if target.is_mount() or target == Path.cwd():
         raise ValueError(

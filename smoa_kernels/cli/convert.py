@@ -12,7 +12,7 @@ from .output import console, progress_of
 
 def convert(
     folder: Annotated[Path, typer.Argument(help="Folder of a HiRA or SMoA adapter.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the converted adapter.")],
+    out: Annotated[Path, typer.Argument(help="New or empty folder for the converted adapter.")],
     base: Annotated[
         Path | None,
         typer.Option(

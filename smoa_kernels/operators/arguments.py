@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_dense, check_kind, check_number, check_probability, layout_of
+from ..checks import check_dense, check_finite, check_kind, check_probability, layout_of
 from ..definition.dropout import WIDEST
 from ..definition.partition import BlockPartition
 from ..definition.precision import autocast_enabled
@@ -75,9 +75,9 @@ def check_partition(partition: BlockPartition, weight: Tensor, ranks: Tensor) ->
 
 
 def check_scaling(scaling: float | Tensor, x: Tensor) -> None:
-    """Check that s is a real number, or a 0-d tensor of a real number that is not trained."""
+    """Check that s is a finite number, or a 0-d tensor of a real number that is not trained."""
     if not isinstance(scaling, Tensor):
-        check_number("scaling", scaling)
+        check_finite("scaling", scaling)
     elif scaling.is_nested or scaling.layout != torch.strided or (scaling.is_meta and not x.is_meta):
         given = "a meta tensor" if scaling.is_meta else f"layout {layout_of(scaling)}"
         raise TypeError(f"scaling must be a dense tensor that holds a number, got {given}")

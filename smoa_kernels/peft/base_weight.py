@@ -6,6 +6,7 @@ A convolution's W0 (N, C', k, …) is read as the matrix (N, C) with C = C'·k·
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -257,3 +258,34 @@ class BaseWeight(BaseTunerLayer):  # type: ignore[misc]  # PEFT's types are not 
 def _check_unsharded(weight: Tensor) -> None:
     if hasattr(weight, "full_tensor"):
         raise RuntimeError(FULLY_SHARDED)
+
+
+def tied_layers(model: nn.Module) -> dict[str, BaseWeight]:
+    """Layers whose weight is another module's too, by name; not those that are merged, offloaded or quantised.
+
+    Raises:
+        ValueError: a module has two names, and PEFT adapted it under one: merged, it would change under both.
+    """
+    modules = [*model.modules()]
+    parents = Counter(id(child) for module in modules for child in module._modules.values())
+    held = Counter(id(p) for module in modules for p in module._parameters.values())
+    found = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, BaseWeight) or layer.merged or layer.quantization_backend is not None:
+            continue
+        if parents[id(layer.get_base_layer())] > 1:
+            raise ValueError(
+                f"{name}: its base layer has a second name in the model, where it is not adapted and would be merged "
+                "too: put a copy there"
+            )
+        if (weight := layer.parameter) is not None and held[id(weight)] > 1 and not weight.is_meta:
+            found[name] = layer
+    return found
+
+
+def untie(layer: BaseWeight) -> None:
+    """Give a layer's weight memory of its own."""
+    weight = layer.parameter
+    assert weight is not None
+    own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    setattr(layer.get_base_layer(), layer.parameter_name, own)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -22,6 +21,7 @@ from ..adapter_folder.settings import AdapterSettings
 from ..checks import naming
 from ..definition.packed import PackedAdapter
 from ..distributed import smoa_buffers
+from .base_weight import tied_layers, untie
 from .combine import check_combination, check_one_map, combined_config
 from .config import SMoAConfig
 from .dequantize import groups_of, quantization_of, take_groups
@@ -325,25 +325,14 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
             layer.fill(adapter_name, adapter, next(a for a in adapters if a in layer.smoa))
         self.peft_config[adapter_name].format_version = None
 
-    def _shared_weights(self) -> list[tuple[str, SMoALayer, nn.Parameter]]:
-        """Adapted weights that other modules hold too, by the layer's name; not those that are merged or offloaded."""
-        held = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
-        return [
-            (name, layer, weight)
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, SMoALayer) and not layer.merged and layer.quantization_backend is None
-            if (weight := layer.parameter) is not None and held[id(weight)] > 1 and not weight.is_meta
-        ]
-
     def merge_adapter(self, adapter_names: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
         """As PEFT's: merge adapters into the base weights.
 
         Raises:
-            ValueError: an adapted weight is tied to another module's, which would compute with W_eff too. Nothing is
-                merged.
+            ValueError: another module holds an adapted weight, and would compute with W_eff too. Nothing is merged.
         """
         chosen = self.active_adapters if adapter_names is None else adapter_names
-        for name, layer, _ in self._shared_weights():
+        for name, layer in tied_layers(self.model).items():
             if any(adapter in layer.smoa for adapter in chosen):
                 raise ValueError(
                     f"{name}: the adapted weight is tied to another module's, which would compute with the merged one: "
@@ -356,9 +345,8 @@ class SMoAModel(BaseTuner):  # type: ignore[misc]  # PEFT's types are not follow
 
         PEFT then sets `tie_word_embeddings` to False; alone it would write W_eff into the embedding too.
         """
-        for _, layer, weight in self._shared_weights() if merge else ():
-            own = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-            setattr(layer.get_base_layer(), layer.parameter_name, own)
+        for layer in tied_layers(self.model).values() if merge else ():
+            untie(layer)
         return cast(nn.Module, super()._unload_and_optionally_merge(merge, *args, **kwargs))
 
     @classmethod

@@ -119,6 +119,20 @@ def test_a_checkpointed_layer_is_saved(llama, tokens, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path), tokens), expected)
 
 
+def test_an_adapter_of_another_scale_is_not_loaded_over_one(llama, tokens, tmp_path):
+    """The next save would write this configuration's s beside the file's factors."""
+    adapt(llama(), smoa_alpha=32).save_pretrained(tmp_path)
+    model = adapt(llama(), smoa_alpha=8)
+    expected = logits(model, tokens)
+    with pytest.raises(
+        ValueError, match=r"q_proj: s is 6.4 in the file and 1.6 by the model's configuration"
+    ):
+        model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model, tokens), expected)
+    model.load_adapter(tmp_path, "other")
+    assert {layer.scaling["other"] for layer in layers(model).values()} == {6.4}
+
+
 def test_other_methods_files_are_written_as_before(llama, tmp_path):
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)

@@ -125,8 +125,11 @@ def test_what_has_no_counterpart_is_refused(layer, config, message, tmp_path, ca
 
 def test_bad_folders_are_refused(hira, base, tmp_path):
     folder, _ = hira
-    with pytest.raises(ValueError, match="another folder"):
-        convert_adapter(folder, folder)
+    for full in (folder, base):
+        before = sorted(base.iterdir())
+        with pytest.raises(ValueError, match="out must be a new or an empty folder"):
+            convert_adapter(folder, full)
+        assert sorted(base.iterdir()) == before
     with pytest.raises(TypeError, match="out"):
         convert_adapter(folder, 3)
     trained(nn.Sequential(nn.Linear(8, 6)), HIRA, tmp_path / "small")

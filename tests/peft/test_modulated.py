@@ -376,6 +376,18 @@ def test_a_tied_weight_of_any_module_is_not_merged_in_place(targets):
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
+def test_a_layer_with_a_second_name_is_not_merged():
+    base = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), twice=nn.Identity()))
+    base.twice = base.a  # PEFT adapts the first alone
+    model, x = adapt(base, target_modules=["a"]), torch.randn(3, 8)
+    expected = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"a: its base layer has a second name"):
+            merge()
+        assert torch.equal(model(x), expected)
+    torch.testing.assert_close(model.unload()(x), base.twice(base.twice(x)))
+
+
 STATES = ["trained", "no_grad", "merged", "disabled", "frozen"]  # of linear layers torch refuses the first
 
 

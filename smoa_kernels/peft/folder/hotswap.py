@@ -65,7 +65,7 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
         for path, layer in adapter.layers.items()
         for key, tensor in layer.tensors().items()
     }
-    check_adapter(model, adapter_name, state, strict_base=True)
+    check_adapter(model, adapter_name, state, strict_base=True, any_scale=True)
     for name, layer in layers.items():
         _check_layer(name, layer, adapter_name, adapter, paths[name])
     for kept in ("algorithm", "backend", "inference_mode") if held is not None else ():

@@ -5,6 +5,7 @@ transformers' own way of loading is in `..replaced`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,7 +70,12 @@ def name_groups(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
 
 
 def check_adapter(
-    model: nn.Module, adapter_name: str, state: Mapping[str, Tensor], *, strict_base: bool
+    model: nn.Module,
+    adapter_name: str,
+    state: Mapping[str, Tensor],
+    *,
+    strict_base: bool,
+    any_scale: bool = False,
 ) -> None:
     """Raise unless `state`, keyed as the model's own state dict is, fits every SMoA layer of `model`.
 
@@ -77,8 +83,8 @@ def check_adapter(
 
     Raises:
         ValueError: naming the layer: a tensor is missing, corrupt or has another shape, labels or ranks are out of
-            range, the model has no such layer, or, where `strict_base`, W0 is another weight than the adapter was
-            trained on (else a warning).
+            range, s is another than the model's configuration says (unless `any_scale`), the model has no such layer,
+            or, where `strict_base`, W0 is another weight than the adapter was trained on (else a warning).
     """
     layers = layers_with(model, adapter_name)
     keys = {name: keys_of(name, adapter_name) for name in layers}
@@ -96,7 +102,18 @@ def check_adapter(
         given: dict[str, Any] = {key: state.get(place) for key, place in keys[name].items()}
         if holds_adapter or not adapter.has_blocks:
             adapter.check_state(name, given)
+            if not any_scale:
+                check_scale(name, given["scaling"], layer.settings[adapter_name].scaling)
             if not given["sketch"].is_meta:
                 with gathered(layer), present(layer):
                     distances[name] = layer.base_distance(given["sketch"])
     check_base(distances, strict=strict_base)
+
+
+def check_scale(name: str, s: Tensor, configured: float) -> None:
+    """Raise unless a file's s is that of the layer's settings, which the next save would write."""
+    if not (s.is_meta or math.isclose(float(s), configured, rel_tol=1e-6)):
+        raise ValueError(
+            f"{name}: s is {float(s):.6g} in the file and {configured:.6g} by the model's configuration: load it under "
+            "another adapter name, or configure smoa_alpha and use_lora_rate as it was saved; nothing was loaded"
+        )

@@ -20,7 +20,7 @@ from ...adapter_folder.format import CONFIG_NAME, HIRA, INFIX, METHOD, PREFIX, W
 from ...adapter_folder.reading import Adapter, read_adapter
 from ...adapter_folder.settings import full_name
 from ...adapter_folder.writing import replacing, seal
-from ...checks import check_path, naming
+from ...checks import check_new, check_path, naming
 from ...definition.sketch import sketch_weight
 from ..config import SMoAConfig
 
@@ -45,7 +45,7 @@ def convert_adapter(
 
     Args:
         folder: the adapter, as `save_pretrained` wrote it.
-        out: another folder, made where there is none.
+        out: a new or an empty folder.
         base: folder of the base model; the one that the adapter names when None. It is read to sketch its weights for
             SMoA, and for the shapes of convolutions and embeddings, to HiRA.
         progress: called with the number of sketched layers, and of all layers.
@@ -70,8 +70,7 @@ def convert_adapter(
     check_path("folder", folder)
     check_path("out", out)
     source, target = Path(folder), Path(out)
-    if target.exists() and (not target.is_dir() or target.samefile(source)):
-        raise ValueError(f"out must be another folder than the adapter's, got {target}")
+    check_new("out", target)
     adapter = read_adapter(source, (HIRA, METHOD))
     settings = {name: adapter.config[name] for name in _SHARED if name in adapter.config}
     config, state = (
