@@ -193,7 +193,7 @@ def at_half(study: Study) -> str:
         "mean accuracy within one standard error of LoRA's, or above, "
         f"on {len(good)} of {len(held)} tasks{': ' + ', '.join(good) if good else ''}; of the {len(learned)} where "
         f"some method is significantly better than no adapter, on {len(set(good) & set(learned))}. "
-        f"The goal was {ENOUGH} of five: {'met' if len(good) >= ENOUGH else 'missed'}."
+        f"The goal was {ENOUGH} of those: {'met' if len(good) >= ENOUGH else 'missed'}."
     )
 
 
