@@ -88,7 +88,7 @@ finetune-moe: $(BIN)/.examples ## fine-tune the experts of a tiny mixture-of-exp
 four-bits: $(BIN)/.dev ## train SMoA and LoRA on SmolLM2-135M in NF4, and merge both into four bits (10 min; ARGS="--help")
 	$(BIN)/python examples/four_bits.py $(ARGS)
 
-main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, then write the README's table (15 min)
+main-job: $(BIN)/.dev ## the same with LoRA, HiRA and SMoA, then write the README's table (36 min)
 	for method in lora hira smoa; do $(BIN)/python examples/finetune.py --method $$method || exit 1; done
 	$(BIN)/python -m benchmarks.report $(foreach method,lora hira smoa,runs/finetune-$(method)/summary.json)
 
@@ -220,7 +220,7 @@ docs-check: docs ## open every page of it in Chromium: contrast, alternative tex
 docs-screens: $(BIN)/.examples ## draw what the commands print, for the site (5 min)
 	$(BIN)/python docs/site/screens.py $(ARGS)
 
-bench: $(BIN)/.dev ## measure time and memory of the layer and its peers; write tables and figures (15 min)
+bench: $(BIN)/.dev ## measure time and memory of the layer and its peers; write tables and figures (36 min)
 	mkdir -p .benchmarks
 	$(BIN)/python -m pytest benchmarks -rs --benchmark-json=.benchmarks/run.json $(ARGS)
 	$(BIN)/python -m benchmarks.report .benchmarks/run.json

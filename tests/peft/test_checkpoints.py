@@ -119,6 +119,15 @@ def test_a_checkpointed_layer_is_saved(llama, tokens, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path), tokens), expected)
 
 
+def test_an_adapter_is_loaded_over_one_where_the_base_has_another_precision(llama, tokens, tmp_path):
+    """The rms of W0, and so the scale for LoRA's learning rate, differs in its last digits."""
+    adapt(llama(), use_lora_rate=True).save_pretrained(tmp_path)
+    model = adapt(llama().bfloat16(), use_lora_rate=True)
+    expected = logits(PeftModel.from_pretrained(llama().bfloat16(), tmp_path), tokens)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model.eval(), tokens), expected)
+
+
 def test_an_adapter_of_another_scale_is_not_loaded_over_one(llama, tokens, tmp_path):
     """The next save would write this configuration's s beside the file's factors."""
     adapt(llama(), smoa_alpha=32).save_pretrained(tmp_path)

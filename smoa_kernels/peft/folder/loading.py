@@ -111,8 +111,11 @@ def check_adapter(
 
 
 def check_scale(name: str, s: Tensor, configured: float) -> None:
-    """Raise unless a file's s is that of the layer's settings, which the next save would write."""
-    if not (s.is_meta or math.isclose(float(s), configured, rel_tol=1e-6)):
+    """Raise unless a file's s is nearly that of the layer's settings, which the next save would write.
+
+    With `use_lora_rate` s depends on W0: over a base of another precision it differs, by about 1 % over FP4.
+    """
+    if not (s.is_meta or math.isclose(float(s), configured, rel_tol=0.05)):
         raise ValueError(
             f"{name}: s is {float(s):.6g} in the file and {configured:.6g} by the model's configuration: load it under "
             "another adapter name, or configure smoa_alpha and use_lora_rate as it was saved; nothing was loaded"
