@@ -1,6 +1,7 @@
 """Every expert class in transformers: the adapted class agrees with its own forward."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -29,10 +30,12 @@ CLASSES = [
 TINY = PreTrainedConfig(
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 6),
     **dict.fromkeys(("hidden_size", "moe_hidden_size"), 32),
-    **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 24),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "expert_ffn_hidden_size"), 24),
     **dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), "silu"),
     swiglu_alpha=1.702,
     swiglu_limit=7.0,
+    swiglu_limits=[7.0],
+    limit_after_act=True,
     mlp_gate_softcap=3.0,
     mlp_up_softcap=3.0,
     moe_latent_size=None,
@@ -46,7 +49,8 @@ def test_class(module, name):
     experts_class = getattr(importlib.import_module(f"transformers.models.{module}"), name)
     assert experts_class.__init__.__code__.co_filename == moe.__file__  # the decorator's `__init__`
     torch.manual_seed(0)
-    plain = experts_class(TINY)
+    of_a_layer = {"layer_idx": 0} if "layer_idx" in inspect.signature(experts_class.__init__).parameters else {}
+    plain = experts_class(TINY, **of_a_layer)
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.normal_(0, 0.1)
