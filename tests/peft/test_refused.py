@@ -46,6 +46,12 @@ def own_forward(experts):
     experts.forward = types.MethodType(type(experts).forward, experts)
 
 
+def own_class(experts):
+    decorated = type(experts)
+    own = {"forward": lambda self, *args: decorated.forward(self, *args) + 1}
+    experts.__class__ = type("Normalised", (decorated,), own)
+
+
 def offloaded(experts):
     add_hook_to_module(experts, AlignDevicesHook(execution_device="cpu", offload=True))
 
@@ -64,6 +70,7 @@ CHANGED = {
     r"of Qwen3MoeExperts .* stored in torch.uint8.*dequantize=True": stored_in(torch.uint8),
     r"of Qwen3MoeExperts .* expert parallel": lambda experts: setattr(experts, "_is_expert_parallel", True),
     r"of Qwen3MoeExperts .* a forward of its own": own_forward,
+    r"of Normalised .* a forward of its own around": own_class,
     r"of Qwen3MoeExperts .*a DTensor": sharded,
     r"of Qwen3MoeExperts .* DeepSpeed ZeRO-3": lambda experts: setattr(experts.down_proj, "ds_id", 0),
     r"down_proj of Qwen3MoeExperts .* offloaded by accelerate": offloaded,

@@ -8,6 +8,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+from transformers.integrations import moe
 
 from ...checks import shown
 from ...definition.precision import DTYPES, dtype_names
@@ -95,6 +96,9 @@ def _unsupported_reason(module: Any, parameter_name: str, parameter: Tensor) -> 
         return "the model runs in expert parallel"
     if "forward" in own and not hasattr(module, "_hf_hook"):
         return "the module has a forward of its own instead of its class's"
+    # A subclass may compute more around the decorated forward, as Ergo's experts normalise each expert's output.
+    if type(module).forward.__globals__ is not vars(moe):
+        return "its class has a forward of its own around that of transformers' experts interface"
     if parameter_name not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
         return f"it is none of the weights that its class's experts multiply by, got {shown(parameter_name)}"
     return None
